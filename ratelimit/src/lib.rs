@@ -1,0 +1,23 @@
+//! Limits that hold for the whole cluster.
+//!
+//! This crate knows keys and budgets; it does not know HTTP. One [`Limiter::acquire`] decides every limit a
+//! request is under and takes a concurrency slot at the first candidate backend that has one, atomically.
+//!
+//! # The contract
+//!
+//! * **A bucket is a meter**: `level` is what was used and has not yet drained, in micro-units. Capacity and
+//!   rate come with every call and are never stored, so a limit can change while its bucket lives and what was
+//!   consumed is kept. An absent record is an empty meter; `level > capacity` is debt.
+//! * **Check all, then write all.** A refusal writes nothing, for any scope.
+//! * **Reserve, then settle.** `acquire` charges an estimate, [`Limiter::settle`] applies `actual - reserved`
+//!   once per reservation id, however often it is called. A reservation nobody settles stands.
+//! * **Concurrency is leases**: a member per request with an expiry, renewed while the request lives and
+//!   removed by id. A crashed holder frees its slots within the lease time; a late release frees nobody else's.
+//! * **Time** is the store's own (Redis `TIME`, tokio's clock in memory) and never runs backwards per record.
+//! * Waits are rounded up, what remains is rounded down.
+//!
+//! [`memory::MemoryLimiter`] and [`redis::RedisLimiter`] keep the same contract; one suite proves both.
+
+pub mod types;
+
+pub use types::*;

@@ -1,0 +1,300 @@
+//! The vocabulary of a limit decision.
+
+use std::future::Future;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+/// What a bucket counts. The discriminant is the position inside a record and on the wire to the scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(usize)]
+pub enum Kind {
+    /// One per request.
+    Requests = 0,
+    /// Prompt and completion tokens together.
+    Tokens = 1,
+    /// Prompt tokens.
+    InputTokens = 2,
+    /// Completion tokens.
+    OutputTokens = 3,
+    /// Money, in micro-dollars.
+    Spend = 4,
+}
+
+impl Kind {
+    /// How many kinds there are: the width of a record.
+    pub const COUNT: usize = 5;
+    /// Every kind, in record order.
+    pub const ALL: [Kind; Kind::COUNT] =
+        [Kind::Requests, Kind::Tokens, Kind::InputTokens, Kind::OutputTokens, Kind::Spend];
+
+    /// The name used in error bodies, metrics labels and headers.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Requests => "requests",
+            Kind::Tokens => "tokens",
+            Kind::InputTokens => "input_tokens",
+            Kind::OutputTokens => "output_tokens",
+            Kind::Spend => "spend",
+        }
+    }
+}
+
+/// What a request costs, in whole units per [`Kind`] (spend in micro-dollars).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost(pub [u64; Kind::COUNT]);
+
+impl Cost {
+    /// The cost of one request with so many prompt and completion tokens and so much money.
+    pub const fn of_request(input_tokens: u64, output_tokens: u64, spend_micro_dollars: u64) -> Self {
+        Cost([1, input_tokens.saturating_add(output_tokens), input_tokens, output_tokens, spend_micro_dollars])
+    }
+
+    /// The amount of one kind.
+    pub const fn get(&self, kind: Kind) -> u64 {
+        self.0[kind as usize]
+    }
+}
+
+/// Capacity and drain rate of one bucket. Neither is stored: both come with every call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bucket {
+    /// The most that may be used at once, whole units. At most [`Bucket::MAX_UNITS`].
+    pub capacity: u64,
+    /// Whole units drained per `period`. Zero never drains.
+    pub rate: u64,
+    /// The period of `rate`; a minute for requests and tokens per minute. At least one millisecond.
+    pub period: Duration,
+}
+
+impl Bucket {
+    /// Largest capacity or rate: 2^53 micro-units, so that doubles in Lua stay exact.
+    pub const MAX_UNITS: u64 = 9_000_000_000;
+
+    /// A bucket of `rate` per minute that holds `burst` minutes' worth.
+    pub fn per_minute(rate: u64, burst: f64) -> Self {
+        let capacity = ((rate as f64) * burst.max(0.0)).floor().clamp(0.0, Self::MAX_UNITS as f64) as u64;
+        Self { capacity: capacity.max(u64::from(rate > 0)), rate: rate.min(Self::MAX_UNITS), period: Duration::from_secs(60) }
+    }
+}
+
+/// Whether a limit refuses, or only counts what it would have refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Refuses.
+    #[default]
+    Enforce,
+    /// Counts and reports, never refuses.
+    Shadow,
+}
+
+/// Names a scope's record in the store; built only by [`crate::key`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(pub(crate) std::sync::Arc<str>);
+
+impl Key {
+    /// The key as the store sees it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Every limit of one scope (a tenant, a model, a key, the whole cluster, or a product of them).
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScopeLimits {
+    /// The record that holds this scope's meters.
+    pub record: Key,
+    /// The sorted set that holds this scope's leases; used only when `concurrency` is set.
+    pub leases: Key,
+    /// The bucket per kind, where the scope limits that kind.
+    pub buckets: [Option<Bucket>; Kind::COUNT],
+    /// How many requests may be in flight at once.
+    pub concurrency: Option<u32>,
+    /// Enforce or shadow.
+    pub mode: Mode,
+}
+
+/// A place a request may be sent to: the leases of one backend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// The sorted set of the backend's leases.
+    pub leases: Key,
+    /// The most requests the whole cluster may have in flight there. Zero is closed.
+    pub max_concurrency: u32,
+}
+
+/// The id of a reservation, of its leases and of every retry of the same call.
+pub type ReservationId = Uuid;
+
+/// The scopes of a request; few, so kept inline.
+pub type Scopes = SmallVec<[ScopeLimits; 6]>;
+
+/// One admission.
+#[derive(Debug, Clone)]
+pub struct Acquire {
+    /// A repeated call with the id of a granted one returns the stored grant and charges nothing.
+    pub id: ReservationId,
+    /// What to reserve.
+    pub cost: Cost,
+    /// True when the token part of `cost` was estimated and not stated by the caller: such a cost is clamped to
+    /// a bucket's capacity instead of being refused for ever.
+    pub estimated: bool,
+    /// Every scope the request is under, at most [`MAX_SCOPES`].
+    pub scopes: Scopes,
+    /// Backends in order of preference, at most [`MAX_CANDIDATES`]. Empty: no slot is wanted.
+    pub candidates: Vec<Candidate>,
+    /// How long leases live without renewal.
+    pub lease_ttl: Duration,
+}
+
+/// Most scopes in one call.
+pub const MAX_SCOPES: usize = 16;
+/// Most candidate backends in one call.
+pub const MAX_CANDIDATES: usize = 64;
+
+/// The state of one limit after a decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LimitState {
+    /// Index into [`Acquire::scopes`].
+    pub scope: usize,
+    /// What was limited.
+    pub what: What,
+    /// What this limit said.
+    pub verdict: Verdict,
+    /// Capacity (or the concurrency limit), whole units.
+    pub limit: u64,
+    /// What is left, whole units, rounded down.
+    pub remaining: u64,
+    /// Time until the meter is empty again; zero for concurrency.
+    pub reset: Duration,
+}
+
+/// A bucket of some kind, or the number of requests in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum What {
+    /// A bucket.
+    Bucket(Kind),
+    /// Requests in flight.
+    Concurrency,
+}
+
+/// What one limit says about one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It fits.
+    Fits,
+    /// It fits after this long if nobody else takes it. For concurrency this is the earliest expiry of a lease:
+    /// an upper bound, since a release can come sooner.
+    Wait(Duration),
+    /// An explicit cost above capacity: it never fits.
+    Never,
+}
+
+/// The answer to an [`Acquire`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// Granted, or why not.
+    pub outcome: Outcome,
+    /// Every limit that was looked at, in scope order, buckets in [`Kind`] order, concurrency last.
+    pub limits: Vec<LimitState>,
+    /// The store's time of the decision, microseconds since an epoch of its own.
+    pub now_us: u64,
+}
+
+/// What an admission came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Reserved. `slot` is the index of the candidate whose slot was taken; `None` when none was asked for.
+    Granted {
+        /// Index into [`Acquire::candidates`].
+        slot: Option<usize>,
+    },
+    /// A limit of the caller refused; nothing was written. `wait` is when every refusing limit would fit,
+    /// `None` when one of them never will.
+    Limited {
+        /// Time until it would fit.
+        wait: Option<Duration>,
+    },
+    /// The limits would have granted, but every candidate is full; nothing was written.
+    NoSlot {
+        /// The earliest expiry among the candidates' leases: an upper bound.
+        wait: Duration,
+    },
+}
+
+/// Ends a reservation.
+#[derive(Debug, Clone)]
+pub struct Settle {
+    /// The reservation.
+    pub id: ReservationId,
+    /// What was really used; all zero undoes the reservation (the request never reached a model).
+    pub actual: Cost,
+    /// The same scopes as at acquire; their present rates drain the meters.
+    pub scopes: Scopes,
+    /// The backend whose slot is held, if one is.
+    pub slot: Option<Key>,
+}
+
+/// The outcome of a settlement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// False when the reservation was settled before, or had expired.
+    pub applied: bool,
+    /// The limits afterwards, for response headers of the next answer.
+    pub limits: Vec<LimitState>,
+}
+
+/// One reservation in a batched renewal.
+#[derive(Debug, Clone)]
+pub struct Renewal {
+    /// The reservation.
+    pub id: ReservationId,
+    /// Every sorted set that holds one of its leases.
+    pub leases: SmallVec<[Key; 4]>,
+}
+
+/// Why a limiter could not decide. None of these is "over the limit".
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The store did not answer in time; the outcome is unknown.
+    #[error("the limit store did not answer within {0:?}")]
+    Timeout(Duration),
+    /// The store cannot be reached.
+    #[error("the limit store is unreachable: {0}")]
+    Unreachable(String),
+    /// The store answered with an error (out of memory, read-only, loading, wrong type, no permission).
+    #[error("the limit store refused the call: {0}")]
+    Refused(String),
+    /// The call breaks the contract (too many scopes, a capacity out of range).
+    #[error("invalid limit call: {0}")]
+    Invalid(&'static str),
+}
+
+/// The contract; see the crate documentation. Futures may be dropped at any await: an acquire whose caller is
+/// gone must be cancelled by its id.
+pub trait Limiter: Send + Sync {
+    /// Decides every limit and takes a slot, in one atomic call.
+    fn acquire(&self, call: &Acquire) -> impl Future<Output = Result<Decision, Error>> + Send;
+    /// Moves a reservation's slot: releases `from` (if any) and takes the first free candidate. Used by retries.
+    /// `None` when every candidate is full; then `from` is released all the same.
+    fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> impl Future<Output = Result<Option<usize>, Error>> + Send;
+    /// Applies `actual - reserved` and frees every lease. Idempotent.
+    fn settle(&self, call: &Settle) -> impl Future<Output = Result<Settled, Error>> + Send;
+    /// Extends leases that still exist; returns the ids that have lost at least one.
+    fn renew(
+        &self,
+        renewals: &[Renewal],
+        lease_ttl: Duration,
+    ) -> impl Future<Output = Result<Vec<ReservationId>, Error>> + Send;
+    /// Frees leases without settling.
+    fn release(&self, id: ReservationId, leases: &[Key]) -> impl Future<Output = Result<(), Error>> + Send;
+    /// How every limit stands now; reads only.
+    fn peek(&self, scopes: &[ScopeLimits]) -> impl Future<Output = Result<Vec<LimitState>, Error>> + Send;
+}
