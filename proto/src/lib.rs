@@ -1,1 +1,21 @@
-//! weir-proto
+//! The wire contract of Weir, and its translation into checked domain types.
+//!
+//! * [`v1`]: what `weir/v1/*.proto` generates, nothing added.
+//! * [`resource`]: the same resources as values that hold only what is valid: defaults filled in, durations as
+//!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
+//! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
+
+pub mod v1 {
+    //! Generated from `weir/v1/*.proto`.
+    #![allow(
+        missing_docs,
+        clippy::all,
+        clippy::pedantic,
+        unreachable_pub,
+        reason = "generated; documented in the .proto files"
+    )]
+    tonic::include_proto!("weir.v1");
+}
+
+/// The compiled descriptors of every file, for gRPC reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
