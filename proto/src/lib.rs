@@ -5,6 +5,8 @@
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
 
+pub mod resource;
+
 pub mod v1 {
     //! Generated from `weir/v1/*.proto`.
     #![allow(

@@ -1,0 +1,102 @@
+use super::*;
+
+fn backend() -> v1::BackendSpec {
+    v1::BackendSpec {
+        pool: "chat".into(),
+        url: "http://127.0.0.1:8000/".into(),
+        models: [("gpt-4.1".to_owned(), String::new())].into(),
+        ..Default::default()
+    }
+}
+
+fn resource(name: &str, spec: v1::resource::Spec) -> v1::Resource {
+    v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() }
+}
+
+fn paths(wire: &v1::Resource) -> Vec<String> {
+    Resource::try_from(wire).expect_err("is invalid").0.into_iter().map(|v| v.path).collect()
+}
+
+#[test]
+fn names_are_dns_labels_with_dots() {
+    for good in ["a", "gpt-4.1", "0", "a.b-c"] {
+        assert!(Name::parse(good).is_ok(), "{good}");
+    }
+    for bad in ["", "A", "a b", "-a", "a.", "a/b", "{a}", "a\n", &"a".repeat(64)] {
+        assert!(Name::parse(bad).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn an_empty_backend_takes_the_documented_defaults() {
+    let r = Resource::try_from(&resource("b", v1::resource::Spec::Backend(backend()))).expect("valid");
+    let Spec::Backend(b) = r.spec else { panic!("a backend") };
+    assert_eq!((b.weight, b.max_concurrency, b.health_path.as_str()), (100, 50, "/health"));
+    assert_eq!(b.url.host(), Some("127.0.0.1"));
+    assert_eq!(b.admin_state, AdminState::Active);
+}
+
+#[test]
+fn every_violation_is_reported_with_its_path() {
+    let wire = resource(
+        "Bad Name",
+        v1::resource::Spec::Backend(v1::BackendSpec {
+            pool: "p".into(),
+            url: "http://u:secret@host".into(),
+            weight: Some(10_001),
+            credential: "sk-something".into(),
+            ..backend()
+        }),
+    );
+    let found = Resource::try_from(&wire).expect_err("is invalid");
+    assert_eq!(found.0[0].path, "name");
+    assert_eq!(found.0[1].path, "backend.url");
+    assert!(!found.to_string().contains("secret@"), "never repeats a secret");
+}
+
+#[test]
+fn a_secret_in_the_credential_field_is_refused_and_not_repeated() {
+    let wire = resource(
+        "b",
+        v1::resource::Spec::Backend(v1::BackendSpec { credential: "sk-canary".into(), ..backend() }),
+    );
+    let found = Resource::try_from(&wire).expect_err("is invalid");
+    assert_eq!(found.0[0].path, "backend.credential");
+    assert!(!found.to_string().contains("canary"));
+}
+
+#[test]
+fn urls_other_than_http_are_refused() {
+    for url in ["", "host:80", "file:///etc/passwd", "ftp://h", "http://h?x=1", "http://"] {
+        let wire =
+            resource("b", v1::resource::Spec::Backend(v1::BackendSpec { url: url.into(), ..backend() }));
+        assert_eq!(paths(&wire), ["backend.url"], "{url}");
+    }
+}
+
+#[test]
+fn a_model_is_called_by_its_resource_name_unless_it_says_otherwise() {
+    let spec = v1::ModelSpec { pool: "chat".into(), ..Default::default() };
+    let r = Resource::try_from(&resource("gpt-4.1", v1::resource::Spec::Model(spec))).expect("valid");
+    let Spec::Model(m) = &r.spec else { panic!("a model") };
+    assert_eq!(m.client_name, "gpt-4.1");
+    assert_eq!(r.references()[0].path, "model.pool");
+}
+
+#[test]
+fn rates_out_of_a_doubles_range_are_refused() {
+    let rates = v1::Rates { tokens_per_minute: Some(2_000_000_000), ..Default::default() };
+    let spec = v1::LimitSpec { selector: None, rates: Some(rates) };
+    assert_eq!(paths(&resource("all", v1::resource::Spec::Limit(spec))), ["limit.rates.tokens_per_minute"]);
+}
+
+#[test]
+fn zero_and_negative_durations_are_refused() {
+    for d in [prost_types::Duration::default(), prost_types::Duration { seconds: -1, nanos: 0 }] {
+        let spec = v1::PoolSpec {
+            timeouts: Some(v1::Timeouts { total: Some(d), ..Default::default() }),
+            ..Default::default()
+        };
+        assert_eq!(paths(&resource("p", v1::resource::Spec::Pool(spec))), ["pool.timeouts.total"]);
+    }
+}
