@@ -1,1 +1,39 @@
-//! weir-runtime
+//! What every Weir process shares and nothing else: its log, its operations port, its end.
+
+use std::sync::LazyLock;
+
+mod logs;
+mod ops;
+mod secret;
+mod signals;
+
+pub use logs::init_logs;
+pub use ops::{Readiness, serve_ops};
+pub use secret::Secret;
+pub use signals::shutdown_on_signals;
+
+/// The commit the build was told in `WEIR_COMMIT`; "unknown" otherwise.
+pub const COMMIT: &str = match option_env!("WEIR_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+
+/// Version and commit, as `--version` and the control plane show them.
+pub fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| format!("{} ({COMMIT})", env!("CARGO_PKG_VERSION")));
+    &VERSION
+}
+
+/// The exit codes of every process.
+pub mod exit {
+    /// Done.
+    pub const DONE: u8 = 0;
+    /// Failed.
+    pub const FAILED: u8 = 1;
+    /// Wrong usage; clap's own.
+    pub const USAGE: u8 = 2;
+    /// The configuration is bad; the message names the key.
+    pub const CONFIG: u8 = 64;
+    /// A needed service is not there; the message names it and the remedy.
+    pub const UNAVAILABLE: u8 = 69;
+}
