@@ -1,0 +1,160 @@
+//! Where resources are kept: a trait of four operations small enough for any consistent store.
+//!
+//! * [`Store::transact`] compares key revisions, then writes; all of it or nothing. Acknowledged means durable.
+//! * [`Store::range`] reads a prefix at the current revision.
+//! * [`Store::watch`] follows the revisions after a given one, each once and in order.
+//! * [`Store::lease`] elects a holder; its fencing number rises with every grant.
+//!
+//! The revision is one counter for the whole store and rises by one with every transaction. The epoch is made with
+//! the store: another epoch means another history.
+
+mod log;
+mod memory;
+mod redb;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+
+pub use log::Watch;
+pub use memory::MemoryStore;
+pub use redb::FileStore;
+
+/// What must hold for a transaction to be applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compare {
+    /// Of which key.
+    pub key: String,
+    /// The revision of its last change; zero: it does not exist.
+    pub revision: u64,
+}
+
+/// One write of a transaction.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Sets a key.
+    Put(String, Bytes),
+    /// Removes a key; nothing when there is none.
+    Delete(String),
+}
+
+impl Write {
+    /// The key written.
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Put(key, _) | Self::Delete(key) => key,
+        }
+    }
+}
+
+impl fmt::Debug for Write {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Put(key, value) => write!(f, "Put({key}, {} bytes)", value.len()),
+            Self::Delete(key) => write!(f, "Delete({key})"),
+        }
+    }
+}
+
+/// Comparisons and writes that happen together.
+#[derive(Debug, Clone, Default)]
+pub struct Transaction {
+    /// All must hold.
+    pub compares: Vec<Compare>,
+    /// Applied in order.
+    pub writes: Vec<Write>,
+}
+
+/// One key as it was read.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// Its value.
+    pub value: Bytes,
+    /// The revision of its last change.
+    pub revision: u64,
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{} ({} bytes)", self.key, self.revision, self.value.len())
+    }
+}
+
+/// A prefix as it was at one revision.
+#[derive(Debug, Clone)]
+pub struct Range {
+    /// By key.
+    pub entries: Vec<Entry>,
+    /// The store revision that was read.
+    pub revision: u64,
+    /// The store's epoch.
+    pub epoch: String,
+}
+
+/// What one transaction wrote.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The revision it made.
+    pub revision: u64,
+    /// In order.
+    pub writes: Vec<Write>,
+}
+
+/// A granted lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// Higher than that of every earlier grant of the same name.
+    pub fencing: u64,
+}
+
+/// Why a store did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A comparison did not hold; nothing was written.
+    #[error("key {0} was changed by somebody else")]
+    Conflict(String),
+    /// The revisions asked for are forgotten: read the range again.
+    #[error("the revisions after {from} are compacted, the oldest known is {oldest}")]
+    Compacted {
+        /// The revision asked for.
+        from: u64,
+        /// The first that can still be watched.
+        oldest: u64,
+    },
+    /// Another process has it open.
+    #[error("the store {0} is in use by another process; stop it or choose another store path")]
+    Locked(PathBuf),
+    /// It cannot be opened.
+    #[error("cannot open the store {path}: {reason}")]
+    Open {
+        /// Where it is.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// It does not work.
+    #[error("the store failed: {0}")]
+    Failed(String),
+}
+
+/// The answer of a store.
+pub type Answer<'a, T> = BoxFuture<'a, Result<T, Error>>;
+
+/// A consistent, durable map with revisions.
+pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Applies all writes when all comparisons hold and returns the new revision.
+    fn transact(&self, transaction: Transaction) -> Answer<'_, u64>;
+    /// Reads every key with a prefix.
+    fn range(&self, prefix: &str) -> Answer<'_, Range>;
+    /// Follows the revisions after `from`.
+    fn watch(&self, from: u64) -> Result<Watch, Error>;
+    /// Asks for the lease of a name. A store of one process always grants it.
+    fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease>;
+}

@@ -1,0 +1,217 @@
+//! The embedded durable store: one file, held by one process.
+//!
+//! Every transaction is on disk before it is acknowledged. Blocking work runs on tokio's blocking threads, one
+//! writer at a time.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use redb::{Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+
+use super::log::Log;
+use super::{Answer, Batch, Entry, Error, Lease, Range, Store, Transaction, Watch, Write};
+
+/// Key -> (revision of its last change, value).
+const ENTRIES: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("entries");
+/// Counters: the revision and the fencing number.
+const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters");
+/// Texts: the epoch.
+const TEXTS: TableDefinition<'_, &str, &str> = TableDefinition::new("texts");
+
+/// Keeps everything in one file.
+#[derive(Debug, Clone)]
+pub struct FileStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    database: Database,
+    log: Log,
+    epoch: String,
+    path: PathBuf,
+    /// Held over commit and log, so that the log has the order of the file.
+    writer: Mutex<()>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("path", &self.path).field("epoch", &self.epoch).finish_non_exhaustive()
+    }
+}
+
+impl FileStore {
+    /// Opens a store, or makes it with mode 0600 in a directory of mode 0700. Blocks; call it before serving.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let unopened = |reason: String| Error::Open { path: path.to_owned(), reason };
+        let file = create_private(path).map_err(|e| unopened(e.to_string()))?;
+        let database = redb::backends::FileBackend::new(file)
+            .and_then(|backend| Database::builder().create_with_backend(backend))
+            .map_err(|e| match e {
+                DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
+                    Error::Locked(path.to_owned())
+                }
+                other => unopened(other.to_string()),
+            })?;
+        let (revision, epoch) = initialise(&database).map_err(|e| unopened(e.to_string()))?;
+        let inner =
+            Inner { database, log: Log::new(revision), epoch, path: path.to_owned(), writer: Mutex::new(()) };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Error> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(Failure::Conflict(key))) => Err(Error::Conflict(key)),
+            Ok(Err(Failure::Database(e))) => Err(Error::Failed(e.to_string())),
+            Err(e) => Err(Error::Failed(e.to_string())),
+        }
+    }
+}
+
+/// What can go wrong inside a transaction.
+enum Failure {
+    Conflict(String),
+    Database(Box<redb::Error>),
+}
+
+impl<E: Into<redb::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Database(Box::new(error.into()))
+    }
+}
+
+impl Inner {
+    fn transact(&self, transaction: Transaction) -> Result<u64, Failure> {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tx = self.database.begin_write()?;
+        tx.set_durability(Durability::Immediate)?;
+        let revision = {
+            let mut entries = tx.open_table(ENTRIES)?;
+            for compare in &transaction.compares {
+                let found = entries.get(compare.key.as_str())?.map_or(0, |entry| entry.value().0);
+                if found != compare.revision {
+                    return Err(Failure::Conflict(compare.key.clone()));
+                }
+            }
+            let mut counters = tx.open_table(COUNTERS)?;
+            let revision = counters.get("revision")?.map_or(0, |value| value.value()) + 1;
+            counters.insert("revision", revision)?;
+            for write in &transaction.writes {
+                match write {
+                    Write::Put(key, value) => {
+                        entries.insert(key.as_str(), (revision, value.as_ref()))?;
+                    }
+                    Write::Delete(key) => {
+                        entries.remove(key.as_str())?;
+                    }
+                }
+            }
+            revision
+        };
+        tx.commit()?;
+        self.log.push(Batch { revision, writes: transaction.writes });
+        Ok(revision)
+    }
+
+    fn range(&self, prefix: &str) -> Result<Range, Failure> {
+        let tx = self.database.begin_read()?;
+        let table = tx.open_table(ENTRIES)?;
+        let mut entries = Vec::new();
+        for row in table.range(prefix..)? {
+            let (key, value) = row?;
+            if !key.value().starts_with(prefix) {
+                break;
+            }
+            let (revision, bytes) = value.value();
+            let key = key.value().to_owned();
+            entries.push(Entry { key, value: Bytes::copy_from_slice(bytes), revision });
+        }
+        let revision = tx.open_table(COUNTERS)?.get("revision")?.map_or(0, |value| value.value());
+        Ok(Range { entries, revision, epoch: self.epoch.clone() })
+    }
+
+    fn lease(&self, name: &str) -> Result<Lease, Failure> {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = format!("fencing/{name}");
+        let tx = self.database.begin_write()?;
+        let fencing = {
+            let mut counters = tx.open_table(COUNTERS)?;
+            let fencing = counters.get(key.as_str())?.map_or(0, |value| value.value()) + 1;
+            counters.insert(key.as_str(), fencing)?;
+            fencing
+        };
+        tx.commit()?;
+        Ok(Lease { fencing })
+    }
+}
+
+impl Store for FileStore {
+    fn transact(&self, transaction: Transaction) -> Answer<'_, u64> {
+        self.blocking(move |inner| inner.transact(transaction)).boxed()
+    }
+
+    fn range(&self, prefix: &str) -> Answer<'_, Range> {
+        let prefix = prefix.to_owned();
+        self.blocking(move |inner| inner.range(&prefix)).boxed()
+    }
+
+    fn watch(&self, from: u64) -> Result<Watch, Error> {
+        self.inner.log.watch(from)
+    }
+
+    fn lease(&self, name: &str, _holder: &str, _ttl: Duration) -> Answer<'_, Lease> {
+        // The file's lock is the lease; only the number has to outlive the process.
+        let name = name.to_owned();
+        self.blocking(move |inner| inner.lease(&name)).boxed()
+    }
+}
+
+/// Makes the tables and the epoch on first use; returns the revision and the epoch.
+fn initialise(database: &Database) -> Result<(u64, String), Box<redb::Error>> {
+    let run = || -> Result<(u64, String), redb::Error> {
+        let tx = database.begin_write()?;
+        let found = {
+            tx.open_table(ENTRIES)?;
+            let mut texts = tx.open_table(TEXTS)?;
+            let known = texts.get("epoch")?.map(|value| value.value().to_owned());
+            let epoch = match known {
+                Some(epoch) => epoch,
+                None => {
+                    let epoch = uuid::Uuid::now_v7().to_string();
+                    texts.insert("epoch", epoch.as_str())?;
+                    epoch
+                }
+            };
+            let counters = tx.open_table(COUNTERS)?;
+            let revision = counters.get("revision")?.map_or(0, |value| value.value());
+            (revision, epoch)
+        };
+        tx.commit()?;
+        Ok(found)
+    };
+    run().map_err(Box::new)
+}
+
+/// Opens a file that only its owner can read, and makes its directory likewise.
+pub(crate) fn create_private(path: &Path) -> io::Result<fs::File> {
+    if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty() && !d.exists()) {
+        let mut builder = fs::DirBuilder::new();
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.recursive(true).create(directory)?;
+    }
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
