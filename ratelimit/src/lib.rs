@@ -18,6 +18,15 @@
 //!
 //! [`memory::MemoryLimiter`] and [`redis::RedisLimiter`] keep the same contract; one suite proves both.
 
+pub mod any;
+pub mod budget;
+mod call;
+pub mod key;
+pub mod memory;
+pub mod redis;
 pub mod types;
 
+pub use any::AnyLimiter;
+pub use budget::FOREVER;
+pub use key::{Scope, scope_keys};
 pub use types::*;

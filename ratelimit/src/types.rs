@@ -48,7 +48,13 @@ pub struct Cost(pub [u64; Kind::COUNT]);
 impl Cost {
     /// The cost of one request with so many prompt and completion tokens and so much money.
     pub const fn of_request(input_tokens: u64, output_tokens: u64, spend_micro_dollars: u64) -> Self {
-        Cost([1, input_tokens.saturating_add(output_tokens), input_tokens, output_tokens, spend_micro_dollars])
+        Cost([
+            1,
+            input_tokens.saturating_add(output_tokens),
+            input_tokens,
+            output_tokens,
+            spend_micro_dollars,
+        ])
     }
 
     /// The amount of one kind.
@@ -75,7 +81,11 @@ impl Bucket {
     /// A bucket of `rate` per minute that holds `burst` minutes' worth.
     pub fn per_minute(rate: u64, burst: f64) -> Self {
         let capacity = ((rate as f64) * burst.max(0.0)).floor().clamp(0.0, Self::MAX_UNITS as f64) as u64;
-        Self { capacity: capacity.max(u64::from(rate > 0)), rate: rate.min(Self::MAX_UNITS), period: Duration::from_secs(60) }
+        Self {
+            capacity: capacity.max(u64::from(rate > 0)),
+            rate: rate.min(Self::MAX_UNITS),
+            period: Duration::from_secs(60),
+        }
     }
 }
 
@@ -133,7 +143,8 @@ pub type Scopes = SmallVec<[ScopeLimits; 6]>;
 /// One admission.
 #[derive(Debug, Clone)]
 pub struct Acquire {
-    /// A repeated call with the id of a granted one returns the stored grant and charges nothing.
+    /// A repeated call with the id of a granted one returns the stored grant and charges nothing, also after
+    /// its settlement. One that arrives after a settlement that came first is refused without a wait.
     pub id: ReservationId,
     /// What to reserve.
     pub cost: Cost,
@@ -166,7 +177,8 @@ pub struct LimitState {
     pub limit: u64,
     /// What is left, whole units, rounded down.
     pub remaining: u64,
-    /// Time until the meter is empty again; zero for concurrency.
+    /// Time until the meter is empty again; zero for concurrency, [`crate::FOREVER`] for a meter that does not
+    /// drain.
     pub reset: Duration,
 }
 
@@ -184,10 +196,10 @@ pub enum What {
 pub enum Verdict {
     /// It fits.
     Fits,
-    /// It fits after this long if nobody else takes it. For concurrency this is the earliest expiry of a lease:
+    /// It fits after this long if nobody else takes it. For concurrency this is when enough leases have expired:
     /// an upper bound, since a release can come sooner.
     Wait(Duration),
-    /// An explicit cost above capacity: it never fits.
+    /// It never fits: an explicit cost above capacity, a full bucket that does not drain, or a limit of zero.
     Never,
 }
 
@@ -218,7 +230,8 @@ pub enum Outcome {
     },
     /// The limits would have granted, but every candidate is full; nothing was written.
     NoSlot {
-        /// The earliest expiry among the candidates' leases: an upper bound.
+        /// When the first candidate has a slot if nothing is released or renewed: an upper bound. The lease
+        /// time when every candidate is closed.
         wait: Duration,
     },
 }
@@ -239,7 +252,9 @@ pub struct Settle {
 /// The outcome of a settlement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settled {
-    /// False when the reservation was settled before, or had expired.
+    /// False when the reservation was settled before, had expired or was never granted. Of an unknown
+    /// reservation the actual is debited once and nothing is credited: what it reserved is not known, and
+    /// limits never under-count.
     pub applied: bool,
     /// The limits afterwards, for response headers of the next answer.
     pub limits: Vec<LimitState>,

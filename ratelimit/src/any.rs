@@ -1,0 +1,82 @@
+//! Either limiter, chosen at start.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::memory::MemoryLimiter;
+use crate::redis::RedisLimiter;
+use crate::{
+    Acquire, Candidate, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
+    Settle, Settled,
+};
+
+/// A limiter whose store is known only at run time. Clones share the store.
+#[derive(Debug, Clone)]
+pub enum AnyLimiter {
+    /// Inside this process.
+    Memory(Arc<MemoryLimiter>),
+    /// Shared through Redis.
+    Redis(Arc<RedisLimiter>),
+}
+
+impl From<MemoryLimiter> for AnyLimiter {
+    fn from(limiter: MemoryLimiter) -> Self {
+        AnyLimiter::Memory(Arc::new(limiter))
+    }
+}
+
+impl From<RedisLimiter> for AnyLimiter {
+    fn from(limiter: RedisLimiter) -> Self {
+        AnyLimiter::Redis(Arc::new(limiter))
+    }
+}
+
+impl Limiter for AnyLimiter {
+    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.acquire(call).await,
+            AnyLimiter::Redis(limiter) => limiter.acquire(call).await,
+        }
+    }
+
+    async fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> Result<Option<usize>, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.move_slot(id, from, candidates, lease_ttl).await,
+            AnyLimiter::Redis(limiter) => limiter.move_slot(id, from, candidates, lease_ttl).await,
+        }
+    }
+
+    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.settle(call).await,
+            AnyLimiter::Redis(limiter) => limiter.settle(call).await,
+        }
+    }
+
+    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.renew(renewals, lease_ttl).await,
+            AnyLimiter::Redis(limiter) => limiter.renew(renewals, lease_ttl).await,
+        }
+    }
+
+    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.release(id, leases).await,
+            AnyLimiter::Redis(limiter) => limiter.release(id, leases).await,
+        }
+    }
+
+    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.peek(scopes).await,
+            AnyLimiter::Redis(limiter) => limiter.peek(scopes).await,
+        }
+    }
+}

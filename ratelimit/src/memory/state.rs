@@ -1,0 +1,413 @@
+//! What the scripts do, on maps. Step for step the same as the files in `scripts/`.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::time::Duration;
+
+use super::leases::Leases;
+use crate::budget::{Fit, Meter};
+use crate::call::{
+    self, Line, RESERVATION_LIFE, TOMBSTONE_LIFE, blank_limits, lines, micros, reserved, reset, spent,
+};
+use crate::{
+    Acquire, Candidate, Decision, Key, Kind, LimitState, Mode, Outcome, Renewal, ReservationId, ScopeLimits,
+    Settle, Settled, Verdict, What,
+};
+
+/// Expired entries removed per call.
+const SWEEP_MAX: usize = 16;
+
+type Meters = [Meter; Kind::COUNT];
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    records: HashMap<Key, Record>,
+    leases: HashMap<Key, Leases>,
+    reservations: HashMap<Key, Reservation>,
+    /// One entry per stored thing that can expire, looked at again when its turn comes.
+    due: BinaryHeap<Reverse<(u64, Due)>>,
+}
+
+#[derive(Debug)]
+struct Record {
+    meters: Meters,
+    /// `None` when a meter will never be empty.
+    expires: Option<u64>,
+    queued: bool,
+}
+
+#[derive(Debug)]
+struct Reservation {
+    stage: Stage,
+    slot: Option<Key>,
+    reserved: Vec<(Key, [f64; Kind::COUNT])>,
+    expires: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Open,
+    Settled,
+    /// Ended before it was ever granted.
+    NeverGranted,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    Record(Key),
+    Leases(Key),
+    Reservation(Key),
+}
+
+/// What one scope came to before anything is written.
+struct Judged {
+    lines: smallvec::SmallVec<[Line; Kind::COUNT]>,
+    meters: Meters,
+}
+
+impl State {
+    pub(super) fn acquire(&mut self, call: &Acquire, now: u64) -> Decision {
+        let at = now as f64;
+        let key = Key::reservation_of(&call.scopes, call.id);
+        if let Some(held) = self.reservation(&key, now) {
+            let outcome = match held.stage {
+                Stage::NeverGranted => Outcome::Limited { wait: None },
+                Stage::Open | Stage::Settled => Outcome::Granted {
+                    slot: call.candidates.iter().position(|c| held.slot.as_ref() == Some(&c.leases)),
+                },
+            };
+            let mut limits = self.peek(&call.scopes, now);
+            limits.iter_mut().for_each(|limit| limit.verdict = Verdict::Fits);
+            return Decision { outcome, limits, now_us: now };
+        }
+
+        let mut limits = self.peek(&call.scopes, now);
+        let mut judged: Vec<Judged> = Vec::with_capacity(call.scopes.len());
+        let mut refusal: Option<Option<Duration>> = None;
+        let mut next = limits.iter_mut();
+        for scope in &call.scopes {
+            let (lines, meters) = (lines(scope, reserved(call)), self.meters(&scope.record, now));
+            for (line, limit) in lines.iter().zip(&mut next) {
+                limit.verdict = verdict(meters[line.kind as usize].judge(&line.terms, line.amount, at));
+                refuse(&mut refusal, scope, limit.verdict);
+            }
+            if scope.concurrency.is_some()
+                && let Some(limit) = next.next()
+            {
+                refuse(&mut refusal, scope, limit.verdict);
+            }
+            judged.push(Judged { lines, meters });
+        }
+        if let Some(wait) = refusal {
+            return Decision { outcome: Outcome::Limited { wait }, limits, now_us: now };
+        }
+        let slot = self.free_slot(&call.candidates, None, now);
+        if slot.is_none() && !call.candidates.is_empty() {
+            let outcome = Outcome::NoSlot { wait: self.slot_wait(&call.candidates, call.lease_ttl, now) };
+            return Decision { outcome, limits, now_us: now };
+        }
+
+        let expiry = later(now, call.lease_ttl);
+        let mut charged = Vec::with_capacity(call.scopes.len());
+        for (scope, Judged { lines, mut meters }) in call.scopes.iter().zip(judged) {
+            let mut amounts = [0.0; Kind::COUNT];
+            for line in &lines {
+                let meter = &mut meters[line.kind as usize];
+                let before = meter.level_at(&line.terms, at);
+                *meter = meter.apply(&line.terms, line.amount, at);
+                if line.amount > 0.0 {
+                    amounts[line.kind as usize] = meter.level - before;
+                }
+            }
+            if lines.iter().any(|line| line.amount > 0.0) {
+                self.write_record(&scope.record, &lines, meters, now);
+            }
+            if scope.concurrency.is_some() {
+                self.take_lease(&scope.leases, call.id, expiry);
+            }
+            charged.push((scope.record.clone(), amounts));
+        }
+        let slot_key = slot.map(|slot| call.candidates[slot].leases.clone());
+        if let Some(key) = &slot_key {
+            self.take_lease(key, call.id, expiry);
+        }
+        let expires = later(now, RESERVATION_LIFE);
+        let open = Reservation { stage: Stage::Open, slot: slot_key, reserved: charged, expires };
+        self.write_reservation(key, open, now);
+        for (after, limit) in self.peek(&call.scopes, now).into_iter().zip(&mut limits) {
+            *limit = LimitState { verdict: limit.verdict, ..after };
+        }
+        Decision { outcome: Outcome::Granted { slot }, limits, now_us: now }
+    }
+
+    pub(super) fn settle(&mut self, call: &Settle, now: u64) -> Settled {
+        let key = Key::reservation_of(&call.scopes, call.id);
+        let held = self.reservation(&key, now);
+        let (stage, slot, charged) = match held {
+            Some(held) => (Some(held.stage), held.slot.clone(), std::mem::take(&mut held.reserved)),
+            None => (None, None, Vec::new()),
+        };
+        for scope in &call.scopes {
+            let lines = lines(scope, spent(&call.actual));
+            let mut meters = self.meters(&scope.record, now);
+            let before = charged.iter().find(|(record, _)| *record == scope.record);
+            let mut changed = false;
+            for line in &lines {
+                let delta = match stage {
+                    Some(Stage::Open) => line.amount - before.map_or(0.0, |(_, by)| by[line.kind as usize]),
+                    Some(Stage::Settled | Stage::NeverGranted) => 0.0,
+                    None => line.amount,
+                };
+                let meter = &mut meters[line.kind as usize];
+                *meter = meter.apply(&line.terms, delta, now as f64);
+                changed |= delta != 0.0;
+            }
+            if changed {
+                self.write_record(&scope.record, &lines, meters, now);
+            }
+        }
+        for key in call.scopes.iter().map(|scope| &scope.leases).chain(&call.slot) {
+            self.drop_lease(key, call.id);
+        }
+        let expires = later(now, TOMBSTONE_LIFE);
+        let ended = match stage {
+            Some(Stage::Open) => Some(Stage::Settled),
+            None => Some(Stage::NeverGranted),
+            Some(Stage::Settled | Stage::NeverGranted) => None,
+        };
+        if let Some(stage) = ended {
+            self.write_reservation(key, Reservation { stage, slot, reserved: Vec::new(), expires }, now);
+        }
+        Settled { applied: stage == Some(Stage::Open), limits: self.peek(&call.scopes, now) }
+    }
+
+    pub(super) fn move_slot(
+        &mut self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        ttl: Duration,
+        now: u64,
+    ) -> Option<usize> {
+        let held =
+            candidates.iter().position(|c| Some(&c.leases) != from && self.live(&c.leases, now).holds(id));
+        let slot = held.or_else(|| self.free_slot(candidates, Some(id), now));
+        if let Some(from) = from {
+            self.drop_lease(from, id);
+        }
+        if let Some(slot) = slot {
+            self.take_lease(&candidates[slot].leases, id, later(now, ttl));
+        }
+        slot
+    }
+
+    /// False when a lease was lost.
+    pub(super) fn renew(&mut self, renewal: &Renewal, ttl: Duration, now: u64) -> bool {
+        let mut whole = true;
+        for key in &renewal.leases {
+            if self.leases.get_mut(key).is_some_and(|set| {
+                set.prune(now);
+                set.holds(renewal.id)
+            }) {
+                self.take_lease(key, renewal.id, later(now, ttl));
+            } else {
+                whole = false;
+            }
+        }
+        for key in Key::reservations_near(&renewal.leases, renewal.id) {
+            if let Some(held) = self.reservation(&key, now)
+                && held.stage == Stage::Open
+            {
+                held.expires = later(now, RESERVATION_LIFE);
+            }
+        }
+        whole
+    }
+
+    pub(super) fn release(&mut self, id: ReservationId, leases: &[Key]) {
+        leases.iter().for_each(|key| self.drop_lease(key, id));
+    }
+
+    pub(super) fn peek(&mut self, scopes: &[ScopeLimits], now: u64) -> Vec<LimitState> {
+        let at = now as f64;
+        let mut limits = blank_limits(scopes);
+        for limit in &mut limits {
+            let scope = &scopes[limit.scope];
+            match limit.what {
+                What::Bucket(kind) => {
+                    let Some(line) = lines(scope, |_, _| 0.0).into_iter().find(|line| line.kind == kind)
+                    else {
+                        continue;
+                    };
+                    let meter = self.meters(&scope.record, now)[kind as usize];
+                    limit.verdict = verdict(meter.judge(&line.terms, 0.0, at));
+                    limit.remaining = meter.remaining(&line.terms, at);
+                    limit.reset = reset(meter.reset(&line.terms, at));
+                }
+                What::Concurrency => {
+                    let most = scope.concurrency.unwrap_or_default();
+                    let Some(set) = self.leases.get_mut(&scope.leases) else {
+                        limit.verdict = if most == 0 { Verdict::Never } else { Verdict::Fits };
+                        limit.remaining = limit.limit;
+                        continue;
+                    };
+                    set.prune(now);
+                    if set.len() >= most as usize {
+                        let wait =
+                            set.opens_at(most).map(|at| Duration::from_micros(at.saturating_sub(now).max(1)));
+                        limit.verdict = wait.map_or(Verdict::Never, Verdict::Wait);
+                    }
+                    limit.remaining = limit.limit.saturating_sub(set.len() as u64);
+                }
+            }
+        }
+        limits
+    }
+
+    /// Removes a few of the things that have expired.
+    pub(super) fn sweep(&mut self, now: u64) {
+        for _ in 0..SWEEP_MAX {
+            if self.due.peek().is_none_or(|Reverse((at, _))| *at > now) {
+                return;
+            }
+            let Some(Reverse((_, due))) = self.due.pop() else { return };
+            // Extended since it was queued: again at its new time. Otherwise gone.
+            let again = match &due {
+                Due::Record(key) => match self.records.get_mut(key) {
+                    Some(record) if record.expires.is_none_or(|at| at > now) => {
+                        record.queued = record.expires.is_some();
+                        record.expires
+                    }
+                    _ => {
+                        self.records.remove(key);
+                        None
+                    }
+                },
+                Due::Leases(key) => {
+                    let left = self.leases.get_mut(key).and_then(|set| {
+                        set.prune(now);
+                        set.first_expiry()
+                    });
+                    if left.is_none() {
+                        self.leases.remove(key);
+                    }
+                    left
+                }
+                Due::Reservation(key) => {
+                    let left = self.reservations.get(key).map(|held| held.expires).filter(|at| *at > now);
+                    if left.is_none() {
+                        self.reservations.remove(key);
+                    }
+                    left.map(|at| at.min(later(now, TOMBSTONE_LIFE)))
+                }
+            };
+            if let Some(at) = again {
+                self.due.push(Reverse((at, due)));
+            }
+        }
+    }
+
+    fn meters(&self, key: &Key, now: u64) -> Meters {
+        let record = self.records.get(key).filter(|record| record.expires.is_none_or(|at| at > now));
+        record.map(|record| record.meters).unwrap_or_default()
+    }
+
+    /// Kinds that are not limited are stored as zero.
+    fn write_record(&mut self, key: &Key, lines: &[Line], meters: Meters, now: u64) {
+        let mut kept = Meters::default();
+        let mut life = Some(0.0f64);
+        for line in lines {
+            let meter = meters[line.kind as usize];
+            kept[line.kind as usize] = meter;
+            life = life.zip(meter.reset(&line.terms, now as f64)).map(|(a, b)| a.max(b));
+        }
+        let expires = life.map(|us| later(now, micros(us) + Duration::from_secs(10)));
+        let queued = self.records.get(key).is_some_and(|record| record.queued);
+        if let (Some(at), false) = (expires, queued) {
+            self.due.push(Reverse((at, Due::Record(key.clone()))));
+        }
+        let record = Record { meters: kept, expires, queued: queued || expires.is_some() };
+        self.records.insert(key.clone(), record);
+    }
+
+    fn reservation(&mut self, key: &Key, now: u64) -> Option<&mut Reservation> {
+        self.reservations.get_mut(key).filter(|held| held.expires > now)
+    }
+
+    /// Most reservations are settled soon, so the first look comes when a tombstone would expire.
+    fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
+        let first_look = later(now, TOMBSTONE_LIFE);
+        if self.reservations.insert(key.clone(), reservation).is_none() {
+            self.due.push(Reverse((first_look, Due::Reservation(key))));
+        }
+    }
+
+    /// The leases of a set that still count.
+    fn live(&mut self, key: &Key, now: u64) -> &Leases {
+        static NONE: std::sync::LazyLock<Leases> = std::sync::LazyLock::new(Leases::default);
+        match self.leases.get_mut(key) {
+            Some(set) => {
+                set.prune(now);
+                set
+            }
+            None => &NONE,
+        }
+    }
+
+    /// The first candidate with room, not counting what `id` itself holds there.
+    fn free_slot(&mut self, candidates: &[Candidate], id: Option<ReservationId>, now: u64) -> Option<usize> {
+        candidates.iter().position(|candidate| {
+            let set = self.live(&candidate.leases, now);
+            let own = usize::from(id.is_some_and(|id| set.holds(id)));
+            set.len() - own < candidate.max_concurrency as usize
+        })
+    }
+
+    fn slot_wait(&mut self, candidates: &[Candidate], ttl: Duration, now: u64) -> Duration {
+        let opens = candidates.iter().filter_map(|c| self.live(&c.leases, now).opens_at(c.max_concurrency));
+        opens.min().map_or(ttl, |at| Duration::from_micros(at.saturating_sub(now).max(1)))
+    }
+
+    fn take_lease(&mut self, key: &Key, id: ReservationId, expiry: u64) {
+        if let Some(set) = self.leases.get_mut(key) {
+            return set.put(id, expiry);
+        }
+        let mut set = Leases::default();
+        set.put(id, expiry);
+        self.leases.insert(key.clone(), set);
+        self.due.push(Reverse((expiry, Due::Leases(key.clone()))));
+    }
+
+    /// An empty set stays until its queued look, so that each set is queued once.
+    fn drop_lease(&mut self, key: &Key, id: ReservationId) {
+        if let Some(set) = self.leases.get_mut(key) {
+            set.remove(id);
+        }
+    }
+}
+
+fn verdict(fit: Fit) -> Verdict {
+    match fit {
+        Fit::Now => Verdict::Fits,
+        Fit::After(us) => Verdict::Wait(call::micros(us)),
+        Fit::Never => Verdict::Never,
+    }
+}
+
+/// Folds a verdict into the refusal: the longest wait, or none if one never fits.
+fn refuse(refusal: &mut Option<Option<Duration>>, scope: &ScopeLimits, verdict: Verdict) {
+    let wait = match verdict {
+        _ if scope.mode == Mode::Shadow => return,
+        Verdict::Fits => return,
+        Verdict::Wait(wait) => Some(wait),
+        Verdict::Never => None,
+    };
+    *refusal = Some(match refusal {
+        Some(before) => before.zip(wait).map(|(a, b)| a.max(b)),
+        None => wait,
+    });
+}
+
+fn later(now: u64, by: Duration) -> u64 {
+    now.saturating_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX))
+}

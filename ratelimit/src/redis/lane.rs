@@ -1,0 +1,156 @@
+//! A connection that is replaced when it breaks, by one task and not by every caller.
+//!
+//! The task publishes the state of its lane; callers read it. While the first attempt of a connection is under
+//! way callers wait (up to their deadline); once an attempt has failed they fail at once until the next one
+//! succeeds. Attempts back off, so a server that is down sees a few per second, whatever the load.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use ::redis::aio::MultiplexedConnection;
+use deadpool_redis::{Connection, Pool, PoolError};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::Error;
+
+/// Calls in a row without an answer after which a connection is taken for dead.
+const TIMEOUTS_MAX: u32 = 8;
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// A connection that lasted this long counts as good: the next failure starts with no backoff.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
+
+/// A shared connection.
+#[derive(Clone)]
+pub(crate) struct Link {
+    pub(crate) link: MultiplexedConnection,
+    /// Which connection of this lane it is, so that a late complaint does not hit its successor.
+    pub(crate) generation: u64,
+}
+
+#[derive(Clone)]
+enum State {
+    Connecting,
+    Ready(Link),
+    Down(Error),
+}
+
+/// One connection and the task that keeps it. Dropping the lane stops the task.
+pub(crate) struct Lane {
+    state: watch::Receiver<State>,
+    complaints: mpsc::Sender<u64>,
+    timeouts: AtomicU32,
+    keeper: JoinHandle<()>,
+}
+
+impl Lane {
+    pub(crate) fn start(pool: Pool) -> Self {
+        let (publish, state) = watch::channel(State::Connecting);
+        let (complaints, complained) = mpsc::channel(4);
+        let keeper = tokio::spawn(keep(pool, publish, complained));
+        Self { state, complaints, timeouts: AtomicU32::new(0), keeper }
+    }
+
+    /// The connection. Cancel-safe.
+    pub(crate) async fn connected(&self) -> Result<Link, Error> {
+        let fast = self.state.borrow().answer();
+        if let Some(answer) = fast {
+            return answer;
+        }
+        let mut state = self.state.clone();
+        let settled = state.wait_for(|state| !matches!(state, State::Connecting)).await;
+        let answer = settled.ok().and_then(|state| state.answer());
+        answer.unwrap_or_else(|| Err(Error::Unreachable("limiter is shut down".into())))
+    }
+
+    /// The connection of this generation is of no more use.
+    pub(crate) fn broken(&self, generation: u64) {
+        // A full queue already holds a complaint.
+        let _ = self.complaints.try_send(generation);
+    }
+
+    pub(crate) fn answered(&self) {
+        if self.timeouts.load(Ordering::Relaxed) != 0 {
+            self.timeouts.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn timed_out(&self) {
+        if self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 < TIMEOUTS_MAX {
+            return;
+        }
+        self.timeouts.store(0, Ordering::Relaxed);
+        if let State::Ready(link) = &*self.state.borrow() {
+            self.broken(link.generation);
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+impl State {
+    fn answer(&self) -> Option<Result<Link, Error>> {
+        match self {
+            State::Connecting => None,
+            State::Ready(link) => Some(Ok(link.clone())),
+            State::Down(error) => Some(Err(error.clone())),
+        }
+    }
+}
+
+/// Runs until the lane is dropped.
+async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::Receiver<u64>) {
+    let mut backoff = Duration::ZERO;
+    for generation in 0.. {
+        let since = Instant::now();
+        match pool.get().await {
+            Ok(connection) => {
+                let link = Link { link: connection.clone(), generation };
+                publish.send_replace(State::Ready(link));
+                loop {
+                    match complained.recv().await {
+                        Some(about) if about == generation => break,
+                        Some(_) => {}
+                        None => return,
+                    }
+                }
+                // Taken out for good, so that the pool does not hand the broken one out again.
+                drop(Connection::take(connection));
+                tracing::warn!("connection to the limit store lost");
+                if since.elapsed() > SETTLED_AFTER {
+                    backoff = Duration::ZERO;
+                }
+                if backoff.is_zero() {
+                    publish.send_replace(State::Connecting);
+                } else {
+                    publish.send_replace(State::Down(Error::Unreachable("connection lost".into())));
+                }
+            }
+            Err(error) => {
+                let error = match &error {
+                    PoolError::Backend(error) => super::classify(error),
+                    _ => Error::Unreachable("no connection".into()),
+                };
+                if !matches!(&*publish.borrow(), State::Down(_)) {
+                    tracing::warn!(%error, "cannot connect to the limit store");
+                }
+                publish.send_replace(State::Down(error));
+                backoff = backoff.max(BACKOFF_MIN);
+            }
+        }
+        tokio::time::sleep(jittered(backoff, generation)).await;
+        backoff = (backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
+    }
+}
+
+/// Between three quarters and all of it, so that gateways do not come back in step.
+fn jittered(backoff: Duration, generation: u64) -> Duration {
+    let seed = uuid::Uuid::new_v4().as_u128() as u64 ^ generation;
+    backoff.mul_f64(0.75 + (seed % 256) as f64 / 1024.0)
+}

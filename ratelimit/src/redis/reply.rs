@@ -1,0 +1,77 @@
+//! What the scripts answer: flat arrays of integers.
+
+use std::time::Duration;
+
+use crate::call::blank_limits;
+use crate::{Decision, Error, FOREVER, LimitState, Outcome, ScopeLimits, Settled, Verdict};
+
+/// Reads a reply from front to back; a missing number is an error, not a default.
+pub(crate) struct Reader<'a> {
+    rest: std::slice::Iter<'a, i64>,
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(reply: &'a [i64]) -> Self {
+        Self { rest: reply.iter() }
+    }
+
+    pub(crate) fn decision(mut self, scopes: &[ScopeLimits]) -> Result<Decision, Error> {
+        let (outcome, slot, wait, now_us) = (self.int()?, self.int()?, self.int()?, self.unsigned()?);
+        let outcome = match outcome {
+            0 => Outcome::Granted { slot: usize::try_from(slot).ok() },
+            1 => Outcome::Limited { wait: u64::try_from(wait).ok().map(Duration::from_micros) },
+            2 => {
+                Outcome::NoSlot { wait: Duration::from_micros(u64::try_from(wait).map_err(|_| malformed())?) }
+            }
+            _ => return Err(malformed()),
+        };
+        Ok(Decision { outcome, limits: self.limits(scopes)?, now_us })
+    }
+
+    pub(crate) fn settled(mut self, scopes: &[ScopeLimits]) -> Result<Settled, Error> {
+        let applied = self.int()? == 1;
+        self.int()?;
+        Ok(Settled { applied, limits: self.limits(scopes)? })
+    }
+
+    pub(crate) fn peeked(mut self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        self.int()?;
+        self.limits(scopes)
+    }
+
+    /// An index below `len`, or none.
+    pub(crate) fn index(mut self, len: usize) -> Result<Option<usize>, Error> {
+        match self.int()? {
+            -1 => Ok(None),
+            index => usize::try_from(index).ok().filter(|i| *i < len).map(Some).ok_or_else(malformed),
+        }
+    }
+
+    fn limits(&mut self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        let mut limits = blank_limits(scopes);
+        for limit in &mut limits {
+            let (verdict, wait) = (self.int()?, self.unsigned()?);
+            limit.verdict = match verdict {
+                0 => Verdict::Fits,
+                1 => Verdict::Wait(Duration::from_micros(wait)),
+                2 => Verdict::Never,
+                _ => return Err(malformed()),
+            };
+            limit.remaining = self.unsigned()?;
+            limit.reset = u64::try_from(self.int()?).map_or(FOREVER, Duration::from_micros);
+        }
+        Ok(limits)
+    }
+
+    fn int(&mut self) -> Result<i64, Error> {
+        self.rest.next().copied().ok_or_else(malformed)
+    }
+
+    fn unsigned(&mut self) -> Result<u64, Error> {
+        u64::try_from(self.int()?).map_err(|_| malformed())
+    }
+}
+
+fn malformed() -> Error {
+    Error::Refused("reply of an unknown form".into())
+}

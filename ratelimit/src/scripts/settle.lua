@@ -1,0 +1,65 @@
+#!lua flags=allow-oom
+-- Applies actual - reserved once per reservation and frees its leases.
+-- KEYS   reservation; n scope records; n scope lease sets; the slot's lease set if one is held
+-- ARGV   id, tombstone life ms, n, slot held 0|1;
+--        per scope: concurrency (-1 none), buckets, then per bucket kind 1-5, capacity, actual, num, den
+-- reply  applied 0|1, now us; per limit: verdict, wait us, remaining, reset us (see acquire) for a cost of zero
+-- Atomic because the reservation must be used up in the same step that applies it. A tombstone stays behind so
+-- that a second settle, or an acquire that arrives late, is recognised. Without a record (expired, or lost with
+-- the data set) what was reserved is unknown: the actual is debited, nothing is credited. Runs under memory
+-- pressure: freeing and crediting is what relieves it.
+local id, n, at = ARGV[1], tonumber(ARGV[3]), 4
+local now = clock()
+local held = read_reservation(KEYS[1])
+local open = held and held[2] == 0
+local reserved = {}
+if open then
+  for i = 4, #held do reserved[held[i][1]] = held[i] end
+end
+
+local scopes, mine = {}, {}
+for s = 1, n do
+  local scope = { limit = tonumber(ARGV[at + 1]) }
+  local count = tonumber(ARGV[at + 2])
+  scope.meters = read_meters(KEYS[1 + s], count, at + 2)
+  at = at + 2 + 5 * count
+  scopes[s] = scope
+end
+for k = 2 + n, #KEYS do mine[k] = redis.call('ZSCORE', KEYS[k], id) end
+for s, scope in ipairs(scopes) do
+  local before, changed = reserved[KEYS[1 + s]], false
+  for _, b in ipairs(scope.meters) do
+    local delta = 0
+    if open then
+      delta = b.amount - (before and before[1 + b.kind] or 0)
+    elseif not held then
+      delta = b.amount
+    end
+    apply(b, delta, now)
+    changed = changed or delta ~= 0
+  end
+  if changed then write_record(KEYS[1 + s], scope.meters, now) end
+end
+for k = 2 + n, #KEYS do
+  if mine[k] then redis.call('ZREM', KEYS[k], id) end
+end
+if open then
+  redis.call('SET', KEYS[1], cmsgpack.pack({ VERSION, 1, held[3] }), 'PX', ARGV[2])
+elseif not held then
+  redis.call('SET', KEYS[1], cmsgpack.pack({ VERSION, 2, '' }), 'PX', ARGV[2])
+end
+
+local out = { open and 1 or 0, now }
+for s, scope in ipairs(scopes) do
+  for _, b in ipairs(scope.meters) do
+    local verdict, wait = judge(b, 0, now)
+    report(out, verdict, wait, remaining(b, now), reset(b, now))
+  end
+  if scope.limit >= 0 then
+    local key = KEYS[1 + n + s]
+    local count = live(key, now)
+    local after = count >= scope.limit and lease_wait(key, count, scope.limit, now)
+    report(out, count >= scope.limit and (after and 1 or 2) or 0, after or 0, max(scope.limit - count, 0), 0)
+  end
+end
+return out
