@@ -130,10 +130,7 @@ async fn run_on(lane: &Lane, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -
 fn replaces_connection(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_unrecoverable_error()
-        || matches!(
-            error.kind(),
-            ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown) | ErrorKind::Parse
-        )
+        || matches!(error.kind(), ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown))
 }
 
 /// Server errors are refusals; everything on the way there is unreachability. Never quotes an address.
@@ -145,6 +142,9 @@ fn classify(error: &RedisError) -> Error {
                 Some(detail) => format!("{code} {}", detail.chars().take(200).collect::<String>()),
                 None => code.to_owned(),
             })
+        }
+        ErrorKind::Parse | ErrorKind::UnexpectedReturnType => {
+            Error::Refused("reply of an unknown form".into())
         }
         _ if error.is_connection_refusal() => Error::Unreachable("connection refused".into()),
         _ if error.is_timeout() => Error::Unreachable("connection timed out".into()),

@@ -21,4 +21,4 @@ end
 if slot < 0 then slot = free end
 if leaving then redis.call('ZREM', from, id) end
 if slot >= 0 then take_lease(KEYS[slot + 1], id, now, ttl) end
-return slot
+return { slot }

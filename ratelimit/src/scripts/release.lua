@@ -10,4 +10,4 @@ for k, key in ipairs(KEYS) do mine[k] = redis.call('ZSCORE', key, ARGV[1]) end
 for k, key in ipairs(KEYS) do
   if mine[k] then freed = freed + redis.call('ZREM', key, ARGV[1]) end
 end
-return freed
+return { freed }

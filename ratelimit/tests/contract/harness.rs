@@ -1,0 +1,231 @@
+//! Both stores behind one handle, and short names for building calls.
+
+use std::collections::BTreeMap;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use ::redis::aio::MultiplexedConnection;
+use smallvec::smallvec;
+use uuid::Uuid;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::*;
+
+pub(crate) const LEASE: Duration = Duration::from_secs(30);
+
+pub(crate) struct World {
+    pub(crate) limiter: AnyLimiter,
+    server: Option<Server>,
+}
+
+impl World {
+    pub(crate) fn memory() -> Self {
+        Self { limiter: MemoryLimiter::new().into(), server: None }
+    }
+
+    pub(crate) async fn redis() -> Self {
+        let server = Server::start().await;
+        Self { limiter: server.limiter().await.into(), server: Some(server) }
+    }
+
+    pub(crate) fn server(&self) -> &Server {
+        self.server.as_ref().expect("a case for Redis")
+    }
+
+    pub(crate) async fn acquire(&self, call: &Acquire) -> Decision {
+        self.limiter.acquire(call).await.expect("acquire")
+    }
+
+    pub(crate) async fn settle(&self, of: &Acquire, actual: Cost, slot: Option<&Key>) -> Settled {
+        let call = Settle { id: of.id, actual, scopes: of.scopes.clone(), slot: slot.cloned() };
+        self.limiter.settle(&call).await.expect("settle")
+    }
+
+    pub(crate) async fn peek(&self, scopes: &[ScopeLimits]) -> Vec<LimitState> {
+        self.limiter.peek(scopes).await.expect("peek")
+    }
+
+    /// The store's time, microseconds.
+    pub(crate) async fn now(&self) -> u64 {
+        let probe = Acquire { cost: Cost::default(), ..call(smallvec![]) };
+        let now = self.acquire(&probe).await.now_us;
+        self.limiter
+            .settle(&Settle { id: probe.id, actual: Cost::default(), scopes: smallvec![], slot: None })
+            .await
+            .expect("settle");
+        now
+    }
+
+    /// Returns once the store's time is at least `us`.
+    pub(crate) async fn until(&self, us: u64) {
+        loop {
+            let now = self.now().await;
+            if now >= us {
+                return;
+            }
+            let left = Duration::from_micros(us - now);
+            match self.server {
+                None => tokio::time::advance(left).await,
+                Some(_) => tokio::time::sleep(left).await,
+            }
+        }
+    }
+
+    /// Lets so much of the store's time pass.
+    pub(crate) async fn pass(&self, time: Duration) {
+        let now = self.now().await;
+        self.until(now + time.as_micros() as u64).await;
+    }
+
+    /// Brings about that the reservation's record has expired.
+    pub(crate) async fn expire_reservation(&self, of: &Acquire) {
+        match &self.server {
+            None => tokio::time::advance(Duration::from_secs(25 * 3600)).await,
+            Some(server) => {
+                let key = Key::reservation_of(&of.scopes, of.id);
+                let gone = ::redis::cmd("DEL").arg(key.as_str()).query_async(&mut server.raw().await).await;
+                assert_eq!(gone, Ok(1));
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub(crate) async fn flush(&self) {
+        let mut raw = self.server().raw().await;
+        ::redis::cmd("FLUSHALL").exec_async(&mut raw).await.expect("flush");
+    }
+
+    /// Every key but the harness's own probes, as the store would dump it; empty for memory.
+    pub(crate) async fn dump(&self) -> BTreeMap<String, Vec<u8>> {
+        let mut all = BTreeMap::new();
+        if let Some(server) = &self.server {
+            let mut raw = server.raw().await;
+            let keys: Vec<String> = ::redis::cmd("KEYS").arg("*").query_async(&mut raw).await.expect("keys");
+            for key in keys.into_iter().filter(|key| !key.starts_with("weir:{g}:r:")) {
+                let dump: Option<Vec<u8>> =
+                    ::redis::cmd("DUMP").arg(&key).query_async(&mut raw).await.expect("dump");
+                all.insert(key, dump.unwrap_or_default());
+            }
+        }
+        all
+    }
+}
+
+/// A Redis of the test's own, gone with it.
+pub(crate) struct Server {
+    child: Child,
+    pub(crate) url: String,
+}
+
+impl Server {
+    pub(crate) async fn start() -> Self {
+        // The port may be taken between choosing and binding: then the server exits, and another is chosen.
+        for _ in 0..20 {
+            let port = std::net::TcpListener::bind("127.0.0.1:0")
+                .and_then(|l| l.local_addr())
+                .expect("a port")
+                .port();
+            let child = spawn(&port.to_string());
+            let mut server = Server { child, url: format!("redis://127.0.0.1:{port}/") };
+            if server.answers().await {
+                return server;
+            }
+        }
+        panic!("redis-server did not start");
+    }
+
+    async fn answers(&mut self) -> bool {
+        let client = ::redis::Client::open(self.url.as_str()).expect("client");
+        for _ in 0..1000 {
+            if self.child.try_wait().expect("child").is_some() {
+                return false;
+            }
+            if let Ok(mut raw) = client.get_multiplexed_async_connection().await
+                && ::redis::cmd("PING").query_async::<String>(&mut raw).await.is_ok()
+            {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        false
+    }
+
+    pub(crate) async fn limiter(&self) -> RedisLimiter {
+        let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 2 };
+        RedisLimiter::connect(&self.url, options).await.expect("connect")
+    }
+
+    pub(crate) async fn raw(&self) -> MultiplexedConnection {
+        let client = ::redis::Client::open(self.url.as_str()).expect("client");
+        client.get_multiplexed_async_connection().await.expect("connection")
+    }
+
+    /// An empty server where the killed one was.
+    pub(crate) async fn restart(&mut self) {
+        let port = self.url.trim_end_matches('/').rsplit(':').next().expect("port").to_owned();
+        self.child = spawn(&port);
+        assert!(self.answers().await, "redis-server did not come back");
+    }
+
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(port: &str) -> Child {
+    Command::new("redis-server")
+        .args(["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("these tests need a Redis server: apt-get install redis-server")
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub(crate) fn bucket(capacity: u64, rate: u64, period: Duration) -> Option<Bucket> {
+    Some(Bucket { capacity, rate, period })
+}
+
+/// A scope of a tenant without limits.
+pub(crate) fn scope(tenant: &str) -> ScopeLimits {
+    let (record, leases) = scope_keys(Scope::Tenant(tenant));
+    ScopeLimits { record, leases, buckets: [None; Kind::COUNT], concurrency: None, mode: Mode::Enforce }
+}
+
+/// A scope with one limit.
+pub(crate) fn limited(tenant: &str, kind: Kind, limit: Option<Bucket>) -> ScopeLimits {
+    let mut scope = scope(tenant);
+    scope.buckets[kind as usize] = limit;
+    scope
+}
+
+/// One request under these scopes, with a fresh id.
+pub(crate) fn call(scopes: Scopes) -> Acquire {
+    Acquire {
+        id: Uuid::now_v7(),
+        cost: Cost::of_request(0, 0, 0),
+        estimated: false,
+        scopes,
+        candidates: Vec::new(),
+        lease_ttl: LEASE,
+    }
+}
+
+/// So many tokens under these scopes.
+pub(crate) fn tokens(scopes: Scopes, tokens: u64) -> Acquire {
+    Acquire { cost: Cost::of_request(tokens, 0, 0), ..call(scopes) }
+}
+
+pub(crate) fn candidate(name: &str, max_concurrency: u32) -> Candidate {
+    Candidate { leases: Key::backend_slots(name), max_concurrency }
+}
+
+pub(crate) fn granted(decision: &Decision) -> bool {
+    matches!(decision.outcome, Outcome::Granted { .. })
+}

@@ -1,0 +1,147 @@
+//! Requests in flight.
+
+use std::time::Duration;
+
+use smallvec::{SmallVec, smallvec};
+use uuid::Uuid;
+use weir_ratelimit::*;
+
+use crate::harness::*;
+
+fn in_flight(most: u32) -> Scopes {
+    let mut limits = scope("acme");
+    limits.concurrency = Some(most);
+    smallvec![limits]
+}
+
+fn leases_of(scopes: &Scopes) -> SmallVec<[Key; 4]> {
+    scopes.iter().map(|scope| scope.leases.clone()).collect()
+}
+
+pub(crate) async fn concurrency_is_exact(world: World) {
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..200 {
+        let (limiter, call) = (world.limiter.clone(), call(in_flight(7)));
+        tasks.spawn(async move { granted(&limiter.acquire(&call).await.expect("acquire")) });
+    }
+    assert_eq!(tasks.join_all().await.into_iter().filter(|granted| *granted).count(), 7);
+}
+
+pub(crate) async fn a_lost_lease_frees_its_slot(world: World) {
+    let short = Duration::from_millis(60);
+    let holder = Acquire { lease_ttl: short, ..call(in_flight(1)) };
+    let since = world.acquire(&holder).await.now_us;
+    let refused = world.acquire(&call(in_flight(1))).await;
+    if refused.now_us < since + 60_000 {
+        let Outcome::Limited { wait: Some(wait) } = refused.outcome else { panic!("{refused:?}") };
+        assert_eq!(refused.now_us + wait.as_micros() as u64, since + 60_000);
+    }
+    world.until(since + 60_000).await;
+    let next = call(in_flight(1));
+    assert!(granted(&world.acquire(&next).await));
+    let late = Renewal { id: holder.id, leases: leases_of(&holder.scopes) };
+    assert_eq!(world.limiter.renew(&[late], LEASE).await.expect("renew"), [holder.id]);
+    // The late holder ends; the slot stays with the next one.
+    world.settle(&holder, holder.cost, None).await;
+    world.limiter.release(holder.id, &leases_of(&holder.scopes)).await.expect("release");
+    assert!(!granted(&world.acquire(&call(in_flight(1))).await));
+}
+
+pub(crate) async fn renewal_keeps_a_lease(world: World) {
+    let holder = Acquire { lease_ttl: Duration::from_secs(1), ..call(in_flight(1)) };
+    let since = world.acquire(&holder).await.now_us;
+    let mine = Renewal { id: holder.id, leases: leases_of(&holder.scopes) };
+    let other = Renewal { id: Uuid::now_v7(), leases: leases_of(&holder.scopes) };
+    let lost = world.limiter.renew(&[mine, other.clone()], LEASE).await.expect("renew");
+    assert_eq!(lost, [other.id], "renewal extends, it does not create");
+    world.until(since + 1_000_000).await;
+    assert!(!granted(&world.acquire(&call(in_flight(1))).await));
+}
+
+pub(crate) async fn release_is_idempotent(world: World) {
+    let (first, second) = (call(in_flight(1)), call(in_flight(1)));
+    assert!(granted(&world.acquire(&first).await));
+    world.limiter.release(first.id, &leases_of(&first.scopes)).await.expect("release");
+    assert!(granted(&world.acquire(&second).await));
+    world.limiter.release(first.id, &leases_of(&first.scopes)).await.expect("release");
+    assert!(!granted(&world.acquire(&call(in_flight(1))).await), "a second release frees nobody else's slot");
+    world.limiter.release(first.id, &[]).await.expect("release");
+}
+
+pub(crate) async fn candidates_are_tried_in_order(world: World) {
+    let try_one = async || {
+        let candidates = vec![candidate("a", 1), candidate("b", 2)];
+        world.acquire(&Acquire { candidates, ..call(smallvec![]) }).await.outcome
+    };
+    assert_eq!(try_one().await, Outcome::Granted { slot: Some(0) });
+    assert_eq!(try_one().await, Outcome::Granted { slot: Some(1) });
+    assert_eq!(try_one().await, Outcome::Granted { slot: Some(1) });
+    let Outcome::NoSlot { wait } = try_one().await else { panic!("full") };
+    assert!(wait <= LEASE && wait > LEASE - Duration::from_secs(10), "{wait:?}");
+}
+
+pub(crate) async fn a_moved_slot_is_freed_and_taken(world: World) {
+    let (a, b) = (candidate("a", 1), candidate("b", 1));
+    let holder = Acquire { candidates: vec![a.clone(), b.clone()], ..call(smallvec![]) };
+    assert_eq!(world.acquire(&holder).await.outcome, Outcome::Granted { slot: Some(0) });
+    let to_b = std::slice::from_ref(&b);
+    let moved = world.limiter.move_slot(holder.id, Some(&a.leases), to_b, LEASE).await.expect("move");
+    assert_eq!(moved, Some(0));
+    let again = world.limiter.move_slot(holder.id, Some(&a.leases), to_b, LEASE).await.expect("move");
+    assert_eq!(again, Some(0), "a repeated move keeps its slot");
+    let other = Acquire { candidates: vec![b.clone(), a.clone()], ..call(smallvec![]) };
+    assert_eq!(world.acquire(&other).await.outcome, Outcome::Granted { slot: Some(1) });
+    // Both full: nothing to move to, and the old slot is free all the same.
+    let none = world.limiter.move_slot(other.id, Some(&a.leases), to_b, LEASE).await.expect("move");
+    assert_eq!(none, None);
+    let third = Acquire { candidates: vec![a.clone()], ..call(smallvec![]) };
+    assert_eq!(world.acquire(&third).await.outcome, Outcome::Granted { slot: Some(0) });
+    // To where it already is.
+    let same = world
+        .limiter
+        .move_slot(third.id, Some(&a.leases), std::slice::from_ref(&a), LEASE)
+        .await
+        .expect("move");
+    assert_eq!(same, Some(0));
+}
+
+pub(crate) async fn a_lowered_maximum_waits_for_its_surplus(world: World) {
+    let mut held = Vec::new();
+    for n in 0..3u64 {
+        let holder = Acquire { lease_ttl: LEASE + Duration::from_secs(n), ..call(in_flight(3)) };
+        held.push((world.acquire(&holder).await.now_us, holder));
+    }
+    let refused = world.acquire(&call(in_flight(1))).await;
+    let Outcome::Limited { wait: Some(wait) } = refused.outcome else { panic!("{refused:?}") };
+    let last = held[2].0 + held[2].1.lease_ttl.as_micros() as u64;
+    assert_eq!(refused.now_us + wait.as_micros() as u64, last, "all three must go first");
+    for (_, holder) in &held[..2] {
+        world.settle(holder, holder.cost, None).await;
+    }
+    assert!(!granted(&world.acquire(&call(in_flight(1))).await));
+    world.settle(&held[2].1, held[2].1.cost, None).await;
+    assert!(granted(&world.acquire(&call(in_flight(1))).await));
+}
+
+pub(crate) async fn settlement_frees_every_lease(world: World) {
+    let holder = Acquire { candidates: vec![candidate("a", 1)], ..call(in_flight(1)) };
+    assert!(granted(&world.acquire(&holder).await));
+    let settled = world.settle(&holder, holder.cost, Some(&holder.candidates[0].leases)).await;
+    assert_eq!(settled.limits[0].remaining, 1);
+    let next = Acquire { id: Uuid::now_v7(), ..holder };
+    assert!(granted(&world.acquire(&next).await));
+}
+
+pub(crate) async fn a_closed_candidate_is_never_taken(world: World) {
+    let call = Acquire { candidates: vec![candidate("a", 0)], ..call(smallvec![]) };
+    assert_eq!(world.acquire(&call).await.outcome, Outcome::NoSlot { wait: LEASE });
+}
+
+pub(crate) async fn shadow_concurrency_admits(world: World) {
+    let mut scopes = in_flight(1);
+    scopes[0].mode = Mode::Shadow;
+    world.acquire(&call(scopes.clone())).await;
+    let over = world.acquire(&call(scopes)).await;
+    assert!(granted(&over));
+    assert!(matches!(over.limits[0].verdict, Verdict::Wait(_)));
+}

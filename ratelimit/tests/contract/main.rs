@@ -1,0 +1,47 @@
+//! The contract of [`weir_ratelimit::Limiter`], proved for memory and for a real Redis by the same cases.
+
+mod buckets;
+mod harness;
+mod leases;
+mod properties;
+mod redis_only;
+mod settlement;
+
+/// Runs each case against both stores. Memory runs on a paused clock, Redis on its own real one.
+macro_rules! suite {
+    ($($module:ident: $($case:ident),+ $(,)?;)+) => {
+        mod memory {
+            $($(
+                #[tokio::test(start_paused = true)]
+                async fn $case() {
+                    crate::$module::$case(crate::harness::World::memory()).await;
+                }
+            )+)+
+        }
+        mod redis {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $case() {
+                    crate::$module::$case(crate::harness::World::redis().await).await;
+                }
+            )+)+
+        }
+    };
+}
+
+suite! {
+    buckets:
+        exactly_a_hundred_of_two_thousand, a_refusal_changes_nothing, a_wait_is_exact, a_repeated_acquire_is_free,
+        a_changed_limit_keeps_consumption, shadow_reports_and_admits, estimates_are_clamped_and_explicit_costs_are_not,
+        rate_zero_never_drains, huge_limits_stay_exact, peek_writes_nothing, broken_calls_are_refused,
+        the_wait_is_the_longest_of_all_limits;
+    settlement:
+        credit_returns_what_was_not_used, debit_goes_into_bounded_debt, settling_twice_applies_once,
+        a_cancelled_acquire_that_comes_late_is_refused, an_unknown_reservation_is_debited_once,
+        scopes_of_different_size_settle_exactly, credit_never_goes_below_empty,
+        a_settlement_after_expiry_gives_no_credit;
+    leases:
+        concurrency_is_exact, a_lost_lease_frees_its_slot, renewal_keeps_a_lease, release_is_idempotent,
+        candidates_are_tried_in_order, a_moved_slot_is_freed_and_taken, a_lowered_maximum_waits_for_its_surplus,
+        settlement_frees_every_lease, a_closed_candidate_is_never_taken, shadow_concurrency_admits;
+}

@@ -1,0 +1,138 @@
+//! What only a store across a network can do wrong.
+
+use std::time::Duration;
+
+use smallvec::smallvec;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::*;
+
+use crate::harness::*;
+
+fn still(capacity: u64) -> Scopes {
+    smallvec![limited("acme", Kind::Requests, bucket(capacity, 0, Duration::from_secs(60)))]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forgotten_scripts_are_sent_again() {
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    for left in (0..5).rev() {
+        ::redis::cmd("SCRIPT").arg("FLUSH").exec_async(&mut raw).await.expect("flush");
+        let decision = world.acquire(&call(still(5))).await;
+        assert_eq!(decision.limits[0].remaining, left);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_is_survived_and_its_errors_are_told() {
+    let mut server = Server::start().await;
+    let limiter =
+        RedisLimiter::connect(&server.url, RedisOptions { deadline: Duration::from_millis(500), lanes: 2 })
+            .await
+            .expect("connect");
+    limiter.acquire(&call(still(5))).await.expect("acquire");
+    server.kill();
+    for _ in 0..5 {
+        let error = limiter.acquire(&call(still(5))).await.expect_err("no server");
+        assert!(matches!(error, Error::Unreachable(_) | Error::Timeout(_)), "{error:?}");
+    }
+    server.restart().await;
+    // Every lane must come back, so several calls in a row.
+    let mut in_a_row = 0;
+    while in_a_row < 4 {
+        match limiter.acquire(&call(still(500))).await {
+            Ok(_) => in_a_row += 1,
+            Err(_) => {
+                in_a_row = 0;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_of_the_server_are_not_limits() {
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    let record = Key::tenant("acme");
+    ::redis::cmd("LPUSH").arg(record.as_str()).arg("x").exec_async(&mut raw).await.expect("lpush");
+    let wrong = world.limiter.acquire(&call(still(1))).await.expect_err("wrong type");
+    assert!(matches!(&wrong, Error::Refused(text) if text.starts_with("WRONGTYPE")), "{wrong:?}");
+    ::redis::cmd("SET").arg(record.as_str()).arg("other").exec_async(&mut raw).await.expect("set");
+    let version = world.limiter.acquire(&call(still(1))).await.expect_err("other version");
+    assert!(matches!(&version, Error::Refused(text) if text.starts_with("WRONGTYPE")), "{version:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_store_still_settles() {
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    let mut scopes = still(2);
+    scopes[0].concurrency = Some(2);
+    let held = call(scopes.clone());
+    assert!(granted(&world.acquire(&held).await));
+    ::redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg("1").exec_async(&mut raw).await.expect("config");
+    let full = world.limiter.acquire(&call(scopes.clone())).await.expect_err("full");
+    assert!(matches!(&full, Error::Refused(text) if text.starts_with("OOM")), "{full:?}");
+    let renewal = Renewal { id: held.id, leases: smallvec![scopes[0].leases.clone()] };
+    assert!(world.limiter.renew(&[renewal], LEASE).await.expect("renew").is_empty());
+    assert!(world.settle(&held, Cost::default(), None).await.applied);
+    assert_eq!(world.peek(&scopes).await[0].remaining, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_server_is_a_timeout() {
+    let world = World::redis().await;
+    let options = RedisOptions { deadline: Duration::from_millis(50), ..RedisOptions::default() };
+    let limiter = RedisLimiter::connect(&world.server().url, options).await.expect("connect");
+    let mut raw = world.server().raw().await;
+    ::redis::cmd("CLIENT").arg("PAUSE").arg(400).exec_async(&mut raw).await.expect("pause");
+    let late = call(still(5));
+    assert!(matches!(limiter.acquire(&late).await, Err(Error::Timeout(_))));
+    // The outcome was unknown; the retry with the same id pays once, whichever it was.
+    let decision = world.acquire(&late).await;
+    assert!(granted(&decision));
+    assert_eq!(world.peek(&late.scopes).await[0].remaining, 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn passwords_are_never_shown() {
+    let bad =
+        RedisLimiter::connect("redis://:hunter2@[/", RedisOptions::default()).await.expect_err("no address");
+    assert!(!format!("{bad:?} {bad}").contains("hunter2"));
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    ::redis::cmd("CONFIG")
+        .arg("SET")
+        .arg("requirepass")
+        .arg("other")
+        .exec_async(&mut raw)
+        .await
+        .expect("config");
+    let url = world.server().url.replace("redis://", "redis://:hunter2@");
+    let limiter = RedisLimiter::open(&url, RedisOptions::default()).expect("open");
+    let error = loop {
+        match limiter.acquire(&call(still(1))).await.expect_err("wrong password") {
+            Error::Timeout(_) => {}
+            error => break error,
+        }
+    };
+    assert!(matches!(error, Error::Refused(_)), "{error:?}");
+    assert!(!format!("{error:?} {error} {limiter:?}").contains("hunter2"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_stays_behind() {
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    let mut limits = limited("acme", Kind::Tokens, bucket(100, 100, Duration::from_secs(1)));
+    limits.concurrency = Some(3);
+    let held = Acquire { candidates: vec![candidate("a", 3)], ..tokens(smallvec![limits], 10) };
+    assert!(granted(&world.acquire(&held).await));
+    let keys: Vec<String> = ::redis::cmd("KEYS").arg("*").query_async(&mut raw).await.expect("keys");
+    assert_eq!(keys.len(), 4);
+    for key in keys {
+        let life: i64 = ::redis::cmd("PTTL").arg(&key).query_async(&mut raw).await.expect("pttl");
+        assert!(life > 0, "{key} would live for ever");
+    }
+}
