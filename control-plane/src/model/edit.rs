@@ -1,0 +1,100 @@
+//! From requests to edits: masks, apply sets, pruning.
+
+use prost::Message as _;
+use weir_proto::resource::{Violation, kind_name, kind_of};
+use weir_proto::v1;
+
+use super::{Edit, Key, Refusal, State};
+use crate::tree::mask::{assign, populated};
+use crate::tree::{Tree, Value, fields_of};
+
+/// The message types of the specs are the types of the fields of `Resource`.
+const RESOURCE: &str = "weir.v1.Resource";
+
+/// The edit of an update: the present resource with the fields in the mask as given.
+pub(crate) fn update_edit(
+    state: &State,
+    given: &v1::Resource,
+    paths: Option<&[String]>,
+) -> Result<Edit, Refusal> {
+    let kind = kind_of(given);
+    if kind == v1::ResourceKind::Unspecified {
+        return Err(Refusal::invalid("resource", "one of the specs must be set: it says the kind"));
+    }
+    let key = Key::new(kind, &given.name);
+    let present = state.get(&key).ok_or_else(|| Refusal::NotFound(key.clone()))?;
+    if !given.etag.is_empty() && given.etag != present.wire.etag {
+        let (found, sent) = (present.wire.etag.clone(), given.etag.clone());
+        return Err(Refusal::EtagMismatch { key, found, sent });
+    }
+    let spec = if paths.is_some_and(|paths| paths.iter().any(|path| path == "*")) {
+        given.spec.clone()
+    } else {
+        masked(&present.wire, given, paths)?
+    };
+    Ok(Edit::Put(Box::new(v1::Resource { spec, ..present.wire.clone() })))
+}
+
+fn masked(
+    present: &v1::Resource,
+    given: &v1::Resource,
+    paths: Option<&[String]>,
+) -> Result<Option<v1::resource::Spec>, Refusal> {
+    let unreadable = |e: &dyn std::fmt::Display| Refusal::invalid("resource", e.to_string());
+    let field = fields_of(RESOURCE).iter().find(|f| f.name == kind_name(kind_of(given)));
+    let Some((field, crate::tree::Kind::Message(message))) = field.map(|f| (f, &f.kind)) else {
+        return Err(Refusal::invalid("resource", "one of the specs must be set: it says the kind"));
+    };
+    let spec = |wire: &v1::Resource| match Tree::of(RESOURCE, wire) {
+        Ok(tree) => match tree.0.get(&field.number) {
+            Some(Value::Message(spec)) => Ok(spec.clone()),
+            _ => Ok(Tree::default()),
+        },
+        Err(e) => Err(unreadable(&e)),
+    };
+    let (mut target, source) = (spec(present)?, spec(given)?);
+    let implied;
+    let paths = match paths {
+        Some(paths) => paths,
+        None => {
+            implied = populated(message, &source);
+            &implied
+        }
+    };
+    let mut violations = Vec::new();
+    for path in paths {
+        if let Err(unknown) = assign(message, &mut target, &source, path) {
+            let below = if unknown.below.is_empty() { kind_name(kind_of(given)) } else { &unknown.below };
+            let valid = match unknown.valid.as_slice() {
+                [] => format!("{below} has no fields of its own"),
+                names => format!("{below} has {}", names.join(", ")),
+            };
+            let message = format!("'{}' is not a field: {valid}", unknown.path);
+            violations.push(Violation { path: "update_mask".into(), message });
+        }
+    }
+    if !violations.is_empty() {
+        return Err(Refusal::Invalid(violations));
+    }
+    let whole = Tree([(field.number, Value::Message(target))].into());
+    v1::Resource::decode(&*whole.encode()).map(|resource| resource.spec).map_err(|e| unreadable(&e))
+}
+
+/// The edits of an apply: every resource given, marked with its set, and the deletion of what the set had besides.
+pub(crate) fn apply_edits(state: &State, given: &[v1::Resource], set: &str, prune: bool) -> Vec<Edit> {
+    let keys: std::collections::BTreeSet<Key> =
+        given.iter().map(|resource| Key::new(kind_of(resource), &resource.name)).collect();
+    let put = |resource: &v1::Resource| {
+        Edit::Put(Box::new(v1::Resource { apply_set: set.to_owned(), ..resource.clone() }))
+    };
+    let mut edits: Vec<Edit> = given.iter().map(put).collect();
+    if prune {
+        let gone = state
+            .resources
+            .iter()
+            .filter(|(key, stored)| stored.wire.apply_set == set && !keys.contains(*key))
+            .map(|(key, _)| Edit::Delete(key.clone()));
+        edits.extend(gone);
+    }
+    edits
+}

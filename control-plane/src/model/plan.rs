@@ -1,0 +1,265 @@
+//! From edits to a plan: what would be written, after every rule has been checked against the result as a whole.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use prost_types::Timestamp;
+use weir_proto::resource::{Spec, Violation, kind_name, kind_of};
+use weir_proto::v1;
+
+use super::{Key, Refusal, State, Stored};
+use crate::tree::Tree;
+use crate::tree::json::{Difference, differences};
+
+/// One thing to do.
+#[derive(Debug, Clone)]
+pub(crate) enum Edit {
+    /// The resource shall be as given; its output-only fields are ignored.
+    Put(Box<v1::Resource>),
+    /// The resource shall be gone.
+    Delete(Key),
+}
+
+/// How to plan.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Options {
+    /// A pool may lose more than half of its backends.
+    pub(crate) allow_mass_removal: bool,
+    /// For the times of what changes.
+    pub(crate) now: Timestamp,
+    /// Violations say which of the edits they are of.
+    pub(crate) numbered: bool,
+}
+
+/// What happens to one resource.
+#[derive(Debug, Clone)]
+pub(crate) struct Step {
+    pub(crate) key: Key,
+    pub(crate) action: v1::ChangeAction,
+    /// As it will be; of a deleted one as it was.
+    pub(crate) resource: Arc<Stored>,
+    pub(crate) fields: Vec<Difference>,
+}
+
+/// What a change would do.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Plan {
+    /// In the order of application.
+    pub(crate) steps: Vec<Step>,
+    /// Some pool loses a backend.
+    pub(crate) removes_backends: bool,
+    /// The operator allowed a mass removal.
+    pub(crate) allow_mass_removal: bool,
+}
+
+impl Plan {
+    /// Nothing would be written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.steps.iter().all(|step| step.action == v1::ChangeAction::Unchanged)
+    }
+}
+
+/// The resources as they would be: the present ones under what is put and deleted.
+struct Outcome<'a> {
+    state: &'a State,
+    changed: BTreeMap<Key, Option<Arc<Stored>>>,
+}
+
+impl Outcome<'_> {
+    fn contains(&self, key: &Key) -> bool {
+        self.changed.get(key).map_or_else(|| self.state.resources.contains_key(key), Option::is_some)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Stored>> {
+        let kept =
+            self.state.resources.iter().filter(|(key, _)| !self.changed.contains_key(*key)).map(|(_, s)| s);
+        kept.chain(self.changed.values().flatten())
+    }
+}
+
+/// Checks everything and says what would be done.
+pub(crate) fn plan(state: &State, edits: Vec<Edit>, options: Options) -> Result<Plan, Refusal> {
+    let mut result = Outcome { state, changed: BTreeMap::new() };
+    let mut violations = Vec::new();
+    let mut steps = Vec::new();
+    for (i, edit) in edits.into_iter().enumerate() {
+        let prefix = if options.numbered { format!("resources[{i}].") } else { String::new() };
+        let step = match edit {
+            Edit::Put(wire) => match put(state, *wire, options.now) {
+                Ok(step) => step,
+                Err(found) => {
+                    let path = |v: Violation| Violation { path: format!("{prefix}{}", v.path), ..v };
+                    violations.extend(found.into_iter().map(path));
+                    continue;
+                }
+            },
+            Edit::Delete(key) => delete(state, key)?,
+        };
+        let after = (step.action != v1::ChangeAction::Delete).then(|| Arc::clone(&step.resource));
+        if result.changed.insert(step.key.clone(), after).is_some() {
+            violations.push(Violation {
+                path: format!("{prefix}name"),
+                message: format!("{} is given twice", step.key),
+            });
+        }
+        steps.push((prefix, step));
+    }
+    for (prefix, step) in &steps {
+        if step.action != v1::ChangeAction::Delete {
+            missing_references(&result, prefix, step, &mut violations);
+        }
+    }
+    clashes(&result, &steps, &mut violations);
+    if !violations.is_empty() {
+        return Err(Refusal::Invalid(violations));
+    }
+    still_referred(&result, &steps)?;
+    let removes_backends = guard_mass_removal(&result, options.allow_mass_removal)?;
+    let mut steps: Vec<Step> = steps.into_iter().map(|(_, step)| step).collect();
+    steps.sort_by(|a, b| order(a).cmp(&order(b)));
+    Ok(Plan { steps, removes_backends, allow_mass_removal: options.allow_mass_removal })
+}
+
+/// What is referred to is made first and deleted last.
+fn order(step: &Step) -> (bool, i32, &str) {
+    let kind = i32::from(step.key.kind);
+    let deleted = step.action == v1::ChangeAction::Delete;
+    (deleted, if deleted { -kind } else { kind }, &step.key.name)
+}
+
+fn put(state: &State, wire: v1::Resource, now: Timestamp) -> Result<Step, Vec<Violation>> {
+    let key = Key::new(kind_of(&wire), &wire.name);
+    let before = state.get(&key);
+    let fresh = v1::Resource {
+        revision: 0,
+        create_time: Some(before.and_then(|b| b.wire.create_time).unwrap_or(now)),
+        update_time: Some(now),
+        ..wire
+    };
+    let after = Stored::new(fresh).map_err(|violations| violations.0)?;
+    let Some(before) = before else {
+        let (action, fields) = (v1::ChangeAction::Create, Vec::new());
+        return Ok(Step { key, action, resource: Arc::new(after), fields });
+    };
+    let fields = changed_fields(before, &after);
+    if fields.is_empty() && before.published.version == after.published.version {
+        let action = v1::ChangeAction::Unchanged;
+        return Ok(Step { key, action, resource: Arc::clone(before), fields });
+    }
+    Ok(Step { key, action: v1::ChangeAction::Update, resource: Arc::new(after), fields })
+}
+
+fn delete(state: &State, key: Key) -> Result<Step, Refusal> {
+    let resource = Arc::clone(state.get(&key).ok_or_else(|| Refusal::NotFound(key.clone()))?);
+    Ok(Step { key, action: v1::ChangeAction::Delete, resource, fields: Vec::new() })
+}
+
+fn changed_fields(before: &Stored, after: &Stored) -> Vec<Difference> {
+    let tree = |stored: &Stored| Tree::decode("weir.v1.Resource", &stored.published.body).unwrap_or_default();
+    let mut fields = differences("weir.v1.Resource", &tree(before), &tree(after));
+    // Paths are below the spec, whose kind is already said.
+    let prefix = format!("{}.", kind_name(kind_of(&after.wire)));
+    for (path, _, _) in &mut fields {
+        if let Some(below) = path.strip_prefix(&prefix) {
+            *path = below.to_owned();
+        }
+    }
+    if before.wire.apply_set != after.wire.apply_set {
+        let json = |text: &str| if text.is_empty() { String::new() } else { format!("{text:?}") };
+        fields.push(("apply_set".into(), json(&before.wire.apply_set), json(&after.wire.apply_set)));
+    }
+    fields
+}
+
+fn missing_references(result: &Outcome<'_>, prefix: &str, step: &Step, out: &mut Vec<Violation>) {
+    for reference in step.resource.checked.references() {
+        let target = Key::new(reference.kind, reference.name.as_str());
+        let deleted = result.changed.get(&target).is_some_and(Option::is_none);
+        // A reference to what is being deleted is reported as such.
+        if !deleted && !result.contains(&target) {
+            out.push(Violation {
+                path: format!("{prefix}{}", reference.path),
+                message: format!("there is no {target}"),
+            });
+        }
+    }
+}
+
+/// No two keys with one digest, no two models with one client name.
+fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
+    if !steps.iter().any(|(_, step)| matches!(step.resource.checked.spec, Spec::ApiKey(_) | Spec::Model(_))) {
+        return;
+    }
+    let mut digests: HashMap<[u8; 32], Key> = HashMap::new();
+    let mut client_names: HashMap<String, Key> = HashMap::new();
+    for stored in result.all() {
+        let key = stored.key();
+        let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
+        match &stored.checked.spec {
+            Spec::ApiKey(api_key) => {
+                for digest in &api_key.digests {
+                    if let Some(other) = digests.insert(digest.sha256, key.clone()) {
+                        out.push(Violation {
+                            path: format!("{prefix}api_key.digests"),
+                            message: format!("{other} and {key} have the same digest"),
+                        });
+                    }
+                }
+            }
+            Spec::Model(model) => {
+                if let Some(other) = client_names.insert(model.client_name.clone(), key.clone()) {
+                    out.push(Violation {
+                        path: format!("{prefix}model.client_name"),
+                        message: format!("{other} and {key} have the same client name {}", model.client_name),
+                    });
+                }
+            }
+            Spec::Pool(_) | Spec::Backend(_) | Spec::Tenant(_) | Spec::Limit(_) => {}
+        }
+    }
+}
+
+fn still_referred(result: &Outcome<'_>, steps: &[(String, Step)]) -> Result<(), Refusal> {
+    let deleted: BTreeSet<&Key> = steps
+        .iter()
+        .filter(|(_, step)| step.action == v1::ChangeAction::Delete)
+        .map(|(_, step)| &step.key)
+        .collect();
+    if deleted.is_empty() {
+        return Ok(());
+    }
+    let mut referrers: BTreeMap<Key, Vec<Key>> = BTreeMap::new();
+    for stored in result.all() {
+        for reference in stored.checked.references() {
+            let target = Key::new(reference.kind, reference.name.as_str());
+            if deleted.contains(&target) {
+                let by = referrers.entry(target).or_default();
+                let key = stored.key();
+                if !by.contains(&key) {
+                    by.push(key);
+                }
+            }
+        }
+    }
+    referrers.into_iter().next().map_or(Ok(()), |(key, by)| Err(Refusal::Referred { key, by }))
+}
+
+/// Refuses what empties a pool or takes away more than half of it, unless that is allowed. Says whether any pool
+/// loses a backend.
+fn guard_mass_removal(result: &Outcome<'_>, allowed: bool) -> Result<bool, Refusal> {
+    let mut lost: BTreeMap<&str, usize> = BTreeMap::new();
+    for (key, after) in &result.changed {
+        let Some(pool) = result.state.get(key).and_then(|before| before.pool()) else { continue };
+        if after.as_ref().and_then(|after| after.pool()) != Some(pool) {
+            *lost.entry(pool).or_default() += 1;
+        }
+    }
+    for (pool, lost) in &lost {
+        let backends = result.state.of_kind(v1::ResourceKind::Backend);
+        let before = backends.filter(|stored| stored.pool() == Some(*pool)).count();
+        if lost * 2 > before && !allowed {
+            return Err(Refusal::MassRemoval { pool: (*pool).to_owned(), lost: *lost, before });
+        }
+    }
+    Ok(!lost.is_empty())
+}

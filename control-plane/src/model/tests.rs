@@ -1,0 +1,151 @@
+use std::collections::HashMap;
+
+use super::*;
+
+pub(crate) fn resource(name: &str, spec: v1::resource::Spec) -> v1::Resource {
+    v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() }
+}
+
+pub(crate) fn pool(name: &str) -> v1::Resource {
+    resource(name, v1::resource::Spec::Pool(v1::PoolSpec::default()))
+}
+
+pub(crate) fn model(name: &str, pool: &str) -> v1::Resource {
+    let spec = v1::ModelSpec { pool: pool.into(), ..Default::default() };
+    resource(name, v1::resource::Spec::Model(spec))
+}
+
+pub(crate) fn backend(name: &str, pool: &str, model: &str, url: &str) -> v1::Resource {
+    let spec = v1::BackendSpec {
+        pool: pool.into(),
+        url: url.into(),
+        models: HashMap::from([(model.to_owned(), String::new())]),
+        ..Default::default()
+    };
+    resource(name, v1::resource::Spec::Backend(spec))
+}
+
+pub(crate) fn tenant(name: &str) -> v1::Resource {
+    resource(name, v1::resource::Spec::Tenant(v1::TenantSpec::default()))
+}
+
+/// A pool, a model and so many backends.
+pub(crate) fn cluster(backends: usize) -> Vec<v1::Resource> {
+    let mut all = vec![pool("p"), model("m", "p")];
+    all.extend((0..backends).map(|i| backend(&format!("b{i}"), "p", "m", "http://127.0.0.1:1")));
+    all
+}
+
+fn key(kind: v1::ResourceKind, name: &str) -> Key {
+    Key::new(kind, name)
+}
+
+fn state(resources: &[v1::Resource]) -> State {
+    let mut state = State { epoch: "e".into(), revision: 1, ..State::default() };
+    for wire in resources {
+        let stored = Stored::new(wire.clone()).unwrap();
+        state.resources.insert(stored.key(), Arc::new(stored));
+    }
+    state
+}
+
+fn put(wire: v1::Resource) -> Edit {
+    Edit::Put(Box::new(wire))
+}
+
+fn refusal(state: &State, edits: Vec<Edit>) -> String {
+    plan(state, edits, Options::default()).unwrap_err().to_string()
+}
+
+#[test]
+fn references_must_exist_and_the_violation_names_the_field() {
+    let error = refusal(&state(&[]), vec![put(backend("b", "p", "m", "http://h"))]);
+    assert_eq!(error, "backend.pool: there is no pool p; backend.models[m]: there is no model m");
+    let edits = cluster(1).into_iter().map(put).collect();
+    let plan = plan(&state(&[]), edits, Options::default()).unwrap();
+    let kinds: Vec<_> = plan.steps.iter().map(|step| step.key.kind).collect();
+    assert_eq!(kinds, [v1::ResourceKind::Pool, v1::ResourceKind::Backend, v1::ResourceKind::Model]);
+}
+
+#[test]
+fn what_is_referred_to_stays() {
+    let error = refusal(&state(&cluster(1)), vec![Edit::Delete(key(v1::ResourceKind::Pool, "p"))]);
+    assert_eq!(error, "pool p is referred to by backend b0, model m");
+}
+
+#[test]
+fn two_of_the_same_are_refused() {
+    let mut twin = model("m2", "p");
+    if let Some(v1::resource::Spec::Model(spec)) = &mut twin.spec {
+        spec.client_name = "m".into();
+    }
+    assert!(refusal(&state(&cluster(0)), vec![put(twin)]).contains("the same client name m"));
+
+    let digest = v1::KeyDigest { sha256: vec![1; 32], prefix: "weir_x".into(), expire_time: None };
+    let spec = v1::ApiKeySpec { tenant: "t".into(), digests: vec![digest], ..Default::default() };
+    let api_key = |name: &str| resource(name, v1::resource::Spec::ApiKey(spec.clone()));
+    let state_with = state(&[tenant("t"), api_key("k1")]);
+    assert!(refusal(&state_with, vec![put(api_key("k2"))]).contains("the same digest"));
+    let twice = refusal(&state(&[]), vec![put(pool("p")), put(pool("p"))]);
+    assert_eq!(twice, "name: pool p is given twice");
+}
+
+#[test]
+fn a_pool_does_not_lose_more_than_half_by_accident() {
+    let state = state(&cluster(4));
+    let delete = |i: usize| Edit::Delete(key(v1::ResourceKind::Backend, &format!("b{i}")));
+    assert!(plan(&state, vec![delete(0), delete(1)], Options::default()).unwrap().removes_backends);
+    let edits = || vec![delete(0), delete(1), delete(2)];
+    let error = plan(&state, edits(), Options::default()).unwrap_err();
+    assert_eq!(error, Refusal::MassRemoval { pool: "p".into(), lost: 3, before: 4 });
+    plan(&state, edits(), Options { allow_mass_removal: true, ..Options::default() }).unwrap();
+}
+
+#[test]
+fn moving_a_backend_away_counts_as_losing_it() {
+    let mut all = cluster(1);
+    all.push(pool("q"));
+    let moved = backend("b0", "q", "m", "http://127.0.0.1:1");
+    let error = plan(&state(&all), vec![put(moved)], Options::default()).unwrap_err();
+    assert_eq!(error, Refusal::MassRemoval { pool: "p".into(), lost: 1, before: 1 });
+}
+
+#[test]
+fn an_update_changes_what_the_mask_names() {
+    let state = state(&cluster(1));
+    let mut given = backend("b0", "ignored", "ignored", "http://other:1");
+    if let Some(v1::resource::Spec::Backend(spec)) = &mut given.spec {
+        spec.weight = Some(7);
+    }
+    let edit = update_edit(&state, &given, Some(&["weight".to_owned()])).unwrap();
+    let plan = plan(&state, vec![edit], Options::default()).unwrap();
+    assert_eq!(plan.steps[0].fields, [("weight".to_owned(), String::new(), "7".to_owned())]);
+
+    let error = update_edit(&state, &given, Some(&["wieght".to_owned()])).unwrap_err().to_string();
+    assert!(error.contains("'wieght' is not a field: backend has pool, url, region, weight"), "{error}");
+    given.etag = "other".into();
+    assert!(matches!(update_edit(&state, &given, None), Err(Refusal::EtagMismatch { .. })));
+}
+
+#[test]
+fn pruning_takes_only_what_is_of_the_set() {
+    let mut mine = pool("mine");
+    mine.apply_set = "s".into();
+    let state = state(&[mine, pool("single"), v1::Resource { apply_set: "t".into(), ..pool("theirs") }]);
+    let edits = apply_edits(&state, &[pool("new")], "s", true);
+    let plan = plan(&state, edits, Options::default()).unwrap();
+    let steps: Vec<_> = plan.steps.iter().map(|s| (&*s.key.name, s.action)).collect();
+    assert_eq!(steps, [("new", v1::ChangeAction::Create), ("mine", v1::ChangeAction::Delete)]);
+}
+
+#[test]
+fn content_decides_version_and_etag() {
+    let bare = Stored::new(pool("p")).unwrap();
+    let times = Some(prost_types::Timestamp { seconds: 9, nanos: 0 });
+    let dated = v1::Resource { update_time: times, apply_set: "s".into(), etag: "x".into(), ..pool("p") };
+    let dated = Stored::new(dated).unwrap();
+    assert_eq!(bare.published, dated.published);
+    assert_eq!(bare.wire.etag, dated.wire.etag);
+    assert_eq!(bare.wire.etag, Stored::new(pool("q")).unwrap().wire.etag, "the etag is of the spec");
+    assert_ne!(bare.published.version, Stored::new(pool("q")).unwrap().published.version);
+}
