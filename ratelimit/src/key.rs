@@ -5,7 +5,7 @@
 //!
 //! A reservation's record carries the tag of the first scope of its call, or `{g}` when the call has none:
 //! [`Key::reservation_of`] is that rule. A renewal knows lease sets only, so it refreshes the record under every
-//! tag it sees ([`Key::reservations_near`]); that finds the record whenever the first scope's tag holds a lease.
+//! tag it sees; that finds the record whenever the first scope's tag holds a lease.
 //! The record outlives by a day any stream that is not found this way.
 //!
 //! Names that are DNS names are used as they are, so that an operator can read them; anything else becomes

@@ -1,6 +1,6 @@
 //! The limiter in Redis: each call is one script, run where the data is.
 //!
-//! A call goes to one of a few multiplexed connections ([`lane`]); whatever waits on a connection travels
+//! A call goes to one of a few multiplexed connections (a lane each); whatever waits on a connection travels
 //! together, so callers pipeline each other without knowing. Scripts go by hash; a server that forgot them
 //! (restart, failover, flush) is sent the text once, by the call that noticed. Every call has a deadline, after
 //! which its outcome is unknown; ids make a retry harmless.
@@ -82,9 +82,16 @@ impl RedisLimiter {
         })
     }
 
+    /// The next lane in turn that is not known to be down, or the next one at all.
+    fn lane(&self) -> &Lane {
+        let (before, from) =
+            self.lanes.split_at(self.next.fetch_add(1, Ordering::Relaxed) % self.lanes.len());
+        from.iter().chain(before).find(|lane| !lane.is_down()).unwrap_or(&from[0])
+    }
+
     /// Runs a script. Dropping the future leaves the outcome unknown, like a timeout.
     async fn run(&self, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
-        let lane = &self.lanes[self.next.fetch_add(1, Ordering::Relaxed) % self.lanes.len()];
+        let lane = self.lane();
         match tokio::time::timeout(self.deadline, run_on(lane, script, keys, args)).await {
             Ok(result) => result,
             Err(_) => {

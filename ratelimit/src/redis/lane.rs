@@ -65,6 +65,10 @@ impl Lane {
         answer.unwrap_or_else(|| Err(Error::Unreachable("limiter is shut down".into())))
     }
 
+    pub(crate) fn is_down(&self) -> bool {
+        matches!(&*self.state.borrow(), State::Down(_))
+    }
+
     /// The connection of this generation is of no more use.
     pub(crate) fn broken(&self, generation: u64) {
         // A full queue already holds a complaint.

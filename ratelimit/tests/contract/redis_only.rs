@@ -136,3 +136,40 @@ async fn nothing_stays_behind() {
         assert!(life > 0, "{key} would live for ever");
     }
 }
+
+/// Same bits from the script's arithmetic as from ours, also where products were rounded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lua_and_rust_give_the_same_bits() {
+    const TAIL: &str = "
+        local out = {}
+        for i = 1, #ARGV, 4 do
+          local elapsed, need, num, den = tonumber(ARGV[i]), tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
+          out[#out + 1] = fmt('%.17g', drained(elapsed, num, den))
+          out[#out + 1] = fmt('%.17g', time_to_drain(need, num, den) or -1)
+        end
+        return out";
+    let world = World::redis().await;
+    let meter = include_str!("../../src/scripts/meter.lua");
+    // Up to 53 bits, of every magnitude.
+    let number = |seed: u128, shift: u32| (seed as u64 & ((1 << 53) - 1)) >> (shift % 53);
+    let mut command = ::redis::cmd("EVAL");
+    command.arg(format!("{meter}{TAIL}")).arg(0);
+    let mut expected = Vec::new();
+    for _ in 0..2_000 {
+        let (a, b) = (uuid::Uuid::new_v4().as_u128(), uuid::Uuid::new_v4().as_u128());
+        let elapsed = number(a, (b >> 64) as u32 & 63);
+        let need = number(a >> 64, (b >> 72) as u32 & 63);
+        let bucket = Bucket {
+            capacity: 1,
+            rate: number(b, (b >> 80) as u32 & 63).min(Bucket::MAX_UNITS),
+            period: Duration::from_micros((number(a >> 32, (b >> 88) as u32 & 63) >> 8).max(1_000)),
+        };
+        let terms = budget::Terms::of(&bucket);
+        command.arg(elapsed).arg(need).arg(terms.num as u64).arg(terms.den as u64);
+        expected.push(terms.drained(elapsed as f64));
+        expected.push(terms.time_to_drain(need as f64).unwrap_or(-1.0));
+    }
+    let got: Vec<String> = command.query_async(&mut world.server().raw().await).await.expect("eval");
+    let got: Vec<f64> = got.iter().map(|text| text.parse().expect("a number")).collect();
+    assert_eq!(got, expected);
+}
