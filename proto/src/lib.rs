@@ -5,6 +5,7 @@
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
 
+pub mod manifest;
 pub mod resource;
 
 pub mod v1 {

@@ -1,0 +1,103 @@
+//! The file's forms of the specs; what the fields mean is said in `weir/v1/resources.proto`.
+
+use std::collections::BTreeMap;
+
+use super::mirror::mirror;
+use super::scalar::{AdminState, BalancingPolicy, Duration, Sha256, Timestamp, WithoutStore};
+
+mirror! {
+    Pool of PoolSpec {
+        balancing_policy: BalancingPolicy,
+        regions: Vec<String>,
+        timeouts: Option<Timeouts>,
+        ejection: Option<Ejection>,
+        retry_budget: Option<RetryBudget>,
+        health: Option<HealthProfile>,
+    }
+    Timeouts of Timeouts {
+        connect: Option<Duration>,
+        first_byte: Option<Duration>,
+        idle: Option<Duration>,
+        total: Option<Duration>,
+    }
+    Ejection of Ejection {
+        consecutive_failures: u32,
+        base_duration: Option<Duration>,
+        max_duration: Option<Duration>,
+        max_ejected_percent: u32,
+    }
+    RetryBudget of RetryBudget {
+        percent: u32,
+        min_per_second: u32,
+        max_attempts: u32,
+    }
+    HealthProfile of HealthProfile {
+        liveness_interval: Option<Duration>,
+        timeout: Option<Duration>,
+        unhealthy_threshold: u32,
+        healthy_threshold: u32,
+    }
+    Backend of BackendSpec {
+        pool: String,
+        url: String,
+        region: String,
+        weight: Option<u32>,
+        max_concurrency: Option<u32>,
+        models: BTreeMap<String, Option<String>>,
+        credential: String,
+        admin_state: AdminState,
+        connection: Option<ConnectionSettings>,
+    }
+    ConnectionSettings of ConnectionSettings {
+        max_idle: u32,
+        idle_timeout: Option<Duration>,
+        health_path: String,
+    }
+    Model of ModelSpec {
+        pool: String,
+        client_name: String,
+        fallbacks: Vec<String>,
+        input_price_micro_dollars: u64,
+        output_price_micro_dollars: u64,
+        timeouts: Option<Timeouts>,
+        health_timeout: Option<Duration>,
+        limits: Option<Rates>,
+    }
+    Tenant of TenantSpec {
+        display_name: String,
+        allowed_models: Vec<String>,
+        limits: Option<Rates>,
+    }
+    KeyDigest of KeyDigest {
+        sha256: Sha256,
+        prefix: String,
+        expire_time: Option<Timestamp>,
+    }
+    ApiKey of ApiKeySpec {
+        tenant: String,
+        digests: Vec<KeyDigest>,
+        revoked: bool,
+        allowed_models: Vec<String>,
+        limits: Option<Rates>,
+    }
+    Limit of LimitSpec {
+        selector: Option<LimitSelector>,
+        rates: Option<Rates>,
+    }
+    LimitSelector of LimitSelector {
+        tenant: String,
+        model: String,
+        api_key: String,
+    }
+    Rates of Rates {
+        requests_per_minute: Option<u64>,
+        tokens_per_minute: Option<u64>,
+        input_tokens_per_minute: Option<u64>,
+        output_tokens_per_minute: Option<u64>,
+        concurrency: Option<u32>,
+        burst_multiplier: Option<f64>,
+        max_wait: Option<Duration>,
+        without_store: WithoutStore,
+        shadow: bool,
+    }
+}
