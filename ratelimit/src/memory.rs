@@ -5,13 +5,14 @@
 
 mod leases;
 mod state;
+mod store;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use self::state::State;
+use self::store::State;
 use crate::{
     Acquire, Candidate, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
     Settle, Settled, call,

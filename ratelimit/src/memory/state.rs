@@ -1,63 +1,16 @@
 //! What the scripts do, on maps. Step for step the same as the files in `scripts/`.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
 use std::time::Duration;
 
-use super::leases::Leases;
-use crate::budget::{Fit, Meter};
+use super::store::{Meters, Reservation, Stage, State, later};
+use crate::budget::Fit;
 use crate::call::{
-    self, Line, RESERVATION_LIFE, TOMBSTONE_LIFE, blank_limits, lines, micros, reserved, reset, spent,
+    self, Line, RESERVATION_LIFE, TOMBSTONE_LIFE, blank_limits, lines, reserved, reset, spent,
 };
 use crate::{
     Acquire, Candidate, Decision, Key, Kind, LimitState, Mode, Outcome, Renewal, ReservationId, ScopeLimits,
     Settle, Settled, Verdict, What,
 };
-
-/// Expired entries removed per call.
-const SWEEP_MAX: usize = 16;
-
-type Meters = [Meter; Kind::COUNT];
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    records: HashMap<Key, Record>,
-    leases: HashMap<Key, Leases>,
-    reservations: HashMap<Key, Reservation>,
-    /// One entry per stored thing that can expire, looked at again when its turn comes.
-    due: BinaryHeap<Reverse<(u64, Due)>>,
-}
-
-#[derive(Debug)]
-struct Record {
-    meters: Meters,
-    /// `None` when a meter will never be empty.
-    expires: Option<u64>,
-    queued: bool,
-}
-
-#[derive(Debug)]
-struct Reservation {
-    stage: Stage,
-    slot: Option<Key>,
-    reserved: Vec<(Key, [f64; Kind::COUNT])>,
-    expires: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Open,
-    Settled,
-    /// Ended before it was ever granted.
-    NeverGranted,
-}
-
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Due {
-    Record(Key),
-    Leases(Key),
-    Reservation(Key),
-}
 
 /// What one scope came to before anything is written.
 struct Judged {
@@ -263,127 +216,6 @@ impl State {
         }
         limits
     }
-
-    /// Removes a few of the things that have expired.
-    pub(super) fn sweep(&mut self, now: u64) {
-        for _ in 0..SWEEP_MAX {
-            if self.due.peek().is_none_or(|Reverse((at, _))| *at > now) {
-                return;
-            }
-            let Some(Reverse((_, due))) = self.due.pop() else { return };
-            // Extended since it was queued: again at its new time. Otherwise gone.
-            let again = match &due {
-                Due::Record(key) => match self.records.get_mut(key) {
-                    Some(record) if record.expires.is_none_or(|at| at > now) => {
-                        record.queued = record.expires.is_some();
-                        record.expires
-                    }
-                    _ => {
-                        self.records.remove(key);
-                        None
-                    }
-                },
-                Due::Leases(key) => {
-                    let left = self.leases.get_mut(key).and_then(|set| {
-                        set.prune(now);
-                        set.first_expiry()
-                    });
-                    if left.is_none() {
-                        self.leases.remove(key);
-                    }
-                    left
-                }
-                Due::Reservation(key) => {
-                    let left = self.reservations.get(key).map(|held| held.expires).filter(|at| *at > now);
-                    if left.is_none() {
-                        self.reservations.remove(key);
-                    }
-                    left.map(|at| at.min(later(now, TOMBSTONE_LIFE)))
-                }
-            };
-            if let Some(at) = again {
-                self.due.push(Reverse((at, due)));
-            }
-        }
-    }
-
-    fn meters(&self, key: &Key, now: u64) -> Meters {
-        let record = self.records.get(key).filter(|record| record.expires.is_none_or(|at| at > now));
-        record.map(|record| record.meters).unwrap_or_default()
-    }
-
-    /// Kinds that are not limited are stored as zero.
-    fn write_record(&mut self, key: &Key, lines: &[Line], meters: Meters, now: u64) {
-        let mut kept = Meters::default();
-        let mut life = Some(0.0f64);
-        for line in lines {
-            let meter = meters[line.kind as usize];
-            kept[line.kind as usize] = meter;
-            life = life.zip(meter.reset(&line.terms, now as f64)).map(|(a, b)| a.max(b));
-        }
-        let expires = life.map(|us| later(now, micros(us) + Duration::from_secs(10)));
-        let queued = self.records.get(key).is_some_and(|record| record.queued);
-        if let (Some(at), false) = (expires, queued) {
-            self.due.push(Reverse((at, Due::Record(key.clone()))));
-        }
-        let record = Record { meters: kept, expires, queued: queued || expires.is_some() };
-        self.records.insert(key.clone(), record);
-    }
-
-    fn reservation(&mut self, key: &Key, now: u64) -> Option<&mut Reservation> {
-        self.reservations.get_mut(key).filter(|held| held.expires > now)
-    }
-
-    /// Most reservations are settled soon, so the first look comes when a tombstone would expire.
-    fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
-        let first_look = later(now, TOMBSTONE_LIFE);
-        if self.reservations.insert(key.clone(), reservation).is_none() {
-            self.due.push(Reverse((first_look, Due::Reservation(key))));
-        }
-    }
-
-    /// The leases of a set that still count.
-    fn live(&mut self, key: &Key, now: u64) -> &Leases {
-        static NONE: std::sync::LazyLock<Leases> = std::sync::LazyLock::new(Leases::default);
-        match self.leases.get_mut(key) {
-            Some(set) => {
-                set.prune(now);
-                set
-            }
-            None => &NONE,
-        }
-    }
-
-    /// The first candidate with room, not counting what `id` itself holds there.
-    fn free_slot(&mut self, candidates: &[Candidate], id: Option<ReservationId>, now: u64) -> Option<usize> {
-        candidates.iter().position(|candidate| {
-            let set = self.live(&candidate.leases, now);
-            let own = usize::from(id.is_some_and(|id| set.holds(id)));
-            set.len() - own < candidate.max_concurrency as usize
-        })
-    }
-
-    fn slot_wait(&mut self, candidates: &[Candidate], ttl: Duration, now: u64) -> Duration {
-        let opens = candidates.iter().filter_map(|c| self.live(&c.leases, now).opens_at(c.max_concurrency));
-        opens.min().map_or(ttl, |at| Duration::from_micros(at.saturating_sub(now).max(1)))
-    }
-
-    fn take_lease(&mut self, key: &Key, id: ReservationId, expiry: u64) {
-        if let Some(set) = self.leases.get_mut(key) {
-            return set.put(id, expiry);
-        }
-        let mut set = Leases::default();
-        set.put(id, expiry);
-        self.leases.insert(key.clone(), set);
-        self.due.push(Reverse((expiry, Due::Leases(key.clone()))));
-    }
-
-    /// An empty set stays until its queued look, so that each set is queued once.
-    fn drop_lease(&mut self, key: &Key, id: ReservationId) {
-        if let Some(set) = self.leases.get_mut(key) {
-            set.remove(id);
-        }
-    }
 }
 
 fn verdict(fit: Fit) -> Verdict {
@@ -406,8 +238,4 @@ fn refuse(refusal: &mut Option<Option<Duration>>, scope: &ScopeLimits, verdict: 
         Some(before) => before.zip(wait).map(|(a, b)| a.max(b)),
         None => wait,
     });
-}
-
-fn later(now: u64, by: Duration) -> u64 {
-    now.saturating_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX))
 }
