@@ -127,7 +127,7 @@ impl<'a> Scanner<'a> {
     ) -> Result<(), E> {
         self.enter(b'{')?;
         if self.peek() == Some(b'}') {
-            return Ok(self.leave());
+            return self.leave();
         }
         loop {
             let name = self.string()?;
@@ -135,7 +135,7 @@ impl<'a> Scanner<'a> {
             member(self, name)?;
             match self.peek() {
                 Some(b',') => self.at += 1,
-                Some(b'}') => return Ok(self.leave()),
+                Some(b'}') => return self.leave(),
                 _ => return Err(self.fault("expected a comma or a closing brace").into()),
             }
         }
@@ -148,13 +148,13 @@ impl<'a> Scanner<'a> {
     ) -> Result<(), E> {
         self.enter(b'[')?;
         if self.peek() == Some(b']') {
-            return Ok(self.leave());
+            return self.leave();
         }
         loop {
             item(self)?;
             match self.peek() {
                 Some(b',') => self.at += 1,
-                Some(b']') => return Ok(self.leave()),
+                Some(b']') => return self.leave(),
                 _ => return Err(self.fault("expected a comma or a closing bracket").into()),
             }
         }
@@ -289,9 +289,10 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    fn leave(&mut self) {
+    fn leave<E>(&mut self) -> Result<(), E> {
         self.at += 1;
         self.depth -= 1;
+        Ok(())
     }
 
     /// Checks one escape, the backslash being read, and says how many bytes shorter it is unescaped.

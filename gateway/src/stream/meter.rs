@@ -1,0 +1,144 @@
+//! Reads facts from an answer while it passes, and changes the few bytes that must change.
+//!
+//! Invariants:
+//! - Bytes are untouched unless the plan asks for a change in that very event; then that event alone is spliced.
+//! - Reading allocates nothing: the payload is scanned where it lies, except when it is spread over several lines.
+//! - Output and facts depend on the bytes, not on how they were cut into chunks.
+//! - `[DONE]` is only added to a stream that its upstream finished, never to one that broke or reported an error.
+//!
+//! Tokens are counted so that a missing `usage` cannot make an answer free: [`StreamFacts::completion_estimate`] is
+//! the larger of the deltas with content (each is a token at least) and the bytes of content over
+//! [`BYTES_PER_TOKEN`].
+
+mod payload;
+mod rewrite;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+pub use self::payload::Usage;
+pub use self::rewrite::{RewritePlan, Rewriter};
+
+use self::payload::Payload;
+use super::sse::data_lines;
+use crate::read::{Edit, quoted, splice};
+
+/// Bytes of content that are taken for one token where the upstream does not count.
+pub const BYTES_PER_TOKEN: u64 = 4;
+
+/// What is known of a streamed answer so far.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StreamFacts {
+    /// The last usage the upstream reported.
+    pub usage: Option<Usage>,
+    /// Deltas that carried content: text, reasoning, tool call arguments, of any choice.
+    pub chunks: u64,
+    /// Bytes of that content, unescaped.
+    pub content_bytes: u64,
+    /// Whether a finish reason (or `response.completed`) was seen.
+    pub finished: bool,
+    /// Whether `[DONE]` was seen.
+    pub done_seen: bool,
+    /// Whether the upstream reported an error inside the stream.
+    pub error_seen: bool,
+    /// Events that could not be read: too long, or not JSON. Their bytes count as content.
+    pub unread_events: u64,
+    /// When content was first seen; the caller's to set, since this module has no clock.
+    pub first_content_at: Option<Instant>,
+}
+
+impl StreamFacts {
+    /// Tokens generated so far: the upstream's own count, or else the estimate.
+    pub fn completion_tokens(&self) -> u64 {
+        self.usage.map_or_else(|| self.completion_estimate(), |usage| usage.completion)
+    }
+
+    /// Tokens generated so far, as seen from here.
+    pub fn completion_estimate(&self) -> u64 {
+        self.chunks.max(self.content_bytes.div_ceil(BYTES_PER_TOKEN))
+    }
+
+    /// Whether the upstream said all it had to say. What follows may be cut without harm.
+    pub fn complete(&self) -> bool {
+        (self.finished || self.done_seen) && !self.error_seen
+    }
+
+    fn unread(&mut self, bytes: usize, event_over: bool) {
+        self.unread_events += u64::from(event_over);
+        self.content_bytes += bytes as u64;
+    }
+
+    /// Takes the facts of one event and says what could be changed in it.
+    fn take(&mut self, event: &[u8]) -> Spots {
+        let mut lines = data_lines(event);
+        let Some(first) = lines.next() else {
+            return Spots::default();
+        };
+        if let Some(second) = lines.next() {
+            // Rare enough to pay for a copy. Nothing is changed in it: the ranges would not fit the event.
+            let joined =
+                lines.fold([first, second].join(&b'\n'), |joined, line| [&joined, line].join(&b'\n'));
+            self.take_payload(&joined);
+            return Spots::default();
+        }
+        let first = first.trim_ascii();
+        let offset = first.as_ptr().addr() - event.as_ptr().addr();
+        let mut spots = self.take_payload(first);
+        spots.models.iter_mut().for_each(|range| *range = range.start + offset..range.end + offset);
+        spots
+    }
+
+    fn take_payload(&mut self, payload: &[u8]) -> Spots {
+        let payload = payload.trim_ascii();
+        if payload == b"[DONE]" {
+            self.done_seen = true;
+            return Spots::default();
+        }
+        let Ok(read) = Payload::read(payload) else {
+            self.unread(payload.len(), true);
+            return Spots::default();
+        };
+        self.usage = read.usage.or(self.usage);
+        self.chunks += u64::from(read.deltas);
+        self.content_bytes += read.content_bytes;
+        self.finished |= read.finished;
+        self.error_seen |= read.error;
+        Spots { usage_only: read.usage_only(), models: read.models }
+    }
+}
+
+/// What could be changed in an event.
+#[derive(Debug, Default)]
+struct Spots {
+    models: SmallVec<[Range<usize>; 2]>,
+    usage_only: bool,
+}
+
+/// The usage an unary answer reports.
+pub fn usage_of_body(body: &[u8]) -> Option<Usage> {
+    Payload::read(body).ok()?.usage
+}
+
+/// An unary answer with the model named as the client named it; shared when nothing changes.
+pub fn rename_model_in_body(body: &Bytes, client_model: &str) -> Bytes {
+    let quoted = quoted(client_model);
+    match Payload::read(body) {
+        Ok(read) => rename(body, &read.models, &quoted).unwrap_or_else(|| body.clone()),
+        Err(_) => body.clone(),
+    }
+}
+
+/// The text with another name at each of the ranges, or `None` if it is there already.
+fn rename(text: &[u8], models: &[Range<usize>], quoted: &str) -> Option<Bytes> {
+    let edits: SmallVec<[Edit; 2]> = models
+        .iter()
+        .filter(|range| &text[(*range).clone()] != quoted.as_bytes())
+        .map(|range| Edit::new(range.clone(), quoted.to_owned()))
+        .collect();
+    (!edits.is_empty()).then(|| splice(text, &edits))
+}
