@@ -1,0 +1,267 @@
+//! The owner of what is declared: commits changes to the store and follows it.
+//!
+//! There is one way into the state, the store's watch, so a change made by another replica and one made here look
+//! the same. A commit returns once the state has it: who wrote reads what was written.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+use weir_proto::v1;
+
+use crate::model::{ALLOWED, HEAD, Plan, REMOVAL, Refusal, Remembered, State};
+use crate::store::{self, Compare, Store, Transaction, Write};
+
+/// How long an answer is kept under its request id.
+const REQUESTS_KEPT_MS: u64 = 24 * 60 * 60 * 1000;
+/// And how many at most.
+const REQUESTS_MAX: usize = 10_000;
+/// Tries against other replicas before giving up.
+const TRIES: usize = 8;
+/// How long a commit waits to see itself. Longer means that the follower is broken.
+const FOLLOW_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("the request id was used for another request")]
+    RequestIdReused,
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("too many changes at once, retry")]
+    Contended,
+    #[error("the change is made, but the state does not follow the store")]
+    Behind,
+}
+
+/// The answer of a change; it can be told the revision that it made.
+pub(crate) trait Answer: prost::Message + Default {
+    /// Fills in the revision of the commit.
+    fn set_revision(&mut self, revision: u64);
+}
+
+/// What a change comes with.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    /// Empty: the change is not remembered.
+    pub(crate) request_id: String,
+    /// SHA-256 over method and request.
+    pub(crate) digest: [u8; 32],
+    /// Check only.
+    pub(crate) validate_only: bool,
+}
+
+/// What became of a change.
+#[derive(Debug)]
+pub(crate) struct Committed<A> {
+    pub(crate) answer: A,
+    /// What was done; `None` when nothing was written by this call.
+    pub(crate) done: Option<(Plan, u64)>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Catalog {
+    store: Arc<dyn Store>,
+    state: watch::Sender<Arc<State>>,
+    /// One commit at a time in this process; other replicas are met by the comparison.
+    commit: Mutex<()>,
+}
+
+impl Catalog {
+    /// Loads everything. Nobody is answered before that.
+    pub(crate) async fn load(store: Arc<dyn Store>) -> Result<Self, store::Error> {
+        let state = read(&*store).await?;
+        Ok(Self { store, state: watch::Sender::new(Arc::new(state)), commit: Mutex::new(()) })
+    }
+
+    /// The state now.
+    pub(crate) fn state(&self) -> Arc<State> {
+        Arc::clone(&self.state.borrow())
+    }
+
+    /// The state and every one after it.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<State>> {
+        self.state.subscribe()
+    }
+
+    /// Follows the store until told to stop. On an error it reads everything again after a pause.
+    pub(crate) async fn follow(&self, stop: CancellationToken) {
+        loop {
+            let error = tokio::select! {
+                () = stop.cancelled() => return,
+                error = self.follow_once() => error,
+            };
+            tracing::warn!(%error, "reading the store again");
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(Duration::from_millis(200)) => {}
+            }
+            match read(&*self.store).await {
+                Ok(state) => {
+                    self.state.send_replace(Arc::new(state));
+                }
+                Err(error) => tracing::error!(%error, "the store cannot be read"),
+            }
+        }
+    }
+
+    async fn follow_once(&self) -> store::Error {
+        let mut watch = match self.store.watch(self.state().revision) {
+            Ok(watch) => watch,
+            Err(e) => return e,
+        };
+        loop {
+            let next = match watch.next().await {
+                Ok(batch) => self.state().after(&batch),
+                Err(e) => return e,
+            };
+            match next {
+                Ok(state) => {
+                    self.state.send_replace(Arc::new(state));
+                }
+                Err(e) => return store::Error::Failed(e.to_string()),
+            }
+        }
+    }
+
+    /// Plans against the present state and commits; plans again when another replica was faster.
+    pub(crate) async fn commit<A: Answer>(
+        &self,
+        call: &Call,
+        plan: impl Fn(&State) -> Result<Plan, Refusal>,
+        answer: impl Fn(&Plan, &State) -> A,
+    ) -> Result<Committed<A>, Error> {
+        let _one = self.commit.lock().await;
+        for _ in 0..TRIES {
+            let state = self.state();
+            if !call.request_id.is_empty()
+                && !call.validate_only
+                && let Some(kept) = recall(&state, call)?
+            {
+                let mut answer = A::decode(kept.answer.as_slice())
+                    .map_err(|e| store::Error::Failed(format!("a remembered answer: {e}")))?;
+                answer.set_revision(kept.revision);
+                return Ok(Committed { answer, done: None });
+            }
+            let plan = plan(&state)?;
+            let mut answer = answer(&plan, &state);
+            if call.validate_only || plan.is_empty() {
+                return Ok(Committed { answer, done: None });
+            }
+            let transaction = transaction(&state, call, &plan, &answer);
+            match self.store.transact(transaction).await {
+                Ok(revision) => {
+                    self.caught_up(revision).await?;
+                    answer.set_revision(revision);
+                    return Ok(Committed { answer, done: Some((plan, revision)) });
+                }
+                Err(store::Error::Conflict(_)) => {
+                    // Somebody else's change is on its way here.
+                    let mut changes = self.subscribe();
+                    let newer = changes.wait_for(|now| now.revision > state.revision);
+                    let _ = tokio::time::timeout(FOLLOW_TIMEOUT, newer).await;
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(Error::Contended)
+    }
+
+    async fn caught_up(&self, revision: u64) -> Result<(), Error> {
+        let mut changes = self.subscribe();
+        let seen = changes.wait_for(|state| state.revision >= revision);
+        match tokio::time::timeout(FOLLOW_TIMEOUT, seen).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(Error::Behind),
+        }
+    }
+}
+
+async fn read(store: &dyn Store) -> Result<State, store::Error> {
+    State::load(&store.range("").await?).map_err(|e| store::Error::Failed(e.to_string()))
+}
+
+fn now_ms() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or_default()
+}
+
+/// The answer kept under the request id, when it is of the same request and not too old.
+fn recall(state: &State, call: &Call) -> Result<Option<Arc<Remembered>>, Error> {
+    match state.requests.get(call.request_id.as_str()) {
+        Some(kept) if now_ms().saturating_sub(kept.time_ms) >= REQUESTS_KEPT_MS => Ok(None),
+        Some(kept) if kept.digest != call.digest => Err(Error::RequestIdReused),
+        kept => Ok(kept.cloned()),
+    }
+}
+
+fn transaction(state: &State, call: &Call, plan: &Plan, answer: &impl Answer) -> Transaction {
+    let compares = vec![Compare { key: HEAD.into(), revision: state.head }];
+    let mut writes = vec![Write::Put(HEAD.into(), Bytes::new())];
+    for step in &plan.steps {
+        match step.action {
+            v1::ChangeAction::Create | v1::ChangeAction::Update => {
+                writes.push(Write::Put(step.key.path(), step.resource.value()));
+            }
+            v1::ChangeAction::Delete => writes.push(Write::Delete(step.key.path())),
+            v1::ChangeAction::Unchanged | v1::ChangeAction::Unspecified => {}
+        }
+    }
+    if plan.removes_backends {
+        writes.push(Write::Put(REMOVAL.into(), Bytes::new()));
+    }
+    if plan.allow_mass_removal {
+        writes.push(Write::Put(ALLOWED.into(), Bytes::new()));
+    }
+    if !call.request_id.is_empty() {
+        writes.extend(forgotten(state).into_iter().map(|id| Write::Delete(format!("q/{id}"))));
+        let kept = Remembered {
+            time_ms: now_ms(),
+            digest: call.digest.to_vec(),
+            answer: answer.encode_to_vec(),
+            revision: 0,
+        };
+        writes.push(Write::Put(format!("q/{}", call.request_id), kept.encode_to_vec().into()));
+    }
+    Transaction { compares, writes }
+}
+
+/// The request ids that are too old, and the oldest of too many; room for one more is left.
+fn forgotten(state: &State) -> BTreeSet<Arc<str>> {
+    let now = now_ms();
+    let expired = |kept: &Remembered| now.saturating_sub(kept.time_ms) >= REQUESTS_KEPT_MS;
+    let mut out: BTreeSet<Arc<str>> =
+        state.requests.iter().filter(|(_, kept)| expired(kept)).map(|(id, _)| Arc::clone(id)).collect();
+    let surplus = (state.requests.len() - out.len() + 1).saturating_sub(REQUESTS_MAX);
+    if surplus > 0 {
+        let mut by_age: Vec<_> =
+            state.requests.iter().filter(|(_, k)| !expired(k)).map(|(id, k)| (k.revision, id)).collect();
+        by_age.sort_unstable();
+        out.extend(by_age.into_iter().take(surplus).map(|(_, id)| Arc::clone(id)));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_bounded_in_age_and_number() {
+        let kept =
+            |time_ms, revision| Arc::new(Remembered { time_ms, digest: vec![], answer: vec![], revision });
+        let mut state = State::default();
+        state.requests.insert("old".into(), kept(now_ms() - REQUESTS_KEPT_MS, 1));
+        for i in 0..REQUESTS_MAX as u64 {
+            state.requests.insert(format!("r{i}").into(), kept(now_ms(), 10 + i));
+        }
+        let forgotten: Vec<_> = forgotten(&state).into_iter().collect();
+        assert_eq!(forgotten, [Arc::from("old"), Arc::from("r0")]);
+    }
+}

@@ -1,0 +1,89 @@
+//! Every metric of the control plane. Labels come from configured names and fixed sets only.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AdminCall {
+    method: &'static str,
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Probe {
+    backend: String,
+    result: &'static str,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    pub(crate) revision: Gauge,
+    pub(crate) gateways: Gauge,
+    /// How many revisions the connected gateway that is furthest behind has yet to acknowledge.
+    pub(crate) applied_lag: Gauge,
+    pub(crate) deltas: Counter,
+    pub(crate) acks: Counter,
+    pub(crate) nacks: Counter,
+    admin_calls: Family<AdminCall, Counter>,
+    probes: Family<Probe, Counter>,
+}
+
+impl Metrics {
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        registry.register("weir_store_revision", "The newest store revision", self.revision.clone());
+        registry.register("weir_connected_gateways", "Gateways with a configuration stream", self.gateways.clone());
+        registry.register(
+            "weir_applied_lag_revisions",
+            "Revisions that the connected gateway furthest behind has yet to acknowledge",
+            self.applied_lag.clone(),
+        );
+        registry.register("weir_deltas_sent", "Deltas sent to gateways", self.deltas.clone());
+        registry.register("weir_delta_acks", "Deltas that gateways applied", self.acks.clone());
+        registry.register("weir_delta_nacks", "Deltas that gateways refused in part or whole", self.nacks.clone());
+        registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
+        registry.register("weir_probes", "Liveness probes of backends", self.probes.clone());
+    }
+
+    pub(crate) fn admin_call(&self, method: &'static str, code: tonic::Code) {
+        let code = code_name(code);
+        self.admin_calls.get_or_create(&AdminCall { method, code }).inc();
+    }
+
+    pub(crate) fn probed(&self, backend: &str, alive: bool) {
+        let result = if alive { "alive" } else { "failed" };
+        self.probes.get_or_create(&Probe { backend: backend.to_owned(), result }).inc();
+    }
+
+    /// A backend that is gone leaves no series behind.
+    pub(crate) fn forget_backend(&self, backend: &str) {
+        for result in ["alive", "failed"] {
+            self.probes.remove(&Probe { backend: backend.to_owned(), result });
+        }
+    }
+}
+
+const fn code_name(code: tonic::Code) -> &'static str {
+    use tonic::Code;
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
