@@ -1,0 +1,336 @@
+//! Local ejection: this gateway leaves a backend out on its own passive evidence, within milliseconds.
+//!
+//! Invariants:
+//! - The budget holds for ejections on passive evidence: at most `max_ejected_percent` of a pool (one at least), never
+//!   the last two of more than two, never the last one. A backend that is coming back counts as ejected.
+//! - A longer ejection is never shortened by a later one, nor by answers to requests sent before it.
+//! - After an ejection one request at a time is let through until one succeeds.
+//! - Each ejection in a row doubles; the row ends when the backend served for as long as its last ejection took.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// When and for how long to eject.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EjectConfig {
+    /// Failures in a row that eject.
+    pub consecutive_failures: u32,
+    /// The first ejection's length.
+    pub base: Duration,
+    /// The longest an ejection gets by doubling.
+    pub max: Duration,
+    /// Share of the pool that may be ejected.
+    pub max_ejected_percent: u32,
+    /// The longest time a backend is believed to be busy; a larger Retry-After is cut.
+    pub busy_max: Duration,
+    /// How long a probe may take before another is let through; covers one whose outcome was never told.
+    pub probe_timeout: Duration,
+}
+
+impl Default for EjectConfig {
+    fn default() -> Self {
+        Self {
+            consecutive_failures: 3,
+            base: Duration::from_secs(5),
+            max: Duration::from_secs(300),
+            max_ejected_percent: 50,
+            busy_max: Duration::from_secs(60),
+            probe_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Whether a backend may be used now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Use it.
+    Open,
+    /// One request may try it: call [`Ejector::begin_probe`] when it is chosen.
+    Probe,
+    /// Left out, since it failed; when this ends.
+    Ejected(Instant),
+    /// Left out, since it said it was busy; when this ends.
+    Busy(Instant),
+}
+
+/// What is known of one backend.
+#[derive(Debug, Default)]
+struct Backend {
+    failures: u32,
+    /// Ejections in a row.
+    row: u32,
+    busy_until: Option<Instant>,
+    state: State,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Open,
+    /// Left out, and after `until` on probation.
+    Ejected { until: Instant, length: Duration, probe_until: Option<Instant> },
+    /// Serving again; at `trusted_at` the row of ejections is forgotten.
+    Returned { trusted_at: Instant },
+}
+
+/// The ejections of one pool.
+#[derive(Debug)]
+pub struct Ejector<K> {
+    config: EjectConfig,
+    backends: HashMap<K, Backend>,
+}
+
+impl<K: Clone + Eq + Hash> Ejector<K> {
+    /// Starts with every backend open.
+    pub fn new(config: EjectConfig) -> Self {
+        Self { config, backends: HashMap::new() }
+    }
+
+    /// Changes the rules for what happens from now on.
+    pub fn set_config(&mut self, config: EjectConfig) {
+        self.config = config;
+    }
+
+    /// Forgets backends that left the pool.
+    pub fn retain(&mut self, mut keep: impl FnMut(&K) -> bool) {
+        self.backends.retain(|key, _| keep(key));
+    }
+
+    /// Whether `key` may be used.
+    pub fn standing(&self, key: &K, now: Instant) -> Standing {
+        let Some(backend) = self.backends.get(key) else {
+            return Standing::Open;
+        };
+        match (&backend.state, backend.busy_until) {
+            (State::Ejected { until, .. }, _) if now < *until => Standing::Ejected(*until),
+            (_, Some(until)) if now < until => Standing::Busy(until),
+            (State::Ejected { probe_until: Some(until), .. }, _) if now < *until => Standing::Ejected(*until),
+            (State::Ejected { .. }, _) => Standing::Probe,
+            (State::Open | State::Returned { .. }, _) => Standing::Open,
+        }
+    }
+
+    /// Takes the one probe; false when another request has it already, or the backend is out.
+    pub fn begin_probe(&mut self, key: &K, now: Instant) -> bool {
+        match self.standing(key, now) {
+            Standing::Open => true,
+            Standing::Ejected(_) | Standing::Busy(_) => false,
+            Standing::Probe => {
+                let timeout = self.config.probe_timeout;
+                if let Some(Backend { state: State::Ejected { probe_until, .. }, .. }) =
+                    self.backends.get_mut(key)
+                {
+                    *probe_until = Some(now + timeout);
+                }
+                true
+            }
+        }
+    }
+
+    /// The probe ended with no evidence either way, such as a client that went away: the next request may probe.
+    pub fn abandon_probe(&mut self, key: &K) {
+        if let Some(Backend { state: State::Ejected { probe_until, .. }, .. }) = self.backends.get_mut(key) {
+            *probe_until = None;
+        }
+    }
+
+    /// A request to `key` succeeded.
+    pub fn succeeded(&mut self, key: &K, now: Instant) {
+        let Some(backend) = self.backends.get_mut(key) else {
+            return;
+        };
+        backend.failures = 0;
+        match backend.state {
+            State::Ejected { until, length, .. } if now >= until => {
+                backend.state = State::Returned { trusted_at: now + length };
+            }
+            State::Returned { trusted_at } if now >= trusted_at => {
+                backend.row = 0;
+                backend.state = State::Open;
+            }
+            // A success while ejected answers a request sent before: it proves nothing of now.
+            State::Open | State::Ejected { .. } | State::Returned { .. } => {}
+        }
+    }
+
+    /// A request to `key`, in a pool of `pool_size`, failed by the backend's fault. Says until when the backend is
+    /// ejected, if that is what this failure did.
+    pub fn failed(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
+        let (out, config) = (self.ejected(), self.config);
+        let backend = self.backends.entry(key.clone()).or_default();
+        backend.failures = backend.failures.saturating_add(1);
+        match backend.state {
+            // Sent before the ejection: no news.
+            State::Ejected { until, .. } if now < until => return None,
+            // On probation one failure is enough, and the budget was spent before.
+            State::Ejected { .. } => {}
+            State::Returned { trusted_at } if now >= trusted_at => {
+                backend.row = 0;
+                backend.state = State::Open;
+            }
+            State::Open | State::Returned { .. } => {}
+        }
+        let probation = matches!(backend.state, State::Ejected { .. });
+        let enough = backend.failures >= config.consecutive_failures;
+        let affordable = out < ejectable(pool_size, config.max_ejected_percent);
+        if !(probation || enough && affordable) {
+            return None;
+        }
+        let length =
+            config.base.saturating_mul(1u32.checked_shl(backend.row).unwrap_or(u32::MAX)).min(config.max);
+        backend.row = (backend.row + 1).min(31);
+        Some(backend.eject(now, length))
+    }
+
+    /// Leaves `key` out for `length` on the word of someone else, budget or not. Says until when it is out now.
+    pub fn eject_for(&mut self, key: &K, length: Duration, now: Instant) -> Instant {
+        self.backends.entry(key.clone()).or_default().eject(now, length)
+    }
+
+    /// `key` asked to be left alone (429 or 503 with Retry-After). It is busy, not dead. Says until when.
+    pub fn busy(&mut self, key: &K, retry_after: Duration, now: Instant) -> Instant {
+        let until = now + retry_after.min(self.config.busy_max);
+        let backend = self.backends.entry(key.clone()).or_default();
+        if let State::Ejected { probe_until, .. } = &mut backend.state {
+            *probe_until = None;
+        }
+        *backend.busy_until.insert(backend.busy_until.map_or(until, |old| old.max(until)))
+    }
+
+    /// How many backends are ejected or on probation.
+    pub fn ejected(&self) -> usize {
+        self.backends.values().filter(|backend| matches!(backend.state, State::Ejected { .. })).count()
+    }
+}
+
+impl Backend {
+    fn eject(&mut self, now: Instant, length: Duration) -> Instant {
+        self.failures = 0;
+        let (until, length) = match self.state {
+            State::Ejected { until, length: old, .. } if until > now + length => (until, old),
+            State::Open | State::Ejected { .. } | State::Returned { .. } => (now + length, length),
+        };
+        self.state = State::Ejected { until, length, probe_until: None };
+        until
+    }
+}
+
+/// How many of a pool may be out at once.
+fn ejectable(pool_size: usize, percent: u32) -> usize {
+    let kept = if pool_size > 2 { 2 } else { 1 };
+    let share = pool_size.saturating_mul(percent as usize) / 100;
+    if percent == 0 { 0 } else { share.max(1).min(pool_size.saturating_sub(kept)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn fail(ejector: &mut Ejector<u32>, key: u32, pool: usize, now: Instant, times: u32) -> Option<Instant> {
+        (0..times).filter_map(|_| ejector.failed(&key, pool, now)).last()
+    }
+
+    #[test]
+    fn three_failures_in_a_row_eject_and_a_success_between_does_not() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        assert_eq!(fail(&mut ejector, 1, 3, now, 2), None);
+        ejector.succeeded(&1, now);
+        assert_eq!(fail(&mut ejector, 1, 3, now, 2), None);
+        assert_eq!(ejector.failed(&1, 3, now), Some(now + 5 * SECOND));
+        assert_eq!(ejector.standing(&1, now), Standing::Ejected(now + 5 * SECOND));
+        assert_eq!(ejector.standing(&2, now), Standing::Open);
+    }
+
+    #[test]
+    fn ejections_in_a_row_double_up_to_the_bound() {
+        let (mut ejector, mut now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        let mut lengths = Vec::new();
+        let mut until = fail(&mut ejector, 1, 3, now, 3).unwrap();
+        for _ in 0..40 {
+            lengths.push((until - now).as_secs());
+            now = until;
+            assert!(ejector.begin_probe(&1, now));
+            until = ejector.failed(&1, 3, now).unwrap();
+        }
+        assert_eq!(lengths[..8], [5, 10, 20, 40, 80, 160, 300, 300]);
+        assert_eq!(lengths[39], 300);
+    }
+
+    #[test]
+    fn a_backend_that_flaps_stays_out_longer_and_one_that_lasts_is_trusted_again() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        fail(&mut ejector, 1, 3, now, 3);
+        let back = now + 5 * SECOND;
+        ejector.succeeded(&1, back);
+        assert_eq!(ejector.standing(&1, back), Standing::Open);
+        assert_eq!(fail(&mut ejector, 1, 3, back + SECOND, 3), Some(back + 11 * SECOND));
+        let again = back + 11 * SECOND;
+        ejector.succeeded(&1, again);
+        let later = again + 10 * SECOND;
+        assert_eq!(fail(&mut ejector, 1, 3, later, 3), Some(later + 5 * SECOND));
+    }
+
+    #[test]
+    fn one_probe_at_a_time_until_a_success() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        let until = fail(&mut ejector, 1, 3, now, 3).unwrap();
+        assert!(!ejector.begin_probe(&1, now));
+        assert_eq!(ejector.standing(&1, until), Standing::Probe);
+        assert!(ejector.begin_probe(&1, until));
+        assert!(!ejector.begin_probe(&1, until), "the second is turned away");
+        ejector.abandon_probe(&1);
+        assert!(ejector.begin_probe(&1, until));
+        assert!(ejector.begin_probe(&1, until + 10 * SECOND), "a probe that never reports does not lock it");
+        ejector.succeeded(&1, until + 10 * SECOND);
+        assert_eq!(ejector.standing(&1, until + 10 * SECOND), Standing::Open);
+    }
+
+    #[test]
+    fn late_answers_neither_shorten_nor_lengthen_an_ejection() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        let until = fail(&mut ejector, 1, 3, now, 3).unwrap();
+        ejector.succeeded(&1, now + SECOND);
+        assert_eq!(fail(&mut ejector, 1, 3, now + SECOND, 9), None);
+        assert_eq!(ejector.standing(&1, now + SECOND), Standing::Ejected(until));
+    }
+
+    #[test]
+    fn the_longer_ejection_wins_whichever_comes_first() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        assert_eq!(ejector.eject_for(&1, 60 * SECOND, now), now + 60 * SECOND);
+        assert_eq!(ejector.eject_for(&1, 5 * SECOND, now + SECOND), now + 60 * SECOND);
+        assert_eq!(ejector.eject_for(&1, 90 * SECOND, now + SECOND), now + 91 * SECOND);
+        assert_eq!(ejector.busy(&2, 600 * SECOND, now), now + 60 * SECOND);
+        assert_eq!(ejector.busy(&2, SECOND, now), now + 60 * SECOND);
+        assert_eq!(ejector.standing(&2, now), Standing::Busy(now + 60 * SECOND));
+        assert_eq!(ejector.standing(&2, now + 60 * SECOND), Standing::Open);
+    }
+
+    #[test]
+    fn the_budget_keeps_enough_backends() {
+        for (pool, percent, out) in
+            [(1, 100, 0), (2, 100, 1), (3, 100, 1), (4, 100, 2), (10, 50, 5), (10, 1, 1), (10, 0, 0)]
+        {
+            let config = EjectConfig { max_ejected_percent: percent, ..EjectConfig::default() };
+            let (mut ejector, now) = (Ejector::new(config), Instant::now());
+            for key in 0..pool {
+                fail(&mut ejector, key, pool as usize, now, 10);
+            }
+            assert_eq!(ejector.ejected(), out, "{pool} {percent}");
+        }
+    }
+
+    #[test]
+    fn one_that_left_the_pool_frees_its_place() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        fail(&mut ejector, 1, 3, now, 3);
+        assert_eq!(fail(&mut ejector, 2, 3, now, 5), None);
+        ejector.retain(|key| *key != 1);
+        assert!(ejector.failed(&2, 3, now).is_some());
+    }
+}
