@@ -1,0 +1,391 @@
+//! Every way a request can fail, and the only mapping from failure to what the client and the operator see.
+//!
+//! Invariants:
+//! - [`GatewayError::facts`] is one total match: status, code, label, blame and retry verdict of a failure stand
+//!   together and nowhere else.
+//! - 429 only ever means the caller's own limit; trouble of ours or of a backend is 5xx, with a time to come back.
+//! - Messages are for clients: no key, address or upstream body is in them, and what the client sent is escaped and
+//!   cut. A key that is missing, wrong, expired or revoked gives the same answer, as does a model that is unknown or
+//!   not allowed.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use crate::headers::{duration, millis};
+use crate::read::ReadError;
+
+/// Most characters of a client's own text that are repeated to it.
+pub const ECHO_CHARS_MAX: usize = 64;
+
+/// When to come back where nothing better is known.
+const RETRY_SOON: Duration = Duration::from_secs(1);
+
+/// Whose fault a failure is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Blame {
+    /// The caller's; never counts against a backend.
+    Client,
+    /// Ours.
+    Gateway,
+    /// The backend's.
+    Upstream,
+}
+
+/// A limit that refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The kind of scope: `tenant`, `key`, `model`, `global`, ...
+    pub scope_kind: &'static str,
+    /// The configured name of the scope.
+    pub scope: String,
+    /// What is limited: `requests`, `tokens`, `concurrency`, `budget`.
+    pub what: &'static str,
+    /// How much the limit allows.
+    pub limit: u64,
+    /// How much is left.
+    pub remaining: u64,
+    /// The time until this request would fit; `None` when it never will.
+    pub wait: Option<Duration>,
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what each is")]
+pub enum GatewayError {
+    #[error("no api key given")]
+    MissingKey,
+    #[error("api key not valid")]
+    InvalidKey,
+    #[error("unknown route")]
+    UnknownRoute,
+    #[error("method not allowed on this route")]
+    MethodNotAllowed,
+    #[error(transparent)]
+    BadRequest(#[from] ReadError),
+    #[error("invalid header or path: {0}")]
+    BadHead(&'static str),
+    #[error("no such model")]
+    ModelNotFound { model: String },
+    #[error("model not allowed for this tenant")]
+    ModelNotAllowed { model: String },
+    #[error("request body larger than {max} bytes")]
+    BodyTooLarge { max: u64 },
+    #[error("request body did not arrive in time")]
+    BodyTimeout,
+    #[error("request body has an encoding that is not supported")]
+    UnsupportedEncoding,
+    #[error("limited by {} of {} {}", .0.what, .0.scope_kind, .0.scope)]
+    Limited(Refusal),
+    #[error("limit store cannot be reached and the limit is closed")]
+    LimitStore,
+    #[error("no backend available")]
+    NoBackend { retry_after: Option<Duration> },
+    #[error("all slots busy")]
+    Busy { retry_after: Option<Duration> },
+    #[error("connecting to the backend failed")]
+    UpstreamConnect,
+    #[error("connection to the backend broke")]
+    UpstreamBroken,
+    #[error("backend did not answer in time")]
+    UpstreamTimeout,
+    #[error("backend answered {status}")]
+    UpstreamStatus { status: u16 },
+    #[error("answer of the backend makes no sense")]
+    UpstreamInvalid,
+    #[error("deadline of the request passed")]
+    Deadline,
+    #[error("gateway is draining")]
+    Draining,
+    #[error("internal error")]
+    Internal,
+}
+
+/// Everything that follows from a failure.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ErrorFacts {
+    /// The status of the answer.
+    pub status: StatusCode,
+    /// OpenAI's `type`.
+    pub kind: &'static str,
+    /// OpenAI's `code`.
+    pub code: &'static str,
+    /// OpenAI's `param`.
+    pub param: Option<&'static str>,
+    /// The text for the client.
+    pub message: Cow<'static, str>,
+    /// The value of the metric's label.
+    pub label: &'static str,
+    /// When to come back, for `retry-after`.
+    pub retry_after: Option<Duration>,
+    /// Whose fault it is.
+    pub blame: Blame,
+    /// Whether another backend may be tried, as long as nothing was sent.
+    pub retry_elsewhere: bool,
+}
+
+impl GatewayError {
+    /// The one mapping.
+    pub fn facts(&self) -> ErrorFacts {
+        const KEY: &str = "Missing or invalid API key. Send it as 'Authorization: Bearer KEY'.";
+        const UPSTREAM: &str = "The model's server failed to answer. Please retry.";
+        match self {
+            Self::MissingKey => client(401, "invalid_api_key", "missing_key", KEY),
+            Self::InvalidKey => client(401, "invalid_api_key", "invalid_key", KEY),
+            Self::UnknownRoute => client(404, "unknown_url", "unknown_route", "Unknown request URL."),
+            Self::MethodNotAllowed => {
+                client(405, "method_not_allowed", "method_not_allowed", "This method is not allowed here.")
+            }
+            Self::BadRequest(error) => ErrorFacts {
+                param: error.param(),
+                ..client(400, read_code(error), "bad_request", capitalised(&error.to_string()))
+            },
+            Self::BadHead(what) => {
+                client(400, "invalid_request", "bad_head", format!("Invalid request: {what}."))
+            }
+            Self::ModelNotFound { model } => no_model(model, "model_not_found"),
+            Self::ModelNotAllowed { model } => no_model(model, "model_not_allowed"),
+            Self::BodyTooLarge { max } => client(
+                413,
+                "request_too_large",
+                "body_too_large",
+                format!("The request body is larger than {max} bytes."),
+            ),
+            Self::BodyTimeout => {
+                client(408, "request_timeout", "body_timeout", "The request body did not arrive in time.")
+            }
+            Self::UnsupportedEncoding => client(
+                415,
+                "unsupported_encoding",
+                "unsupported_encoding",
+                "Compressed request bodies are not supported; send the body without Content-Encoding.",
+            ),
+            Self::Limited(refusal) => ErrorFacts {
+                kind: if refusal.what == "requests" { "requests" } else { "tokens" },
+                retry_after: refusal.wait,
+                ..client(429, "rate_limit_exceeded", "limited", refusal.message())
+            },
+            Self::LimitStore => {
+                ours("limit_store_unavailable", "limit_store", "Limits cannot be checked now.", None)
+            }
+            Self::NoBackend { retry_after } => ours(
+                "no_backend_available",
+                "no_backend",
+                "No server for this model is available now.",
+                *retry_after,
+            ),
+            Self::Busy { retry_after } => {
+                ours("overloaded", "busy", "All servers for this model are busy now.", *retry_after)
+            }
+            Self::UpstreamConnect => upstream(502, "upstream_unavailable", "upstream_connect", UPSTREAM),
+            Self::UpstreamBroken => upstream(502, "upstream_disconnected", "upstream_broken", UPSTREAM),
+            Self::UpstreamStatus { .. } => upstream(502, "upstream_error", "upstream_status", UPSTREAM),
+            Self::UpstreamInvalid => upstream(502, "upstream_invalid_response", "upstream_invalid", UPSTREAM),
+            Self::UpstreamTimeout => upstream(
+                504,
+                "upstream_timeout",
+                "upstream_timeout",
+                "The model's server did not answer in time.",
+            ),
+            // Time the client or the pool set for the whole request; no backend is to blame for it.
+            Self::Deadline => ErrorFacts {
+                status: StatusCode::GATEWAY_TIMEOUT,
+                retry_after: None,
+                ..ours("deadline_exceeded", "deadline", "The request did not finish within its time.", None)
+            },
+            Self::Draining => {
+                ours("shutting_down", "draining", "This gateway is shutting down. Please retry.", None)
+            }
+            Self::Internal => ErrorFacts {
+                status: StatusCode::INTERNAL_SERVER_ERROR,
+                retry_after: None,
+                ..ours("internal_error", "internal", "The gateway failed to process this request.", None)
+            },
+        }
+    }
+
+    /// The body of the answer, in OpenAI's shape.
+    pub fn to_body(&self) -> String {
+        self.to_json().to_string()
+    }
+
+    /// The event that tells a client of a failure after bytes were sent. A `[DONE]` never follows it.
+    pub fn sse_event(&self) -> String {
+        // JSON text holds no line breaks, so it cannot end the event early.
+        format!("data: {}\n\n", self.to_json())
+    }
+
+    fn to_json(&self) -> Value {
+        let facts = self.facts();
+        let mut error = json!({
+            "message": facts.message, "type": facts.kind, "param": facts.param, "code": facts.code,
+        });
+        if let Self::Limited(refusal) = self {
+            error["scope"] = json!({ "kind": refusal.scope_kind, "name": echo(&refusal.scope) });
+            error["kind"] = Value::from(refusal.what);
+            error["limit"] = Value::from(refusal.limit);
+            error["remaining"] = Value::from(refusal.remaining);
+            error["retry_after_ms"] = refusal.wait.map_or(Value::Null, |wait| Value::from(millis(wait)));
+        }
+        json!({ "error": error })
+    }
+}
+
+impl Refusal {
+    fn message(&self) -> String {
+        let Self { scope_kind, what, limit, remaining, .. } = self;
+        let scope = echo(&self.scope);
+        let advice = match self.wait {
+            Some(wait) => format!("Please try again in {}.", duration(wait)),
+            None => "This request can never fit this limit; make it smaller.".to_owned(),
+        };
+        format!(
+            "Rate limit reached for {what} of {scope_kind} '{scope}': limit {limit}, remaining {remaining}. {advice}"
+        )
+    }
+}
+
+fn facts(
+    status: u16,
+    code: &'static str,
+    label: &'static str,
+    message: Cow<'static, str>,
+    blame: Blame,
+) -> ErrorFacts {
+    let kind = if blame == Blame::Client { "invalid_request_error" } else { "server_error" };
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let retry_elsewhere = blame == Blame::Upstream;
+    ErrorFacts { status, kind, code, param: None, message, label, retry_after: None, blame, retry_elsewhere }
+}
+
+fn client(
+    status: u16,
+    code: &'static str,
+    label: &'static str,
+    message: impl Into<Cow<'static, str>>,
+) -> ErrorFacts {
+    facts(status, code, label, message.into(), Blame::Client)
+}
+
+fn upstream(status: u16, code: &'static str, label: &'static str, message: &'static str) -> ErrorFacts {
+    facts(status, code, label, message.into(), Blame::Upstream)
+}
+
+fn ours(
+    code: &'static str,
+    label: &'static str,
+    message: &'static str,
+    wait: Option<Duration>,
+) -> ErrorFacts {
+    let retry_after = Some(wait.unwrap_or(RETRY_SOON));
+    ErrorFacts { retry_after, ..facts(503, code, label, message.into(), Blame::Gateway) }
+}
+
+/// 404 for a model that is not allowed too, as OpenAI does: names of others' models cannot be probed for.
+fn no_model(model: &str, label: &'static str) -> ErrorFacts {
+    let message = format!("The model '{}' does not exist or you do not have access to it.", echo(model));
+    ErrorFacts { param: Some("model"), ..client(404, "model_not_found", label, message) }
+}
+
+fn read_code(error: &ReadError) -> &'static str {
+    match error {
+        ReadError::NotJson(_) | ReadError::NotObject => "invalid_json",
+        ReadError::Missing(_) => "missing_required_parameter",
+        ReadError::Duplicate(_) | ReadError::CaseVariant(_) => "duplicate_parameter",
+        ReadError::WrongType { .. } => "invalid_type",
+        ReadError::OutOfRange { .. } => "invalid_value",
+    }
+}
+
+fn capitalised(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).chain(['.']).collect()
+}
+
+/// Text of a client, cut and with everything but plain ASCII escaped: it ends up in logs and terminals.
+fn echo(text: &str) -> String {
+    let mut out: String = text.chars().take(ECHO_CHARS_MAX).flat_map(char::escape_default).collect();
+    if text.chars().nth(ECHO_CHARS_MAX).is_some() {
+        out.push_str("...");
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limited(wait: Option<Duration>) -> GatewayError {
+        let scope = "acme".to_owned();
+        GatewayError::Limited(Refusal {
+            scope_kind: "tenant",
+            scope,
+            what: "tokens",
+            limit: 10,
+            remaining: 2,
+            wait,
+        })
+    }
+
+    #[test]
+    fn one_answer_for_every_bad_key_and_one_for_every_model_out_of_reach() {
+        assert_eq!(GatewayError::MissingKey.to_body(), GatewayError::InvalidKey.to_body());
+        let model = || "m".to_owned();
+        let unknown = GatewayError::ModelNotFound { model: model() };
+        assert_eq!(unknown.to_body(), GatewayError::ModelNotAllowed { model: model() }.to_body());
+        assert_eq!((unknown.facts().status.as_u16(), unknown.facts().code), (404, "model_not_found"));
+    }
+
+    #[test]
+    fn what_a_client_sent_is_cut_and_escaped() {
+        let error = GatewayError::ModelNotFound { model: format!("a\n\u{1b}[31m{}", "x".repeat(500)) };
+        let message = error.facts().message;
+        assert!(
+            message.len() < 200 && message.chars().all(|c| c.is_ascii() && !c.is_ascii_control()),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_refusal_explains_itself() {
+        let error = limited(Some(Duration::from_millis(1500)));
+        let body: Value = serde_json::from_str(&error.to_body()).unwrap();
+        assert_eq!(error.facts().status, 429);
+        assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+        assert_eq!(body["error"]["retry_after_ms"], 1500);
+        assert_eq!(body["error"]["scope"]["name"], "acme");
+        assert!(error.facts().message.ends_with("try again in 1.5s."));
+        assert_eq!(limited(None).facts().retry_after, None);
+    }
+
+    #[test]
+    fn only_an_upstreams_fault_is_tried_elsewhere_and_429_is_the_callers_alone() {
+        let retry_after = None;
+        for error in [
+            GatewayError::LimitStore,
+            GatewayError::NoBackend { retry_after },
+            GatewayError::Busy { retry_after },
+            GatewayError::Draining,
+        ] {
+            let facts = error.facts();
+            assert_eq!((facts.status.as_u16(), facts.retry_elsewhere), (503, false));
+            assert!(facts.retry_after.is_some(), "{error}");
+        }
+        assert!(GatewayError::UpstreamConnect.facts().retry_elsewhere);
+        assert!(!limited(None).facts().retry_elsewhere);
+        assert_eq!(GatewayError::UpstreamStatus { status: 429 }.facts().status, 502);
+    }
+
+    #[test]
+    fn bodies_have_openais_shape_and_events_end_once() {
+        let error = GatewayError::from(ReadError::Duplicate("model"));
+        let body: Value = serde_json::from_str(&error.to_body()).unwrap();
+        assert_eq!(body["error"]["param"], "model");
+        assert_eq!(body["error"]["message"], "Duplicate parameter: 'model'.");
+        let event = GatewayError::Internal.sse_event();
+        assert_eq!(event.matches('\n').count(), 2);
+        assert!(event.starts_with("data: {\"error\"") && event.contains("\"param\":null"));
+    }
+}
