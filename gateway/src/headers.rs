@@ -1,7 +1,7 @@
 //! Which headers pass, in either direction, and the headers that tell a client about its limits.
 //!
 //! Invariants:
-//! - To a backend goes only what [`FORWARDED`] lists: never the client's credential, cookies, forwarding headers or
+//! - To a backend goes only what `FORWARDED` lists: never the client's credential, cookies, forwarding headers or
 //!   anything hop-by-hop, and nothing that `Connection` names, even if it is on the list.
 //! - To a client goes nothing hop-by-hop, no cookie, no rate limits of the upstream's own and no internal header.
 
