@@ -1,1 +1,46 @@
-//! weir
+//! The `weir` command: what operators type, turned into calls of the admin service.
+//!
+//! * [`Cli`]: the arguments; one definition gives parsing, help and completion.
+//! * [`run`]: does what they say and answers with the exit code; [`execute`] is the same with the streams given, so
+//!   that tests read what is printed.
+//!
+//! Results go to standard output, everything for people only (what is waited for, what went wrong) to standard error.
+
+mod args;
+mod client;
+mod commands;
+mod error;
+mod output;
+mod tables;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+pub use args::{
+    ApplyArgs, BackendRef, Cli, Command, FileArgs, KeyCommand, Kind, OutputFormat, Server, WaitArgs,
+};
+pub use error::Error;
+
+/// Does what the arguments say, on the process's own streams.
+pub async fn run(cli: Cli) -> ExitCode {
+    // Unlocked: a lock held across an await would stop every other printer.
+    ExitCode::from(execute(cli, &mut std::io::stdout(), &mut std::io::stderr()).await)
+}
+
+/// Does what the arguments say and returns the exit code; see [`weir_runtime::exit`], and `diff` for its own.
+pub async fn execute(cli: Cli, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
+    let mut io = output::Io { out, err, format: cli.output };
+    match commands::dispatch(&cli, &mut io).await {
+        Ok(code) => code,
+        // The reader of a pipe may go away; that is not our failure.
+        Err(Error::Print(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => weir_runtime::exit::DONE,
+        Err(error) => {
+            let _ = writeln!(io.err, "weir: {error}");
+            match (&cli.command, error.exit_code()) {
+                // 1 says that there are differences.
+                (Command::Diff(_), weir_runtime::exit::FAILED) => weir_runtime::exit::USAGE,
+                (_, code) => code,
+            }
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The arguments.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use weir_proto::{manifest, v1};
+
+/// Manages a Weir cluster: resources, keys, gateways.
+///
+/// The token of the control plane is taken from the file of --token-file or from the variable WEIR_TOKEN, never from
+/// the command line, where other users could read it.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "weir", version = weir_runtime::version(), propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// Address of the control plane
+    #[arg(
+        long,
+        global = true,
+        env = "WEIR_SERVER",
+        default_value = "http://127.0.0.1:7070",
+        value_name = "URL"
+    )]
+    pub server: Server,
+    /// File with the token of the control plane; takes precedence over WEIR_TOKEN
+    #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Form of the results
+    #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
+    pub output: OutputFormat,
+    /// How long each call may take, with a unit: 250ms, 10s, 1m
+    #[arg(long, global = true, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
+    pub timeout: Duration,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Show a resource, or all of a kind
+    Get {
+        /// pool, backend, model, tenant, key or limit; plural and short forms (be, mo, te, li, po) too
+        kind: Kind,
+        /// Its name; without one all of the kind
+        name: Option<String>,
+    },
+    /// Show all resources of a kind
+    #[command(visible_alias = "ls")]
+    List {
+        /// As in get
+        kind: Kind,
+    },
+    /// Show everything about a resource, with what the cluster says of it
+    Describe {
+        /// As in get
+        kind: Kind,
+        /// Its name
+        name: String,
+    },
+    /// Make the cluster hold what files say: all of it or nothing
+    Apply(ApplyArgs),
+    /// Show what apply would change; exits with 0 for nothing, 1 for differences, more for errors
+    Diff(FileArgs),
+    /// Delete a resource
+    Delete {
+        /// As in get
+        kind: Kind,
+        /// Its name
+        name: String,
+        /// Refuse when the resource has changed since this etag was read
+        #[arg(long)]
+        etag: Option<String>,
+        /// Allow that a pool loses more than half of its backends
+        #[arg(long)]
+        allow_mass_removal: bool,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Send no new requests to a backend; those in progress end in their own time
+    Drain(BackendRef),
+    /// Use a drained backend again
+    Undrain(BackendRef),
+    /// Neither use nor probe a backend
+    Disable(BackendRef),
+    /// Use a disabled backend again
+    Enable(BackendRef),
+    /// Set a backend's share of its pool's requests
+    Weight {
+        /// Its name
+        backend: String,
+        /// Share relative to the others, 0 to 10000; 0: only when nothing else is left
+        #[arg(value_parser = clap::value_parser!(u32).range(0..=10_000))]
+        weight: u32,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Make, revoke, rotate and list API keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Show the gateways and the revision each holds
+    Gateways,
+    /// Show the health and load of the backends
+    Backends,
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A backend to change.
+#[derive(Debug, Clone, Args)]
+pub struct BackendRef {
+    /// Its name
+    pub backend: String,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened: a comment would become help")]
+    pub wait: WaitArgs,
+}
+
+/// Which resources are meant.
+#[derive(Debug, Clone, Args)]
+pub struct FileArgs {
+    /// File of resources, - for standard input; may be repeated
+    #[arg(long = "file", short = 'f', required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Delete the resources of the same set that the files do not name
+    #[arg(long)]
+    pub prune: bool,
+    /// Name of the set the resources belong to
+    #[arg(long, default_value = "default", value_name = "NAME")]
+    pub set: String,
+    /// Allow that a pool loses more than half of its backends
+    #[arg(long)]
+    pub allow_mass_removal: bool,
+}
+
+/// The arguments of apply.
+#[derive(Debug, Clone, Args)]
+pub struct ApplyArgs {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened: a comment would become help")]
+    pub files: FileArgs,
+    /// Say what would change, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened: a comment would become help")]
+    pub wait: WaitArgs,
+}
+
+/// How long a change waits until the gateways hold it.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct WaitArgs {
+    /// How long to wait until every connected gateway holds the change, at most 60s
+    #[arg(long, value_parser = wait, default_value = "10s", value_name = "DURATION")]
+    pub wait: Duration,
+    /// Do not wait for the gateways
+    #[arg(long, conflicts_with = "wait")]
+    pub no_wait: bool,
+}
+
+/// What to do with API keys.
+#[derive(Debug, Clone, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key; it is shown once and stored nowhere
+    Create {
+        /// Name of its resource
+        name: String,
+        /// Whose it is
+        #[arg(long, value_name = "TENANT")]
+        tenant: String,
+        /// A model it may use; may be repeated. None: all the tenant may
+        #[arg(long = "model", value_name = "MODEL")]
+        models: Vec<String>,
+        /// For how long it is valid, such as 30d; without it for ever
+        #[arg(long, value_parser = positive, value_name = "DURATION")]
+        expires: Option<Duration>,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Refuse a key from now on and keep its record
+    Revoke {
+        /// Name of its resource
+        name: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Make a new key in place of the present one, which stays valid for a while
+    Rotate {
+        /// Name of its resource
+        name: String,
+        /// How long the present key stays valid
+        #[arg(long, value_parser = duration, default_value = "24h", value_name = "DURATION")]
+        grace: Duration,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Show all keys, never their secrets
+    List,
+}
+
+/// The form of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// Columns for people
+    Table,
+    /// One JSON value
+    Json,
+    /// Documents as apply reads them, for resources; otherwise as json
+    Yaml,
+}
+
+/// A kind of resources, by any of its names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kind(pub v1::ResourceKind);
+
+impl FromStr for Kind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        use v1::ResourceKind as K;
+        Ok(Self(match text.to_ascii_lowercase().replace('-', "_").as_str() {
+            "pool" | "pools" | "po" => K::Pool,
+            "backend" | "backends" | "be" => K::Backend,
+            "model" | "models" | "mo" => K::Model,
+            "tenant" | "tenants" | "te" => K::Tenant,
+            "api_key" | "api_keys" | "apikey" | "apikeys" | "key" | "keys" | "ak" => K::ApiKey,
+            "limit" | "limits" | "li" => K::Limit,
+            _ => return Err("there are pool, backend, model, tenant, key and limit".to_owned()),
+        }))
+    }
+}
+
+/// The address of the control plane; http is meant when it names no scheme.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server(String);
+
+impl Server {
+    /// The address with its scheme.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Server {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+        match full.parse::<http::Uri>() {
+            Ok(uri)
+                if matches!(uri.scheme_str(), Some("http" | "https"))
+                    && uri.authority().is_some_and(|a| !a.as_str().contains('@')) =>
+            {
+                Ok(Self(full))
+            }
+            _ => Err("must be an address such as http://127.0.0.1:7070".to_owned()),
+        }
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    manifest::parse_duration(text).map_err(|e| e.to_string())
+}
+
+fn positive(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|d| if d.is_zero() { Err("must be above 0s".to_owned()) } else { Ok(d) })
+}
+
+fn wait(text: &str) -> Result<Duration, String> {
+    let d = positive(text)?;
+    if d > Duration::from_secs(60) { Err("must be at most 60s".to_owned()) } else { Ok(d) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,80 @@
+use clap::CommandFactory;
+
+use super::*;
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(line.split_whitespace())
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn defaults_are_those_documented() {
+    let cli = parse("weir apply -f weir.yaml").expect("valid");
+    assert_eq!(cli.timeout, Duration::from_secs(10));
+    assert_eq!(cli.output, OutputFormat::Table);
+    let Command::Apply(args) = cli.command else { panic!("apply") };
+    assert_eq!((args.wait.wait, args.wait.no_wait), (Duration::from_secs(10), false));
+    assert_eq!(args.files.set, "default");
+    let Command::Key(KeyCommand::Rotate { grace, .. }) = parse("weir key rotate k").expect("valid").command
+    else {
+        panic!("rotate")
+    };
+    assert_eq!(grace, Duration::from_secs(86_400));
+}
+
+#[test]
+fn kinds_have_singular_plural_and_short_forms() {
+    use v1::ResourceKind as K;
+    for (text, kind) in [
+        ("backend", K::Backend),
+        ("backends", K::Backend),
+        ("be", K::Backend),
+        ("api-keys", K::ApiKey),
+        ("key", K::ApiKey),
+        ("Pools", K::Pool),
+        ("li", K::Limit),
+    ] {
+        assert_eq!(text.parse(), Ok(Kind(kind)), "{text}");
+    }
+    assert!("pod".parse::<Kind>().is_err());
+}
+
+#[test]
+fn global_flags_may_follow_the_command() {
+    let cli = parse("weir get be sgp-1 -o yaml --server h:7070 --timeout 250ms").expect("valid");
+    assert_eq!(cli.server.as_str(), "http://h:7070");
+    assert_eq!((cli.output, cli.timeout), (OutputFormat::Yaml, Duration::from_millis(250)));
+}
+
+#[test]
+fn what_makes_no_sense_is_wrong_usage() {
+    for line in [
+        "weir",
+        "weir get",
+        "weir get pods",
+        "weir apply",
+        "weir apply -f x --wait 10",
+        "weir apply -f x --wait 61s",
+        "weir apply -f x --wait 5s --no-wait",
+        "weir weight sgp-1 10001",
+        "weir weight sgp-1 -1",
+        "weir key create k",
+        "weir gateways --server ftp://h",
+        "weir gateways --server http://user:pass@h",
+        "weir gateways --token abc",
+        "weir gateways --timeout 0s",
+    ] {
+        let code = parse(line).expect_err(line).exit_code();
+        assert_eq!(code, 2, "{line}");
+    }
+}
+
+#[test]
+fn version_names_the_commit() {
+    let text = parse("weir --version").expect_err("prints").to_string();
+    assert!(text.starts_with(concat!("weir ", env!("CARGO_PKG_VERSION"), " (")), "{text}");
+}

@@ -1,0 +1,68 @@
+//! The commands, one file per noun.
+
+mod apply;
+mod backend;
+mod delete;
+mod gateways;
+mod get;
+mod key;
+mod wait;
+
+use clap::CommandFactory;
+use weir_proto::v1;
+use weir_runtime::exit;
+
+use crate::args::{Cli, Command};
+use crate::client::{Client, Retry, request_id};
+use crate::error::Error;
+use crate::output::Io;
+
+/// Does a command; the exit code is 0 except for `diff`.
+pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
+    use v1::AdminState as State;
+    match &cli.command {
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "weir", &mut script);
+            io.out.write_all(&script)?;
+        }
+        Command::Get { kind, name: Some(name) } => get::one(cli, io, kind.0, name).await?,
+        Command::Get { kind, name: None } | Command::List { kind } => get::all(cli, io, kind.0).await?,
+        Command::Describe { kind, name } => get::describe(cli, io, kind.0, name).await?,
+        Command::Apply(args) => apply::apply(cli, io, args).await?,
+        Command::Diff(args) => return apply::diff(cli, io, args).await,
+        Command::Delete { kind, name, etag, allow_mass_removal, wait } => {
+            delete::delete(cli, io, kind.0, name, etag.as_deref(), *allow_mass_removal, wait).await?;
+        }
+        Command::Drain(args) => backend::set_state(cli, io, args, State::Draining).await?,
+        Command::Undrain(args) | Command::Enable(args) => {
+            backend::set_state(cli, io, args, State::Active).await?;
+        }
+        Command::Disable(args) => backend::set_state(cli, io, args, State::Disabled).await?,
+        Command::Weight { backend, weight, wait } => {
+            backend::set_weight(cli, io, backend, *weight, wait).await?;
+        }
+        Command::Key(command) => key::key(cli, io, command).await?,
+        Command::Gateways => gateways::gateways(cli, io).await?,
+        Command::Backends => backend::status(cli, io).await?,
+    }
+    Ok(exit::DONE)
+}
+
+/// Changes the fields of `mask` of one resource.
+async fn update(
+    client: &Client,
+    name: &str,
+    spec: v1::resource::Spec,
+    mask: &str,
+) -> Result<v1::Resource, Error> {
+    let request = v1::UpdateResourceRequest {
+        resource: Some(v1::Resource { name: name.to_owned(), spec: Some(spec), ..Default::default() }),
+        update_mask: Some(prost_types::FieldMask { paths: vec![mask.to_owned()] }),
+        request_id: request_id(),
+        validate_only: false,
+    };
+    let answer =
+        client.call(Retry::Once, request, |mut c, r| async move { c.update_resource(r).await }).await?;
+    answer.resource.ok_or(Error::Answer("resource"))
+}

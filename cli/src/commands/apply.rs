@@ -1,0 +1,163 @@
+//! `apply` and `diff`.
+
+use std::collections::HashSet;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use weir_proto::resource::{kind_name, kind_of};
+use weir_proto::{manifest, v1};
+use weir_runtime::exit;
+
+use super::wait;
+use crate::args::{ApplyArgs, Cli, FileArgs};
+use crate::client::{Client, Retry, request_id};
+use crate::error::Error;
+use crate::output::Io;
+
+pub(super) async fn apply(cli: &Cli, io: &mut Io<'_>, args: &ApplyArgs) -> Result<(), Error> {
+    let request = request(&args.files, args.dry_run)?;
+    let client = Client::connect(cli).await?;
+    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await?;
+    io.result(|| text(&answer.changes, args.dry_run), || value(&answer))?;
+    if args.dry_run || !changes(&answer) {
+        return Ok(());
+    }
+    wait::applied(&client, io, &args.wait, answer.revision).await
+}
+
+pub(super) async fn diff(cli: &Cli, io: &mut Io<'_>, args: &FileArgs) -> Result<u8, Error> {
+    let request = request(args, true)?;
+    let client = Client::connect(cli).await?;
+    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await?;
+    io.result(|| differences(&answer.changes), || value(&answer))?;
+    Ok(if changes(&answer) { exit::FAILED } else { exit::DONE })
+}
+
+fn request(args: &FileArgs, validate_only: bool) -> Result<v1::ApplyRequest, Error> {
+    Ok(v1::ApplyRequest {
+        resources: read(&args.files)?,
+        apply_set: args.set.clone(),
+        prune: args.prune,
+        validate_only,
+        allow_mass_removal: args.allow_mass_removal,
+        request_id: request_id(),
+    })
+}
+
+/// The resources of all files. Those of one file are told apart by its reader, those of several here.
+fn read(files: &[PathBuf]) -> Result<Vec<v1::Resource>, Error> {
+    let mut resources = Vec::new();
+    for path in files {
+        let name = if path == Path::new("-") { "stdin".to_owned() } else { path.display().to_string() };
+        let text = read_text(path).map_err(|source| Error::File { path: name.clone(), source })?;
+        resources.extend(manifest::parse(&text, &name)?);
+    }
+    let mut seen = HashSet::new();
+    for resource in &resources {
+        let kind = kind_of(resource);
+        if !seen.insert((kind, resource.name.as_str())) {
+            return Err(Error::Twice(format!("{} {}", kind_name(kind), resource.name)));
+        }
+    }
+    Ok(resources)
+}
+
+/// At most one byte more than the parser takes, which says so then.
+fn read_text(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    let limit = manifest::MAX_BYTES as u64 + 1;
+    if path == Path::new("-") {
+        std::io::stdin().take(limit).read_to_string(&mut text)?;
+    } else {
+        std::fs::File::open(path)?.take(limit).read_to_string(&mut text)?;
+    }
+    Ok(text)
+}
+
+fn changes(answer: &v1::ApplyResponse) -> bool {
+    answer.changes.iter().any(|c| c.action() != v1::ChangeAction::Unchanged)
+}
+
+/// What was done, one line each, and the sum.
+fn text(changes: &[v1::Change], dry_run: bool) -> String {
+    use v1::ChangeAction as Action;
+    let mut text = String::new();
+    for change in changes.iter().filter(|c| c.action() != Action::Unchanged) {
+        text.push_str(&format!("{} {}\n", done(change.action()), reference(change)));
+    }
+    let count = |action| changes.iter().filter(|c| c.action() == action).count();
+    let sum = [Action::Create, Action::Update, Action::Delete, Action::Unchanged]
+        .map(|action| format!("{} {}", count(action), done(action)))
+        .join(", ");
+    let suffix = if dry_run { " (dry run: nothing was changed)" } else { "" };
+    text + &sum + suffix + "\n"
+}
+
+/// What differs, one line per resource and one per field.
+fn differences(changes: &[v1::Change]) -> String {
+    use v1::ChangeAction as Action;
+    let mut text = String::new();
+    for change in changes {
+        let sign = match change.action() {
+            Action::Create => '+',
+            Action::Delete => '-',
+            Action::Update => '~',
+            Action::Unchanged | Action::Unspecified => continue,
+        };
+        text.push_str(&format!("{sign} {}\n", reference(change)));
+        for field in &change.fields {
+            let or_none = |value: &str| if value.is_empty() { "(none)".to_owned() } else { value.to_owned() };
+            let (before, after) = (or_none(&field.before), or_none(&field.after));
+            text.push_str(&format!("    {}: {before} -> {after}\n", field.path));
+        }
+    }
+    if text.is_empty() { "no differences\n".to_owned() } else { text }
+}
+
+fn value(answer: &v1::ApplyResponse) -> Value {
+    let changes = answer.changes.iter().map(|c| {
+        let of = c.r#ref.clone().unwrap_or_default();
+        // Values are JSON already; what is not is shown as text.
+        let parsed = |text: &str| match text {
+            "" => Value::Null,
+            text => serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned())),
+        };
+        let fields = c
+            .fields
+            .iter()
+            .map(|f| json!({"path": f.path, "before": parsed(&f.before), "after": parsed(&f.after)}));
+        json!({
+            "kind": kind_name(of.kind()),
+            "name": of.name,
+            "action": action(c.action()),
+            "fields": fields.collect::<Vec<_>>(),
+        })
+    });
+    json!({"revision": answer.revision, "changes": changes.collect::<Vec<_>>()})
+}
+
+fn reference(change: &v1::Change) -> String {
+    let of = change.r#ref.clone().unwrap_or_default();
+    format!("{} {}", kind_name(of.kind()), of.name)
+}
+
+const fn action(action: v1::ChangeAction) -> &'static str {
+    match action {
+        v1::ChangeAction::Create => "create",
+        v1::ChangeAction::Update => "update",
+        v1::ChangeAction::Delete => "delete",
+        v1::ChangeAction::Unchanged => "unchanged",
+        v1::ChangeAction::Unspecified => "unspecified",
+    }
+}
+
+const fn done(action: v1::ChangeAction) -> &'static str {
+    match action {
+        v1::ChangeAction::Create => "created",
+        v1::ChangeAction::Update => "updated",
+        v1::ChangeAction::Delete => "deleted",
+        v1::ChangeAction::Unchanged => "unchanged",
+        v1::ChangeAction::Unspecified => "unknown",
+    }
+}

@@ -1,0 +1,53 @@
+//! After a change: until the gateways hold it.
+
+use std::time::Duration;
+
+use weir_proto::v1;
+
+use crate::args::WaitArgs;
+use crate::client::{Client, Retry};
+use crate::error::Error;
+use crate::output::Io;
+
+/// What the network may take beyond the time the control plane waits.
+const MARGIN: Duration = Duration::from_secs(5);
+
+/// Waits and says how many gateways hold the revision; a failure when some do not in time.
+pub(super) async fn applied(
+    client: &Client,
+    io: &mut Io<'_>,
+    args: &WaitArgs,
+    revision: u64,
+) -> Result<(), Error> {
+    if args.no_wait {
+        return Ok(());
+    }
+    let timeout = prost_types::Duration::try_from(args.wait).ok();
+    let request = v1::WaitAppliedRequest { revision, timeout };
+    let answer =
+        client
+            .call_within(args.wait + MARGIN, Retry::Once, request, |mut c, r| async move {
+                c.wait_applied(r).await
+            })
+            .await?;
+    io.note(&line(&answer, revision))?;
+    if answer.pending.is_empty() && answer.applied >= answer.connected { Ok(()) } else { Err(Error::Pending) }
+}
+
+fn line(answer: &v1::WaitAppliedResponse, revision: u64) -> String {
+    if answer.connected == 0 {
+        return format!("no gateway is connected; each takes revision {revision} when it connects");
+    }
+    let elapsed = answer.elapsed.and_then(|d| Duration::try_from(d).ok()).unwrap_or_default();
+    let (applied, connected) = (answer.applied, answer.connected);
+    let gateways = if connected == 1 { "gateway" } else { "gateways" };
+    let mut text = format!(
+        "applied on {applied} of {connected} {gateways} at revision {revision} in {} ms",
+        elapsed.as_millis()
+    );
+    if !answer.pending.is_empty() {
+        text.push_str("; pending: ");
+        text.push_str(&answer.pending.join(", "));
+    }
+    text
+}

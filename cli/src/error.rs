@@ -1,0 +1,159 @@
+//! What can go wrong, as sentences for the person at the terminal, and the exit code of each.
+
+use std::io;
+
+use tonic::{Code, Status};
+use weir_proto::manifest;
+use weir_runtime::exit;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No connection.
+    #[error(
+        "the control plane at {server} cannot be reached: {reason}\n\
+         start it (weir-control-plane, or weir up), or say where it is with --server or WEIR_SERVER"
+    )]
+    Unreachable {
+        /// The address tried.
+        server: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// A connection, and no answer in time.
+    #[error("the control plane at {server} did not answer within {timeout}; --timeout allows more")]
+    Timeout {
+        /// The address.
+        server: String,
+        /// The time it had.
+        timeout: String,
+    },
+    /// It answered with an error.
+    #[error("{}", sentence(.status, .server))]
+    Refused {
+        /// The address.
+        server: String,
+        /// The answer.
+        status: Box<Status>,
+    },
+    /// It answered with nothing where there has to be something.
+    #[error("the control plane's answer lacks its {0}; does its version fit this one?")]
+    Answer(&'static str),
+    /// A file of resources is wrong.
+    #[error("{0}")]
+    Manifest(#[from] manifest::Error),
+    /// A file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    File {
+        /// Which file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Two files name the same resource.
+    #[error("{0} is given twice")]
+    Twice(String),
+    /// The token cannot be sent.
+    #[error("the token of {0} is empty or holds characters a header cannot")]
+    Token(&'static str),
+    /// The gateways did not all take a change in time; what there is to say has been said.
+    #[error("the change is stored, but not every gateway holds it yet: weir gateways shows why")]
+    Pending,
+    /// The result cannot be printed.
+    #[error("cannot print: {0}")]
+    Print(#[from] io::Error),
+}
+
+impl Error {
+    /// The exit code: see [`weir_runtime::exit`].
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unreachable { .. } | Self::Timeout { .. } => exit::UNAVAILABLE,
+            Self::Manifest(_) | Self::Twice(_) => exit::CONFIG,
+            Self::Token(_) => exit::USAGE,
+            Self::Refused { status, .. } => match status.code() {
+                Code::Unavailable => exit::UNAVAILABLE,
+                Code::InvalidArgument => exit::CONFIG,
+                _ => exit::FAILED,
+            },
+            Self::Answer(_) | Self::File { .. } | Self::Pending | Self::Print(_) => exit::FAILED,
+        }
+    }
+}
+
+fn sentence(status: &Status, server: &str) -> String {
+    let message = match status.message() {
+        "" => "no reason given",
+        message => message,
+    };
+    match status.code() {
+        Code::Unauthenticated => format!(
+            "the control plane at {server} wants a valid token ({message}); give it with --token-file or WEIR_TOKEN"
+        ),
+        Code::PermissionDenied => format!("the token does not allow this: {message}"),
+        Code::NotFound => format!("not found: {message}"),
+        Code::AlreadyExists => format!("exists already: {message}"),
+        Code::InvalidArgument => format!("the control plane does not take this: {message}"),
+        Code::FailedPrecondition => format!("not now: {message}"),
+        Code::Aborted => format!("it has changed in the meantime: {message}; read it again and retry"),
+        Code::ResourceExhausted => format!("too much at once: {message}"),
+        Code::Unavailable => {
+            format!("the control plane at {server} is not ready: {message}; try again in a moment")
+        }
+        Code::DeadlineExceeded | Code::Cancelled => {
+            format!("the control plane at {server} gave up: {message}; --timeout allows more")
+        }
+        Code::Unimplemented => {
+            format!(
+                "the control plane at {server} does not know this call; is it an older version, or another server?"
+            )
+        }
+        Code::Internal | Code::Unknown | Code::DataLoss | Code::OutOfRange | Code::Ok => {
+            format!("the control plane at {server} failed: {message}; its log says more")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: Code) -> Error {
+        let status = Box::new(Status::new(code, "backend sgp-1"));
+        Error::Refused { server: "http://h:7070".into(), status }
+    }
+
+    #[test]
+    fn answers_become_sentences_with_exit_codes() {
+        for (code, text, exit) in [
+            (Code::NotFound, "not found: backend sgp-1", 1),
+            (Code::AlreadyExists, "exists already: backend sgp-1", 1),
+            (Code::InvalidArgument, "the control plane does not take this: backend sgp-1", 64),
+            (Code::FailedPrecondition, "not now: backend sgp-1", 1),
+            (
+                Code::Unauthenticated,
+                "the control plane at http://h:7070 wants a valid token (backend sgp-1); give it with --token-file \
+                 or WEIR_TOKEN",
+                1,
+            ),
+            (
+                Code::Unavailable,
+                "the control plane at http://h:7070 is not ready: backend sgp-1; try again in a moment",
+                69,
+            ),
+        ] {
+            assert_eq!((refused(code).to_string().as_str(), refused(code).exit_code()), (text, exit));
+        }
+    }
+
+    #[test]
+    fn an_unreachable_server_is_named_with_the_remedy() {
+        let error = Error::Unreachable { server: "http://h:1".into(), reason: "refused".into() };
+        assert_eq!(error.exit_code(), 69);
+        let text = error.to_string();
+        assert!(
+            text.contains("http://h:1") && text.contains("--server") && text.contains("weir up"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,167 @@
+//! Resources and reports as columns. No frames and no colours: the same on a terminal and in a pipe.
+
+use comfy_table::{Table, presets};
+use weir_proto::manifest::format_duration;
+use weir_proto::v1;
+use weir_proto::v1::resource::Spec;
+
+use crate::output::time;
+
+/// A table of a header and rows, each line without blanks at its end.
+pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+/// The columns of a kind.
+pub(crate) fn resources(kind: v1::ResourceKind, resources: &[v1::Resource]) -> String {
+    use v1::ResourceKind as K;
+    let header: &[&str] = match kind {
+        K::Pool => &["NAME", "POLICY", "REGIONS", "REVISION"],
+        K::Backend => &["NAME", "POOL", "REGION", "WEIGHT", "CONCURRENCY", "STATE", "URL", "REVISION"],
+        K::Model => &["NAME", "CLIENT NAME", "POOL", "FALLBACKS", "LIMITS", "REVISION"],
+        K::Tenant => &["NAME", "DISPLAY NAME", "MODELS", "LIMITS", "REVISION"],
+        K::ApiKey => &["NAME", "TENANT", "KEY", "STATE", "EXPIRES", "MODELS", "REVISION"],
+        K::Limit => &["NAME", "TENANT", "MODEL", "KEY", "LIMITS", "REVISION"],
+        K::Unspecified => &["NAME", "REVISION"],
+    };
+    let rows = resources.iter().map(|r| {
+        let mut row = vec![r.name.clone()];
+        row.extend(r.spec.as_ref().map(cells).unwrap_or_default());
+        row.push(r.revision.to_string());
+        row
+    });
+    table(header, rows.collect())
+}
+
+/// What is between name and revision.
+fn cells(spec: &Spec) -> Vec<String> {
+    match spec {
+        Spec::Pool(s) => {
+            let policy = match s.balancing_policy() {
+                v1::BalancingPolicy::Unspecified | v1::BalancingPolicy::WeightedRoundRobin => {
+                    "weighted_round_robin"
+                }
+                v1::BalancingPolicy::RoundRobin => "round_robin",
+                v1::BalancingPolicy::Random => "random",
+            };
+            vec![policy.to_owned(), list(&s.regions, "all")]
+        }
+        Spec::Backend(s) => vec![
+            s.pool.clone(),
+            text(&s.region),
+            s.weight.unwrap_or(100).to_string(),
+            s.max_concurrency.unwrap_or(50).to_string(),
+            state(s.admin_state()).to_owned(),
+            s.url.clone(),
+        ],
+        Spec::Model(s) => {
+            vec![text(&s.client_name), s.pool.clone(), list(&s.fallbacks, "-"), rates(s.limits.as_ref())]
+        }
+        Spec::Tenant(s) => {
+            vec![text(&s.display_name), list(&s.allowed_models, "all"), rates(s.limits.as_ref())]
+        }
+        Spec::ApiKey(s) => {
+            let prefixes: Vec<String> = s.digests.iter().map(|d| format!("{}...", d.prefix)).collect();
+            let last = s.digests.iter().map(|d| d.expire_time.as_ref());
+            // The key that lives longest; a digest without an end lives for ever.
+            let expires = last.max_by_key(|t| t.map_or(i64::MAX, |t| t.seconds)).flatten();
+            vec![
+                s.tenant.clone(),
+                list(&prefixes, "-"),
+                if s.revoked { "revoked" } else { "active" }.to_owned(),
+                time(expires),
+                list(&s.allowed_models, "all"),
+            ]
+        }
+        Spec::Limit(s) => {
+            let scope = s.selector.clone().unwrap_or_default();
+            vec![
+                list(&[scope.tenant], "all"),
+                list(&[scope.model], "all"),
+                list(&[scope.api_key], "all"),
+                rates(s.rates.as_ref()),
+            ]
+        }
+    }
+}
+
+/// What the operator wants of a backend.
+pub(crate) const fn state(state: v1::AdminState) -> &'static str {
+    match state {
+        v1::AdminState::Unspecified | v1::AdminState::Active => "active",
+        v1::AdminState::Draining => "draining",
+        v1::AdminState::Disabled => "disabled",
+    }
+}
+
+fn text(text: &str) -> String {
+    list(&[text.to_owned()], "-")
+}
+
+fn list(items: &[String], none: &str) -> String {
+    let joined = items.join(",");
+    if joined.is_empty() { none.to_owned() } else { joined }
+}
+
+fn rates(rates: Option<&v1::Rates>) -> String {
+    let Some(r) = rates else { return "-".to_owned() };
+    let mut parts = Vec::new();
+    let mut add = |value: Option<u64>, unit| parts.extend(value.map(|v| format!("{v} {unit}")));
+    add(r.requests_per_minute, "req/min");
+    add(r.tokens_per_minute, "tok/min");
+    add(r.input_tokens_per_minute, "in tok/min");
+    add(r.output_tokens_per_minute, "out tok/min");
+    add(r.concurrency.map(u64::from), "at once");
+    if let Some(wait) = r.max_wait.and_then(|d| std::time::Duration::try_from(d).ok()) {
+        parts.push(format!("wait {}", format_duration(wait)));
+    }
+    if r.shadow {
+        parts.push("shadow".to_owned());
+    }
+    list(&parts, "-").replace(',', ", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_proto::manifest;
+
+    use super::*;
+
+    const TEXT: &str = "
+kind: backend
+name: sgp-1
+spec: {pool: chat, url: 'http://10.0.0.5:8000', region: sgp, admin_state: draining, models: {m: }}
+---
+kind: backend
+name: fra-1
+spec: {pool: chat, url: 'http://10.0.0.6:8000', weight: 0, models: {m: }}
+---
+kind: limit
+name: all
+spec: {rates: {requests_per_minute: 2000, max_wait: 30s, shadow: true}}
+";
+
+    #[test]
+    fn resources_are_plain_columns() {
+        let all = manifest::parse(TEXT, "t").expect("valid");
+        assert_eq!(
+            resources(v1::ResourceKind::Backend, &all[..2]),
+            "NAME   POOL  REGION  WEIGHT  CONCURRENCY  STATE     URL                   REVISION\n\
+             sgp-1  chat  sgp     100     50           draining  http://10.0.0.5:8000  0\n\
+             fra-1  chat  -       0       50           active    http://10.0.0.6:8000  0\n"
+        );
+        assert_eq!(
+            resources(v1::ResourceKind::Limit, &all[2..]),
+            "NAME  TENANT  MODEL  KEY  LIMITS                          REVISION\n\
+             all   all     all    all  2000 req/min, wait 30s, shadow  0\n"
+        );
+    }
+}
