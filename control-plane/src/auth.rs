@@ -66,7 +66,9 @@ impl Interceptor for Guard {
         let gateway = self.tokens.gateway.as_ref().is_some_and(|known| equal(&digest, known));
         match (bearer && admin, bearer && gateway, self.needs) {
             (true, _, _) | (_, true, Needs::Gateway) => Ok(request),
-            (false, true, _) => Err(Status::permission_denied("the gateway token does not open this service")),
+            (false, true, _) => {
+                Err(Status::permission_denied("the gateway token does not open this service"))
+            }
             (false, false, _) => Err(Status::unauthenticated("the token is not known")),
         }
     }

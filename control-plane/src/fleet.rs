@@ -59,6 +59,8 @@ impl Fleet {
             Report { stream, incarnation: incarnation.to_owned(), sequence: 0, backends: BTreeMap::new() };
         reports.by_gateway.insert(gateway.to_owned(), report);
         drop(reports);
+        // Wakes those who count gateways.
+        self.loads.send_modify(|_| {});
         Reporter { fleet: self.clone(), gateway: gateway.to_owned(), stream }
     }
 
@@ -144,6 +146,7 @@ impl Drop for Reporter {
         if reports.by_gateway.get(&self.gateway).is_some_and(|own| own.stream == self.stream) {
             reports.by_gateway.remove(&self.gateway);
             self.fleet.sum(&reports);
+            self.fleet.loads.send_modify(|_| {});
         }
     }
 }

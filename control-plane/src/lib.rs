@@ -1,10 +1,24 @@
 //! The control plane of Weir: keeps what operators declare, hands it to gateways, and gathers what they see.
+//!
+//! * [`ControlPlane::start`] runs all of it in the calling process: the binary, `weir up` and tests use it alike.
+//! * [`store`] is where resources are kept.
+//!
+//! A change goes from the admin service through a plan (pure) and a transaction into the store; the catalog follows
+//! the store; gateways follow debounced snapshots of the catalog.
 
+mod auth;
 mod catalog;
 mod encoding;
 mod fleet;
+mod health;
+mod metrics;
 mod model;
+mod probe;
 mod publish;
 mod registry;
+mod server;
+mod services;
 pub mod store;
 mod tree;
+
+pub use server::{Config, ControlPlane, Error, Running, StoreConfig};

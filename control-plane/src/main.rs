@@ -1,3 +1,103 @@
 //! The control plane as a process of its own.
 
-fn main() {}
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio_util::sync::CancellationToken;
+use weir_control_plane::{Config, ControlPlane, StoreConfig};
+use weir_runtime::{Secret, exit, init_logs, shutdown_on_signals};
+
+/// Keeps what operators declare, hands it to gateways, and watches backends.
+#[derive(Parser)]
+#[command(name = "weir-control-plane", version = weir_runtime::version())]
+struct Args {
+    /// Where the admin, discovery and report services listen.
+    #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:7070", value_name = "HOST:PORT")]
+    listen: SocketAddr,
+    /// Where /livez, /readyz and /metrics are.
+    #[arg(long, env = "WEIR_HTTP_LISTEN", default_value = "127.0.0.1:7080", value_name = "HOST:PORT")]
+    http_listen: SocketAddr,
+    /// Where the store and the admin token are kept; made when it is not there.
+    #[arg(long, env = "WEIR_DATA_DIR", default_value = ".weir/control-plane", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// Keep resources in memory only; they are gone with the process.
+    #[arg(long, env = "WEIR_STORE_IN_MEMORY")]
+    store_in_memory: bool,
+    /// A file with the token that opens everything, at least 16 characters. Also as WEIR_ADMIN_TOKEN.
+    #[arg(long, env = "WEIR_ADMIN_TOKEN_FILE", value_name = "FILE")]
+    admin_token_file: Option<PathBuf>,
+    /// A file with the token that opens discovery and reports only. Also as WEIR_GATEWAY_TOKEN.
+    #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "FILE")]
+    gateway_token_file: Option<PathBuf>,
+    /// What is logged: a level, or levels by target.
+    #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Err(message) = init_logs(&args.log) {
+        return failed(exit::CONFIG, &message);
+    }
+    let config = match config(args) {
+        Ok(config) => config,
+        Err(message) => return failed(exit::CONFIG, &message),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return failed(exit::FAILED, &e.to_string()),
+    };
+    match runtime.block_on(run(config)) {
+        Ok(()) => ExitCode::from(exit::DONE),
+        Err(e) => failed(e.exit_code(), &e.to_string()),
+    }
+}
+
+async fn run(config: Config) -> Result<(), weir_control_plane::Error> {
+    let failed = |e: &dyn std::fmt::Display| weir_control_plane::Error::Failed(e.to_string());
+    let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
+    let mut running = ControlPlane::start(config, shutdown.clone()).await?;
+    tokio::select! {
+        ended = &mut running.join => return ended.map_err(|e| failed(&e))?,
+        signals = shutdown_on_signals(shutdown.clone(), hurry.clone()) => signals.map_err(|e| failed(&e))?,
+    }
+    // A second signal: what is still open is cut.
+    Ok(())
+}
+
+fn config(args: Args) -> Result<Config, String> {
+    let store = if args.store_in_memory {
+        StoreConfig::Memory
+    } else {
+        StoreConfig::File(args.data_dir.join("store.redb"))
+    };
+    Ok(Config {
+        listen: args.listen,
+        http_listen: args.http_listen,
+        store,
+        bootstrap: Vec::new(),
+        admin_token: token("admin-token-file", args.admin_token_file, "WEIR_ADMIN_TOKEN")?,
+        gateway_token: token("gateway-token-file", args.gateway_token_file, "WEIR_GATEWAY_TOKEN")?,
+    })
+}
+
+/// A token from its file or its variable. It is no flag: those are seen in the list of processes.
+fn token(flag: &str, file: Option<PathBuf>, variable: &str) -> Result<Option<Secret>, String> {
+    let text = match file {
+        Some(path) => {
+            std::fs::read_to_string(&path).map_err(|e| format!("{flag}: {}: {e}", path.display()))?
+        }
+        None => match std::env::var(variable) {
+            Ok(text) => text,
+            Err(_) => return Ok(None),
+        },
+    };
+    Ok(Some(Secret::new(text.trim().to_owned())))
+}
+
+fn failed(code: u8, message: &str) -> ExitCode {
+    tracing::error!("{message}");
+    ExitCode::from(code)
+}

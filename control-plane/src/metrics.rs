@@ -34,7 +34,11 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register("weir_store_revision", "The newest store revision", self.revision.clone());
-        registry.register("weir_connected_gateways", "Gateways with a configuration stream", self.gateways.clone());
+        registry.register(
+            "weir_connected_gateways",
+            "Gateways with a configuration stream",
+            self.gateways.clone(),
+        );
         registry.register(
             "weir_applied_lag_revisions",
             "Revisions that the connected gateway furthest behind has yet to acknowledge",
@@ -42,7 +46,11 @@ impl Metrics {
         );
         registry.register("weir_deltas_sent", "Deltas sent to gateways", self.deltas.clone());
         registry.register("weir_delta_acks", "Deltas that gateways applied", self.acks.clone());
-        registry.register("weir_delta_nacks", "Deltas that gateways refused in part or whole", self.nacks.clone());
+        registry.register(
+            "weir_delta_nacks",
+            "Deltas that gateways refused in part or whole",
+            self.nacks.clone(),
+        );
         registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
         registry.register("weir_probes", "Liveness probes of backends", self.probes.clone());
     }

@@ -20,7 +20,7 @@ use crate::store::{Batch, Range, Write};
 use crate::tree::canonical;
 
 pub(crate) use edit::{apply_edits, update_edit};
-pub(crate) use plan::{Edit, Options, Plan, Step, plan};
+pub(crate) use plan::{Edit, Options, Plan, plan};
 
 /// The key rewritten by every change of resources: comparing it makes a change see all it was checked against.
 pub(crate) const HEAD: &str = "m/head";
@@ -260,6 +260,8 @@ pub(crate) enum Refusal {
         "pool {pool} would lose {lost} of its {before} backends; if that is meant, allow it with allow_mass_removal"
     )]
     MassRemoval { pool: String, lost: usize, before: usize },
+    #[error("{0}")]
+    Precondition(String),
 }
 
 impl Refusal {

@@ -24,6 +24,7 @@ use futures_util::future::BoxFuture;
 pub use log::Watch;
 pub use memory::MemoryStore;
 pub use redb::FileStore;
+pub(crate) use redb::create_private;
 
 /// What must hold for a transaction to be applied.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,251 @@
+//! Putting it together: load, bind, serve, stop.
+
+mod config;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use weir_proto::v1;
+use weir_proto::v1::admin_service_server::AdminServiceServer;
+use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
+use weir_proto::v1::report_service_server::ReportServiceServer;
+use weir_runtime::{Readiness, Secret, serve_ops};
+
+use crate::auth::{Needs, Tokens};
+use crate::catalog::Catalog;
+use crate::fleet::Fleet;
+use crate::model::{Edit, plan};
+use crate::probe::Prober;
+use crate::publish::publish;
+use crate::registry::Registry;
+use crate::services::Shared;
+use crate::services::admin::{self, Admin};
+use crate::services::discovery::Discovery;
+use crate::services::report::Reports;
+use crate::store::{FileStore, MemoryStore, Store};
+pub use config::{Config, Error, StoreConfig};
+
+/// A whole configuration in one apply or hello.
+const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// A gateway that is gone without a word is noticed after so long, and as long again.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Calls still open that long after the stop signal are cut.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// The set that the first resources belong to.
+const BOOTSTRAP_SET: &str = "bootstrap";
+
+/// The control plane.
+#[derive(Debug)]
+pub struct ControlPlane;
+
+/// A control plane that serves.
+#[derive(Debug)]
+pub struct Running {
+    /// Where admin, discovery and report services listen.
+    pub grpc_addr: SocketAddr,
+    /// Where `/livez`, `/readyz` and `/metrics` are.
+    pub http_addr: SocketAddr,
+    /// The admin token given, or the one made.
+    pub admin_token: Secret,
+    /// Ends when everything has stopped, after the shutdown signal or on an error.
+    pub join: JoinHandle<Result<(), Error>>,
+}
+
+impl ControlPlane {
+    /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
+    pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
+        let admin_token = config.check()?;
+        let catalog = Arc::new(Catalog::load(open(&config.store).await?).await?);
+        let follow_stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        {
+            let (catalog, stop) = (Arc::clone(&catalog), follow_stop.clone());
+            tasks.spawn(async move { catalog.follow(stop).await });
+        }
+        if let Err(e) = bootstrap(&catalog, &config.bootstrap).await {
+            follow_stop.cancel();
+            return Err(e);
+        }
+        let grpc = bind("listen", config.listen).await?;
+        let http = bind("http-listen", config.http_listen).await?;
+        let running = Running {
+            grpc_addr: grpc.local_addr().map_err(Error::bind("listen", config.listen))?,
+            http_addr: http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?,
+            admin_token: Secret::new(admin_token.expose().to_owned()),
+            join: tokio::spawn(async { Ok(()) }),
+        };
+        let snapshots = watch::Sender::new(catalog.state());
+        let shared = Shared {
+            catalog: Arc::clone(&catalog),
+            snapshots: snapshots.subscribe(),
+            registry: Registry::default(),
+            fleet: Fleet::default(),
+            metrics: Arc::default(),
+            tasks,
+            stop: shutdown.clone(),
+        };
+        let tokens = Tokens::new(&admin_token, config.gateway_token.as_ref());
+        tracing::info!(
+            grpc = %running.grpc_addr,
+            http = %running.http_addr,
+            revision = catalog.state().revision,
+            "control plane serves"
+        );
+        shared.tasks.spawn(publish(catalog.subscribe(), snapshots, follow_stop.clone()));
+        let prober = Prober::new(shared.fleet.clone(), Arc::clone(&shared.metrics));
+        shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
+        shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
+        let serve = serve(shared, tokens, running.grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        Ok(Running { join: tokio::spawn(serve), ..running })
+    }
+}
+
+async fn open(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
+    match config {
+        StoreConfig::Memory => Ok(Arc::new(MemoryStore::default())),
+        StoreConfig::File(path) => {
+            let path = path.clone();
+            let opened = tokio::task::spawn_blocking(move || FileStore::open(Path::new(&path))).await;
+            Ok(Arc::new(opened.map_err(|e| Error::Failed(e.to_string()))??))
+        }
+    }
+}
+
+async fn bind(name: &'static str, addr: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(addr).await.map_err(Error::bind(name, addr))
+}
+
+/// The first resources go into a store that has never held any.
+async fn bootstrap(catalog: &Catalog, resources: &[v1::Resource]) -> Result<(), Error> {
+    if resources.is_empty() || catalog.state().revision != 0 {
+        return Ok(());
+    }
+    let call = crate::catalog::Call { request_id: String::new(), digest: [0; 32], validate_only: false };
+    let put = |resource: &v1::Resource| {
+        Edit::Put(Box::new(v1::Resource { apply_set: BOOTSTRAP_SET.into(), ..resource.clone() }))
+    };
+    let made = catalog
+        .commit(
+            &call,
+            |state| plan(state, resources.iter().map(put).collect(), admin::options(false, true)),
+            |_, state| v1::ApplyResponse { changes: Vec::new(), revision: state.revision },
+        )
+        .await;
+    match made {
+        Ok(committed) => {
+            if let Some((plan, revision)) = &committed.done {
+                admin::log("Bootstrap", "", plan, *revision);
+            }
+            Ok(())
+        }
+        Err(crate::catalog::Error::Store(e)) => Err(e.into()),
+        Err(e) => Err(Error::Config(format!("bootstrap: {e}"))),
+    }
+}
+
+/// Keeps the gauges in step.
+async fn measure(shared: Shared, stop: CancellationToken) {
+    let (mut states, mut gateways) = (shared.catalog.subscribe(), shared.registry.watch());
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    loop {
+        let revision = states.borrow_and_update().revision;
+        gateways.borrow_and_update();
+        let connected: Vec<_> = shared.registry.list().into_iter().filter(|g| g.connected).collect();
+        let lag = connected.iter().map(|g| revision.saturating_sub(g.applied_revision)).max();
+        shared.metrics.revision.set(number(revision));
+        shared.metrics.gateways.set(number(connected.len() as u64));
+        shared.metrics.applied_lag.set(number(lag.unwrap_or_default()));
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = states.changed() => if changed.is_err() { return },
+            changed = gateways.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn serve(
+    shared: Shared,
+    tokens: Tokens,
+    loopback: bool,
+    grpc: TcpListener,
+    http: TcpListener,
+    follow_stop: CancellationToken,
+) -> Result<(), Error> {
+    let (tasks, shutdown) = (shared.tasks.clone(), shared.stop.clone());
+    let readiness = Readiness::not_ready("starting");
+    let mut registry = prometheus_client::registry::Registry::default();
+    shared.metrics.register(&mut registry);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
+    for name in ["", "weir.v1.AdminService", "weir.v1.DiscoveryService", "weir.v1.ReportService"] {
+        health.set_service_status(name, ServingStatus::Serving).await;
+    }
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| Error::Failed(e.to_string()))?;
+    let reflection_needs = if loopback { Needs::Nothing } else { Needs::Admin };
+    let admin = AdminServiceServer::new(Admin(shared.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let discovery = DiscoveryServiceServer::new(Discovery(shared.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let reports = ReportServiceServer::new(Reports(shared));
+    let incoming = TcpListenerStream::new(grpc);
+    let stopping = {
+        let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
+        async move {
+            shutdown.cancelled().await;
+            readiness.set(Err("stopping".into()));
+            health.set_service_status("", ServingStatus::NotServing).await;
+        }
+    };
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .tcp_nodelay(true)
+        .add_service(health_service)
+        .add_service(InterceptedService::new(reflection, tokens.guard(reflection_needs)))
+        .add_service(InterceptedService::new(admin, tokens.guard(Needs::Admin)))
+        .add_service(InterceptedService::new(discovery, tokens.guard(Needs::Gateway)))
+        .add_service(InterceptedService::new(reports, tokens.guard(Needs::Gateway)))
+        .serve_with_incoming_shutdown(incoming, stopping);
+    let ops = serve_ops(http, readiness.clone(), Arc::new(registry), shutdown.clone());
+    readiness.set(Ok(()));
+    let ended = {
+        let both = async { tokio::join!(server, ops) };
+        let cut = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(STOP_TIMEOUT).await;
+        };
+        tokio::select! {
+            (server, ops) = both => {
+                server.map_err(|e| Error::Failed(e.to_string()))
+                    .and(ops.map_err(|e| Error::Failed(e.to_string())))
+            }
+            () = cut => Ok(()),
+        }
+    };
+    // Streams watch the same signal; what they hold of the store goes with them.
+    shutdown.cancel();
+    follow_stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+    tracing::info!("control plane stopped");
+    ended
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,187 @@
+use super::*;
+use v1::resource::Spec;
+use v1::{ChangeAction, ResourceKind};
+
+fn with_weight(weight: u32) -> v1::Resource {
+    let mut resource = backend("b0", "p", "m", "http://127.0.0.1:1");
+    if let Some(Spec::Backend(spec)) = &mut resource.spec {
+        spec.weight = Some(weight);
+    }
+    resource
+}
+
+#[tokio::test]
+async fn a_resource_is_made_read_changed_and_deleted() {
+    let plane = Plane::memory(vec![]).await;
+    let mut admin = plane.admin().await;
+    let made = admin.create_resource(create(pool("p"))).await.unwrap().into_inner().resource.unwrap();
+    assert_eq!((made.revision, made.etag.len()), (1, 16));
+    assert!(made.create_time.is_some() && made.apply_set.is_empty());
+    let again = admin.create_resource(create(pool("p"))).await.unwrap_err();
+    assert_eq!(again.code(), Code::AlreadyExists);
+    let bad = admin.create_resource(create(backend("b", "nowhere", "m", "ftp://x"))).await.unwrap_err();
+    assert_eq!(bad.code(), Code::InvalidArgument);
+    assert!(bad.message().contains("backend.url: must start with http://"), "{bad}");
+
+    let get = v1::GetResourceRequest { r#ref: reference(ResourceKind::Pool, "p") };
+    assert_eq!(admin.get_resource(get).await.unwrap().into_inner().resource, Some(made.clone()));
+    let missing = v1::GetResourceRequest { r#ref: reference(ResourceKind::Pool, "q") };
+    assert_eq!(admin.get_resource(missing).await.unwrap_err().code(), Code::NotFound);
+
+    let dry = v1::CreateResourceRequest { validate_only: true, ..create(pool("dry")) };
+    admin.create_resource(dry).await.unwrap();
+    let missing = v1::GetResourceRequest { r#ref: reference(ResourceKind::Pool, "dry") };
+    assert_eq!(admin.get_resource(missing).await.unwrap_err().code(), Code::NotFound);
+
+    admin.create_resource(create(model("m", "p"))).await.unwrap();
+    let delete =
+        v1::DeleteResourceRequest { r#ref: reference(ResourceKind::Pool, "p"), ..Default::default() };
+    let referred = admin.delete_resource(delete.clone()).await.unwrap_err();
+    assert_eq!(referred.code(), Code::FailedPrecondition);
+    assert!(referred.message().contains("model m"));
+    let model =
+        v1::DeleteResourceRequest { r#ref: reference(ResourceKind::Model, "m"), ..Default::default() };
+    admin.delete_resource(model).await.unwrap();
+    let stale = v1::DeleteResourceRequest { etag: "other".into(), ..delete.clone() };
+    assert_eq!(admin.delete_resource(stale).await.unwrap_err().code(), Code::Aborted);
+    assert_eq!(admin.delete_resource(delete).await.unwrap().into_inner().revision, 4);
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn an_update_needs_the_right_etag_and_mask() {
+    let plane = Plane::memory(cluster(1)).await;
+    let mut admin = plane.admin().await;
+    let mask = |path: &str| Some(prost_types::FieldMask { paths: vec![path.into()] });
+    let update = |resource, update_mask| v1::UpdateResourceRequest {
+        resource: Some(resource),
+        update_mask,
+        ..Default::default()
+    };
+    let changed = admin.update_resource(update(with_weight(7), mask("weight"))).await.unwrap();
+    let changed = changed.into_inner().resource.unwrap();
+    assert!(matches!(&changed.spec, Some(Spec::Backend(spec)) if spec.weight == Some(7)));
+    assert_eq!((changed.revision, changed.apply_set.as_str()), (2, "bootstrap"));
+    let stale = v1::Resource { etag: "0123456789abcdef".into(), ..with_weight(8) };
+    let refused = admin.update_resource(update(stale, mask("weight"))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Aborted);
+    let unknown = admin.update_resource(update(with_weight(8), mask("wait"))).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::InvalidArgument);
+    assert!(unknown.message().contains("max_concurrency"), "it names the valid ones: {unknown}");
+    let same = admin.update_resource(update(with_weight(7), mask("weight"))).await.unwrap().into_inner();
+    assert_eq!(same.resource.unwrap().revision, 2, "nothing changed, nothing written");
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_id_gives_the_same_answer_even_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = StoreConfig::File(directory.path().join("store.redb"));
+    let plane = Plane::start(store.clone(), vec![]).await;
+    let request_id = uuid::Uuid::now_v7().to_string();
+    let request = v1::CreateResourceRequest { request_id: request_id.clone(), ..create(pool("p")) };
+    let mut admin = plane.admin().await;
+    let first = admin.create_resource(request.clone()).await.unwrap().into_inner();
+    assert_eq!(admin.create_resource(request.clone()).await.unwrap().into_inner(), first);
+    drop(admin);
+    plane.stop().await;
+
+    let plane = Plane::start(store, vec![pool("not-needed")]).await;
+    let mut admin = plane.admin().await;
+    assert_eq!(admin.create_resource(request).await.unwrap().into_inner(), first);
+    let other = v1::CreateResourceRequest { request_id, ..create(pool("q")) };
+    assert_eq!(admin.create_resource(other).await.unwrap_err().code(), Code::InvalidArgument);
+    let odd = v1::CreateResourceRequest { request_id: "x".into(), ..create(pool("q")) };
+    assert_eq!(admin.create_resource(odd).await.unwrap_err().code(), Code::InvalidArgument);
+    let list = v1::ListResourcesRequest { kind: ResourceKind::Pool.into(), ..Default::default() };
+    let pools = admin.list_resources(list).await.unwrap().into_inner().resources;
+    assert_eq!(pools.len(), 1, "a store that has held something is not bootstrapped");
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn an_apply_is_all_or_nothing_and_says_what_it_does() {
+    let plane = Plane::memory(vec![]).await;
+    let mut admin = plane.admin().await;
+    let mut broken = cluster(2);
+    broken.push(backend("b9", "p", "nothing", "http://127.0.0.1:1"));
+    let refused = admin.apply(apply(broken)).await.unwrap_err();
+    assert!(
+        refused.message().contains("resources[4].backend.models[nothing]: there is no model"),
+        "{refused}"
+    );
+    let dry = v1::ApplyRequest { validate_only: true, ..apply(cluster(4)) };
+    let dry = admin.apply(dry).await.unwrap().into_inner();
+    assert_eq!((dry.changes.len(), dry.revision), (6, 0));
+    let done = admin.apply(apply(cluster(4))).await.unwrap().into_inner();
+    assert_eq!((done.changes, done.revision), (dry.changes, 1));
+    let again = admin.apply(apply(cluster(4))).await.unwrap().into_inner();
+    assert!(again.changes.iter().all(|change| change.action() == ChangeAction::Unchanged));
+    assert_eq!(again.revision, 1);
+
+    let mut fewer = cluster(3);
+    fewer[2] = with_weight(9);
+    let request = v1::ApplyRequest { prune: true, ..apply(fewer) };
+    let pruned = admin.apply(request).await.unwrap().into_inner();
+    let change = |name: &str| {
+        pruned.changes.iter().find(|c| c.r#ref.as_ref().is_some_and(|r| r.name == name)).unwrap().clone()
+    };
+    assert_eq!(change("b3").action(), ChangeAction::Delete);
+    let weight = v1::FieldChange { path: "weight".into(), before: String::new(), after: "9".into() };
+    assert_eq!(change("b0").fields, [weight]);
+
+    let request = v1::ApplyRequest { prune: true, ..apply(cluster(1)) };
+    let refused = admin.apply(request.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("pool p would lose 2 of its 3 backends"), "{refused}");
+    admin.apply(v1::ApplyRequest { allow_mass_removal: true, ..request }).await.unwrap();
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn a_list_comes_in_pages() {
+    let plane = Plane::memory((0..5).map(|i| pool(&format!("p{i}"))).collect()).await;
+    let mut admin = plane.admin().await;
+    let mut request =
+        v1::ListResourcesRequest { kind: ResourceKind::Pool.into(), page_size: 2, ..Default::default() };
+    let mut seen = Vec::new();
+    loop {
+        let page = admin.list_resources(request.clone()).await.unwrap().into_inner();
+        seen.extend(page.resources.into_iter().map(|resource| resource.name));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(seen, ["p0", "p1", "p2", "p3", "p4"]);
+    let other = v1::ListResourcesRequest { kind: ResourceKind::Model.into(), ..request.clone() };
+    assert_eq!(admin.list_resources(other).await.unwrap_err().code(), Code::InvalidArgument);
+    let negative = v1::ListResourcesRequest { page_size: -1, page_token: String::new(), ..request };
+    assert_eq!(admin.list_resources(negative).await.unwrap_err().code(), Code::InvalidArgument);
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn a_key_is_shown_once_and_rotated() {
+    let plane = Plane::memory(vec![tenant("t")]).await;
+    let mut admin = plane.admin().await;
+    let issue = v1::IssueApiKeyRequest { name: "k".into(), tenant: "t".into(), ..Default::default() };
+    let issued = admin.issue_api_key(issue.clone()).await.unwrap().into_inner();
+    let digests = |resource: Option<v1::Resource>| match resource.unwrap().spec.unwrap() {
+        Spec::ApiKey(spec) => spec.digests,
+        _ => panic!("an API key"),
+    };
+    let old = digests(issued.resource);
+    assert_eq!(old[0].sha256, crate::encoding::sha256(issued.secret.as_bytes()));
+    assert_eq!(admin.issue_api_key(issue).await.unwrap_err().code(), Code::AlreadyExists);
+    for _ in 0..2 {
+        let rotate = v1::RotateApiKeyRequest { name: "k".into(), grace: None };
+        let rotated = admin.rotate_api_key(rotate).await.unwrap().into_inner();
+        let new = digests(rotated.resource);
+        assert_eq!((new.len(), new[0].expire_time, new[1].expire_time.is_some()), (2, None, true));
+        assert_eq!(new[0].sha256, crate::encoding::sha256(rotated.secret.as_bytes()));
+    }
+    let stranger = v1::IssueApiKeyRequest { name: "x".into(), tenant: "u".into(), ..Default::default() };
+    assert!(admin.issue_api_key(stranger).await.unwrap_err().message().contains("api_key.tenant"));
+    plane.stop().await;
+}

@@ -1,0 +1,84 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+use v1::HealthState;
+
+fn quick_pool() -> v1::Resource {
+    let short = |millis: i32| Some(prost_types::Duration { seconds: 0, nanos: millis * 1_000_000 });
+    let health =
+        v1::HealthProfile { liveness_interval: short(20), timeout: short(500), ..Default::default() };
+    let spec = v1::PoolSpec { health: Some(health), ..Default::default() };
+    v1::Resource { spec: Some(v1::resource::Spec::Pool(spec)), ..pool("p") }
+}
+
+/// A server that answers 404 while it is well and 500 while it is not.
+async fn server(well: Arc<AtomicBool>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let status = if well.load(Ordering::SeqCst) { "404 Not Found" } else { "500 Broken" };
+            let mut buffer = [0; 1024];
+            let _ = socket.read(&mut buffer).await;
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            let _ = socket.write_all(answer.as_bytes()).await;
+        }
+    });
+    addr
+}
+
+#[tokio::test]
+async fn a_dead_backend_is_found_and_gateways_are_told() {
+    let well = Arc::new(AtomicBool::new(true));
+    let addr = server(well.clone()).await;
+    let live = backend("live", "p", "m", &format!("http://{addr}"));
+    let dead = backend("dead", "p", "m", "http://127.0.0.1:1");
+    let plane = Plane::memory(vec![quick_pool(), model("m", "p"), live, dead]).await;
+    let mut admin = plane.admin().await;
+    let mut reports = ReportServiceClient::with_interceptor(plane.channel().await, Bearer(GATEWAY));
+    let (said, requests) = mpsc::channel(1);
+    let first = v1::StreamReportsRequest { gateway_id: "g".into(), sequence: 1, ..Default::default() };
+    said.send(first).await.unwrap();
+    let mut heard = reports.stream_reports(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let mut told = async |backend: &str, state: HealthState| loop {
+        let message = soon(heard.message()).await.unwrap().unwrap();
+        let verdict = message.health.iter().find(|h| h.backend == backend && h.state() == state);
+        if let Some(verdict) = verdict {
+            return verdict.reason.clone();
+        }
+    };
+    let reason = told("dead", HealthState::Unhealthy).await;
+    assert_eq!(reason, "3 failures in a row: cannot connect");
+    let status = admin.list_backend_status(v1::ListBackendStatusRequest {}).await.unwrap().into_inner();
+    let states: Vec<_> =
+        status.backends.iter().map(|b| (b.backend.as_str(), b.health.as_ref().unwrap().state())).collect();
+    assert_eq!(states, [("dead", HealthState::Unhealthy), ("live", HealthState::Healthy)]);
+
+    well.store(false, Ordering::SeqCst);
+    assert_eq!(told("live", HealthState::Unhealthy).await, "3 failures in a row: answered 500");
+    well.store(true, Ordering::SeqCst);
+    told("live", HealthState::Healthy).await;
+    plane.stop().await;
+}
+
+#[tokio::test]
+async fn the_operations_pages_answer() {
+    let plane = Plane::memory(cluster(1)).await;
+    let get = async |path: &str| {
+        let mut socket = tokio::net::TcpStream::connect(plane.running.http_addr).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut text = String::new();
+        soon(socket.read_to_string(&mut text)).await.unwrap();
+        text
+    };
+    assert!(get("/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(get("/readyz").await.starts_with("HTTP/1.1 200"));
+    while !get("/metrics").await.contains("weir_store_revision 1") {
+        tokio::task::yield_now().await;
+    }
+    plane.stop().await;
+}

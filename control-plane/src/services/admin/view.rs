@@ -1,0 +1,143 @@
+//! The calls that change nothing.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::Status;
+use weir_proto::v1::{self, ResourceKind};
+
+use super::{Admin, Handle, duration};
+use crate::encoding::{hex, unhex};
+use crate::model::{Key, Refusal};
+use crate::probe;
+
+const PAGE_DEFAULT: usize = 100;
+const PAGE_MAX: usize = 1000;
+const WAIT_DEFAULT: Duration = Duration::from_secs(10);
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+pub(super) fn key(reference: Option<&v1::ResourceRef>) -> Result<Key, Status> {
+    reference.and_then(Key::of_ref).ok_or_else(|| Status::invalid_argument("ref: kind and name must be set"))
+}
+
+impl Handle<v1::GetResourceRequest> for Admin {
+    type Answer = v1::GetResourceResponse;
+
+    async fn do_call(&self, request: v1::GetResourceRequest) -> Result<Self::Answer, Status> {
+        let key = key(request.r#ref.as_ref())?;
+        let state = self.0.catalog.state();
+        let stored = state.get(&key).ok_or(Refusal::NotFound(key))?;
+        Ok(v1::GetResourceResponse { resource: Some(stored.wire.clone()) })
+    }
+}
+
+impl Handle<v1::ListResourcesRequest> for Admin {
+    type Answer = v1::ListResourcesResponse;
+
+    async fn do_call(&self, request: v1::ListResourcesRequest) -> Result<Self::Answer, Status> {
+        let kind = request.kind();
+        if kind == ResourceKind::Unspecified {
+            return Err(Status::invalid_argument("kind: must be set"));
+        }
+        let size = match usize::try_from(request.page_size) {
+            Ok(0) => PAGE_DEFAULT,
+            Ok(size) => size.min(PAGE_MAX),
+            Err(_) => return Err(Status::invalid_argument("page_size: must not be negative")),
+        };
+        let state = self.0.catalog.state();
+        let after = if request.page_token.is_empty() {
+            None
+        } else {
+            let token = Token::parse(&request.page_token)
+                .filter(|token| token.kind == kind && token.revision <= state.revision)
+                .ok_or_else(|| {
+                    Status::invalid_argument("page_token: is not from an answer to this request")
+                })?;
+            Some(token.last)
+        };
+        // Pages continue after a name, so changes in between repeat nothing and skip nothing that stays.
+        let mut rest =
+            state.of_kind(kind).skip_while(|s| after.as_ref().is_some_and(|last| s.wire.name <= *last));
+        let resources: Vec<v1::Resource> = rest.by_ref().take(size).map(|s| s.wire.clone()).collect();
+        let next_page_token = match (rest.next(), resources.last()) {
+            (Some(_), Some(last)) => Token { revision: state.revision, kind, last: last.name.clone() }.text(),
+            _ => String::new(),
+        };
+        Ok(v1::ListResourcesResponse { resources, next_page_token, revision: state.revision })
+    }
+}
+
+/// Where a list goes on.
+struct Token {
+    revision: u64,
+    kind: ResourceKind,
+    last: String,
+}
+
+impl Token {
+    fn text(&self) -> String {
+        hex(format!("{}/{}/{}", self.revision, i32::from(self.kind), self.last).as_bytes())
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let text = String::from_utf8(unhex(text)?).ok()?;
+        let (revision, rest) = text.split_once('/')?;
+        let (kind, last) = rest.split_once('/')?;
+        let kind = ResourceKind::try_from(kind.parse::<i32>().ok()?).ok()?;
+        Some(Self { revision: revision.parse().ok()?, kind, last: last.to_owned() })
+    }
+}
+
+impl Handle<v1::ListGatewaysRequest> for Admin {
+    type Answer = v1::ListGatewaysResponse;
+
+    async fn do_call(&self, _: v1::ListGatewaysRequest) -> Result<Self::Answer, Status> {
+        let revision = self.0.catalog.state().revision;
+        Ok(v1::ListGatewaysResponse { gateways: self.0.registry.list(), revision })
+    }
+}
+
+impl Handle<v1::ListBackendStatusRequest> for Admin {
+    type Answer = v1::ListBackendStatusResponse;
+
+    async fn do_call(&self, _: v1::ListBackendStatusRequest) -> Result<Self::Answer, Status> {
+        let state = self.0.catalog.state();
+        let healths = self.0.fleet.healths().borrow().clone();
+        let loads = self.0.fleet.loads().borrow().clone();
+        let status = |name: &String| v1::BackendStatus {
+            backend: name.clone(),
+            health: Some(healths.get(name).cloned().unwrap_or_else(|| probe::unknown(name))),
+            in_flight: loads.get(name).copied().unwrap_or_default(),
+            ejected_by: self.0.fleet.ejected_by(name),
+        };
+        let backends = state.of_kind(ResourceKind::Backend).map(|stored| status(&stored.wire.name));
+        Ok(v1::ListBackendStatusResponse { backends: backends.collect() })
+    }
+}
+
+impl Handle<v1::WaitAppliedRequest> for Admin {
+    type Answer = v1::WaitAppliedResponse;
+
+    async fn do_call(&self, request: v1::WaitAppliedRequest) -> Result<Self::Answer, Status> {
+        let limit = duration(request.timeout, WAIT_DEFAULT)
+            .ok_or_else(|| Status::invalid_argument("timeout: must not be negative"))?
+            .min(WAIT_MAX);
+        let (start, mut changes) = (Instant::now(), self.0.registry.watch());
+        loop {
+            changes.borrow_and_update();
+            let (applied, connected, pending) = self.0.registry.applied(request.revision);
+            let changed = !pending.is_empty()
+                && tokio::select! {
+                    // On stopping the answer says how far it came.
+                    () = self.0.stop.cancelled() => false,
+                    changed = tokio::time::timeout_at(start + limit, changes.changed()) => {
+                        matches!(changed, Ok(Ok(())))
+                    }
+                };
+            if !changed {
+                let elapsed = prost_types::Duration::try_from(start.elapsed()).ok();
+                return Ok(v1::WaitAppliedResponse { applied, connected, elapsed, pending });
+            }
+        }
+    }
+}

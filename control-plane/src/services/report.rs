@@ -1,0 +1,159 @@
+//! The report lane: takes in what gateways see, tells each what all of them see. The latest value wins: while a
+//! gateway does not read, nothing queues up, and then it gets what differs from what it last got.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use weir_proto::v1::report_service_server::ReportService;
+use weir_proto::v1::{FleetLoad, StreamReportsRequest, StreamReportsResponse};
+
+use super::Shared;
+use crate::fleet::{Healths, Loads};
+
+const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Loads change all the time; verdicts do not wait for this.
+const LOAD_INTERVAL: Duration = Duration::from_millis(500);
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(crate) struct Reports(pub(crate) Shared);
+
+type Outbox = mpsc::Sender<Result<StreamReportsResponse, Status>>;
+
+#[tonic::async_trait]
+impl ReportService for Reports {
+    type StreamReportsStream = ReceiverStream<Result<StreamReportsResponse, Status>>;
+
+    async fn stream_reports(
+        &self,
+        request: Request<Streaming<StreamReportsRequest>>,
+    ) -> Result<Response<Self::StreamReportsStream>, Status> {
+        let (outbox, stream) = mpsc::channel(2);
+        let shared = self.0.clone();
+        let stop = shared.stop.clone();
+        let inbound = request.into_inner();
+        // Ends with the stream or with the stop signal.
+        self.0.tasks.spawn(async move {
+            let served = tokio::select! {
+                served = serve(shared, inbound, outbox.clone()).boxed() => served,
+                () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
+            };
+            if let Err(status) = served {
+                let _ = outbox.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// What a gateway was last told.
+#[derive(Default)]
+struct Told {
+    healths: Arc<Healths>,
+    loads: Arc<Loads>,
+    live: u32,
+}
+
+async fn serve(
+    shared: Shared,
+    mut inbound: Streaming<StreamReportsRequest>,
+    outbox: Outbox,
+) -> Result<(), Status> {
+    let first = timeout(FIRST_TIMEOUT, inbound.message())
+        .await
+        .map_err(|_| Status::invalid_argument("no report within 5 s"))??;
+    let Some(first) = first.filter(|report| !report.gateway_id.is_empty()) else {
+        return Err(Status::invalid_argument("gateway_id: must not be empty"));
+    };
+    let reporter = shared.fleet.join(&first.gateway_id, &first.incarnation);
+    reporter.report(&first);
+    let (mut healths, mut loads) = (shared.fleet.healths(), shared.fleet.loads());
+    let mut gateways = shared.registry.watch();
+    let mut told = Told::default();
+    // At first the whole picture, whatever it is.
+    let (mut urgent, mut load_changed) = (true, true);
+    let mut load_due = Instant::now();
+    loop {
+        let load_ready = load_changed && load_due <= Instant::now();
+        tokio::select! {
+            permit = outbox.reserve(), if urgent || load_ready => {
+                let permit = permit.map_err(|_| Status::cancelled("the stream is closed"))?;
+                let now = Told {
+                    healths: healths.borrow_and_update().clone(),
+                    // Loads ride along with a verdict when they are due, never earlier.
+                    loads: if load_ready { loads.borrow_and_update().clone() } else { told.loads.clone() },
+                    live: live(&shared),
+                };
+                permit.send(Ok(difference(&told, &now)));
+                told = now;
+                urgent = false;
+                if load_ready {
+                    load_changed = false;
+                    load_due = Instant::now() + LOAD_INTERVAL;
+                }
+            }
+            said = inbound.message() => match said? {
+                None => return Ok(()),
+                Some(report) => {
+                    reporter.report(&report);
+                }
+            },
+            changed = healths.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                urgent = true;
+            }
+            changed = loads.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                load_changed |= *loads.borrow_and_update() != told.loads;
+                urgent |= live(&shared) != told.live;
+            }
+            changed = gateways.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                urgent |= live(&shared) != told.live;
+            }
+            () = sleep_until(load_due), if load_changed && !load_ready => {}
+        }
+    }
+}
+
+/// Gateways that are connected on either lane.
+fn live(shared: &Shared) -> u32 {
+    let mut ids: BTreeSet<String> = shared.fleet.reporting();
+    ids.extend(shared.registry.connected());
+    u32::try_from(ids.len()).unwrap_or(u32::MAX)
+}
+
+fn difference(told: &Told, now: &Told) -> StreamReportsResponse {
+    let health = now.healths.iter().filter(|(name, health)| told.healths.get(*name) != Some(health));
+    let changed = now.loads.iter().filter(|(name, load)| told.loads.get(*name) != Some(load));
+    // Of a backend that nobody reports any more, nothing is in flight.
+    let gone = told.loads.iter().filter(|(name, load)| **load > 0 && !now.loads.contains_key(*name));
+    let load = changed.map(|(name, load)| (name, *load)).chain(gone.map(|(name, _)| (name, 0)));
+    StreamReportsResponse {
+        health: health.map(|(_, health)| health.clone()).collect(),
+        load: load.map(|(name, in_flight)| FleetLoad { backend: name.clone(), in_flight }).collect(),
+        live_gateways: now.live,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_nobody_reports_any_more_is_zero() {
+        let loads = |pairs: &[(&str, u32)]| {
+            Arc::new(pairs.iter().map(|(name, load)| ((*name).to_owned(), *load)).collect::<Loads>())
+        };
+        let told = Told { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..Told::default() };
+        let now = Told { loads: loads(&[("a", 1), ("b", 5)]), ..Told::default() };
+        let load = |name: &str, in_flight| FleetLoad { backend: name.into(), in_flight };
+        assert_eq!(difference(&told, &now).load, [load("b", 5), load("c", 0)]);
+    }
+}
