@@ -63,16 +63,19 @@ fn read(files: &[PathBuf]) -> Result<Vec<v1::Resource>, Error> {
     Ok(resources)
 }
 
-/// At most one byte more than the parser takes, which says so then.
+/// At most one byte more than the parser takes, which says so then: only what is not too long has to be text.
 fn read_text(path: &Path) -> std::io::Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let limit = manifest::MAX_BYTES as u64 + 1;
     if path == Path::new("-") {
-        std::io::stdin().take(limit).read_to_string(&mut text)?;
+        std::io::stdin().take(limit).read_to_end(&mut bytes)?;
     } else {
-        std::fs::File::open(path)?.take(limit).read_to_string(&mut text)?;
+        std::fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
     }
-    Ok(text)
+    if bytes.len() > manifest::MAX_BYTES {
+        return Ok(String::from_utf8_lossy(&bytes).into_owned());
+    }
+    String::from_utf8(bytes).map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidData, e.utf8_error()))
 }
 
 fn changes(answer: &v1::ApplyResponse) -> bool {
