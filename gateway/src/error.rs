@@ -85,6 +85,8 @@ pub enum GatewayError {
     NoBackend { retry_after: Option<Duration> },
     #[error("all slots busy")]
     Busy { retry_after: Option<Duration> },
+    #[error("backend is busy")]
+    UpstreamBusy { retry_after: Option<Duration> },
     #[error("connecting to the backend failed")]
     UpstreamConnect,
     #[error("connection to the backend broke")]
@@ -179,6 +181,12 @@ impl GatewayError {
             Self::Busy { retry_after } => {
                 ours("overloaded", "busy", "All servers for this model are busy now.", *retry_after)
             }
+            // Busy is not broken, and it is not the caller's limit either: 503, never 429.
+            Self::UpstreamBusy { retry_after } => ErrorFacts {
+                retry_elsewhere: true,
+                blame: Blame::Upstream,
+                ..ours("upstream_busy", "upstream_busy", "The model's server is busy.", *retry_after)
+            },
             Self::UpstreamConnect => upstream(502, "upstream_unavailable", "upstream_connect", UPSTREAM),
             Self::UpstreamBroken => upstream(502, "upstream_disconnected", "upstream_broken", UPSTREAM),
             Self::UpstreamStatus { .. } => upstream(502, "upstream_error", "upstream_status", UPSTREAM),

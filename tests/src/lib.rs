@@ -1,1 +1,20 @@
-//! weir-tests
+//! The harness of the tests from outside: real sockets, real processes, ports chosen by the system, no sleeping for
+//! luck.
+
+pub mod client;
+pub mod cluster;
+pub mod redis;
+
+use std::future::Future;
+use std::time::Duration;
+
+/// Asks until the answer is yes; a test that waits longer than this has failed.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+    let patience = Duration::from_secs(20);
+    let asked = tokio::time::timeout(patience, async {
+        while !ask().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    assert!(asked.await.is_ok(), "not within {patience:?}: {what}");
+}

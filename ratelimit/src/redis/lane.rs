@@ -4,7 +4,7 @@
 //! way callers wait (up to their deadline); once an attempt has failed they fail at once until the next one
 //! succeeds. Attempts back off, so a server that is down sees a few per second, whatever the load.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use ::redis::aio::MultiplexedConnection;
@@ -17,6 +17,9 @@ use crate::Error;
 
 /// Calls in a row without an answer after which a connection is taken for dead.
 const TIMEOUTS_MAX: u32 = 8;
+/// And for how long there must have been none: in a starved process hundreds of calls time out at once while their
+/// answers lie unread in the socket, and a new connection would lose those.
+const SILENT_AFTER: Duration = Duration::from_secs(3);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A connection that lasted this long counts as good: the next failure starts with no backoff.
@@ -42,6 +45,9 @@ pub(crate) struct Lane {
     state: watch::Receiver<State>,
     complaints: mpsc::Sender<u64>,
     timeouts: AtomicU32,
+    /// Milliseconds after `born` of the first of those timeouts.
+    silent_since: AtomicU64,
+    born: Instant,
     keeper: JoinHandle<()>,
 }
 
@@ -50,7 +56,14 @@ impl Lane {
         let (publish, state) = watch::channel(State::Connecting);
         let (complaints, complained) = mpsc::channel(4);
         let keeper = tokio::spawn(keep(pool, publish, complained));
-        Self { state, complaints, timeouts: AtomicU32::new(0), keeper }
+        Self {
+            state,
+            complaints,
+            timeouts: AtomicU32::new(0),
+            silent_since: AtomicU64::new(0),
+            born: Instant::now(),
+            keeper,
+        }
     }
 
     /// The connection. Cancel-safe.
@@ -82,7 +95,13 @@ impl Lane {
     }
 
     pub(crate) fn timed_out(&self) {
-        if self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 < TIMEOUTS_MAX {
+        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let before = self.timeouts.fetch_add(1, Ordering::Relaxed);
+        if before == 0 {
+            self.silent_since.store(now, Ordering::Relaxed);
+        }
+        let silent = now.saturating_sub(self.silent_since.load(Ordering::Relaxed));
+        if before + 1 < TIMEOUTS_MAX || u128::from(silent) < SILENT_AFTER.as_millis() {
             return;
         }
         self.timeouts.store(0, Ordering::Relaxed);

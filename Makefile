@@ -1,0 +1,30 @@
+# Every command of the project. `make test` is the one to know.
+.PHONY: test check fmt tools build
+
+# Runs every test. Installs redis-server by the system's package manager when it is missing.
+test: tools build
+	cargo test --workspace --locked
+
+# Binaries that the tests run as processes.
+build:
+	cargo build --workspace --bins --locked
+
+# What a change must pass besides its tests.
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+fmt:
+	cargo fmt --all
+
+# The one thing the tests need that cargo does not bring.
+tools:
+	@command -v redis-server >/dev/null && exit 0; \
+	echo "make: redis-server is missing; installing it with the system's package manager"; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	if command -v apt-get >/dev/null; then $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends redis-server; \
+	elif command -v dnf >/dev/null; then $$sudo dnf install -y -q redis; \
+	elif command -v apk >/dev/null; then $$sudo apk add -q redis; \
+	elif command -v brew >/dev/null; then brew install -q redis; \
+	else echo "make: install redis-server 7 and try again" >&2; exit 1; fi

@@ -1,0 +1,263 @@
+//! Accounting, exactly once on every way out.
+//!
+//! An [`Admission`] exists from before the limiter is asked until the last byte went out. Whatever ends the
+//! request ends the admission: it is settled with what was used by then, and dropping it is enough. `Drop` never
+//! waits: it hands the settlement to the [`Ledger`]'s worker over a bounded channel and counts what does not fit
+//! (those reservations stand at what was reserved, and their leases run out).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::{Acquire, AnyLimiter, Cost, Decision, Error, Key, Limiter, Renewal, Scopes, Settle};
+
+use crate::lag::Lag;
+use crate::metrics::Metrics;
+use crate::snapshot::LEASE_TTL;
+
+/// Settlements that may wait for the worker.
+const QUEUE: usize = 65_536;
+/// Settlements under way at once.
+const CONCURRENT: usize = 256;
+/// Tries of one settlement; it is idempotent, so an unknown outcome is simply tried again.
+const TRIES: u32 = 6;
+
+/// The longest a request of a starved process asks.
+const ASKING_MAX: Duration = Duration::from_secs(10);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reservation -> who granted it and what it holds.
+type OpenLeases = HashMap<Uuid, (AnyLimiter, SmallVec<[Key; 4]>)>;
+
+/// Owns what is reserved and not yet settled.
+#[derive(Debug)]
+pub struct Ledger {
+    /// Decides limits for the cluster.
+    pub limiter: AnyLimiter,
+    /// Decides this gateway's share of them while the cluster's store cannot be reached.
+    pub local: AnyLimiter,
+    metrics: Metrics,
+    lag: Lag,
+    queue: mpsc::Sender<(AnyLimiter, Settle)>,
+    leases: Mutex<OpenLeases>,
+}
+
+/// The worker's end of a ledger.
+#[derive(Debug)]
+pub struct LedgerWorker {
+    ledger: Arc<Ledger>,
+    queue: mpsc::Receiver<(AnyLimiter, Settle)>,
+}
+
+impl Ledger {
+    /// A ledger and the worker that must be run for it.
+    pub fn new(limiter: AnyLimiter, metrics: Metrics) -> (Arc<Self>, LedgerWorker) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let ledger = Arc::new(Self {
+            limiter,
+            local: AnyLimiter::Memory(Arc::new(MemoryLimiter::new())),
+            metrics,
+            lag: Lag::default(),
+            queue: sender,
+            leases: Mutex::default(),
+        });
+        (ledger.clone(), LedgerWorker { ledger, queue })
+    }
+
+    fn leases(&self) -> MutexGuard<'_, OpenLeases> {
+        lock(&self.leases)
+    }
+
+    /// Asks the cluster's limiter. A call that gets no answer in time is asked again under the same id for as long as
+    /// it is this process that is slow (see [`Lag`]); otherwise the store is, and the error is returned at once.
+    pub async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        let asked = Instant::now();
+        loop {
+            match self.limiter.acquire(call).await {
+                Err(Error::Timeout(_)) if self.lag.starved() && asked.elapsed() < ASKING_MAX => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    /// Requests that hold leases now.
+    pub fn open_leases(&self) -> usize {
+        self.leases().len()
+    }
+}
+
+impl LedgerWorker {
+    /// Settles and renews until `shutdown`, then settles what is queued and ends.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut tasks = tokio::task::JoinSet::new();
+        let lag = {
+            let ledger = self.ledger.clone();
+            tokio::spawn(async move { ledger.lag.run().await })
+        };
+        let mut renewals = tokio::time::interval(LEASE_TTL / 3);
+        renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                settle = self.queue.recv(), if tasks.len() < CONCURRENT => match settle {
+                    Some((limiter, settle)) => {
+                        tasks.spawn(settle_with_retries(self.ledger.clone(), limiter, settle));
+                    }
+                    None => break,
+                },
+                Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
+                _ = renewals.tick() => { tasks.spawn(renew(self.ledger.clone())); }
+                () = shutdown.cancelled() => break,
+            }
+        }
+        lag.abort();
+        self.queue.close();
+        while let Some((limiter, settle)) = self.queue.recv().await {
+            if tasks.len() >= CONCURRENT {
+                tasks.join_next().await;
+            }
+            tasks.spawn(settle_with_retries(self.ledger.clone(), limiter, settle));
+        }
+        while tasks.join_next().await.is_some() {}
+    }
+}
+
+async fn renew(ledger: Arc<Ledger>) {
+    let (mut cluster, mut local) = (Vec::new(), Vec::new());
+    for (id, (limiter, leases)) in ledger.leases().iter() {
+        let renewal = Renewal { id: *id, leases: leases.clone() };
+        if matches!((limiter, &ledger.local), (AnyLimiter::Memory(a), AnyLimiter::Memory(b)) if Arc::ptr_eq(a, b))
+        {
+            local.push(renewal);
+        } else {
+            cluster.push(renewal);
+        }
+    }
+    for (limiter, renewals) in [(&ledger.limiter, cluster), (&ledger.local, local)] {
+        if renewals.is_empty() {
+            continue;
+        }
+        match limiter.renew(&renewals, LEASE_TTL).await {
+            Ok(lost) => {
+                // A request that ended meanwhile has released its own; only those still open have lost one.
+                let lost = {
+                    let open = ledger.leases();
+                    lost.iter().filter(|id| open.contains_key(id)).count()
+                };
+                if lost > 0 {
+                    ledger.metrics.leases_lost.inc_by(lost as u64);
+                    tracing::warn!(lost, "leases ran out before they were renewed; their requests go on");
+                }
+            }
+            Err(error) => tracing::warn!(%error, held = renewals.len(), "leases were not renewed"),
+        }
+    }
+}
+
+async fn settle_with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, settle: Settle) {
+    let mut pause = Duration::from_millis(20);
+    for attempt in 1..=TRIES {
+        match limiter.settle(&settle).await {
+            Ok(_) => return,
+            Err(error @ (Error::Timeout(_) | Error::Unreachable(_) | Error::Refused(_)))
+                if attempt < TRIES =>
+            {
+                tracing::debug!(%error, attempt, "settlement is tried again");
+                tokio::time::sleep(pause).await;
+                pause *= 3;
+            }
+            Err(error) => {
+                ledger.metrics.settlements_lost.inc();
+                tracing::error!(%error, reservation = %settle.id, "settlement lost: the reservation stands");
+                return;
+            }
+        }
+    }
+}
+
+/// A reservation and its leases, from before it is asked for to the end of the request.
+#[derive(Debug)]
+pub struct Admission {
+    ledger: Arc<Ledger>,
+    /// Who granted it, and settles it.
+    pub limiter: AnyLimiter,
+    /// The reservation.
+    pub id: Uuid,
+    /// What the request is under.
+    pub scopes: Scopes,
+    /// What was reserved.
+    pub reserved: Cost,
+    actual: Cost,
+    slot: Option<Key>,
+    armed: bool,
+}
+
+impl Admission {
+    /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
+    /// away while the limiter is asked leaves nothing behind.
+    pub fn prepare(ledger: &Arc<Ledger>, limiter: &AnyLimiter, scopes: Scopes, reserved: Cost) -> Self {
+        Self {
+            ledger: ledger.clone(),
+            limiter: limiter.clone(),
+            id: Uuid::now_v7(),
+            scopes,
+            reserved,
+            actual: Cost::default(),
+            slot: None,
+            armed: true,
+        }
+    }
+
+    /// Refused: nothing was written, nothing is to be settled.
+    pub fn refused(mut self) {
+        self.armed = false;
+    }
+
+    /// Granted, with the slot of this backend.
+    pub fn granted(&mut self, slot: Option<Key>) {
+        let concurrency = self.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone());
+        let leases: SmallVec<[Key; 4]> = concurrency.chain(slot.clone()).collect();
+        self.slot = slot;
+        if leases.is_empty() {
+            self.ledger.leases().remove(&self.id);
+        } else {
+            self.ledger.leases().insert(self.id, (self.limiter.clone(), leases));
+        }
+    }
+
+    /// The slot held.
+    pub fn slot(&self) -> Option<&Key> {
+        self.slot.as_ref()
+    }
+
+    /// What the request has used so far: what is settled if it ends now.
+    pub fn used(&mut self, actual: Cost) {
+        self.actual = actual;
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        self.ledger.leases().remove(&self.id);
+        let settle = Settle {
+            id: self.id,
+            actual: self.actual,
+            scopes: std::mem::take(&mut self.scopes),
+            slot: self.slot.take(),
+        };
+        if self.ledger.queue.try_send((self.limiter.clone(), settle)).is_err() {
+            self.ledger.metrics.settlements_lost.inc();
+        }
+    }
+}

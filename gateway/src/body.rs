@@ -1,0 +1,230 @@
+//! The body of an answer, and the end of its request.
+//!
+//! A request ends when its body ends, so the body owns everything that must be given back: the admission (tokens
+//! and leases), the place in the backend's in-flight count, and the context that becomes the log line. Dropping the
+//! body, finished or not, gives all of it back once.
+
+use std::convert::Infallible;
+use std::future::Future as _;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::StatusCode;
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep};
+
+use crate::account::Admission;
+use crate::context::RequestContext;
+use crate::error::GatewayError;
+use crate::runtime_state::{Attempt, InFlight};
+use crate::send::Target;
+use crate::stream::meter::Rewriter;
+
+/// What the client is sent.
+#[derive(Debug)]
+pub enum Body {
+    /// All at once.
+    Full(Full<Bytes>),
+    /// As it comes.
+    Stream(Pin<Box<StreamBody>>),
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        Self::Full(Full::new(bytes))
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match &mut *self {
+            Self::Full(full) => Pin::new(full).poll_frame(cx),
+            Self::Stream(stream) => {
+                stream.as_mut().get_mut().poll_chunk(cx).map(|c| c.map(|b| Ok(Frame::data(b))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(full) => full.is_end_stream(),
+            Self::Stream(stream) => matches!(stream.state, State::Done),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(full) => full.size_hint(),
+            Self::Stream(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// The two clocks of a stream; the third, to the first byte, has stopped before a stream is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    /// Between two chunks.
+    pub idle: Duration,
+    /// When the whole request must have ended.
+    pub deadline: Instant,
+}
+
+/// A stream on its way from a backend to the client.
+#[derive(Debug)]
+pub struct StreamBody {
+    state: State,
+    upstream: Incoming,
+    rewriter: Rewriter,
+    clocks: Clocks,
+    /// One timer for both clocks. It is moved only when it fires, so that a chunk costs no timer operation.
+    timer: Pin<Box<Sleep>>,
+    last_chunk: Instant,
+    /// Given back on drop.
+    end: StreamEnd,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The chunk that was awaited before 200 was sent.
+    Peeked(Bytes),
+    Flowing,
+    Done,
+}
+
+/// What a stream gives back at its end.
+#[derive(Debug)]
+pub struct StreamEnd {
+    /// What it reserved.
+    pub admission: Admission,
+    /// The prompt's tokens as reserved, for when the backend does not say.
+    pub prompt_tokens: u64,
+    /// Where it runs.
+    pub target: Target,
+    /// Its place in the backend's count.
+    pub in_flight: InFlight,
+    /// Its facts.
+    pub context: Box<RequestContext>,
+}
+
+impl StreamBody {
+    /// A stream whose first chunk has been awaited.
+    pub fn new(
+        first: Bytes,
+        upstream: Incoming,
+        mut rewriter: Rewriter,
+        clocks: Clocks,
+        end: StreamEnd,
+    ) -> Self {
+        let now = Instant::now();
+        let first = rewriter.push(first);
+        let timer = Box::pin(tokio::time::sleep_until(clocks.deadline.min(now + clocks.idle)));
+        Self { state: State::Peeked(first), upstream, rewriter, clocks, timer, last_chunk: now, end }
+    }
+
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        match std::mem::replace(&mut self.state, State::Flowing) {
+            State::Peeked(first) if !first.is_empty() => return Poll::Ready(Some(first)),
+            State::Peeked(_) | State::Flowing => {}
+            State::Done => {
+                self.state = State::Done;
+                return Poll::Ready(None);
+            }
+        }
+        loop {
+            match Pin::new(&mut self.upstream).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.last_chunk = Instant::now();
+                    let Ok(data) = frame.into_data() else { continue };
+                    let out = self.rewriter.push(data);
+                    if !out.is_empty() {
+                        return Poll::Ready(Some(out));
+                    }
+                }
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(self.broken(Attempt::ConnectFailure))),
+                Poll::Ready(None) => return Poll::Ready(self.ended()),
+                Poll::Pending => {
+                    if let Some(event) = ready!(self.poll_clocks(cx)) {
+                        return Poll::Ready(Some(event));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ready with an event when a clock ran out; ready without one never; pending otherwise.
+    fn poll_clocks(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            let idle_until = self.last_chunk + self.clocks.idle;
+            if now >= self.clocks.deadline {
+                return Poll::Ready(Some(self.cut(&GatewayError::Deadline)));
+            }
+            if now >= idle_until {
+                return Poll::Ready(Some(self.broken(Attempt::Timeout)));
+            }
+            self.timer.as_mut().reset(idle_until.min(self.clocks.deadline));
+        }
+    }
+
+    /// The upstream closed its stream. That is an end only if it had finished.
+    fn ended(&mut self) -> Option<Bytes> {
+        let rest = self.rewriter.finish();
+        let facts = self.rewriter.facts();
+        self.state = State::Done;
+        if facts.complete() {
+            self.end.target.record(Attempt::Success);
+            self.end.context.finished(StatusCode::OK, "ok");
+            return Some(rest).filter(|r| !r.is_empty());
+        }
+        if facts.error_seen {
+            // The backend told the client itself; it counts against the backend all the same.
+            self.end.target.record(Attempt::ServerError);
+            self.end.context.finished(StatusCode::OK, "error_in_stream");
+            return Some(rest).filter(|r| !r.is_empty());
+        }
+        let mut out = Vec::from(rest);
+        out.extend_from_slice(&self.broken(Attempt::ConnectFailure));
+        Some(out.into())
+    }
+
+    /// The backend's fault, after bytes were sent: an error event, and no `[DONE]`.
+    fn broken(&mut self, attempt: Attempt) -> Bytes {
+        self.end.target.record(attempt);
+        let error = match attempt {
+            Attempt::Timeout => GatewayError::UpstreamTimeout,
+            _ => GatewayError::UpstreamBroken,
+        };
+        self.cut(&error)
+    }
+
+    fn cut(&mut self, error: &GatewayError) -> Bytes {
+        self.state = State::Done;
+        self.end.context.finished(StatusCode::OK, error.facts().label);
+        // The last event may have gone out in part: the empty line ends it, so that this one is read as its own.
+        format!("\n\n{}", error.sse_event()).into()
+    }
+}
+
+impl Drop for StreamBody {
+    fn drop(&mut self) {
+        let facts = self.rewriter.facts();
+        let (prompt, completion, source) = match facts.usage {
+            Some(usage) => (usage.prompt, usage.completion, "provider"),
+            None => (self.end.prompt_tokens, facts.completion_estimate(), "counted"),
+        };
+        self.end.context.tokens = Some((prompt, completion, source));
+        let cost = self.end.target.cost(prompt, completion);
+        self.end.admission.used(cost);
+    }
+}

@@ -1,0 +1,82 @@
+//! The settings of a gateway process: flags, or the same names in the environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use weir_runtime::Secret;
+
+use crate::server::Bounds;
+
+/// Serves the OpenAI API in front of your backends, within the cluster's limits.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "weir-gateway", version = weir_runtime::version())]
+pub struct Config {
+    /// Address for clients.
+    #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Address for operations: /livez, /readyz, /metrics.
+    #[arg(long, env = "WEIR_OPS_LISTEN", default_value = "127.0.0.1:9100")]
+    pub ops_listen: SocketAddr,
+    /// The control plane.
+    #[arg(long, env = "WEIR_CONTROL_PLANE", default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    pub control_plane: String,
+    /// File with the token for the control plane.
+    #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "PATH")]
+    pub gateway_token_file: Option<PathBuf>,
+    /// The token itself; by environment only, since arguments can be read by everybody on the machine.
+    #[arg(skip)]
+    pub gateway_token: Option<Secret>,
+    /// Redis for the cluster's limits, such as redis://host:6379. Without it limits hold for this process alone.
+    #[arg(long, env = "WEIR_REDIS", value_name = "URL", hide_env_values = true)]
+    pub redis: Option<String>,
+    /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.
+    #[arg(long, env = "WEIR_DATA_DIR", value_name = "PATH")]
+    pub data_dir: Option<PathBuf>,
+    /// Name of this gateway; one is made up when none is given.
+    #[arg(long, env = "WEIR_GATEWAY_ID", value_name = "NAME")]
+    pub id: Option<String>,
+    /// Region of this gateway.
+    #[arg(long, env = "WEIR_REGION", default_value = "", value_name = "NAME")]
+    pub region: String,
+    /// Most client connections at once.
+    #[arg(long, env = "WEIR_MAX_CONNECTIONS", default_value_t = 10_000, value_name = "N")]
+    pub max_connections: usize,
+    /// Seconds for which new connections are still taken after SIGTERM, so that load balancers can notice.
+    #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
+    pub pre_stop_s: u64,
+    /// Seconds for which streams may run on after that.
+    #[arg(long, env = "WEIR_DRAIN_S", default_value_t = 600, value_name = "SECONDS")]
+    pub drain_s: u64,
+    /// What is logged, such as info or weir_gateway=debug.
+    #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+}
+
+impl Config {
+    /// The bounds these settings ask for.
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            connections: self.max_connections,
+            pre_stop: Duration::from_secs(self.pre_stop_s),
+            drain: Duration::from_secs(self.drain_s),
+            ..Bounds::default()
+        }
+    }
+
+    /// The token for the control plane: given, in the environment, or in the file.
+    pub fn token(&self) -> Result<Option<Secret>, String> {
+        if let Some(token) = &self.gateway_token {
+            return Ok(Some(token.clone()));
+        }
+        if let Ok(token) = std::env::var("WEIR_GATEWAY_TOKEN") {
+            return Ok(Some(Secret::new(token)));
+        }
+        let Some(path) = &self.gateway_token_file else { return Ok(None) };
+        match std::fs::read_to_string(path) {
+            Ok(text) => Ok(Some(Secret::new(text.trim().to_owned()))),
+            Err(error) => Err(format!("--gateway-token-file {}: {error}", path.display())),
+        }
+    }
+}

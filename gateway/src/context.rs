@@ -1,0 +1,132 @@
+//! The facts of one request, collected on its way and told once at its end: one log line, one set of metrics.
+//!
+//! Dropping the context is its end, whatever the way out; a context that nobody marked as finished belongs to a
+//! client that went away.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use http::StatusCode;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::metrics::{Metrics, ModelLabels, RequestLabels, TokenLabels};
+
+/// What is known of a request.
+#[derive(Debug)]
+pub struct RequestContext {
+    metrics: Metrics,
+    /// When it arrived.
+    pub started: Instant,
+    /// Ours, or the client's own when it is well formed.
+    pub request_id: String,
+    /// The client's address.
+    pub peer: Option<IpAddr>,
+    /// The route's path; a constant, never the client's text.
+    pub route: &'static str,
+    /// The tenant's name, once known.
+    pub tenant: Option<String>,
+    /// The API key's name, once known.
+    pub api_key: Option<String>,
+    /// The model resource, once known.
+    pub model: Option<String>,
+    /// The backend that was tried last.
+    pub backend: Option<String>,
+    /// Attempts at backends.
+    pub attempts: u32,
+    /// Time spent asking the limiter.
+    pub limiter: Duration,
+    /// Whether the client asked for a stream.
+    pub stream: bool,
+    /// From arrival to the first byte of the answer.
+    pub first_byte: Option<Duration>,
+    /// The status sent, and "ok" or the error's code.
+    pub outcome: Option<(StatusCode, &'static str)>,
+    /// Prompt and completion tokens, and where the count is from.
+    pub tokens: Option<(u64, u64, &'static str)>,
+}
+
+/// Longest request id that is taken over from a client, bytes.
+const REQUEST_ID_MAX_BYTES: usize = 128;
+
+impl RequestContext {
+    /// A request arrived.
+    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, peer: Option<IpAddr>) -> Box<Self> {
+        metrics.in_flight.inc();
+        let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
+            let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&id.len());
+            fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        });
+        Box::new(Self {
+            metrics: metrics.clone(),
+            started: Instant::now(),
+            request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
+            peer,
+            route: "unknown",
+            tenant: None,
+            api_key: None,
+            model: None,
+            backend: None,
+            attempts: 0,
+            limiter: Duration::ZERO,
+            stream: false,
+            first_byte: None,
+            outcome: None,
+            tokens: None,
+        })
+    }
+
+    /// The first byte of the answer is there.
+    pub fn note_first_byte(&mut self) {
+        self.first_byte.get_or_insert_with(|| self.started.elapsed());
+    }
+
+    /// How it ended: the status sent, and "ok" or the error's code.
+    pub fn finished(&mut self, status: StatusCode, code: &'static str) {
+        self.outcome = Some((status, code));
+    }
+}
+
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        let elapsed = self.started.elapsed();
+        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
+        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
+        let model = self.model.take().unwrap_or_else(|| "unknown".into());
+        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+        tracing::info!(
+            target: "weir::request",
+            request_id = self.request_id,
+            peer = self.peer.map(tracing::field::display),
+            route = self.route,
+            tenant,
+            api_key = self.api_key,
+            model,
+            backend = self.backend,
+            attempts = self.attempts,
+            stream = self.stream,
+            status,
+            code,
+            duration_ms = elapsed.as_secs_f64() * 1e3,
+            first_byte_ms = self.first_byte.map(|d| d.as_secs_f64() * 1e3),
+            limiter_ms = self.limiter.as_secs_f64() * 1e3,
+            input_tokens = self.tokens.map(|t| t.0),
+            output_tokens = self.tokens.map(|t| t.1),
+            usage_source = self.tokens.map(|t| t.2),
+        );
+        let m = &self.metrics;
+        m.in_flight.dec();
+        if let Some((input, output, source)) = self.tokens {
+            for (direction, count) in [("input", input), ("output", output)] {
+                let labels = TokenLabels { model: model.clone(), direction, source };
+                m.tokens.get_or_create(&labels).inc_by(count);
+            }
+        }
+        let by_model = ModelLabels { model: model.clone() };
+        m.duration.get_or_create(&by_model).observe(elapsed.as_secs_f64());
+        if let Some(first) = self.first_byte {
+            m.first_byte.get_or_create(&by_model).observe(first.as_secs_f64());
+        }
+        m.requests.get_or_create(&RequestLabels { model, tenant, status, code }).inc();
+    }
+}

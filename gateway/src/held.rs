@@ -1,0 +1,314 @@
+//! The configuration a gateway holds, as it came, and its copy on disk.
+//!
+//! The disk copy lets a gateway that restarts while the control plane is away serve what it served before. Two
+//! generations are kept; each is written whole to a temporary file, synced and renamed, readable by its owner
+//! only (it holds key digests), and opens with a SHA-256 of the rest: a torn or damaged file is refused whole
+//! and the older generation is used.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use prost::Message;
+use sha2::{Digest, Sha256};
+use weir_proto::resource::Resource;
+use weir_proto::v1::{self, ResourceKind};
+
+use crate::snapshot::Refused;
+
+/// First bytes of the file: what it is and the version of its form.
+const MAGIC: &[u8; 8] = b"WEIRCFG1";
+/// Largest copy that is read back.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// Resources by kind and name, each with its version and encoded body.
+#[derive(Debug, Clone, Default)]
+pub struct Held {
+    /// The store's history; empty when nothing is held.
+    pub epoch: String,
+    /// The revision held.
+    pub revision: u64,
+    /// What is held.
+    pub resources: BTreeMap<(i32, String), (String, Bytes)>,
+}
+
+/// Why a delta was refused whole.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DeltaError {
+    /// A lagging control plane must not take a gateway back.
+    #[error("revision {offered} is older than the {held} held, within the same store")]
+    Backwards {
+        /// What the delta said.
+        offered: u64,
+        /// What is held.
+        held: u64,
+    },
+    /// More than half of a pool would go, and the operator has not said that this is meant.
+    #[error("it takes {removed} of {had} backends from pool {pool} without allow_mass_removal")]
+    MassRemoval {
+        /// The pool.
+        pool: String,
+        /// How many would go.
+        removed: usize,
+        /// How many there were.
+        had: usize,
+    },
+}
+
+impl Held {
+    /// What Hello says.
+    pub fn versions(&self) -> Vec<v1::HeldResource> {
+        let held = self.resources.iter();
+        held.map(|((kind, name), (version, _))| v1::HeldResource {
+            kind: *kind,
+            name: name.clone(),
+            version: version.clone(),
+        })
+        .collect()
+    }
+
+    /// What would be held after a delta; an error leaves everything as it is.
+    pub fn after(&self, delta: &v1::Delta) -> Result<Self, DeltaError> {
+        if delta.store_epoch == self.epoch && delta.store_revision < self.revision {
+            return Err(DeltaError::Backwards { offered: delta.store_revision, held: self.revision });
+        }
+        let mut next = self.clone();
+        for removal in &delta.removals {
+            next.resources.remove(&(removal.kind, removal.name.clone()));
+        }
+        for upsert in &delta.upserts {
+            let body = (upsert.version.clone(), upsert.body.clone());
+            next.resources.insert((upsert.kind, upsert.name.clone()), body);
+        }
+        if !delta.allow_mass_removal {
+            self.check_mass_removal(&next)?;
+        }
+        next.epoch.clone_from(&delta.store_epoch);
+        next.revision = delta.store_revision;
+        Ok(next)
+    }
+
+    fn check_mass_removal(&self, next: &Self) -> Result<(), DeltaError> {
+        let (before, after) = (self.pool_sizes(), next.pool_sizes());
+        for (pool, had) in before {
+            let removed = had.saturating_sub(after.get(&pool).copied().unwrap_or(0));
+            // A pool of one or two loses its members by ordinary operation.
+            if removed * 2 > had && had > 2 {
+                return Err(DeltaError::MassRemoval { pool, removed, had });
+            }
+        }
+        Ok(())
+    }
+
+    fn pool_sizes(&self) -> BTreeMap<String, usize> {
+        let mut sizes = BTreeMap::new();
+        for ((kind, _), (_, body)) in &self.resources {
+            if *kind != ResourceKind::Backend as i32 {
+                continue;
+            }
+            let spec = v1::Resource::decode(body.clone()).ok().and_then(|r| r.spec);
+            if let Some(v1::resource::Spec::Backend(b)) = spec {
+                *sizes.entry(b.pool).or_default() += 1;
+            }
+        }
+        sizes
+    }
+
+    /// The checked form; what cannot be decoded or is not valid is left out and reported.
+    pub fn checked(&self) -> (Vec<Resource>, Vec<Refused>) {
+        let (mut good, mut refused) = (Vec::new(), Vec::new());
+        for ((kind, name), (_, body)) in &self.resources {
+            let checked = v1::Resource::decode(body.clone())
+                .map_err(|e| e.to_string())
+                .and_then(|wire| Resource::try_from(&wire).map_err(|e| e.to_string()));
+            match checked {
+                Ok(resource) => good.push(resource),
+                Err(message) => {
+                    let kind = ResourceKind::try_from(*kind).unwrap_or_default();
+                    refused.push(Refused { kind, name: name.clone(), message });
+                }
+            }
+        }
+        (good, refused)
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let upserts = self.resources.iter().map(|((kind, name), (version, body))| v1::VersionedResource {
+            kind: *kind,
+            name: name.clone(),
+            version: version.clone(),
+            body: body.clone(),
+        });
+        let delta = v1::Delta {
+            store_epoch: self.epoch.clone(),
+            store_revision: self.revision,
+            upserts: upserts.collect(),
+            ..v1::Delta::default()
+        };
+        let body = delta.encode_to_vec();
+        let mut file = Vec::with_capacity(MAGIC.len() + 32 + body.len());
+        file.extend_from_slice(MAGIC);
+        file.extend_from_slice(&Sha256::digest(&body));
+        file.extend_from_slice(&body);
+        file
+    }
+
+    fn decode(file: &[u8]) -> Result<Self, &'static str> {
+        let rest = file.strip_prefix(MAGIC).ok_or("it is not a configuration copy of this version")?;
+        let (digest, body) = rest.split_at_checked(32).ok_or("it is cut short")?;
+        if Sha256::digest(body).as_slice() != digest {
+            return Err("its checksum does not match");
+        }
+        let delta = v1::Delta::decode(body).map_err(|_| "it cannot be decoded")?;
+        Self::default().after(&delta).map_err(|_| "it contradicts itself")
+    }
+}
+
+/// Where the copies are.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    directory: PathBuf,
+}
+
+impl Disk {
+    /// Copies in this directory, which is made when missing.
+    pub fn new(directory: &Path) -> std::io::Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        Ok(Self { directory: directory.to_owned() })
+    }
+
+    fn newest(&self) -> PathBuf {
+        self.directory.join("config.current")
+    }
+
+    fn previous(&self) -> PathBuf {
+        self.directory.join("config.previous")
+    }
+
+    /// Writes a copy durably; blocks. The former newest becomes the previous one.
+    pub fn save(&self, held: &Held) -> std::io::Result<()> {
+        let temporary = self.directory.join("config.writing");
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(&held.encode())?;
+        file.sync_all()?;
+        match std::fs::rename(self.newest(), self.previous()) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => std::fs::rename(&temporary, self.newest())?,
+        }
+        std::fs::File::open(&self.directory)?.sync_all()
+    }
+
+    /// The newest good copy; `None` when there is none. Blocks.
+    pub fn load(&self) -> Option<Held> {
+        [self.newest(), self.previous()].into_iter().find_map(|path| match load(&path) {
+            Ok(held) => held,
+            Err(reason) => {
+                tracing::error!(path = %path.display(), reason, "configuration copy refused");
+                None
+            }
+        })
+    }
+}
+
+fn load(path: &Path) -> Result<Option<Held>, String> {
+    match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.to_string()),
+        Ok(m) if m.len() > MAX_BYTES => return Err(format!("it is larger than {MAX_BYTES} bytes")),
+        Ok(_) => {}
+    }
+    let file = std::fs::read(path).map_err(|e| e.to_string())?;
+    Held::decode(&file).map(Some).map_err(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(name: &str, revision: u64) -> v1::VersionedResource {
+        let spec = v1::BackendSpec { pool: "chat".into(), url: "http://h".into(), ..Default::default() };
+        let body = v1::Resource {
+            name: name.into(),
+            spec: Some(v1::resource::Spec::Backend(spec)),
+            ..Default::default()
+        };
+        v1::VersionedResource {
+            kind: ResourceKind::Backend as i32,
+            name: name.into(),
+            version: revision.to_string(),
+            body: body.encode_to_vec().into(),
+        }
+    }
+
+    fn held(names: &[&str], revision: u64) -> Held {
+        let upserts = names.iter().map(|n| backend(n, revision)).collect();
+        let delta =
+            v1::Delta { store_epoch: "e".into(), store_revision: revision, upserts, ..Default::default() };
+        Held::default().after(&delta).expect("applies")
+    }
+
+    #[test]
+    fn a_lagging_control_plane_cannot_take_a_gateway_back() {
+        let delta = v1::Delta { store_epoch: "e".into(), store_revision: 4, ..Default::default() };
+        let error = held(&["a"], 5).after(&delta).expect_err("refused");
+        assert_eq!(error, DeltaError::Backwards { offered: 4, held: 5 });
+    }
+
+    #[test]
+    fn losing_most_of_a_pool_takes_the_operators_word() {
+        let held = held(&["a", "b", "c", "d"], 5);
+        let removals = ["a", "b", "c"]
+            .map(|n| v1::ResourceRef { kind: ResourceKind::Backend as i32, name: n.into() })
+            .to_vec();
+        let mut delta =
+            v1::Delta { store_epoch: "e".into(), store_revision: 6, removals, ..Default::default() };
+        assert!(matches!(held.after(&delta), Err(DeltaError::MassRemoval { removed: 3, had: 4, .. })));
+        delta.allow_mass_removal = true;
+        assert_eq!(held.after(&delta).expect("meant").resources.len(), 1);
+    }
+
+    #[test]
+    fn an_empty_store_of_another_epoch_takes_nothing_away() {
+        let removals = ["a", "b", "c"]
+            .map(|n| v1::ResourceRef { kind: ResourceKind::Backend as i32, name: n.into() })
+            .to_vec();
+        let delta =
+            v1::Delta { store_epoch: "other".into(), store_revision: 1, removals, ..Default::default() };
+        assert!(held(&["a", "b", "c"], 5).after(&delta).is_err());
+    }
+
+    #[test]
+    fn a_copy_cut_or_flipped_at_any_byte_gives_the_previous_one() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let disk = Disk::new(directory.path()).expect("made");
+        disk.save(&held(&["a"], 1)).expect("saved");
+        disk.save(&held(&["a", "b"], 2)).expect("saved");
+        assert_eq!(disk.load().expect("whole").revision, 2);
+        let whole = std::fs::read(disk.newest()).expect("read");
+        for at in 0..whole.len() {
+            std::fs::write(disk.newest(), &whole[..at]).expect("cut");
+            assert_eq!(disk.load().expect("previous").revision, 1, "cut at {at}");
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            std::fs::write(disk.newest(), &flipped).expect("flipped");
+            assert_eq!(disk.load().expect("previous").revision, 1, "flipped at {at}");
+        }
+    }
+
+    #[test]
+    fn the_copy_is_for_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().expect("a directory");
+        let disk = Disk::new(directory.path()).expect("made");
+        disk.save(&held(&["a"], 1)).expect("saved");
+        let mode = std::fs::metadata(disk.newest()).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+}

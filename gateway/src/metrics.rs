@@ -1,0 +1,147 @@
+//! Every metric of a gateway: name, help and labels. Labels come from configured names only.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Of a finished request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// The model resource; "unknown" when none was found.
+    pub model: String,
+    /// The tenant; "unknown" when none was found.
+    pub tenant: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// "ok", or the machine code of the error.
+    pub code: &'static str,
+}
+
+/// Of one model.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ModelLabels {
+    /// The model resource.
+    pub model: String,
+}
+
+/// Of tokens counted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TokenLabels {
+    /// The model resource.
+    pub model: String,
+    /// "input" or "output".
+    pub direction: &'static str,
+    /// "provider", "counted" or "reserved".
+    pub source: &'static str,
+}
+
+/// Of one attempt at a backend.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AttemptLabels {
+    /// The backend.
+    pub backend: String,
+    /// "ok" or what went wrong.
+    pub outcome: &'static str,
+}
+
+/// Of a limiter call.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LimiterLabels {
+    /// "granted", "limited", "no_slot" or "error".
+    pub outcome: &'static str,
+}
+
+/// The metrics; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Finished requests.
+    pub requests: Family<RequestLabels, Counter>,
+    /// Requests under way.
+    pub in_flight: Gauge,
+    /// From the request's arrival to its last byte.
+    pub duration: Family<ModelLabels, Histogram>,
+    /// From the request's arrival to the first byte of its answer.
+    pub first_byte: Family<ModelLabels, Histogram>,
+    /// Tokens settled.
+    pub tokens: Family<TokenLabels, Counter>,
+    /// Attempts at backends.
+    pub attempts: Family<AttemptLabels, Counter>,
+    /// Limiter calls.
+    pub limiter: Family<LimiterLabels, Counter>,
+    /// How long a limiter call took.
+    pub limiter_duration: Histogram,
+    /// Settlements that could not be made.
+    pub settlements_lost: Counter,
+    /// Leases that ran out under a live request.
+    pub leases_lost: Counter,
+    /// Open client connections.
+    pub connections: Gauge,
+    /// Client connections refused for lack of room.
+    pub connections_refused: Counter,
+    /// The configuration revision in force.
+    pub revision: Gauge,
+    /// 1 while the control plane is heard.
+    pub control_plane_connected: Gauge,
+}
+
+const REQUEST_BUCKETS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+const LIMITER_BUCKETS: [f64; 10] =
+    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05];
+
+fn seconds() -> Histogram {
+    Histogram::new(REQUEST_BUCKETS)
+}
+
+impl Metrics {
+    /// Registers every metric.
+    pub fn new(registry: &mut Registry) -> Self {
+        let m = Self {
+            requests: Family::default(),
+            in_flight: Gauge::default(),
+            duration: Family::new_with_constructor(seconds),
+            first_byte: Family::new_with_constructor(seconds),
+            tokens: Family::default(),
+            attempts: Family::default(),
+            limiter: Family::default(),
+            limiter_duration: Histogram::new(LIMITER_BUCKETS),
+            settlements_lost: Counter::default(),
+            leases_lost: Counter::default(),
+            connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            revision: Gauge::default(),
+            control_plane_connected: Gauge::default(),
+        };
+        let r = registry.sub_registry_with_prefix("weir");
+        r.register("requests", "Finished requests", m.requests.clone());
+        r.register("requests_in_flight", "Requests under way", m.in_flight.clone());
+        r.register("request_duration_seconds", "From arrival to the last byte", m.duration.clone());
+        r.register(
+            "first_byte_seconds",
+            "From arrival to the first byte of the answer",
+            m.first_byte.clone(),
+        );
+        r.register("tokens", "Tokens settled", m.tokens.clone());
+        r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
+        r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
+        r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("settlements_lost", "Settlements that could not be made", m.settlements_lost.clone());
+        r.register("leases_lost", "Leases that ran out under a live request", m.leases_lost.clone());
+        r.register("connections", "Open client connections", m.connections.clone());
+        r.register(
+            "connections_refused",
+            "Client connections refused for lack of room",
+            m.connections_refused.clone(),
+        );
+        r.register("config_revision", "Configuration revision in force", m.revision.clone());
+        r.register(
+            "control_plane_connected",
+            "1 while the control plane is heard",
+            m.control_plane_connected.clone(),
+        );
+        m
+    }
+}

@@ -1,0 +1,59 @@
+//! Limits as clients see them: the refusal that explains itself, and the headers on every answer.
+
+use std::time::Duration;
+
+use http::HeaderMap;
+use smallvec::SmallVec;
+use weir_ratelimit::{Decision, Kind, LimitState, Outcome, Verdict, What};
+
+use crate::error::{GatewayError, Refusal};
+use crate::headers::{self, LimitKind};
+use crate::snapshot::ScopeEntry;
+
+/// The 429 for a decision that refused: it names the limit that keeps the caller waiting longest.
+pub fn limited(decision: &Decision, entries: &[&ScopeEntry]) -> GatewayError {
+    let wait = match decision.outcome {
+        Outcome::Limited { wait } => wait,
+        _ => Some(Duration::ZERO),
+    };
+    let longest = |l: &&LimitState| match l.verdict {
+        Verdict::Fits => (0, Duration::ZERO),
+        Verdict::Wait(wait) => (1, wait),
+        Verdict::Never => (2, Duration::MAX),
+    };
+    let enforced = decision.limits.iter().filter(|l| {
+        l.verdict != Verdict::Fits
+            && entries.get(l.scope).is_some_and(|e| e.limits.mode == weir_ratelimit::Mode::Enforce)
+    });
+    let worst = enforced.max_by_key(longest);
+    let entry = worst.and_then(|l| entries.get(l.scope));
+    GatewayError::Limited(Refusal {
+        scope_kind: entry.map_or("global", |e| e.kind),
+        scope: entry.map_or_else(String::new, |e| e.name.clone()),
+        what: worst.map_or("requests", |l| kind_name(l.what)),
+        limit: worst.map_or(0, |l| l.limit),
+        remaining: worst.map_or(0, |l| l.remaining),
+        wait,
+    })
+}
+
+const fn kind_name(what: What) -> &'static str {
+    match what {
+        What::Bucket(kind) => kind.name(),
+        What::Concurrency => "concurrency",
+    }
+}
+
+/// OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
+pub fn write_limits(headers: &mut HeaderMap, decision: &Decision) {
+    let shown = decision.limits.iter().filter_map(|l| {
+        let kind = match l.what {
+            What::Bucket(Kind::Requests) => LimitKind::Requests,
+            What::Bucket(Kind::Tokens | Kind::InputTokens | Kind::OutputTokens) => LimitKind::Tokens,
+            What::Bucket(Kind::Spend) | What::Concurrency => return None,
+        };
+        Some(headers::LimitState { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
+    });
+    let shown: SmallVec<[headers::LimitState; 8]> = shown.collect();
+    headers::write_limits(headers, &shown);
+}

@@ -1,0 +1,117 @@
+//! The report lane: what this gateway sees goes up about once a second, what all of them see comes down.
+//!
+//! The latest value wins in both directions. Without the lane the last verdicts stay in force.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+use weir_proto::v1::report_service_client::ReportServiceClient;
+use weir_proto::v1::{BackendReport, HealthState, StreamReportsRequest, StreamReportsResponse};
+
+use crate::live::Live;
+use crate::subscribe::{Backoff, Identity, error_chain};
+
+/// Between two reports.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Follows the report lane until `shutdown`, on a connection of its own.
+pub async fn run(live: Arc<Live>, identity: Identity, endpoint: Endpoint, shutdown: CancellationToken) {
+    let mut backoff = Backoff::default();
+    loop {
+        let ended = tokio::select! {
+            ended = follow(&live, &identity, &endpoint, &mut backoff) => ended,
+            () = shutdown.cancelled() => return,
+        };
+        tracing::debug!(reason = ended.err(), "report lane away; the last verdicts stay");
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_pause()) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+async fn follow(
+    live: &Live,
+    identity: &Identity,
+    endpoint: &Endpoint,
+    backoff: &mut Backoff,
+) -> Result<(), String> {
+    let channel = endpoint.connect().await.map_err(|e| error_chain(&e))?;
+    let mut client = ReportServiceClient::new(channel);
+    // Room for one: a report that cannot go yet is replaced by the next, which says the newer thing.
+    let (up, reports) = mpsc::channel(1);
+    let first = report(live, identity, 0);
+    up.try_send(first).map_err(|_| "no room for the first report".to_owned())?;
+    let request = identity.request(ReceiverStream::new(reports))?;
+    let mut stream = client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+    let mut ticks = tokio::time::interval(INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut sequence = 0;
+    loop {
+        tokio::select! {
+            message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
+                Some(message) => {
+                    backoff.reset();
+                    take(live, &message);
+                }
+                None => return Ok(()),
+            },
+            _ = ticks.tick() => {
+                if let Ok(permit) = up.try_reserve() {
+                    sequence += 1;
+                    permit.send(report(live, identity, sequence));
+                }
+            }
+        }
+    }
+}
+
+fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsRequest {
+    let snapshot = live.snapshot();
+    let backends = snapshot.backends.values().map(|backend| {
+        let counts = backend.runtime.take_counts();
+        let ejected =
+            snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
+        BackendReport {
+            backend: backend.name.to_string(),
+            in_flight: backend.runtime.in_flight(),
+            successes: counts.successes,
+            connect_failures: counts.connect_failures,
+            server_errors: counts.server_errors,
+            timeouts: counts.timeouts,
+            busy: counts.busy,
+            first_byte_mean: None,
+            ejected,
+        }
+    });
+    StreamReportsRequest {
+        gateway_id: identity.gateway_id.clone(),
+        incarnation: identity.incarnation.clone(),
+        sequence,
+        backends: backends.collect(),
+    }
+}
+
+fn take(live: &Live, message: &StreamReportsResponse) {
+    if message.live_gateways > 0 {
+        live.set_live_gateways(message.live_gateways);
+    }
+    let snapshot = live.snapshot();
+    for health in &message.health {
+        let Some(backend) = snapshot.backends.get(health.backend.as_str()) else { continue };
+        let state = health.state();
+        if state != HealthState::Unspecified && state != backend.runtime.health() {
+            tracing::info!(
+                backend = health.backend,
+                state = state.as_str_name(),
+                reason = health.reason,
+                "verdict"
+            );
+            backend.runtime.set_health(state);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Wiring: settings -> parts -> running tasks, all tracked and all ended by one token.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_runtime::Readiness;
+
+use crate::account::Ledger;
+use crate::config::Config;
+use crate::held::Disk;
+use crate::live::Live;
+use crate::metrics::Metrics;
+use crate::stack::Gateway;
+use crate::subscribe::{Identity, Subscriber, endpoint};
+use crate::{report, server};
+
+/// Why a gateway could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A setting is wrong; says which.
+    #[error("{0}")]
+    Config(String),
+    /// An address cannot be used.
+    #[error("cannot listen on {address}: {source}; choose another with {flag}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The flag that sets it.
+        flag: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A gateway that runs.
+#[derive(Debug)]
+pub struct Running {
+    /// Where clients are served.
+    pub address: SocketAddr,
+    /// Where operations are served.
+    pub ops_address: SocketAddr,
+    /// The configuration in force.
+    pub live: Arc<Live>,
+    tasks: TaskTracker,
+}
+
+impl Running {
+    /// Returns when everything has ended, after the shutdown token was cancelled.
+    pub async fn ended(self) {
+        self.tasks.wait().await;
+    }
+}
+
+async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener, SocketAddr), StartError> {
+    let wrong = |source| StartError::Listen { address, flag, source };
+    let listener = TcpListener::bind(address).await.map_err(wrong)?;
+    let address = listener.local_addr().map_err(wrong)?;
+    Ok((listener, address))
+}
+
+/// Starts a gateway. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
+pub async fn start(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    shutdown: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Running, StartError> {
+    let (clients, address) = listen(config.listen, "--listen").await?;
+    let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
+    let control_plane = endpoint(&config.control_plane).map_err(StartError::Config)?;
+    let disk = config.data_dir.as_deref().map(Disk::new).transpose();
+    let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
+    let limiter = match (limiter, &config.redis) {
+        (Some(limiter), _) => limiter,
+        (None, None) => AnyLimiter::from(MemoryLimiter::new()),
+        (None, Some(url)) => {
+            // Waited for a little, so that a gateway counts with the others from its first request; not for long,
+            // since one that starts while Redis is away serves its share of the limits.
+            let options = RedisOptions::default();
+            AnyLimiter::from(match RedisLimiter::connect(url, options).await {
+                Ok(redis) => redis,
+                Err(error) => {
+                    tracing::warn!(%error, "redis is away; this gateway starts with its share of the limits");
+                    RedisLimiter::open(url, options)
+                        .map_err(|e| StartError::Config(format!("--redis: {e}")))?
+                }
+            })
+        }
+    };
+    let incarnation = uuid::Uuid::now_v7().to_string();
+    let identity = Identity {
+        gateway_id: config.id.clone().unwrap_or_else(|| format!("gateway-{}", &incarnation[24..])),
+        incarnation,
+        region: config.region.clone(),
+        token: config.token().map_err(StartError::Config)?,
+    };
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let live = Arc::new(Live::default());
+    let (ledger, worker) = Ledger::new(limiter, metrics.clone());
+    let gateway = Arc::new(Gateway { live: live.clone(), ledger, metrics: metrics.clone() });
+    let readiness = Readiness::not_ready("no configuration yet");
+    let subscriber = Subscriber::new(live.clone(), identity.clone(), control_plane.clone(), disk);
+
+    let tasks = TaskTracker::new();
+    // What serves requests ends last: the settlement worker and the operations port outlive the streams.
+    let drained = CancellationToken::new();
+    tasks.spawn(subscriber.run(drained.clone()));
+    tasks.spawn(report::run(live.clone(), identity, control_plane, drained.clone()));
+    tasks.spawn(worker.run(drained.clone()));
+    tasks.spawn(watch(live.clone(), readiness.clone(), metrics, shutdown.clone(), drained.clone()));
+    let ops = weir_runtime::serve_ops(ops, readiness, Arc::new(registry), drained.clone());
+    tasks.spawn(async move {
+        if let Err(error) = ops.await {
+            tracing::error!(%error, "the operations port ended");
+        }
+    });
+    let bounds = config.bounds();
+    tasks.spawn(async move {
+        server::serve(clients, gateway, bounds, shutdown, hurry).await;
+        drained.cancel();
+    });
+    tasks.close();
+    Ok(Running { address, ops_address, live, tasks })
+}
+
+/// Keeps readiness and the gauges true.
+async fn watch(
+    live: Arc<Live>,
+    readiness: Readiness,
+    metrics: Metrics,
+    shutdown: CancellationToken,
+    drained: CancellationToken,
+) {
+    let mut revisions = live.revisions();
+    loop {
+        let state = if shutdown.is_cancelled() {
+            Err("draining".to_owned())
+        } else if live.is_configured() {
+            Ok(())
+        } else {
+            Err("no configuration: the control plane has not been reached and there is no copy on disk"
+                .to_owned())
+        };
+        readiness.set(state);
+        metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
+        metrics.control_plane_connected.set(i64::from(live.is_connected()));
+        tokio::select! {
+            changed = revisions.changed() => if changed.is_err() { return },
+            () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            () = drained.cancelled() => return,
+        }
+    }
+}

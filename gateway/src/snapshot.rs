@@ -1,0 +1,385 @@
+//! What a gateway knows: an immutable picture of the configuration, compiled for the request path.
+//!
+//! A request loads one [`Snapshot`] and keeps it to its end, so that it never sees half a change. State that must
+//! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolRuntime`] and
+//! [`BackendRuntime`], which the next snapshot takes over by name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::HeaderValue;
+use weir_proto::resource::{
+    AdminState, Backend, CredentialRef, Model, Name, Pool, Rates, Resource, Spec, Timeouts, WithoutStore,
+};
+use weir_ratelimit::{Bucket, Key, Kind, Mode, ScopeLimits, key::Scope, key::scope_keys};
+
+use crate::runtime_state::{BackendRuntime, PoolRuntime};
+use crate::upstream::Upstream;
+
+/// One scope's limits, compiled.
+#[derive(Debug, Clone)]
+pub struct ScopeEntry {
+    /// As the limiter takes it.
+    pub limits: ScopeLimits,
+    /// "global", "model", "tenant", "api_key" or "tenant_model": for refusals and metrics.
+    pub kind: &'static str,
+    /// The name of what it limits; empty for global.
+    pub name: String,
+    /// What happens without the store.
+    pub without_store: WithoutStore,
+}
+
+/// A tenant.
+#[derive(Debug)]
+pub struct TenantEntry {
+    /// Its name.
+    pub name: Name,
+    /// The models it may use; empty is all.
+    pub allowed_models: Vec<Name>,
+    /// Its limits.
+    pub scope: Option<ScopeEntry>,
+}
+
+/// An API key.
+#[derive(Debug)]
+pub struct KeyEntry {
+    /// Its name.
+    pub name: Name,
+    /// Whose it is.
+    pub tenant: Arc<TenantEntry>,
+    /// The models it may use; empty is all the tenant may.
+    pub allowed_models: Vec<Name>,
+    /// From then on this digest is refused.
+    pub expires: Option<SystemTime>,
+    /// Its limits.
+    pub scope: Option<ScopeEntry>,
+}
+
+impl KeyEntry {
+    /// Whether key and tenant allow a model.
+    pub fn allows(&self, model: &Name) -> bool {
+        let listed = |list: &[Name]| list.is_empty() || list.contains(model);
+        listed(&self.allowed_models) && listed(&self.tenant.allowed_models)
+    }
+}
+
+/// A model and the backends that serve it.
+#[derive(Debug)]
+pub struct ModelEntry {
+    /// Its resource name: the only form in which it becomes a label or a Redis key.
+    pub name: Name,
+    /// Its spec.
+    pub spec: Model,
+    /// Its pool.
+    pub pool: Arc<PoolEntry>,
+    /// The clocks of its requests.
+    pub timeouts: Timeouts,
+    /// The pool's backends that serve it, with the name each knows it by.
+    pub backends: Vec<(Arc<BackendEntry>, String)>,
+    /// Its limits.
+    pub scope: Option<ScopeEntry>,
+}
+
+/// A pool.
+#[derive(Debug)]
+pub struct PoolEntry {
+    /// Its name.
+    pub name: Name,
+    /// Its spec.
+    pub spec: Pool,
+    /// What outlives a change of it.
+    pub runtime: Arc<PoolRuntime>,
+}
+
+/// A backend.
+#[derive(Debug)]
+pub struct BackendEntry {
+    /// Its name.
+    pub name: Name,
+    /// Its spec.
+    pub spec: Backend,
+    /// The Authorization header sent to it.
+    pub authorization: Option<HeaderValue>,
+    /// The sorted set of its leases.
+    pub slots: Key,
+    /// Its position in the pool's regions; after the last when it is in none of them.
+    pub region_rank: usize,
+    /// What outlives a change of it.
+    pub runtime: Arc<BackendRuntime>,
+    /// Its connections.
+    pub upstream: Upstream,
+}
+
+/// Why a resource could not be used. The rest of the configuration is used all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Its kind.
+    pub kind: weir_proto::v1::ResourceKind,
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub message: String,
+}
+
+/// The whole picture.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// The store's history.
+    pub epoch: String,
+    /// The store revision.
+    pub revision: u64,
+    /// SHA-256 of a key -> the key.
+    pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
+    /// Client-facing name -> model.
+    pub models: HashMap<String, Arc<ModelEntry>>,
+    /// Resource name -> model, for fallbacks.
+    pub models_by_name: BTreeMap<Name, Arc<ModelEntry>>,
+    /// Pools by name.
+    pub pools: BTreeMap<Name, Arc<PoolEntry>>,
+    /// Backends by name.
+    pub backends: BTreeMap<Name, Arc<BackendEntry>>,
+    /// The limits over everything.
+    pub global: Option<ScopeEntry>,
+    /// The limits of (tenant, model).
+    pub tenant_models: HashMap<(Name, Name), ScopeEntry>,
+}
+
+/// Finds secrets; a trait object so that tests bring their own.
+pub type ReadSecret<'a> = &'a dyn Fn(&CredentialRef) -> Result<String, String>;
+
+/// Reads a secret from the environment or a file of this machine.
+pub fn read_secret(reference: &CredentialRef) -> Result<String, String> {
+    match reference {
+        CredentialRef::Env(name) => {
+            std::env::var(name).map_err(|_| format!("credential: environment variable {name} is not set"))
+        }
+        CredentialRef::File(path) => std::fs::read_to_string(path)
+            .map(|text| text.trim().to_owned())
+            .map_err(|e| format!("credential: file {path}: {e}")),
+    }
+}
+
+impl Snapshot {
+    /// Compiles resources, taking over from `previous` what outlives a change. What cannot be used is left out and
+    /// reported; a resource that refers to one that is missing is left out too.
+    pub fn compile(
+        epoch: &str,
+        revision: u64,
+        resources: &[Resource],
+        previous: &Snapshot,
+        read_secret: ReadSecret<'_>,
+    ) -> (Self, Vec<Refused>) {
+        let mut compiler =
+            Compiler { next: Self { epoch: epoch.into(), revision, ..Self::default() }, refused: Vec::new() };
+        compiler.pools(resources, previous);
+        compiler.backends(resources, previous, read_secret);
+        compiler.models(resources);
+        compiler.limits(resources);
+        compiler.keys(resources);
+        (compiler.next, compiler.refused)
+    }
+}
+
+struct Compiler {
+    next: Snapshot,
+    refused: Vec<Refused>,
+}
+
+impl Compiler {
+    fn refuse(&mut self, resource: &Resource, message: String) {
+        self.refused.push(Refused { kind: resource.kind(), name: resource.name.to_string(), message });
+    }
+
+    fn pools(&mut self, resources: &[Resource], previous: &Snapshot) {
+        for resource in resources {
+            let Spec::Pool(spec) = &resource.spec else { continue };
+            let runtime = match previous.pools.get(&resource.name) {
+                Some(old) => old.runtime.clone(),
+                None => Arc::new(PoolRuntime::new(spec)),
+            };
+            runtime.configure(spec);
+            let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), runtime };
+            self.next.pools.insert(resource.name.clone(), Arc::new(entry));
+        }
+    }
+
+    fn backends(&mut self, resources: &[Resource], previous: &Snapshot, read_secret: ReadSecret<'_>) {
+        for resource in resources {
+            let Spec::Backend(spec) = &resource.spec else { continue };
+            let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
+                self.refuse(resource, format!("backend.pool: there is no pool {}", spec.pool));
+                continue;
+            };
+            let authorization = match spec.credential.as_ref().map(read_secret).transpose() {
+                Ok(secret) => secret.map(|s| HeaderValue::try_from(format!("Bearer {s}"))).transpose(),
+                Err(message) => {
+                    self.refuse(resource, message);
+                    continue;
+                }
+            };
+            let Ok(mut authorization) = authorization else {
+                self.refuse(resource, "credential: is not a valid header value".into());
+                continue;
+            };
+            if let Some(value) = &mut authorization {
+                value.set_sensitive(true);
+            }
+            let old = previous.backends.get(&resource.name);
+            let connect = pool.spec.timeouts.connect;
+            let upstream = old
+                .filter(|o| o.upstream.serves(spec, connect))
+                .map_or_else(|| Upstream::new(spec, connect), |o| o.upstream.clone());
+            let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
+            let entry = BackendEntry {
+                name: resource.name.clone(),
+                spec: spec.clone(),
+                authorization,
+                slots: Key::backend_slots(resource.name.as_str()),
+                region_rank: rank.unwrap_or(pool.spec.regions.len()),
+                runtime: old.map_or_else(Arc::default, |o| o.runtime.clone()),
+                upstream,
+            };
+            self.next.backends.insert(resource.name.clone(), Arc::new(entry));
+        }
+        for pool in self.next.pools.values() {
+            let members = self.next.backends.values().filter(|b| b.spec.pool == pool.name);
+            pool.runtime.retain(&members.map(|b| b.name.clone()).collect());
+        }
+    }
+
+    fn models(&mut self, resources: &[Resource]) {
+        for resource in resources {
+            let Spec::Model(spec) = &resource.spec else { continue };
+            let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
+                self.refuse(resource, format!("model.pool: there is no pool {}", spec.pool));
+                continue;
+            };
+            let backends = self.next.backends.values().filter(|b| {
+                b.spec.pool == spec.pool
+                    && b.spec.admin_state != AdminState::Disabled
+                    && b.spec.models.contains_key(&resource.name)
+            });
+            let backends = backends.map(|b| {
+                let upstream_name = b.spec.models.get(&resource.name).filter(|n| !n.is_empty());
+                (b.clone(), upstream_name.unwrap_or(&spec.client_name).clone())
+            });
+            let entry = Arc::new(ModelEntry {
+                name: resource.name.clone(),
+                timeouts: spec.timeouts.over(&pool.spec.timeouts),
+                backends: backends.collect(),
+                scope: spec.limits.as_ref().map(|r| {
+                    scope_entry(Scope::Model(resource.name.as_str()), "model", resource.name.to_string(), r)
+                }),
+                spec: spec.clone(),
+                pool,
+            });
+            self.next.models_by_name.insert(resource.name.clone(), entry.clone());
+            self.next.models.insert(spec.client_name.clone(), entry);
+        }
+    }
+
+    /// Limits over everything and over (tenant, model); those over one resource are merged into its own.
+    fn limits(&mut self, resources: &[Resource]) {
+        for resource in resources {
+            let Spec::Limit(limit) = &resource.spec else { continue };
+            match (&limit.tenant, &limit.model, &limit.api_key) {
+                (None, None, None) => {
+                    let entry = scope_entry(Scope::Global, "global", String::new(), &limit.rates);
+                    self.next.global = Some(tightest(self.next.global.take(), entry));
+                }
+                (Some(tenant), Some(model), None) => {
+                    let scope = Scope::TenantModel { tenant: tenant.as_str(), model: model.as_str() };
+                    let entry = scope_entry(scope, "tenant_model", format!("{tenant}/{model}"), &limit.rates);
+                    let id = (tenant.clone(), model.clone());
+                    let merged = tightest(self.next.tenant_models.remove(&id), entry);
+                    self.next.tenant_models.insert(id, merged);
+                }
+                _ => self.refuse(
+                    resource,
+                    "limit.selector: set nothing (everything) or tenant and model; limits of one tenant, model or \
+                     key belong in its own limits"
+                        .into(),
+                ),
+            }
+        }
+    }
+
+    fn keys(&mut self, resources: &[Resource]) {
+        let mut tenants: BTreeMap<&Name, Arc<TenantEntry>> = BTreeMap::new();
+        for resource in resources {
+            let Spec::Tenant(spec) = &resource.spec else { continue };
+            let name = &resource.name;
+            let entry = TenantEntry {
+                name: name.clone(),
+                allowed_models: spec.allowed_models.clone(),
+                scope: spec
+                    .limits
+                    .as_ref()
+                    .map(|r| scope_entry(Scope::Tenant(name.as_str()), "tenant", name.to_string(), r)),
+            };
+            tenants.insert(name, Arc::new(entry));
+        }
+        for resource in resources {
+            let Spec::ApiKey(spec) = &resource.spec else { continue };
+            let Some(tenant) = tenants.get(&spec.tenant) else {
+                self.refuse(resource, format!("api_key.tenant: there is no tenant {}", spec.tenant));
+                continue;
+            };
+            if spec.revoked {
+                continue;
+            }
+            for digest in &spec.digests {
+                let name = &resource.name;
+                let scope = Scope::ApiKey { tenant: spec.tenant.as_str(), key: name.as_str() };
+                let entry = KeyEntry {
+                    name: name.clone(),
+                    tenant: tenant.clone(),
+                    allowed_models: spec.allowed_models.clone(),
+                    expires: digest.expires,
+                    scope: spec.limits.as_ref().map(|r| scope_entry(scope, "api_key", name.to_string(), r)),
+                };
+                self.next.keys.insert(digest.sha256, Arc::new(entry));
+            }
+        }
+    }
+}
+
+fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates) -> ScopeEntry {
+    let (record, leases) = scope_keys(scope);
+    let mut buckets = [None; Kind::COUNT];
+    for (kind, rate) in [
+        (Kind::Requests, rates.requests_per_minute),
+        (Kind::Tokens, rates.tokens_per_minute),
+        (Kind::InputTokens, rates.input_tokens_per_minute),
+        (Kind::OutputTokens, rates.output_tokens_per_minute),
+    ] {
+        buckets[kind as usize] = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier));
+    }
+    let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
+    let limits = ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode };
+    ScopeEntry { limits, kind, name, without_store: rates.without_store }
+}
+
+/// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
+fn tightest(a: Option<ScopeEntry>, mut b: ScopeEntry) -> ScopeEntry {
+    let Some(a) = a else { return b };
+    for (mine, other) in b.limits.buckets.iter_mut().zip(a.limits.buckets) {
+        *mine = match (*mine, other) {
+            (Some(x), Some(y)) if (y.capacity, y.rate) < (x.capacity, x.rate) => Some(y),
+            (None, other) => other,
+            (mine, _) => mine,
+        };
+    }
+    b.limits.concurrency = match (a.limits.concurrency, b.limits.concurrency) {
+        (Some(x), Some(y)) => Some(x.min(y)),
+        (x, y) => x.or(y),
+    };
+    if a.limits.mode == Mode::Enforce {
+        b.limits.mode = Mode::Enforce;
+    }
+    b
+}
+
+/// How long a lease lives without renewal (design: 15 s, renewed every 5 s).
+pub const LEASE_TTL: Duration = Duration::from_secs(15);

@@ -1,0 +1,106 @@
+//! Connections to one backend: a pool of its own, so that no backend can use up another's.
+
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::{Client, connect::HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use weir_proto::resource::Backend;
+
+/// The connections of one backend. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    settings: Arc<Settings>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+}
+
+/// What the connections depend on: when it changes they are made anew.
+#[derive(Debug, PartialEq, Eq)]
+struct Settings {
+    url: http::Uri,
+    max_idle: u32,
+    idle_timeout: Duration,
+    connect_timeout: Duration,
+}
+
+impl Settings {
+    fn of(spec: &Backend, connect_timeout: Duration) -> Self {
+        Self {
+            url: spec.url.clone(),
+            max_idle: spec.max_idle,
+            idle_timeout: spec.idle_timeout,
+            connect_timeout,
+        }
+    }
+}
+
+/// The machine's certificate authorities, read once. Without any, https backends fail with a clear error and http
+/// ones work.
+static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = || {
+        rustls::ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .expect("ring supports the default TLS versions")
+    };
+    match builder().with_native_roots() {
+        Ok(config) => config.with_no_client_auth(),
+        Err(error) => {
+            tracing::warn!(%error, "no certificate authorities on this machine: https backends cannot be reached");
+            builder().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth()
+        }
+    }
+});
+
+impl Upstream {
+    /// Connections as the backend's spec asks for; none is opened yet.
+    pub fn new(spec: &Backend, connect_timeout: Duration) -> Self {
+        let mut http = HttpConnector::new();
+        http.enforce_http(false);
+        http.set_nodelay(true);
+        http.set_connect_timeout(Some(connect_timeout));
+        http.set_keepalive(Some(Duration::from_secs(30)));
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(TLS.clone())
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(http);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(spec.max_idle as usize)
+            .pool_idle_timeout(spec.idle_timeout)
+            .pool_timer(TokioTimer::new())
+            .timer(TokioTimer::new())
+            // Retried by the stack, which knows what may be tried again.
+            .retry_canceled_requests(false)
+            .http1_max_headers(100)
+            .build(connector);
+        Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client }
+    }
+
+    /// Whether these connections still fit the spec.
+    pub fn serves(&self, spec: &Backend, connect_timeout: Duration) -> bool {
+        *self.settings == Settings::of(spec, connect_timeout)
+    }
+
+    /// The address of a path such as `/v1/chat/completions` there.
+    pub fn uri(&self, path: &str) -> Result<http::Uri, http::Error> {
+        let base = &self.settings.url;
+        let prefix = base.path().trim_end_matches('/');
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = base.scheme().cloned();
+        parts.authority = base.authority().cloned();
+        parts.path_and_query = Some(http::uri::PathAndQuery::try_from(format!("{prefix}{path}"))?);
+        Ok(http::Uri::from_parts(parts)?)
+    }
+
+    /// Sends a request; dropping the future closes the connection.
+    pub async fn send(
+        &self,
+        request: http::Request<Full<Bytes>>,
+    ) -> Result<http::Response<hyper::body::Incoming>, hyper_util::client::legacy::Error> {
+        self.client.request(request).await
+    }
+}

@@ -1,0 +1,6 @@
+//! The product from outside.
+
+mod errors;
+mod failover;
+mod limits;
+mod streaming;

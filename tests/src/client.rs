@@ -1,0 +1,83 @@
+//! A plain HTTP client.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::{Client as Hyper, connect::HttpConnector};
+use hyper_util::rt::TokioExecutor;
+
+/// Speaks to one gateway with one key.
+#[derive(Debug, Clone)]
+pub struct Client {
+    base: String,
+    key: String,
+    http: Hyper<HttpConnector, Full<Bytes>>,
+}
+
+/// An answer read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
+}
+
+impl Answer {
+    /// The body as JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("not JSON ({e}): {:?}", self.body))
+    }
+
+    /// The body as text.
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("UTF-8")
+    }
+
+    /// `error.code` of an error.
+    pub fn error_code(&self) -> String {
+        self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl Client {
+    /// To this address with this key.
+    pub fn new(address: SocketAddr, key: &str) -> Self {
+        let http = Hyper::builder(TokioExecutor::new()).build_http();
+        Self { base: format!("http://{address}"), key: key.to_owned(), http }
+    }
+
+    /// The same client with another key.
+    pub fn with_key(&self, key: &str) -> Self {
+        Self { key: key.to_owned(), ..self.clone() }
+    }
+
+    /// Sends a request; the answer's body is still to be read.
+    pub async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Response<Incoming> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base))
+            .header("authorization", format!("Bearer {}", self.key))
+            .header("content-type", "application/json")
+            .body(Full::new(body.into()))
+            .expect("a valid request");
+        self.http.request(request).await.expect("an answer")
+    }
+
+    /// Sends a request and reads the answer.
+    pub async fn ask(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Answer {
+        let (head, body) = self.send(method, path, body).await.into_parts();
+        let body = body.collect().await.expect("a whole body").to_bytes();
+        Answer { status: head.status, headers: head.headers, body }
+    }
+
+    /// A chat completion.
+    pub async fn chat(&self, body: &str) -> Answer {
+        self.ask(Method::POST, "/v1/chat/completions", body.to_owned()).await
+    }
+}

@@ -1,0 +1,130 @@
+//! Gateways in front of simulated regions, configured from the copy on disk as after a control plane's loss.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use bytes::Bytes;
+use mock_llm::{Config as MockConfig, Handle, Server};
+use prost::Message;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+use weir_gateway::Running;
+use weir_gateway::config::Config;
+use weir_gateway::held::{Disk, Held};
+use weir_proto::v1::{self, ResourceKind, resource::Spec};
+
+use crate::client::Client;
+
+/// The API key that every cluster accepts.
+pub const KEY: &str = "weir_test_key";
+
+/// A simulated backend.
+#[derive(Debug)]
+pub struct Mock {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its faults and counters.
+    pub handle: Handle,
+}
+
+/// Starts a simulated backend that ends with `shutdown`.
+pub async fn mock(config: MockConfig, shutdown: &CancellationToken) -> Mock {
+    let server = Server::bind("127.0.0.1:0", config).await.expect("a mock");
+    let (address, handle) = (server.local_addr(), server.handle());
+    tokio::spawn(server.run(shutdown.clone()));
+    Mock { address, handle }
+}
+
+/// A set of resources, by kind and name.
+#[derive(Debug, Clone, Default)]
+pub struct Resources(BTreeMap<(i32, String), v1::Resource>);
+
+impl Resources {
+    /// Adds or replaces one.
+    pub fn put(&mut self, name: &str, spec: Spec) -> &mut Self {
+        let resource = v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };
+        let kind = weir_proto::resource::kind_of(&resource) as i32;
+        self.0.insert((kind, name.into()), resource);
+        self
+    }
+
+    /// A pool `chat`, a model `gpt-4.1` and one backend per mock, a tenant `acme` and its key.
+    pub fn in_front_of(mocks: &[Mock]) -> Self {
+        let mut resources = Self::default();
+        resources.put("chat", Spec::Pool(v1::PoolSpec::default()));
+        for (i, mock) in mocks.iter().enumerate() {
+            let backend = v1::BackendSpec {
+                pool: "chat".into(),
+                url: format!("http://{}", mock.address),
+                models: [("gpt-4.1".to_owned(), String::new())].into(),
+                ..Default::default()
+            };
+            resources.put(&format!("b{i}"), Spec::Backend(backend));
+        }
+        resources.put("gpt-4.1", Spec::Model(v1::ModelSpec { pool: "chat".into(), ..Default::default() }));
+        resources.put("acme", Spec::Tenant(v1::TenantSpec::default()));
+        let digest = v1::KeyDigest {
+            sha256: Sha256::digest(KEY).to_vec(),
+            prefix: "weir_test".into(),
+            expire_time: None,
+        };
+        let key = v1::ApiKeySpec { tenant: "acme".into(), digests: vec![digest], ..Default::default() };
+        resources.put("acme-key", Spec::ApiKey(key));
+        resources
+    }
+
+    fn save(&self, directory: &Path) {
+        let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
+        for (id, resource) in &self.0 {
+            let body: Bytes = resource.encode_to_vec().into();
+            held.resources.insert(id.clone(), ("1".into(), body));
+        }
+        assert!(held.resources.keys().any(|(kind, _)| *kind == ResourceKind::Pool as i32));
+        Disk::new(directory).and_then(|disk| disk.save(&held)).expect("saved");
+    }
+}
+
+/// Settings of a gateway whose control plane is not there.
+fn gateway_config(data: &Path, redis: Option<String>) -> Config {
+    Config {
+        listen: ([127, 0, 0, 1], 0).into(),
+        ops_listen: ([127, 0, 0, 1], 0).into(),
+        // The discard port: nothing answers there.
+        control_plane: "http://127.0.0.1:9".into(),
+        gateway_token_file: None,
+        gateway_token: None,
+        redis,
+        data_dir: Some(data.to_owned()),
+        id: None,
+        region: String::new(),
+        max_connections: 10_000,
+        pre_stop_s: 0,
+        drain_s: 30,
+        log: "info".into(),
+    }
+}
+
+/// A gateway in this process.
+#[derive(Debug)]
+pub struct Gateway {
+    /// A client of it.
+    pub client: Client,
+    /// Itself.
+    pub running: Running,
+    /// Ends it gracefully.
+    pub shutdown: CancellationToken,
+    _data: TempDir,
+}
+
+/// Starts a gateway that serves these resources from its disk copy.
+pub async fn gateway(resources: &Resources, redis: Option<String>) -> Gateway {
+    let data = tempfile::tempdir().expect("a directory");
+    resources.save(data.path());
+    let shutdown = CancellationToken::new();
+    let config = gateway_config(data.path(), redis);
+    let running =
+        weir_gateway::start(config, None, shutdown.clone(), CancellationToken::new()).await.expect("starts");
+    Gateway { client: Client::new(running.address, KEY), running, shutdown, _data: data }
+}
