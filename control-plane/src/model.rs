@@ -257,7 +257,7 @@ pub(crate) enum Refusal {
     #[error("{key} is referred to by {}", list(.by))]
     Referred { key: Key, by: Vec<Key> },
     #[error(
-        "pool {pool} would lose {lost} of its {before} backends; if that is meant, allow it with allow_mass_removal"
+        "pool {pool} would lose {lost} of its {before} backends; if that is meant, delete or apply with allow_mass_removal"
     )]
     MassRemoval { pool: String, lost: usize, before: usize },
     #[error("{0}")]

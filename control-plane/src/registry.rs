@@ -149,6 +149,7 @@ impl Drop for Connection {
         let mut gateways = self.registry.gateways();
         if let Some(entry) = gateways.by_id.get_mut(&self.id).filter(|entry| entry.stream == self.stream) {
             entry.left = Some(Instant::now());
+            tracing::info!(gateway = self.id, "gateway left");
         }
     }
 }

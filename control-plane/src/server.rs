@@ -42,6 +42,9 @@ const MESSAGE_BYTES_MAX: usize = 64 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Calls still open that long after the stop signal are cut.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// What the health service knows: the whole, and each service.
+const HEALTH_NAMES: [&str; 4] =
+    ["", "weir.v1.AdminService", "weir.v1.DiscoveryService", "weir.v1.ReportService"];
 /// The set that the first resources belong to.
 const BOOTSTRAP_SET: &str = "bootstrap";
 
@@ -68,23 +71,18 @@ impl ControlPlane {
         let admin_token = config.check()?;
         let catalog = Arc::new(Catalog::load(open(&config.store).await?).await?);
         let follow_stop = CancellationToken::new();
+        // On any way out but the last, the store is let go of.
+        let undo = follow_stop.clone().drop_guard();
         let tasks = TaskTracker::new();
         {
             let (catalog, stop) = (Arc::clone(&catalog), follow_stop.clone());
             tasks.spawn(async move { catalog.follow(stop).await });
         }
-        if let Err(e) = bootstrap(&catalog, &config.bootstrap).await {
-            follow_stop.cancel();
-            return Err(e);
-        }
+        bootstrap(&catalog, &config.bootstrap).await?;
         let grpc = bind("listen", config.listen).await?;
         let http = bind("http-listen", config.http_listen).await?;
-        let running = Running {
-            grpc_addr: grpc.local_addr().map_err(Error::bind("listen", config.listen))?,
-            http_addr: http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?,
-            admin_token: Secret::new(admin_token.expose().to_owned()),
-            join: tokio::spawn(async { Ok(()) }),
-        };
+        let grpc_addr = grpc.local_addr().map_err(Error::bind("listen", config.listen))?;
+        let http_addr = http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?;
         let snapshots = watch::Sender::new(catalog.state());
         let shared = Shared {
             catalog: Arc::clone(&catalog),
@@ -97,8 +95,8 @@ impl ControlPlane {
         };
         let tokens = Tokens::new(&admin_token, config.gateway_token.as_ref());
         tracing::info!(
-            grpc = %running.grpc_addr,
-            http = %running.http_addr,
+            grpc = %grpc_addr,
+            http = %http_addr,
             revision = catalog.state().revision,
             "control plane serves"
         );
@@ -106,8 +104,9 @@ impl ControlPlane {
         let prober = Prober::new(shared.fleet.clone(), Arc::clone(&shared.metrics));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
-        let serve = serve(shared, tokens, running.grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
-        Ok(Running { join: tokio::spawn(serve), ..running })
+        undo.disarm();
+        let serve = serve(shared, tokens, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
     }
 }
 
@@ -188,7 +187,7 @@ async fn serve(
     shared.metrics.register(&mut registry);
     let (health, health_service) = tonic_health::server::health_reporter();
     // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
-    for name in ["", "weir.v1.AdminService", "weir.v1.DiscoveryService", "weir.v1.ReportService"] {
+    for name in HEALTH_NAMES {
         health.set_service_status(name, ServingStatus::Serving).await;
     }
     let reflection = tonic_reflection::server::Builder::configure()
@@ -209,7 +208,9 @@ async fn serve(
         async move {
             shutdown.cancelled().await;
             readiness.set(Err("stopping".into()));
-            health.set_service_status("", ServingStatus::NotServing).await;
+            for name in HEALTH_NAMES {
+                health.set_service_status(name, ServingStatus::NotServing).await;
+            }
         }
     };
     let server = Server::builder()

@@ -183,3 +183,42 @@ async fn an_address_in_use_is_said() {
     assert_eq!(error.exit_code(), 69);
     assert!(error.to_string().starts_with(&format!("listen: cannot listen on {listen}")), "{error}");
 }
+
+#[tokio::test]
+async fn a_bad_bootstrap_is_refused_with_its_path_and_writes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = StoreConfig::File(directory.path().join("store.redb"));
+    let listen = ([127, 0, 0, 1], 0).into();
+    let bootstrap = vec![pool("p"), model("m", "nowhere")];
+    let config = Config { listen, http_listen: listen, store: store.clone(), bootstrap, ..Config::default() };
+    let error = ControlPlane::start(config, CancellationToken::new()).await.unwrap_err();
+    assert_eq!(error.to_string(), "bootstrap: resources[1].model.pool: there is no pool nowhere");
+    assert_eq!(error.exit_code(), 64);
+    // The store is let go of, if not at once: then it can be opened, and nothing was written.
+    let reopened = soon(async {
+        loop {
+            match open(&store).await {
+                Ok(store) => break store,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    });
+    assert_eq!(reopened.await.range("").await.unwrap().revision, 0);
+}
+
+#[tokio::test]
+async fn changes_made_at_once_are_all_made() {
+    let plane = Plane::memory(vec![]).await;
+    let admin = plane.admin().await;
+    let made = (0..32).map(|i| {
+        let mut admin = admin.clone();
+        async move {
+            let made = admin.create_resource(create(tenant(&format!("t{i}")))).await.unwrap().into_inner();
+            made.resource.unwrap().revision
+        }
+    });
+    let mut revisions = futures_util::future::join_all(made).await;
+    revisions.sort_unstable();
+    assert_eq!(revisions, (1..=32).collect::<Vec<_>>());
+    plane.stop().await;
+}

@@ -106,7 +106,10 @@ async fn serve(
         );
         return Err(Status::failed_precondition("this control plane is behind what the gateway holds"));
     }
-    let connection = shared.registry.connect(&hello, if known { held.revision } else { 0 });
+    // Who says it is at this revision but holds something else has yet to apply it.
+    let differs = held.is(&snapshot) && !is_empty(&delta(&snapshot, &held, 0));
+    let applied = if known && !differs { held.revision } else { 0 };
+    let connection = shared.registry.connect(&hello, applied);
     let replaced = connection.replaced.clone();
     tracing::info!(
         gateway = hello.gateway_id,
@@ -127,10 +130,7 @@ async fn serve(
                 return Err(Status::aborted("another stream of this gateway took over"));
             }
             said = inbound.message() => match said? {
-                None => {
-                    tracing::info!(gateway = stream.id, "gateway left");
-                    return Ok(());
-                }
+                None => return Ok(()),
                 Some(request) => stream.answered(request)?,
             },
             changed = snapshots.changed() => {
@@ -150,7 +150,7 @@ impl Stream {
             return Ok(());
         }
         let delta = delta(snapshot, &self.held, self.nonce + 1);
-        if delta.upserts.is_empty() && delta.removals.is_empty() && self.held.is(snapshot) {
+        if is_empty(&delta) && self.held.is(snapshot) {
             return Ok(());
         }
         self.nonce += 1;
@@ -230,6 +230,10 @@ impl Stream {
             None => Ok(()),
         }
     }
+}
+
+fn is_empty(delta: &v1::Delta) -> bool {
+    delta.upserts.is_empty() && delta.removals.is_empty()
 }
 
 /// The resource of an error; `None` when it names none.

@@ -119,6 +119,33 @@ async fn a_refusal_is_shown_and_ends_with_the_next_good_revision() {
 }
 
 #[tokio::test]
+async fn a_mass_removal_says_that_it_is_meant_and_an_empty_new_store_does_not() {
+    let plane = Plane::memory(cluster(3)).await;
+    let mut gateway = plane.gateway(hello("g")).await;
+    let first = gateway.delta().await;
+    assert!(!first.allow_mass_removal);
+    gateway.ack(&first).await;
+    let mut admin = plane.admin().await;
+    let fewer = v1::ApplyRequest {
+        apply_set: "bootstrap".into(),
+        prune: true,
+        allow_mass_removal: true,
+        ..apply(cluster(1))
+    };
+    admin.apply(fewer).await.unwrap();
+    let second = gateway.delta().await;
+    assert_eq!((second.removals.len(), second.allow_mass_removal), (2, true));
+    plane.stop().await;
+
+    let empty = Plane::memory(vec![]).await;
+    let mut gateway = empty.gateway(held(&first, "g")).await;
+    let third = gateway.delta().await;
+    assert_ne!(third.store_epoch, first.store_epoch);
+    assert_eq!((third.removals.len(), third.allow_mass_removal), (5, false));
+    empty.stop().await;
+}
+
+#[tokio::test]
 async fn a_stream_begins_with_hello_and_the_newest_wins() {
     let plane = Plane::memory(cluster(1)).await;
     let mut rude = plane.gateway(v1::Hello::default()).await;
