@@ -40,6 +40,8 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
+    /// Run everything in this process: control plane, gateways, limits, and three simulated regions
+    Up(crate::up::UpArgs),
     /// Show a resource, or all of a kind
     Get {
         /// pool, backend, model, tenant, key or limit; plural and short forms (be, mo, te, li, po) too

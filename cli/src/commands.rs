@@ -21,6 +21,7 @@ use crate::output::Io;
 pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
     use v1::AdminState as State;
     match &cli.command {
+        Command::Up(args) => crate::up::up(args, io).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "weir", &mut script);

@@ -36,6 +36,17 @@ pub enum Error {
         /// The answer.
         status: Box<Status>,
     },
+    /// A part of `weir up` could not start.
+    #[error("{reason}")]
+    Start {
+        /// The exit code.
+        code: u8,
+        /// What and why.
+        reason: String,
+    },
+    /// A setting is wrong.
+    #[error("{0}")]
+    Setting(String),
     /// It answered with nothing where there has to be something.
     #[error("the control plane's answer lacks its {0}; does its version fit this one?")]
     Answer(&'static str),
@@ -70,7 +81,8 @@ impl Error {
         match self {
             Self::Unreachable { .. } | Self::Timeout { .. } => exit::UNAVAILABLE,
             Self::Manifest(_) | Self::Twice(_) => exit::CONFIG,
-            Self::Token(_) => exit::USAGE,
+            Self::Token(_) | Self::Setting(_) => exit::USAGE,
+            Self::Start { code, .. } => *code,
             Self::Refused { status, .. } => match status.code() {
                 Code::Unavailable => exit::UNAVAILABLE,
                 Code::InvalidArgument => exit::CONFIG,

@@ -12,6 +12,7 @@ mod commands;
 mod error;
 mod output;
 mod tables;
+mod up;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ pub use args::{
     ApplyArgs, BackendRef, Cli, Command, FileArgs, KeyCommand, Kind, OutputFormat, Server, WaitArgs,
 };
 pub use error::Error;
+pub use up::UpArgs;
 
 /// Does what the arguments say, on the process's own streams.
 pub async fn run(cli: Cli) -> ExitCode {

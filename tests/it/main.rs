@@ -3,4 +3,5 @@
 mod errors;
 mod failover;
 mod limits;
+mod processes;
 mod streaming;

@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod process;
 pub mod redis;
 
 use std::future::Future;

@@ -1,0 +1,350 @@
+//! `weir up`: all of Weir in one process, for a first look and for small installations.
+//!
+//! The parts are the real ones: a control plane with its gRPC services, gateways that subscribe to it over a socket,
+//! and one limiter they share. Only the processes are missing.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use mock_llm::Server as Mock;
+use tokio_util::sync::CancellationToken;
+use weir_control_plane::{Config as ControlPlaneConfig, ControlPlane, StoreConfig};
+use weir_gateway::config::Config as GatewayConfig;
+use weir_proto::v1::admin_service_client::AdminServiceClient;
+use weir_proto::{manifest, resource, v1};
+use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_runtime::Secret;
+
+use crate::args::OutputFormat;
+use crate::error::Error;
+use crate::output::Io;
+
+/// What runs without `--config`.
+const EXAMPLE: &str = include_str!("up/example.yaml");
+/// The regions of the example: name of the backend, name of the region, tokens per second it decodes at.
+const REGIONS: [(&str, &str, f64); 3] =
+    [("sgp", "singapore", 120.0), ("fra", "frankfurt", 100.0), ("vir", "virginia", 80.0)];
+/// The name of the API key that is made at each start.
+const KEY_NAME: &str = "first-look";
+/// Every gateway holds the configuration within this, or the start has failed.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Gateways in one process at most.
+const GATEWAYS_MAX: i64 = 64;
+
+/// The arguments of `weir up`.
+#[derive(Debug, Clone, Args)]
+pub struct UpArgs {
+    /// Gateways to run, 1 to 64; gateway k listens on the port of --listen plus k
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=GATEWAYS_MAX), value_name = "N")]
+    pub gateways: u16,
+    /// Address of the first gateway; port 0 takes free ports for everything
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
+    pub listen: SocketAddr,
+    /// Keep limits in this Redis instead of in this process, such as redis://127.0.0.1:6379
+    #[arg(long, env = "WEIR_REDIS", hide_env_values = true, value_name = "URL")]
+    pub redis: Option<String>,
+    /// Run these resources instead of the example; taken when the store is still empty
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Keep resources here; without it they go with the process
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// What is logged, such as info or weir_gateway=debug
+    #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
+    pub log: String,
+}
+
+/// Where everything is.
+#[derive(Debug)]
+struct Started {
+    gateways: Vec<SocketAddr>,
+    ops: Vec<SocketAddr>,
+    admin: SocketAddr,
+    control_plane_http: SocketAddr,
+    api_key: Secret,
+    admin_token: Secret,
+    model: Option<String>,
+}
+
+/// Runs until a signal.
+pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
+    weir_runtime::init_logs(&args.log).map_err(Error::Setting)?;
+    let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
+    tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
+    // Whatever ends this function ends every part.
+    let end = shutdown.clone().drop_guard();
+
+    let resources = resources(args, &shutdown).await?;
+    let zero = args.listen.port() == 0;
+    let beside = |port: u16| SocketAddr::new(args.listen.ip(), if zero { 0 } else { port });
+    // Admin and operations stay on loopback wherever clients are served: a first look must not open them.
+    let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], if zero { 0 } else { port }));
+    let store = match &args.data_dir {
+        Some(directory) => StoreConfig::File(directory.join("weir.redb")),
+        None => StoreConfig::Memory,
+    };
+    let config = ControlPlaneConfig {
+        listen: local(7070),
+        http_listen: local(7080),
+        store,
+        bootstrap: resources.clone(),
+        ..ControlPlaneConfig::default()
+    };
+    // The gateways drain first and the control plane ends last.
+    let gateways_ended = CancellationToken::new();
+    let control_plane = ControlPlane::start(config, gateways_ended.clone())
+        .await
+        .map_err(|e| Error::Start { code: e.exit_code(), reason: e.to_string() })?;
+    let gateways_guard = gateways_ended.drop_guard();
+    let limiter = match &args.redis {
+        None => AnyLimiter::from(MemoryLimiter::new()),
+        Some(url) => {
+            AnyLimiter::from(RedisLimiter::connect(url, RedisOptions::default()).await.map_err(|e| {
+                let reason = format!("--redis: {e}; start it (redis-server), or leave --redis out");
+                Error::Start { code: weir_runtime::exit::UNAVAILABLE, reason }
+            })?)
+        }
+    };
+    let mut running = Vec::new();
+    for k in 0..args.gateways {
+        let config = GatewayConfig {
+            listen: beside(args.listen.port().saturating_add(k)),
+            ops_listen: local(9100 + k),
+            control_plane: format!("http://{}", control_plane.grpc_addr),
+            gateway_token_file: None,
+            gateway_token: Some(control_plane.admin_token.clone()),
+            redis: None,
+            data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
+            id: Some(format!("gateway-{k}")),
+            region: String::new(),
+            max_connections: 10_000,
+            pre_stop_s: 0,
+            drain_s: 600,
+            log: args.log.clone(),
+        };
+        let gateway =
+            weir_gateway::start(config, Some(limiter.clone()), shutdown.clone(), hurry.clone()).await;
+        running.push(
+            gateway.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?,
+        );
+    }
+    let mut admin = Admin::connect(control_plane.grpc_addr, &control_plane.admin_token).await?;
+    let api_key = admin.key(&resources).await?;
+    admin.wait_for_gateways(running.len()).await?;
+    let started = Started {
+        gateways: running.iter().map(|g| g.address).collect(),
+        ops: running.iter().map(|g| g.ops_address).collect(),
+        admin: control_plane.grpc_addr,
+        control_plane_http: control_plane.http_addr,
+        api_key,
+        admin_token: control_plane.admin_token.clone(),
+        model: admin.first_model().await?,
+    };
+    started.print(io)?;
+    for gateway in running {
+        gateway.ended().await;
+    }
+    drop(gateways_guard);
+    drop(end);
+    match control_plane.join.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(Error::Start { code: error.exit_code(), reason: error.to_string() }),
+        Err(error) => Err(Error::Start { code: weir_runtime::exit::FAILED, reason: error.to_string() }),
+    }
+}
+
+/// The operator's resources, or the example in front of three simulated regions that are started here.
+async fn resources(args: &UpArgs, shutdown: &CancellationToken) -> Result<Vec<v1::Resource>, Error> {
+    if let Some(path) = &args.config {
+        let name = path.display().to_string();
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::File { path: name.clone(), source })?;
+        return Ok(manifest::parse(&text, &name)?);
+    }
+    // The placeholders are not URLs yet, so the names are taken before the addresses are known.
+    let placeholder = REGIONS.iter().fold(EXAMPLE.to_owned(), |text, (backend, ..)| {
+        text.replace(&format!("{{{backend}}}"), "http://127.0.0.1:1")
+    });
+    let models = manifest::parse(&placeholder, "the built-in example")?.into_iter();
+    let models = models.filter(|r| resource::kind_of(r) == v1::ResourceKind::Model);
+    let models: Vec<String> = models.map(|r| r.name).collect();
+    let mut text = EXAMPLE.to_owned();
+    for (backend, region, decode) in REGIONS {
+        let config = mock_llm::Config {
+            models: models.clone(),
+            region: region.into(),
+            instance: backend.into(),
+            prefill_tokens_per_s: 4000.0,
+            decode_tokens_per_s: decode,
+            slots: 64,
+            jitter: 0.1,
+            ..mock_llm::Config::default()
+        };
+        let failed = |e: std::io::Error| Error::Start {
+            code: weir_runtime::exit::FAILED,
+            reason: format!("the simulated region {region} cannot listen: {e}"),
+        };
+        let server = Mock::bind("127.0.0.1:0", config).await.map_err(failed)?;
+        text = text.replace(&format!("{{{backend}}}"), &format!("http://{}", server.local_addr()));
+        tokio::spawn(server.run(shutdown.clone()));
+    }
+    Ok(manifest::parse(&text, "the built-in example")?)
+}
+
+/// The few calls that `up` makes of the control plane it started.
+struct Admin {
+    client: AdminServiceClient<tonic::transport::Channel>,
+    server: String,
+    token: Secret,
+}
+
+impl Admin {
+    async fn connect(address: SocketAddr, token: &Secret) -> Result<Self, Error> {
+        let server = format!("http://{address}");
+        let unreachable =
+            |e: tonic::transport::Error| Error::Unreachable { server: server.clone(), reason: e.to_string() };
+        let endpoint = tonic::transport::Endpoint::from_shared(server.clone()).map_err(unreachable)?;
+        let channel = endpoint.connect().await.map_err(unreachable)?;
+        Ok(Self { client: AdminServiceClient::new(channel), server, token: token.clone() })
+    }
+
+    fn request<T>(&self, message: T) -> Result<tonic::Request<T>, Error> {
+        let mut request = tonic::Request::new(message);
+        let value = format!("Bearer {}", self.token.expose()).parse();
+        request.metadata_mut().insert("authorization", value.map_err(|_| Error::Token("the control plane"))?);
+        Ok(request)
+    }
+
+    fn refused(&self, status: tonic::Status) -> Error {
+        Error::Refused { server: self.server.clone(), status: Box::new(status) }
+    }
+
+    /// A key for the first tenant there is. A store that has been used before holds the key of the last start, whose
+    /// secret is known to nobody any more: it is rotated.
+    async fn key(&mut self, resources: &[v1::Resource]) -> Result<Secret, Error> {
+        let given = resources.iter().find(|r| resource::kind_of(r) == v1::ResourceKind::Tenant);
+        let tenant = match given {
+            Some(tenant) => tenant.name.clone(),
+            None => self.default_tenant().await?,
+        };
+        let issue = v1::IssueApiKeyRequest { name: KEY_NAME.into(), tenant, ..Default::default() };
+        let issue = self.request(issue)?;
+        match self.client.issue_api_key(issue).await {
+            Ok(answer) => Ok(Secret::new(answer.into_inner().secret)),
+            Err(status) if status.code() == tonic::Code::AlreadyExists => {
+                let rotate = v1::RotateApiKeyRequest { name: KEY_NAME.into(), grace: None };
+                let rotate = self.request(rotate)?;
+                let answer = self.client.rotate_api_key(rotate).await.map_err(|s| self.refused(s))?;
+                Ok(Secret::new(answer.into_inner().secret))
+            }
+            Err(status) => Err(self.refused(status)),
+        }
+    }
+
+    async fn default_tenant(&mut self) -> Result<String, Error> {
+        let name = "default".to_owned();
+        let spec = Some(v1::resource::Spec::Tenant(v1::TenantSpec::default()));
+        let resource = Some(v1::Resource { name: name.clone(), spec, ..Default::default() });
+        let request = self.request(v1::CreateResourceRequest { resource, ..Default::default() })?;
+        match self.client.create_resource(request).await {
+            Ok(_) => Ok(name),
+            Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(name),
+            Err(status) => Err(self.refused(status)),
+        }
+    }
+
+    async fn list(&mut self, kind: v1::ResourceKind) -> Result<v1::ListResourcesResponse, Error> {
+        let request =
+            v1::ListResourcesRequest { kind: kind as i32, page_size: 1000, page_token: String::new() };
+        let request = self.request(request)?;
+        Ok(self.client.list_resources(request).await.map_err(|s| self.refused(s))?.into_inner())
+    }
+
+    async fn first_model(&mut self) -> Result<Option<String>, Error> {
+        let models = self.list(v1::ResourceKind::Model).await?.resources;
+        let named = |wanted: &str| models.iter().find(|m| m.name == wanted);
+        let model = named("gpt-4.1").or(models.first());
+        Ok(model.map(|m| match &m.spec {
+            Some(v1::resource::Spec::Model(spec)) if !spec.client_name.is_empty() => spec.client_name.clone(),
+            _ => m.name.clone(),
+        }))
+    }
+
+    /// Returns when every gateway holds everything.
+    async fn wait_for_gateways(&mut self, count: usize) -> Result<(), Error> {
+        let revision = self.list(v1::ResourceKind::ApiKey).await?.revision;
+        let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
+        loop {
+            let timeout = prost_types::Duration::try_from(READY_TIMEOUT).ok();
+            let request = self.request(v1::WaitAppliedRequest { revision, timeout })?;
+            let answer = self.client.wait_applied(request).await.map_err(|s| self.refused(s))?.into_inner();
+            if answer.applied as usize >= count {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() >= deadline {
+                let reason = format!("{} of {count} gateways took the configuration in time", answer.applied);
+                return Err(Error::Start { code: weir_runtime::exit::FAILED, reason });
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Started {
+    fn print(&self, io: &mut Io<'_>) -> Result<(), Error> {
+        if io.format == OutputFormat::Json {
+            let urls = |addresses: &[SocketAddr]| {
+                addresses.iter().map(|a| format!("http://{a}")).collect::<Vec<_>>()
+            };
+            let line = serde_json::json!({
+                "gateways": urls(&self.gateways),
+                "ops": urls(&self.ops),
+                "admin": format!("http://{}", self.admin),
+                "control_plane": format!("http://{}", self.control_plane_http),
+                "api_key": self.api_key.expose(),
+                "admin_token": self.admin_token.expose(),
+            });
+            writeln!(io.out, "{line}")?;
+        } else {
+            io.out.write_all(self.text().as_bytes())?;
+        }
+        Ok(io.out.flush()?)
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::from("Weir is up.\n\n");
+        for (k, (clients, ops)) in self.gateways.iter().zip(&self.ops).enumerate() {
+            let _ =
+                writeln!(text, "  gateway {k}       http://{clients}/v1   (operations http://{ops}/readyz)");
+        }
+        let _ = writeln!(
+            text,
+            "  control plane   http://{}      (metrics http://{}/metrics)",
+            self.admin, self.control_plane_http
+        );
+        let _ = writeln!(text, "  API key         {}", self.api_key.expose());
+        let _ = writeln!(text, "\nAsk it something:\n");
+        let model = self.model.as_deref().unwrap_or("MODEL");
+        if let Some(gateway) = self.gateways.first() {
+            let _ = writeln!(
+                text,
+                "  curl -N http://{gateway}/v1/chat/completions -H 'Authorization: Bearer {}' -H 'Content-Type: application/json' \\\n    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'",
+                self.api_key.expose()
+            );
+        }
+        let _ = writeln!(text, "\nManage it:\n");
+        let _ = writeln!(
+            text,
+            "  export WEIR_SERVER=http://{} WEIR_TOKEN={}",
+            self.admin,
+            self.admin_token.expose()
+        );
+        let _ = writeln!(text, "  weir backends; weir gateways; weir weight sgp 10\n\nCtrl-C stops it.");
+        text
+    }
+}

@@ -1,0 +1,78 @@
+//! The built binaries as processes.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// A binary of this build. The tests run from `target/PROFILE/deps`, the binaries lie one above.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a path");
+    let path = test.parent().and_then(|deps| deps.parent()).expect("a target directory").join(name);
+    assert!(
+        path.exists(),
+        "{} is not built: run `cargo build --workspace --bins`, or `make test`",
+        path.display()
+    );
+    path
+}
+
+/// A command for a binary, with nothing of this environment's settings.
+pub fn command(name: &str) -> Command {
+    let mut command = Command::new(binary(name));
+    for (variable, _) in std::env::vars().filter(|(v, _)| v.starts_with("WEIR_")) {
+        command.env_remove(variable);
+    }
+    command.kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// `weir up`, and what it printed.
+#[derive(Debug)]
+pub struct Up {
+    /// The process.
+    pub child: Child,
+    /// The line of `--output json`.
+    pub line: serde_json::Value,
+}
+
+/// Starts `weir up` on free ports.
+pub async fn up(args: &[&str]) -> Up {
+    let mut command = command("weir");
+    command.args(["up", "--listen", "127.0.0.1:0", "--output", "json"]).args(args).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let line = lines.next_line().await.expect("readable").expect("a line before it ends");
+    Up { child, line: serde_json::from_str(&line).expect("JSON") }
+}
+
+impl Up {
+    /// A text of the line.
+    pub fn text(&self, key: &str) -> &str {
+        self.line[key].as_str().unwrap_or_else(|| panic!("no {key} in {}", self.line))
+    }
+
+    /// A client of gateway `k`.
+    pub fn client(&self, k: usize) -> crate::client::Client {
+        let url = self.line["gateways"][k].as_str().expect("a gateway");
+        let address = url.strip_prefix("http://").expect("http").parse().expect("an address");
+        crate::client::Client::new(address, self.text("api_key"))
+    }
+
+    /// Runs a `weir` command against it; returns its exit code, output and errors.
+    pub async fn weir(&self, args: &[&str]) -> (i32, String, String) {
+        let mut command = command("weir");
+        command.args(args).env("WEIR_SERVER", self.text("admin")).env("WEIR_TOKEN", self.text("admin_token"));
+        let done = command.output().await.expect("runs");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        (done.status.code().unwrap_or(-1), text(done.stdout), text(done.stderr))
+    }
+}
+
+/// Sends a signal by the process's own id.
+pub async fn signal(child: &Child, signal: &str) {
+    let id = child.id().expect("still running").to_string();
+    let sent = Command::new("kill").args([signal, &id]).status().await.expect("kill runs");
+    assert!(sent.success());
+}
