@@ -2,7 +2,7 @@
 //!
 //! A deadline that passes says that *somebody* was slow. When the process gets too little CPU, answers lie unread in
 //! its sockets while its timers fire: blaming the limit store then would mean deciding without it, and admitting
-//! what it refuses. A task that wants to run each [`TICK`] measures how late it does.
+//! what it refuses. A task that wants to run every ten milliseconds measures how late it does.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

@@ -214,6 +214,14 @@ impl PoolRuntime {
         order
     }
 
+    /// The pick had no free slot and another was used: the shares follow what was used.
+    pub fn reassign(&self, model: &ModelEntry, picked: usize, used: usize) {
+        let (picked, used) = (&model.backends[picked].0, &model.backends[used].0);
+        if let Some(scheduler) = self.inner().schedulers.get_mut(&model.name) {
+            scheduler.reassign(&picked.name, &used.name);
+        }
+    }
+
     /// Lets an attempt bear on the next choice.
     pub fn record(&self, backend: &Name, attempt: Attempt, retry_after: Option<Duration>) {
         let mut inner = self.inner();

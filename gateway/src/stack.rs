@@ -50,6 +50,10 @@ const EXPECTED_OUTPUT_TOKENS: u64 = 512;
 /// Bytes of prompt taken for one token.
 const PROMPT_BYTES_PER_TOKEN: u64 = 4;
 
+/// Tokens reserved for an image, a file or a sound, whose size in bytes says little: the upper end of what OpenAI
+/// counts for one image of high detail with four tiles (85 + 4 x 170, rounded up).
+const ATTACHMENT_TOKENS: u64 = 1000;
+
 /// Everything a request needs.
 #[derive(Debug)]
 pub struct Gateway {
@@ -290,7 +294,10 @@ impl Call<'_> {
         }
         let (mut admission, decision, chosen) = self.admit(model, &order, slot).await?;
         pool.runtime.count_request();
-        let mut at = order.swap_remove(chosen);
+        if chosen != 0 {
+            pool.runtime.reassign(model, order[0], order[chosen]);
+        }
+        let mut at = order.remove(chosen);
         let deadline = started + model.timeouts.total;
         let mut attempts = 1;
         loop {
@@ -333,7 +340,7 @@ impl Call<'_> {
                 admission.limiter.move_slot(admission.id, from.as_ref(), &candidates, LEASE_TTL).await;
             match moved {
                 Ok(Some(next)) => {
-                    at = order.swap_remove(next);
+                    at = order.remove(next);
                     admission.granted(Some(model.backends[at].0.slots.clone()));
                 }
                 Ok(None) => {
@@ -346,7 +353,8 @@ impl Call<'_> {
     }
 
     fn prompt_tokens(&self) -> u64 {
-        self.asked.prompt_bytes.div_ceil(PROMPT_BYTES_PER_TOKEN).max(1)
+        let text = self.asked.prompt_bytes.div_ceil(PROMPT_BYTES_PER_TOKEN).max(1);
+        text.saturating_add(u64::from(self.asked.attachments) * ATTACHMENT_TOKENS)
     }
 
     fn outgoing(&self, target: &Target, slot: &Slot, deadline: Instant) -> Result<Outgoing, GatewayError> {
@@ -372,7 +380,10 @@ impl Call<'_> {
     ) -> Result<(Admission, Decision, usize), GatewayError> {
         let entries = self.scopes(model);
         let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
-        let output = self.asked.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, u64::from);
+        let output = match self.asked.kind {
+            RouteKind::Embeddings => 0,
+            _ => self.asked.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, u64::from),
+        };
         let reserved =
             send::cost(model, self.prompt_tokens(), output.saturating_mul(u64::from(self.asked.choices)));
         let mut call = Acquire {
