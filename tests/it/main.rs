@@ -4,4 +4,5 @@ mod errors;
 mod failover;
 mod limits;
 mod processes;
+mod stack;
 mod streaming;

@@ -3,9 +3,8 @@
 use std::process::Stdio;
 
 use http::StatusCode;
-use tokio::io::{AsyncBufReadExt, BufReader};
 use weir_tests::client::Client;
-use weir_tests::process::{command, signal, up};
+use weir_tests::process::{Process, command, signal, up};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
@@ -55,36 +54,6 @@ async fn a_wrong_file_stops_the_whole_apply_with_its_path_and_changes_nothing() 
     assert_ne!(code, 0, "not even the part that was right is there: {out}");
 }
 
-/// Starts a process and returns it with the first line of its log that holds `marker`.
-async fn started(
-    name: &str,
-    args: &[&str],
-    env: &[(&str, &str)],
-    marker: &str,
-) -> (tokio::process::Child, String) {
-    let mut child = command(name);
-    let mut child =
-        child.args(args).envs(env.iter().copied()).stderr(Stdio::piped()).spawn().expect("starts");
-    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
-    loop {
-        let line = lines
-            .next_line()
-            .await
-            .expect("readable")
-            .unwrap_or_else(|| panic!("{name} ended before '{marker}'"));
-        if line.contains(marker) {
-            // Whatever is logged later is read and thrown away, so that the process never waits for us.
-            tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-            return (child, line);
-        }
-    }
-}
-
-fn field(line: &str, name: &str) -> String {
-    let json: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
-    json[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}")).to_owned()
-}
-
 #[tokio::test]
 async fn with_the_control_plane_killed_a_restarted_gateway_serves_from_disk() {
     let data = tempfile::tempdir().expect("a directory");
@@ -117,12 +86,11 @@ async fn with_the_control_plane_killed_a_restarted_gateway_serves_from_disk() {
     signal(&up.child, "-KILL").await;
     up.child.wait().await.expect("dead");
 
-    let args =
-        ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--control-plane", "http://127.0.0.1:9"];
     let copy = format!("{directory}/gateway-0");
-    let env = [("WEIR_DATA_DIR", copy.as_str())];
-    let (_gateway, line) = started("weir-gateway", &args, &env, "serving\"").await;
-    let client = Client::new(field(&line, "clients").parse().expect("an address"), &key);
+    let args = ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--control-plane=http://127.0.0.1:9"];
+    let gateway =
+        Process::start("weir-gateway", &[&args[..], &["--data-dir", &copy]].concat(), "serving").await;
+    let client = Client::new(gateway.text("clients").parse().expect("an address"), &key);
     for _ in 0..5 {
         let answer = client.chat(CHAT).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());

@@ -70,6 +70,47 @@ impl Up {
     }
 }
 
+/// A binary that runs, and the line of its log that said so.
+#[derive(Debug)]
+pub struct Process {
+    /// The process; it is killed when this is dropped.
+    pub child: Child,
+    line: serde_json::Value,
+}
+
+impl Process {
+    /// Starts it and waits for the message by which it says that it is there.
+    pub async fn start(name: &str, args: &[&str], message: &str) -> Self {
+        let mut child = command(name).args(args).stderr(Stdio::piped()).spawn().expect("starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+        let mut told = Vec::new();
+        loop {
+            let Some(line) = lines.next_line().await.expect("readable") else {
+                panic!("{name} ended before it said '{message}':\n{}", told.join("\n"));
+            };
+            match serde_json::from_str::<serde_json::Value>(&line) {
+                Ok(json) if json["message"] == message => {
+                    // What is logged later is read and thrown away, so that the process never waits for us.
+                    tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+                    return Self { child, line: json };
+                }
+                _ => told.push(line),
+            }
+        }
+    }
+
+    /// A field of the line.
+    pub fn text(&self, field: &str) -> &str {
+        self.line[field].as_str().unwrap_or_else(|| panic!("no {field} in {}", self.line))
+    }
+
+    /// Ends it as a crash does.
+    pub async fn kill(&mut self) {
+        signal(&self.child, "-KILL").await;
+        self.child.wait().await.expect("dead");
+    }
+}
+
 /// Sends a signal by the process's own id.
 pub async fn signal(child: &Child, signal: &str) {
     let id = child.id().expect("still running").to_string();

@@ -5,12 +5,25 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
+use tokio::sync::OnceCell;
+use weir_ratelimit::redis::RedisLimiter;
+use weir_ratelimit::{Bucket, Kind, Limiter, Mode, Scope, ScopeLimits, What, scope_keys};
 
 /// A server that ends with the test.
 #[derive(Debug)]
 pub struct Redis {
     child: Child,
     port: u16,
+    looking: OnceCell<RedisLimiter>,
+}
+
+/// What a tenant's requests stand at in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Tokens used and not yet drained.
+    pub tokens: u64,
+    /// Requests in flight.
+    pub leases: u64,
 }
 
 impl Redis {
@@ -25,7 +38,7 @@ impl Redis {
             .kill_on_drop(true)
             .spawn()
             .expect("redis-server is needed: run `make tools`, or apt-get install redis-server");
-        let server = Self { child, port };
+        let server = Self { child, port, looking: OnceCell::new() };
         crate::eventually("redis-server listens", || async {
             TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
@@ -36,6 +49,27 @@ impl Redis {
     /// Its address.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// What a tenant's requests stand at: tokens used and not yet drained, and leases held.
+    pub async fn standing(&self, tenant: &str) -> Standing {
+        // Neither is ever reached here; what is left of them tells what was taken. A rate of one a minute: looking
+        // at a meter drains it by the rate of the one who looks.
+        const TOKENS: u64 = 1_000_000;
+        const LEASES: u32 = 1_000_000;
+        let (record, leases) = scope_keys(Scope::Tenant(tenant));
+        let mut buckets = [None; Kind::COUNT];
+        buckets[Kind::Tokens as usize] = Some(Bucket::per_minute(1, TOKENS as f64));
+        let scope = ScopeLimits { record, leases, buckets, concurrency: Some(LEASES), mode: Mode::Enforce };
+        let connect =
+            || async { RedisLimiter::connect(&self.url(), Default::default()).await.expect("there") };
+        let limiter = self.looking.get_or_init(connect).await;
+        let states = limiter.peek(&[scope]).await.expect("peeks");
+        let left = |what: What| states.iter().find(|s| s.what == what).expect("asked for").remaining;
+        Standing {
+            tokens: TOKENS - left(What::Bucket(Kind::Tokens)),
+            leases: u64::from(LEASES) - left(What::Concurrency),
+        }
     }
 
     /// Ends it now, without letting it say goodbye.

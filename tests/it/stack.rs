@@ -1,0 +1,113 @@
+//! Redis, a control plane and gateways as processes: what holds when one of them dies.
+
+use http::{Method, StatusCode};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use mock_llm::Config;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use weir_tests::client::Client;
+use weir_tests::cluster::{Mock, mock};
+use weir_tests::eventually;
+use weir_tests::stack::Stack;
+
+const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
+const ENDLESS: &str =
+    r#"{"model":"gpt-4.1","stream":true,"max_tokens":100000,"messages":[{"role":"user","content":"hi"}]}"#;
+
+async fn backend(decode_tokens_per_s: f64) -> Mock {
+    let config =
+        Config { models: vec!["gpt-4.1".into()], slots: 4096, decode_tokens_per_s, ..Config::default() };
+    mock(config, &CancellationToken::new()).await
+}
+
+/// A pool with this backend and a model in front of it.
+fn manifest(mock: &Mock, max_concurrency: u32, model: &str, tenant: &str) -> String {
+    format!(
+        "kind: pool\nname: chat\nspec: {{}}\n\
+         ---\nkind: backend\nname: only\nspec: {{ pool: chat, url: \"http://{}\", \
+         max_concurrency: {max_concurrency}, models: {{ gpt-4.1: \"\" }} }}\n\
+         ---\nkind: model\nname: gpt-4.1\nspec: {{ pool: chat{model} }}\n\
+         ---\nkind: tenant\nname: acme\nspec: {{ {tenant} }}\n",
+        mock.address
+    )
+}
+
+/// Opens a stream and reads its first chunk.
+async fn open(client: &Client) -> Incoming {
+    let answer = client.send(Method::POST, "/v1/chat/completions", ENDLESS).await;
+    assert_eq!(answer.status(), StatusCode::OK);
+    let mut body = answer.into_body();
+    body.frame().await.expect("a chunk").expect("whole");
+    body
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_gateways_admit_exactly_a_hundred_of_two_thousand() {
+    let mock = backend(0.0).await;
+    let hundred = ", limits: { requests_per_minute: 1, burst_multiplier: 100 }";
+    let stack = Stack::start(3, &manifest(&mock, 10_000, hundred, "")).await;
+    let clients = [stack.client(0), stack.client(1), stack.client(2)];
+    let mut requests = JoinSet::new();
+    for i in 0..2000 {
+        let client = clients[i % 3].clone();
+        requests.spawn(async move { client.chat(CHAT).await });
+    }
+    let (mut admitted, mut refused) = (0, 0);
+    while let Some(answer) = requests.join_next().await {
+        let answer = answer.expect("no panic");
+        match answer.status {
+            StatusCode::OK => admitted += 1,
+            StatusCode::TOO_MANY_REQUESTS => refused += 1,
+            other => panic!("{other}: {}", answer.text()),
+        }
+    }
+    assert_eq!((admitted, refused), (100, 1900));
+    assert_eq!(mock.handle.counters().requests, 100, "what was refused reached no backend");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_gateway_frees_its_leases_and_nobody_elses() {
+    let mock = backend(50.0).await;
+    let mut stack = Stack::start(2, &manifest(&mock, 3, "", "limits: { concurrency: 3 }")).await;
+    let (doomed, other) = (stack.client(0), stack.client(1));
+    let _theirs = [open(&doomed).await, open(&doomed).await];
+    let mut ours = open(&other).await;
+    assert_eq!(stack.redis.standing("acme").await.leases, 3);
+    assert_eq!(other.chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS, "every lease is taken");
+    stack.gateways[0].kill().await;
+    eventually("the dead gateway's leases are free", || async {
+        stack.redis.standing("acme").await.leases == 1
+    })
+    .await;
+    assert_eq!(other.chat(CHAT).await.status, StatusCode::OK);
+    ours.frame().await.expect("the other gateway's stream runs on").expect("whole");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_cut_by_its_client_frees_its_lease_and_settles_what_it_got() {
+    let mock = backend(200.0).await;
+    let limits = "limits: { concurrency: 10, tokens_per_minute: 1000, burst_multiplier: 1000 }";
+    let stack = Stack::start(1, &manifest(&mock, 10, "", limits)).await;
+    let stream = open(&stack.client(0)).await;
+    let during = stack.redis.standing("acme").await;
+    assert_eq!(during.leases, 1);
+    drop(stream);
+    eventually("the call upstream is cancelled", || async { mock.handle.counters().cancelled == 1 }).await;
+    eventually("the lease is free", || async { stack.redis.standing("acme").await.leases == 0 }).await;
+    let after = stack.redis.standing("acme").await.tokens;
+    assert!((1..during.tokens).contains(&after), "{during:?} was reserved, {after} tokens stand");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_control_plane_killed_a_killed_gateway_comes_back_from_its_disk() {
+    let mock = backend(0.0).await;
+    let mut stack = Stack::start(2, &manifest(&mock, 10, "", "")).await;
+    stack.control_plane.kill().await;
+    stack.gateways[0].kill().await;
+    let back = stack.gateway(0).await;
+    for client in [stack.client_of(&back), stack.client(1)] {
+        let answer = client.chat(CHAT).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+}

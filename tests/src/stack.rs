@@ -1,0 +1,92 @@
+//! The product as an operator runs it: Redis, a control plane and gateways, each a process that can be killed.
+
+use tempfile::TempDir;
+
+use crate::client::Client;
+use crate::process::{Process, command};
+use crate::redis::Redis;
+
+/// Everything but the backends, which a test brings itself so that it can count what reached them.
+#[derive(Debug)]
+pub struct Stack {
+    /// The store of limits and slots.
+    pub redis: Redis,
+    /// The control plane; its store is on disk.
+    pub control_plane: Process,
+    /// The gateways; each keeps a copy of the configuration on disk.
+    pub gateways: Vec<Process>,
+    key: String,
+    data: TempDir,
+}
+
+impl Stack {
+    /// Starts it with this many gateways, applies `manifest`, and makes a key of its tenant `acme`. Returns once
+    /// every gateway has applied both.
+    pub async fn start(gateways: usize, manifest: &str) -> Self {
+        let data = tempfile::tempdir().expect("a directory");
+        let redis = Redis::start().await;
+        let directory = data.path().join("control-plane");
+        let args = ["--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--data-dir"];
+        let args = [&args[..], &[directory.to_str().expect("UTF-8")]].concat();
+        let control_plane = Process::start("weir-control-plane", &args, "control plane serves").await;
+        let mut stack = Self { redis, control_plane, gateways: Vec::new(), key: String::new(), data };
+        for k in 0..gateways {
+            let gateway = stack.gateway(k).await;
+            stack.gateways.push(gateway);
+        }
+        let file = stack.data.path().join("resources.yaml");
+        std::fs::write(&file, manifest).expect("written");
+        stack.weir(&["apply", "-f", file.to_str().expect("UTF-8")]).await;
+        let key = stack.weir(&["key", "create", "acme-key", "--tenant", "acme"]).await;
+        stack.key = key.trim().to_owned();
+        stack
+    }
+
+    /// Starts gateway `k`, with the copy on disk that an earlier gateway `k` left.
+    pub async fn gateway(&self, k: usize) -> Process {
+        let copy = self.data.path().join(format!("gateway-{k}"));
+        let control_plane = format!("http://{}", self.control_plane.text("grpc"));
+        let token_file = self.token_file();
+        let redis = self.redis.url();
+        let args = [
+            "--listen=127.0.0.1:0",
+            "--ops-listen=127.0.0.1:0",
+            "--pre-stop-s=0",
+            "--control-plane",
+            &control_plane,
+            "--gateway-token-file",
+            &token_file,
+            "--redis",
+            &redis,
+            "--data-dir",
+            copy.to_str().expect("UTF-8"),
+        ];
+        Process::start("weir-gateway", &args, "serving").await
+    }
+
+    /// A client of gateway `k`.
+    pub fn client(&self, k: usize) -> Client {
+        self.client_of(&self.gateways[k])
+    }
+
+    /// A client of this gateway.
+    pub fn client_of(&self, gateway: &Process) -> Client {
+        Client::new(gateway.text("clients").parse().expect("an address"), &self.key)
+    }
+
+    /// Runs a `weir` command that must succeed; returns what it printed.
+    pub async fn weir(&self, args: &[&str]) -> String {
+        let mut command = command("weir");
+        command
+            .args(args)
+            .env("WEIR_SERVER", format!("http://{}", self.control_plane.text("grpc")))
+            .env("WEIR_TOKEN_FILE", self.token_file());
+        let done = command.output().await.expect("runs");
+        assert!(done.status.success(), "weir {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).expect("UTF-8")
+    }
+
+    fn token_file(&self) -> String {
+        self.data.path().join("control-plane/admin.token").to_str().expect("UTF-8").to_owned()
+    }
+}
