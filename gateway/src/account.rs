@@ -15,7 +15,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weir_ratelimit::memory::MemoryLimiter;
-use weir_ratelimit::{Acquire, AnyLimiter, Cost, Decision, Error, Key, Limiter, Renewal, Scopes, Settle};
+use weir_ratelimit::{
+    Acquire, AnyLimiter, Cost, Decision, Error, Key, Limiter, Renewal, Scopes, Settle, Trouble,
+};
 
 use crate::lag::Lag;
 use crate::metrics::Metrics;
@@ -167,9 +169,7 @@ async fn settle_with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, settle: S
     for attempt in 1..=TRIES {
         match limiter.settle(&settle).await {
             Ok(_) => return,
-            Err(error @ (Error::Timeout(_) | Error::Unreachable(_) | Error::Refused(_)))
-                if attempt < TRIES =>
-            {
+            Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {
                 tracing::debug!(%error, attempt, "settlement is tried again");
                 tokio::time::sleep(pause).await;
                 pause *= 3;

@@ -26,8 +26,6 @@ pub struct ScopeEntry {
     pub kind: &'static str,
     /// The name of what it limits; empty for global.
     pub name: String,
-    /// What happens without the store.
-    pub without_store: WithoutStore,
 }
 
 /// A tenant.
@@ -357,8 +355,13 @@ fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates
         buckets[kind as usize] = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier));
     }
     let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
-    let limits = ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode };
-    ScopeEntry { limits, kind, name, without_store: rates.without_store }
+    let without_store = match rates.without_store {
+        WithoutStore::LocalShare => weir_ratelimit::WithoutStore::LocalShare,
+        WithoutStore::Open => weir_ratelimit::WithoutStore::Open,
+        WithoutStore::Closed => weir_ratelimit::WithoutStore::Closed,
+    };
+    let limits = ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store };
+    ScopeEntry { limits, kind, name }
 }
 
 /// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.

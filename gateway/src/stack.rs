@@ -21,8 +21,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, timeout};
-use weir_proto::resource::WithoutStore;
-use weir_ratelimit::{Acquire, AnyLimiter, Candidate, Decision, Limiter, Outcome, Scopes};
+use weir_ratelimit::{Acquire, AnyLimiter, Candidate, Decision, Limiter, Outcome, Scopes, WithoutStore};
 
 use crate::account::{Admission, Ledger};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd};
@@ -399,7 +398,7 @@ impl Call<'_> {
         let mut result = self.acquire(&ledger.limiter, &mut call, false).await;
         if let Err(error) = &result {
             tracing::warn!(%error, "limit store away; deciding without it");
-            if entries.iter().any(|e| e.without_store == WithoutStore::Closed) {
+            if entries.iter().any(|e| e.limits.without_store == WithoutStore::Closed) {
                 return Err(GatewayError::LimitStore);
             }
             call = self.local_share(call, &entries);
@@ -454,7 +453,7 @@ impl Call<'_> {
     fn local_share(&self, mut call: Acquire, entries: &[&ScopeEntry]) -> Acquire {
         let gateways = self.gateway.live.live_gateways();
         for (scope, entry) in call.scopes.iter_mut().zip(entries) {
-            let open = entry.without_store == WithoutStore::Open;
+            let open = entry.limits.without_store == WithoutStore::Open;
             for bucket in &mut scope.buckets {
                 *bucket = bucket.filter(|_| !open).map(|mut b| {
                     b.capacity /= u64::from(gateways);

@@ -21,6 +21,7 @@
 pub mod any;
 pub mod budget;
 mod call;
+pub mod error;
 pub mod key;
 pub mod memory;
 pub mod redis;
@@ -28,5 +29,6 @@ pub mod types;
 
 pub use any::AnyLimiter;
 pub use budget::FOREVER;
+pub use error::{Error, Fault, Trouble};
 pub use key::{Scope, scope_keys};
 pub use types::*;

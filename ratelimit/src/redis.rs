@@ -23,8 +23,8 @@ use self::reply::Reader;
 use self::script::Script;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::{
-    Acquire, Candidate, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
-    Settle, Settled,
+    Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled,
 };
 
 /// Renewals in one script call; a longer list is cut so that no call holds the server for long.
@@ -140,25 +140,42 @@ fn replaces_connection(error: &RedisError) -> bool {
         || matches!(error.kind(), ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown))
 }
 
-/// Server errors are refusals; everything on the way there is unreachability. Never quotes an address.
+/// Of a call that was sent. Never quotes an address.
 fn classify(error: &RedisError) -> Error {
+    if let Some(fault) = fault_of(error) {
+        let code = error.code().unwrap_or("NOAUTH");
+        let detail = match error.detail() {
+            Some(detail) => format!("{code} {}", detail.chars().take(200).collect::<String>()),
+            None => code.to_owned(),
+        };
+        return Error::Refused { fault, detail };
+    }
     match error.kind() {
-        ErrorKind::Server(_) | ErrorKind::Extension | ErrorKind::AuthenticationFailed => {
-            let code = error.code().unwrap_or("NOAUTH");
-            Error::Refused(match error.detail() {
-                Some(detail) => format!("{code} {}", detail.chars().take(200).collect::<String>()),
-                None => code.to_owned(),
-            })
-        }
-        ErrorKind::Parse | ErrorKind::UnexpectedReturnType => {
-            Error::Refused("reply of an unknown form".into())
-        }
-        _ if error.is_connection_refusal() => Error::Unreachable("connection refused".into()),
-        _ if error.is_timeout() => Error::Unreachable("connection timed out".into()),
-        _ if error.is_io_error() || error.is_connection_dropped() => {
+        ErrorKind::Parse | ErrorKind::UnexpectedReturnType => reply::malformed(),
+        // A Cluster without a node to ask has not sent anything.
+        ErrorKind::ClusterConnectionNotFound => Error::Unreachable("no node of the cluster answers".into()),
+        _ => Error::Lost,
+    }
+}
+
+/// Of an attempt to connect: nothing was asked yet.
+fn classify_connect(error: &RedisError) -> Error {
+    match classify(error) {
+        Error::Lost if error.is_connection_refusal() => Error::Unreachable("connection refused".into()),
+        Error::Lost if error.is_timeout() => Error::Unreachable("connection timed out".into()),
+        Error::Lost if error.is_io_error() || error.is_connection_dropped() => {
             Error::Unreachable("connection lost".into())
         }
-        _ => Error::Unreachable(error.category().to_owned()),
+        Error::Lost => Error::Unreachable(error.category().to_owned()),
+        refused => refused,
+    }
+}
+
+fn fault_of(error: &RedisError) -> Option<Fault> {
+    match error.kind() {
+        ErrorKind::AuthenticationFailed => Some(Fault::Denied),
+        ErrorKind::Server(_) | ErrorKind::Extension => Some(Fault::of_code(error.code().unwrap_or_default())),
+        _ => None,
     }
 }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use uuid::Uuid;
 
+use crate::Error;
+
 /// What a bucket counts. The discriminant is the position inside a record and on the wire to the scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(usize)]
@@ -99,6 +101,18 @@ pub enum Mode {
     Shadow,
 }
 
+/// What a limit does while the store cannot decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WithoutStore {
+    /// Each gateway enforces its share: the limit over the gateways there are.
+    #[default]
+    LocalShare,
+    /// Admits everything; what was admitted is charged when the store is back.
+    Open,
+    /// The call fails with the store's error.
+    Closed,
+}
+
 /// Names a scope's record in the store; built only by [`crate::key`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(pub(crate) std::sync::Arc<str>);
@@ -123,6 +137,8 @@ pub struct ScopeLimits {
     pub concurrency: Option<u32>,
     /// Enforce or shadow.
     pub mode: Mode,
+    /// What these limits do while the store is away.
+    pub without_store: WithoutStore,
 }
 
 /// A place a request may be sent to: the leases of one backend.
@@ -212,6 +228,8 @@ pub struct Decision {
     pub limits: Vec<LimitState>,
     /// The store's time of the decision, microseconds since an epoch of its own.
     pub now_us: u64,
+    /// True when the cluster's store could not decide and this process did, by each limit's [`WithoutStore`].
+    pub degraded: bool,
 }
 
 /// What an admission came to.
@@ -267,23 +285,6 @@ pub struct Renewal {
     pub id: ReservationId,
     /// Every sorted set that holds one of its leases.
     pub leases: SmallVec<[Key; 4]>,
-}
-
-/// Why a limiter could not decide. None of these is "over the limit".
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum Error {
-    /// The store did not answer in time; the outcome is unknown.
-    #[error("the limit store did not answer within {0:?}")]
-    Timeout(Duration),
-    /// The store cannot be reached.
-    #[error("the limit store is unreachable: {0}")]
-    Unreachable(String),
-    /// The store answered with an error (out of memory, read-only, loading, wrong type, no permission).
-    #[error("the limit store refused the call: {0}")]
-    Refused(String),
-    /// The call breaks the contract (too many scopes, a capacity out of range).
-    #[error("invalid limit call: {0}")]
-    Invalid(&'static str),
 }
 
 /// The contract; see the crate documentation. Futures may be dropped at any await: an acquire whose caller is

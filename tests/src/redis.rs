@@ -60,7 +60,14 @@ impl Redis {
         let (record, leases) = scope_keys(Scope::Tenant(tenant));
         let mut buckets = [None; Kind::COUNT];
         buckets[Kind::Tokens as usize] = Some(Bucket::per_minute(1, TOKENS as f64));
-        let scope = ScopeLimits { record, leases, buckets, concurrency: Some(LEASES), mode: Mode::Enforce };
+        let scope = ScopeLimits {
+            record,
+            leases,
+            buckets,
+            concurrency: Some(LEASES),
+            mode: Mode::Enforce,
+            without_store: weir_ratelimit::WithoutStore::LocalShare,
+        };
         let connect =
             || async { RedisLimiter::connect(&self.url(), Default::default()).await.expect("there") };
         let limiter = self.looking.get_or_init(connect).await;

@@ -31,7 +31,7 @@ impl State {
             };
             let mut limits = self.peek(&call.scopes, now);
             limits.iter_mut().for_each(|limit| limit.verdict = Verdict::Fits);
-            return Decision { outcome, limits, now_us: now };
+            return Decision { outcome, limits, now_us: now, degraded: false };
         }
 
         let mut limits = self.peek(&call.scopes, now);
@@ -52,12 +52,12 @@ impl State {
             judged.push(Judged { lines, meters });
         }
         if let Some(wait) = refusal {
-            return Decision { outcome: Outcome::Limited { wait }, limits, now_us: now };
+            return Decision { outcome: Outcome::Limited { wait }, limits, now_us: now, degraded: false };
         }
         let slot = self.free_slot(&call.candidates, None, now);
         if slot.is_none() && !call.candidates.is_empty() {
             let outcome = Outcome::NoSlot { wait: self.slot_wait(&call.candidates, call.lease_ttl, now) };
-            return Decision { outcome, limits, now_us: now };
+            return Decision { outcome, limits, now_us: now, degraded: false };
         }
 
         let expiry = later(now, call.lease_ttl);
@@ -90,7 +90,7 @@ impl State {
         for (after, limit) in self.peek(&call.scopes, now).into_iter().zip(&mut limits) {
             *limit = LimitState { verdict: limit.verdict, ..after };
         }
-        Decision { outcome: Outcome::Granted { slot }, limits, now_us: now }
+        Decision { outcome: Outcome::Granted { slot }, limits, now_us: now, degraded: false }
     }
 
     pub(super) fn settle(&mut self, call: &Settle, now: u64) -> Settled {

@@ -157,7 +157,7 @@ async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::R
             }
             Err(error) => {
                 let error = match &error {
-                    PoolError::Backend(error) => super::classify(error),
+                    PoolError::Backend(error) => super::classify_connect(error),
                     _ => Error::Unreachable("no connection".into()),
                 };
                 if !matches!(&*publish.borrow(), State::Down(_)) {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::call::blank_limits;
-use crate::{Decision, Error, FOREVER, LimitState, Outcome, ScopeLimits, Settled, Verdict};
+use crate::{Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Verdict};
 
 /// Reads a reply from front to back; a missing number is an error, not a default.
 pub(crate) struct Reader<'a> {
@@ -25,7 +25,7 @@ impl<'a> Reader<'a> {
             }
             _ => return Err(malformed()),
         };
-        Ok(Decision { outcome, limits: self.limits(scopes)?, now_us })
+        Ok(Decision { outcome, limits: self.limits(scopes)?, now_us, degraded: false })
     }
 
     pub(crate) fn settled(mut self, scopes: &[ScopeLimits]) -> Result<Settled, Error> {
@@ -72,6 +72,6 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn malformed() -> Error {
-    Error::Refused("reply of an unknown form".into())
+pub(crate) fn malformed() -> Error {
+    Error::Refused { fault: Fault::Other, detail: "reply of an unknown form".into() }
 }

@@ -195,7 +195,14 @@ pub(crate) fn bucket(capacity: u64, rate: u64, period: Duration) -> Option<Bucke
 /// A scope of a tenant without limits.
 pub(crate) fn scope(tenant: &str) -> ScopeLimits {
     let (record, leases) = scope_keys(Scope::Tenant(tenant));
-    ScopeLimits { record, leases, buckets: [None; Kind::COUNT], concurrency: None, mode: Mode::Enforce }
+    ScopeLimits {
+        record,
+        leases,
+        buckets: [None; Kind::COUNT],
+        concurrency: None,
+        mode: Mode::Enforce,
+        without_store: WithoutStore::LocalShare,
+    }
 }
 
 /// A scope with one limit.

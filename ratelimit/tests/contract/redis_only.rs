@@ -34,7 +34,7 @@ async fn a_restart_is_survived_and_its_errors_are_told() {
     server.kill();
     for _ in 0..5 {
         let error = limiter.acquire(&call(still(5))).await.expect_err("no server");
-        assert!(matches!(error, Error::Unreachable(_) | Error::Timeout(_)), "{error:?}");
+        assert!(matches!(error, Error::Unreachable(_) | Error::Timeout(_) | Error::Lost), "{error:?}");
     }
     server.restart().await;
     // Every lane must come back, so several calls in a row.
@@ -57,10 +57,16 @@ async fn refusals_of_the_server_are_not_limits() {
     let record = Key::tenant("acme");
     ::redis::cmd("LPUSH").arg(record.as_str()).arg("x").exec_async(&mut raw).await.expect("lpush");
     let wrong = world.limiter.acquire(&call(still(1))).await.expect_err("wrong type");
-    assert!(matches!(&wrong, Error::Refused(text) if text.starts_with("WRONGTYPE")), "{wrong:?}");
+    assert!(
+        matches!(&wrong, Error::Refused { fault: Fault::Record, detail } if detail.starts_with("WRONGTYPE")),
+        "{wrong:?}"
+    );
     ::redis::cmd("SET").arg(record.as_str()).arg("other").exec_async(&mut raw).await.expect("set");
     let version = world.limiter.acquire(&call(still(1))).await.expect_err("other version");
-    assert!(matches!(&version, Error::Refused(text) if text.starts_with("WRONGTYPE")), "{version:?}");
+    assert!(
+        matches!(&version, Error::Refused { fault: Fault::Record, detail } if detail.starts_with("WRONGTYPE")),
+        "{version:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -73,7 +79,10 @@ async fn a_full_store_still_settles() {
     assert!(granted(&world.acquire(&held).await));
     ::redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg("1").exec_async(&mut raw).await.expect("config");
     let full = world.limiter.acquire(&call(scopes.clone())).await.expect_err("full");
-    assert!(matches!(&full, Error::Refused(text) if text.starts_with("OOM")), "{full:?}");
+    assert!(
+        matches!(&full, Error::Refused { fault: Fault::Full, detail } if detail.starts_with("OOM")),
+        "{full:?}"
+    );
     let renewal = Renewal { id: held.id, leases: smallvec![scopes[0].leases.clone()] };
     assert!(world.limiter.renew(&[renewal], LEASE).await.expect("renew").is_empty());
     assert!(world.settle(&held, Cost::default(), None).await.applied);
@@ -117,7 +126,7 @@ async fn passwords_are_never_shown() {
             error => break error,
         }
     };
-    assert!(matches!(error, Error::Refused(_)), "{error:?}");
+    assert!(matches!(error, Error::Refused { fault: Fault::Denied, .. }), "{error:?}");
     assert!(!format!("{error:?} {error} {limiter:?}").contains("hunter2"));
 }
 
