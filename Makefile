@@ -1,5 +1,7 @@
 # Every command of the project. `make test` is the one to know.
-.PHONY: test check fmt tools build
+PYTHON ?= python3
+
+.PHONY: test-sdk test check fmt tools build
 
 # Runs every test. Installs redis-server by the system's package manager when it is missing.
 test: tools build
@@ -8,6 +10,15 @@ test: tools build
 # Binaries that the tests run as processes.
 build:
 	cargo build --workspace --bins --locked
+
+# The official OpenAI SDK from PyPI against `weir up`.
+test-sdk: build
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	echo "make: $(PYTHON) cannot make virtual environments; installing python3-venv with apt-get"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; }
+	$(PYTHON) -m venv target/sdk
+	target/sdk/bin/pip install --quiet --requirement tests/sdk/requirements.txt
+	target/sdk/bin/python tests/sdk/test_openai_sdk.py target/debug/weir
 
 # What a change must pass besides its tests.
 check:
