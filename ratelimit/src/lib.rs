@@ -26,6 +26,7 @@ pub mod key;
 pub mod memory;
 pub mod redis;
 pub mod types;
+pub mod waiting;
 
 pub use any::AnyLimiter;
 pub use budget::FOREVER;
