@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 use weir_proto::resource::{
-    AdminState, Backend, CredentialRef, Model, Name, Pool, Rates, Resource, Spec, Timeouts, WithoutStore,
+    AdminState, Backend, CredentialRef, Model, Name, Pool, Rates, Resource, Spec, Timeouts,
 };
-use weir_ratelimit::{Bucket, Key, Kind, Mode, ScopeLimits, key::Scope, key::scope_keys};
+use weir_ratelimit::{Key, Mode, Scope, ScopeLimits, scope_limits};
 
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
 use crate::upstream::Upstream;
@@ -344,24 +344,7 @@ impl Compiler {
 }
 
 fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates) -> ScopeEntry {
-    let (record, leases) = scope_keys(scope);
-    let mut buckets = [None; Kind::COUNT];
-    for (kind, rate) in [
-        (Kind::Requests, rates.requests_per_minute),
-        (Kind::Tokens, rates.tokens_per_minute),
-        (Kind::InputTokens, rates.input_tokens_per_minute),
-        (Kind::OutputTokens, rates.output_tokens_per_minute),
-    ] {
-        buckets[kind as usize] = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier));
-    }
-    let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
-    let without_store = match rates.without_store {
-        WithoutStore::LocalShare => weir_ratelimit::WithoutStore::LocalShare,
-        WithoutStore::Open => weir_ratelimit::WithoutStore::Open,
-        WithoutStore::Closed => weir_ratelimit::WithoutStore::Closed,
-    };
-    let limits = ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store };
-    ScopeEntry { limits, kind, name }
+    ScopeEntry { limits: scope_limits(scope, rates), kind, name }
 }
 
 /// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.

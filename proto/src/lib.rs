@@ -3,10 +3,12 @@
 //! * [`v1`]: what `weir/v1/*.proto` generates, nothing added.
 //! * [`resource`]: the same resources as values that hold only what is valid: defaults filled in, durations as
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
+//! * [`status`]: gRPC errors that name the fields that are wrong.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
 
 pub mod manifest;
 pub mod resource;
+pub mod status;
 
 pub mod v1 {
     //! Generated from `weir/v1/*.proto`.

@@ -1,6 +1,6 @@
 //! Limits that hold for the whole cluster.
 //!
-//! This crate knows keys and budgets; it does not know HTTP. One [`Limiter::acquire`] decides every limit a
+//! This crate knows keys and budgets; it does not know HTTP ([`service`] hands it to others by gRPC). One [`Limiter::acquire`] decides every limit a
 //! request is under and takes a concurrency slot at the first candidate backend that has one, atomically.
 //!
 //! # The contract
@@ -24,7 +24,9 @@ mod call;
 pub mod error;
 pub mod key;
 pub mod memory;
+pub mod rates;
 pub mod redis;
+pub mod service;
 pub mod types;
 pub mod waiting;
 
@@ -32,4 +34,5 @@ pub use any::AnyLimiter;
 pub use budget::FOREVER;
 pub use error::{Error, Fault, Trouble};
 pub use key::{Scope, scope_keys};
+pub use rates::scope_limits;
 pub use types::*;

@@ -30,7 +30,7 @@ impl fmt::Display for Violations {
 
 impl std::error::Error for Violations {}
 
-/// The judge's notebook: a prefix for paths and the violations so far.
+/// The judge's notebook: a prefix for paths (empty: none) and the violations so far.
 #[derive(Debug)]
 pub(super) struct Check {
     prefix: &'static str,
@@ -43,7 +43,8 @@ impl Check {
     }
 
     pub(super) fn violation(&mut self, path: &str, message: impl Into<String>) {
-        self.found.push(Violation { path: format!("{}.{path}", self.prefix), message: message.into() });
+        let path = if self.prefix.is_empty() { path.to_owned() } else { format!("{}.{path}", self.prefix) };
+        self.found.push(Violation { path, message: message.into() });
     }
 
     pub(super) fn finish(self) -> Result<(), Violations> {

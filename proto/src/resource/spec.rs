@@ -595,6 +595,14 @@ impl Rates {
     /// The largest rate and capacity, units: what a script's double holds exactly in micro-units (2^53).
     pub const MAX_UNITS: u64 = 9_000_000_000;
 
+    /// Checks rates that are no part of a resource. Violations start with `path`.
+    pub fn checked(path: &str, wire: &v1::Rates) -> Result<Self, super::Violations> {
+        let mut check = Check::new("");
+        let rates = Self::judge(path, Some(wire), &mut check);
+        check.finish()?;
+        Ok(rates.unwrap_or_default())
+    }
+
     fn judge(path: &str, wire: Option<&v1::Rates>, check: &mut Check) -> Option<Self> {
         let w = wire?;
         let burst = w.burst_multiplier.unwrap_or(Self::BURST_MULTIPLIER);

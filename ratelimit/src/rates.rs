@@ -1,0 +1,27 @@
+//! From what operators declare to what the limiter takes. The gateway and the limit service both come through here,
+//! which is what makes them share buckets.
+
+use weir_proto::resource::{self, Rates};
+
+use crate::{Bucket, Kind, Mode, Scope, ScopeLimits, WithoutStore, scope_keys};
+
+/// The limits of a scope with these rates.
+pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
+    let (record, leases) = scope_keys(scope);
+    let mut buckets = [None; Kind::COUNT];
+    for (kind, rate) in [
+        (Kind::Requests, rates.requests_per_minute),
+        (Kind::Tokens, rates.tokens_per_minute),
+        (Kind::InputTokens, rates.input_tokens_per_minute),
+        (Kind::OutputTokens, rates.output_tokens_per_minute),
+    ] {
+        buckets[kind as usize] = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier));
+    }
+    let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
+    let without_store = match rates.without_store {
+        resource::WithoutStore::LocalShare => WithoutStore::LocalShare,
+        resource::WithoutStore::Open => WithoutStore::Open,
+        resource::WithoutStore::Closed => WithoutStore::Closed,
+    };
+    ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store }
+}

@@ -1,0 +1,128 @@
+//! The settings of a limit service: flags, or the same names in the environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use weir_runtime::Secret;
+
+/// Shorter tokens could be guessed.
+const TOKEN_MIN_CHARS: usize = 16;
+
+/// Serves the cluster's limits to other programs, over the gateways' buckets.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "weir-ratelimit", version = weir_runtime::version())]
+pub struct Config {
+    /// Address of the gRPC services.
+    #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:8090", value_name = "HOST:PORT")]
+    pub listen: SocketAddr,
+    /// Address for operations: /livez, /readyz, /metrics.
+    #[arg(long, env = "WEIR_OPS_LISTEN", default_value = "127.0.0.1:9100", value_name = "HOST:PORT")]
+    pub ops_listen: SocketAddr,
+    /// Redis of the cluster's limits, such as redis://host:6379. Without it limits hold for this process alone.
+    #[arg(long, env = "WEIR_REDIS", value_name = "URL", hide_env_values = true)]
+    pub redis: Option<String>,
+    /// File with the token that callers send as "authorization: Bearer TOKEN", at least 16 characters. Also as
+    /// WEIR_LIMIT_TOKEN. None is asked for without it.
+    #[arg(long, env = "WEIR_LIMIT_TOKEN_FILE", value_name = "PATH")]
+    pub token_file: Option<PathBuf>,
+    /// The token itself; by environment only, since arguments can be read by everybody on the machine.
+    #[arg(skip)]
+    pub token: Option<Secret>,
+    /// Listen beyond loopback without a token: for a network that only its users can reach.
+    #[arg(long, env = "WEIR_INSECURE")]
+    pub insecure: bool,
+    /// Longest answer of Redis, milliseconds; then the call is UNAVAILABLE.
+    #[arg(long, env = "WEIR_REDIS_DEADLINE_MS", default_value_t = 50, value_name = "MS",
+          value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub redis_deadline_ms: u64,
+    /// Seconds for which new calls are still taken after SIGTERM, so that load balancers can notice.
+    #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
+    pub pre_stop_s: u64,
+    /// Seconds for which calls may run on after that.
+    #[arg(long, env = "WEIR_DRAIN_S", default_value_t = 10, value_name = "SECONDS")]
+    pub drain_s: u64,
+    /// What is logged, such as info or weir_ratelimit=debug.
+    #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
+    pub log: String,
+}
+
+impl Default for Config {
+    /// As without any argument, whatever the environment says.
+    fn default() -> Self {
+        Self {
+            listen: ([127, 0, 0, 1], 8090).into(),
+            ops_listen: ([127, 0, 0, 1], 9100).into(),
+            redis: None,
+            token_file: None,
+            token: None,
+            insecure: false,
+            redis_deadline_ms: 50,
+            pre_stop_s: 2,
+            drain_s: 10,
+            log: "info".into(),
+        }
+    }
+}
+
+impl Config {
+    pub(super) fn pre_stop(&self) -> Duration {
+        Duration::from_secs(self.pre_stop_s)
+    }
+
+    pub(super) fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_s)
+    }
+
+    /// The token callers need: given, in the environment, or in the file. Refuses what is unsafe.
+    pub(super) fn checked_token(&self) -> Result<Option<Secret>, String> {
+        let token = match (&self.token, std::env::var("WEIR_LIMIT_TOKEN"), &self.token_file) {
+            (Some(token), _, _) => Some(token.clone()),
+            (None, Ok(token), _) => Some(Secret::new(token)),
+            (None, Err(_), Some(path)) => match std::fs::read_to_string(path) {
+                Ok(text) => Some(Secret::new(text.trim().to_owned())),
+                Err(error) => return Err(format!("--token-file {}: {error}", path.display())),
+            },
+            (None, Err(_), None) => None,
+        };
+        match &token {
+            Some(token) if token.expose().chars().count() < TOKEN_MIN_CHARS => {
+                Err(format!("--token-file: the token must be at least {TOKEN_MIN_CHARS} characters"))
+            }
+            None if !self.listen.ip().is_loopback() && !self.insecure => Err(format!(
+                "--listen: {} is not loopback, so callers must need a token: set --token-file or WEIR_LIMIT_TOKEN, or \
+                 --insecure when only its users can reach this network",
+                self.listen
+            )),
+            _ => Ok(token),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_what_no_argument_gives() {
+        if std::env::vars().any(|(name, _)| name.starts_with("WEIR_")) {
+            return;
+        }
+        let parsed = Config::parse_from(["weir-ratelimit"]);
+        assert_eq!(format!("{parsed:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn what_is_open_to_others_needs_a_token_or_the_operators_word() {
+        let open = Config { listen: ([0, 0, 0, 0], 8090).into(), ..Config::default() };
+        assert!(open.checked_token().expect_err("refused").contains("--insecure"));
+        let insecure = Config { insecure: true, ..open.clone() };
+        assert_eq!(insecure.checked_token(), Ok(None));
+        let guarded = Config { token: Some(Secret::new("0123456789abcdef".into())), ..open.clone() };
+        assert!(guarded.checked_token().expect("accepted").is_some());
+        assert!(!format!("{guarded:?}").contains("0123456789"));
+        let short = Config { token: Some(Secret::new("short".into())), ..open };
+        assert!(short.checked_token().expect_err("refused").contains("16 characters"));
+    }
+}

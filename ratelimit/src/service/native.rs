@@ -1,0 +1,137 @@
+//! `weir.v1.LimitService`: the caller brings scopes, limits and reservation ids.
+//!
+//! A caller that goes away while its acquire is decided knows the id and settles with nothing used; until then the
+//! reservation stands, since its caller may have taken it for granted.
+
+use smallvec::SmallVec;
+use tokio::time::Instant;
+use tonic::{Code, Request, Response, Status};
+use weir_proto::v1;
+use weir_proto::v1::limit_service_server::LimitService;
+
+use super::metrics::Metrics;
+use super::wire::{Check, duration, limit_states, refusal};
+use crate::{Acquire, AnyLimiter, Limiter, Outcome, Renewal, Settle};
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(super) struct Native {
+    pub(super) limiter: AnyLimiter,
+    pub(super) metrics: Metrics,
+}
+
+impl Native {
+    /// Counts a call; `limited` says whether an answer is a refusal.
+    async fn counted<T>(
+        &self,
+        method: &'static str,
+        call: impl Future<Output = Result<T, Status>>,
+        limited: impl FnOnce(&T) -> bool,
+    ) -> Result<Response<T>, Status> {
+        let since = Instant::now();
+        let answer = call.await;
+        let outcome = match &answer {
+            Ok(answer) if limited(answer) => "limited",
+            Ok(_) => "ok",
+            Err(status) if status.code() == Code::InvalidArgument => "invalid",
+            Err(_) => "unavailable",
+        };
+        self.metrics.called(method, outcome, since.elapsed());
+        answer.map(Response::new)
+    }
+
+    async fn do_acquire(&self, request: v1::AcquireRequest) -> Result<v1::AcquireResponse, Status> {
+        let mut check = Check::default();
+        let call = Acquire {
+            id: check.id("reservation_id", &request.reservation_id),
+            cost: check.cost("cost", request.cost),
+            estimated: request.estimated,
+            scopes: check.scopes(&request.scopes),
+            candidates: Vec::new(),
+            lease_ttl: check.lease_ttl(request.lease_ttl),
+        };
+        let call = check.finish(call)?;
+        let decision = self.limiter.acquire(&call).await.map_err(|e| refusal(&e))?;
+        let (granted, wait) = match decision.outcome {
+            Outcome::Granted { .. } => (true, None),
+            Outcome::Limited { wait } => (false, wait),
+            Outcome::NoSlot { wait } => (false, Some(wait)),
+        };
+        let limits = limit_states(&decision.limits);
+        Ok(v1::AcquireResponse { granted, wait: wait.and_then(duration), limits })
+    }
+
+    async fn do_settle(&self, request: v1::SettleRequest) -> Result<v1::SettleResponse, Status> {
+        let mut check = Check::default();
+        let call = Settle {
+            id: check.id("reservation_id", &request.reservation_id),
+            actual: check.cost("actual", request.actual),
+            scopes: check.scopes(&request.scopes),
+            slot: None,
+        };
+        let call = check.finish(call)?;
+        let settled = self.limiter.settle(&call).await.map_err(|e| refusal(&e))?;
+        Ok(v1::SettleResponse { applied: settled.applied, limits: limit_states(&settled.limits) })
+    }
+
+    async fn do_renew(&self, request: v1::RenewRequest) -> Result<v1::RenewResponse, Status> {
+        let mut check = Check::default();
+        let ids = check.ids("reservation_ids", &request.reservation_ids);
+        let leases: SmallVec<_> = check.lease_sets(&request.scopes);
+        let lease_ttl = check.lease_ttl(request.lease_ttl);
+        let ids = check.finish(ids)?;
+        let renewals: Vec<Renewal> =
+            ids.into_iter().map(|id| Renewal { id, leases: leases.clone() }).collect();
+        let lost = self.limiter.renew(&renewals, lease_ttl).await.map_err(|e| refusal(&e))?;
+        Ok(v1::RenewResponse { lost: lost.iter().map(ToString::to_string).collect() })
+    }
+
+    async fn do_release(&self, request: v1::ReleaseRequest) -> Result<v1::ReleaseResponse, Status> {
+        let mut check = Check::default();
+        let id = check.id("reservation_id", &request.reservation_id);
+        let leases = check.lease_sets(&request.scopes);
+        let id = check.finish(id)?;
+        self.limiter.release(id, &leases).await.map_err(|e| refusal(&e))?;
+        Ok(v1::ReleaseResponse {})
+    }
+
+    async fn do_peek(&self, request: v1::PeekRequest) -> Result<v1::PeekResponse, Status> {
+        let mut check = Check::default();
+        let scopes = check.scopes(&request.scopes);
+        let scopes = check.finish(scopes)?;
+        let limits = self.limiter.peek(&scopes).await.map_err(|e| refusal(&e))?;
+        Ok(v1::PeekResponse { limits: limit_states(&limits) })
+    }
+}
+
+#[tonic::async_trait]
+impl LimitService for Native {
+    async fn acquire(
+        &self,
+        request: Request<v1::AcquireRequest>,
+    ) -> Result<Response<v1::AcquireResponse>, Status> {
+        self.counted("acquire", self.do_acquire(request.into_inner()), |a| !a.granted).await
+    }
+
+    async fn settle(
+        &self,
+        request: Request<v1::SettleRequest>,
+    ) -> Result<Response<v1::SettleResponse>, Status> {
+        self.counted("settle", self.do_settle(request.into_inner()), |_| false).await
+    }
+
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
+        self.counted("renew", self.do_renew(request.into_inner()), |_| false).await
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.counted("release", self.do_release(request.into_inner()), |_| false).await
+    }
+
+    async fn peek(&self, request: Request<v1::PeekRequest>) -> Result<Response<v1::PeekResponse>, Status> {
+        self.counted("peek", self.do_peek(request.into_inner()), |_| false).await
+    }
+}

@@ -1,0 +1,169 @@
+//! Wiring: settings -> parts -> running tasks, all tracked and all ended by one token.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use weir_proto::v1::limit_service_server::LimitServiceServer;
+use weir_runtime::{Readiness, exit, serve_ops};
+
+use super::auth::Guard;
+use super::config::Config;
+use super::metrics::Metrics;
+use super::native::Native;
+use super::store::Watcher;
+use crate::AnyLimiter;
+use crate::memory::MemoryLimiter;
+use crate::redis::{RedisLimiter, RedisOptions};
+
+/// Calls at once on one connection; more wait at the caller.
+const STREAMS_MAX: u32 = 1024;
+/// Largest request.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// A caller that is gone without a word is noticed after so long, and as long again.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// Why a limit service could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A setting is wrong; says which.
+    #[error("{0}")]
+    Config(String),
+    /// An address cannot be used.
+    #[error("cannot listen on {address}: {source}; stop what uses it or choose another with {flag}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The flag that sets it.
+        flag: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl StartError {
+    /// The exit code of a process that ends with this error.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => exit::CONFIG,
+            Self::Listen { .. } => exit::UNAVAILABLE,
+        }
+    }
+}
+
+/// A limit service that runs.
+#[derive(Debug)]
+pub struct Running {
+    /// Where the gRPC services are.
+    pub address: SocketAddr,
+    /// Where operations are served.
+    pub ops_address: SocketAddr,
+    tasks: TaskTracker,
+}
+
+impl Running {
+    /// Returns when everything has ended, after the shutdown token was cancelled.
+    pub async fn ended(self) {
+        self.tasks.wait().await;
+    }
+}
+
+async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener, SocketAddr), StartError> {
+    let wrong = |source| StartError::Listen { address, flag, source };
+    let listener = TcpListener::bind(address).await.map_err(wrong)?;
+    let address = listener.local_addr().map_err(wrong)?;
+    Ok((listener, address))
+}
+
+/// Starts a limit service. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
+/// `shutdown` begins the drain, `hurry` cuts it short.
+pub async fn start(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    shutdown: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Running, StartError> {
+    let token = config.checked_token().map_err(StartError::Config)?;
+    let limiter = limiter.map_or_else(|| open(&config), Ok)?;
+    let (grpc, address) = listen(config.listen, "--listen").await?;
+    let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
+
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let readiness = Readiness::not_ready("starting");
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let guard = Guard::new(token.as_ref());
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| StartError::Config(format!("reflection: {e}")))?;
+    let native = LimitServiceServer::new(Native { limiter: limiter.clone(), metrics: metrics.clone() })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+
+    let tasks = TaskTracker::new();
+    // The operations port outlives the calls.
+    let drained = CancellationToken::new();
+    let watcher = Watcher { limiter, readiness: readiness.clone(), health, store_up: metrics.store_up };
+    tasks.spawn(watcher.run(shutdown.clone()));
+    let ops = serve_ops(ops, readiness, Arc::new(registry), drained.clone());
+    tasks.spawn(async move {
+        if let Err(error) = ops.await {
+            tracing::error!(%error, "the operations port ended");
+        }
+    });
+    let refuse = CancellationToken::new();
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .tcp_nodelay(true)
+        .add_service(health_service)
+        .add_service(InterceptedService::new(reflection, guard.clone()))
+        .add_service(InterceptedService::new(native, guard))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), refuse.clone().cancelled_owned());
+    let (pre_stop, drain) = (config.pre_stop(), config.drain());
+    tasks.spawn(async move {
+        let phases = async {
+            shutdown.cancelled().await;
+            // Not ready, but served, until balancers have noticed; then calls under way have their time.
+            for (phase, token) in [(pre_stop, Some(&refuse)), (drain, None)] {
+                tokio::select! {
+                    () = tokio::time::sleep(phase) => {}
+                    () = hurry.cancelled() => {}
+                }
+                if let Some(token) = token {
+                    token.cancel();
+                }
+            }
+        };
+        tokio::select! {
+            served = server => if let Err(error) = served {
+                tracing::error!(%error, "the gRPC port ended");
+            },
+            () = phases => tracing::warn!("calls still under way were cut"),
+        }
+        drained.cancel();
+    });
+    tasks.close();
+    Ok(Running { address, ops_address, tasks })
+}
+
+/// The limiter of the settings. It connects in the background: a service that starts before its Redis becomes ready
+/// with it.
+fn open(config: &Config) -> Result<AnyLimiter, StartError> {
+    let Some(url) = &config.redis else {
+        tracing::warn!("without --redis, limits hold for this process alone");
+        return Ok(MemoryLimiter::new().into());
+    };
+    let deadline = Duration::from_millis(config.redis_deadline_ms);
+    let options = RedisOptions { deadline, ..RedisOptions::default() };
+    let redis = RedisLimiter::open(url, options).map_err(|e| StartError::Config(format!("--redis: {e}")))?;
+    Ok(redis.into())
+}

@@ -1,0 +1,5 @@
+//! The limit service from outside: its contract over memory and over a real Redis, and how it starts and ends.
+
+mod harness;
+mod native;
+mod process;
