@@ -108,6 +108,12 @@ pub enum Command {
     Gateways,
     /// Show the health and load of the backends
     Backends,
+    /// Ask any process of Weir whether it is well: exits with 0 when it is
+    Health {
+        /// A page of its operations port, such as http://127.0.0.1:9100/readyz
+        #[arg(value_parser = health_url)]
+        url: http::Uri,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -267,6 +273,13 @@ impl FromStr for Server {
             }
             _ => Err("must be an address such as http://127.0.0.1:7070".to_owned()),
         }
+    }
+}
+
+fn health_url(text: &str) -> Result<http::Uri, String> {
+    match text.parse::<http::Uri>() {
+        Ok(uri) if uri.scheme_str() == Some("http") && uri.host().is_some() => Ok(uri),
+        _ => Err("must be an address such as http://127.0.0.1:9100/readyz".to_owned()),
     }
 }
 

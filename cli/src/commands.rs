@@ -5,6 +5,7 @@ mod backend;
 mod delete;
 mod gateways;
 mod get;
+mod health;
 mod key;
 mod wait;
 
@@ -43,6 +44,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Weight { backend, weight, wait } => {
             backend::set_weight(cli, io, backend, *weight, wait).await?;
         }
+        Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,
         Command::Backends => backend::status(cli, io).await?,

@@ -70,6 +70,24 @@ pub enum Error {
     /// The gateways did not all take a change in time; what there is to say has been said.
     #[error("the change is stored, but not every gateway holds it yet: weir gateways shows why")]
     Pending,
+    /// A process says that it is not well.
+    #[error("{url} answered {status}: {text}")]
+    Unhealthy {
+        /// What was asked.
+        url: String,
+        /// The status.
+        status: u16,
+        /// Its reason, cut.
+        text: String,
+    },
+    /// A process does not answer.
+    #[error("{url} cannot be asked: {reason}; is the process running, and does it listen there?")]
+    Silent {
+        /// What was asked.
+        url: String,
+        /// What the system said.
+        reason: String,
+    },
     /// The result cannot be printed.
     #[error("cannot print: {0}")]
     Print(#[from] io::Error),
@@ -79,8 +97,8 @@ impl Error {
     /// The exit code: see [`weir_runtime::exit`].
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Unreachable { .. } | Self::Timeout { .. } => exit::UNAVAILABLE,
-            Self::Manifest(_) | Self::Twice(_) => exit::CONFIG,
+            Self::Unreachable { .. } | Self::Timeout { .. } | Self::Silent { .. } => exit::UNAVAILABLE,
+            Self::Manifest(_) | Self::Twice(_) | Self::File { .. } => exit::CONFIG,
             Self::Token(_) | Self::Setting(_) => exit::USAGE,
             Self::Start { code, .. } => *code,
             Self::Refused { status, .. } => match status.code() {
@@ -88,7 +106,7 @@ impl Error {
                 Code::InvalidArgument => exit::CONFIG,
                 _ => exit::FAILED,
             },
-            Self::Answer(_) | Self::File { .. } | Self::Pending | Self::Print(_) => exit::FAILED,
+            Self::Answer(_) | Self::Unhealthy { .. } | Self::Pending | Self::Print(_) => exit::FAILED,
         }
     }
 }

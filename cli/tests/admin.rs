@@ -188,7 +188,7 @@ async fn a_bad_file_is_never_sent() {
     assert_eq!(code, 64);
     assert!(err.contains(":2: name: may hold lower-case letters"), "{err}");
     let (code, _, _) = weir(at, "apply -f /no/such/file").await;
-    assert_eq!(code, 1);
+    assert_eq!(code, 64);
     assert!(fake.0.lock().expect("not poisoned").applies.is_empty());
 }
 
@@ -201,7 +201,7 @@ async fn diff_says_with_its_exit_code_whether_anything_differs() {
     assert_eq!((code, out.as_str(), err.as_str()), (1, "~ backend sgp-1\n    weight: (none) -> 80\n", ""));
     fake.0.lock().expect("not poisoned").changes.clear();
     assert_eq!(weir(at, &line).await, (0, "no differences\n".into(), String::new()));
-    assert_eq!(weir(at, "diff -f /no/such/file").await.0, 2);
+    assert_eq!(weir(at, "diff -f /no/such/file").await.0, 64);
     assert!(fake.0.lock().expect("not poisoned").applies.iter().all(|a| a.validate_only));
 }
 

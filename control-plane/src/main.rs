@@ -1,12 +1,13 @@
 //! The control plane as a process of its own.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use weir_control_plane::{Config, ControlPlane, StoreConfig};
+use weir_proto::{manifest, v1};
 use weir_runtime::{Secret, exit, init_logs, shutdown_on_signals};
 
 /// Keeps what operators declare, hands it to gateways, and watches backends.
@@ -25,6 +26,9 @@ struct Args {
     /// Keep resources in memory only; they are gone with the process.
     #[arg(long, env = "WEIR_STORE_IN_MEMORY")]
     store_in_memory: bool,
+    /// Resources to start with, as `weir apply` reads them. Taken when the store has never held any, else ignored.
+    #[arg(long, env = "WEIR_BOOTSTRAP", value_name = "FILE")]
+    bootstrap: Option<PathBuf>,
     /// A file with the token that opens everything, at least 16 characters. Also as WEIR_ADMIN_TOKEN.
     #[arg(long, env = "WEIR_ADMIN_TOKEN_FILE", value_name = "FILE")]
     admin_token_file: Option<PathBuf>,
@@ -77,10 +81,19 @@ fn config(args: Args) -> Result<Config, String> {
         listen: args.listen,
         http_listen: args.http_listen,
         store,
-        bootstrap: Vec::new(),
+        bootstrap: args.bootstrap.as_deref().map(bootstrap).transpose()?.unwrap_or_default(),
         admin_token: token("admin-token-file", args.admin_token_file, "WEIR_ADMIN_TOKEN")?,
         gateway_token: token("gateway-token-file", args.gateway_token_file, "WEIR_GATEWAY_TOKEN")?,
     })
+}
+
+/// The resources of a file.
+fn bootstrap(path: &Path) -> Result<Vec<v1::Resource>, String> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        format!("--bootstrap {name}: {e}; name a file that can be read, or leave --bootstrap out")
+    })?;
+    manifest::parse(&text, &name).map_err(|e| format!("--bootstrap: {e}"))
 }
 
 /// A token from its file or its variable. It is no flag: those are seen in the list of processes.
@@ -98,6 +111,6 @@ fn token(flag: &str, file: Option<PathBuf>, variable: &str) -> Result<Option<Sec
 }
 
 fn failed(code: u8, message: &str) -> ExitCode {
-    tracing::error!("{message}");
+    eprintln!("weir-control-plane: {message}");
     ExitCode::from(code)
 }

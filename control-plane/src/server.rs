@@ -127,7 +127,12 @@ async fn bind(name: &'static str, addr: SocketAddr) -> Result<TcpListener, Error
 
 /// The first resources go into a store that has never held any.
 async fn bootstrap(catalog: &Catalog, resources: &[v1::Resource]) -> Result<(), Error> {
-    if resources.is_empty() || catalog.state().revision != 0 {
+    if resources.is_empty() {
+        return Ok(());
+    }
+    let revision = catalog.state().revision;
+    if revision != 0 {
+        tracing::info!(revision, "the store has been used before; the resources to start with are ignored");
         return Ok(());
     }
     let call = crate::catalog::Call { request_id: String::new(), digest: [0; 32], validate_only: false };

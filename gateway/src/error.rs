@@ -99,8 +99,8 @@ pub enum GatewayError {
     UpstreamInvalid,
     #[error("deadline of the request passed")]
     Deadline,
-    #[error("gateway is draining")]
-    Draining,
+    #[error("no configuration yet")]
+    Unconfigured,
     #[error("internal error")]
     Internal,
 }
@@ -203,9 +203,12 @@ impl GatewayError {
                 retry_after: None,
                 ..ours("deadline_exceeded", "deadline", "The request did not finish within its time.", None)
             },
-            Self::Draining => {
-                ours("shutting_down", "draining", "This gateway is shutting down. Please retry.", None)
-            }
+            Self::Unconfigured => ours(
+                "not_ready",
+                "unconfigured",
+                "This gateway has no configuration yet. Please retry.",
+                None,
+            ),
             Self::Internal => ErrorFacts {
                 status: StatusCode::INTERNAL_SERVER_ERROR,
                 retry_after: None,
@@ -375,7 +378,7 @@ mod tests {
             GatewayError::LimitStore,
             GatewayError::NoBackend { retry_after },
             GatewayError::Busy { retry_after },
-            GatewayError::Draining,
+            GatewayError::Unconfigured,
         ] {
             let facts = error.facts();
             assert_eq!((facts.status.as_u16(), facts.retry_elsewhere), (503, false));

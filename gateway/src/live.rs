@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -51,6 +52,15 @@ impl Live {
         !self.snapshot.load().epoch.is_empty()
     }
 
+    /// The picture in force, waiting at most `within` for the first one; `None` when there is still none then.
+    pub async fn configured(&self, within: Duration) -> Option<Arc<Snapshot>> {
+        if !self.is_configured() {
+            let mut revisions = self.revisions();
+            tokio::time::timeout(within, revisions.wait_for(|_| self.is_configured())).await.ok()?.ok()?;
+        }
+        Some(self.snapshot())
+    }
+
     /// Whether the control plane is heard.
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
@@ -69,5 +79,24 @@ impl Live {
     /// Says how many there are.
     pub fn set_live_gateways(&self, count: u32) {
         self.live_gateways.store(count.max(1), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WITHIN: Duration = Duration::from_secs(5);
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_configuration_is_waited_for_and_no_longer_than_allowed() {
+        let live = Live::default();
+        assert!(live.configured(WITHIN).await.is_none(), "there is none");
+        let publish = async {
+            tokio::time::sleep(WITHIN / 2).await;
+            live.publish(Snapshot { epoch: "e".into(), revision: 7, ..Snapshot::default() });
+        };
+        let (found, ()) = tokio::join!(live.configured(WITHIN), publish);
+        assert_eq!(found.expect("it came in time").revision, 7);
     }
 }

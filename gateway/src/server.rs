@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::{HeaderValue, Version, header};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -109,7 +110,8 @@ pub async fn serve(
             continue;
         };
         let _ = socket.set_nodelay(true);
-        let connection = connection(&builder, socket, peer, gateway.clone(), bounds.write_stall);
+        let connection =
+            connection(&builder, socket, peer, gateway.clone(), bounds.write_stall, shutdown.clone());
         let connection = graceful.watch(connection);
         let open = gateway.metrics.connections.clone();
         open.inc();
@@ -136,12 +138,22 @@ fn connection(
     peer: SocketAddr,
     gateway: Arc<Gateway>,
     stall: Duration,
+    shutdown: CancellationToken,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = Box<dyn std::error::Error + Send + Sync>>
 + Send
 + 'static {
     let service = service_fn(move |request| {
-        let gateway = gateway.clone();
-        async move { Ok::<_, std::convert::Infallible>(stack::handle(gateway, request, Some(peer.ip())).await) }
+        let (gateway, shutdown) = (gateway.clone(), shutdown.clone());
+        async move {
+            let old = request.version() < Version::HTTP_2;
+            let mut response = stack::handle(gateway, request, Some(peer.ip())).await;
+            // While draining, clients leave with their next answer instead of being cut between two requests. HTTP/2
+            // has its own word for it, which hyper says.
+            if old && shutdown.is_cancelled() {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, std::convert::Infallible>(response)
+        }
     });
     builder.serve_connection(TokioIo::new(StallGuard::new(socket, stall)), service).into_owned()
 }

@@ -42,6 +42,9 @@ pub const BODY_MAX_BYTES: usize = 16 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two parts of a body.
 const BODY_PART_TIMEOUT: Duration = Duration::from_secs(10);
+/// A request that comes before the first configuration waits for it this long: a load balancer that goes by names may
+/// send before it has asked for readiness. Without a configuration every key would be unknown, and 401 a lie.
+const FIRST_CONFIGURATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest Authorization header that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
 /// Tokens reserved for an answer whose length the client did not bound.
@@ -121,7 +124,8 @@ async fn route(
     if request.method() != allowed {
         return Err(GatewayError::MethodNotAllowed);
     }
-    let snapshot = gateway.live.snapshot();
+    let configured = gateway.live.configured(FIRST_CONFIGURATION_TIMEOUT).await;
+    let snapshot = configured.ok_or(GatewayError::Unconfigured)?;
     let key = identify(&snapshot, request.headers())?;
     if let Some(context) = slot {
         context.tenant = Some(key.tenant.name.to_string());

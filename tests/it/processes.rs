@@ -96,3 +96,98 @@ async fn with_the_control_plane_killed_a_restarted_gateway_serves_from_disk() {
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     }
 }
+
+/// A gateway that listens anywhere and whose control plane is not there.
+const ALONE: [&str; 3] =
+    ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--control-plane=http://127.0.0.1:9"];
+
+/// Runs a process to its end; its exit code and what it said.
+async fn ended(name: &str, args: &[&str]) -> (i32, String) {
+    let done = command(name).args(args).output().await.expect("runs");
+    (done.status.code().unwrap_or(-1), String::from_utf8(done.stderr).expect("UTF-8"))
+}
+
+#[tokio::test]
+async fn the_first_resources_come_from_a_file_and_a_store_in_use_ignores_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (first, second, data, token) = (path("first.yaml"), path("second.yaml"), path("data"), path("token"));
+    std::fs::write(&first, "kind: tenant\nname: first\nspec: {}\n").expect("written");
+    std::fs::write(&second, "kind: tenant\nname: second\nspec: {}\n").expect("written");
+    std::fs::write(&token, "0123456789abcdef\n").expect("written");
+    for bootstrap in [&first, &second] {
+        let listen = ["--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0", "--admin-token-file", &token];
+        let args = [&listen[..], &["--data-dir", &data, "--bootstrap", bootstrap]].concat();
+        let mut plane = Process::start("weir-control-plane", &args, "control plane serves").await;
+        let mut weir = command("weir");
+        weir.args(["list", "tenants", "--server", plane.text("grpc"), "--token-file", &token]);
+        let out = String::from_utf8(weir.output().await.expect("runs").stdout).expect("UTF-8");
+        assert!(out.contains("first") && !out.contains("second"), "with {bootstrap}: {out}");
+        signal(&plane.child, "-TERM").await;
+        assert_eq!(plane.child.wait().await.expect("ends").code(), Some(0));
+    }
+}
+
+#[tokio::test]
+async fn a_file_to_start_with_that_is_missing_or_wrong_is_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let wrong = directory.path().join("wrong.yaml");
+    std::fs::write(&wrong, "kind: tenant\nname: t\nspec: { colour: red }\n").expect("written");
+    let (wrong, data) = (wrong.to_str().expect("UTF-8"), directory.path().to_str().expect("UTF-8"));
+    for (file, said) in [("/nowhere/weir.yaml", "/nowhere/weir.yaml"), (wrong, "wrong.yaml:3")] {
+        let plane = ended("weir-control-plane", &["--data-dir", data, "--bootstrap", file]).await;
+        let up = ended("weir", &["up", "--listen", "127.0.0.1:0", "--config", file]).await;
+        for (code, text) in [plane, up] {
+            assert_eq!(code, 64, "{text}");
+            assert!(text.contains(said), "{text}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn health_tells_a_well_process_from_an_unwell_and_a_missing_one() {
+    let up = up(&[]).await;
+    let ops = up.line["ops"][0].as_str().expect("an address");
+    let (code, out, _) = up.weir(&["health", &format!("{ops}/readyz")]).await;
+    assert_eq!((code, out.as_str()), (0, "ready\n"));
+    let (code, _, err) = up.weir(&["health", &format!("{ops}/nothing-here")]).await;
+    assert_eq!(code, 1);
+    assert!(err.contains("404"), "{err}");
+    let (code, _, err) = up.weir(&["health", "http://127.0.0.1:9/readyz"]).await;
+    assert_eq!(code, 69);
+    assert!(err.contains("http://127.0.0.1:9/readyz"), "{err}");
+}
+
+#[tokio::test]
+async fn a_gateway_without_a_configuration_is_not_ready_and_says_503_and_not_401() {
+    let gateway = Process::start("weir-gateway", &ALONE, "serving").await;
+    let (code, text) = ended("weir", &["health", &format!("http://{}/readyz", gateway.text("ops"))]).await;
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no configuration"), "{text}");
+    let client = Client::new(gateway.text("clients").parse().expect("an address"), "weir_unknown");
+    let answer = client.chat(CHAT).await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{}", answer.text());
+}
+
+#[tokio::test]
+async fn a_draining_gateway_still_answers_and_sends_its_clients_away() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let up = up(&["--data-dir", directory.path().to_str().expect("UTF-8")]).await;
+    let copy = directory.path().join("gateway-0");
+    let args = ["--pre-stop-s=30", "--data-dir", copy.to_str().expect("UTF-8")];
+    let mut gateway = Process::start("weir-gateway", &[&ALONE[..], &args].concat(), "serving").await;
+    let client = Client::new(gateway.text("clients").parse().expect("an address"), up.text("api_key"));
+    assert!(!client.chat(CHAT).await.headers.contains_key("connection"));
+    signal(&gateway.child, "-TERM").await;
+    let ready = format!("http://{}/readyz", gateway.text("ops"));
+    weir_tests::eventually("readiness is withdrawn", || async {
+        ended("weir", &["health", &ready]).await.0 == 1
+    })
+    .await;
+    let answer = client.chat(CHAT).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(answer.headers["connection"], "close");
+    // The second signal ends what is left of the time.
+    signal(&gateway.child, "-TERM").await;
+    assert_eq!(gateway.child.wait().await.expect("ends").code(), Some(0));
+}

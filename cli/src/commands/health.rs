@@ -1,0 +1,55 @@
+//! `health`: one GET, so that a container can check itself without another program in its image.
+
+use http::{Request, Uri, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::net::TcpStream;
+
+use crate::args::Cli;
+use crate::error::Error;
+use crate::output::Io;
+
+/// Bytes of an answer that are read.
+const ANSWER_MAX_BYTES: usize = 4 << 10;
+
+pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), Error> {
+    let silent = |reason: String| Error::Silent { url: url.to_string(), reason };
+    let asked = tokio::time::timeout(cli.timeout, ask(url)).await;
+    let (status, text) = asked
+        .map_err(|_| {
+            silent(format!("no answer within {}", weir_proto::manifest::format_duration(cli.timeout)))
+        })?
+        .map_err(|e| silent(e.to_string()))?;
+    if !(200..300).contains(&status) {
+        return Err(Error::Unhealthy { url: url.to_string(), status, text });
+    }
+    io.result(|| format!("{text}\n"), || json!({"url": url.to_string(), "status": status, "text": text}))
+}
+
+/// The status, and the first line of the answer.
+async fn ask(url: &Uri) -> Result<(u16, String), Box<dyn std::error::Error + Send + Sync>> {
+    let host = url.host().unwrap_or_default();
+    let port = url.port_u16().unwrap_or(80);
+    let socket = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
+    let path = url.path_and_query().map_or("/", |p| p.as_str());
+    let authority = url.authority().map_or("", |a| a.as_str());
+    let request = Request::get(path).header(header::HOST, authority).body(Empty::<Bytes>::new())?;
+    let answer = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status().as_u16();
+        // What is longer than the bound is no answer of ours; its status counts all the same.
+        let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES).collect().await;
+        let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+        let text = String::from_utf8_lossy(&body);
+        Ok((status, text.lines().next().unwrap_or_default().escape_debug().to_string()))
+    };
+    tokio::select! {
+        // The connection has to be driven; when it ends first, the answer says why.
+        biased;
+        answered = answer => answered,
+        Err(error) = connection => Err(error.into()),
+    }
+}
