@@ -51,6 +51,9 @@ fn cells(spec: &Spec) -> Vec<String> {
                 }
                 v1::BalancingPolicy::RoundRobin => "round_robin",
                 v1::BalancingPolicy::Random => "random",
+                v1::BalancingPolicy::LeastRequest => "least_request",
+                v1::BalancingPolicy::PrefixAffinity => "prefix_affinity",
+                v1::BalancingPolicy::Priority => "priority",
             };
             vec![policy.to_owned(), list(&s.regions, "all")]
         }

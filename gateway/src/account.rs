@@ -49,7 +49,7 @@ pub struct Ledger {
     pub local: AnyLimiter,
     metrics: Metrics,
     lag: Lag,
-    queue: mpsc::Sender<(AnyLimiter, Settle)>,
+    queue: mpsc::Sender<(AnyLimiter, Job)>,
     leases: Mutex<OpenLeases>,
 }
 
@@ -57,7 +57,16 @@ pub struct Ledger {
 #[derive(Debug)]
 pub struct LedgerWorker {
     ledger: Arc<Ledger>,
-    queue: mpsc::Receiver<(AnyLimiter, Settle)>,
+    queue: mpsc::Receiver<(AnyLimiter, Job)>,
+}
+
+/// What an admission hands to the worker.
+#[derive(Debug)]
+enum Job {
+    /// It ended.
+    Settle(Box<Settle>),
+    /// It goes on without this slot.
+    Release(Uuid, Key),
 }
 
 impl Ledger {
@@ -110,8 +119,8 @@ impl LedgerWorker {
         loop {
             tokio::select! {
                 settle = self.queue.recv(), if tasks.len() < CONCURRENT => match settle {
-                    Some((limiter, settle)) => {
-                        tasks.spawn(settle_with_retries(self.ledger.clone(), limiter, settle));
+                    Some((limiter, job)) => {
+                        tasks.spawn(with_retries(self.ledger.clone(), limiter, job));
                     }
                     None => break,
                 },
@@ -122,11 +131,11 @@ impl LedgerWorker {
         }
         lag.abort();
         self.queue.close();
-        while let Some((limiter, settle)) = self.queue.recv().await {
+        while let Some((limiter, job)) = self.queue.recv().await {
             if tasks.len() >= CONCURRENT {
                 tasks.join_next().await;
             }
-            tasks.spawn(settle_with_retries(self.ledger.clone(), limiter, settle));
+            tasks.spawn(with_retries(self.ledger.clone(), limiter, job));
         }
         while tasks.join_next().await.is_some() {}
     }
@@ -164,19 +173,30 @@ async fn renew(ledger: Arc<Ledger>) {
     }
 }
 
-async fn settle_with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, settle: Settle) {
+async fn with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, job: Job) {
     let mut pause = Duration::from_millis(20);
     for attempt in 1..=TRIES {
-        match limiter.settle(&settle).await {
-            Ok(_) => return,
+        let done = match &job {
+            Job::Settle(settle) => limiter.settle(settle).await.map(|_| ()),
+            Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
+        };
+        match done {
+            Ok(()) => return,
             Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {
-                tracing::debug!(%error, attempt, "settlement is tried again");
+                tracing::debug!(%error, attempt, "the limit store is asked again");
                 tokio::time::sleep(pause).await;
                 pause *= 3;
             }
             Err(error) => {
-                ledger.metrics.settlements_lost.inc();
-                tracing::error!(%error, reservation = %settle.id, "settlement lost: the reservation stands");
+                match &job {
+                    Job::Settle(settle) => {
+                        ledger.metrics.settlements_lost.inc();
+                        tracing::error!(%error, reservation = %settle.id, "settlement lost: the reservation stands");
+                    }
+                    Job::Release(id, _) => {
+                        tracing::warn!(%error, reservation = %id, "a slot was not given back; its lease runs out");
+                    }
+                }
                 return;
             }
         }
@@ -196,7 +216,8 @@ pub struct Admission {
     /// What was reserved.
     pub reserved: Cost,
     actual: Cost,
-    slot: Option<Key>,
+    /// One, or two while a silent backend is not waited for alone.
+    slots: SmallVec<[Key; 2]>,
     armed: bool,
 }
 
@@ -211,7 +232,7 @@ impl Admission {
             scopes,
             reserved,
             actual: Cost::default(),
-            slot: None,
+            slots: SmallVec::new(),
             armed: true,
         }
     }
@@ -223,19 +244,38 @@ impl Admission {
 
     /// Granted, with the slot of this backend.
     pub fn granted(&mut self, slot: Option<Key>) {
+        self.slots = slot.into_iter().collect();
+        self.enter();
+    }
+
+    /// A slot of another backend was taken as well.
+    pub fn took(&mut self, slot: Key) {
+        self.slots.push(slot);
+        self.enter();
+    }
+
+    /// This slot is held no more: the limiter has freed it.
+    pub fn moved(&mut self, from: &Key) {
+        self.slots.retain(|slot| slot != from);
+        self.enter();
+    }
+
+    /// This slot is not needed any more, while the request goes on.
+    pub fn release(&mut self, slot: &Key) {
+        self.moved(slot);
+        // Without room in the queue its lease runs out.
+        let _ = self.ledger.queue.try_send((self.limiter.clone(), Job::Release(self.id, slot.clone())));
+    }
+
+    /// Says to the ledger which leases to renew.
+    fn enter(&self) {
         let concurrency = self.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone());
-        let leases: SmallVec<[Key; 4]> = concurrency.chain(slot.clone()).collect();
-        self.slot = slot;
+        let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
         if leases.is_empty() {
             self.ledger.leases().remove(&self.id);
         } else {
             self.ledger.leases().insert(self.id, (self.limiter.clone(), leases));
         }
-    }
-
-    /// The slot held.
-    pub fn slot(&self) -> Option<&Key> {
-        self.slot.as_ref()
     }
 
     /// What the request has used so far: what is settled if it ends now.
@@ -249,14 +289,18 @@ impl Drop for Admission {
         if !self.armed {
             return;
         }
+        while self.slots.len() > 1 {
+            let slot = self.slots[1].clone();
+            self.release(&slot);
+        }
         self.ledger.leases().remove(&self.id);
         let settle = Settle {
             id: self.id,
             actual: self.actual,
             scopes: std::mem::take(&mut self.scopes),
-            slot: self.slot.take(),
+            slot: self.slots.pop(),
         };
-        if self.ledger.queue.try_send((self.limiter.clone(), settle)).is_err() {
+        if self.ledger.queue.try_send((self.limiter.clone(), Job::Settle(Box::new(settle)))).is_err() {
             self.ledger.metrics.settlements_lost.inc();
         }
     }

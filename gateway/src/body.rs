@@ -183,13 +183,13 @@ impl StreamBody {
         let facts = self.rewriter.facts();
         self.state = State::Done;
         if facts.complete() {
-            self.end.target.record(Attempt::Success);
+            self.end.target.succeed(facts.completion_tokens());
             self.end.context.finished(StatusCode::OK, "ok");
             return Some(rest).filter(|r| !r.is_empty());
         }
         if facts.error_seen {
             // The backend told the client itself; it counts against the backend all the same.
-            self.end.target.record(Attempt::ServerError);
+            self.end.target.fail(Attempt::ServerError);
             self.end.context.finished(StatusCode::OK, "error_in_stream");
             return Some(rest).filter(|r| !r.is_empty());
         }
@@ -200,7 +200,7 @@ impl StreamBody {
 
     /// The backend's fault, after bytes were sent: an error event, and no `[DONE]`.
     fn broken(&mut self, attempt: Attempt) -> Bytes {
-        self.end.target.record(attempt);
+        self.end.target.fail(attempt);
         let error = match attempt {
             Attempt::Timeout => GatewayError::UpstreamTimeout,
             _ => GatewayError::UpstreamBroken,

@@ -30,6 +30,7 @@ pub mod subscribe;
 pub mod upstream;
 
 mod run;
+mod tries;
 
 pub use run::{Running, StartError, start};
 

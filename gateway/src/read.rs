@@ -127,6 +127,8 @@ pub struct Request<'a> {
 #[derive(Debug, Clone, PartialEq)]
 struct Spots {
     body_len: usize,
+    /// The value of `messages`, `prompt` or `input`; empty without one.
+    prompt: Range<usize>,
     /// Just past the opening brace.
     inside: usize,
     model: Range<usize>,
@@ -166,6 +168,7 @@ impl<'a> Request<'a> {
             prompt_bytes: fields.prompt_bytes,
             attachments: fields.attachments,
             spots: Spots {
+                prompt: fields.prompt,
                 body_len: body.len(),
                 inside: fields.inside,
                 model: model.range(),
@@ -199,6 +202,12 @@ impl<'a> Request<'a> {
             attachments,
             spots,
         }
+    }
+
+    /// How the prompt begins: at most `max` bytes of its JSON, `body` being the one that was read. Empty without one.
+    pub fn prompt_prefix<'b>(&self, body: &'b [u8], max: usize) -> &'b [u8] {
+        let prompt = body.get(self.spots.prompt.clone()).unwrap_or_default();
+        &prompt[..prompt.len().min(max)]
     }
 
     /// The body to send to a backend that knows the model as `upstream_model`, `body` being the one that was read.

@@ -27,6 +27,8 @@ pub async fn run(live: Arc<Live>, identity: Identity, endpoint: Endpoint, shutdo
             () = shutdown.cancelled() => return,
         };
         tracing::debug!(reason = ended.err(), "report lane away; the last verdicts stay");
+        // Verdicts keep, loads do not: they are wrong within seconds.
+        live.snapshot().backends.values().for_each(|backend| backend.runtime.set_fleet(None));
         tokio::select! {
             () = tokio::time::sleep(backoff.next_pause()) => {}
             () = shutdown.cancelled() => return,
@@ -78,7 +80,7 @@ fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsReque
             snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
         BackendReport {
             backend: backend.name.to_string(),
-            in_flight: backend.runtime.in_flight(),
+            in_flight: backend.runtime.report_in_flight(),
             successes: counts.successes,
             connect_failures: counts.connect_failures,
             server_errors: counts.server_errors,
@@ -101,6 +103,11 @@ fn take(live: &Live, message: &StreamReportsResponse) {
         live.set_live_gateways(message.live_gateways);
     }
     let snapshot = live.snapshot();
+    for load in &message.load {
+        if let Some(backend) = snapshot.backends.get(load.backend.as_str()) {
+            backend.runtime.set_fleet(Some(load.in_flight));
+        }
+    }
     for health in &message.health {
         let Some(backend) = snapshot.backends.get(health.backend.as_str()) else { continue };
         let state = health.state();

@@ -2,28 +2,31 @@
 //!
 //! Each lock is held for the few operations of one decision and never across an await.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::time::Instant;
-use weir_proto::resource::{AdminState, BalancingPolicy, Name, Pool};
 use weir_proto::v1::HealthState;
 
-use crate::balance::{
-    EjectConfig, Ejector, RetryBudget, RetryConfig, Scheduler, Standing, random, round_robin,
-};
-use crate::snapshot::{BackendEntry, ModelEntry};
+use crate::balance::health_factor;
 
-/// How long a backend that says it is busy, but not for how long, is left alone.
-const BUSY_DEFAULT: Duration = Duration::from_secs(1);
+mod pool;
 
-/// Counts of one backend since the last report; taken by the report lane.
-#[derive(Debug, Default)]
+pub use self::pool::{BackendWeight, PoolRuntime};
+
+/// Stands for a count that is not known.
+const UNKNOWN: u32 = u32::MAX;
+
+/// What this gateway sees of one backend and is told about it.
+#[derive(Debug)]
 pub struct BackendRuntime {
     in_flight: AtomicU32,
+    /// Of these the last report told the control plane.
+    reported: AtomicU32,
+    /// In flight from other gateways, as the fleet was last told; [`UNKNOWN`] without the report lane.
+    elsewhere: AtomicU32,
     health: AtomicU8,
+    recovering_since: Mutex<Option<Instant>>,
     successes: AtomicU64,
     connect_failures: AtomicU64,
     server_errors: AtomicU64,
@@ -44,6 +47,8 @@ pub enum Attempt {
     Timeout,
     /// 429 or 503 with Retry-After: busy, not broken.
     Busy,
+    /// Silent for longer than it ever needs, while another backend answered the same request.
+    Overtaken,
 }
 
 impl Attempt {
@@ -55,6 +60,7 @@ impl Attempt {
             Self::ServerError => "server_error",
             Self::Timeout => "timeout",
             Self::Busy => "busy",
+            Self::Overtaken => "overtaken",
         }
     }
 }
@@ -68,10 +74,27 @@ pub struct Counts {
     pub connect_failures: u64,
     /// See [`Attempt::ServerError`].
     pub server_errors: u64,
-    /// See [`Attempt::Timeout`].
+    /// See [`Attempt::Timeout`] and [`Attempt::Overtaken`].
     pub timeouts: u64,
     /// See [`Attempt::Busy`].
     pub busy: u64,
+}
+
+impl Default for BackendRuntime {
+    fn default() -> Self {
+        Self {
+            in_flight: AtomicU32::new(0),
+            reported: AtomicU32::new(0),
+            elsewhere: AtomicU32::new(UNKNOWN),
+            health: AtomicU8::new(0),
+            recovering_since: Mutex::new(None),
+            successes: AtomicU64::new(0),
+            connect_failures: AtomicU64::new(0),
+            server_errors: AtomicU64::new(0),
+            timeouts: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
+        }
+    }
 }
 
 impl BackendRuntime {
@@ -81,7 +104,7 @@ impl BackendRuntime {
             Attempt::Success => &self.successes,
             Attempt::ConnectFailure => &self.connect_failures,
             Attempt::ServerError => &self.server_errors,
-            Attempt::Timeout => &self.timeouts,
+            Attempt::Timeout | Attempt::Overtaken => &self.timeouts,
             Attempt::Busy => &self.busy,
         };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -110,7 +133,46 @@ impl BackendRuntime {
 
     /// Takes over the cluster's verdict.
     pub fn set_health(&self, state: HealthState) {
+        let before = self.health();
         self.health.store(state as i32 as u8, Ordering::Relaxed);
+        if before != state {
+            let since = (state == HealthState::Recovering).then(Instant::now);
+            *self.recovering_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        }
+    }
+
+    /// Requests of this gateway there now, remembered as what the fleet is told next.
+    pub fn report_in_flight(&self) -> u32 {
+        let now = self.in_flight();
+        self.reported.store(now, Ordering::Relaxed);
+        now
+    }
+
+    /// The fleet has so many there, those that this gateway last reported being among them. `None`: not known any more.
+    pub fn set_fleet(&self, in_flight: Option<u32>) {
+        let reported = self.reported.load(Ordering::Relaxed);
+        let elsewhere = in_flight.map_or(UNKNOWN, |all| all.saturating_sub(reported).min(UNKNOWN - 1));
+        self.elsewhere.store(elsewhere, Ordering::Relaxed);
+    }
+
+    /// What the cluster has there: what others have, as last told, and what this gateway has now. Without the report
+    /// lane every gateway is taken to have as much as this one.
+    pub fn fleet_in_flight(&self, gateways: u32) -> f64 {
+        let local = f64::from(self.in_flight());
+        match self.elsewhere.load(Ordering::Relaxed) {
+            UNKNOWN => local * f64::from(gateways.max(1)),
+            elsewhere => local + f64::from(elsewhere),
+        }
+    }
+
+    /// The health part of the effective weight.
+    pub fn health_factor(&self, now: Instant) -> f64 {
+        let state = self.health();
+        let since = match state {
+            HealthState::Recovering => *self.recovering_since.lock().unwrap_or_else(PoisonError::into_inner),
+            _ => None,
+        };
+        health_factor(state == HealthState::Degraded, since.map(|since| now.saturating_duration_since(since)))
     }
 }
 
@@ -132,176 +194,36 @@ impl Drop for InFlight {
     }
 }
 
-/// A pool's schedulers, ejections and retry budget.
-#[derive(Debug)]
-pub struct PoolRuntime {
-    inner: Mutex<Inner>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-#[derive(Debug)]
-struct Inner {
-    policy: BalancingPolicy,
-    /// One per model, since models of a pool may be served by different backends.
-    schedulers: BTreeMap<Name, Scheduler<Name>>,
-    cursor: u64,
-    ejector: Ejector<Name>,
-    retries: RetryBudget,
-    size: usize,
-}
-
-impl PoolRuntime {
-    /// The runtime of a new pool.
-    pub fn new(spec: &Pool) -> Self {
-        Self {
-            inner: Mutex::new(Inner {
-                policy: spec.balancing_policy,
-                schedulers: BTreeMap::new(),
-                cursor: (crate::random_unit() * 1e6) as u64,
-                ejector: Ejector::new(eject_config(spec)),
-                retries: RetryBudget::new(retry_config(spec), Instant::now()),
-                size: 0,
-            }),
-        }
+    #[test]
+    fn the_fleet_is_what_others_have_and_what_is_here_now() {
+        let backend = Arc::new(BackendRuntime::default());
+        let held: Vec<InFlight> = (0..3).map(|_| InFlight::enter(&backend)).collect();
+        assert_eq!(backend.fleet_in_flight(4), 12.0, "nothing is known of others: they are like this one");
+        assert_eq!(backend.report_in_flight(), 3);
+        backend.set_fleet(Some(10));
+        assert_eq!(backend.fleet_in_flight(4), 10.0);
+        let more = InFlight::enter(&backend);
+        assert_eq!(backend.fleet_in_flight(4), 11.0, "what came since counts at once");
+        drop((held, more));
+        assert_eq!(backend.fleet_in_flight(4), 7.0);
+        backend.set_fleet(Some(1));
+        assert_eq!(backend.fleet_in_flight(4), 0.0, "a picture that is older than ours");
+        backend.set_fleet(None);
+        assert_eq!(backend.fleet_in_flight(4), 0.0);
     }
 
-    fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes over a changed spec; what is known of backends stays.
-    pub fn configure(&self, spec: &Pool) {
-        let mut inner = self.inner();
-        inner.policy = spec.balancing_policy;
-        inner.ejector.set_config(eject_config(spec));
-        inner.retries.set_config(retry_config(spec));
-    }
-
-    /// Forgets backends that are gone.
-    pub fn retain(&self, members: &BTreeSet<Name>) {
-        let mut inner = self.inner();
-        inner.size = members.len();
-        inner.ejector.retain(|name| members.contains(name));
-        for scheduler in inner.schedulers.values_mut() {
-            scheduler.retain(|name| members.contains(name));
-        }
-    }
-
-    /// The model's backends in the order in which to try them: those that may be used, the preferred region first,
-    /// the policy's order within a region. When none may be used for what was observed of them, all that the
-    /// operator has left active are: observed health can be overridden, an operator's word never.
-    pub fn order(&self, model: &ModelEntry) -> Vec<usize> {
-        let mut inner = self.inner();
-        let now = Instant::now();
-        let active = |b: &BackendEntry| b.spec.admin_state == AdminState::Active;
-        let usable: Vec<usize> = (0..model.backends.len())
-            .filter(|&i| {
-                let backend = &model.backends[i].0;
-                active(backend)
-                    && backend.runtime.health() != HealthState::Unhealthy
-                    && matches!(inner.ejector.standing(&backend.name, now), Standing::Open | Standing::Probe)
-            })
-            .collect();
-        let usable = if usable.is_empty() {
-            (0..model.backends.len()).filter(|&i| active(&model.backends[i].0)).collect()
-        } else {
-            usable
-        };
-        let mut order = inner.by_policy(model, &usable);
-        order.sort_by_key(|&i| model.backends[i].0.region_rank);
-        if let Some(&first) = order.first() {
-            inner.ejector.begin_probe(&model.backends[first].0.name, now);
-        }
-        order
-    }
-
-    /// The pick had no free slot and another was used: the shares follow what was used.
-    pub fn reassign(&self, model: &ModelEntry, picked: usize, used: usize) {
-        let (picked, used) = (&model.backends[picked].0, &model.backends[used].0);
-        if let Some(scheduler) = self.inner().schedulers.get_mut(&model.name) {
-            scheduler.reassign(&picked.name, &used.name);
-        }
-    }
-
-    /// Lets an attempt bear on the next choice.
-    pub fn record(&self, backend: &Name, attempt: Attempt, retry_after: Option<Duration>) {
-        let mut inner = self.inner();
-        let (now, size) = (Instant::now(), inner.size);
-        match attempt {
-            Attempt::Success => inner.ejector.succeeded(backend, now),
-            Attempt::Busy => {
-                inner.ejector.busy(backend, retry_after.unwrap_or(BUSY_DEFAULT), now);
-            }
-            Attempt::ConnectFailure | Attempt::ServerError | Attempt::Timeout => {
-                if let Some(until) = inner.ejector.failed(backend, size, now) {
-                    let seconds = until.saturating_duration_since(now).as_secs_f64();
-                    drop(inner);
-                    tracing::warn!(%backend, last = attempt.label(), seconds, "ejected locally");
-                }
-            }
-        }
-    }
-
-    /// Whether this gateway keeps away from a backend.
-    pub fn is_ejected(&self, backend: &Name) -> bool {
-        matches!(self.inner().ejector.standing(backend, Instant::now()), Standing::Ejected(_))
-    }
-
-    /// A request was admitted: retries are a share of these.
-    pub fn count_request(&self) {
-        self.inner().retries.deposit();
-    }
-
-    /// Takes a retry out of the budget, if one is left.
-    pub fn may_retry(&self) -> bool {
-        self.inner().retries.withdraw(Instant::now())
-    }
-}
-
-impl Inner {
-    fn by_policy(&mut self, model: &ModelEntry, usable: &[usize]) -> Vec<usize> {
-        let entry = |&i: &usize| {
-            let backend = &model.backends[i].0;
-            let health = match backend.runtime.health() {
-                HealthState::Degraded | HealthState::Recovering => 0.5,
-                _ => 1.0,
-            };
-            (backend.name.clone(), f64::from(backend.spec.weight) * health)
-        };
-        let order = match self.policy {
-            BalancingPolicy::WeightedRoundRobin => {
-                // Only the best region takes part in the pick, or picks of the others would be charged for nothing.
-                let best = usable.iter().map(|&i| model.backends[i].0.region_rank).min();
-                let (near, far): (Vec<usize>, Vec<usize>) =
-                    usable.iter().partition(|&&i| Some(model.backends[i].0.region_rank) == best);
-                let entries: Vec<(Name, f64)> = near.iter().map(entry).collect();
-                let scheduler = self.schedulers.entry(model.name.clone()).or_default();
-                let order = scheduler.order(&entries, crate::random_unit);
-                return order.into_iter().map(|i| near[i]).chain(far).collect();
-            }
-            BalancingPolicy::RoundRobin => {
-                self.cursor = self.cursor.wrapping_add(1);
-                round_robin(usable.len(), self.cursor)
-            }
-            BalancingPolicy::Random => random(usable.iter().map(|_| 1.0), crate::random_unit),
-        };
-        order.into_iter().map(|i| usable[i]).collect()
-    }
-}
-
-fn eject_config(spec: &Pool) -> EjectConfig {
-    EjectConfig {
-        consecutive_failures: spec.ejection.consecutive_failures,
-        base: spec.ejection.base_duration,
-        max: spec.ejection.max_duration,
-        max_ejected_percent: spec.ejection.max_ejected_percent,
-        ..EjectConfig::default()
-    }
-}
-
-fn retry_config(spec: &Pool) -> RetryConfig {
-    RetryConfig {
-        percent: f64::from(spec.retry_budget.percent),
-        min_per_second: f64::from(spec.retry_budget.min_per_second),
-        ..RetryConfig::default()
+    #[tokio::test(start_paused = true)]
+    async fn one_that_recovers_is_ramped_from_the_verdict_on() {
+        let backend = BackendRuntime::default();
+        backend.set_health(HealthState::Recovering);
+        tokio::time::advance(std::time::Duration::from_secs(30)).await;
+        backend.set_health(HealthState::Recovering);
+        assert_eq!(backend.health_factor(Instant::now()), 0.5, "told twice, still the same return");
+        backend.set_health(HealthState::Healthy);
+        assert_eq!(backend.health_factor(Instant::now()), 1.0);
     }
 }

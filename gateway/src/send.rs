@@ -11,20 +11,22 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use weir_ratelimit::Cost;
 
+use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
 use crate::metrics::{AttemptLabels, Metrics};
 use crate::runtime_state::Attempt;
 use crate::snapshot::{BackendEntry, ModelEntry};
+use crate::stream::meter::{begins_with_error, is_error_body};
 
 /// Largest unary answer that is taken.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
 /// Longest Retry-After of a backend that is believed.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
-/// Where an attempt goes.
+/// Where an attempt goes, and what came of it so far.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The model.
@@ -35,19 +37,77 @@ pub struct Target {
     pub upstream_model: String,
     /// Where attempts are counted.
     pub metrics: Metrics,
+    /// Whether a stream was asked for.
+    pub stream: bool,
+    /// Tokens of the prompt: what the time to the first byte depends on.
+    pub prompt_tokens: u64,
+    /// When it was sent.
+    pub sent: Instant,
+    /// When the first byte of the answer came.
+    pub began: Option<Instant>,
 }
 
 impl Target {
-    /// Counts what an attempt came to and lets it bear on the next choice.
-    pub fn record(&self, attempt: Attempt) {
-        self.record_busy(attempt, None);
+    /// The first byte came; of an answer that is not streamed, all of it.
+    pub fn begin(&mut self) {
+        self.began = Some(Instant::now());
+        let sample = self.sample(0);
+        self.model.pool.runtime.began(&self.model.name, &self.backend, self.stream, &sample);
     }
 
-    fn record_busy(&self, attempt: Attempt, retry_after: Option<Duration>) {
+    /// The answer is complete, and a mistake of the client's own: the backend works, but how fast it can refuse says
+    /// nothing about how fast it is.
+    pub fn refuse(&self) {
+        self.count(Attempt::Success);
+        self.model.pool.runtime.succeeded(&self.model.name, &self.backend, None);
+    }
+
+    /// The answer is complete and good.
+    pub fn succeed(&self, output_tokens: u64) {
+        self.count(Attempt::Success);
+        let sample = match (self.stream, self.began) {
+            (true, Some(began)) => Sample {
+                measure: Measure::Decode,
+                took: began.elapsed(),
+                prompt_tokens: self.prompt_tokens,
+                output_tokens,
+            },
+            _ => self.sample(output_tokens),
+        };
+        self.model.pool.runtime.succeeded(&self.model.name, &self.backend, Some(&sample));
+    }
+
+    /// The attempt failed by the backend's fault; bears on the next choice.
+    pub fn fail(&self, attempt: Attempt) {
+        self.fail_busy(attempt, None);
+    }
+
+    fn fail_busy(&self, attempt: Attempt, retry_after: Option<Duration>) {
+        self.count(attempt);
+        let runtime = &self.model.pool.runtime;
+        if self.began.is_none() && matches!(attempt, Attempt::Timeout | Attempt::Overtaken) {
+            let waited = self.sent.elapsed();
+            runtime.waited(&self.model.name, self.backend.id, self.stream, self.prompt_tokens, waited);
+        }
+        runtime.failed(&self.model.name, &self.backend, attempt, &self.sample(0), retry_after);
+    }
+
+    /// How long to wait for the first byte before another backend is tried as well.
+    pub fn patience(&self) -> Option<Duration> {
+        let runtime = &self.model.pool.runtime;
+        runtime.patience(&self.model.name, self.backend.id, self.stream, self.prompt_tokens)
+    }
+
+    fn sample(&self, output_tokens: u64) -> Sample {
+        let measure = if self.stream { Measure::FirstByte } else { Measure::Whole };
+        let took = self.began.unwrap_or_else(Instant::now).saturating_duration_since(self.sent);
+        Sample { measure, took, prompt_tokens: self.prompt_tokens, output_tokens }
+    }
+
+    fn count(&self, attempt: Attempt) {
         self.backend.runtime.count(attempt);
         let labels = AttemptLabels { backend: self.backend.name.to_string(), outcome: attempt.label() };
         self.metrics.attempts.get_or_create(&labels).inc();
-        self.model.pool.runtime.record(&self.backend.name, attempt, retry_after);
     }
 
     /// What so many tokens of this model cost.
@@ -103,31 +163,39 @@ pub struct Outgoing {
 
 /// Sends a request to a backend. An error says whether another may be tried; the backend's part in it is recorded.
 pub async fn attempt(target: &Target, outgoing: Outgoing) -> Result<Answer, GatewayError> {
-    let (answer, error) = match exchange(target, outgoing).await {
+    let Failure { attempt, error, retry_after } = match exchange(target, outgoing).await {
         Ok(answer) => return Ok(answer),
-        Err(Failure { attempt, error, retry_after }) => ((attempt, retry_after), error),
+        Err(failure) => failure,
     };
-    target.record_busy(answer.0, answer.1);
+    if let Some(attempt) = attempt {
+        target.fail_busy(attempt, retry_after);
+    }
     Err(error)
 }
 
 struct Failure {
-    attempt: Attempt,
+    /// The backend's part in it; `None` when it has none.
+    attempt: Option<Attempt>,
     error: GatewayError,
     retry_after: Option<Duration>,
 }
 
 impl From<(Attempt, GatewayError)> for Failure {
     fn from((attempt, error): (Attempt, GatewayError)) -> Self {
-        Self { attempt, error, retry_after: None }
+        Self { attempt: Some(attempt), error, retry_after: None }
+    }
+}
+
+/// Nobody's fault but the clock's, or ours.
+impl From<GatewayError> for Failure {
+    fn from(error: GatewayError) -> Self {
+        Self { attempt: None, error, retry_after: None }
     }
 }
 
 async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure> {
     let Outgoing { path, headers, body, first_byte_by, deadline } = outgoing;
-    let first_byte_by = first_byte_by.min(deadline);
-    let uri =
-        target.backend.upstream.uri(path).map_err(|_| (Attempt::ServerError, GatewayError::Internal))?;
+    let uri = target.backend.upstream.uri(path).map_err(|_| GatewayError::Internal)?;
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = http::Method::POST;
     *request.uri_mut() = uri;
@@ -135,7 +203,12 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
     if let Some(authorization) = &target.backend.authorization {
         request.headers_mut().insert(header::AUTHORIZATION, authorization.clone());
     }
-    let late = || Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout));
+    // A request that had little time left when it was sent says nothing about the backend.
+    let late = || match first_byte_by <= deadline {
+        true => Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout)),
+        false => Failure::from(GatewayError::Deadline),
+    };
+    let first_byte_by = first_byte_by.min(deadline);
     let sent = timeout_at(first_byte_by, target.backend.upstream.send(request)).await.map_err(|_| late())?;
     let response = sent.map_err(|error| {
         tracing::debug!(backend = %target.backend.name, error = crate::subscribe::error_chain(&error), "no answer");
@@ -149,9 +222,17 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         is_stream.is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/event-stream"));
     if is_stream && head.status.is_success() {
         let first = timeout_at(first_byte_by, first_chunk(&mut rest)).await.map_err(|_| late())??;
+        // Nothing was said to the client yet: another backend may do better.
+        if begins_with_error(&first) {
+            return Err((Attempt::ServerError, GatewayError::UpstreamInvalid).into());
+        }
         return Ok(Answer::Stream { headers: head.headers, first, rest });
     }
-    let body = timeout_at(deadline, whole(rest)).await.map_err(|_| late())??;
+    let idle = target.model.timeouts.idle;
+    let body = timeout_at(deadline, whole(rest, idle)).await.map_err(|_| GatewayError::Deadline)??;
+    if head.status.is_success() && is_error_body(&body) {
+        return Err((Attempt::ServerError, GatewayError::UpstreamInvalid).into());
+    }
     Ok(Answer::Whole { status: head.status, headers: head.headers, body })
 }
 
@@ -160,7 +241,7 @@ fn judge_status(status: StatusCode, retry_after: Option<Duration>) -> Result<(),
     match status.as_u16() {
         200..=299 | 400 | 409 | 413 | 415 | 422 => Ok(()),
         429 | 503 => Err(Failure {
-            attempt: Attempt::Busy,
+            attempt: Some(Attempt::Busy),
             error: GatewayError::UpstreamBusy { retry_after },
             retry_after,
         }),
@@ -189,9 +270,10 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
     }
 }
 
-async fn whole(mut body: Incoming) -> Result<Bytes, Failure> {
+async fn whole(mut body: Incoming, idle: Duration) -> Result<Bytes, Failure> {
     let mut taken = BytesMut::new();
-    while let Some(frame) = body.frame().await {
+    let silent = |_| Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout));
+    while let Some(frame) = timeout(idle, body.frame()).await.map_err(silent)? {
         let frame = frame.map_err(|_| (Attempt::ConnectFailure, GatewayError::UpstreamConnect))?;
         let Ok(data) = frame.into_data() else { continue };
         if taken.len() + data.len() > ANSWER_MAX_BYTES {

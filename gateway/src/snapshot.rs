@@ -101,6 +101,8 @@ pub struct BackendEntry {
     pub authorization: Option<HeaderValue>,
     /// The sorted set of its leases.
     pub slots: Key,
+    /// A hash of its name, equal on every gateway: who it is to the balancer.
+    pub id: u64,
     /// Its position in the pool's regions; after the last when it is in none of them.
     pub region_rank: usize,
     /// What outlives a change of it.
@@ -234,6 +236,7 @@ impl Compiler {
                 spec: spec.clone(),
                 authorization,
                 slots: Key::backend_slots(resource.name.as_str()),
+                id: crate::balance::stable_hash(resource.name.as_str().as_bytes()),
                 region_rank: rank.unwrap_or(pool.spec.regions.len()),
                 runtime: old.map_or_else(Arc::default, |o| o.runtime.clone()),
                 upstream,

@@ -21,19 +21,21 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, timeout};
-use weir_ratelimit::{Acquire, AnyLimiter, Candidate, Decision, Limiter, Outcome, Scopes, WithoutStore};
+use weir_proto::resource::BalancingPolicy;
+use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
 
 use crate::account::{Admission, Ledger};
+use crate::balance::{Place, prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
 use crate::live::Live;
 use crate::metrics::{LimiterLabels, Metrics};
 use crate::read::{self, RouteKind};
-use crate::runtime_state::{Attempt, InFlight};
 use crate::send::{self, Answer, Outgoing, Target};
-use crate::snapshot::{BackendEntry, KeyEntry, LEASE_TTL, ModelEntry, ScopeEntry, Snapshot};
+use crate::snapshot::{KeyEntry, LEASE_TTL, ModelEntry, ScopeEntry, Snapshot};
 use crate::stream::meter::{RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
+use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
 /// Largest request body: 16 MiB.
@@ -291,68 +293,46 @@ impl Call<'_> {
     ) -> Result<Response<Body>, GatewayError> {
         let started = slot.as_ref().map_or_else(Instant::now, |c| c.started);
         let pool = &model.pool;
-        let mut order = pool.runtime.order(model);
-        if order.is_empty() {
+        let gateways = self.gateway.live.live_gateways();
+        let places = pool.runtime.order(model, gateways, self.prefix(model));
+        if places.is_empty() {
             return Err(GatewayError::NoBackend { retry_after: None });
         }
-        let (mut admission, decision, chosen) = self.admit(model, &order, slot).await?;
+        let (mut admission, decision, chosen) = self.admit(model, &places, slot).await?;
         pool.runtime.count_request();
-        if chosen != 0 {
-            pool.runtime.reassign(model, order[0], order[chosen]);
+        if places[chosen].index != places[0].index {
+            pool.runtime.reassign(model, places[0].index, places[chosen].index);
         }
-        let mut at = order.remove(chosen);
         let deadline = started + model.timeouts.total;
-        let mut attempts = 1;
-        loop {
-            let (backend, upstream_model) = &model.backends[at];
-            let target = Target {
-                model: model.clone(),
-                backend: backend.clone(),
-                upstream_model: upstream_model.clone(),
-                metrics: self.gateway.metrics.clone(),
-            };
-            if let Some(context) = slot {
-                context.backend = Some(backend.name.to_string());
-                context.attempts = attempts;
-            }
-            let in_flight = InFlight::enter(&backend.runtime);
-            // From here on the backend may have read the prompt: a request that ends now has used it.
-            admission.used(send::cost(model, self.prompt_tokens(), 0));
-            let outgoing = self.outgoing(&target, slot, deadline)?;
-            let error = match send::attempt(&target, outgoing).await {
-                Ok(answer) => {
-                    return self.answer(answer, target, admission, &decision, in_flight, slot, deadline);
-                }
-                Err(error) => error,
-            };
-            drop(in_flight);
-            let may_retry = error.facts().retry_elsewhere
-                && !order.is_empty()
-                && attempts < pool.spec.retry_budget.max_attempts
-                && Instant::now() < deadline
-                && pool.runtime.may_retry();
-            if !may_retry {
+        let request_id =
+            slot.as_ref().and_then(|context| HeaderValue::try_from(context.request_id.as_str()).ok());
+        let tries = Tries {
+            model,
+            admission: &mut admission,
+            metrics: &self.gateway.metrics,
+            context: slot.as_deref_mut(),
+            stream: self.asked.stream,
+            prompt_tokens: self.prompt_tokens(),
+            deadline,
+            outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
+        };
+        match tries.run(places[chosen].index, tries::others(&places, chosen)).await {
+            Ok(won) => self.answer(won, admission, &decision, slot, deadline),
+            Err(error) => {
                 // It got no answer, so it used nothing.
                 admission.used(weir_ratelimit::Cost::default());
-                return Err(error);
-            }
-            attempts += 1;
-            let candidates = candidates(model, &order);
-            let from = admission.slot().cloned();
-            let moved =
-                admission.limiter.move_slot(admission.id, from.as_ref(), &candidates, LEASE_TTL).await;
-            match moved {
-                Ok(Some(next)) => {
-                    at = order.remove(next);
-                    admission.granted(Some(model.backends[at].0.slots.clone()));
-                }
-                Ok(None) => {
-                    admission.used(weir_ratelimit::Cost::default());
-                    return Err(GatewayError::Busy { retry_after: None });
-                }
-                Err(_) => return Err(error),
+                Err(error)
             }
         }
+    }
+
+    /// What prefix affinity goes by: who asks and how the prompt begins.
+    fn prefix(&self, model: &ModelEntry) -> Option<u64> {
+        let spec = &model.pool.spec;
+        let wanted = spec.balancing_policy == BalancingPolicy::PrefixAffinity;
+        let bytes = self.asked.prompt_prefix(&self.body, spec.affinity.prefix_bytes as usize);
+        let tenant = || stable_hash(self.key.tenant.name.as_str().as_bytes());
+        (wanted && !bytes.is_empty()).then(|| prefix_hash(tenant(), bytes))
     }
 
     fn prompt_tokens(&self) -> u64 {
@@ -360,10 +340,15 @@ impl Call<'_> {
         text.saturating_add(u64::from(self.asked.attachments) * ATTACHMENT_TOKENS)
     }
 
-    fn outgoing(&self, target: &Target, slot: &Slot, deadline: Instant) -> Result<Outgoing, GatewayError> {
+    fn outgoing(
+        &self,
+        target: &Target,
+        request_id: Option<&HeaderValue>,
+        deadline: Instant,
+    ) -> Result<Outgoing, GatewayError> {
         let mut headers = headers::to_backend(&self.headers);
-        if let Some(id) = slot.as_ref().and_then(|c| HeaderValue::try_from(c.request_id.as_str()).ok()) {
-            headers.insert("x-request-id", id);
+        if let Some(id) = request_id {
+            headers.insert("x-request-id", id.clone());
         }
         Ok(Outgoing {
             path: self.path,
@@ -378,7 +363,7 @@ impl Call<'_> {
     async fn admit(
         &self,
         model: &Arc<ModelEntry>,
-        order: &[usize],
+        places: &[Place],
         slot: &mut Slot,
     ) -> Result<(Admission, Decision, usize), GatewayError> {
         let entries = self.scopes(model);
@@ -394,7 +379,7 @@ impl Call<'_> {
             cost: reserved,
             estimated: self.asked.max_output_tokens.is_none(),
             scopes,
-            candidates: candidates(model, order),
+            candidates: tries::candidates(model, places),
             lease_ttl: LEASE_TTL,
         };
         let ledger = &self.gateway.ledger;
@@ -489,17 +474,15 @@ impl Call<'_> {
         .collect()
     }
 
-    #[expect(clippy::too_many_arguments, reason = "everything a request holds is handed over at once")]
     fn answer(
         &self,
-        answer: Answer,
-        target: Target,
+        won: Won,
         mut admission: Admission,
         decision: &Decision,
-        in_flight: InFlight,
         slot: &mut Slot,
         deadline: Instant,
     ) -> Result<Response<Body>, GatewayError> {
+        let Won { answer, target, in_flight } = won;
         let mut context = slot.take().ok_or(GatewayError::Internal)?;
         context.note_first_byte();
         let request_id =
@@ -507,12 +490,15 @@ impl Call<'_> {
         let prompt_tokens = self.prompt_tokens();
         match answer {
             Answer::Whole { status, headers, body } => {
-                target.record(Attempt::Success);
                 let (prompt, completion, source) = match usage_of_body(&body) {
                     Some(usage) => (usage.prompt, usage.completion, "provider"),
                     None if status.is_success() => (prompt_tokens, body.len() as u64 / 4, "counted"),
                     None => (0, 0, "counted"),
                 };
+                match status.is_success() {
+                    true => target.succeed(completion),
+                    false => target.refuse(),
+                }
                 context.tokens = Some((prompt, completion, source));
                 admission.used(target.cost(prompt, completion));
                 let body = rename_model_in_body(&body, &self.asked.model);
@@ -543,13 +529,4 @@ impl Call<'_> {
             }
         }
     }
-}
-
-fn candidates(model: &ModelEntry, order: &[usize]) -> Vec<Candidate> {
-    let backends = order.iter().take(weir_ratelimit::MAX_CANDIDATES).map(|&i| &model.backends[i].0);
-    let candidate = |b: &Arc<BackendEntry>| Candidate {
-        leases: b.slots.clone(),
-        max_concurrency: b.spec.max_concurrency,
-    };
-    backends.map(candidate).collect()
 }

@@ -1,9 +1,14 @@
 //! One backend fails: nobody notices, as long as nothing was sent.
 
 use http::StatusCode;
-use mock_llm::{Config, ErrorStatus, Faults};
+use mock_llm::{Config, ErrorInStream, ErrorStatus, Faults, Hang, HangAt};
 use tokio_util::sync::CancellationToken;
+use weir_proto::v1::{self, resource::Spec};
 use weir_tests::cluster::{Resources, gateway, mock};
+
+fn millis(ms: i32) -> Option<prost_types::Duration> {
+    Some(prost_types::Duration { seconds: 0, nanos: ms * 1_000_000 })
+}
 
 const CHAT: &str = r#"{"model":"gpt-4.1","messages":[{"role":"user","content":"hi"}]}"#;
 
@@ -58,4 +63,103 @@ async fn with_every_backend_down_the_answer_is_ours_and_attempts_are_bounded() {
     }
     let attempts: u64 = mocks.iter().map(|m| m.handle.counters().requests).sum();
     assert!(attempts <= 20, "{attempts} attempts for 10 requests");
+}
+
+#[tokio::test]
+async fn a_backend_that_hangs_costs_nobody_a_second_and_is_left_alone() {
+    let end = CancellationToken::new();
+    let mocks = [mock(config(), &end).await, mock(config(), &end).await, mock(config(), &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    let narrow = v1::BackendSpec {
+        pool: "chat".into(),
+        url: format!("http://{}", mocks[1].address),
+        models: [("gpt-4.1".to_owned(), String::new())].into(),
+        max_concurrency: Some(1),
+        ..Default::default()
+    };
+    resources.put("b1", Spec::Backend(narrow));
+    let gw = gateway(&resources, None).await;
+    for _ in 0..60 {
+        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
+    }
+    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
+    mocks[1].handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
+    let before = mocks[1].handle.counters().requests;
+    for i in 0..60 {
+        let answer = gw.client.chat(CHAT).await;
+        assert_eq!(answer.status, StatusCode::OK, "request {i}: {}", answer.text());
+    }
+    // It has one slot: a call that was given up and kept its slot would be the only one.
+    let tried = mocks[1].handle.counters().requests - before;
+    assert!(
+        (3..=4).contains(&tried),
+        "left alone after three that others answered first, tried {tried} times"
+    );
+}
+
+#[tokio::test]
+async fn a_pool_that_waits_alone_does_not_try_elsewhere() {
+    let end = CancellationToken::new();
+    let mocks = [mock(config(), &end).await, mock(config(), &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    let clocks = v1::Timeouts { first_byte: millis(300), ..Default::default() };
+    let pool = v1::PoolSpec {
+        timeouts: Some(clocks),
+        hedging: Some(v1::Hedging { disabled: true, initial: millis(1), floor: millis(1) }),
+        retry_budget: Some(v1::RetryBudget { max_attempts: 1, ..Default::default() }),
+        ..Default::default()
+    };
+    resources.put("chat", Spec::Pool(pool));
+    let gw = gateway(&resources, None).await;
+    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
+    for m in &mocks {
+        m.handle.set_faults(Faults { hang: Some(hang.clone()), ..Faults::default() }).expect("valid");
+    }
+    assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!(mocks.iter().map(|m| m.handle.counters().requests).sum::<u64>(), 1);
+}
+
+#[tokio::test]
+async fn an_error_inside_a_200_is_tried_elsewhere_and_counts() {
+    let end = CancellationToken::new();
+    let mocks = [mock(config(), &end).await, mock(config(), &end).await, mock(config(), &end).await];
+    let gw = gateway(&Resources::in_front_of(&mocks), None).await;
+    let error = ErrorInStream { after_tokens: 0, probability: 1.0 };
+    mocks[1].handle.set_faults(Faults { error_in_stream: Some(error), ..Faults::default() }).expect("valid");
+    let stream = CHAT.replace(r#"{"model""#, r#"{"stream":true,"model""#);
+    for i in 0..30 {
+        for body in [CHAT, &stream] {
+            let answer = gw.client.chat(body).await;
+            let text = answer.text();
+            assert!(answer.status == StatusCode::OK && !text.contains("\"error\":{"), "request {i}: {text}");
+        }
+    }
+    let tried = mocks[1].handle.counters().requests;
+    assert!(tried <= 3, "ejected after three failures in a row, tried {tried} times");
+}
+
+#[tokio::test]
+async fn requests_that_begin_alike_go_to_one_backend_from_every_gateway() {
+    let end = CancellationToken::new();
+    let mocks = [mock(config(), &end).await, mock(config(), &end).await, mock(config(), &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    let policy = v1::BalancingPolicy::PrefixAffinity.into();
+    resources.put("chat", Spec::Pool(v1::PoolSpec { balancing_policy: policy, ..Default::default() }));
+    let gateways = [gateway(&resources, None).await, gateway(&resources, None).await];
+    let mut used = 0;
+    for topic in 0..12 {
+        let before: Vec<u64> = mocks.iter().map(|m| m.handle.counters().requests).collect();
+        for gw in &gateways {
+            for question in 0..3 {
+                let long = format!("topic {topic} {}", "x".repeat(300));
+                let body = CHAT.replace("hi", &format!("{long} question {question}"));
+                assert_eq!(gw.client.chat(&body).await.status, StatusCode::OK);
+            }
+        }
+        let after = mocks.iter().zip(before).map(|(m, b)| m.handle.counters().requests - b);
+        let hit: Vec<usize> = after.enumerate().filter(|(_, n)| *n > 0).map(|(i, _)| i).collect();
+        assert_eq!(hit.len(), 1, "topic {topic} went to {hit:?}");
+        used |= 1 << hit[0];
+    }
+    assert_eq!(used, 0b111, "different beginnings spread");
 }

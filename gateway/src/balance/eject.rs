@@ -3,6 +3,8 @@
 //! Invariants:
 //! - The budget holds for ejections on passive evidence: at most `max_ejected_percent` of a pool (one at least), never
 //!   the last two of more than two, never the last one. A backend that is coming back counts as ejected.
+//! - Failures in a row eject, and so does a share of failures with good answers between them.
+//! - Silence counts only once another backend has answered the same request: then it is not the request that is slow.
 //! - A longer ejection is never shortened by a later one, nor by answers to requests sent before it.
 //! - After an ejection one request at a time is let through until one succeeds.
 //! - Each ejection in a row doubles; the row ends when the backend served for as long as its last ejection took.
@@ -12,6 +14,9 @@ use std::hash::Hash;
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+/// Seconds over which the share of failures is taken.
+const WINDOW: usize = 10;
 
 /// When and for how long to eject.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,6 +29,10 @@ pub struct EjectConfig {
     pub max: Duration,
     /// Share of the pool that may be ejected.
     pub max_ejected_percent: u32,
+    /// Share of failures over the last [`WINDOW`] seconds that ejects.
+    pub failure_percent: u32,
+    /// Requests below which that share says nothing.
+    pub failure_min_requests: u32,
     /// The longest time a backend is believed to be busy; a larger Retry-After is cut.
     pub busy_max: Duration,
     /// How long a probe may take before another is let through; covers one whose outcome was never told.
@@ -37,6 +46,8 @@ impl Default for EjectConfig {
             base: Duration::from_secs(5),
             max: Duration::from_secs(300),
             max_ejected_percent: 50,
+            failure_percent: 50,
+            failure_min_requests: 10,
             busy_max: Duration::from_secs(60),
             probe_timeout: Duration::from_secs(10),
         }
@@ -60,6 +71,9 @@ pub enum Standing {
 #[derive(Debug, Default)]
 struct Backend {
     failures: u32,
+    /// Requests in a row that another backend answered first.
+    silences: u32,
+    recent: Recent,
     /// Ejections in a row.
     row: u32,
     busy_until: Option<Instant>,
@@ -74,6 +88,36 @@ enum State {
     Ejected { until: Instant, length: Duration, probe_until: Option<Instant> },
     /// Serving again; at `trusted_at` the row of ejections is forgotten.
     Returned { trusted_at: Instant },
+}
+
+/// Good and bad outcomes of the last [`WINDOW`] seconds, by second.
+#[derive(Debug, Default)]
+struct Recent {
+    seconds: [(u32, u32); WINDOW],
+    /// When the newest of them began.
+    newest: Option<Instant>,
+}
+
+impl Recent {
+    fn add(&mut self, good: bool, now: Instant) {
+        let newest = *self.newest.get_or_insert(now);
+        let passed = now.saturating_duration_since(newest).as_secs();
+        if passed > 0 {
+            let gone = usize::try_from(passed).map_or(WINDOW, |p| p.min(WINDOW));
+            self.seconds.rotate_right(gone);
+            self.seconds[..gone].fill((0, 0));
+            self.newest = Some(newest + Duration::from_secs(passed));
+        }
+        let (goods, bads) = &mut self.seconds[0];
+        *(if good { goods } else { bads }) += 1;
+    }
+
+    fn is_bad(&self, config: &EjectConfig) -> bool {
+        let sum = |of: fn(&(u32, u32)) -> u32| self.seconds.iter().map(|s| u64::from(of(s))).sum::<u64>();
+        let (good, bad) = (sum(|s| s.0), sum(|s| s.1));
+        let all = good + bad;
+        all >= u64::from(config.failure_min_requests) && bad * 100 >= all * u64::from(config.failure_percent)
+    }
 }
 
 /// The ejections of one pool.
@@ -137,12 +181,18 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         }
     }
 
+    /// `key` began to answer: it is not silent. Whether the answer is good is not known yet.
+    pub fn began(&mut self, key: &K) {
+        if let Some(backend) = self.backends.get_mut(key) {
+            backend.silences = 0;
+        }
+    }
+
     /// A request to `key` succeeded.
     pub fn succeeded(&mut self, key: &K, now: Instant) {
-        let Some(backend) = self.backends.get_mut(key) else {
-            return;
-        };
-        backend.failures = 0;
+        let backend = self.backends.entry(key.clone()).or_default();
+        (backend.failures, backend.silences) = (0, 0);
+        backend.recent.add(true, now);
         match backend.state {
             State::Ejected { until, length, .. } if now >= until => {
                 backend.state = State::Returned { trusted_at: now + length };
@@ -159,9 +209,23 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
     /// A request to `key`, in a pool of `pool_size`, failed by the backend's fault. Says until when the backend is
     /// ejected, if that is what this failure did.
     pub fn failed(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
-        let (out, config) = (self.ejected(), self.config);
         let backend = self.backends.entry(key.clone()).or_default();
         backend.failures = backend.failures.saturating_add(1);
+        self.judge(key, pool_size, now)
+    }
+
+    /// `key` was silent for longer than it ever needs, and another backend answered the same request. Says as
+    /// [`Self::failed`] does.
+    pub fn overtaken(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
+        let backend = self.backends.entry(key.clone()).or_default();
+        backend.silences = backend.silences.saturating_add(1);
+        self.judge(key, pool_size, now)
+    }
+
+    fn judge(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
+        let (out, config) = (self.ejected(), self.config);
+        let backend = self.backends.get_mut(key)?;
+        backend.recent.add(false, now);
         match backend.state {
             // Sent before the ejection: no news.
             State::Ejected { until, .. } if now < until => return None,
@@ -174,7 +238,8 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
             State::Open | State::Returned { .. } => {}
         }
         let probation = matches!(backend.state, State::Ejected { .. });
-        let enough = backend.failures >= config.consecutive_failures;
+        let in_a_row = backend.failures.max(backend.silences) >= config.consecutive_failures;
+        let enough = in_a_row || backend.recent.is_bad(&config);
         let affordable = out < ejectable(pool_size, config.max_ejected_percent);
         if !(probation || enough && affordable) {
             return None;
@@ -208,7 +273,7 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
 
 impl Backend {
     fn eject(&mut self, now: Instant, length: Duration) -> Instant {
-        self.failures = 0;
+        (self.failures, self.silences, self.recent) = (0, 0, Recent::default());
         let (until, length) = match self.state {
             State::Ejected { until, length: old, .. } if until > now + length => (until, old),
             State::Open | State::Ejected { .. } | State::Returned { .. } => (now + length, length),
@@ -244,6 +309,53 @@ mod tests {
         assert_eq!(ejector.failed(&1, 3, now), Some(now + 5 * SECOND));
         assert_eq!(ejector.standing(&1, now), Standing::Ejected(now + 5 * SECOND));
         assert_eq!(ejector.standing(&2, now), Standing::Open);
+    }
+
+    #[test]
+    fn half_of_the_recent_requests_failing_ejects_though_none_fail_in_a_row() {
+        let (mut ejector, start) = (Ejector::new(EjectConfig::default()), Instant::now());
+        let at = |i: u32| start + i * SECOND / 4;
+        let mut out = None;
+        for i in 0..10 {
+            assert_eq!(out, None, "{i} are too few");
+            if i % 2 == 0 {
+                ejector.succeeded(&1, at(i));
+            } else {
+                out = ejector.failed(&1, 3, at(i));
+            }
+        }
+        assert!(out.is_some());
+        for i in 0..1000 {
+            ejector.succeeded(&2, at(i));
+            ejector.succeeded(&2, at(i));
+            assert_eq!(ejector.failed(&2, 3, at(i)), None, "a third is not half");
+        }
+        // Old failures are no news: one good answer and one bad one in ten seconds.
+        for i in 0..20 {
+            ejector.succeeded(&3, start + 11 * i * SECOND);
+            assert_eq!(ejector.failed(&3, 3, start + 11 * i * SECOND), None);
+        }
+    }
+
+    #[test]
+    fn silence_ejects_only_when_others_answered_and_a_first_byte_ends_it() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        for _ in 0..3 {
+            assert_eq!(ejector.overtaken(&1, 3, now), None);
+            assert_eq!(ejector.overtaken(&1, 3, now), None);
+            ejector.began(&1);
+        }
+        let slow = Ejector::new(EjectConfig { failure_min_requests: 1000, ..EjectConfig::default() });
+        ejector = slow;
+        ejector.failed(&1, 3, now);
+        ejector.failed(&1, 3, now);
+        ejector.began(&1);
+        assert!(ejector.failed(&1, 3, now).is_some(), "a first byte does not excuse what fails afterwards");
+        let until = fail(&mut ejector, 2, 5, now, 0);
+        assert_eq!(until, None);
+        ejector.overtaken(&2, 5, now);
+        ejector.overtaken(&2, 5, now);
+        assert!(ejector.overtaken(&2, 5, now).is_some());
     }
 
     #[test]

@@ -77,7 +77,7 @@ impl<K: Clone + Eq + Hash> Scheduler<K> {
 /// A weighted random order: each place is drawn from those left, in proportion to their weights.
 ///
 /// `uniform` gives random numbers of `[0, 1)`.
-pub fn random(weights: impl IntoIterator<Item = f64>, mut uniform: impl FnMut() -> f64) -> Order {
+pub(super) fn random(weights: impl IntoIterator<Item = f64>, mut uniform: impl FnMut() -> f64) -> Order {
     // Efraimidis and Spirakis: the order of exponential arrival times with the weights as rates.
     let mut arrivals: SmallVec<[(f64, usize); 8]> = weights
         .into_iter()
@@ -89,7 +89,7 @@ pub fn random(weights: impl IntoIterator<Item = f64>, mut uniform: impl FnMut() 
 }
 
 /// Plain round-robin over `len` entries; `cursor` is the caller's count of picks.
-pub fn round_robin(len: usize, cursor: u64) -> Order {
+pub(super) fn round_robin(len: usize, cursor: u64) -> Order {
     let start = cursor.checked_rem(len as u64).unwrap_or(0) as usize;
     (start..len).chain(0..start).collect()
 }

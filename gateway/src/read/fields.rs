@@ -38,6 +38,7 @@ pub(super) struct Fields<'a> {
     pub(super) best_of: Option<u32>,
     pub(super) prompts: u32,
     pub(super) prompt_bytes: u64,
+    pub(super) prompt: std::ops::Range<usize>,
     pub(super) attachments: u32,
     pub(super) inside: usize,
 }
@@ -131,6 +132,9 @@ impl<'a> Fields<'a> {
             })?;
         } else {
             media.value(s, Name::Other, Name::Other)?;
+        }
+        if matches!(field, "messages" | "prompt" | "input") {
+            self.prompt = start..s.position();
         }
         let ids = if matches!(field, "prompt" | "input") { s.numbers() - numbers } else { 0 };
         let bytes = (s.position() - start) - (s.shrink() - shrink) - media.bytes;

@@ -119,6 +119,21 @@ struct Spots {
     usage_only: bool,
 }
 
+/// Whether the first event of a stream is an error. An event that is not whole yet is not taken for one.
+pub fn begins_with_error(chunk: &[u8]) -> bool {
+    let end = chunk.windows(2).position(|pair| pair == b"\n\n").or_else(|| {
+        let crlf = chunk.windows(4).position(|four| four == b"\r\n\r\n");
+        crlf.map(|at| at + 2)
+    });
+    let Some(end) = end else { return false };
+    data_lines(&chunk[..end]).next().is_some_and(is_error_body)
+}
+
+/// Whether an answer is an error, whatever its status says.
+pub fn is_error_body(body: &[u8]) -> bool {
+    Payload::read(body.trim_ascii()).is_ok_and(|read| read.error)
+}
+
 /// The usage an unary answer reports.
 pub fn usage_of_body(body: &[u8]) -> Option<Usage> {
     Payload::read(body).ok()?.usage

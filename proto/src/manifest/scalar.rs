@@ -257,7 +257,7 @@ macro_rules! names {
 }
 
 names! {
-    BalancingPolicy "BALANCING_POLICY_" "weighted_round_robin, round_robin, random"
+    BalancingPolicy "BALANCING_POLICY_" "weighted_round_robin, round_robin, random, least_request, prefix_affinity, priority"
     AdminState "ADMIN_STATE_" "active, draining, disabled"
     WithoutStore "WITHOUT_STORE_" "local_share, open, closed"
 }

@@ -13,6 +13,17 @@ mirror! {
         ejection: Option<Ejection>,
         retry_budget: Option<RetryBudget>,
         health: Option<HealthProfile>,
+        affinity: Option<Affinity>,
+        hedging: Option<Hedging>,
+    }
+    Affinity of Affinity {
+        prefix_bytes: u32,
+        load_percent: u32,
+    }
+    Hedging of Hedging {
+        disabled: bool,
+        initial: Option<Duration>,
+        floor: Option<Duration>,
     }
     Timeouts of Timeouts {
         connect: Option<Duration>,
@@ -25,6 +36,8 @@ mirror! {
         base_duration: Option<Duration>,
         max_duration: Option<Duration>,
         max_ejected_percent: u32,
+        failure_percent: u32,
+        failure_min_requests: u32,
     }
     RetryBudget of RetryBudget {
         percent: u32,
@@ -47,6 +60,7 @@ mirror! {
         credential: String,
         admin_state: AdminState,
         connection: Option<ConnectionSettings>,
+        priority: u32,
     }
     ConnectionSettings of ConnectionSettings {
         max_idle: u32,

@@ -45,6 +45,8 @@ fn every_kind() -> Vec<v1::Resource> {
                 base_duration: duration(6, 0),
                 max_duration: duration(600, 0),
                 max_ejected_percent: 60,
+                failure_percent: 70,
+                failure_min_requests: 20,
             }),
             retry_budget: Some(v1::RetryBudget { percent: 20, min_per_second: 5, max_attempts: 2 }),
             health: Some(v1::HealthProfile {
@@ -52,6 +54,12 @@ fn every_kind() -> Vec<v1::Resource> {
                 timeout: duration(1, 0),
                 unhealthy_threshold: 5,
                 healthy_threshold: 4,
+            }),
+            affinity: Some(v1::Affinity { prefix_bytes: 64, load_percent: 150 }),
+            hedging: Some(v1::Hedging {
+                disabled: true,
+                initial: duration(2, 0),
+                floor: duration(0, 100_000_000),
             }),
         }),
         Spec::Backend(v1::BackendSpec {
@@ -70,6 +78,7 @@ fn every_kind() -> Vec<v1::Resource> {
                 idle_timeout: duration(30, 0),
                 health_path: "/ready".into(),
             }),
+            priority: 2,
         }),
         Spec::Model(v1::ModelSpec {
             pool: "p".into(),

@@ -26,6 +26,32 @@ pub enum BalancingPolicy {
     RoundRobin,
     /// By chance, ignoring weights.
     Random,
+    /// The less loaded of two by chance.
+    LeastRequest,
+    /// By the beginning of the prompt.
+    PrefixAffinity,
+    /// By the backends' priority.
+    Priority,
+}
+
+/// What prefix affinity goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Affinity {
+    /// Bytes of the prompt that make the prefix: 256.
+    pub prefix_bytes: u32,
+    /// The most requests a backend may have for its prefixes, of the mean: 125 percent.
+    pub load_percent: u32,
+}
+
+/// When a silent backend is not waited for alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hedging {
+    /// Whether another backend is tried as well.
+    pub enabled: bool,
+    /// How long to wait while nothing is known: 5 s.
+    pub initial: Duration,
+    /// The shortest wait: 250 ms.
+    pub floor: Duration,
 }
 
 /// The clocks of a request.
@@ -93,6 +119,10 @@ pub struct Ejection {
     pub max_duration: Duration,
     /// The most of a pool that may be ejected: 50 percent.
     pub max_ejected_percent: u32,
+    /// The share of failures within 10 s that ejects: 50 percent.
+    pub failure_percent: u32,
+    /// Requests below which that share says nothing: 10.
+    pub failure_min_requests: u32,
 }
 
 /// A bound on retries.
@@ -134,6 +164,10 @@ pub struct Pool {
     pub retry_budget: RetryBudget,
     /// How backends are probed.
     pub health: HealthProfile,
+    /// For prefix affinity.
+    pub affinity: Affinity,
+    /// When a silent backend is not waited for alone.
+    pub hedging: Hedging,
 }
 
 fn or(value: u32, default: u32) -> u32 {
@@ -148,6 +182,9 @@ impl Pool {
             }
             Ok(v1::BalancingPolicy::RoundRobin) => BalancingPolicy::RoundRobin,
             Ok(v1::BalancingPolicy::Random) => BalancingPolicy::Random,
+            Ok(v1::BalancingPolicy::LeastRequest) => BalancingPolicy::LeastRequest,
+            Ok(v1::BalancingPolicy::PrefixAffinity) => BalancingPolicy::PrefixAffinity,
+            Ok(v1::BalancingPolicy::Priority) => BalancingPolicy::Priority,
             Err(_) => {
                 check.violation("balancing_policy", "is not a policy this version knows");
                 BalancingPolicy::default()
@@ -162,6 +199,8 @@ impl Pool {
         let e = w.ejection.unwrap_or_default();
         let r = w.retry_budget.unwrap_or_default();
         let h = w.health.unwrap_or_default();
+        let a = w.affinity.unwrap_or_default();
+        let hedging = w.hedging.unwrap_or_default();
         Self {
             balancing_policy,
             regions: w.regions.clone(),
@@ -190,6 +229,13 @@ impl Pool {
                     or(e.max_ejected_percent, 50),
                     1,
                     100,
+                ),
+                failure_percent: check.range("ejection.failure_percent", or(e.failure_percent, 50), 1, 100),
+                failure_min_requests: check.range(
+                    "ejection.failure_min_requests",
+                    or(e.failure_min_requests, 10),
+                    1,
+                    100_000,
                 ),
             },
             retry_budget: RetryBudget {
@@ -221,6 +267,20 @@ impl Pool {
                     or(h.healthy_threshold, 2),
                     1,
                     100,
+                ),
+            },
+            affinity: Affinity {
+                prefix_bytes: check.range("affinity.prefix_bytes", or(a.prefix_bytes, 256), 1, 65_536),
+                load_percent: check.range("affinity.load_percent", or(a.load_percent, 125), 100, 1000),
+            },
+            hedging: Hedging {
+                enabled: !hedging.disabled,
+                initial: check.duration("hedging.initial", hedging.initial.as_ref(), secs(5), DAY),
+                floor: check.duration(
+                    "hedging.floor",
+                    hedging.floor.as_ref(),
+                    Duration::from_millis(250),
+                    DAY,
                 ),
             },
         }
@@ -273,6 +333,8 @@ pub struct Backend {
     pub idle_timeout: Duration,
     /// The path that answers when the server lives: "/health".
     pub health_path: String,
+    /// For the priority policy; the lowest comes first.
+    pub priority: u32,
 }
 
 impl Backend {
@@ -318,6 +380,7 @@ impl Backend {
             max_idle: check.range("connection.max_idle", or(c.max_idle, 32), 1, 10_000),
             idle_timeout: check.duration("connection.idle_timeout", c.idle_timeout.as_ref(), secs(60), DAY),
             health_path,
+            priority: check.range("priority", w.priority, 0, 100),
         };
         Some(backend)
     }

@@ -1,0 +1,237 @@
+//! The tries of one admitted request: at the first backend, elsewhere when that fails, and at a second one as well when
+//! the first is silent for longer than it ever needs.
+//!
+//! Invariants:
+//! - Nothing has been sent to the client while this runs.
+//! - Every try holds a slot of its backend, and no slot is held without a try.
+//! - Tries after the first are paid from the pool's retry budget, and bounded per request.
+//! - The first good answer wins. The other call is cancelled by dropping it, and settled with the request: once.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use smallvec::SmallVec;
+use tokio::time::{Instant, sleep_until};
+use weir_ratelimit::{Candidate, Key, Limiter};
+
+use crate::account::Admission;
+use crate::balance::Place;
+use crate::context::RequestContext;
+use crate::error::GatewayError;
+use crate::metrics::Metrics;
+use crate::runtime_state::{Attempt, InFlight};
+use crate::send::{self, Answer, Outgoing, Target};
+use crate::snapshot::{LEASE_TTL, ModelEntry};
+
+/// Tries of one request under way at once.
+const PARALLEL_MAX: usize = 2;
+
+/// A request that was admitted.
+pub(crate) struct Tries<'a, F> {
+    pub(crate) model: &'a Arc<ModelEntry>,
+    pub(crate) admission: &'a mut Admission,
+    pub(crate) metrics: &'a Metrics,
+    pub(crate) context: Option<&'a mut RequestContext>,
+    pub(crate) stream: bool,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) deadline: Instant,
+    /// What to send to a backend.
+    pub(crate) outgoing: F,
+}
+
+/// The answer that won.
+pub(crate) struct Won {
+    pub(crate) answer: Answer,
+    pub(crate) target: Target,
+    pub(crate) in_flight: InFlight,
+}
+
+/// A try under way.
+struct Try {
+    number: u32,
+    target: Target,
+    in_flight: InFlight,
+    slot: Key,
+    /// From then on it is not waited for alone.
+    patient_until: Option<Instant>,
+}
+
+type Done = (u32, Result<Answer, GatewayError>);
+type Running = FuturesUnordered<Pin<Box<dyn Future<Output = Done> + Send>>>;
+
+impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
+    /// Sends to `first`, whose slot the admission holds, and as long as it is allowed to those of `left`.
+    pub(crate) async fn run(mut self, first: usize, mut left: Vec<Place>) -> Result<Won, GatewayError> {
+        let mut futures = Running::new();
+        let mut tries: SmallVec<[Try; PARALLEL_MAX]> = SmallVec::new();
+        let mut started = 0;
+        self.start(first, &mut started, &mut tries, &mut futures)?;
+        loop {
+            let may_hedge = tries.len() < PARALLEL_MAX && !left.is_empty();
+            let hedge_at = tries.last().and_then(|t| t.patient_until).filter(|_| may_hedge);
+            tokio::select! {
+                biased;
+                Some((number, result)) = futures.next() => {
+                    let Some(at) = tries.iter().position(|t| t.number == number) else { continue };
+                    let done = tries.remove(at);
+                    match result {
+                        Ok(answer) => return Ok(self.won(done, answer, tries)),
+                        Err(error) => {
+                            let Try { slot, in_flight, .. } = done;
+                            drop(in_flight);
+                            if !tries.is_empty() {
+                                self.admission.release(&slot);
+                                continue;
+                            }
+                            if !error.facts().retry_elsewhere || left.is_empty() || !self.may_try(started) {
+                                return Err(error);
+                            }
+                            match self.take_slot(Some(&slot), &mut left).await {
+                                Ok(Some(next)) => self.start(next, &mut started, &mut tries, &mut futures)?,
+                                Ok(None) => return Err(GatewayError::Busy { retry_after: None }),
+                                Err(_) => return Err(error),
+                            }
+                        }
+                    }
+                }
+                () = sleep_until(hedge_at.unwrap_or_else(Instant::now)), if hedge_at.is_some() => {
+                    let next = match self.may_try(started) {
+                        // The store's trouble is no reason to give up a call under way.
+                        true => self.take_slot(None, &mut left).await.ok().flatten(),
+                        false => None,
+                    };
+                    match next {
+                        Some(next) => self.start(next, &mut started, &mut tries, &mut futures)?,
+                        // No budget or no slot now; there may be later.
+                        None => tries.iter_mut().for_each(|t| t.patient_until = t.again()),
+                    }
+                }
+            }
+        }
+    }
+
+    fn may_try(&self, started: u32) -> bool {
+        let pool = &self.model.pool;
+        started < pool.spec.retry_budget.max_attempts
+            && Instant::now() < self.deadline
+            && pool.runtime.may_retry()
+    }
+
+    /// Takes a slot at the first of `left` that has one, in place of `from` if there is one.
+    async fn take_slot(
+        &mut self,
+        from: Option<&Key>,
+        left: &mut Vec<Place>,
+    ) -> Result<Option<usize>, weir_ratelimit::Error> {
+        let candidates = candidates(self.model, left);
+        let limiter = &self.admission.limiter;
+        let taken = limiter.move_slot(self.admission.id, from, &candidates, LEASE_TTL).await?;
+        if let Some(from) = from {
+            self.admission.moved(from);
+        }
+        Ok(taken.map(|at| {
+            let index = left.remove(at).index;
+            self.admission.took(self.model.backends[index].0.slots.clone());
+            index
+        }))
+    }
+
+    fn start(
+        &mut self,
+        index: usize,
+        started: &mut u32,
+        tries: &mut SmallVec<[Try; PARALLEL_MAX]>,
+        futures: &mut Running,
+    ) -> Result<(), GatewayError> {
+        let (backend, upstream_model) = &self.model.backends[index];
+        let target = Target {
+            model: self.model.clone(),
+            backend: backend.clone(),
+            upstream_model: upstream_model.clone(),
+            metrics: self.metrics.clone(),
+            stream: self.stream,
+            prompt_tokens: self.prompt_tokens,
+            sent: Instant::now(),
+            began: None,
+        };
+        *started += 1;
+        if let Some(context) = &mut self.context {
+            context.backend = Some(backend.name.to_string());
+            context.attempts = *started;
+        }
+        // From here on the backend may have read the prompt: a request that ends now has used it.
+        self.admission.used(send::cost(self.model, self.prompt_tokens, 0));
+        let outgoing = (self.outgoing)(&target)?;
+        let (number, sending) = (*started, target.clone());
+        futures.push(Box::pin(async move { (number, send::attempt(&sending, outgoing).await) }));
+        tries.push(Try {
+            number,
+            in_flight: InFlight::enter(&backend.runtime),
+            slot: backend.slots.clone(),
+            patient_until: target.patience().map(|patience| target.sent + patience),
+            target,
+        });
+        Ok(())
+    }
+
+    fn won(&mut self, winner: Try, answer: Answer, others: SmallVec<[Try; PARALLEL_MAX]>) -> Won {
+        let Try { number, mut target, in_flight, .. } = winner;
+        if !matches!(&answer, Answer::Whole { status, .. } if !status.is_success()) {
+            target.begin();
+        }
+        for other in others {
+            // Asked later and not answered yet says nothing; asked earlier does.
+            if other.number < number {
+                other.target.fail(Attempt::Overtaken);
+            }
+            self.admission.release(&other.slot);
+        }
+        if let Some(context) = &mut self.context {
+            context.backend = Some(target.backend.name.to_string());
+        }
+        Won { answer, target, in_flight }
+    }
+}
+
+impl Try {
+    /// When to think of another backend again.
+    fn again(&self) -> Option<Instant> {
+        self.target.patience().map(|patience| Instant::now() + patience)
+    }
+}
+
+/// What the limiter is given, in order of preference.
+pub(crate) fn candidates(model: &ModelEntry, places: &[Place]) -> Vec<Candidate> {
+    let candidate = |place: &Place| Candidate {
+        leases: model.backends[place.index].0.slots.clone(),
+        max_concurrency: place.slots,
+    };
+    places.iter().take(weir_ratelimit::MAX_CANDIDATES).map(candidate).collect()
+}
+
+/// The places that are left when `chosen` is taken: each backend once, with all its slots.
+pub(crate) fn others(places: &[Place], chosen: usize) -> Vec<Place> {
+    let mut left: Vec<Place> = Vec::with_capacity(places.len());
+    for place in places.iter().filter(|place| place.index != places[chosen].index) {
+        match left.iter_mut().find(|seen| seen.index == place.index) {
+            Some(seen) => seen.slots = seen.slots.max(place.slots),
+            None => left.push(*place),
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_names_each_backend_once_with_all_its_slots() {
+        let place = |index, slots| Place { index, slots };
+        let places = [place(2, 3), place(0, 3), place(1, 3), place(1, 50), place(0, 50), place(2, 50)];
+        assert_eq!(others(&places, 0), [place(0, 50), place(1, 50)]);
+        assert_eq!(others(&places, 3), [place(2, 50), place(0, 50)]);
+    }
+}
