@@ -19,7 +19,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
 use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
 
