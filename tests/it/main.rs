@@ -6,4 +6,3 @@ mod limits;
 mod processes;
 mod stack;
 mod streaming;
-mod tls;

@@ -1,0 +1,40 @@
+# One image with every binary of Weir; the command says what a container is. Works with and without BuildKit.
+#
+#   docker build -t weir .
+#   docker build -t weir --build-arg WEIR_COMMIT="$(git rev-parse --short HEAD)" .     # named by --version
+
+# The manifests, and an empty program wherever cargo looks for a file. This stage runs at every change; what the next
+# one copies from it changes only with the dependencies, so those stay built.
+FROM rust:1-slim-bookworm AS skeleton
+WORKDIR /src
+COPY . .
+RUN mkdir /skeleton \
+ && find . \( -name Cargo.toml -o -name Cargo.lock \) -exec cp --parents {} /skeleton \; \
+ && find . \( -name main.rs -o -name lib.rs -o -name build.rs -o -path '*/bin/*.rs' -o -path '*/benches/*.rs' \) \
+      -exec sh -c 'mkdir -p "/skeleton/${1%/*}" && echo "fn main() { }" > "/skeleton/$1"' - {} \;
+
+FROM rust:1-slim-bookworm AS build
+WORKDIR /src
+# No debug information: it would be most of the image. Names of functions stay, for backtraces.
+ENV CARGO_INCREMENTAL=0 CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
+    CARGO_NET_RETRY=5 \
+    PACKAGES="-p weir -p weir-gateway -p weir-control-plane -p weir-ratelimit -p mock-llm"
+COPY --from=skeleton /skeleton .
+RUN cargo build --release --locked --bins $PACKAGES
+COPY . .
+ARG WEIR_COMMIT=unknown
+# Cargo goes by times, and files come with those of the checkout: older than the empty programs built above.
+RUN find . -name '*.rs' -exec touch {} + \
+ && WEIR_COMMIT="$WEIR_COMMIT" cargo build --release --locked --bins $PACKAGES \
+ && mkdir /out && find target/release -maxdepth 1 -type f -executable -exec cp -t /out {} +
+
+FROM debian:bookworm-slim
+# For backends behind https. Copied, so that this stage needs no network.
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+COPY --from=build /out/ /usr/local/bin/
+# A fresh volume takes the owner of the directory it is mounted on.
+RUN mkdir -p /var/lib/weir /etc/weir/admin-token /etc/weir/gateway-token /etc/weir/limit-token \
+ && chown -R 10001:10001 /var/lib/weir /etc/weir
+USER 10001:10001
+WORKDIR /var/lib/weir
+CMD ["weir", "--help"]
