@@ -43,6 +43,18 @@ pub struct Config {
     /// Most client connections at once.
     #[arg(long, env = "WEIR_MAX_CONNECTIONS", default_value_t = 10_000, value_name = "N")]
     pub max_connections: usize,
+    /// Most client connections of one address (IPv6: one /64) at once; as many as in all when not given.
+    #[arg(long, env = "WEIR_MAX_CONNECTIONS_PER_ADDRESS", value_name = "N")]
+    pub max_connections_per_address: Option<usize>,
+    /// Most memory that request bodies take together, in MiB.
+    #[arg(long, env = "WEIR_BODY_MEMORY_MIB", default_value_t = 1024, value_name = "MIB")]
+    pub body_memory_mib: usize,
+    /// Certificate chain (PEM) to serve clients over TLS alone; read again when it changes.
+    #[arg(long, env = "WEIR_TLS_CERT", value_name = "PATH", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate.
+    #[arg(long, env = "WEIR_TLS_KEY", value_name = "PATH", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// Seconds for which new connections are still taken after SIGTERM, so that load balancers can notice.
     #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
     pub pre_stop_s: u64,
@@ -59,6 +71,7 @@ impl Config {
     pub fn bounds(&self) -> Bounds {
         Bounds {
             connections: self.max_connections,
+            connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
             pre_stop: Duration::from_secs(self.pre_stop_s),
             drain: Duration::from_secs(self.drain_s),
             ..Bounds::default()

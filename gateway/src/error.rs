@@ -75,6 +75,9 @@ pub enum GatewayError {
     BodyTooLarge { max: u64 },
     #[error("request body did not arrive in time")]
     BodyTimeout,
+    /// All bodies together take the memory they may take.
+    #[error("no memory for another request body")]
+    BodyMemory,
     #[error("request body has an encoding that is not supported")]
     UnsupportedEncoding,
     #[error("limited by {} of {} {}", .0.what, .0.scope_kind, .0.scope)]
@@ -158,6 +161,7 @@ impl GatewayError {
             Self::BodyTimeout => {
                 client(408, "request_timeout", "body_timeout", "The request body did not arrive in time.")
             }
+            Self::BodyMemory => ours("overloaded", "body_memory", "This gateway is overloaded.", None),
             Self::UnsupportedEncoding => client(
                 415,
                 "unsupported_encoding",

@@ -14,6 +14,7 @@ pub mod context;
 pub mod error;
 pub mod headers;
 pub mod held;
+pub mod intake;
 pub mod lag;
 pub mod live;
 pub mod metrics;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::snapshot::Snapshot;
 
@@ -14,6 +15,7 @@ use crate::snapshot::Snapshot;
 pub struct Live {
     snapshot: ArcSwap<Snapshot>,
     revision: watch::Sender<u64>,
+    published: ArcSwap<Instant>,
     connected: AtomicBool,
     live_gateways: AtomicU32,
 }
@@ -23,6 +25,7 @@ impl Default for Live {
         Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
             revision: watch::Sender::new(0),
+            published: ArcSwap::from_pointee(Instant::now()),
             connected: AtomicBool::new(false),
             live_gateways: AtomicU32::new(1),
         }
@@ -39,7 +42,13 @@ impl Live {
     pub fn publish(&self, snapshot: Snapshot) {
         let revision = snapshot.revision;
         self.snapshot.store(Arc::new(snapshot));
+        self.published.store(Arc::new(Instant::now()));
         self.revision.send_replace(revision);
+    }
+
+    /// For how long the picture has been in force.
+    pub fn published_for(&self) -> Duration {
+        self.published.load().elapsed()
     }
 
     /// The revision in force, to wait for.

@@ -81,8 +81,12 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Client connections refused for lack of room.
     pub connections_refused: Counter,
+    /// Bytes of request bodies held.
+    pub body_bytes: Gauge,
     /// The configuration revision in force.
     pub revision: Gauge,
+    /// Seconds for which it has been in force.
+    pub config_age: Gauge,
     /// 1 while the control plane is heard.
     pub control_plane_connected: Gauge,
 }
@@ -112,7 +116,9 @@ impl Metrics {
             leases_lost: Counter::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
+            body_bytes: Gauge::default(),
             revision: Gauge::default(),
+            config_age: Gauge::default(),
             control_plane_connected: Gauge::default(),
         };
         let r = registry.sub_registry_with_prefix("weir");
@@ -135,6 +141,12 @@ impl Metrics {
             "connections_refused",
             "Client connections refused for lack of room",
             m.connections_refused.clone(),
+        );
+        r.register("request_body_bytes", "Request bodies held, bytes", m.body_bytes.clone());
+        r.register(
+            "config_age_seconds",
+            "For how long the configuration revision has been in force",
+            m.config_age.clone(),
         );
         r.register("config_revision", "Configuration revision in force", m.revision.clone());
         r.register(

@@ -11,11 +11,12 @@ use tokio_util::task::TaskTracker;
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_runtime::Readiness;
+use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
 use crate::config::Config;
 use crate::held::Disk;
+use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::stack::Gateway;
@@ -76,6 +77,13 @@ pub async fn start(
     let (clients, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let control_plane = endpoint(&config.control_plane).map_err(StartError::Config)?;
+    let tls = match (&config.tls_cert, &config.tls_key) {
+        (Some(certificate), Some(key)) => Some(
+            ServerTls::open(certificate, key, &[b"h2", b"http/1.1"])
+                .map_err(|e| StartError::Config(format!("--tls-cert, --tls-key: {e}")))?,
+        ),
+        _ => None,
+    };
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let limiter = match (limiter, &config.redis) {
@@ -106,7 +114,8 @@ pub async fn start(
     let metrics = Metrics::new(&mut registry);
     let live = Arc::new(Live::default());
     let (ledger, worker) = Ledger::new(limiter, metrics.clone());
-    let gateway = Arc::new(Gateway { live: live.clone(), ledger, metrics: metrics.clone() });
+    let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
+    let gateway = Arc::new(Gateway { live: live.clone(), ledger, bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(live.clone(), identity.clone(), control_plane.clone(), disk);
 
@@ -125,7 +134,7 @@ pub async fn start(
     });
     let bounds = config.bounds();
     tasks.spawn(async move {
-        server::serve(clients, gateway, bounds, shutdown, hurry).await;
+        server::serve(clients, tls, gateway, bounds, shutdown, hurry).await;
         drained.cancel();
     });
     tasks.close();
@@ -152,6 +161,7 @@ async fn watch(
         };
         readiness.set(state);
         metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
+        metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },

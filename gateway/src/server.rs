@@ -1,23 +1,25 @@
 //! Listening, with a bound on everything a stranger can make us hold.
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
+mod addresses;
+mod stall;
+
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::{HeaderValue, Version, header};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
+use weir_runtime::ServerTls;
 
+use self::addresses::Addresses;
+use self::stall::StallGuard;
 use crate::stack::{self, Gateway};
 
 /// What a connection may cost.
@@ -25,6 +27,10 @@ use crate::stack::{self, Gateway};
 pub struct Bounds {
     /// Connections at once: 10 000.
     pub connections: usize,
+    /// Connections of one address (of one /64 with IPv6): as many as in all, since behind an edge all come from one.
+    pub connections_per_address: usize,
+    /// To shake hands, where TLS is spoken: 10 s.
+    pub handshake_timeout: Duration,
     /// To send the head of a request: 10 s.
     pub header_timeout: Duration,
     /// Bytes of a head: 64 KiB.
@@ -45,6 +51,8 @@ impl Default for Bounds {
     fn default() -> Self {
         Self {
             connections: 10_000,
+            connections_per_address: 10_000,
+            handshake_timeout: Duration::from_secs(10),
             header_timeout: Duration::from_secs(10),
             header_bytes: 64 << 10,
             headers: 100,
@@ -57,31 +65,24 @@ impl Default for Bounds {
 }
 
 /// Serves until `shutdown`, then drains: keep accepting for `pre_stop`, then refuse, let streams run for `drain` or
-/// until `hurry`.
+/// until `hurry`. With `tls` nothing else is spoken.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<ServerTls>,
     gateway: Arc<Gateway>,
     bounds: Bounds,
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(bounds.header_timeout)
-        .max_buf_size(bounds.header_bytes)
-        .max_headers(bounds.headers)
-        .pipeline_flush(true);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(bounds.streams)
-        .max_header_list_size(bounds.header_bytes as u32)
-        .keep_alive_interval(Duration::from_secs(30))
-        .keep_alive_timeout(Duration::from_secs(20));
-    let builder = Arc::new(builder);
+    let door = Arc::new(Door {
+        builder: protocols(&bounds),
+        tls,
+        gateway: gateway.clone(),
+        bounds,
+        shutdown: shutdown.clone(),
+    });
     let room = Arc::new(Semaphore::new(bounds.connections));
+    let addresses = Addresses::new(bounds.connections_per_address);
     let graceful = GracefulShutdown::new();
     let stop_accepting = async {
         shutdown.cancelled().await;
@@ -105,14 +106,11 @@ pub async fn serve(
                 continue;
             }
         };
-        let Ok(permit) = room.clone().try_acquire_owned() else {
+        let (Ok(permit), Some(place)) = (room.clone().try_acquire_owned(), addresses.place(peer.ip())) else {
             gateway.metrics.connections_refused.inc();
             continue;
         };
-        let _ = socket.set_nodelay(true);
-        let connection =
-            connection(&builder, socket, peer, gateway.clone(), bounds.write_stall, shutdown.clone());
-        let connection = graceful.watch(connection);
+        let connection = door.clone().connection(socket, peer.ip(), graceful.watcher());
         let open = gateway.metrics.connections.clone();
         open.inc();
         tokio::spawn(async move {
@@ -120,7 +118,7 @@ pub async fn serve(
                 tracing::debug!(%peer, %error, "connection ended");
             }
             open.dec();
-            drop(permit);
+            drop((permit, place));
         });
     }
     drop(listener);
@@ -132,96 +130,73 @@ pub async fn serve(
     }
 }
 
-fn connection(
-    builder: &Builder<TokioExecutor>,
-    socket: TcpStream,
-    peer: SocketAddr,
+fn protocols(bounds: &Bounds) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(bounds.header_timeout)
+        .max_buf_size(bounds.header_bytes)
+        .max_headers(bounds.headers)
+        .pipeline_flush(true);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(bounds.streams)
+        .max_header_list_size(bounds.header_bytes as u32)
+        .keep_alive_interval(Duration::from_secs(30))
+        .keep_alive_timeout(Duration::from_secs(20));
+    builder
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// What all connections have in common.
+struct Door {
+    builder: Builder<TokioExecutor>,
+    tls: Option<ServerTls>,
     gateway: Arc<Gateway>,
-    stall: Duration,
+    bounds: Bounds,
     shutdown: CancellationToken,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error = Box<dyn std::error::Error + Send + Sync>>
-+ Send
-+ 'static {
-    let service = service_fn(move |request| {
-        let (gateway, shutdown) = (gateway.clone(), shutdown.clone());
-        async move {
-            let old = request.version() < Version::HTTP_2;
-            let mut response = stack::handle(gateway, request, Some(peer.ip())).await;
-            // While draining, clients leave with their next answer instead of being cut between two requests. HTTP/2
-            // has its own word for it, which hyper says.
-            if old && shutdown.is_cancelled() {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+}
+
+impl Door {
+    async fn connection(
+        self: Arc<Self>,
+        socket: TcpStream,
+        peer: IpAddr,
+        watcher: Watcher,
+    ) -> Result<(), Failure> {
+        let _ = socket.set_nodelay(true);
+        let socket = StallGuard::new(socket, self.bounds.write_stall);
+        match &self.tls {
+            None => self.requests(socket, peer, watcher).await,
+            Some(tls) => {
+                let handshake = tls.acceptor().accept(socket);
+                let socket = tokio::time::timeout(self.bounds.handshake_timeout, handshake).await??;
+                self.requests(socket, peer, watcher).await
             }
-            Ok::<_, std::convert::Infallible>(response)
         }
-    });
-    builder.serve_connection(TokioIo::new(StallGuard::new(socket, stall)), service).into_owned()
-}
-
-/// A socket whose writes fail once the peer has taken nothing for too long. hyper has no such clock, and while it
-/// waits for room it does not poll the body, so no clock of the body's runs either.
-#[derive(Debug)]
-struct StallGuard {
-    socket: TcpStream,
-    limit: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl StallGuard {
-    fn new(socket: TcpStream, limit: Duration) -> Self {
-        Self { socket, limit, stalled: None }
     }
 
-    fn judge<T>(&mut self, cx: &mut Context<'_>, wrote: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        use std::future::Future as _;
-        if wrote.is_ready() {
-            self.stalled = None;
-            return wrote;
-        }
-        let limit = self.limit;
-        let timer =
-            self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
-        timer
-            .as_mut()
-            .poll(cx)
-            .map(|()| Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
-    }
-}
-
-impl AsyncRead for StallGuard {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for StallGuard {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.socket).poll_write(cx, buf);
-        self.judge(cx, wrote)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let wrote = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
-        self.judge(cx, wrote)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+    async fn requests<S>(&self, socket: S, peer: IpAddr, watcher: Watcher) -> Result<(), Failure>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (gateway, shutdown) = (self.gateway.clone(), self.shutdown.clone());
+        let service = service_fn(move |request| {
+            let (gateway, shutdown) = (gateway.clone(), shutdown.clone());
+            async move {
+                let old = request.version() < Version::HTTP_2;
+                let mut response = stack::handle(gateway, request, Some(peer)).await;
+                // While draining, clients leave with their next answer instead of being cut between two requests.
+                // HTTP/2 has its own word for it, which hyper says.
+                if old && shutdown.is_cancelled() {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, std::convert::Infallible>(response)
+            }
+        });
+        watcher.watch(self.builder.serve_connection(TokioIo::new(socket), service).into_owned()).await
     }
 }

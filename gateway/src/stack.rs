@@ -15,12 +15,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
 use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
 
@@ -29,6 +28,7 @@ use crate::balance::{Place, prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
+use crate::intake::{self, BodyMemory};
 use crate::live::Live;
 use crate::metrics::{LimiterLabels, Metrics};
 use crate::read::{self, RouteKind};
@@ -38,12 +38,6 @@ use crate::stream::meter::{RewritePlan, Rewriter, rename_model_in_body, usage_of
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
-/// Largest request body: 16 MiB.
-pub const BODY_MAX_BYTES: usize = 16 << 20;
-/// A body must come within so long, and each part of it within [`BODY_PART_TIMEOUT`].
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-/// Between two parts of a body.
-const BODY_PART_TIMEOUT: Duration = Duration::from_secs(10);
 /// A request that comes before the first configuration waits for it this long: a load balancer that goes by names may
 /// send before it has asked for readiness. Without a configuration every key would be unknown, and 401 a lie.
 const FIRST_CONFIGURATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -65,6 +59,8 @@ pub struct Gateway {
     pub live: Arc<Live>,
     /// Limits and their settlement.
     pub ledger: Arc<Ledger>,
+    /// Memory for request bodies.
+    pub bodies: Arc<BodyMemory>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -195,44 +191,6 @@ fn json(status: StatusCode, body: Bytes) -> Response<Body> {
     response
 }
 
-/// Takes the body within its bounds of size and time.
-async fn read_body(headers: &HeaderMap, mut body: Incoming) -> Result<Bytes, GatewayError> {
-    if headers.get(header::CONTENT_ENCODING).is_some_and(|v| v != "identity") {
-        return Err(GatewayError::UnsupportedEncoding);
-    }
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|n| n > BODY_MAX_BYTES) {
-        return Err(GatewayError::BodyTooLarge { max: BODY_MAX_BYTES as u64 });
-    }
-    let whole = async {
-        let mut first: Option<Bytes> = None;
-        let mut rest = BytesMut::new();
-        let mut length = 0;
-        while let Some(frame) =
-            timeout(BODY_PART_TIMEOUT, body.frame()).await.map_err(|_| GatewayError::BodyTimeout)?
-        {
-            let Ok(data) = frame.map_err(|_| GatewayError::BodyTimeout)?.into_data() else { continue };
-            length += data.len();
-            if length > BODY_MAX_BYTES {
-                return Err(GatewayError::BodyTooLarge { max: BODY_MAX_BYTES as u64 });
-            }
-            // Most bodies come in one part and are not copied.
-            match &first {
-                None => first = Some(data),
-                Some(before) => {
-                    if rest.is_empty() {
-                        rest.reserve(announced.unwrap_or(length * 2));
-                        rest.extend_from_slice(before);
-                    }
-                    rest.extend_from_slice(&data);
-                }
-            }
-        }
-        Ok(if rest.is_empty() { first.unwrap_or_default() } else { rest.freeze() })
-    };
-    timeout(BODY_TIMEOUT, whole).await.map_err(|_| GatewayError::BodyTimeout)?
-}
-
 async fn complete(
     gateway: &Arc<Gateway>,
     snapshot: &Arc<Snapshot>,
@@ -243,7 +201,7 @@ async fn complete(
     slot: &mut Slot,
 ) -> Result<Response<Body>, GatewayError> {
     let (head, body) = request.into_parts();
-    let body: Bytes = read_body(&head.headers, body).await?;
+    let (body, _room) = intake::take(&gateway.bodies, &head.headers, body).await?;
     let asked = read::Request::read(kind, &body)?.into_owned();
     let Some(model) = snapshot.models.get(&*asked.model) else {
         return Err(GatewayError::ModelNotFound { model: asked.model.into_owned() });

@@ -6,11 +6,13 @@ mod logs;
 mod ops;
 mod secret;
 mod signals;
+mod tls;
 
 pub use logs::init_logs;
 pub use ops::{Readiness, serve_ops};
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;
+pub use tls::{ServerTls, TlsError};
 
 /// The commit the build was told in `WEIR_COMMIT`; "unknown" otherwise.
 pub const COMMIT: &str = match option_env!("WEIR_COMMIT") {

@@ -6,3 +6,4 @@ mod limits;
 mod processes;
 mod stack;
 mod streaming;
+mod tls;

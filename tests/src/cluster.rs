@@ -87,7 +87,7 @@ impl Resources {
 }
 
 /// Settings of a gateway whose control plane is not there.
-fn gateway_config(data: &Path, redis: Option<String>) -> Config {
+fn gateway_config(data: &Path) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
@@ -95,11 +95,15 @@ fn gateway_config(data: &Path, redis: Option<String>) -> Config {
         control_plane: "http://127.0.0.1:9".into(),
         gateway_token_file: None,
         gateway_token: None,
-        redis,
+        redis: None,
         data_dir: Some(data.to_owned()),
         id: None,
         region: String::new(),
         max_connections: 10_000,
+        max_connections_per_address: None,
+        body_memory_mib: 1024,
+        tls_cert: None,
+        tls_key: None,
         pre_stop_s: 0,
         drain_s: 30,
         log: "info".into(),
@@ -120,10 +124,16 @@ pub struct Gateway {
 
 /// Starts a gateway that serves these resources from its disk copy.
 pub async fn gateway(resources: &Resources, redis: Option<String>) -> Gateway {
+    gateway_with(resources, |config| config.redis = redis).await
+}
+
+/// The same, with settings of the test's own.
+pub async fn gateway_with(resources: &Resources, change: impl FnOnce(&mut Config)) -> Gateway {
     let data = tempfile::tempdir().expect("a directory");
     resources.save(data.path());
     let shutdown = CancellationToken::new();
-    let config = gateway_config(data.path(), redis);
+    let mut config = gateway_config(data.path());
+    change(&mut config);
     let running =
         weir_gateway::start(config, None, shutdown.clone(), CancellationToken::new()).await.expect("starts");
     Gateway { client: Client::new(running.address, KEY), running, shutdown, _data: data }

@@ -1,0 +1,125 @@
+//! A server's certificate, read anew when its files change.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustls::ServerConfig;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+
+/// How often the files are looked at. Certificates are renewed days before they end; a few seconds are soon enough.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Why a certificate cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read, or is not PEM.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// The file holds no certificate.
+    #[error("{}: no certificate in this file", .0.display())]
+    Empty(PathBuf),
+    /// Certificate and key are no pair.
+    #[error("{}: {source}", path.display())]
+    Pair {
+        /// The key's file.
+        path: PathBuf,
+        /// What rustls says of it.
+        source: rustls::Error,
+    },
+}
+
+/// The TLS side of a listener; cheap to clone.
+#[derive(Clone)]
+pub struct ServerTls(watch::Receiver<TlsAcceptor>);
+
+impl std::fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ServerTls")
+    }
+}
+
+impl ServerTls {
+    /// Reads a certificate chain and its key, both PEM, and offers these protocols. Files that change later are read
+    /// again for connections that are made then; those that cannot be used leave the old ones in force, with an
+    /// error in the log. Must be called inside a tokio runtime; the watching ends with the last clone.
+    pub fn open(certificate: &Path, key: &Path, alpn: &'static [&'static [u8]]) -> Result<Self, TlsError> {
+        let files = Files { certificate: certificate.to_owned(), key: key.to_owned(), alpn };
+        let mut seen = files.changed_at();
+        let (current, acceptor) = watch::channel(files.load()?);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                    () = current.closed() => return,
+                }
+                let now = files.changed_at();
+                if now == seen {
+                    continue;
+                }
+                match files.load() {
+                    Ok(acceptor) => {
+                        current.send_replace(acceptor);
+                        seen = now;
+                        tracing::info!(certificate = %files.certificate.display(), "a new certificate is in force");
+                    }
+                    // Perhaps one file was written and the other not yet: looked at again next time.
+                    Err(error) => {
+                        tracing::error!(%error, "the new certificate cannot be used; the old one stays")
+                    }
+                }
+            }
+        });
+        Ok(Self(acceptor))
+    }
+
+    /// What accepts a connection made now.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        self.0.borrow().clone()
+    }
+}
+
+struct Files {
+    certificate: PathBuf,
+    key: PathBuf,
+    alpn: &'static [&'static [u8]],
+}
+
+impl Files {
+    fn changed_at(&self) -> [Option<SystemTime>; 2] {
+        [&self.certificate, &self.key].map(|path| std::fs::metadata(path).and_then(|m| m.modified()).ok())
+    }
+
+    fn load(&self) -> Result<TlsAcceptor, TlsError> {
+        let file = |path: &Path| {
+            let path = path.to_owned();
+            move |source| TlsError::File { path, source }
+        };
+        let chain = CertificateDer::pem_file_iter(&self.certificate)
+            .map_err(file(&self.certificate))?
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(file(&self.certificate))?;
+        if chain.is_empty() {
+            return Err(TlsError::Empty(self.certificate.clone()));
+        }
+        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(file(&self.key))?;
+        let pair = |source| TlsError::Pair { path: self.key.clone(), source };
+        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(pair)?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .map_err(pair)?;
+        config.alpn_protocols = self.alpn.iter().map(|protocol| protocol.to_vec()).collect();
+        Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
