@@ -1,7 +1,8 @@
 # One image with every binary of Weir; the command says what a container is. Works with and without BuildKit.
 #
 #   docker build -t weir .
-#   docker build -t weir --build-arg WEIR_COMMIT="$(git rev-parse --short HEAD)" .     # named by --version
+#   docker build -t weir --build-arg LTO=off .               # half the time to build, slower at run time
+#   docker build -t weir --build-arg WEIR_COMMIT="$(git rev-parse --short HEAD)" .   # named by --version
 
 # The manifests, and an empty program wherever cargo looks for a file. This stage runs at every change; what the next
 # one copies from it changes only with the dependencies, so those stay built.
@@ -16,7 +17,8 @@ RUN mkdir /skeleton \
 FROM rust:1-slim-bookworm AS build
 WORKDIR /src
 # No debug information: it would be most of the image. Names of functions stay, for backtraces.
-ENV CARGO_INCREMENTAL=0 CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
+ARG LTO=thin
+ENV CARGO_INCREMENTAL=0 CARGO_PROFILE_RELEASE_LTO=$LTO CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
     CARGO_NET_RETRY=5 \
     PACKAGES="-p weir -p weir-gateway -p weir-control-plane -p weir-ratelimit -p mock-llm"
 COPY --from=skeleton /skeleton .
