@@ -1,0 +1,133 @@
+//! The load generator: closed loop (so many clients, each with one request at a time) and open loop (requests
+//! arrive at a fixed rate, whatever the server does; latency counts from when a request was due).
+
+mod closed;
+mod connection;
+mod open;
+mod pacer;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hdrhistogram::Histogram;
+
+pub(crate) use closed::closed;
+pub(crate) use connection::{Answer, Connection};
+pub(crate) use open::open;
+pub(crate) use pacer::Pacer;
+
+/// A request is given up after this and counts as failed.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest latency told apart, microseconds.
+const LATENCY_MAX_US: u64 = 120_000_000;
+
+/// Latencies in microseconds, to three digits.
+pub(crate) fn latencies() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_MAX_US, 3).expect("constants within the library's bounds")
+}
+
+/// What came back.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// Of every request that was answered as it should, microseconds.
+    pub(crate) latency_us: Histogram<u64>,
+    /// Requests answered as they should.
+    pub(crate) ok: u64,
+    /// Requests answered otherwise or not at all.
+    pub(crate) failed: u64,
+    /// What the first of those said.
+    pub(crate) first_failure: Option<String>,
+    /// How long it took.
+    pub(crate) elapsed: Duration,
+}
+
+impl Outcome {
+    pub(crate) fn new() -> Self {
+        let latency_us = latencies();
+        Self { latency_us, ok: 0, failed: 0, first_failure: None, elapsed: Duration::ZERO }
+    }
+
+    /// Counts one request.
+    pub(crate) fn count(&mut self, latency: Duration, result: &Result<Answer, String>) {
+        match result {
+            Ok(answer) if answer.is_ok() => {
+                self.ok += 1;
+                self.latency_us.saturating_record(micros(latency));
+            }
+            Ok(answer) => self.fail(format!("{} {}", answer.status, answer.excerpt)),
+            Err(error) => self.fail(error.clone()),
+        }
+    }
+
+    fn fail(&mut self, why: String) {
+        self.failed += 1;
+        self.first_failure.get_or_insert(why);
+    }
+
+    /// Adds what another part of the same load came to.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.ok += other.ok;
+        self.failed += other.failed;
+        self.first_failure = self.first_failure.take().or(other.first_failure);
+        self.elapsed = self.elapsed.max(other.elapsed);
+        // Both have the same bounds, so nothing is lost.
+        let _ = self.latency_us.add(other.latency_us);
+    }
+
+    /// Requests answered per second.
+    pub(crate) fn per_second(&self) -> f64 {
+        self.ok as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// A percentile of the latency, microseconds.
+    pub(crate) fn percentile_us(&self, percent: f64) -> f64 {
+        self.latency_us.value_at_percentile(percent) as f64
+    }
+}
+
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// One request of a client that may connect anew: an answer, or what went wrong.
+pub(crate) async fn call(
+    connection: &mut Option<Connection>,
+    address: SocketAddr,
+    request: &[u8],
+) -> Result<Answer, String> {
+    let whole = async {
+        let open = match connection.take() {
+            Some(open) => open,
+            None => Connection::open(address).await?,
+        };
+        let open = connection.insert(open);
+        open.call(request).await
+    };
+    let result = match tokio::time::timeout(REQUEST_TIMEOUT, whole).await {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no answer within {REQUEST_TIMEOUT:?}")),
+    };
+    if result.is_err() || connection.as_ref().is_some_and(Connection::closes) {
+        *connection = None;
+    }
+    result
+}
+
+/// A chat request as bytes. `tokens` is how long the answer will be.
+pub(crate) fn chat(key: &str, model: &str, tokens: u64, stream: bool) -> Bytes {
+    let body = format!(
+        r#"{{"model":"{model}","max_tokens":{tokens},"stream":{stream},"messages":[{{"role":"user","content":"How does a weir work, and why is it built across a river?"}}]}}"#
+    );
+    format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {key}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .into()
+}
+
+/// A request without a body.
+pub(crate) fn get(path: &str) -> Bytes {
+    format!("GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n").into()
+}

@@ -1,0 +1,95 @@
+//! `weir-bench`: each claim about speed and accuracy as one command that measures it.
+//!
+//! `cargo run --release -p weir-bench -- NAME` prints a table, with `--output json` one JSON object. Everything runs
+//! on loopback, is bounded in time and number, and ends by itself. The processes under test are this binary in
+//! another role ([`roles`]), real `redis-server`s, and nginx and haproxy where they are installed.
+
+mod fleet;
+mod guide_table;
+mod load;
+mod machine;
+mod process;
+mod proxies;
+mod proxy;
+mod redis;
+mod report;
+mod resources;
+mod rng;
+mod roles;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio_util::sync::CancellationToken;
+
+use crate::report::{Output, Report};
+
+/// Measures what Weir costs and whether it keeps its promises.
+#[derive(Debug, Parser)]
+#[command(name = "weir-bench", version = weir_runtime::version())]
+struct Cli {
+    /// A table for people or JSON for programs
+    #[arg(long, global = true, value_enum, default_value = "table")]
+    output: Output,
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// What a proxy costs: direct, nginx, haproxy, Weir without and with limits in Redis
+    Proxy(proxy::ProxyArgs),
+    /// What each step of load balancing brings: the guide's table, measured
+    GuideTable(guide_table::GuideTableArgs),
+    /// A part of a bench, started by the bench itself
+    #[command(hide = true)]
+    Role {
+        #[command(subcommand)]
+        role: Box<roles::Role>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    raise_file_limit();
+    let done = match cli.bench {
+        Bench::Role { role } => roles::run(*role),
+        bench => measure(bench).and_then(|report| Ok(report.print(cli.output)?)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weir-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One thread is enough for the load generator, and leaves the other cores to what is measured.
+fn measure(bench: Bench) -> anyhow::Result<Report> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let bench = async {
+        match bench {
+            Bench::Proxy(args) => proxy::run(&args).await,
+            Bench::GuideTable(args) => guide_table::run(&args).await,
+            Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
+        }
+    };
+    runtime.block_on(async {
+        let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry));
+        tokio::select! {
+            done = bench => done,
+            // Dropping the bench ends every process it started.
+            () = shutdown.cancelled() => anyhow::bail!("interrupted"),
+        }
+    })
+}
+
+/// Thousands of streams need as many files as the system allows; children inherit the limit.
+fn raise_file_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Without it a bench that needs more says so itself: too many open files.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}

@@ -1,0 +1,155 @@
+//! Processes a bench starts, and what they cost: CPU time and memory from `/proc`, children included.
+//!
+//! A process is ended by its own id, at the latest when its handle is dropped.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStdout, Command};
+
+/// A process must have said that it serves within this.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A running process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    child: Child,
+    pid: Pid,
+    stdout: Option<BufReader<ChildStdout>>,
+    log: PathBuf,
+}
+
+/// What processes have used.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Usage {
+    /// CPU seconds since the start.
+    pub(crate) cpu_s: f64,
+    /// Resident memory now, MiB.
+    pub(crate) rss_mib: f64,
+    /// The most it has been since [`Process::forget_peak`], MiB.
+    pub(crate) peak_rss_mib: f64,
+}
+
+impl Process {
+    /// Starts a process; what it writes to stderr goes into a file in `directory`.
+    pub(crate) fn start(name: &str, mut command: Command, directory: &Path) -> anyhow::Result<Self> {
+        let log = directory.join(format!("{name}.log"));
+        let stderr = std::fs::File::create(&log).with_context(|| format!("log of {name}"))?;
+        for (variable, _) in std::env::vars().filter(|(v, _)| v.starts_with("WEIR_BENCH_") || v == "WEIR_LOG")
+        {
+            command.env_remove(variable);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).kill_on_drop(true);
+        let mut child = command.spawn().with_context(|| format!("start {name}"))?;
+        let pid = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        let pid = pid.with_context(|| format!("{name} ended at once"))?;
+        let stdout = child.stdout.take().map(BufReader::new);
+        Ok(Self { name: name.to_owned(), child, pid, stdout, log })
+    }
+
+    /// The next line it prints.
+    pub(crate) async fn line(&mut self) -> anyhow::Result<String> {
+        let name = self.name.clone();
+        let stdout = self.stdout.as_mut().with_context(|| format!("{name} prints nothing"))?;
+        let mut line = String::new();
+        let read = tokio::time::timeout(START_TIMEOUT, stdout.read_line(&mut line)).await;
+        match read {
+            Ok(Ok(length)) if length > 0 => Ok(line.trim_end().to_owned()),
+            _ => bail!("{name} did not start: {}", self.log_tail()),
+        }
+    }
+
+    /// The end of what it wrote to stderr.
+    pub(crate) fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(5).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+    }
+
+    /// What it and its children have used.
+    pub(crate) fn usage(&self) -> Usage {
+        let mut sum = Usage::default();
+        for pid in family(self.pid) {
+            sum.cpu_s += cpu_s(pid).unwrap_or(0.0);
+            sum.rss_mib += status_mib(pid, "VmRSS").unwrap_or(0.0);
+            sum.peak_rss_mib += status_mib(pid, "VmHWM").unwrap_or(0.0);
+        }
+        sum
+    }
+
+    /// Starts the peak of resident memory anew, where the kernel allows it.
+    pub(crate) fn forget_peak(&self) {
+        for pid in family(self.pid) {
+            let _ = std::fs::write(format!("/proc/{}/clear_refs", pid.as_raw_nonzero()), "5");
+        }
+    }
+
+    /// Sends a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        kill_process(self.pid, signal).with_context(|| format!("signal {}", self.name))
+    }
+
+    /// Ends it now, without letting it say goodbye.
+    pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().await.with_context(|| format!("kill {}", self.name))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // The child itself is killed by its own handle. Its children (nginx's workers) would outlive it.
+        if self.child.id().is_some() {
+            for pid in family(self.pid).into_iter().skip(1) {
+                let _ = kill_process(pid, Signal::TERM);
+            }
+        }
+    }
+}
+
+/// Whether a program can be run.
+pub(crate) fn installed(program: &str) -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let more = ["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    std::env::split_paths(&paths).chain(more).any(|directory| directory.join(program).is_file())
+}
+
+/// A port nobody listens on now.
+pub(crate) fn free_port() -> anyhow::Result<u16> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
+    Ok(listener.local_addr().context("find a free port")?.port())
+}
+
+fn family(root: Pid) -> Vec<Pid> {
+    let mut members = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = members.get(next) {
+        next += 1;
+        let pid = pid.as_raw_nonzero();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        members.extend(children.split_whitespace().filter_map(|c| Pid::from_raw(c.parse().ok()?)));
+    }
+    members
+}
+
+fn cpu_s(pid: Pid) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // The second field is the program's name in parentheses and may hold spaces.
+    let (_, after_name) = stat.rsplit_once(')')?;
+    let mut fields = after_name.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / rustix::param::clock_ticks_per_second() as f64)
+}
+
+fn status_mib(pid: Pid, field: &str) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
+    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024.0)
+}

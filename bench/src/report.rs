@@ -1,0 +1,152 @@
+//! What a bench found: rows of named figures, as a table for people or as one JSON object for programs.
+//!
+//! Both show the same rows under the same names. Names are stable snake_case with the unit in them.
+
+use std::io::Write as _;
+
+use clap::ValueEnum;
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Map, Value, json};
+
+/// For whom to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// A table.
+    Table,
+    /// One JSON object on stdout.
+    Json,
+}
+
+/// Figures by name, in the order of the columns.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Row(Vec<(&'static str, Value)>);
+
+impl Row {
+    /// A text.
+    pub(crate) fn text(mut self, name: &'static str, text: impl Into<String>) -> Self {
+        self.0.push((name, Value::String(text.into())));
+        self
+    }
+
+    /// A count.
+    pub(crate) fn count(mut self, name: &'static str, count: u64) -> Self {
+        self.0.push((name, json!(count)));
+        self
+    }
+
+    /// A figure with so many decimals; `None` was not measured.
+    pub(crate) fn figure(
+        mut self,
+        name: &'static str,
+        figure: impl Into<Option<f64>>,
+        decimals: i32,
+    ) -> Self {
+        let scale = 10_f64.powi(decimals);
+        let rounded = figure.into().filter(|f| f.is_finite()).map(|f| (f * scale).round() / scale);
+        self.0.push((name, rounded.map_or(Value::Null, |f| json!(f))));
+        self
+    }
+}
+
+/// The result of one bench.
+#[derive(Debug)]
+pub(crate) struct Report {
+    /// The subcommand.
+    pub(crate) bench: &'static str,
+    /// Where it ran.
+    pub(crate) machine: Value,
+    /// What it found.
+    pub(crate) rows: Vec<Row>,
+    /// What a reader must know to judge the rows.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Report {
+    /// Prints to stdout.
+    pub(crate) fn print(&self, output: Output) -> std::io::Result<()> {
+        let mut out = std::io::stdout().lock();
+        match output {
+            Output::Json => writeln!(out, "{}", self.json())?,
+            Output::Table => {
+                writeln!(out, "\n{}\n{}", self.bench, self.machine_line())?;
+                writeln!(out, "{}", self.table())?;
+                for note in &self.notes {
+                    writeln!(out, "- {note}")?;
+                }
+            }
+        }
+        out.flush()
+    }
+
+    fn json(&self) -> Value {
+        let rows: Vec<Value> = self
+            .rows
+            .iter()
+            .map(|row| {
+                let figures = row.0.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
+                Value::Object(figures.collect::<Map<_, _>>())
+            })
+            .collect();
+        json!({ "bench": self.bench, "machine": self.machine, "rows": rows, "notes": self.notes })
+    }
+
+    fn machine_line(&self) -> String {
+        let Value::Object(machine) = &self.machine else { return String::new() };
+        let text = |value: &Value| match value {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        machine.iter().map(|(name, value)| format!("{name}: {}", text(value))).collect::<Vec<_>>().join(", ")
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::ASCII_MARKDOWN);
+        let mut names: Vec<&'static str> = Vec::new();
+        for (name, _) in self.rows.iter().flat_map(|row| &row.0) {
+            if !names.contains(name) {
+                names.push(name);
+            }
+        }
+        table.set_header(names.iter().map(|name| name.replace('_', " ")));
+        for row in &self.rows {
+            let cell = |name: &&'static str| row.0.iter().find(|(n, _)| n == name).map(|(_, value)| value);
+            table.add_row(names.iter().map(|name| match cell(name) {
+                None | Some(Value::Null) => "-".to_owned(),
+                Some(Value::String(text)) => text.clone(),
+                Some(value) => value.to_string(),
+            }));
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table
+    }
+}
+
+/// Says on stderr what is being done; a bench takes minutes.
+pub(crate) fn progress(text: &str) {
+    eprintln!("weir-bench: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_and_json_show_the_same_figures() {
+        let row = Row::default().text("target", "weir").figure("added_p50_us", 12.346, 1).count("errors", 0);
+        let empty = Row::default().text("target", "nginx").figure("added_p50_us", None, 1);
+        let report = Report {
+            bench: "proxy",
+            machine: json!({"cores": 2}),
+            rows: vec![row, empty],
+            notes: vec!["a note".into()],
+        };
+        let json = report.json();
+        assert_eq!(json["rows"][0]["added_p50_us"], 12.3);
+        assert_eq!(json["rows"][1]["added_p50_us"], Value::Null);
+        let table = report.table().to_string();
+        assert!(table.contains("added p50 us") && table.contains("12.3"), "{table}");
+    }
+}

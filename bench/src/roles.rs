@@ -1,0 +1,213 @@
+//! The parts under test as processes of their own: this binary runs itself again in another role, so that a bench
+//! needs nothing that is built or installed apart from it.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
+
+use crate::load::{self, Connection};
+use crate::process::Process;
+use crate::resources::Resources;
+
+/// A gateway must be ready this long after its start.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What this process is when it is not the bench itself.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Role {
+    /// A gateway.
+    Gateway(Box<weir_gateway::config::Config>),
+    /// A simulated LLM server.
+    Mock(MockArgs),
+}
+
+/// A simulated LLM server on a free port.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct MockArgs {
+    /// The model it serves.
+    #[arg(long)]
+    pub(crate) model: String,
+    /// The port; 0 is a free one.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) port: u16,
+    /// Answers at the same time.
+    #[arg(long, default_value_t = 100_000)]
+    pub(crate) slots: usize,
+    /// Tokens per second of an answer; 0 is no delay.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) decode_tokens_per_s: f64,
+    /// Spread of the time of a token, 0 to 1.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) jitter: f64,
+    /// Bytes of each token; 0 is words.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) chunk_bytes: usize,
+    /// Seed of its jitter.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+/// Runs a role until SIGTERM.
+pub(crate) fn run(role: Role) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
+        match role {
+            Role::Gateway(config) => {
+                weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
+                let running = weir_gateway::start(*config, None, shutdown, hurry).await?;
+                say(&json!({ "clients": running.address, "ops": running.ops_address }))?;
+                running.ended().await;
+            }
+            Role::Mock(args) => {
+                let server = mock_llm::Server::bind(("127.0.0.1", args.port), mock_config(args)).await?;
+                say(&json!({ "clients": server.local_addr() }))?;
+                server.run(shutdown).await;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn say(line: &Value) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()
+}
+
+fn mock_config(args: MockArgs) -> mock_llm::Config {
+    mock_llm::Config {
+        models: vec![args.model],
+        slots: args.slots,
+        queue: 100_000,
+        decode_tokens_per_s: args.decode_tokens_per_s,
+        jitter: args.jitter,
+        chunk_bytes: args.chunk_bytes,
+        seed: args.seed,
+        // What a request asks for decides.
+        output_tokens: 10_000_000,
+        connections_max: 100_000,
+        drain: Duration::ZERO,
+        ..mock_llm::Config::default()
+    }
+}
+
+/// A simulated LLM server in a process of its own.
+#[derive(Debug)]
+pub(crate) struct Mock {
+    /// Where it listens.
+    pub(crate) address: SocketAddr,
+    /// Itself.
+    pub(crate) process: Process,
+}
+
+impl Mock {
+    /// Starts one.
+    pub(crate) async fn start(name: &str, args: &MockArgs, directory: &Path) -> anyhow::Result<Self> {
+        let mut command = this_binary("mock")?;
+        command.args(["--model", &args.model]).args(["--port", &args.port.to_string()]);
+        command.args(["--slots", &args.slots.to_string()]);
+        command.args(["--decode-tokens-per-s", &args.decode_tokens_per_s.to_string()]);
+        command.args(["--jitter", &args.jitter.to_string(), "--seed", &args.seed.to_string()]);
+        command.args(["--chunk-bytes", &args.chunk_bytes.to_string()]);
+        let mut process = Process::start(name, command, directory)?;
+        let line = process.line().await?;
+        Ok(Self { address: address(&line, "clients")?, process })
+    }
+
+    /// Its counters.
+    pub(crate) async fn stats(&self) -> anyhow::Result<Value> {
+        let body = fetch(self.address, "/admin/stats").await?;
+        serde_json::from_str(&body).context("counters of a mock")
+    }
+}
+
+/// How to start a gateway.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct GatewayArgs {
+    /// Its name.
+    pub(crate) id: String,
+    /// Where limits are kept; in the process itself otherwise.
+    pub(crate) redis: Option<String>,
+    /// The control plane and the token for it; without one the gateway serves its copy on disk.
+    pub(crate) control_plane: Option<(SocketAddr, String)>,
+}
+
+/// A gateway in a process of its own.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    /// Where clients are served.
+    pub(crate) address: SocketAddr,
+    /// Where operations are served.
+    pub(crate) ops: SocketAddr,
+    /// Itself.
+    pub(crate) process: Process,
+}
+
+impl Gateway {
+    /// Starts one that serves these resources, and waits until it is ready.
+    pub(crate) async fn start(
+        args: &GatewayArgs,
+        resources: &Resources,
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let data = directory.join(&args.id);
+        if args.control_plane.is_none() {
+            resources.save(&data)?;
+        }
+        let mut command = this_binary("gateway")?;
+        command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", "error"]);
+        command.args(["--pre-stop-s", "0", "--drain-s", "1", "--id", &args.id]);
+        command.arg("--data-dir").arg(&data);
+        if let Some(url) = &args.redis {
+            command.args(["--redis", url]);
+        }
+        // The discard port: nothing answers there.
+        let (plane, token) =
+            args.control_plane.clone().unwrap_or((([127, 0, 0, 1], 9).into(), String::new()));
+        command.args(["--control-plane", &format!("http://{plane}")]);
+        command.env("WEIR_GATEWAY_TOKEN", token);
+        let mut process = Process::start(&args.id, command, directory)?;
+        let line = process.line().await?;
+        let gateway = Self { address: address(&line, "clients")?, ops: address(&line, "ops")?, process };
+        let ready = async {
+            while fetch(gateway.ops, "/readyz").await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(READY_TIMEOUT, ready).await.is_err() {
+            bail!("{} is not ready after {READY_TIMEOUT:?}: {}", args.id, gateway.process.log_tail());
+        }
+        Ok(gateway)
+    }
+}
+
+fn this_binary(role: &str) -> anyhow::Result<Command> {
+    let mut command = Command::new(std::env::current_exe().context("the path of this binary")?);
+    command.args(["role", role]);
+    Ok(command)
+}
+
+fn address(line: &str, name: &str) -> anyhow::Result<SocketAddr> {
+    let line: Value = serde_json::from_str(line).with_context(|| format!("unexpected line: {line}"))?;
+    let text = line[name].as_str().with_context(|| format!("no {name} in {line}"))?;
+    Ok(text.parse()?)
+}
+
+/// The body of a page that must answer 200.
+pub(crate) async fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<String> {
+    let mut connection = Connection::open(address).await?;
+    let (answer, body) = connection.call_for_body(&load::get(path)).await?;
+    if answer.status != 200 {
+        bail!("http://{address}{path} answered {}: {body}", answer.status);
+    }
+    Ok(body)
+}
