@@ -4,18 +4,21 @@
 //! on loopback, is bounded in time and number, and ends by itself. The processes under test are this binary in
 //! another role ([`roles`]), real `redis-server`s, and nginx and haproxy where they are installed.
 
+mod accuracy;
 mod fleet;
 mod guide_table;
+mod limiter;
 mod load;
 mod machine;
 mod process;
 mod proxies;
 mod proxy;
-mod redis;
+mod redis_server;
 mod report;
 mod resources;
 mod rng;
 mod roles;
+mod stats;
 
 use std::process::ExitCode;
 
@@ -42,6 +45,10 @@ enum Bench {
     Proxy(proxy::ProxyArgs),
     /// What each step of load balancing brings: the guide's table, measured
     GuideTable(guide_table::GuideTableArgs),
+    /// Full admissions per second and per Redis core, and what admission adds to a request
+    Limiter(limiter::LimiterArgs),
+    /// Whether limits hold to the request over four gateways while things break
+    Accuracy(accuracy::AccuracyArgs),
     /// A part of a bench, started by the bench itself
     #[command(hide = true)]
     Role {
@@ -72,6 +79,8 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
     let bench = async {
         match bench {
             Bench::Proxy(args) => proxy::run(&args).await,
+            Bench::Limiter(args) => limiter::run(&args).await,
+            Bench::Accuracy(args) => accuracy::run(&args).await,
             Bench::GuideTable(args) => guide_table::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }

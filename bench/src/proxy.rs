@@ -19,10 +19,11 @@ use weir_proto::v1::{self, resource::Spec};
 use crate::load::{self, Connection, Outcome};
 use crate::process::Process;
 use crate::proxies::{Kind, Proxy};
-use crate::redis::Redis;
+use crate::redis_server::Redis;
 use crate::report::{Report, Row, progress};
 use crate::resources::{KEY, Resources};
 use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs};
+use crate::stats::{median, spread};
 
 /// Connections of the closed loop.
 const CONNECTIONS: usize = 64;
@@ -325,33 +326,4 @@ fn row(target: &Target, direct: &Target, streams: &Streams) -> Row {
         .figure("stream_200mb_s", streams.large_s, 2)
         .figure("stream_200mb_peak_rss_mib", streams.large_peak_mib, 1)
         .figure("stream_200mb_added_rss_mib", streams.large_added_mib, 1)
-}
-
-fn median(mut figures: Vec<f64>) -> Option<f64> {
-    figures.sort_by(f64::total_cmp);
-    let middle = figures.len() / 2;
-    match figures.len() % 2 {
-        1 => figures.get(middle).copied(),
-        _ => Some((figures.get(middle)? + figures.get(middle.checked_sub(1)?)?) / 2.0),
-    }
-}
-
-/// How far apart the rounds lie.
-fn spread(figures: &[f64]) -> Option<f64> {
-    let least = figures.iter().copied().min_by(f64::total_cmp)?;
-    let most = figures.iter().copied().max_by(f64::total_cmp)?;
-    Some(most - least)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_is_between_the_middle_two() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
-        assert_eq!(median(vec![]), None);
-        assert_eq!(spread(&[3.0, 1.0, 2.0]), Some(2.0));
-    }
 }

@@ -8,6 +8,7 @@ use bytes::{Buf, BytesMut};
 use httparse::{EMPTY_HEADER, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 /// Room for what arrives at once.
 const READ_BYTES: usize = 64 << 10;
@@ -25,6 +26,8 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     /// Bytes of the body.
     pub(crate) body_bytes: u64,
+    /// When the head was there.
+    pub(crate) head_at: Option<Instant>,
     /// The start of the body, when it is not 200 or was asked for.
     pub(crate) excerpt: String,
 }
@@ -70,7 +73,7 @@ impl Connection {
     pub(crate) async fn call(&mut self, request: &[u8]) -> io::Result<Answer> {
         self.stream.write_all(request).await?;
         let (status, framing) = self.head().await?;
-        let mut answer = Answer { status, ..Answer::default() };
+        let mut answer = Answer { status, head_at: Some(Instant::now()), ..Answer::default() };
         match framing {
             Framing::Length(length) => self.take(length, &mut answer).await?,
             Framing::Chunked => self.chunks(&mut answer).await?,

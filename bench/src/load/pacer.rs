@@ -1,19 +1,17 @@
 //! Moments at a fixed rate, kept by a kernel timer to some tens of microseconds.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use rustix::time::{timerfd_create, timerfd_settime};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
 use tokio::time::Instant;
 
 /// Tells when the next request is due.
 #[derive(Debug)]
 pub(crate) struct Pacer {
-    timer: AsyncFd<OwnedFd>,
+    timer: Receiver,
     started: Instant,
     interval: Duration,
     /// Moments told so far.
@@ -38,22 +36,20 @@ impl Pacer {
             TimerfdTimerFlags::empty(),
             &Itimerspec { it_interval: spec, it_value: spec },
         )?;
-        let timer = AsyncFd::register_with_interest(timer, Interest::READABLE)?;
+        // To the runtime a timer is like the reading end of a pipe: readable, then read.
+        let timer = Receiver::from_owned_fd_unchecked(timer)?;
         Ok(Self { timer, started, interval, told: 0, passed: 0 })
     }
 
     /// Waits for the next moment and says when it was. Cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Instant> {
         while self.passed == 0 {
-            let mut ready = self.timer.readable().await?;
-            let read = ready.try_io(|timer| {
-                let mut count = [0_u8; 8];
-                rustix::io::read(timer.get_ref(), &mut count)?;
-                Ok(u64::from_ne_bytes(count))
-            });
-            match read {
-                Ok(count) => self.passed += count?,
-                Err(_would_block) => {}
+            self.timer.readable().await?;
+            let mut count = [0_u8; 8];
+            match self.timer.try_read(&mut count) {
+                Ok(_) => self.passed += u64::from_ne_bytes(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
         }
         self.passed -= 1;

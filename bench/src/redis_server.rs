@@ -52,6 +52,21 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
+    /// Asks it something whose answer is short.
+    pub(crate) async fn command(&self, words: &[&str]) -> anyhow::Result<String> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut command = redis::Cmd::new();
+        for word in words {
+            command.arg(word);
+        }
+        let answer: redis::Value = command.query_async(&mut connection).await?;
+        Ok(match answer {
+            redis::Value::Int(number) => number.to_string(),
+            other => redis::from_redis_value(other)?,
+        })
+    }
+
     /// What it has used.
     pub(crate) fn usage(&self) -> Usage {
         self.process.usage()

@@ -1,0 +1,176 @@
+//! The load of `accuracy`: requests of several tenants for several models, streams and unary, arriving at a fixed
+//! rate at gateways chosen at random; and the record of what each client saw.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+use crate::load::{self, Connection, Pacer, REQUEST_TIMEOUT};
+use crate::rng::Rng;
+
+use super::oracle::Span;
+
+/// Who asks for what: a tenant's key, and how often its requests come, out of a hundred.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Caller {
+    /// Its name and the stem of its key.
+    pub(crate) tenant: &'static str,
+    /// Share of the arrivals, percent.
+    pub(crate) percent: u64,
+    /// Tokens of its answers, from and to.
+    pub(crate) tokens: (u64, u64),
+    /// Share of streams, percent.
+    pub(crate) streams: u64,
+    /// What it asks for, each as often.
+    pub(crate) models: &'static [&'static str],
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Admitted and answered.
+    Answered,
+    /// Refused with 429: the scope's kind, its name, and what was limited.
+    Limited(String, String, String),
+    /// Refused with another status and this code, such as 503 when all slots are taken.
+    Failed(u16, String),
+    /// Cut, or not answered in time: whether it was admitted is not known.
+    Unknown,
+}
+
+/// One request as its client saw it; times in microseconds since the start.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    /// Whose it was.
+    pub(crate) tenant: &'static str,
+    /// What it asked for.
+    pub(crate) model: &'static str,
+    /// Tokens of its prompt.
+    pub(crate) prompt_tokens: u64,
+    /// Tokens of its answer.
+    pub(crate) tokens: u64,
+    /// When it was decided: between sending and the first byte of the answer.
+    pub(crate) decided: Span,
+    /// When the last byte came, or the connection broke.
+    pub(crate) ended_us: u64,
+    /// How it ended.
+    pub(crate) end: End,
+}
+
+/// The key of a tenant.
+pub(crate) fn key(tenant: &str) -> String {
+    format!("weir_bench_key_{tenant}")
+}
+
+/// What to send, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plan<'a> {
+    /// Who asks.
+    pub(crate) callers: &'a [Caller],
+    /// Arrivals per second.
+    pub(crate) per_second: f64,
+    /// How long they arrive.
+    pub(crate) length: Duration,
+    /// Seed of everything drawn.
+    pub(crate) seed: u64,
+    /// Tokens of the prompt that all requests have, as the servers count them.
+    pub(crate) prompt_tokens: u64,
+}
+
+/// Sends what is planned and waits for the last end.
+pub(crate) async fn drive(gateways: &[SocketAddr], plan: Plan<'_>) -> anyhow::Result<Vec<Record>> {
+    let mut rng = Rng::new(plan.seed, 0);
+    let gateways: Arc<[SocketAddr]> = gateways.into();
+    let mut tasks = JoinSet::new();
+    let mut records = Vec::new();
+    let mut pacer = Pacer::start(plan.per_second)?;
+    let started = Instant::now();
+    while pacer.next().await? < started + plan.length {
+        let caller = pick(plan.callers, &mut rng);
+        let tokens = rng.between(caller.tokens.0, caller.tokens.1);
+        let model = caller.models[rng.between(0, caller.models.len() as u64 - 1) as usize];
+        let stream = rng.between(1, 100) <= caller.streams;
+        let request = load::chat(&key(caller.tenant), model, tokens, stream);
+        let first = rng.between(0, gateways.len() as u64 - 1) as usize;
+        let gateways = gateways.clone();
+        let blank = Record {
+            tenant: caller.tenant,
+            model,
+            prompt_tokens: plan.prompt_tokens,
+            tokens,
+            decided: Span { from_us: 0, until_us: 0 },
+            ended_us: 0,
+            end: End::Unknown,
+        };
+        tasks.spawn(async move { send(&gateways, first, &request, started, blank).await });
+        while let Some(done) = tasks.try_join_next() {
+            records.push(done.context("a client panicked")?);
+        }
+    }
+    while let Some(done) = tasks.join_next().await {
+        records.push(done.context("a client panicked")?);
+    }
+    Ok(records)
+}
+
+fn pick(callers: &[Caller], rng: &mut Rng) -> Caller {
+    let mut at = rng.between(0, 99);
+    for caller in callers {
+        if at < caller.percent {
+            return *caller;
+        }
+        at -= caller.percent;
+    }
+    callers[0]
+}
+
+/// Goes to the next gateway when one refuses the connection, as a load balancer does.
+async fn send(
+    gateways: &[SocketAddr],
+    first: usize,
+    request: &[u8],
+    started: Instant,
+    mut record: Record,
+) -> Record {
+    let now = || load::micros(started.elapsed());
+    let mut connection = None;
+    for k in 0..gateways.len() {
+        if let Ok(open) = Connection::open(gateways[(first + k) % gateways.len()]).await {
+            connection = Some(open);
+            break;
+        }
+    }
+    record.decided.from_us = now();
+    let answer = match &mut connection {
+        Some(open) => timeout(REQUEST_TIMEOUT, open.call(request)).await.ok().and_then(Result::ok),
+        None => None,
+    };
+    record.ended_us = now();
+    record.decided.until_us = record.ended_us;
+    if let Some(answer) = answer {
+        if let Some(head_at) = answer.head_at {
+            record.decided.until_us = load::micros(head_at.saturating_duration_since(started));
+        }
+        record.end = match answer.status {
+            200 => End::Answered,
+            status => refusal(status, &answer.excerpt),
+        };
+    }
+    record
+}
+
+/// What a refusal says: the limit it names, or its code.
+fn refusal(status: u16, body: &str) -> End {
+    let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let error = &body["error"];
+    if status == 429 && error["scope"].is_object() {
+        End::Limited(text(&error["scope"]["kind"]), text(&error["scope"]["name"]), text(&error["kind"]))
+    } else {
+        End::Failed(status, text(&error["code"]))
+    }
+}

@@ -1,0 +1,278 @@
+//! How many full admissions does one Redis core decide, what does each cost it, and what does admission add to a
+//! request?
+//!
+//! A decision is everything a request asks of the limiter: six buckets in three scopes (tenant, model, everything),
+//! a lease of the tenant and one of the backend at admission, then the settlement that corrects the tokens and frees
+//! both. The limits are so wide that none refuses: a refusal is cheaper. Redis is a real `redis-server` of the bench's
+//! own; its CPU time is read from `/proc`, so the figure per decision holds however busy the machine is.
+//!
+//! Afterwards two gateways, one with these limits in Redis and one without any, get the same requests in turn at
+//! fixed rates; the difference of their latency is what admission adds.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use hdrhistogram::Histogram;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use uuid::Uuid;
+use weir_proto::v1::{self, resource::Spec};
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::{
+    Acquire, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits, Scopes, Settle,
+    scope_keys,
+};
+
+use crate::load;
+use crate::redis_server::Redis;
+use crate::report::{Report, Row, progress};
+use crate::resources::{KEY, Resources};
+use crate::rng::Rng;
+use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs};
+use crate::stats::{median, spread};
+
+/// Tenants and models of the spread load.
+const TENANTS: u64 = 1000;
+const MODELS: u64 = 10;
+/// Callers at once where calls travel together.
+const CALLERS: usize = 256;
+/// A call that takes longer than this fails the bench; far above what any takes.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// What a request is expected to cost, and what it came to.
+const RESERVED: Cost = Cost::of_request(200, 500, 0);
+const ACTUAL: Cost = Cost::of_request(200, 300, 0);
+const LEASE_TTL: Duration = Duration::from_secs(15);
+/// Arrivals per second at the gateways, and the names of their rows.
+const RATES: [(f64, &str); 3] = [
+    (100.0, "added_by_admission_at_100_rps"),
+    (1000.0, "added_by_admission_at_1000_rps"),
+    (5000.0, "added_by_admission_at_5000_rps"),
+];
+
+/// The arguments of `limiter`.
+#[derive(Debug, Args)]
+pub(crate) struct LimiterArgs {
+    /// Seconds of each mode and of each load at the gateways
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=60), value_name = "SECONDS")]
+    seconds: u64,
+    /// Rounds over the modes and over the gateways
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20), value_name = "N")]
+    rounds: u32,
+}
+
+/// How decisions are asked for.
+#[derive(Debug, Clone, Copy)]
+struct Asking {
+    name: &'static str,
+    callers: usize,
+    lanes: usize,
+    tenants: u64,
+    models: u64,
+}
+
+const MODES: [Asking; 3] = [
+    // One at a time: each command travels alone.
+    Asking { name: "unbatched", callers: 1, lanes: 1, tenants: TENANTS, models: MODELS },
+    // Whatever waits on a connection travels together.
+    Asking { name: "pipelined", callers: CALLERS, lanes: 2, tenants: TENANTS, models: MODELS },
+    // The same when everybody is under the same limits: one tenant, one model.
+    Asking { name: "pipelined_one_tenant", callers: CALLERS, lanes: 2, tenants: 1, models: 1 },
+];
+
+/// What one round of a mode found.
+struct Measured {
+    per_s: f64,
+    redis_cpu_us: f64,
+    latency_us: Histogram<u64>,
+}
+
+/// Runs the bench.
+pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
+    let directory = tempfile::tempdir().context("a temporary directory")?;
+    let machine = crate::machine::describe();
+    let redis = Redis::start(directory.path()).await?;
+    let length = Duration::from_secs(args.seconds);
+    let mut rounds: Vec<Vec<Measured>> = MODES.iter().map(|_| Vec::new()).collect();
+    for n in 1..=args.rounds {
+        progress(&format!("limiter: modes, round {n} of {}", args.rounds));
+        for (mode, found) in MODES.iter().zip(&mut rounds) {
+            found.push(measure(*mode, &redis, length).await.with_context(|| mode.name)?);
+        }
+    }
+    let mut rows: Vec<Row> = MODES.iter().zip(&rounds).map(|(mode, found)| mode_row(mode, found)).collect();
+    progress("limiter: what admission adds at the gateway");
+    rows.extend(added(args, &redis, directory.path()).await?);
+    let notes = vec![
+        "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's, then settle; p50 and p99 \
+         are of the acquire alone"
+            .into(),
+        "decisions per redis core: 1 000 000 / redis_cpu_us_per_decision. decisions_per_s is what one client thread \
+         and Redis reached together on this machine."
+            .into(),
+        format!(
+            "added_by_admission: gateway with limits in Redis minus gateway without, open loop, in turn; median over \
+             {} rounds of {} s. p99_noise_us: how far the p99 without limits lies apart between rounds.",
+            args.rounds, args.seconds
+        ),
+    ];
+    Ok(Report { bench: "limiter", machine, rows, notes })
+}
+
+fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
+    let mut latency = load::latencies();
+    for one in found {
+        // Of the same bounds, so nothing is lost.
+        let _ = latency.add(&one.latency_us);
+    }
+    let cpu = median(found.iter().map(|m| m.redis_cpu_us).collect());
+    Row::default()
+        .text("mode", mode.name)
+        .figure("decisions_per_s", median(found.iter().map(|m| m.per_s).collect()), 0)
+        .figure("p50_us", latency.value_at_percentile(50.0) as f64, 0)
+        .figure("p99_us", latency.value_at_percentile(99.0) as f64, 0)
+        .figure("redis_cpu_us_per_decision", cpu, 1)
+        .figure("decisions_per_redis_core_per_s", cpu.map(|us| 1e6 / us), 0)
+        .count("callers", mode.callers as u64)
+}
+
+async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
+    let options = RedisOptions { deadline: DEADLINE, lanes: mode.lanes };
+    let limiter = Arc::new(RedisLimiter::connect(&redis.url(), options).await?);
+    // Loads the scripts.
+    decide(&limiter, &call(0, 0)).await?;
+    let cpu_before = redis.usage().cpu_s;
+    let started = Instant::now();
+    let mut callers = JoinSet::new();
+    for caller in 0..mode.callers {
+        let (limiter, mut rng) = (limiter.clone(), Rng::new(7, caller as u64));
+        callers.spawn(async move {
+            let mut latency = load::latencies();
+            while started.elapsed() < length {
+                let call = call(rng.between(1, mode.tenants), rng.between(1, mode.models));
+                let asked = decide(&limiter, &call).await?;
+                latency.saturating_record(load::micros(asked));
+            }
+            anyhow::Ok(latency)
+        });
+    }
+    let mut latency_us = load::latencies();
+    while let Some(done) = callers.join_next().await {
+        let _ = latency_us.add(done.context("a caller panicked")??);
+    }
+    let elapsed = started.elapsed().as_secs_f64();
+    let cpu_us = (redis.usage().cpu_s - cpu_before) * 1e6;
+    let decisions = latency_us.len().max(1) as f64;
+    Ok(Measured { per_s: decisions / elapsed, redis_cpu_us: cpu_us / decisions, latency_us })
+}
+
+/// One full decision; says how long the admission took.
+async fn decide(limiter: &RedisLimiter, call: &Acquire) -> anyhow::Result<Duration> {
+    let asked = Instant::now();
+    let decision = limiter.acquire(call).await?;
+    let took = asked.elapsed();
+    anyhow::ensure!(matches!(decision.outcome, Outcome::Granted { .. }), "refused: {:?}", decision.outcome);
+    let slot = call.candidates.first().map(|c| c.leases.clone());
+    let settle = Settle { id: call.id, actual: ACTUAL, scopes: call.scopes.clone(), slot };
+    limiter.settle(&settle).await?;
+    Ok(took)
+}
+
+fn call(tenant: u64, model: u64) -> Acquire {
+    let (tenant, model) = (format!("t{tenant}"), format!("m{model}"));
+    let scopes: Scopes = [
+        scope(Scope::Tenant(&tenant), Some(100_000)),
+        scope(Scope::Model(&model), None),
+        scope(Scope::Global, None),
+    ]
+    .into_iter()
+    .collect();
+    let backend = Candidate { leases: Key::backend_slots(&model), max_concurrency: 100_000 };
+    Acquire {
+        id: Uuid::now_v7(),
+        cost: RESERVED,
+        estimated: false,
+        scopes,
+        candidates: vec![backend],
+        lease_ttl: LEASE_TTL,
+    }
+}
+
+/// Requests and tokens, so wide that they never refuse.
+fn scope(scope: Scope<'_>, concurrency: Option<u32>) -> ScopeLimits {
+    let (record, leases) = scope_keys(scope);
+    let mut buckets = [None; Kind::COUNT];
+    for kind in [Kind::Requests, Kind::Tokens] {
+        buckets[kind as usize] = Some(Bucket::per_minute(Bucket::MAX_UNITS, 1.0));
+    }
+    ScopeLimits {
+        record,
+        leases,
+        buckets,
+        concurrency,
+        mode: Mode::Enforce,
+        without_store: weir_ratelimit::WithoutStore::Closed,
+    }
+}
+
+async fn added(args: &LimiterArgs, redis: &Redis, directory: &Path) -> anyhow::Result<Vec<Row>> {
+    let mock = MockArgs { model: "fast".into(), slots: 100_000, ..MockArgs::default() };
+    let mock = Mock::start("mock", &mock, directory).await?;
+    let start = async |id: &str, redis: Option<String>, resources: &Resources| {
+        let args = GatewayArgs { id: id.into(), redis, control_plane: None };
+        Gateway::start(&args, resources, directory).await
+    };
+    let mut without = Resources::basic();
+    without.model_at("fast", mock.address);
+    let mut with = without.clone();
+    limit(&mut with);
+    let without = start("without-limits", None, &without).await?;
+    let with = start("with-limits", Some(redis.url()), &with).await?;
+
+    let request = load::chat(KEY, "fast", 16, false);
+    let length = Duration::from_secs(args.seconds);
+    let mut rows = Vec::new();
+    for (per_second, name) in RATES {
+        let mut pairs = Vec::new();
+        let mut failed = 0;
+        for round in 0..=args.rounds {
+            let plain = load::open(without.address, &request, per_second, length).await?;
+            let limited = load::open(with.address, &request, per_second, length).await?;
+            failed += plain.failed + limited.failed;
+            // The first is for warming up.
+            if round > 0 {
+                pairs.push((plain, limited));
+            }
+        }
+        let added = |percent: f64| {
+            median(pairs.iter().map(|(a, b)| b.percentile_us(percent) - a.percentile_us(percent)).collect())
+        };
+        let plain_p99: Vec<f64> = pairs.iter().map(|(plain, _)| plain.percentile_us(99.0)).collect();
+        rows.push(
+            Row::default()
+                .text("mode", name)
+                .figure("decisions_per_s", median(pairs.iter().map(|(_, b)| b.per_second()).collect()), 0)
+                .figure("p50_us", added(50.0), 0)
+                .figure("p99_us", added(99.0), 0)
+                .figure("p99_noise_us", spread(&plain_p99), 0)
+                .count("failed", failed),
+        );
+    }
+    Ok(rows)
+}
+
+fn limit(resources: &mut Resources) {
+    let wide = |concurrency| v1::Rates {
+        requests_per_minute: Some(Bucket::MAX_UNITS),
+        tokens_per_minute: Some(Bucket::MAX_UNITS),
+        concurrency,
+        burst_multiplier: Some(1.0),
+        ..Default::default()
+    };
+    resources.tenant("acme", KEY, Some(wide(Some(100_000))));
+    let model = v1::ModelSpec { pool: "fast".into(), limits: Some(wide(None)), ..Default::default() };
+    resources.put("fast", Spec::Model(model));
+    resources.put("everything", Spec::Limit(v1::LimitSpec { selector: None, rates: Some(wide(None)) }));
+}
