@@ -1,7 +1,7 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: test-sdk test check fmt tools build
+.PHONY: test-sdk test check fmt tools build bench
 
 # Runs every test. Installs redis-server by the system's package manager when it is missing.
 test: tools build
@@ -39,3 +39,8 @@ tools:
 	elif command -v apk >/dev/null; then $$sudo apk add -q redis; \
 	elif command -v brew >/dev/null; then brew install -q redis; \
 	else echo "make: install redis-server 7 and try again" >&2; exit 1; fi
+
+# Every bench, one after the other, on an otherwise quiet machine; about 15 minutes. Tables on stdout.
+bench: tools
+	@for name in proxy guide-table limiter accuracy; do \
+		cargo run --release --locked -q -p weir-bench -- $$name || exit 1; done

@@ -106,7 +106,12 @@ async fn scenario(
                 .count("leases_leaked", leaked),
         );
     }
-    notes.push(format!("{}: {}", event.name(), summary(&records)));
+    let alone = scene.decided_alone().await;
+    notes.push(format!(
+        "{}: {}; {alone} times a gateway had no answer of Redis in time",
+        event.name(),
+        summary(&records)
+    ));
     scene.end().await
 }
 

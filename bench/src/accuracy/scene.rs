@@ -260,6 +260,20 @@ impl Scene {
         Ok(began.elapsed())
     }
 
+    /// Decisions that gateways made without Redis, on their share of the limits.
+    pub(crate) async fn decided_alone(&self) -> u64 {
+        let mut sum = 0;
+        for gateway in &self.gateways {
+            // One that was killed tells nothing.
+            let page = crate::roles::fetch(gateway.ops, "/metrics").await.unwrap_or_default();
+            let errors = page
+                .lines()
+                .filter(|l| l.starts_with("weir_limiter_calls_total") && l.contains("outcome=\"error\""));
+            sum += errors.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>();
+        }
+        sum
+    }
+
     /// The most requests its server ever had at the same time.
     pub(crate) async fn most_in_flight(&self, limit: &Limit) -> anyhow::Result<u64> {
         let model = match limit.scope {
