@@ -123,6 +123,9 @@ fn rates(rates: Option<&v1::Rates>) -> String {
     add(r.input_tokens_per_minute, "in tok/min");
     add(r.output_tokens_per_minute, "out tok/min");
     add(r.concurrency.map(u64::from), "at once");
+    if let Some(budget) = &r.budget {
+        parts.push(format!("{}/{}", dollars(budget.micro_dollars), period(budget.period())));
+    }
     if let Some(wait) = r.max_wait.and_then(|d| std::time::Duration::try_from(d).ok()) {
         parts.push(format!("wait {}", format_duration(wait)));
     }
@@ -130,6 +133,21 @@ fn rates(rates: Option<&v1::Rates>) -> String {
         parts.push("shadow".to_owned());
     }
     list(&parts, "-").replace(',', ", ")
+}
+
+fn period(period: v1::BudgetPeriod) -> &'static str {
+    match period {
+        v1::BudgetPeriod::Day => "day",
+        v1::BudgetPeriod::Week => "week",
+        v1::BudgetPeriod::Unspecified | v1::BudgetPeriod::Month => "month",
+    }
+}
+
+/// Micro-dollars as dollars, with as many digits as they need and two at least.
+pub(crate) fn dollars(micro: u64) -> String {
+    let (whole, part) = (micro / 1_000_000, format!("{:06}", micro % 1_000_000));
+    let cents = part.trim_end_matches('0');
+    format!("${whole}.{cents:0<2}")
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! [`Resource::references`].
 
 mod check;
+mod demand;
 mod spec;
 
 use std::fmt;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use crate::v1;
 pub use check::{Violation, Violations};
+pub use demand::{Budget, Period, Priority, Queue};
 pub use spec::*;
 
 /// The name of a resource: 1 to 63 bytes of lower-case letters, digits, '-' and '.', starting and ending with a

@@ -260,4 +260,6 @@ names! {
     BalancingPolicy "BALANCING_POLICY_" "weighted_round_robin, round_robin, random, least_request, prefix_affinity, priority"
     AdminState "ADMIN_STATE_" "active, draining, disabled"
     WithoutStore "WITHOUT_STORE_" "local_share, open, closed"
+    Priority "PRIORITY_" "high, normal, low"
+    BudgetPeriod "BUDGET_PERIOD_" "day, week, month"
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::mirror::mirror;
-use super::scalar::{AdminState, BalancingPolicy, Duration, Sha256, Timestamp, WithoutStore};
+use super::scalar::{
+    AdminState, BalancingPolicy, BudgetPeriod, Duration, Priority, Sha256, Timestamp, WithoutStore,
+};
 
 mirror! {
     Pool of PoolSpec {
@@ -15,6 +17,11 @@ mirror! {
         health: Option<HealthProfile>,
         affinity: Option<Affinity>,
         hedging: Option<Hedging>,
+        queue: Option<Queue>,
+    }
+    Queue of Queue {
+        max_waiting: u32,
+        max_wait: Option<Duration>,
     }
     Affinity of Affinity {
         prefix_bytes: u32,
@@ -81,6 +88,7 @@ mirror! {
         display_name: String,
         allowed_models: Vec<String>,
         limits: Option<Rates>,
+        priority: Priority,
     }
     KeyDigest of KeyDigest {
         sha256: Sha256,
@@ -113,5 +121,10 @@ mirror! {
         max_wait: Option<Duration>,
         without_store: WithoutStore,
         shadow: bool,
+        budget: Option<Budget>,
+    }
+    Budget of Budget {
+        micro_dollars: u64,
+        period: BudgetPeriod,
     }
 }

@@ -20,6 +20,7 @@ fn rates() -> Option<v1::Rates> {
         max_wait: duration(10, 500_000_000),
         without_store: v1::WithoutStore::Closed.into(),
         shadow: true,
+        budget: Some(v1::Budget { micro_dollars: 5_000_000, period: v1::BudgetPeriod::Week.into() }),
     })
 }
 
@@ -61,6 +62,7 @@ fn every_kind() -> Vec<v1::Resource> {
                 initial: duration(2, 0),
                 floor: duration(0, 100_000_000),
             }),
+            queue: Some(v1::Queue { max_waiting: 7, max_wait: duration(3, 0) }),
         }),
         Spec::Backend(v1::BackendSpec {
             pool: "123".into(),
@@ -94,6 +96,7 @@ fn every_kind() -> Vec<v1::Resource> {
             display_name: "~".into(),
             allowed_models: names(&["gpt-4.1"]),
             limits: rates(),
+            priority: v1::Priority::High.into(),
         }),
         Spec::ApiKey(v1::ApiKeySpec {
             tenant: "t".into(),

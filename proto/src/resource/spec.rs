@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::Name;
 use super::check::Check;
+use super::demand::{self, Budget, Priority, Queue};
 use crate::v1;
 
 /// The longest duration any field takes: a day.
@@ -168,6 +169,8 @@ pub struct Pool {
     pub affinity: Affinity,
     /// When a silent backend is not waited for alone.
     pub hedging: Hedging,
+    /// Where requests wait for a slot.
+    pub queue: Queue,
 }
 
 fn or(value: u32, default: u32) -> u32 {
@@ -202,6 +205,7 @@ impl Pool {
         let a = w.affinity.unwrap_or_default();
         let hedging = w.hedging.unwrap_or_default();
         Self {
+            queue: Queue::judge(w.queue.as_ref(), check),
             balancing_policy,
             regions: w.regions.clone(),
             timeouts: TimeoutOverrides::judge(w.timeouts.as_ref(), check).over(&Timeouts::default()),
@@ -493,6 +497,8 @@ pub struct Tenant {
     pub allowed_models: Vec<Name>,
     /// Limits over all its keys and models.
     pub limits: Option<Rates>,
+    /// Who goes first when several wait.
+    pub priority: Priority,
 }
 
 impl Tenant {
@@ -502,6 +508,7 @@ impl Tenant {
             display_name: w.display_name.clone(),
             allowed_models: check.names("allowed_models", &w.allowed_models),
             limits: Rates::judge("limits", w.limits.as_ref(), check),
+            priority: Priority::judge(w.priority, check),
         }
     }
 }
@@ -628,12 +635,14 @@ pub struct Rates {
     pub concurrency: Option<u32>,
     /// Minutes' worth that may be used at once: 5.
     pub burst_multiplier: f64,
-    /// How long a request may wait: zero refuses at once.
-    pub max_wait: Duration,
+    /// How long a request may wait, zero for not at all; `None` is the default of what is limited.
+    pub max_wait: Option<Duration>,
     /// What happens without the limit store.
     pub without_store: WithoutStore,
     /// Count only.
     pub shadow: bool,
+    /// Money per period.
+    pub budget: Option<Budget>,
 }
 
 impl Default for Rates {
@@ -645,9 +654,10 @@ impl Default for Rates {
             output_tokens_per_minute: None,
             concurrency: None,
             burst_multiplier: Self::BURST_MULTIPLIER,
-            max_wait: Duration::ZERO,
+            max_wait: None,
             without_store: WithoutStore::default(),
             shadow: false,
+            budget: None,
         }
     }
 }
@@ -700,12 +710,8 @@ impl Rates {
             output_tokens_per_minute: otpm,
             concurrency: w.concurrency,
             burst_multiplier: burst,
-            max_wait: check.duration(
-                &format!("{path}.max_wait"),
-                w.max_wait.as_ref(),
-                Duration::ZERO,
-                secs(600),
-            ),
+            max_wait: demand::wait(&format!("{path}.max_wait"), w.max_wait.as_ref(), check),
+            budget: Budget::judge(&format!("{path}.budget"), w.budget.as_ref(), check),
             without_store,
             shadow: w.shadow,
         })
