@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{
     Acquire, AnyLimiter, Cost, Decision, Error, Key, Limiter, Renewal, Scopes, Settle, Trouble,
 };
@@ -47,6 +48,8 @@ pub struct Ledger {
     pub limiter: AnyLimiter,
     /// Decides this gateway's share of them while the cluster's store cannot be reached.
     pub local: AnyLimiter,
+    /// Who waits for them.
+    pub waiting: Waiting,
     metrics: Metrics,
     lag: Lag,
     queue: mpsc::Sender<(AnyLimiter, Job)>,
@@ -63,10 +66,27 @@ pub struct LedgerWorker {
 /// What an admission hands to the worker.
 #[derive(Debug)]
 enum Job {
-    /// It ended.
-    Settle(Box<Settle>),
+    /// It ended. With a credit, less was used than reserved: somebody who waits for a bucket may fit then.
+    Settle(Box<Settle>, Credit),
     /// It goes on without this slot.
     Release(Uuid, Key),
+}
+
+/// Whether a settlement gives something back.
+type Credit = bool;
+
+impl Job {
+    /// What has room again afterwards.
+    fn released(&self) -> SmallVec<[&Key; 8]> {
+        match self {
+            Job::Settle(settle, credit) => {
+                let leases = settle.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
+                let records = settle.scopes.iter().filter(|_| *credit).map(|s| &s.record);
+                leases.chain(records).chain(&settle.slot).collect()
+            }
+            Job::Release(_, slot) => smallvec::smallvec![slot],
+        }
+    }
 }
 
 impl Ledger {
@@ -76,6 +96,7 @@ impl Ledger {
         let ledger = Arc::new(Self {
             limiter,
             local: AnyLimiter::Memory(Arc::new(MemoryLimiter::new())),
+            waiting: Waiting::default(),
             metrics,
             lag: Lag::default(),
             queue: sender,
@@ -177,11 +198,14 @@ async fn with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, job: Job) {
     let mut pause = Duration::from_millis(20);
     for attempt in 1..=TRIES {
         let done = match &job {
-            Job::Settle(settle) => limiter.settle(settle).await.map(|_| ()),
+            Job::Settle(settle, _) => limiter.settle(settle).await.map(|_| ()),
             Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
         };
         match done {
-            Ok(()) => return,
+            Ok(()) => {
+                ledger.waiting.released(job.released());
+                return;
+            }
             Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {
                 tracing::debug!(%error, attempt, "the limit store is asked again");
                 tokio::time::sleep(pause).await;
@@ -189,7 +213,7 @@ async fn with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, job: Job) {
             }
             Err(error) => {
                 match &job {
-                    Job::Settle(settle) => {
+                    Job::Settle(settle, _) => {
                         ledger.metrics.settlements_lost.inc();
                         tracing::error!(%error, reservation = %settle.id, "settlement lost: the reservation stands");
                     }
@@ -238,7 +262,7 @@ impl Admission {
     }
 
     /// Refused: nothing was written, nothing is to be settled.
-    pub fn refused(mut self) {
+    pub fn refused(&mut self) {
         self.armed = false;
     }
 
@@ -258,11 +282,13 @@ impl Admission {
     pub fn moved(&mut self, from: &Key) {
         self.slots.retain(|slot| slot != from);
         self.enter();
+        self.ledger.waiting.released([from]);
     }
 
     /// This slot is not needed any more, while the request goes on.
     pub fn release(&mut self, slot: &Key) {
-        self.moved(slot);
+        self.slots.retain(|held| held != slot);
+        self.enter();
         // Without room in the queue its lease runs out.
         let _ = self.ledger.queue.try_send((self.limiter.clone(), Job::Release(self.id, slot.clone())));
     }
@@ -300,7 +326,9 @@ impl Drop for Admission {
             scopes: std::mem::take(&mut self.scopes),
             slot: self.slots.pop(),
         };
-        if self.ledger.queue.try_send((self.limiter.clone(), Job::Settle(Box::new(settle)))).is_err() {
+        let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
+        let job = Job::Settle(Box::new(settle), credit);
+        if self.ledger.queue.try_send((self.limiter.clone(), job)).is_err() {
             self.ledger.metrics.settlements_lost.inc();
         }
     }

@@ -10,6 +10,7 @@ use http::StatusCode;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::headers::ShownLimits;
 use crate::metrics::{Metrics, ModelLabels, RequestLabels, TokenLabels};
 
 /// What is known of a request.
@@ -36,6 +37,10 @@ pub struct RequestContext {
     pub attempts: u32,
     /// Time spent asking the limiter.
     pub limiter: Duration,
+    /// Time spent waiting in queues for a limit or a slot.
+    pub waited: Duration,
+    /// The limits as the last decision left them, for the headers of a refusal.
+    pub limits: ShownLimits,
     /// Whether the client asked for a stream.
     pub stream: bool,
     /// From arrival to the first byte of the answer.
@@ -69,6 +74,8 @@ impl RequestContext {
             backend: None,
             attempts: 0,
             limiter: Duration::ZERO,
+            waited: Duration::ZERO,
+            limits: ShownLimits::new(),
             stream: false,
             first_byte: None,
             outcome: None,
@@ -110,6 +117,7 @@ impl Drop for RequestContext {
             duration_ms = elapsed.as_secs_f64() * 1e3,
             first_byte_ms = self.first_byte.map(|d| d.as_secs_f64() * 1e3),
             limiter_ms = self.limiter.as_secs_f64() * 1e3,
+            wait_ms = self.waited.as_secs_f64() * 1e3,
             input_tokens = self.tokens.map(|t| t.0),
             output_tokens = self.tokens.map(|t| t.1),
             usage_source = self.tokens.map(|t| t.2),

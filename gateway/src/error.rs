@@ -47,6 +47,8 @@ pub struct Refusal {
     pub limit: u64,
     /// How much is left.
     pub remaining: u64,
+    /// How much the request needs.
+    pub needs: u64,
     /// The time until this request would fit; `None` when it never will.
     pub wait: Option<Duration>,
 }
@@ -168,10 +170,17 @@ impl GatewayError {
                 "unsupported_encoding",
                 "Compressed request bodies are not supported; send the body without Content-Encoding.",
             ),
-            Self::Limited(refusal) => ErrorFacts {
-                kind: if refusal.what == "requests" { "requests" } else { "tokens" },
-                retry_after: refusal.wait,
-                ..client(429, "rate_limit_exceeded", "limited", refusal.message())
+            Self::Limited(refusal) => match refusal.wait {
+                Some(wait) => ErrorFacts {
+                    kind: if refusal.what == "requests" { "requests" } else { "tokens" },
+                    retry_after: Some(wait),
+                    ..client(429, "rate_limit_exceeded", "limited", refusal.message())
+                },
+                // Clients try a 429 again, which cannot help here: the request, or the limit, has to change.
+                None if refusal.needs > refusal.limit && refusal.limit > 0 => {
+                    client(400, "request_exceeds_limit", "exceeds_limit", refusal.message())
+                }
+                None => client(403, "limit_closed", "limit_closed", refusal.message()),
             },
             Self::LimitStore => {
                 ours("limit_store_unavailable", "limit_store", "Limits cannot be checked now.", None)
@@ -250,11 +259,14 @@ impl GatewayError {
 
 impl Refusal {
     fn message(&self) -> String {
-        let Self { scope_kind, what, limit, remaining, .. } = self;
+        let Self { scope_kind, what, limit, remaining, needs, .. } = self;
         let scope = echo(&self.scope);
         let advice = match self.wait {
             Some(wait) => format!("Please try again in {}.", duration(wait)),
-            None => "This request can never fit this limit; make it smaller.".to_owned(),
+            None if needs > limit && *limit > 0 => {
+                format!("This request needs {needs} and can never fit; make it smaller.")
+            }
+            None => "It lets nothing more pass.".to_owned(),
         };
         format!(
             "Rate limit reached for {what} of {scope_kind} '{scope}': limit {limit}, remaining {remaining}. {advice}"
@@ -340,6 +352,7 @@ mod tests {
             what: "tokens",
             limit: 10,
             remaining: 2,
+            needs: 11,
             wait,
         })
     }
@@ -372,7 +385,11 @@ mod tests {
         assert_eq!(body["error"]["retry_after_ms"], 1500);
         assert_eq!(body["error"]["scope"]["name"], "acme");
         assert!(error.facts().message.ends_with("try again in 1.5s."));
-        assert_eq!(limited(None).facts().retry_after, None);
+        let never = limited(None).facts();
+        assert_eq!(
+            (never.status.as_u16(), never.code, never.retry_after),
+            (400, "request_exceeds_limit", None)
+        );
     }
 
     #[test]

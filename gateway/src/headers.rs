@@ -106,6 +106,9 @@ pub struct LimitState {
     pub reset: Duration,
 }
 
+/// The limits of a request that headers tell about.
+pub type ShownLimits = smallvec::SmallVec<[LimitState; 8]>;
+
 /// Writes OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
 pub fn write_limits(headers: &mut HeaderMap, states: &[LimitState]) {
     for (kind, names) in [

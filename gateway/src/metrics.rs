@@ -54,6 +54,15 @@ pub struct LimiterLabels {
     pub outcome: &'static str,
 }
 
+/// Of a request that waited for a limit or a slot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WaitLabels {
+    /// "granted", or why it was refused in the end: "too_long", "queue_full", "expired".
+    pub outcome: &'static str,
+    /// "high", "normal" or "low".
+    pub priority: &'static str,
+}
+
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -73,6 +82,12 @@ pub struct Metrics {
     pub limiter: Family<LimiterLabels, Counter>,
     /// How long a limiter call took.
     pub limiter_duration: Histogram,
+    /// How long requests waited in queues.
+    pub wait: Family<WaitLabels, Histogram>,
+    /// How many stood before a request that joined a queue.
+    pub queue_ahead: Histogram,
+    /// Requests in queues.
+    pub waiting: Gauge,
     /// Settlements that could not be made.
     pub settlements_lost: Counter,
     /// Leases that ran out under a live request.
@@ -96,6 +111,8 @@ const REQUEST_BUCKETS: [f64; 16] =
 const LIMITER_BUCKETS: [f64; 10] =
     [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05];
 
+const QUEUE_BUCKETS: [f64; 8] = [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0];
+
 fn seconds() -> Histogram {
     Histogram::new(REQUEST_BUCKETS)
 }
@@ -112,6 +129,9 @@ impl Metrics {
             attempts: Family::default(),
             limiter: Family::default(),
             limiter_duration: Histogram::new(LIMITER_BUCKETS),
+            wait: Family::new_with_constructor(seconds),
+            queue_ahead: Histogram::new(QUEUE_BUCKETS),
+            waiting: Gauge::default(),
             settlements_lost: Counter::default(),
             leases_lost: Counter::default(),
             connections: Gauge::default(),
@@ -134,6 +154,13 @@ impl Metrics {
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("limit_wait_seconds", "Time in queues for a limit or a slot", m.wait.clone());
+        r.register(
+            "limit_queue_ahead",
+            "How many stood before a request that joined a queue",
+            m.queue_ahead.clone(),
+        );
+        r.register("limit_waiting", "Requests in queues for a limit or a slot", m.waiting.clone());
         r.register("settlements_lost", "Settlements that could not be made", m.settlements_lost.clone());
         r.register("leases_lost", "Leases that ran out under a live request", m.leases_lost.clone());
         r.register("connections", "Open client connections", m.connections.clone());

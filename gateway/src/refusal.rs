@@ -3,15 +3,14 @@
 use std::time::Duration;
 
 use http::HeaderMap;
-use smallvec::SmallVec;
-use weir_ratelimit::{Decision, Kind, LimitState, Outcome, Verdict, What};
+use weir_ratelimit::{Cost, Decision, Kind, LimitState, Outcome, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
-use crate::headers::{self, LimitKind};
+use crate::headers::{self, LimitKind, ShownLimits};
 use crate::snapshot::ScopeEntry;
 
 /// The 429 for a decision that refused: it names the limit that keeps the caller waiting longest.
-pub fn limited(decision: &Decision, entries: &[&ScopeEntry]) -> GatewayError {
+pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost) -> GatewayError {
     let wait = match decision.outcome {
         Outcome::Limited { wait } => wait,
         _ => Some(Duration::ZERO),
@@ -33,6 +32,10 @@ pub fn limited(decision: &Decision, entries: &[&ScopeEntry]) -> GatewayError {
         what: worst.map_or("requests", |l| kind_name(l.what)),
         limit: worst.map_or(0, |l| l.limit),
         remaining: worst.map_or(0, |l| l.remaining),
+        needs: worst.map_or(1, |l| match l.what {
+            What::Bucket(kind) => cost.get(kind),
+            What::Concurrency => 1,
+        }),
         wait,
     })
 }
@@ -44,8 +47,8 @@ const fn kind_name(what: What) -> &'static str {
     }
 }
 
-/// OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
-pub fn write_limits(headers: &mut HeaderMap, decision: &Decision) {
+/// What headers tell about.
+pub fn shown(decision: &Decision) -> ShownLimits {
     let shown = decision.limits.iter().filter_map(|l| {
         let kind = match l.what {
             What::Bucket(Kind::Requests) => LimitKind::Requests,
@@ -54,6 +57,10 @@ pub fn write_limits(headers: &mut HeaderMap, decision: &Decision) {
         };
         Some(headers::LimitState { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
     });
-    let shown: SmallVec<[headers::LimitState; 8]> = shown.collect();
-    headers::write_limits(headers, &shown);
+    shown.collect()
+}
+
+/// OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
+pub fn write_limits(headers: &mut HeaderMap, decision: &Decision) {
+    headers::write_limits(headers, &shown(decision));
 }

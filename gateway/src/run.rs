@@ -115,7 +115,7 @@ pub async fn start(
     let live = Arc::new(Live::default());
     let (ledger, worker) = Ledger::new(limiter, metrics.clone());
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
-    let gateway = Arc::new(Gateway { live: live.clone(), ledger, bodies, metrics: metrics.clone() });
+    let gateway = Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(live.clone(), identity.clone(), control_plane.clone(), disk);
 
@@ -125,7 +125,7 @@ pub async fn start(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(report::run(live.clone(), identity, control_plane, drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
-    tasks.spawn(watch(live.clone(), readiness.clone(), metrics, shutdown.clone(), drained.clone()));
+    tasks.spawn(watch(live.clone(), ledger, readiness.clone(), metrics, shutdown.clone(), drained.clone()));
     let ops = weir_runtime::serve_ops(ops, readiness, Arc::new(registry), drained.clone());
     tasks.spawn(async move {
         if let Err(error) = ops.await {
@@ -144,6 +144,7 @@ pub async fn start(
 /// Keeps readiness and the gauges true.
 async fn watch(
     live: Arc<Live>,
+    ledger: Arc<Ledger>,
     readiness: Readiness,
     metrics: Metrics,
     shutdown: CancellationToken,
@@ -163,6 +164,7 @@ async fn watch(
         metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
+        metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },
             () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}

@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 use weir_proto::resource::{
-    AdminState, Backend, CredentialRef, Model, Name, Pool, Rates, Resource, Spec, Timeouts,
+    AdminState, Backend, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
 };
-use weir_ratelimit::{Key, Mode, Scope, ScopeLimits, scope_limits};
+use weir_ratelimit::{Key, Mode, Scope, ScopeLimits, max_wait, scope_limits};
 
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
 use crate::upstream::Upstream;
@@ -26,6 +26,8 @@ pub struct ScopeEntry {
     pub kind: &'static str,
     /// The name of what it limits; empty for global.
     pub name: String,
+    /// How long a request may wait for it.
+    pub max_wait: Duration,
 }
 
 /// A tenant.
@@ -37,6 +39,10 @@ pub struct TenantEntry {
     pub allowed_models: Vec<Name>,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
+    /// Its name in the queues.
+    pub queue: Arc<str>,
+    /// Who goes first when several wait.
+    pub priority: Priority,
 }
 
 /// An API key.
@@ -77,6 +83,8 @@ pub struct ModelEntry {
     pub backends: Vec<(Arc<BackendEntry>, String)>,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
+    /// The name of the queue for its slots.
+    pub queue: Arc<str>,
 }
 
 /// A pool.
@@ -269,6 +277,7 @@ impl Compiler {
                 name: resource.name.clone(),
                 timeouts: spec.timeouts.over(&pool.spec.timeouts),
                 backends: backends.collect(),
+                queue: resource.name.as_str().into(),
                 scope: spec.limits.as_ref().map(|r| {
                     scope_entry(Scope::Model(resource.name.as_str()), "model", resource.name.to_string(), r)
                 }),
@@ -314,6 +323,8 @@ impl Compiler {
             let entry = TenantEntry {
                 name: name.clone(),
                 allowed_models: spec.allowed_models.clone(),
+                queue: name.as_str().into(),
+                priority: spec.priority,
                 scope: spec
                     .limits
                     .as_ref()
@@ -347,7 +358,7 @@ impl Compiler {
 }
 
 fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates) -> ScopeEntry {
-    ScopeEntry { limits: scope_limits(scope, rates), kind, name }
+    ScopeEntry { limits: scope_limits(scope, rates), kind, name, max_wait: max_wait(scope, rates) }
 }
 
 /// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
@@ -367,6 +378,7 @@ fn tightest(a: Option<ScopeEntry>, mut b: ScopeEntry) -> ScopeEntry {
     if a.limits.mode == Mode::Enforce {
         b.limits.mode = Mode::Enforce;
     }
+    b.max_wait = a.max_wait.min(b.max_wait);
     b
 }
 

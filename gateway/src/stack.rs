@@ -5,11 +5,14 @@
 //!   identify   bearer key -> digest -> key -> tenant              401, the same for every reason
 //!   read       one borrowing pass over the body                   400, 408, 413, 415
 //!   choose     model -> pool -> backends in order of preference   404, from the snapshot, no I/O
-//!   admit      one limiter call: every limit and a slot           429 (the caller's limits), 503 (ours)
+//!   admit      one limiter call: every limit and a slot;          429 (the caller's limits), 503 (ours)
+//!              refused, it waits in turn where that can help
 //!   send       to the backend; elsewhere while nothing was sent   502, 503, 504
 //!   answer     whole, or as a stream that owns the rest
 //!   account    on drop, exactly once, on every way out
 //! ```
+
+mod admit;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,19 +24,19 @@ use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
-use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
+use weir_ratelimit::Decision;
 
 use crate::account::{Admission, Ledger};
-use crate::balance::{Place, prefix_hash, stable_hash};
+use crate::balance::{prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
-use crate::metrics::{LimiterLabels, Metrics};
+use crate::metrics::Metrics;
 use crate::read::{self, RouteKind};
 use crate::send::{self, Answer, Outgoing, Target};
-use crate::snapshot::{KeyEntry, LEASE_TTL, ModelEntry, ScopeEntry, Snapshot};
+use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
 use crate::stream::meter::{RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
@@ -81,7 +84,11 @@ pub async fn handle(
                 let facts = error.facts();
                 context.finished(facts.status, facts.label);
             }
-            refusal_of(&error)
+            let mut response = refusal_of(&error);
+            if let Some(context) = &slot {
+                headers::write_limits(response.headers_mut(), &context.limits);
+            }
+            response
         }
     };
     if let Ok(value) = HeaderValue::try_from(request_id) {
@@ -315,121 +322,6 @@ impl Call<'_> {
             first_byte_by: Instant::now() + target.model.timeouts.first_byte,
             deadline,
         })
-    }
-
-    /// One limiter call: every limit of the request and a slot at the first candidate that has one.
-    async fn admit(
-        &self,
-        model: &Arc<ModelEntry>,
-        places: &[Place],
-        slot: &mut Slot,
-    ) -> Result<(Admission, Decision, usize), GatewayError> {
-        let entries = self.scopes(model);
-        let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
-        let output = match self.asked.kind {
-            RouteKind::Embeddings => 0,
-            _ => self.asked.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, u64::from),
-        };
-        let reserved =
-            send::cost(model, self.prompt_tokens(), output.saturating_mul(u64::from(self.asked.choices)));
-        let mut call = Acquire {
-            id: uuid::Uuid::nil(),
-            cost: reserved,
-            estimated: self.asked.max_output_tokens.is_none(),
-            scopes,
-            candidates: tries::candidates(model, places),
-            lease_ttl: LEASE_TTL,
-        };
-        let ledger = &self.gateway.ledger;
-        let asked = Instant::now();
-        let mut result = self.acquire(&ledger.limiter, &mut call, false).await;
-        if let Err(error) = &result {
-            tracing::warn!(%error, "limit store away; deciding without it");
-            if entries.iter().any(|e| e.limits.without_store == WithoutStore::Closed) {
-                return Err(GatewayError::LimitStore);
-            }
-            call = self.local_share(call, &entries);
-            result = self.acquire(&ledger.local, &mut call, true).await;
-        }
-        if let Some(context) = slot {
-            context.limiter += asked.elapsed();
-        }
-        self.gateway.metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
-        let (mut admission, decision) = result.map_err(|_| GatewayError::LimitStore)?;
-        match decision.outcome {
-            Outcome::Granted { slot } => {
-                let chosen = slot.unwrap_or(0);
-                admission.granted(slot.map(|s| call.candidates[s].leases.clone()));
-                Ok((admission, decision, chosen))
-            }
-            Outcome::Limited { .. } => {
-                admission.refused();
-                Err(refusal::limited(&decision, &entries))
-            }
-            Outcome::NoSlot { .. } => {
-                admission.refused();
-                Err(GatewayError::Busy { retry_after: None })
-            }
-        }
-    }
-
-    async fn acquire(
-        &self,
-        limiter: &AnyLimiter,
-        call: &mut Acquire,
-        local: bool,
-    ) -> Result<(Admission, Decision), weir_ratelimit::Error> {
-        // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
-        let admission = Admission::prepare(&self.gateway.ledger, limiter, call.scopes.clone(), call.cost);
-        call.id = admission.id;
-        let decision = match local {
-            true => limiter.acquire(call).await,
-            false => self.gateway.ledger.acquire(call).await,
-        };
-        let outcome = match &decision {
-            Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
-            Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
-            Ok(Decision { outcome: Outcome::NoSlot { .. }, .. }) => "no_slot",
-            Err(_) => "error",
-        };
-        self.gateway.metrics.limiter.get_or_create(&LimiterLabels { outcome }).inc();
-        Ok((admission, decision?))
-    }
-
-    /// The same call against this gateway's share of each limit: the limit over the gateways there are.
-    fn local_share(&self, mut call: Acquire, entries: &[&ScopeEntry]) -> Acquire {
-        let gateways = self.gateway.live.live_gateways();
-        for (scope, entry) in call.scopes.iter_mut().zip(entries) {
-            let open = entry.limits.without_store == WithoutStore::Open;
-            for bucket in &mut scope.buckets {
-                *bucket = bucket.filter(|_| !open).map(|mut b| {
-                    b.capacity /= u64::from(gateways);
-                    b.period *= gateways;
-                    b
-                });
-            }
-            scope.concurrency = scope.concurrency.filter(|_| !open).map(|c| c.div_ceil(gateways));
-        }
-        for candidate in &mut call.candidates {
-            candidate.max_concurrency = candidate.max_concurrency.div_ceil(gateways);
-        }
-        call
-    }
-
-    fn scopes(&self, model: &ModelEntry) -> Vec<&ScopeEntry> {
-        let tenant_model = (self.key.tenant.name.clone(), model.name.clone());
-        // The model's entry lives in the snapshot; `model` may be a clone of the handle.
-        let model = self.snapshot.models_by_name.get(&model.name);
-        [
-            self.key.scope.as_ref(),
-            self.key.tenant.scope.as_ref(),
-            self.snapshot.tenant_models.get(&tenant_model),
-            model.and_then(|m| m.scope.as_ref()),
-            self.snapshot.global.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
     }
 
     fn answer(

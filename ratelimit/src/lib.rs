@@ -34,5 +34,5 @@ pub use any::AnyLimiter;
 pub use budget::FOREVER;
 pub use error::{Error, Fault, Trouble};
 pub use key::{Scope, scope_keys};
-pub use rates::scope_limits;
+pub use rates::{max_wait, scope_limits};
 pub use types::*;

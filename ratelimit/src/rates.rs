@@ -1,6 +1,8 @@
 //! From what operators declare to what the limiter takes. The gateway and the limit service both come through here,
 //! which is what makes them share buckets.
 
+use std::time::Duration;
+
 use weir_proto::resource::{self, Rates};
 
 use crate::{Bucket, Kind, Mode, Scope, ScopeLimits, WithoutStore, scope_keys};
@@ -24,4 +26,14 @@ pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
         resource::WithoutStore::Closed => WithoutStore::Closed,
     };
     ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store }
+}
+
+/// How long a request may wait for a limit. What callers share and cannot plan for is waited for where the limit does
+/// not say; what is a caller's own is refused at once, so that it learns of it.
+pub fn max_wait(scope: Scope<'_>, rates: &Rates) -> Duration {
+    rates.max_wait.unwrap_or(match scope {
+        Scope::Global => Duration::from_secs(30),
+        Scope::Model(_) => Duration::from_secs(10),
+        Scope::Tenant(_) | Scope::ApiKey { .. } | Scope::TenantModel { .. } => Duration::ZERO,
+    })
 }

@@ -1,0 +1,233 @@
+//! Admission: what a request is under, what it reserves, and how long it may wait for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderMap;
+use tokio::time::Instant;
+use weir_proto::resource::{AdminState, Priority};
+use weir_ratelimit::waiting::{self, Patience, SlotPatience, Waited};
+use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
+
+use super::{Call, EXPECTED_OUTPUT_TOKENS, Slot};
+use crate::account::Admission;
+use crate::balance::Place;
+use crate::error::GatewayError;
+use crate::metrics::{LimiterLabels, WaitLabels};
+use crate::read::RouteKind;
+use crate::snapshot::{LEASE_TTL, ModelEntry, ScopeEntry};
+use crate::{refusal, send, tries};
+
+/// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
+const CLIENT_TIMEOUTS: [&str; 2] = ["x-stainless-timeout", "x-stainless-read-timeout"];
+
+impl Call<'_> {
+    /// Every limit of the request and a slot at the first candidate that has one, in one limiter call; refused, it
+    /// waits in turn and asks again for as long as its limits, its pool's queue and its own time allow. Returns the
+    /// index into `places` of the one whose slot is held.
+    pub(super) async fn admit(
+        &self,
+        model: &Arc<ModelEntry>,
+        places: &[Place],
+        slot: &mut Slot,
+    ) -> Result<(Admission, Decision, usize), GatewayError> {
+        let entries = self.scopes(model);
+        let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
+        let output = match self.asked.kind {
+            RouteKind::Embeddings => 0,
+            _ => self.asked.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, u64::from),
+        };
+        let reserved =
+            send::cost(model, self.prompt_tokens(), output.saturating_mul(u64::from(self.asked.choices)));
+        let call = Acquire {
+            id: uuid::Uuid::nil(),
+            cost: reserved,
+            estimated: self.asked.max_output_tokens.is_none(),
+            scopes,
+            candidates: tries::candidates(model, places),
+            lease_ttl: LEASE_TTL,
+        };
+        let started = slot.as_ref().map_or_else(Instant::now, |c| c.started);
+        let patience = self.patience(model, &entries, started + model.timeouts.total);
+        let began = Instant::now();
+        let mut again = false;
+        let ask = || {
+            let call = if again { self.as_of_now(&call, model, places) } else { call.clone() };
+            again = true;
+            self.decide(call, &entries)
+        };
+        let waiting = &self.gateway.ledger.waiting;
+        let waited = waiting.acquire(&call, &patience, ask).await;
+        if let Some(context) = slot {
+            let in_queue = waited.as_ref().map_or(Duration::ZERO, |w| w.waited);
+            context.limiter += began.elapsed().saturating_sub(in_queue);
+            context.waited += in_queue;
+        }
+        let Waited { decision, with, waited, ahead, gave_up } = waited?;
+        let metrics = &self.gateway.metrics;
+        if let Some(ahead) = ahead {
+            let outcome = gave_up.map_or("granted", waiting::GaveUp::name);
+            let labels = WaitLabels { outcome, priority: patience.priority.name() };
+            metrics.wait.get_or_create(&labels).observe(waited.as_secs_f64());
+            metrics.queue_ahead.observe(ahead as f64);
+        }
+        if let Some(context) = slot {
+            context.limits = refusal::shown(&decision);
+        }
+        match decision.outcome {
+            Outcome::Granted { slot } => {
+                let mut admission = with.ok_or(GatewayError::Internal)?;
+                admission.granted(slot.map(|s| call.candidates[s].leases.clone()));
+                Ok((admission, decision, slot.unwrap_or(0)))
+            }
+            Outcome::Limited { .. } => Err(refusal::limited(&decision, &entries, &reserved)),
+            Outcome::NoSlot { .. } => Err(GatewayError::Busy { retry_after: None }),
+        }
+    }
+
+    /// How long this request may wait, and as whom.
+    fn patience(&self, model: &ModelEntry, entries: &[&ScopeEntry], deadline: Instant) -> Patience {
+        let deadline = match client_timeout(&self.headers) {
+            Some(timeout) => deadline.min(Instant::now() + timeout),
+            None => deadline,
+        };
+        let queue = &model.pool.spec.queue;
+        Patience {
+            tenant: self.key.tenant.queue.clone(),
+            priority: match self.key.tenant.priority {
+                Priority::High => waiting::Priority::High,
+                Priority::Normal => waiting::Priority::Normal,
+                Priority::Low => waiting::Priority::Low,
+            },
+            deadline,
+            scopes: entries.iter().map(|e| e.max_wait).collect(),
+            slots: Some(SlotPatience {
+                queue: model.queue.clone(),
+                max_wait: queue.max_wait,
+                bound: queue.max_waiting as usize,
+            }),
+            bytes: self.body.len() as u64,
+        }
+    }
+
+    /// The call with the slots as they are now: while it waited, an operator may have drained a backend.
+    fn as_of_now(&self, call: &Acquire, model: &ModelEntry, places: &[Place]) -> Acquire {
+        let mut call = call.clone();
+        let live = self.gateway.live.snapshot();
+        for (candidate, place) in call.candidates.iter_mut().zip(places) {
+            let backend = live.backends.get(&model.backends[place.index].0.name);
+            let active = backend.filter(|b| b.spec.admin_state == AdminState::Active);
+            candidate.max_concurrency = active.map_or(0, |b| b.spec.max_concurrency.min(place.slots));
+        }
+        call
+    }
+
+    /// One decision, by the cluster or, while its store is away, by this gateway's share. The admission is armed only
+    /// if it was granted.
+    async fn decide(
+        &self,
+        mut call: Acquire,
+        entries: &[&ScopeEntry],
+    ) -> Result<(Decision, Admission), GatewayError> {
+        let ledger = &self.gateway.ledger;
+        let asked = Instant::now();
+        let mut result = self.acquire(&ledger.limiter, &mut call, false).await;
+        if let Err(error) = &result {
+            tracing::warn!(%error, "limit store away; deciding without it");
+            if entries.iter().any(|e| e.limits.without_store == WithoutStore::Closed) {
+                return Err(GatewayError::LimitStore);
+            }
+            call = self.local_share(call, entries);
+            result = self.acquire(&ledger.local, &mut call, true).await;
+        }
+        self.gateway.metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
+        let (mut admission, decision) = result.map_err(|_| GatewayError::LimitStore)?;
+        if !matches!(decision.outcome, Outcome::Granted { .. }) {
+            admission.refused();
+        }
+        Ok((decision, admission))
+    }
+
+    async fn acquire(
+        &self,
+        limiter: &AnyLimiter,
+        call: &mut Acquire,
+        local: bool,
+    ) -> Result<(Admission, Decision), weir_ratelimit::Error> {
+        // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
+        let admission = Admission::prepare(&self.gateway.ledger, limiter, call.scopes.clone(), call.cost);
+        call.id = admission.id;
+        let decision = match local {
+            true => limiter.acquire(call).await,
+            false => self.gateway.ledger.acquire(call).await,
+        };
+        let outcome = match &decision {
+            Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
+            Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
+            Ok(Decision { outcome: Outcome::NoSlot { .. }, .. }) => "no_slot",
+            Err(_) => "error",
+        };
+        self.gateway.metrics.limiter.get_or_create(&LimiterLabels { outcome }).inc();
+        Ok((admission, decision?))
+    }
+
+    /// The same call against this gateway's share of each limit: the limit over the gateways there are.
+    fn local_share(&self, mut call: Acquire, entries: &[&ScopeEntry]) -> Acquire {
+        let gateways = self.gateway.live.live_gateways();
+        for (scope, entry) in call.scopes.iter_mut().zip(entries) {
+            let open = entry.limits.without_store == WithoutStore::Open;
+            for bucket in &mut scope.buckets {
+                *bucket = bucket.filter(|_| !open).map(|mut b| {
+                    b.capacity /= u64::from(gateways);
+                    b.period *= gateways;
+                    b
+                });
+            }
+            scope.concurrency = scope.concurrency.filter(|_| !open).map(|c| c.div_ceil(gateways));
+        }
+        for candidate in &mut call.candidates {
+            candidate.max_concurrency = candidate.max_concurrency.div_ceil(gateways);
+        }
+        call
+    }
+
+    fn scopes(&self, model: &ModelEntry) -> Vec<&ScopeEntry> {
+        let tenant_model = (self.key.tenant.name.clone(), model.name.clone());
+        // The model's entry lives in the snapshot; `model` may be a clone of the handle.
+        let model = self.snapshot.models_by_name.get(&model.name);
+        [
+            self.key.scope.as_ref(),
+            self.key.tenant.scope.as_ref(),
+            self.snapshot.tenant_models.get(&tenant_model),
+            model.and_then(|m| m.scope.as_ref()),
+            self.snapshot.global.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+/// How long the client will wait for its answer, where it says so.
+fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = CLIENT_TIMEOUTS.iter().find_map(|name| headers.get(*name))?.to_str().ok()?.parse::<f64>();
+    Duration::try_from_secs_f64(seconds.ok()?).ok().filter(|timeout| !timeout.is_zero())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clients_own_timeout_is_read_from_the_headers_of_its_sdk() {
+        let of = |value: &'static str| {
+            let value = http::HeaderValue::from_static(value);
+            client_timeout(&HeaderMap::from_iter([(
+                http::HeaderName::from_static(CLIENT_TIMEOUTS[0]),
+                value,
+            )]))
+        };
+        assert_eq!(of("2.5"), Some(Duration::from_millis(2500)));
+        assert_eq!((of("-1"), of("soon"), of("0"), of("NaN")), (None, None, None, None));
+    }
+}
