@@ -17,9 +17,10 @@ use uuid::Uuid;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{
-    Acquire, AnyLimiter, Cost, Decision, Error, Key, Limiter, Renewal, Scopes, Settle, Trouble,
+    Acquire, AnyLimiter, Cost, Decision, Error, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble,
 };
 
+use crate::estimate::Estimates;
 use crate::lag::Lag;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
@@ -50,6 +51,8 @@ pub struct Ledger {
     pub local: AnyLimiter,
     /// Who waits for them.
     pub waiting: Waiting,
+    /// What requests will probably cost.
+    pub estimates: Estimates,
     metrics: Metrics,
     lag: Lag,
     queue: mpsc::Sender<(AnyLimiter, Job)>,
@@ -97,6 +100,7 @@ impl Ledger {
             limiter,
             local: AnyLimiter::Memory(Arc::new(MemoryLimiter::new())),
             waiting: Waiting::default(),
+            estimates: Estimates::default(),
             metrics,
             lag: Lag::default(),
             queue: sender,
@@ -227,6 +231,23 @@ async fn with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, job: Job) {
     }
 }
 
+/// Tokens that a stream may be ahead of what it was charged for. What it generates beyond its reservation is charged
+/// in steps of this size, so that a long answer weighs on its limits while it runs.
+pub const STEP_TOKENS: u64 = 256;
+
+/// Whom and what an admission is for.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// The tenant's name.
+    pub tenant: Arc<str>,
+    /// The model's name.
+    pub model: Arc<str>,
+    /// Bytes of the prompt; `None` when they say little about its tokens.
+    pub prompt_bytes: Option<u64>,
+    /// Answers asked for, at least one.
+    pub choices: u32,
+}
+
 /// A reservation and its leases, from before it is asked for to the end of the request.
 #[derive(Debug)]
 pub struct Admission {
@@ -240,6 +261,9 @@ pub struct Admission {
     /// What was reserved.
     pub reserved: Cost,
     actual: Cost,
+    /// What was charged beyond the reservation while the answer streamed.
+    stepped: Cost,
+    subject: Subject,
     /// One, or two while a silent backend is not waited for alone.
     slots: SmallVec<[Key; 2]>,
     armed: bool,
@@ -248,7 +272,13 @@ pub struct Admission {
 impl Admission {
     /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
     /// away while the limiter is asked leaves nothing behind.
-    pub fn prepare(ledger: &Arc<Ledger>, limiter: &AnyLimiter, scopes: Scopes, reserved: Cost) -> Self {
+    pub fn prepare(
+        ledger: &Arc<Ledger>,
+        limiter: &AnyLimiter,
+        scopes: Scopes,
+        reserved: Cost,
+        subject: Subject,
+    ) -> Self {
         Self {
             ledger: ledger.clone(),
             limiter: limiter.clone(),
@@ -256,6 +286,8 @@ impl Admission {
             scopes,
             reserved,
             actual: Cost::default(),
+            stepped: Cost::default(),
+            subject,
             slots: SmallVec::new(),
             armed: true,
         }
@@ -308,6 +340,39 @@ impl Admission {
     pub fn used(&mut self, actual: Cost) {
         self.actual = actual;
     }
+
+    /// A stream has used so much by now. What goes beyond the reservation by a whole step is charged at once, under an
+    /// id of its own; the settlement charges the rest.
+    pub fn streamed(&mut self, so_far: Cost) {
+        let mut step = Cost::default();
+        for (kind, step) in step.0.iter_mut().enumerate().skip(1) {
+            let charged = self.reserved.0[kind].saturating_add(self.stepped.0[kind]);
+            *step = so_far.0[kind].saturating_sub(charged);
+        }
+        if step.get(Kind::Tokens) < STEP_TOKENS {
+            return;
+        }
+        let mut scopes = self.scopes.clone();
+        scopes.iter_mut().for_each(|scope| scope.concurrency = None);
+        let settle = Settle { id: Uuid::now_v7(), actual: step, scopes, slot: None };
+        let job = Job::Settle(Box::new(settle), false);
+        // Without room the next step, or the settlement, charges this one too.
+        if self.ledger.queue.try_send((self.limiter.clone(), job)).is_ok() {
+            self.ledger.metrics.settlement_steps.inc();
+            self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
+        }
+    }
+
+    /// What the provider counted of a whole answer: the next estimates follow it.
+    pub fn learn(&self, prompt: Option<u64>, completion: Option<u64>) {
+        let Subject { tenant, model, prompt_bytes, choices } = &self.subject;
+        if let (Some(bytes), Some(tokens)) = (prompt_bytes, prompt) {
+            self.ledger.estimates.learn_prompt(model, *bytes, tokens);
+        }
+        if let Some(tokens) = completion {
+            self.ledger.estimates.learn_output(tenant, model, tokens.div_ceil(u64::from(*choices).max(1)));
+        }
+    }
 }
 
 impl Drop for Admission {
@@ -320,12 +385,10 @@ impl Drop for Admission {
             self.release(&slot);
         }
         self.ledger.leases().remove(&self.id);
-        let settle = Settle {
-            id: self.id,
-            actual: self.actual,
-            scopes: std::mem::take(&mut self.scopes),
-            slot: self.slots.pop(),
-        };
+        let mut actual = self.actual;
+        actual.0.iter_mut().zip(self.stepped.0).for_each(|(all, charged)| *all = all.saturating_sub(charged));
+        let settle =
+            Settle { id: self.id, actual, scopes: std::mem::take(&mut self.scopes), slot: self.slots.pop() };
         let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
         let job = Job::Settle(Box::new(settle), credit);
         if self.ledger.queue.try_send((self.limiter.clone(), job)).is_err() {

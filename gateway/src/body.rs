@@ -16,13 +16,14 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
+use weir_ratelimit::Kind;
 
-use crate::account::Admission;
+use crate::account::{Admission, STEP_TOKENS};
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::runtime_state::{Attempt, InFlight};
 use crate::send::Target;
-use crate::stream::meter::Rewriter;
+use crate::stream::meter::{Rewriter, Usage};
 
 /// What the client is sent.
 #[derive(Debug)]
@@ -89,6 +90,8 @@ pub struct StreamBody {
     /// One timer for both clocks. It is moved only when it fires, so that a chunk costs no timer operation.
     timer: Pin<Box<Sleep>>,
     last_chunk: Instant,
+    /// Tokens of the answer that the limits know of.
+    charged: u64,
     /// Given back on drop.
     end: StreamEnd,
 }
@@ -128,7 +131,8 @@ impl StreamBody {
         let now = Instant::now();
         let first = rewriter.push(first);
         let timer = Box::pin(tokio::time::sleep_until(clocks.deadline.min(now + clocks.idle)));
-        Self { state: State::Peeked(first), upstream, rewriter, clocks, timer, last_chunk: now, end }
+        let charged = end.admission.reserved.get(Kind::OutputTokens);
+        Self { state: State::Peeked(first), upstream, rewriter, clocks, timer, last_chunk: now, charged, end }
     }
 
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
@@ -146,6 +150,7 @@ impl StreamBody {
                     self.last_chunk = Instant::now();
                     let Ok(data) = frame.into_data() else { continue };
                     let out = self.rewriter.push(data);
+                    self.charge();
                     if !out.is_empty() {
                         return Poll::Ready(Some(out));
                     }
@@ -158,6 +163,16 @@ impl StreamBody {
                     }
                 }
             }
+        }
+    }
+
+    /// Charges what the answer has grown by since the last step.
+    fn charge(&mut self) {
+        let tokens = self.rewriter.facts().completion_tokens();
+        if tokens >= self.charged.saturating_add(STEP_TOKENS) {
+            self.charged = tokens;
+            let cost = self.end.target.cost(self.end.prompt_tokens, tokens);
+            self.end.admission.streamed(cost);
         }
     }
 
@@ -216,13 +231,26 @@ impl StreamBody {
     }
 }
 
+/// Prompt and completion tokens: the provider's where it counted, else ours, and which of the two it was.
+pub fn usage_or_count(usage: Option<Usage>, prompt: u64, completion: u64) -> (u64, u64, &'static str) {
+    let usage = usage.unwrap_or_default();
+    let source = match (usage.prompt, usage.completion) {
+        (Some(_), Some(_)) => "provider",
+        (Some(_), None) if completion == 0 => "provider",
+        _ => "counted",
+    };
+    (usage.prompt.unwrap_or(prompt), usage.completion.unwrap_or(completion), source)
+}
+
 impl Drop for StreamBody {
     fn drop(&mut self) {
         let facts = self.rewriter.facts();
-        let (prompt, completion, source) = match facts.usage {
-            Some(usage) => (usage.prompt, usage.completion, "provider"),
-            None => (self.end.prompt_tokens, facts.completion_estimate(), "counted"),
-        };
+        let (prompt, completion, source) =
+            usage_or_count(facts.usage, self.end.prompt_tokens, facts.completion_estimate());
+        if facts.complete() {
+            let prompt = facts.usage.and_then(|usage| usage.prompt);
+            self.end.admission.learn(prompt, Some(completion));
+        }
         self.end.context.tokens = Some((prompt, completion, source));
         let cost = self.end.target.cost(prompt, completion);
         self.end.admission.used(cost);

@@ -12,6 +12,7 @@ pub mod body;
 pub mod config;
 pub mod context;
 pub mod error;
+pub mod estimate;
 pub mod headers;
 pub mod held;
 pub mod intake;

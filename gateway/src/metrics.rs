@@ -90,6 +90,8 @@ pub struct Metrics {
     pub waiting: Gauge,
     /// Settlements that could not be made.
     pub settlements_lost: Counter,
+    /// Steps charged while a stream ran on beyond its reservation.
+    pub settlement_steps: Counter,
     /// Leases that ran out under a live request.
     pub leases_lost: Counter,
     /// Open client connections.
@@ -133,6 +135,7 @@ impl Metrics {
             queue_ahead: Histogram::new(QUEUE_BUCKETS),
             waiting: Gauge::default(),
             settlements_lost: Counter::default(),
+            settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
@@ -154,6 +157,11 @@ impl Metrics {
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register(
+            "settlement_steps",
+            "Charges of streams beyond their reservation",
+            m.settlement_steps.clone(),
+        );
         r.register("limit_wait_seconds", "Time in queues for a limit or a slot", m.wait.clone());
         r.register(
             "limit_queue_ahead",

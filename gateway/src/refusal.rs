@@ -9,6 +9,32 @@ use crate::error::{GatewayError, Refusal};
 use crate::headers::{self, LimitKind, ShownLimits};
 use crate::snapshot::ScopeEntry;
 
+/// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
+/// holds less.
+pub fn never_fits(entries: &[&ScopeEntry], least: &Cost) -> Option<GatewayError> {
+    let enforced = entries.iter().filter(|e| e.limits.mode == weir_ratelimit::Mode::Enforce);
+    let (entry, kind, capacity) = enforced.flat_map(|e| buckets(e)).find(|(_, kind, capacity)| {
+        // A request with any tokens does not fit a bucket of none, whatever was guessed.
+        *kind != Kind::Requests && least.get(*kind).max(u64::from(*capacity == 0)) > *capacity
+    })?;
+    Some(GatewayError::Limited(Refusal {
+        scope_kind: entry.kind,
+        scope: entry.name.clone(),
+        what: kind.name(),
+        limit: capacity,
+        remaining: 0,
+        needs: least.get(kind),
+        wait: None,
+    }))
+}
+
+fn buckets(entry: &ScopeEntry) -> impl Iterator<Item = (&ScopeEntry, Kind, u64)> {
+    Kind::ALL.into_iter().filter_map(move |kind| {
+        let bucket = entry.limits.buckets[kind as usize]?;
+        Some((entry, kind, bucket.capacity))
+    })
+}
+
 /// The 429 for a decision that refused: it names the limit that keeps the caller waiting longest.
 pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost) -> GatewayError {
     let wait = match decision.outcome {
@@ -58,6 +84,17 @@ pub fn shown(decision: &Decision) -> ShownLimits {
         Some(headers::LimitState { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
     });
     shown.collect()
+}
+
+/// The limits as they will stand once what was reserved has been settled with what was used.
+pub fn settled(decision: &mut Decision, reserved: &Cost, actual: &Cost) {
+    for limit in &mut decision.limits {
+        let What::Bucket(kind) = limit.what else { continue };
+        // A bucket reserved no more than it holds.
+        let (reserved, actual) = (reserved.get(kind).min(limit.limit), actual.get(kind));
+        let remaining = limit.remaining.saturating_add(reserved).saturating_sub(actual);
+        limit.remaining = remaining.min(limit.limit);
+    }
 }
 
 /// OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.

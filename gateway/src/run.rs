@@ -115,7 +115,8 @@ pub async fn start(
     let live = Arc::new(Live::default());
     let (ledger, worker) = Ledger::new(limiter, metrics.clone());
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
-    let gateway = Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
+    let gateway =
+        Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(live.clone(), identity.clone(), control_plane.clone(), disk);
 

@@ -24,20 +24,20 @@ use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
-use weir_ratelimit::Decision;
+use weir_ratelimit::{Decision, Kind};
 
 use crate::account::{Admission, Ledger};
 use crate::balance::{prefix_hash, stable_hash};
-use crate::body::{Body, Clocks, StreamBody, StreamEnd};
+use crate::body::{Body, Clocks, StreamBody, StreamEnd, usage_or_count};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::read::{self, RouteKind};
-use crate::send::{self, Answer, Outgoing, Target};
+use crate::send::{Answer, Outgoing, Target};
 use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
-use crate::stream::meter::{RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
+use crate::stream::meter::{BYTES_PER_TOKEN, RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
@@ -46,11 +46,6 @@ use crate::{headers, refusal};
 const FIRST_CONFIGURATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest Authorization header that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
-/// Tokens reserved for an answer whose length the client did not bound.
-const EXPECTED_OUTPUT_TOKENS: u64 = 512;
-/// Bytes of prompt taken for one token.
-const PROMPT_BYTES_PER_TOKEN: u64 = 4;
-
 /// Tokens reserved for an image, a file or a sound, whose size in bytes says little: the upper end of what OpenAI
 /// counts for one image of high detail with four tiles (85 + 4 x 170, rounded up).
 const ATTACHMENT_TOKENS: u64 = 1000;
@@ -277,15 +272,25 @@ impl Call<'_> {
             metrics: &self.gateway.metrics,
             context: slot.as_deref_mut(),
             stream: self.asked.stream,
-            prompt_tokens: self.prompt_tokens(),
+            prompt_tokens: self.prompt_tokens(model),
             deadline,
             outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
         };
         match tries.run(places[chosen].index, tries::others(&places, chosen)).await {
-            Ok(won) => self.answer(won, admission, &decision, slot, deadline),
+            Ok(won) => self.answer(won, admission, decision, slot, deadline),
             Err(error) => {
-                // It got no answer, so it used nothing.
-                admission.used(weir_ratelimit::Cost::default());
+                if unknown_outcome(&error) {
+                    // It may have generated to the end without our seeing it: what was reserved stands.
+                    let reserved = admission.reserved;
+                    admission.used(reserved);
+                    if let Some(context) = slot {
+                        let (input, output) = (Kind::InputTokens, Kind::OutputTokens);
+                        context.tokens = Some((reserved.get(input), reserved.get(output), "reserved"));
+                    }
+                } else {
+                    // It got no answer, so it used nothing.
+                    admission.used(weir_ratelimit::Cost::default());
+                }
                 Err(error)
             }
         }
@@ -300,8 +305,8 @@ impl Call<'_> {
         (wanted && !bytes.is_empty()).then(|| prefix_hash(tenant(), bytes))
     }
 
-    fn prompt_tokens(&self) -> u64 {
-        let text = self.asked.prompt_bytes.div_ceil(PROMPT_BYTES_PER_TOKEN).max(1);
+    fn prompt_tokens(&self, model: &ModelEntry) -> u64 {
+        let text = self.gateway.ledger.estimates.prompt(&model.queue, self.asked.prompt_bytes);
         text.saturating_add(u64::from(self.asked.attachments) * ATTACHMENT_TOKENS)
     }
 
@@ -328,7 +333,7 @@ impl Call<'_> {
         &self,
         won: Won,
         mut admission: Admission,
-        decision: &Decision,
+        mut decision: Decision,
         slot: &mut Slot,
         deadline: Instant,
     ) -> Result<Response<Body>, GatewayError> {
@@ -337,26 +342,36 @@ impl Call<'_> {
         context.note_first_byte();
         let request_id =
             HeaderValue::try_from(context.request_id.as_str()).map_err(|_| GatewayError::Internal)?;
-        let prompt_tokens = self.prompt_tokens();
+        let prompt_tokens = self.prompt_tokens(&target.model);
         match answer {
             Answer::Whole { status, headers, body } => {
-                let (prompt, completion, source) = match usage_of_body(&body) {
-                    Some(usage) => (usage.prompt, usage.completion, "provider"),
-                    None if status.is_success() => (prompt_tokens, body.len() as u64 / 4, "counted"),
-                    None => (0, 0, "counted"),
+                let usage = usage_of_body(&body);
+                let written = match self.asked.kind {
+                    RouteKind::Embeddings => 0,
+                    _ => (body.len() as u64).div_ceil(BYTES_PER_TOKEN),
+                };
+                let (prompt, completion, source) = match status.is_success() {
+                    true => usage_or_count(usage, prompt_tokens, written),
+                    false => usage_or_count(usage, 0, 0),
                 };
                 match status.is_success() {
                     true => target.succeed(completion),
                     false => target.refuse(),
                 }
                 context.tokens = Some((prompt, completion, source));
-                admission.used(target.cost(prompt, completion));
+                let cost = target.cost(prompt, completion);
+                admission.used(cost);
+                if status.is_success() {
+                    let usage = usage.unwrap_or_default();
+                    admission.learn(usage.prompt, usage.completion);
+                }
+                refusal::settled(&mut decision, &admission.reserved, &cost);
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });
                 let mut response = Response::new(Body::from(body));
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
-                refusal::write_limits(response.headers_mut(), decision);
+                refusal::write_limits(response.headers_mut(), &decision);
                 Ok(response)
             }
             Answer::Stream { headers, first, rest } => {
@@ -370,7 +385,7 @@ impl Call<'_> {
                 client_headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
                 // nginx and its like hold streams back unless told not to.
                 client_headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-                refusal::write_limits(&mut client_headers, decision);
+                refusal::write_limits(&mut client_headers, &decision);
                 let end = StreamEnd { admission, prompt_tokens, target, in_flight, context };
                 let stream = StreamBody::new(first, rest, Rewriter::new(plan), clocks, end);
                 let mut response = Response::new(Body::Stream(Box::pin(stream)));
@@ -379,4 +394,9 @@ impl Call<'_> {
             }
         }
     }
+}
+
+/// Whether a backend may have done its work although nothing of it was seen.
+fn unknown_outcome(error: &GatewayError) -> bool {
+    matches!(error, GatewayError::UpstreamTimeout | GatewayError::UpstreamBroken | GatewayError::Deadline)
 }

@@ -161,8 +161,13 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             context.backend = Some(backend.name.to_string());
             context.attempts = *started;
         }
-        // From here on the backend may have read the prompt: a request that ends now has used it.
-        self.admission.used(send::cost(self.model, self.prompt_tokens, 0));
+        // From here on the backend may have read the prompt, and where the answer comes whole, have written it too: a
+        // request that ends now has used that.
+        let used = match self.stream {
+            true => send::cost(self.model, self.prompt_tokens, 0),
+            false => self.admission.reserved,
+        };
+        self.admission.used(used);
         let outgoing = (self.outgoing)(&target)?;
         let (number, sending) = (*started, target.clone());
         futures.push(Box::pin(async move { (number, send::attempt(&sending, outgoing).await) }));

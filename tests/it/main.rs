@@ -6,5 +6,5 @@ mod limits;
 mod processes;
 mod stack;
 mod streaming;
-mod waiting;
 mod tls;
+mod waiting;

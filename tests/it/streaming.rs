@@ -95,3 +95,29 @@ async fn settled_tokens_are_the_providers_count() {
     // Reserved were the prompt's estimate and 20; what stands after settlement is what the provider said it was.
     eventually("settled", || async { (1..200).contains(&redis.standing("acme").await.tokens) }).await;
 }
+
+#[tokio::test]
+async fn a_stream_beyond_its_estimate_is_charged_while_it_runs() {
+    let mocks = one_mock(Config { decode_tokens_per_s: 2000.0, ..config() }).await;
+    let mut resources = Resources::in_front_of(&mocks);
+    let limits = v1::Rates {
+        output_tokens_per_minute: Some(1000),
+        burst_multiplier: Some(500.0),
+        ..Default::default()
+    };
+    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
+    let gw = gateway(&resources, None).await;
+    let left = |answer: &weir_tests::client::Answer| -> u64 {
+        answer.headers["x-ratelimit-remaining-tokens"].to_str().expect("text").parse().expect("a number")
+    };
+    let long =
+        r#"{"model":"gpt-4.1","stream":true,"max_tokens":90000,"messages":[{"role":"user","content":"hi"}]}"#;
+    let stream = gw.client.send(Method::POST, "/v1/chat/completions", long).await;
+    assert_eq!(stream.status(), StatusCode::OK);
+    let mut body = stream.into_body();
+    let reader = tokio::spawn(async move { while body.frame().await.is_some() {} });
+    // 500 000 less what was guessed for it, 512 tokens; then less what it has generated beyond.
+    eventually("two steps are charged", || async { left(&gw.client.chat(STREAM).await) < 498_000 }).await;
+    assert!(!reader.is_finished(), "long before its end");
+    reader.abort();
+}

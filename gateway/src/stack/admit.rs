@@ -7,10 +7,10 @@ use http::HeaderMap;
 use tokio::time::Instant;
 use weir_proto::resource::{AdminState, Priority};
 use weir_ratelimit::waiting::{self, Patience, SlotPatience, Waited};
-use weir_ratelimit::{Acquire, AnyLimiter, Decision, Limiter, Outcome, Scopes, WithoutStore};
+use weir_ratelimit::{Acquire, AnyLimiter, Cost, Decision, Limiter, Outcome, Scopes, WithoutStore};
 
-use super::{Call, EXPECTED_OUTPUT_TOKENS, Slot};
-use crate::account::Admission;
+use super::{Call, Slot};
+use crate::account::{Admission, Subject};
 use crate::balance::Place;
 use crate::error::GatewayError;
 use crate::metrics::{LimiterLabels, WaitLabels};
@@ -33,16 +33,14 @@ impl Call<'_> {
     ) -> Result<(Admission, Decision, usize), GatewayError> {
         let entries = self.scopes(model);
         let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
-        let output = match self.asked.kind {
-            RouteKind::Embeddings => 0,
-            _ => self.asked.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, u64::from),
-        };
-        let reserved =
-            send::cost(model, self.prompt_tokens(), output.saturating_mul(u64::from(self.asked.choices)));
+        let (reserved, least) = self.estimate(model);
+        if let Some(never) = refusal::never_fits(&entries, &least) {
+            return Err(never);
+        }
         let call = Acquire {
             id: uuid::Uuid::nil(),
             cost: reserved,
-            estimated: self.asked.max_output_tokens.is_none(),
+            estimated: true,
             scopes,
             candidates: tries::candidates(model, places),
             lease_ttl: LEASE_TTL,
@@ -54,7 +52,7 @@ impl Call<'_> {
         let ask = || {
             let call = if again { self.as_of_now(&call, model, places) } else { call.clone() };
             again = true;
-            self.decide(call, &entries)
+            self.decide(model, call, &entries)
         };
         let waiting = &self.gateway.ledger.waiting;
         let waited = waiting.acquire(&call, &patience, ask).await;
@@ -82,6 +80,33 @@ impl Call<'_> {
             }
             Outcome::Limited { .. } => Err(refusal::limited(&decision, &entries, &reserved)),
             Outcome::NoSlot { .. } => Err(GatewayError::Busy { retry_after: None }),
+        }
+    }
+
+    /// What to reserve, and what the request needs at the least.
+    ///
+    /// Reserved is what answers of this model to this tenant usually have, up to what the request allows. Needed is what
+    /// it allows explicitly, and of the prompt the half of the estimate, which no real count is below.
+    fn estimate(&self, model: &ModelEntry) -> (Cost, Cost) {
+        let choices = u64::from(self.asked.choices).max(1);
+        let prompt = self.prompt_tokens(model);
+        let (expected, stated) = match (self.asked.kind, self.asked.max_output_tokens.map(u64::from)) {
+            (RouteKind::Embeddings, _) => (0, 0),
+            (_, most) => {
+                let learned = self.gateway.ledger.estimates.output(&self.key.tenant.queue, &model.queue);
+                (learned.min(most.unwrap_or(u64::MAX)), most.unwrap_or(0))
+            }
+        };
+        let reserved = send::cost(model, prompt, expected.saturating_mul(choices));
+        (reserved, send::cost(model, prompt / 2, stated.saturating_mul(choices)))
+    }
+
+    fn subject(&self, model: &ModelEntry) -> Subject {
+        Subject {
+            tenant: self.key.tenant.queue.clone(),
+            model: model.queue.clone(),
+            prompt_bytes: (self.asked.attachments == 0).then_some(self.asked.prompt_bytes),
+            choices: self.asked.choices,
         }
     }
 
@@ -126,19 +151,20 @@ impl Call<'_> {
     /// if it was granted.
     async fn decide(
         &self,
+        model: &ModelEntry,
         mut call: Acquire,
         entries: &[&ScopeEntry],
     ) -> Result<(Decision, Admission), GatewayError> {
         let ledger = &self.gateway.ledger;
         let asked = Instant::now();
-        let mut result = self.acquire(&ledger.limiter, &mut call, false).await;
+        let mut result = self.acquire(model, &ledger.limiter, &mut call, false).await;
         if let Err(error) = &result {
             tracing::warn!(%error, "limit store away; deciding without it");
             if entries.iter().any(|e| e.limits.without_store == WithoutStore::Closed) {
                 return Err(GatewayError::LimitStore);
             }
             call = self.local_share(call, entries);
-            result = self.acquire(&ledger.local, &mut call, true).await;
+            result = self.acquire(model, &ledger.local, &mut call, true).await;
         }
         self.gateway.metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
         let (mut admission, decision) = result.map_err(|_| GatewayError::LimitStore)?;
@@ -150,12 +176,19 @@ impl Call<'_> {
 
     async fn acquire(
         &self,
+        model: &ModelEntry,
         limiter: &AnyLimiter,
         call: &mut Acquire,
         local: bool,
     ) -> Result<(Admission, Decision), weir_ratelimit::Error> {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
-        let admission = Admission::prepare(&self.gateway.ledger, limiter, call.scopes.clone(), call.cost);
+        let admission = Admission::prepare(
+            &self.gateway.ledger,
+            limiter,
+            call.scopes.clone(),
+            call.cost,
+            self.subject(model),
+        );
         call.id = admission.id;
         let decision = match local {
             true => limiter.acquire(call).await,

@@ -55,7 +55,7 @@ pub struct StreamFacts {
 impl StreamFacts {
     /// Tokens generated so far: the upstream's own count, or else the estimate.
     pub fn completion_tokens(&self) -> u64 {
-        self.usage.map_or_else(|| self.completion_estimate(), |usage| usage.completion)
+        self.usage.and_then(|usage| usage.completion).unwrap_or_else(|| self.completion_estimate())
     }
 
     /// Tokens generated so far, as seen from here.

@@ -9,10 +9,10 @@ use crate::read::scan::{Fault, Kind, Scanner, Text};
 /// Tokens as the upstream counted them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Tokens read (`prompt_tokens` or `input_tokens`).
-    pub prompt: u64,
-    /// Tokens written (`completion_tokens` or `output_tokens`); 0 for embeddings.
-    pub completion: u64,
+    /// Tokens read (`prompt_tokens` or `input_tokens`); `None` when it does not say. Zero is a value.
+    pub prompt: Option<u64>,
+    /// Tokens written (`completion_tokens` or `output_tokens`); `None` when it does not say, as for embeddings.
+    pub completion: Option<u64>,
 }
 
 /// The facts of one payload.
@@ -158,10 +158,10 @@ fn read_usage(s: &mut Scanner<'_>) -> Result<Option<Usage>, Fault> {
         let count = s.number()?.parse::<u64>();
         match (name.raw, count) {
             ("prompt_tokens" | "input_tokens", Ok(count)) => {
-                usage.get_or_insert_with(Usage::default).prompt = count
+                usage.get_or_insert_with(Usage::default).prompt = Some(count);
             }
             ("completion_tokens" | "output_tokens", Ok(count)) => {
-                usage.get_or_insert_with(Usage::default).completion = count;
+                usage.get_or_insert_with(Usage::default).completion = Some(count);
             }
             _ => {}
         }

@@ -35,7 +35,7 @@ fn usage_on_a_chunk_of_its_own_is_read_and_dropped() {
     let text = stream(&[ROLE, HELLO, TOOL, STOP, USAGE, "[DONE]"], "\n");
     let (out, facts) = run(&plan("", true, true), &[text.as_bytes()]);
     assert_eq!(out, stream(&[ROLE, HELLO, TOOL, STOP, "[DONE]"], "\n"));
-    assert_eq!(facts.usage, Some(Usage { prompt: 7, completion: 3 }));
+    assert_eq!(facts.usage, Some(Usage { prompt: Some(7), completion: Some(3) }));
     assert_eq!((facts.chunks, facts.content_bytes), (2, 18 + 4));
     assert!(facts.finished && facts.done_seen && !facts.error_seen && facts.complete());
 }
@@ -46,7 +46,7 @@ fn transformers_gets_its_done_and_keeps_its_last_choice() {
     let (out, facts) = run(&plan("mine", true, true), &[text.as_bytes()]);
     let want = text.replacen(r#"{"model":"up""#, r#"{"model":"mine""#, 1).replace("third", "mine");
     assert_eq!(out, want + "data: [DONE]\n\n");
-    assert_eq!(facts.usage.map(|usage| usage.completion), Some(3));
+    assert_eq!(facts.usage.and_then(|usage| usage.completion), Some(3));
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn responses_events_are_understood() {
     let text = stream(&[created, delta, completed], "\n").replace("data:", "event: x\ndata:");
     let (out, facts) = run(&plan("mine", true, false), &[text.as_bytes()]);
     assert_eq!(out, text.replace("\"up\"", "\"mine\""));
-    assert_eq!(facts.usage, Some(Usage { prompt: 4, completion: 2 }));
+    assert_eq!(facts.usage, Some(Usage { prompt: Some(4), completion: Some(2) }));
     assert!(facts.finished && facts.chunks == 1 && facts.content_bytes == 5);
     let failed = r#"{"type":"response.failed","response":{"error":{"code":"x"}}}"#;
     assert!(run(&plan("", false, false), &[stream(&[failed], "\n").as_bytes()]).1.error_seen);
@@ -124,7 +124,7 @@ fn unary_answers_are_read_and_renamed() {
     let body = Bytes::from_static(
         br#"{"model":"up","choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"total_tokens":5}}"#,
     );
-    assert_eq!(usage_of_body(&body), Some(Usage { prompt: 5, completion: 0 }));
+    assert_eq!(usage_of_body(&body), Some(Usage { prompt: Some(5), completion: None }));
     assert!(rename_model_in_body(&body, "a\"b").starts_with(br#"{"model":"a\"b","choices""#));
     assert_eq!(rename_model_in_body(&body, "up").as_ptr(), body.as_ptr());
     assert_eq!(usage_of_body(b"<html>"), None);
