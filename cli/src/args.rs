@@ -114,10 +114,23 @@ pub enum Command {
         #[arg(value_parser = health_url)]
         url: http::Uri,
     },
+    /// Make resources of another gateway's configuration; prints them and changes nothing
+    #[command(subcommand)]
+    Import(ImportCommand),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
+    },
+}
+
+/// Whose configuration to read.
+#[derive(Debug, Clone, Subcommand)]
+pub enum ImportCommand {
+    /// LiteLLM's config.yaml
+    Litellm {
+        /// The file
+        file: PathBuf,
     },
 }
 

@@ -6,6 +6,7 @@ mod delete;
 mod gateways;
 mod get;
 mod health;
+mod import;
 mod key;
 mod wait;
 
@@ -13,7 +14,7 @@ use clap::CommandFactory;
 use weir_proto::v1;
 use weir_runtime::exit;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, ImportCommand};
 use crate::client::{Client, Retry, request_id};
 use crate::error::Error;
 use crate::output::Io;
@@ -44,6 +45,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Weight { backend, weight, wait } => {
             backend::set_weight(cli, io, backend, *weight, wait).await?;
         }
+        Command::Import(ImportCommand::Litellm { file }) => import::litellm(io, file)?,
         Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,

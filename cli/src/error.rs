@@ -53,6 +53,9 @@ pub enum Error {
     /// A file of resources is wrong.
     #[error("{0}")]
     Manifest(#[from] manifest::Error),
+    /// A file of another gateway cannot be made sense of.
+    #[error("{0}")]
+    Import(String),
     /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     File {
@@ -98,7 +101,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Unreachable { .. } | Self::Timeout { .. } | Self::Silent { .. } => exit::UNAVAILABLE,
-            Self::Manifest(_) | Self::Twice(_) | Self::File { .. } => exit::CONFIG,
+            Self::Manifest(_) | Self::Import(_) | Self::Twice(_) | Self::File { .. } => exit::CONFIG,
             Self::Token(_) | Self::Setting(_) => exit::USAGE,
             Self::Start { code, .. } => *code,
             Self::Refused { status, .. } => match status.code() {

@@ -10,6 +10,7 @@ mod args;
 mod client;
 mod commands;
 mod error;
+mod import;
 mod output;
 mod tables;
 mod up;

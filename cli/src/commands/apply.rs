@@ -64,7 +64,7 @@ fn read(files: &[PathBuf]) -> Result<Vec<v1::Resource>, Error> {
 }
 
 /// At most one byte more than the parser takes, which says so then: only what is not too long has to be text.
-fn read_text(path: &Path) -> std::io::Result<String> {
+pub(super) fn read_text(path: &Path) -> std::io::Result<String> {
     let mut bytes = Vec::new();
     let limit = manifest::MAX_BYTES as u64 + 1;
     if path == Path::new("-") {

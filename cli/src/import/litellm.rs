@@ -1,0 +1,411 @@
+//! LiteLLM's `config.yaml`.
+//!
+//! One pool holds everything: a backend of Weir says itself which models it serves, so LiteLLM's deployments of one
+//! model become backends that serve it. Deployments with the same address, key and weight are one backend.
+//! What has no counterpart is listed, never dropped in silence.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use serde_json::{Map, Value};
+use weir_proto::v1::{self, resource::Spec};
+
+use super::providers;
+use super::{Import, resource_name};
+
+/// The pool and the tenant everything belongs to.
+const POOL: &str = "litellm";
+const TENANT: &str = "default";
+/// Models of one file; LiteLLM's own examples have a few dozen.
+const MODELS_MAX: usize = 5_000;
+
+/// Why a file cannot be read at all.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unreadable {
+    #[error("{0}: not YAML: {1}")]
+    Yaml(String, serde_saphyr::Error),
+    #[error("{0}: no model_list; is this a config.yaml of LiteLLM?")]
+    NoModels(String),
+    #[error("{0}: more than {MODELS_MAX} entries in model_list")]
+    TooMany(String),
+}
+
+/// Reads the text of a file of this name.
+pub(crate) fn import(text: &str, file: &str) -> Result<Import, Unreadable> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    let config: Value = serde_saphyr::from_str_with_options(text, options)
+        .map_err(|error| Unreadable::Yaml(file.to_owned(), error))?;
+    let Some(list) = config.get("model_list").and_then(Value::as_array) else {
+        return Err(Unreadable::NoModels(file.to_owned()));
+    };
+    if list.len() > MODELS_MAX {
+        return Err(Unreadable::TooMany(file.to_owned()));
+    }
+    let mut reader = Reader::default();
+    for (i, entry) in list.iter().enumerate() {
+        reader.deployment(&format!("model_list[{i}]"), entry);
+    }
+    let mut pool = v1::PoolSpec::default();
+    for (section, value) in config.as_object().into_iter().flatten().filter(|(k, _)| *k != "model_list") {
+        let Some(fields) = value.as_object() else {
+            reader.out.note(section, "not carried over");
+            continue;
+        };
+        match section.as_str() {
+            "router_settings" | "litellm_settings" => reader.settings(section, fields, &mut pool),
+            "general_settings" => reader.general(fields),
+            "environment_variables" => {
+                reader.out.note(section, "not carried over: set these variables where the gateways run");
+            }
+            _ => reader.out.note(section, "not carried over"),
+        }
+    }
+    Ok(reader.finish(pool))
+}
+
+/// What tells one backend from another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Site {
+    url: String,
+    credential: String,
+    weight: Option<u32>,
+    max_concurrency: Option<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Backend {
+    name: String,
+    site: Option<Site>,
+    /// Model resource -> the name there.
+    models: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    spec: v1::ModelSpec,
+    deployments: usize,
+    /// How many deployments state it, and the sum.
+    requests: (usize, u64),
+    tokens: (usize, u64),
+}
+
+#[derive(Debug, Default)]
+struct Reader {
+    out: Import,
+    backends: Vec<Backend>,
+    models: BTreeMap<String, Model>,
+    /// LiteLLM's name -> the resource's.
+    names: HashMap<String, String>,
+    fallbacks: Vec<(String, String, Vec<String>)>,
+}
+
+impl Reader {
+    fn deployment(&mut self, path: &str, entry: &Value) {
+        let params = entry.get("litellm_params").and_then(Value::as_object);
+        let (Some(alias), Some(params)) = (entry.get("model_name").and_then(Value::as_str), params) else {
+            self.out.note(path, "not carried over: no model_name or no litellm_params");
+            return;
+        };
+        let Some(upstream) = params.get("model").and_then(Value::as_str) else {
+            self.out.note(format!("{path}.litellm_params"), "not carried over: no model");
+            return;
+        };
+        if alias.contains('*') || upstream.contains('*') {
+            self.out.note(path, "not carried over: wildcards; list the models by name");
+            return;
+        }
+        let (provider, upstream) = match providers::split(upstream) {
+            Ok(known) => known,
+            Err(prefix) => {
+                let text = format!("not carried over: the provider '{prefix}' has no API that Weir speaks");
+                self.out.note(path, text);
+                return;
+            }
+        };
+        let Some(url) = params.get("api_base").and_then(Value::as_str).or(provider.url) else {
+            self.out.note(path, "not carried over: no api_base");
+            return;
+        };
+        let Some(url) = self.plain(&format!("{path}.litellm_params.api_base"), url) else { return };
+        let credential = self.credential(path, params, provider.key, &url);
+        let site = Site {
+            url: url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
+            credential,
+            weight: self.whole(path, params, "weight", 10_000),
+            max_concurrency: self.whole(path, params, "max_parallel_requests", 100_000),
+        };
+        let model = self.model_name(alias);
+        self.place(site, &model, upstream);
+        self.model(path, &model, alias, entry, params);
+    }
+
+    /// A text that is a value, or the variable that LiteLLM would have read when it started.
+    fn plain(&mut self, path: &str, text: &str) -> Option<String> {
+        if let Some(variable) = text.strip_prefix("os.environ/") {
+            let text =
+                format!("not carried over: put the value of {variable} into the file and import again");
+            self.out.note(path, text);
+            return None;
+        }
+        Some(text.to_owned())
+    }
+
+    fn credential(
+        &mut self,
+        path: &str,
+        params: &Map<String, Value>,
+        default: Option<&str>,
+        url: &str,
+    ) -> String {
+        match params.get("api_key").and_then(Value::as_str) {
+            Some(text) => match text.strip_prefix("os.environ/") {
+                Some(variable) => format!("env:{variable}"),
+                None => {
+                    let host = url.parse::<http::Uri>().ok().and_then(|u| u.host().map(resource_name));
+                    let variable = host.unwrap_or_default().to_ascii_uppercase().replace(['.', '-'], "_");
+                    let digit = variable.starts_with(|c: char| c.is_ascii_digit());
+                    let variable = format!("{}{variable}_API_KEY", if digit { "HOST_" } else { "" });
+                    // The key itself is never repeated.
+                    let text = format!("a literal key: set it as {variable} where the gateways run");
+                    self.out.note(format!("{path}.litellm_params.api_key"), text);
+                    format!("env:{variable}")
+                }
+            },
+            None => default.map(|variable| format!("env:{variable}")).unwrap_or_default(),
+        }
+    }
+
+    /// A whole number of a deployment, if it is one that Weir takes.
+    fn whole(&mut self, path: &str, params: &Map<String, Value>, field: &str, max: u64) -> Option<u32> {
+        let value = params.get(field)?;
+        let number = value.as_u64().filter(|n| (1..=max).contains(n)).and_then(|n| u32::try_from(n).ok());
+        if number.is_none() {
+            let text = format!("not carried over: Weir takes whole numbers from 1 to {max} here");
+            self.out.note(format!("{path}.litellm_params.{field}"), text);
+        }
+        number
+    }
+
+    /// The resource of a model of this name; two names that look the same as resources are told apart.
+    fn model_name(&mut self, alias: &str) -> String {
+        if let Some(name) = self.names.get(alias) {
+            return name.clone();
+        }
+        let taken: BTreeSet<&str> = self.names.values().map(String::as_str).collect();
+        let name = free_name(&resource_name(alias), |name| taken.contains(name));
+        self.names.insert(alias.to_owned(), name.clone());
+        name
+    }
+
+    /// Puts a model on the backend of a site: one that serves it already is full.
+    fn place(&mut self, site: Site, model: &str, upstream: &str) {
+        let upstream = if upstream == model { String::new() } else { upstream.to_owned() };
+        let fits = |b: &&mut Backend| b.site.as_ref() == Some(&site) && !b.models.contains_key(model);
+        if let Some(backend) = self.backends.iter_mut().find(fits) {
+            backend.models.insert(model.to_owned(), upstream);
+            return;
+        }
+        let host = site.url.parse::<http::Uri>().ok().and_then(|u| u.host().map(resource_name));
+        let base = host.unwrap_or_else(|| "backend".to_owned());
+        let name = free_name(&base, |name| self.backends.iter().any(|b| b.name == name));
+        self.backends.push(Backend { name, site: Some(site), models: [(model.to_owned(), upstream)].into() });
+    }
+
+    fn model(&mut self, path: &str, name: &str, alias: &str, entry: &Value, params: &Map<String, Value>) {
+        let empty = Map::new();
+        let info = entry.get("model_info").and_then(Value::as_object).unwrap_or(&empty);
+        let model = self.models.entry(name.to_owned()).or_default();
+        model.spec.pool = POOL.into();
+        if alias != name {
+            alias.clone_into(&mut model.spec.client_name);
+        }
+        model.deployments += 1;
+        let price = |field| params.get(field).or_else(|| info.get(field)).and_then(Value::as_f64);
+        // Dollars per token -> micro-dollars per million tokens. Where deployments differ, the dearest counts.
+        let micro = |dollars: f64| (dollars * 1e12).round().clamp(0.0, 1e15) as u64;
+        if let Some(dollars) = price("input_cost_per_token") {
+            let price = micro(dollars);
+            model.spec.input_price_micro_dollars = model.spec.input_price_micro_dollars.max(price);
+        }
+        if let Some(dollars) = price("output_cost_per_token") {
+            let price = micro(dollars);
+            model.spec.output_price_micro_dollars = model.spec.output_price_micro_dollars.max(price);
+        }
+        for (field, sum) in [("rpm", &mut model.requests), ("tpm", &mut model.tokens)] {
+            if let Some(n) = params.get(field).and_then(Value::as_u64) {
+                *sum = (sum.0 + 1, sum.1.saturating_add(n));
+            }
+        }
+        if let Some(seconds) = params.get("timeout").and_then(Value::as_f64) {
+            model.spec.timeouts.get_or_insert_default().total = duration(seconds);
+        }
+        if let Some(seconds) = params.get("stream_timeout").and_then(Value::as_f64) {
+            model.spec.timeouts.get_or_insert_default().first_byte = duration(seconds);
+        }
+        const CARRIED: [&str; 11] = [
+            "model",
+            "api_base",
+            "api_key",
+            "weight",
+            "max_parallel_requests",
+            "rpm",
+            "tpm",
+            "timeout",
+            "stream_timeout",
+            "input_cost_per_token",
+            "output_cost_per_token",
+        ];
+        for field in params.keys().filter(|field| !CARRIED.contains(&field.as_str())) {
+            self.out.note(format!("{path}.litellm_params.{field}"), "not carried over");
+        }
+        for field in info.keys().filter(|field| !CARRIED.contains(&field.as_str())) {
+            self.out.note(format!("{path}.model_info.{field}"), "not carried over");
+        }
+    }
+
+    /// `router_settings` and `litellm_settings` share most of their fields.
+    fn settings(&mut self, section: &str, fields: &Map<String, Value>, pool: &mut v1::PoolSpec) {
+        for (field, value) in fields {
+            let path = format!("{section}.{field}");
+            let seconds = value.as_f64().and_then(duration);
+            let whole = value.as_u64().and_then(|n| u32::try_from(n).ok());
+            match (field.as_str(), seconds, whole) {
+                ("routing_strategy", ..) => self.strategy(&path, value.as_str().unwrap_or_default(), pool),
+                ("num_retries", _, Some(n)) => {
+                    pool.retry_budget.get_or_insert_default().max_attempts = n.saturating_add(1).min(10);
+                }
+                ("allowed_fails", _, Some(n)) => {
+                    // LiteLLM cools a deployment down once it failed more often than this.
+                    pool.ejection.get_or_insert_default().consecutive_failures = n.saturating_add(1).min(100);
+                }
+                ("cooldown_time", Some(time), _) => {
+                    pool.ejection.get_or_insert_default().base_duration = Some(time);
+                }
+                ("timeout" | "request_timeout", Some(time), _) => {
+                    pool.timeouts.get_or_insert_default().total = Some(time);
+                }
+                ("stream_timeout", Some(time), _) => {
+                    pool.timeouts.get_or_insert_default().first_byte = Some(time);
+                }
+                ("fallbacks", ..) => self.fallbacks(&path, value),
+                (
+                    "redis_host" | "redis_port" | "redis_password" | "redis_url" | "cache" | "cache_params",
+                    ..,
+                ) => {
+                    self.out.note(path, "not carried over: gateways are given Redis by --redis");
+                }
+                _ => self.out.note(path, "not carried over"),
+            }
+        }
+    }
+
+    fn strategy(&mut self, path: &str, strategy: &str, pool: &mut v1::PoolSpec) {
+        let policy = match strategy {
+            "simple-shuffle" => v1::BalancingPolicy::WeightedRoundRobin,
+            "least-busy" => v1::BalancingPolicy::LeastRequest,
+            other => {
+                let text = format!(
+                    "'{other}' becomes weighted_round_robin, whose weights follow load, latency and health"
+                );
+                self.out.note(path, text);
+                v1::BalancingPolicy::WeightedRoundRobin
+            }
+        };
+        pool.set_balancing_policy(policy);
+    }
+
+    fn fallbacks(&mut self, path: &str, value: &Value) {
+        let chains = value.as_array().into_iter().flatten().filter_map(Value::as_object).flatten();
+        for (model, chain) in chains {
+            let chain = chain.as_array().into_iter().flatten();
+            let chain = chain.filter_map(|m| m.as_str().map(str::to_owned)).collect();
+            self.fallbacks.push((path.to_owned(), model.clone(), chain));
+        }
+    }
+
+    fn general(&mut self, fields: &Map<String, Value>) {
+        for field in fields.keys() {
+            let text = match field.as_str() {
+                "master_key" => "not carried over: the control plane makes an admin token of its own",
+                "database_url" => {
+                    "not carried over: keys that LiteLLM keeps in its database are made anew by weir key create"
+                }
+                _ => "not carried over",
+            };
+            self.out.note(format!("general_settings.{field}"), text);
+        }
+    }
+
+    /// Joins what was read. Whatever refers to a model that was left out is left out too.
+    fn finish(mut self, pool: v1::PoolSpec) -> Import {
+        for (path, model, chain) in std::mem::take(&mut self.fallbacks) {
+            let known = chain.iter().filter_map(|m| self.names.get(m).cloned()).take(8).collect::<Vec<_>>();
+            let target = self.names.get(&model).and_then(|name| self.models.get_mut(name));
+            match target {
+                Some(target) if known.len() == chain.len() => target.spec.fallbacks = known,
+                _ => self
+                    .out
+                    .note(path, format!("not carried over for '{model}': not all of these models exist")),
+            }
+        }
+        let mut put = |name: String, spec| {
+            self.out.resources.push(v1::Resource { name, spec: Some(spec), ..Default::default() });
+        };
+        put(POOL.into(), Spec::Pool(pool));
+        for backend in self.backends {
+            let Some(site) = backend.site else { continue };
+            let spec = v1::BackendSpec {
+                pool: POOL.into(),
+                url: site.url,
+                credential: site.credential,
+                weight: site.weight,
+                max_concurrency: site.max_concurrency,
+                models: backend.models.into_iter().collect(),
+                ..Default::default()
+            };
+            put(backend.name, Spec::Backend(spec));
+        }
+        let mut notes = Vec::new();
+        for (name, mut model) in self.models {
+            let whole =
+                |(stated, sum): (usize, u64)| (stated > 0 && stated == model.deployments).then_some(sum);
+            let (requests, tokens) = (whole(model.requests), whole(model.tokens));
+            if requests.is_some() || tokens.is_some() {
+                model.spec.limits = Some(v1::Rates {
+                    requests_per_minute: requests,
+                    tokens_per_minute: tokens,
+                    burst_multiplier: Some(1.0),
+                    ..Default::default()
+                });
+            }
+            if (model.requests.0 > 0 && requests.is_none()) || (model.tokens.0 > 0 && tokens.is_none()) {
+                notes.push((name.clone(), "rpm or tpm of some deployments only: not carried over"));
+            } else if model.deployments > 1 && (requests.is_some() || tokens.is_some()) {
+                notes.push((name.clone(), "rpm and tpm of its deployments became one limit of their sum"));
+            }
+            put(name, Spec::Model(model.spec));
+        }
+        put(TENANT.into(), Spec::Tenant(v1::TenantSpec::default()));
+        for (name, text) in notes {
+            self.out.note(format!("model_list ({name})"), text);
+        }
+        self.out
+    }
+}
+
+/// The name, or the name with the first number behind it that is free.
+fn free_name(base: &str, taken: impl Fn(&str) -> bool) -> String {
+    if !taken(base) {
+        return base.to_owned();
+    }
+    let base = &base[..base.len().min(57)];
+    (2..).map(|n| format!("{base}-{n}")).find(|name| !taken(name)).unwrap_or_default()
+}
+
+/// Seconds as a duration; none for what is no time.
+fn duration(seconds: f64) -> Option<prost_types::Duration> {
+    let time = std::time::Duration::try_from_secs_f64(seconds).ok().filter(|time| !time.is_zero())?;
+    prost_types::Duration::try_from(time).ok()
+}
+
+#[cfg(test)]
+mod tests;
