@@ -22,7 +22,7 @@ const MODELS_MAX: usize = 5_000;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreadable {
     #[error("{0}: not YAML: {1}")]
-    Yaml(String, serde_saphyr::Error),
+    Yaml(String, Box<serde_saphyr::Error>),
     #[error("{0}: no model_list; is this a config.yaml of LiteLLM?")]
     NoModels(String),
     #[error("{0}: more than {MODELS_MAX} entries in model_list")]
@@ -33,7 +33,7 @@ pub(crate) enum Unreadable {
 pub(crate) fn import(text: &str, file: &str) -> Result<Import, Unreadable> {
     let options = serde_saphyr::options! { with_snippet: false };
     let config: Value = serde_saphyr::from_str_with_options(text, options)
-        .map_err(|error| Unreadable::Yaml(file.to_owned(), error))?;
+        .map_err(|error| Unreadable::Yaml(file.to_owned(), Box::new(error)))?;
     let Some(list) = config.get("model_list").and_then(Value::as_array) else {
         return Err(Unreadable::NoModels(file.to_owned()));
     };
