@@ -11,17 +11,13 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{
-    Acquire, AnyLimiter, Cost, Decision, Error, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble,
-};
+use weir_ratelimit::{AnyLimiter, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble};
 
 use crate::estimate::Estimates;
-use crate::lag::Lag;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
 
@@ -32,30 +28,27 @@ const CONCURRENT: usize = 256;
 /// Tries of one settlement; it is idempotent, so an unknown outcome is simply tried again.
 const TRIES: u32 = 6;
 
-/// The longest a request of a starved process asks.
-const ASKING_MAX: Duration = Duration::from_secs(10);
+/// At the end of the process: for what was decided while the limit store was away.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reservation -> who granted it and what it holds.
-type OpenLeases = HashMap<Uuid, (AnyLimiter, SmallVec<[Key; 4]>)>;
+/// Reservation -> the leases it holds.
+type OpenLeases = HashMap<Uuid, SmallVec<[Key; 4]>>;
 
 /// Owns what is reserved and not yet settled.
 #[derive(Debug)]
 pub struct Ledger {
-    /// Decides limits for the cluster.
-    pub limiter: AnyLimiter,
-    /// Decides this gateway's share of them while the cluster's store cannot be reached.
-    pub local: AnyLimiter,
+    /// Decides limits for the cluster, and this gateway's share of them while the cluster's store is away.
+    pub limiter: Fallback<AnyLimiter>,
     /// Who waits for them.
     pub waiting: Waiting,
     /// What requests will probably cost.
     pub estimates: Estimates,
     metrics: Metrics,
-    lag: Lag,
-    queue: mpsc::Sender<(AnyLimiter, Job)>,
+    queue: mpsc::Sender<Job>,
     leases: Mutex<OpenLeases>,
 }
 
@@ -63,7 +56,7 @@ pub struct Ledger {
 #[derive(Debug)]
 pub struct LedgerWorker {
     ledger: Arc<Ledger>,
-    queue: mpsc::Receiver<(AnyLimiter, Job)>,
+    queue: mpsc::Receiver<Job>,
 }
 
 /// What an admission hands to the worker.
@@ -93,16 +86,15 @@ impl Job {
 }
 
 impl Ledger {
-    /// A ledger and the worker that must be run for it.
-    pub fn new(limiter: AnyLimiter, metrics: Metrics) -> (Arc<Self>, LedgerWorker) {
+    /// A ledger and the worker that must be run for it. Needs a tokio runtime.
+    pub fn new(limiter: AnyLimiter, gateways: LiveGateways, metrics: Metrics) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
+        let limiter = Fallback::new(limiter, gateways);
         let ledger = Arc::new(Self {
             limiter,
-            local: AnyLimiter::Memory(Arc::new(MemoryLimiter::new())),
             waiting: Waiting::default(),
             estimates: Estimates::default(),
             metrics,
-            lag: Lag::default(),
             queue: sender,
             leases: Mutex::default(),
         });
@@ -111,18 +103,6 @@ impl Ledger {
 
     fn leases(&self) -> MutexGuard<'_, OpenLeases> {
         lock(&self.leases)
-    }
-
-    /// Asks the cluster's limiter. A call that gets no answer in time is asked again under the same id for as long as
-    /// it is this process that is slow (see [`Lag`]); otherwise the store is, and the error is returned at once.
-    pub async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
-        let asked = Instant::now();
-        loop {
-            match self.limiter.acquire(call).await {
-                Err(Error::Timeout(_)) if self.lag.starved() && asked.elapsed() < ASKING_MAX => {}
-                decided => return decided,
-            }
-        }
     }
 
     /// Requests that hold leases now.
@@ -135,17 +115,13 @@ impl LedgerWorker {
     /// Settles and renews until `shutdown`, then settles what is queued and ends.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut tasks = tokio::task::JoinSet::new();
-        let lag = {
-            let ledger = self.ledger.clone();
-            tokio::spawn(async move { ledger.lag.run().await })
-        };
         let mut renewals = tokio::time::interval(LEASE_TTL / 3);
         renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 settle = self.queue.recv(), if tasks.len() < CONCURRENT => match settle {
-                    Some((limiter, job)) => {
-                        tasks.spawn(with_retries(self.ledger.clone(), limiter, job));
+                    Some(job) => {
+                        tasks.spawn(with_retries(self.ledger.clone(), job));
                     }
                     None => break,
                 },
@@ -154,51 +130,43 @@ impl LedgerWorker {
                 () = shutdown.cancelled() => break,
             }
         }
-        lag.abort();
         self.queue.close();
-        while let Some((limiter, job)) = self.queue.recv().await {
+        while let Some(job) = self.queue.recv().await {
             if tasks.len() >= CONCURRENT {
                 tasks.join_next().await;
             }
-            tasks.spawn(with_retries(self.ledger.clone(), limiter, job));
+            tasks.spawn(with_retries(self.ledger.clone(), job));
         }
         while tasks.join_next().await.is_some() {}
+        let untold = self.ledger.limiter.flush(FLUSH_MAX).await;
+        self.ledger.metrics.settlements_lost.inc_by(untold as u64);
     }
 }
 
 async fn renew(ledger: Arc<Ledger>) {
-    let (mut cluster, mut local) = (Vec::new(), Vec::new());
-    for (id, (limiter, leases)) in ledger.leases().iter() {
-        let renewal = Renewal { id: *id, leases: leases.clone() };
-        if matches!((limiter, &ledger.local), (AnyLimiter::Memory(a), AnyLimiter::Memory(b)) if Arc::ptr_eq(a, b))
-        {
-            local.push(renewal);
-        } else {
-            cluster.push(renewal);
-        }
+    let renewals: Vec<Renewal> =
+        ledger.leases().iter().map(|(id, leases)| Renewal { id: *id, leases: leases.clone() }).collect();
+    if renewals.is_empty() {
+        return;
     }
-    for (limiter, renewals) in [(&ledger.limiter, cluster), (&ledger.local, local)] {
-        if renewals.is_empty() {
-            continue;
-        }
-        match limiter.renew(&renewals, LEASE_TTL).await {
-            Ok(lost) => {
-                // A request that ended meanwhile has released its own; only those still open have lost one.
-                let lost = {
-                    let open = ledger.leases();
-                    lost.iter().filter(|id| open.contains_key(id)).count()
-                };
-                if lost > 0 {
-                    ledger.metrics.leases_lost.inc_by(lost as u64);
-                    tracing::warn!(lost, "leases ran out before they were renewed; their requests go on");
-                }
+    match ledger.limiter.renew(&renewals, LEASE_TTL).await {
+        Ok(lost) => {
+            // A request that ended meanwhile has released its own; only those still open have lost one.
+            let lost = {
+                let open = ledger.leases();
+                lost.iter().filter(|id| open.contains_key(id)).count()
+            };
+            if lost > 0 {
+                ledger.metrics.leases_lost.inc_by(lost as u64);
+                tracing::warn!(lost, "leases ran out before they were renewed; their requests go on");
             }
-            Err(error) => tracing::warn!(%error, held = renewals.len(), "leases were not renewed"),
         }
+        Err(error) => tracing::warn!(%error, held = renewals.len(), "leases were not renewed"),
     }
 }
 
-async fn with_retries(ledger: Arc<Ledger>, limiter: AnyLimiter, job: Job) {
+async fn with_retries(ledger: Arc<Ledger>, job: Job) {
+    let limiter = &ledger.limiter;
     let mut pause = Duration::from_millis(20);
     for attempt in 1..=TRIES {
         let done = match &job {
@@ -252,8 +220,6 @@ pub struct Subject {
 #[derive(Debug)]
 pub struct Admission {
     ledger: Arc<Ledger>,
-    /// Who granted it, and settles it.
-    pub limiter: AnyLimiter,
     /// The reservation.
     pub id: Uuid,
     /// What the request is under.
@@ -272,16 +238,9 @@ pub struct Admission {
 impl Admission {
     /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
     /// away while the limiter is asked leaves nothing behind.
-    pub fn prepare(
-        ledger: &Arc<Ledger>,
-        limiter: &AnyLimiter,
-        scopes: Scopes,
-        reserved: Cost,
-        subject: Subject,
-    ) -> Self {
+    pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Subject) -> Self {
         Self {
             ledger: ledger.clone(),
-            limiter: limiter.clone(),
             id: Uuid::now_v7(),
             scopes,
             reserved,
@@ -291,6 +250,11 @@ impl Admission {
             slots: SmallVec::new(),
             armed: true,
         }
+    }
+
+    /// Who decides and settles.
+    pub fn limiter(&self) -> &Fallback<AnyLimiter> {
+        &self.ledger.limiter
     }
 
     /// Refused: nothing was written, nothing is to be settled.
@@ -322,7 +286,7 @@ impl Admission {
         self.slots.retain(|held| held != slot);
         self.enter();
         // Without room in the queue its lease runs out.
-        let _ = self.ledger.queue.try_send((self.limiter.clone(), Job::Release(self.id, slot.clone())));
+        let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
     }
 
     /// Says to the ledger which leases to renew.
@@ -332,7 +296,7 @@ impl Admission {
         if leases.is_empty() {
             self.ledger.leases().remove(&self.id);
         } else {
-            self.ledger.leases().insert(self.id, (self.limiter.clone(), leases));
+            self.ledger.leases().insert(self.id, leases);
         }
     }
 
@@ -357,7 +321,7 @@ impl Admission {
         let settle = Settle { id: Uuid::now_v7(), actual: step, scopes, slot: None };
         let job = Job::Settle(Box::new(settle), false);
         // Without room the next step, or the settlement, charges this one too.
-        if self.ledger.queue.try_send((self.limiter.clone(), job)).is_ok() {
+        if self.ledger.queue.try_send(job).is_ok() {
             self.ledger.metrics.settlement_steps.inc();
             self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
         }
@@ -391,7 +355,7 @@ impl Drop for Admission {
             Settle { id: self.id, actual, scopes: std::mem::take(&mut self.scopes), slot: self.slots.pop() };
         let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
         let job = Job::Settle(Box::new(settle), credit);
-        if self.ledger.queue.try_send((self.limiter.clone(), job)).is_err() {
+        if self.ledger.queue.try_send(job).is_err() {
             self.ledger.metrics.settlements_lost.inc();
         }
     }

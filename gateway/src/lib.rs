@@ -16,7 +16,6 @@ pub mod estimate;
 pub mod headers;
 pub mod held;
 pub mod intake;
-pub mod lag;
 pub mod live;
 pub mod metrics;
 pub mod read;

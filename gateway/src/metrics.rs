@@ -52,6 +52,8 @@ pub struct AttemptLabels {
 pub struct LimiterLabels {
     /// "granted", "limited", "no_slot" or "error".
     pub outcome: &'static str,
+    /// Who decided: "store", or "local" while the store was away.
+    pub by: &'static str,
 }
 
 /// Of a request that waited for a limit or a slot.

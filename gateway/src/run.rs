@@ -113,7 +113,11 @@ pub async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let live = Arc::new(Live::default());
-    let (ledger, worker) = Ledger::new(limiter, metrics.clone());
+    let gateways = {
+        let live = live.clone();
+        Arc::new(move || live.live_gateways())
+    };
+    let (ledger, worker) = Ledger::new(limiter, gateways, metrics.clone());
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
     let gateway =
         Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });

@@ -126,7 +126,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         left: &mut Vec<Place>,
     ) -> Result<Option<usize>, weir_ratelimit::Error> {
         let candidates = candidates(self.model, left);
-        let limiter = &self.admission.limiter;
+        let limiter = self.admission.limiter();
         let taken = limiter.move_slot(self.admission.id, from, &candidates, LEASE_TTL).await?;
         if let Some(from) = from {
             self.admission.moved(from);

@@ -16,13 +16,19 @@
 //! * **Time** is the store's own (Redis `TIME`, tokio's clock in memory) and never runs backwards per record.
 //! * Waits are rounded up, what remains is rounded down.
 //!
+//! [`Fallback`] goes around a limiter whose store can fail: it decides by each scope's [`WithoutStore`] while the
+//! store is away, and charges what it admitted when the store is back.
+//!
 //! [`memory::MemoryLimiter`] and [`redis::RedisLimiter`] keep the same contract; one suite proves both.
 
 pub mod any;
+pub mod breaker;
 pub mod budget;
 mod call;
 pub mod error;
+pub mod fallback;
 pub mod key;
+pub mod lag;
 pub mod memory;
 pub mod rates;
 pub mod redis;
@@ -33,6 +39,7 @@ pub mod waiting;
 pub use any::AnyLimiter;
 pub use budget::FOREVER;
 pub use error::{Error, Fault, Trouble};
+pub use fallback::Fallback;
 pub use key::{Scope, scope_keys};
 pub use rates::{max_wait, scope_limits};
 pub use types::*;

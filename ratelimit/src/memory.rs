@@ -13,8 +13,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use self::store::State;
+use crate::budget::Meter;
 use crate::{
-    Acquire, Candidate, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
+    Acquire, Candidate, Decision, Error, Key, Kind, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
     Settle, Settled, call,
 };
 
@@ -47,14 +48,20 @@ impl MemoryLimiter {
     }
 }
 
-impl Limiter for MemoryLimiter {
-    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+/// The calls without a promise in between: what the local share uses under a lock of its own.
+impl MemoryLimiter {
+    /// Like [`MemoryLimiter::new`], with time counted from this moment.
+    pub(crate) fn since(epoch: Instant) -> Self {
+        Self { epoch, state: Mutex::default() }
+    }
+
+    pub(crate) fn decide(&self, call: &Acquire) -> Result<Decision, Error> {
         call::check_acquire(call)?;
         let (mut state, now) = self.enter();
         Ok(state.acquire(call, now))
     }
 
-    async fn move_slot(
+    pub(crate) fn place(
         &self,
         id: ReservationId,
         from: Option<&Key>,
@@ -67,28 +74,91 @@ impl Limiter for MemoryLimiter {
         Ok(state.move_slot(id, from, candidates, lease_ttl, now))
     }
 
-    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+    pub(crate) fn end(&self, call: &Settle) -> Result<Settled, Error> {
         call::check_scopes(&call.scopes)?;
         let (mut state, now) = self.enter();
         Ok(state.settle(call, now))
     }
 
+    /// False when a lease was lost.
+    pub(crate) fn extend(&self, renewal: &Renewal, lease_ttl: Duration) -> bool {
+        let (mut state, now) = self.enter();
+        state.renew(renewal, lease_ttl, now)
+    }
+
+    pub(crate) fn free(&self, id: ReservationId, leases: &[Key]) {
+        self.enter().0.release(id, leases);
+    }
+
+    pub(crate) fn look(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        call::check_scopes(scopes)?;
+        let (mut state, now) = self.enter();
+        Ok(state.peek(scopes, now))
+    }
+
+    /// The meters of a record as stored.
+    pub(crate) fn meters(&self, record: &Key) -> [Meter; Kind::COUNT] {
+        let (state, now) = self.enter();
+        state.meters(record, now)
+    }
+
+    /// Puts meters in place of what a record held.
+    pub(crate) fn put_meters(&self, scope: &ScopeLimits, meters: [Meter; Kind::COUNT]) {
+        let (mut state, now) = self.enter();
+        state.write_record(&scope.record, &call::lines(scope, |_, _| 0.0), meters, now);
+    }
+
+    /// Holds leases that are already held elsewhere, whatever the limit says.
+    pub(crate) fn hold(&self, id: ReservationId, leases: &[Key], life: Duration) {
+        let (mut state, now) = self.enter();
+        for key in leases {
+            state.take_lease(key, id, store::later(now, life));
+        }
+    }
+
+    /// What a reservation charged, micro-units by record.
+    pub(crate) fn charged(
+        &self,
+        scopes: &[ScopeLimits],
+        id: ReservationId,
+    ) -> Vec<(Key, [f64; Kind::COUNT])> {
+        let (mut state, now) = self.enter();
+        let held = state.reservation(&Key::reservation_of(scopes, id), now);
+        held.map(|held| held.reserved.clone()).unwrap_or_default()
+    }
+}
+
+impl Limiter for MemoryLimiter {
+    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        self.decide(call)
+    }
+
+    async fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> Result<Option<usize>, Error> {
+        self.place(id, from, candidates, lease_ttl)
+    }
+
+    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+        self.end(call)
+    }
+
     async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
         call::check_lease(lease_ttl)?;
-        let (mut state, now) = self.enter();
-        let lost = renewals.iter().filter(|renewal| !state.renew(renewal, lease_ttl, now));
+        let lost = renewals.iter().filter(|renewal| !self.extend(renewal, lease_ttl));
         Ok(lost.map(|renewal| renewal.id).collect())
     }
 
     async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
-        let (mut state, _) = self.enter();
-        state.release(id, leases);
+        self.free(id, leases);
         Ok(())
     }
 
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
-        call::check_scopes(scopes)?;
-        let (mut state, now) = self.enter();
-        Ok(state.peek(scopes, now))
+        self.look(scopes)
     }
 }

@@ -268,7 +268,7 @@ impl Scene {
             let page = crate::roles::fetch(gateway.ops, "/metrics").await.unwrap_or_default();
             let errors = page
                 .lines()
-                .filter(|l| l.starts_with("weir_limiter_calls_total") && l.contains("outcome=\"error\""));
+                .filter(|l| l.starts_with("weir_limiter_calls_total") && l.contains("by=\"local\""));
             sum += errors.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>();
         }
         sum

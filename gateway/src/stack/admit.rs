@@ -7,7 +7,7 @@ use http::HeaderMap;
 use tokio::time::Instant;
 use weir_proto::resource::{AdminState, Priority};
 use weir_ratelimit::waiting::{self, Patience, SlotPatience, Waited};
-use weir_ratelimit::{Acquire, AnyLimiter, Cost, Decision, Limiter, Outcome, Scopes, WithoutStore};
+use weir_ratelimit::{Acquire, Cost, Decision, Limiter, Outcome, Scopes};
 
 use super::{Call, Slot};
 use crate::account::{Admission, Subject};
@@ -52,7 +52,7 @@ impl Call<'_> {
         let ask = || {
             let call = if again { self.as_of_now(&call, model, places) } else { call.clone() };
             again = true;
-            self.decide(model, call, &entries)
+            self.decide(model, call)
         };
         let waiting = &self.gateway.ledger.waiting;
         let waited = waiting.acquire(&call, &patience, ask).await;
@@ -147,81 +147,36 @@ impl Call<'_> {
         call
     }
 
-    /// One decision, by the cluster or, while its store is away, by this gateway's share. The admission is armed only
-    /// if it was granted.
+    /// One decision. The admission is armed only if it was granted, or may have been.
     async fn decide(
         &self,
         model: &ModelEntry,
         mut call: Acquire,
-        entries: &[&ScopeEntry],
     ) -> Result<(Decision, Admission), GatewayError> {
         let ledger = &self.gateway.ledger;
         let asked = Instant::now();
-        let mut result = self.acquire(model, &ledger.limiter, &mut call, false).await;
-        if let Err(error) = &result {
-            tracing::warn!(%error, "limit store away; deciding without it");
-            if entries.iter().any(|e| e.limits.without_store == WithoutStore::Closed) {
-                return Err(GatewayError::LimitStore);
-            }
-            call = self.local_share(call, entries);
-            result = self.acquire(model, &ledger.local, &mut call, true).await;
-        }
-        self.gateway.metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
-        let (mut admission, decision) = result.map_err(|_| GatewayError::LimitStore)?;
-        if !matches!(decision.outcome, Outcome::Granted { .. }) {
-            admission.refused();
-        }
-        Ok((decision, admission))
-    }
-
-    async fn acquire(
-        &self,
-        model: &ModelEntry,
-        limiter: &AnyLimiter,
-        call: &mut Acquire,
-        local: bool,
-    ) -> Result<(Admission, Decision), weir_ratelimit::Error> {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
-        let admission = Admission::prepare(
-            &self.gateway.ledger,
-            limiter,
-            call.scopes.clone(),
-            call.cost,
-            self.subject(model),
-        );
+        let mut admission = Admission::prepare(ledger, call.scopes.clone(), call.cost, self.subject(model));
         call.id = admission.id;
-        let decision = match local {
-            true => limiter.acquire(call).await,
-            false => self.gateway.ledger.acquire(call).await,
-        };
+        let decision = ledger.limiter.acquire(&call).await;
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
             Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
             Ok(Decision { outcome: Outcome::NoSlot { .. }, .. }) => "no_slot",
             Err(_) => "error",
         };
-        self.gateway.metrics.limiter.get_or_create(&LimiterLabels { outcome }).inc();
-        Ok((admission, decision?))
-    }
-
-    /// The same call against this gateway's share of each limit: the limit over the gateways there are.
-    fn local_share(&self, mut call: Acquire, entries: &[&ScopeEntry]) -> Acquire {
-        let gateways = self.gateway.live.live_gateways();
-        for (scope, entry) in call.scopes.iter_mut().zip(entries) {
-            let open = entry.limits.without_store == WithoutStore::Open;
-            for bucket in &mut scope.buckets {
-                *bucket = bucket.filter(|_| !open).map(|mut b| {
-                    b.capacity /= u64::from(gateways);
-                    b.period *= gateways;
-                    b
-                });
-            }
-            scope.concurrency = scope.concurrency.filter(|_| !open).map(|c| c.div_ceil(gateways));
+        let metrics = &self.gateway.metrics;
+        let by = if decision.as_ref().is_ok_and(|d| d.degraded) { "local" } else { "store" };
+        metrics.limiter.get_or_create(&LimiterLabels { outcome, by }).inc();
+        metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
+        let decision = decision.map_err(|error| {
+            tracing::warn!(%error, "a limit that is closed without its store refused a request");
+            GatewayError::LimitStore
+        })?;
+        if !matches!(decision.outcome, Outcome::Granted { .. }) {
+            admission.refused();
         }
-        for candidate in &mut call.candidates {
-            candidate.max_concurrency = candidate.max_concurrency.div_ceil(gateways);
-        }
-        call
+        Ok((decision, admission))
     }
 
     fn scopes(&self, model: &ModelEntry) -> Vec<&ScopeEntry> {

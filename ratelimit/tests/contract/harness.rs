@@ -119,13 +119,18 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With settings besides the port.
+    pub(crate) async fn start_with(settings: &[&str]) -> Self {
         // The port may be taken between choosing and binding: then the server exits, and another is chosen.
         for _ in 0..20 {
             let port = std::net::TcpListener::bind("127.0.0.1:0")
                 .and_then(|l| l.local_addr())
                 .expect("a port")
                 .port();
-            let child = spawn(&port.to_string());
+            let child = spawn(&port.to_string(), settings);
             let mut server = Server { child, url: format!("redis://127.0.0.1:{port}/") };
             if server.answers().await {
                 return server;
@@ -162,9 +167,20 @@ impl Server {
 
     /// An empty server where the killed one was.
     pub(crate) async fn restart(&mut self) {
-        let port = self.url.trim_end_matches('/').rsplit(':').next().expect("port").to_owned();
-        self.child = spawn(&port);
+        self.restart_unready(&[]);
         assert!(self.answers().await, "redis-server did not come back");
+    }
+
+    /// Started again and not waited for.
+    pub(crate) fn restart_unready(&mut self, settings: &[&str]) {
+        let port = self.url.trim_end_matches('/').rsplit(':').next().expect("port").to_owned();
+        self.child = spawn(&port, settings);
+    }
+
+    /// Sends the process a signal by name, such as STOP.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        assert!(sent.expect("kill").success());
     }
 
     pub(crate) fn kill(&mut self) {
@@ -173,9 +189,11 @@ impl Server {
     }
 }
 
-fn spawn(port: &str) -> Child {
+fn spawn(port: &str, settings: &[&str]) -> Child {
     Command::new("redis-server")
         .args(["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .args(["--enable-debug-command", "local"])
+        .args(settings)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

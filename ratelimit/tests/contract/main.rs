@@ -3,6 +3,7 @@
 mod buckets;
 mod harness;
 mod leases;
+mod outages;
 mod properties;
 mod redis_only;
 mod settlement;

@@ -1,0 +1,487 @@
+//! Deciding without the store, and telling it afterwards.
+//!
+//! Goes around a limiter whose store can fail. While the store does not serve, each scope does what its
+//! [`WithoutStore`] says; a gateway's share starts where the cluster's meters were last seen, and the leases it
+//! already holds count against its share of slots.
+//!
+//! **No double burst.** What was admitted here is told to the store when it is back, before requests go there again:
+//! settlements that had to wait, open grants (taken over under their own ids, so that they settle like any other),
+//! leases, and the rest of each local meter as one charge. A gateway's meter drains at its share of the rate from its
+//! share of the level, so the shares' meters together are never below the meter one store would have had.
+//!
+//! **Nobody waits for a dead store.** Once the [`Breaker`] is open only the background asks; see there.
+
+mod local;
+mod recovery;
+mod seen;
+mod share;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use smallvec::{SmallVec, smallvec};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use self::local::{Local, Pending, leases_of};
+use self::seen::Seen;
+use crate::breaker::{Breaker, Phase};
+use crate::lag::Lag;
+use crate::{
+    Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, Trouble, WithoutStore,
+};
+
+/// The longest a request of a starved process asks.
+const ASKING_MAX: Duration = Duration::from_secs(10);
+/// Reservations whose leases are remembered; past that a lease is not carried through an outage.
+const HELD_MAX: usize = 262_144;
+
+/// How many gateways share the limits now, this one included.
+pub type LiveGateways = Arc<dyn Fn() -> u32 + Send + Sync>;
+
+/// A limiter that decides also without its store. Dropping it stops its background task.
+pub struct Fallback<L> {
+    inner: Arc<Inner<L>>,
+    worker: JoinHandle<()>,
+}
+
+/// How a [`Fallback`] stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Whether requests ask the store.
+    pub phase: Phase,
+    /// Times the breaker opened.
+    pub opened: u64,
+    /// Decisions made here.
+    pub local_decisions: u64,
+    /// Settlements and releases that wait for the store.
+    pub pending: usize,
+    /// Settlements and releases that found no room or that the store will never take.
+    pub lost: u64,
+}
+
+type Held = HashMap<ReservationId, (SmallVec<[Key; 4]>, Duration)>;
+
+struct Inner<L> {
+    store: L,
+    gateways: LiveGateways,
+    lag: Lag,
+    epoch: Instant,
+    breaker: Mutex<Breaker>,
+    /// The breaker's phase, and whether it holds evidence: what every request reads without a lock.
+    phase: AtomicU8,
+    suspicious: AtomicBool,
+    calls: AtomicU32,
+    /// The last trouble, and a scope whose keys showed it: where a probe asks.
+    reason: Mutex<(Error, Option<ScopeLimits>)>,
+    seen: Seen,
+    held: Mutex<Held>,
+    local: Mutex<Local>,
+    /// Whether `local` has anything to say.
+    engaged: AtomicBool,
+    wake: Notify,
+    opened: AtomicU64,
+    local_decisions: AtomicU64,
+    lost: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<L: Limiter + 'static> Fallback<L> {
+    /// Starts the background task; needs a tokio runtime.
+    pub fn new(store: L, gateways: LiveGateways) -> Self {
+        let epoch = Instant::now();
+        let inner = Arc::new(Inner {
+            store,
+            gateways,
+            lag: Lag::default(),
+            epoch,
+            breaker: Mutex::default(),
+            phase: AtomicU8::new(Phase::Closed as u8),
+            suspicious: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
+            reason: Mutex::new((Error::Unreachable("not asked yet".into()), None)),
+            seen: Seen::default(),
+            held: Mutex::default(),
+            local: Mutex::new(Local::new(epoch)),
+            engaged: AtomicBool::new(false),
+            wake: Notify::new(),
+            opened: AtomicU64::new(0),
+            local_decisions: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+        });
+        let worker = tokio::spawn(recovery::run(inner.clone()));
+        Self { inner, worker }
+    }
+
+    /// The limiter inside.
+    pub fn store(&self) -> &L {
+        &self.inner.store
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> Status {
+        Status {
+            phase: lock(&self.inner.breaker).phase(),
+            opened: self.inner.opened.load(Ordering::Relaxed),
+            local_decisions: self.inner.local_decisions.load(Ordering::Relaxed),
+            pending: lock(&self.inner.local).pending.len(),
+            lost: self.inner.lost.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Tells the store what it can before the process ends, for at most so long; how much it could not.
+    pub async fn flush(&self, most: Duration) -> usize {
+        if self.inner.engaged.load(Ordering::Relaxed) {
+            let told = tokio::time::timeout(most, recovery::tell(&self.inner)).await;
+            if !matches!(told, Ok(Ok(()))) {
+                tracing::warn!("the limit store was not told all that was decided without it");
+            }
+        }
+        lock(&self.inner.local).pending.len()
+    }
+}
+
+impl<L> Drop for Fallback<L> {
+    fn drop(&mut self) {
+        self.worker.abort();
+    }
+}
+
+impl<L> fmt::Debug for Fallback<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fallback").field("phase", &lock(&self.inner.breaker).phase()).finish_non_exhaustive()
+    }
+}
+
+impl<L: Limiter> Inner<L> {
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    /// Microseconds, the time of the meters here.
+    fn now_us(&self) -> f64 {
+        self.now().as_micros() as f64
+    }
+
+    fn gateways(&self) -> u32 {
+        (self.gateways)().max(1)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == Phase::Closed as u8
+    }
+
+    fn publish(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    fn answered(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.suspicious.swap(false, Ordering::Relaxed) {
+            lock(&self.breaker).answered();
+        }
+    }
+
+    /// Evidence against the store. A process that is itself too slow to read answers has none.
+    fn failed(&self, error: &Error, scope: Option<&ScopeLimits>) {
+        let trouble = error.trouble();
+        let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
+        if matches!(error, Error::Timeout(_)) && self.lag.starved() {
+            return;
+        }
+        if !matches!(trouble, Trouble::Away | Trouble::Unknown) {
+            return;
+        }
+        let now = self.now();
+        let opened = {
+            let mut breaker = lock(&self.breaker);
+            if breaker.roll(now) {
+                self.calls.store(1, Ordering::Relaxed);
+            }
+            let opened = breaker.failed(now, trouble, calls);
+            self.publish(breaker.phase());
+            opened
+        };
+        self.suspicious.store(true, Ordering::Relaxed);
+        if let Some(scope) = scope {
+            lock(&self.reason).1 = Some(scope.clone());
+        }
+        if opened {
+            lock(&self.reason).0 = error.clone();
+            self.opened.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%error, "the limit store is away; each limit does what it says for that");
+        }
+        self.wake.notify_one();
+    }
+
+    /// Asks the store. A call that gets no answer in time is asked again under the same id for as long as it is this
+    /// process that is slow (see [`Lag`]); one whose connection was lost is asked once more.
+    async fn ask(&self, call: &Acquire) -> Result<Decision, Error> {
+        let asked = Instant::now();
+        let mut once_more = true;
+        loop {
+            match self.store.acquire(call).await {
+                Err(Error::Timeout(_))
+                    if self.lag.starved() && asked.elapsed() < ASKING_MAX && self.is_closed() => {}
+                Err(Error::Lost) if std::mem::take(&mut once_more) => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    /// The local side, taking over the leases the store granted when it begins to decide.
+    fn local(&self) -> MutexGuard<'_, Local> {
+        let mut local = lock(&self.local);
+        if !local.is_engaged() {
+            let held = lock(&self.held);
+            local.engage(held.iter().map(|(id, (leases, _))| (id, leases)));
+            self.engaged.store(true, Ordering::Relaxed);
+        }
+        local
+    }
+
+    fn decide(&self, call: &Acquire, error: Error) -> Result<Decision, Error> {
+        let unknown = error.trouble() == Trouble::Unknown;
+        if call.scopes.iter().any(|scope| scope.without_store == WithoutStore::Closed) {
+            if unknown {
+                let cancel = Settle {
+                    id: call.id,
+                    actual: Default::default(),
+                    scopes: call.scopes.clone(),
+                    slot: None,
+                };
+                self.defer(&mut self.local(), Pending::Settle(Box::new(cancel)));
+            }
+            return Err(error);
+        }
+        let decided = self.local().decide(call, self.gateways(), &self.seen, self.now_us(), &error, unknown);
+        self.local_decisions.fetch_add(1, Ordering::Relaxed);
+        if self.is_closed() {
+            self.wake.notify_one();
+        }
+        decided
+    }
+
+    /// False, and counted, when there is no room.
+    fn defer(&self, local: &mut Local, pending: Pending) -> bool {
+        let room = local.defer(pending);
+        if !room {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        room
+    }
+
+    fn hold(&self, id: ReservationId, leases: SmallVec<[Key; 4]>, life: Duration) {
+        let mut held = lock(&self.held);
+        if leases.is_empty() {
+            held.remove(&id);
+        } else if held.len() < HELD_MAX || held.contains_key(&id) {
+            held.insert(id, (leases, life));
+        }
+    }
+}
+
+/// Whether a failed settlement or release can still be made later.
+fn waits(error: &Error) -> bool {
+    match error {
+        Error::Refused { fault, .. } => !matches!(fault, Fault::Record | Fault::Other),
+        Error::Timeout(_) | Error::Lost | Error::Unreachable(_) => true,
+        Error::Invalid(_) => false,
+    }
+}
+
+fn no_room() -> Error {
+    Error::Unreachable("too many settlements wait for the limit store".into())
+}
+
+impl<L: Limiter + 'static> Limiter for Fallback<L> {
+    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        let inner = &self.inner;
+        if !inner.is_closed() {
+            let error = lock(&inner.reason).0.clone();
+            return inner.decide(call, not_sent(error));
+        }
+        match inner.ask(call).await {
+            Ok(decision) => {
+                inner.answered();
+                inner.seen.note(&call.scopes, &decision.limits, inner.now_us());
+                if let Outcome::Granted { slot } = decision.outcome {
+                    let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
+                    let limited = call.scopes.iter().filter(|s| s.concurrency.is_some());
+                    let leases = limited.map(|s| s.leases.clone()).chain(slot).collect();
+                    inner.hold(call.id, leases, call.lease_ttl);
+                }
+                Ok(decision)
+            }
+            Err(error) if error.trouble() == Trouble::Caller => Err(error),
+            Err(error) => {
+                inner.failed(&error, call.scopes.first());
+                inner.decide(call, error)
+            }
+        }
+    }
+
+    async fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> Result<Option<usize>, Error> {
+        let inner = &self.inner;
+        let gateways = inner.gateways();
+        if inner.engaged.load(Ordering::Relaxed) {
+            let mut local = inner.local();
+            if local.grant(id).is_some() {
+                return local.place(id, from, candidates, lease_ttl, gateways);
+            }
+        }
+        if inner.is_closed() {
+            match inner.store.move_slot(id, from, candidates, lease_ttl).await {
+                Ok(moved) => {
+                    inner.answered();
+                    let slot = moved.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
+                    let mut held = lock(&inner.held);
+                    let (leases, _) = held.entry(id).or_insert_with(|| (SmallVec::new(), lease_ttl));
+                    leases.retain(|key| Some(&*key) != from);
+                    leases.extend(slot);
+                    return Ok(moved);
+                }
+                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
+                Err(error) => inner.failed(&error, None),
+            }
+        }
+        let mut local = inner.local();
+        if let Some(from) = from {
+            inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
+            if let Some((leases, _)) = lock(&inner.held).get_mut(&id) {
+                leases.retain(|key| &*key != from);
+            }
+        }
+        local.place(id, from, candidates, lease_ttl, gateways)
+    }
+
+    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+        let inner = &self.inner;
+        if inner.engaged.load(Ordering::Relaxed) {
+            let settled = inner.local().settle(call, inner.gateways());
+            if let Some(settled) = settled {
+                return settled;
+            }
+        }
+        lock(&inner.held).remove(&call.id);
+        if inner.is_closed() {
+            let mut settled = inner.store.settle(call).await;
+            if matches!(settled, Err(Error::Lost)) {
+                settled = inner.store.settle(call).await;
+            }
+            match settled {
+                Ok(settled) => {
+                    inner.answered();
+                    inner.seen.note(&call.scopes, &settled.limits, inner.now_us());
+                    return Ok(settled);
+                }
+                Err(error) if !waits(&error) => return Err(error),
+                Err(error) => inner.failed(&error, call.scopes.first()),
+            }
+        }
+        let mut local = inner.local();
+        local.forget_held(call.id, &leases_of(call));
+        if !inner.defer(&mut local, Pending::Settle(Box::new(call.clone()))) {
+            return Err(no_room());
+        }
+        inner.wake.notify_one();
+        Ok(Settled { applied: false, limits: Vec::new() })
+    }
+
+    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
+        let inner = &self.inner;
+        let mut lost = Vec::new();
+        let mut theirs = Vec::with_capacity(renewals.len());
+        if inner.engaged.load(Ordering::Relaxed) {
+            let local = inner.local();
+            for renewal in renewals {
+                match local.grant(renewal.id) {
+                    Some(_) if !local.renew(renewal, lease_ttl) => lost.push(renewal.id),
+                    Some(_) => {}
+                    None => theirs.push(renewal.clone()),
+                }
+            }
+        } else {
+            theirs.extend_from_slice(renewals);
+        }
+        // While the store is away its leases cannot be renewed; they are taken again when it is back.
+        if inner.is_closed() && !theirs.is_empty() {
+            match inner.store.renew(&theirs, lease_ttl).await {
+                Ok(gone) => {
+                    inner.answered();
+                    lost.extend(gone);
+                }
+                Err(error) => {
+                    inner.failed(&error, None);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(lost)
+    }
+
+    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
+        let inner = &self.inner;
+        if inner.engaged.load(Ordering::Relaxed) {
+            let mut local = inner.local();
+            local.release(id, leases);
+            if local.grant(id).is_some() {
+                return Ok(());
+            }
+        }
+        if let Some((held, _)) = lock(&inner.held).get_mut(&id) {
+            held.retain(|key| !leases.contains(key));
+        }
+        if inner.is_closed() {
+            match inner.store.release(id, leases).await {
+                Ok(()) => {
+                    inner.answered();
+                    return Ok(());
+                }
+                Err(error) if !waits(&error) => return Err(error),
+                Err(error) => inner.failed(&error, None),
+            }
+        }
+        let room = inner.defer(&mut inner.local(), Pending::Release(id, leases.into()));
+        inner.wake.notify_one();
+        if room { Ok(()) } else { Err(no_room()) }
+    }
+
+    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        let inner = &self.inner;
+        if inner.is_closed() {
+            match inner.store.peek(scopes).await {
+                Ok(limits) => {
+                    inner.answered();
+                    return Ok(limits);
+                }
+                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
+                Err(error) => inner.failed(&error, scopes.first()),
+            }
+        }
+        let local = lock(&inner.local);
+        local.peek(scopes, inner.gateways())
+    }
+}
+
+/// The error a call gets that was never sent because of an earlier one's.
+fn not_sent(error: Error) -> Error {
+    match error {
+        Error::Timeout(_) | Error::Lost => Error::Unreachable("it went silent".into()),
+        known => known,
+    }
+}

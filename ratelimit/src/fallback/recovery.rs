@@ -1,0 +1,274 @@
+//! The background: probing a store that is away, and telling one that is back.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use tokio::task::JoinSet;
+
+use super::local::{Grant, Pending};
+use super::{Inner, lock, waits};
+use crate::breaker::Phase;
+use crate::{
+    Acquire, Candidate, Cost, Error, Key, Kind, Limiter, Mode, ReservationId, ScopeLimits, Settle, Trouble,
+};
+
+/// Calls under way at once while the store is told.
+const AT_ONCE: usize = 64;
+/// How soon a doubtful store is probed again while the breaker is closed.
+const DOUBT: Duration = Duration::from_millis(50);
+/// Single decisions made here while the store serves wait so long before the store is told.
+const SETTLE_DOWN: Duration = Duration::from_millis(200);
+
+/// Runs until aborted.
+pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
+    tokio::join!(inner.lag.run(), attend(&inner));
+}
+
+async fn attend<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
+    let mut told_leases = true;
+    loop {
+        let (phase, due) = {
+            let breaker = lock(&inner.breaker);
+            (breaker.phase(), breaker.due())
+        };
+        match phase {
+            Phase::Closed => {
+                told_leases = true;
+                if inner.suspicious.load(Ordering::Relaxed) {
+                    tokio::time::sleep(DOUBT).await;
+                    doubt(inner).await;
+                } else if inner.engaged.load(Ordering::Relaxed) {
+                    tokio::time::sleep(SETTLE_DOWN).await;
+                    if inner.is_closed() && tell(inner).await.is_ok() {
+                        reset_if_clear(inner);
+                    }
+                } else {
+                    inner.wake.notified().await;
+                }
+            }
+            Phase::Open => {
+                told_leases = false;
+                tokio::time::sleep(due.saturating_sub(inner.now())).await;
+                let good = probe(inner).await.is_ok();
+                step(inner, good);
+            }
+            Phase::Returning => {
+                let mut told = Ok(());
+                if !told_leases {
+                    told = retake_leases(inner).await;
+                    told_leases = told.is_ok();
+                }
+                if told.is_ok() {
+                    told = tell(inner).await;
+                }
+                match told {
+                    Err(error) => {
+                        tracing::warn!(%error, "the limit store is away again");
+                        step(inner, false);
+                    }
+                    Ok(()) if inner.now() >= due => close(inner).await,
+                    Ok(()) => tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await,
+                }
+            }
+        }
+    }
+}
+
+fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
+    let jitter = f64::from(ReservationId::new_v4().as_u128() as u8) / 255.0;
+    let mut breaker = lock(&inner.breaker);
+    breaker.probed(inner.now(), good, jitter);
+    inner.publish(breaker.phase());
+}
+
+/// Requests go to the store again; what was decided up to that moment is told at once.
+async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
+    {
+        let mut breaker = lock(&inner.breaker);
+        breaker.close(inner.now());
+        inner.suspicious.store(false, Ordering::Relaxed);
+        inner.publish(breaker.phase());
+    }
+    tracing::info!("the limit store is back and knows what was decided without it");
+    if tell(inner).await.is_ok() {
+        reset_if_clear(inner);
+    }
+}
+
+fn reset_if_clear<L: Limiter>(inner: &Inner<L>) {
+    let mut local = lock(&inner.local);
+    if local.is_clear() && inner.is_closed() {
+        local.reset();
+        inner.engaged.store(false, Ordering::Relaxed);
+    }
+}
+
+/// One failure is asked about before it is believed; with little traffic nobody else would find out.
+async fn doubt<L: Limiter>(inner: &Inner<L>) {
+    match probe(inner).await {
+        Ok(()) => inner.answered(),
+        Err(error) => inner.failed(&error, None),
+    }
+}
+
+/// A call that writes like any other where trouble was last seen: what would fail for requests fails here.
+async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
+    let scope = lock(&inner.reason).1.clone();
+    let blank = |scope: ScopeLimits| ScopeLimits { buckets: [None; Kind::COUNT], concurrency: None, ..scope };
+    let call = Acquire {
+        id: ReservationId::now_v7(),
+        cost: Cost::default(),
+        estimated: true,
+        scopes: scope.map(blank).into_iter().collect(),
+        candidates: Vec::new(),
+        lease_ttl: Duration::from_secs(1),
+    };
+    let end = Settle { id: call.id, actual: Cost::default(), scopes: call.scopes.clone(), slot: None };
+    match inner.store.acquire(&call).await {
+        Ok(_) => inner.store.settle(&end).await.map(drop),
+        Err(error) => Err(error),
+    }
+}
+
+/// Leases may have run out meanwhile; their requests still run, so they are taken whatever the limit says.
+async fn retake_leases<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    let held: Vec<_> =
+        lock(&inner.held).iter().map(|(id, (leases, life))| (*id, leases.clone(), *life)).collect();
+    let each =
+        held.into_iter().flat_map(|(id, leases, life)| leases.into_iter().map(move |key| (id, key, life)));
+    each_at_once(each, |(id, key, life)| {
+        let inner = inner.clone();
+        async move { take(&inner, id, key, life).await }
+    })
+    .await
+}
+
+async fn take<L: Limiter>(
+    inner: &Inner<L>,
+    id: ReservationId,
+    leases: Key,
+    life: Duration,
+) -> Result<(), Error> {
+    let room = Candidate { leases, max_concurrency: u32::MAX };
+    passable(inner, inner.store.move_slot(id, None, std::slice::from_ref(&room), life).await.map(drop))
+}
+
+/// Tells the store everything that was decided here so far.
+pub(super) async fn tell<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    settle_pending(inner).await?;
+    // One pass each: under load there is always something new, and the next round comes soon.
+    let grants = lock(&inner.local).unadopted();
+    each_at_once(grants, |(id, grant)| adopt(inner.clone(), id, grant)).await?;
+    let charges = lock(&inner.local).charges(inner.gateways(), inner.now_us());
+    each_at_once(charges, |charge| {
+        let inner = inner.clone();
+        async move {
+            passable(&inner, inner.store.settle(&charge).await.map(drop))?;
+            lock(&inner.local).charged(&charge);
+            Ok(())
+        }
+    })
+    .await?;
+    settle_pending(inner).await
+}
+
+async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    let waiting = std::mem::take(&mut lock(&inner.local).pending);
+    each_at_once(waiting, |pending| {
+        let inner = inner.clone();
+        async move {
+            let done = match &pending {
+                Pending::Settle(settle) => inner.store.settle(settle).await.map(drop),
+                Pending::Release(id, leases) => inner.store.release(*id, leases).await,
+            };
+            if done.as_ref().is_err_and(waits) {
+                inner.defer(&mut lock(&inner.local), pending);
+            }
+            passable(&inner, done)
+        }
+    })
+    .await
+}
+
+/// Makes a grant of this process one of the store's, under the same id: charged and counted whatever the limits say,
+/// since it has happened.
+async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant) -> Result<(), Error> {
+    let mut leases: SmallVec<[Key; 4]> = grant.slot.iter().cloned().collect();
+    let Some(mut call) = grant.call else {
+        for key in &leases {
+            take(&inner, id, key.clone(), grant.lease_ttl).await?;
+        }
+        taken_over(&inner, id, &leases, grant.lease_ttl, &[]);
+        return Ok(());
+    };
+    let scopes = call.scopes.clone();
+    leases.extend(scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone()));
+    call.scopes.iter_mut().for_each(|scope| scope.mode = Mode::Shadow);
+    let room = |leases| Candidate { leases, max_concurrency: u32::MAX };
+    call.candidates = grant.slot.map(room).into_iter().collect();
+    passable(&inner, inner.store.acquire(&call).await.map(drop))?;
+    taken_over(&inner, id, &leases, call.lease_ttl, &scopes);
+    Ok(())
+}
+
+fn taken_over<L: Limiter>(
+    inner: &Inner<L>,
+    id: ReservationId,
+    leases: &[Key],
+    life: Duration,
+    scopes: &[ScopeLimits],
+) {
+    let mut local = lock(&inner.local);
+    if local.grant(id).is_some() {
+        inner.hold(id, leases.into(), life);
+        local.adopted(id, leases, inner.gateways(), inner.now_us());
+    } else {
+        // It ended meanwhile; its meter here has what it used.
+        let end =
+            Settle { id, actual: Cost::default(), scopes: scopes.into(), slot: leases.first().cloned() };
+        inner.defer(&mut local, Pending::Settle(Box::new(end)));
+        inner.defer(&mut local, Pending::Release(id, leases.into()));
+    }
+}
+
+/// What the store will never take is counted and left; only a store that is away ends a round.
+fn passable<L>(inner: &Inner<L>, done: Result<(), Error>) -> Result<(), Error> {
+    match done {
+        Err(error) if matches!(error.trouble(), Trouble::Keys | Trouble::Caller) => {
+            if !waits(&error) {
+                inner.lost.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(%error, "the limit store does not take what was decided without it");
+            }
+            if waits(&error) { Err(error) } else { Ok(()) }
+        }
+        done => done,
+    }
+}
+
+/// Runs all, a few at once; the first error after all have ended.
+async fn each_at_once<T, F>(items: impl IntoIterator<Item = T>, run: impl Fn(T) -> F) -> Result<(), Error>
+where
+    F: Future<Output = Result<(), Error>> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    let mut first = Ok(());
+    let mut note = |ended: Result<Result<(), Error>, tokio::task::JoinError>| {
+        if let (Ok(Err(error)), true) = (ended, first.is_ok()) {
+            first = Err(error);
+        }
+    };
+    for item in items {
+        if tasks.len() >= AT_ONCE
+            && let Some(ended) = tasks.join_next().await
+        {
+            note(ended);
+        }
+        tasks.spawn(run(item));
+    }
+    while let Some(ended) = tasks.join_next().await {
+        note(ended);
+    }
+    first
+}

@@ -1,0 +1,59 @@
+//! What this process last saw of the cluster's meters.
+//!
+//! Without the store a gateway starts its share from there and not from empty: a limit that was used up when the
+//! store went away is used up for everybody.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::budget::{MICRO, Meter, Terms};
+use crate::{FOREVER, Key, Kind, LimitState, ScopeLimits, What};
+
+/// Records remembered; past that the empty ones are forgotten, and new ones are not taken in.
+const RECORDS_MAX: usize = 65_536;
+
+#[derive(Debug, Clone, Copy)]
+struct Sight {
+    meter: Meter,
+    terms: Terms,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<HashMap<Key, [Option<Sight>; Kind::COUNT]>>);
+
+impl Seen {
+    /// What an answer of the store says about its scopes at `now`, microseconds of this process.
+    pub(super) fn note(&self, scopes: &[ScopeLimits], limits: &[LimitState], now: f64) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for limit in limits {
+            let What::Bucket(kind) = limit.what else { continue };
+            let Some(scope) = scopes.get(limit.scope) else { continue };
+            let Some(bucket) = scope.buckets[kind as usize] else { continue };
+            let terms = Terms::of(&bucket);
+            let mut level = limit.limit.saturating_sub(limit.remaining) as f64 * MICRO;
+            if limit.remaining == 0 && limit.reset < FOREVER {
+                // Debt shows only in the time it takes to drain.
+                level = level.max(terms.drained(limit.reset.as_micros() as f64).min(terms.ceiling()));
+            }
+            let sight = Sight { meter: Meter { level, ts: now }, terms };
+            if let Some(record) = seen.get_mut(&scope.record) {
+                record[kind as usize] = Some(sight);
+                continue;
+            }
+            if seen.len() >= RECORDS_MAX {
+                let full = |s: &Sight| s.meter.level_at(&s.terms, now) > 0.0;
+                seen.retain(|_, record| record.iter().flatten().any(full));
+            }
+            if seen.len() < RECORDS_MAX {
+                seen.entry(scope.record.clone()).or_default()[kind as usize] = Some(sight);
+            }
+        }
+    }
+
+    /// The level of a meter at `now`, micro-units; zero when it was never seen.
+    pub(super) fn level(&self, record: &Key, kind: Kind, now: f64) -> f64 {
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let sight = seen.get(record).and_then(|kinds| kinds[kind as usize]);
+        sight.map_or(0.0, |sight| sight.meter.level_at(&sight.terms, now))
+    }
+}

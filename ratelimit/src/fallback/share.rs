@@ -1,0 +1,75 @@
+//! A call as one gateway may decide it alone: pure.
+
+use crate::{Acquire, Bucket, Candidate, Mode, ScopeLimits, WithoutStore};
+
+/// The limit over the gateways there are. The sum over all of them is the limit, but for one unit each: a share is
+/// never less than one, so that a small limit still works everywhere.
+pub(super) fn bucket(whole: &Bucket, gateways: u32) -> Bucket {
+    let least = u64::from(whole.capacity > 0);
+    Bucket {
+        capacity: (whole.capacity / u64::from(gateways)).max(least),
+        rate: whole.rate,
+        period: whole.period * gateways,
+    }
+}
+
+pub(super) fn scope(whole: &ScopeLimits, gateways: u32) -> ScopeLimits {
+    let mut share = whole.clone();
+    for bucket in share.buckets.iter_mut().flatten() {
+        *bucket = self::bucket(bucket, gateways);
+    }
+    share.concurrency = whole.concurrency.map(|most| most.div_ceil(gateways));
+    if whole.without_store == WithoutStore::Open {
+        // Counted all the same: it is charged when the store is back.
+        share.mode = Mode::Shadow;
+    }
+    share
+}
+
+pub(super) fn candidates(whole: &[Candidate], gateways: u32) -> Vec<Candidate> {
+    let share = |c: &Candidate| Candidate {
+        leases: c.leases.clone(),
+        max_concurrency: c.max_concurrency.div_ceil(gateways),
+    };
+    whole.iter().map(share).collect()
+}
+
+/// The share of a call. A cost that the whole limit allows and the share never would is clamped to the share, like
+/// an estimate: it waits for an empty share, and its settlement leaves the debt.
+pub(super) fn call(whole: &Acquire, gateways: u32) -> Acquire {
+    let never = whole.scopes.iter().filter(|s| s.mode == Mode::Enforce).any(|scope| {
+        let mut limited = crate::Kind::ALL.into_iter().filter_map(|k| Some((k, scope.buckets[k as usize]?)));
+        limited.any(|(kind, bucket)| whole.cost.get(kind) > bucket.capacity)
+    });
+    Acquire {
+        estimated: whole.estimated || !never,
+        scopes: whole.scopes.iter().map(|s| scope(s, gateways)).collect(),
+        candidates: candidates(&whole.candidates, gateways),
+        ..whole.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::budget::Terms;
+
+    proptest! {
+        /// What all gateways may take together in any time is what the whole limit allows, and a unit each.
+        #[test]
+        fn shares_add_up_to_the_limit(
+            capacity in 0u64..1_000_000, rate in 0u64..1_000_000, gateways in 1u32..50, us in 0u64..1 << 40
+        ) {
+            let whole = Bucket { capacity, rate, period: Duration::from_secs(60) };
+            let share = bucket(&whole, gateways);
+            let of = |b: &Bucket| Terms::of(b).cap + Terms::of(b).drained(us as f64);
+            let together = of(&share) * f64::from(gateways);
+            prop_assert!(together <= of(&whole) + f64::from(gateways) * 1e6);
+            prop_assert_eq!(share.capacity == 0, capacity == 0);
+        }
+    }
+}
