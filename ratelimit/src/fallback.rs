@@ -30,14 +30,11 @@ use tokio::time::Instant;
 use self::local::{Local, Pending, leases_of};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
-use crate::lag::Lag;
 use crate::{
     Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal, ReservationId,
     ScopeLimits, Settle, Settled, Trouble, WithoutStore,
 };
 
-/// The longest a request of a starved process asks.
-const ASKING_MAX: Duration = Duration::from_secs(10);
 /// Reservations whose leases are remembered; past that a lease is not carried through an outage.
 const HELD_MAX: usize = 262_144;
 
@@ -70,7 +67,6 @@ type Held = HashMap<ReservationId, (SmallVec<[Key; 4]>, Duration)>;
 struct Inner<L> {
     store: L,
     gateways: LiveGateways,
-    lag: Lag,
     epoch: Instant,
     breaker: Mutex<Breaker>,
     /// The breaker's phase, and whether it holds evidence: what every request reads without a lock.
@@ -101,7 +97,6 @@ impl<L: Limiter + 'static> Fallback<L> {
         let inner = Arc::new(Inner {
             store,
             gateways,
-            lag: Lag::default(),
             epoch,
             breaker: Mutex::default(),
             phase: AtomicU8::new(Phase::Closed as u8),
@@ -190,13 +185,10 @@ impl<L: Limiter> Inner<L> {
         }
     }
 
-    /// Evidence against the store. A process that is itself too slow to read answers has none.
+    /// Evidence against the store.
     fn failed(&self, error: &Error, scope: Option<&ScopeLimits>) {
         let trouble = error.trouble();
         let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
-        if matches!(error, Error::Timeout(_)) && self.lag.starved() {
-            return;
-        }
         if !matches!(trouble, Trouble::Away | Trouble::Unknown) {
             return;
         }
@@ -222,18 +214,11 @@ impl<L: Limiter> Inner<L> {
         self.wake.notify_one();
     }
 
-    /// Asks the store. A call that gets no answer in time is asked again under the same id for as long as it is this
-    /// process that is slow (see [`Lag`]); one whose connection was lost is asked once more.
+    /// Asks the store; once more, under the same id, when the connection was lost during the call.
     async fn ask(&self, call: &Acquire) -> Result<Decision, Error> {
-        let asked = Instant::now();
-        let mut once_more = true;
-        loop {
-            match self.store.acquire(call).await {
-                Err(Error::Timeout(_))
-                    if self.lag.starved() && asked.elapsed() < ASKING_MAX && self.is_closed() => {}
-                Err(Error::Lost) if std::mem::take(&mut once_more) => {}
-                decided => return decided,
-            }
+        match self.store.acquire(call).await {
+            Err(Error::Lost) => self.store.acquire(call).await,
+            decided => decided,
         }
     }
 

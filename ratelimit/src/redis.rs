@@ -12,16 +12,21 @@ mod reply;
 mod script;
 
 use std::fmt;
+use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
 use deadpool_redis::{Manager, Pool};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use self::lane::Lane;
 use self::reply::Reader;
 use self::script::Script;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
+use crate::lag::Lag;
 use crate::{
     Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
     ScopeLimits, Settle, Settled,
@@ -31,6 +36,8 @@ use crate::{
 const RENEWALS_PER_CALL: usize = 256;
 /// Time for a new connection, apart from any call's deadline: a handshake may take longer than a decision.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The longest a call waits past its deadline because this process is starved.
+const STARVED_MAX: Duration = Duration::from_secs(10);
 
 /// How to use a Redis server.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +59,8 @@ pub struct RedisLimiter {
     lanes: Vec<Lane>,
     next: AtomicUsize,
     deadline: Duration,
+    lag: Arc<Lag>,
+    monitor: JoinHandle<()>,
 }
 
 impl RedisLimiter {
@@ -75,7 +84,14 @@ impl RedisLimiter {
         let lanes = options.lanes.max(1);
         let pool =
             Pool::builder(manager).max_size(lanes).build().map_err(|_| Error::Invalid("not a Redis pool"))?;
+        let lag = Arc::new(Lag::default());
+        let monitor = tokio::spawn({
+            let lag = lag.clone();
+            async move { lag.run().await }
+        });
         Ok(Self {
+            lag,
+            monitor,
             lanes: (0..lanes).map(|_| Lane::start(pool.clone())).collect(),
             next: AtomicUsize::new(0),
             deadline: options.deadline,
@@ -92,13 +108,25 @@ impl RedisLimiter {
     /// Runs a script. Dropping the future leaves the outcome unknown, like a timeout.
     async fn run(&self, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
         let lane = self.lane();
-        match tokio::time::timeout(self.deadline, run_on(lane, script, keys, args)).await {
-            Ok(result) => result,
-            Err(_) => {
-                lane.timed_out();
-                Err(Error::Timeout(self.deadline))
+        let asked = Instant::now();
+        let mut call = pin!(run_on(lane, script, keys, args));
+        loop {
+            match tokio::time::timeout(self.deadline, &mut call).await {
+                Ok(result) => return result,
+                // It is this process that is slow: the answer may lie unread in its socket.
+                Err(_) if self.lag.starved() && asked.elapsed() < STARVED_MAX => {}
+                Err(_) => {
+                    lane.timed_out();
+                    return Err(Error::Timeout(self.deadline));
+                }
             }
         }
+    }
+}
+
+impl Drop for RedisLimiter {
+    fn drop(&mut self) {
+        self.monitor.abort();
     }
 }
 

@@ -23,10 +23,7 @@ const SETTLE_DOWN: Duration = Duration::from_millis(200);
 
 /// Runs until aborted.
 pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
-    tokio::join!(inner.lag.run(), attend(&inner));
-}
-
-async fn attend<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
+    let inner = &inner;
     let mut told_leases = true;
     loop {
         let (phase, due) = {
