@@ -2,7 +2,9 @@
 
 use std::{env, fs, path::PathBuf};
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
+    // Envoy's rate limit service, as far as a server needs it.
+    "envoy/service/ratelimit/v3/rls.proto",
     "weir/v1/resources.proto",
     "weir/v1/discovery_service.proto",
     "weir/v1/report_service.proto",
@@ -12,6 +14,7 @@ const FILES: [&str; 5] = [
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=weir");
+    println!("cargo::rerun-if-changed=envoy");
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_imports(true).include_source_info(true).open_files(FILES)?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

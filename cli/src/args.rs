@@ -256,6 +256,7 @@ impl FromStr for Kind {
             "tenant" | "tenants" | "te" => K::Tenant,
             "api_key" | "api_keys" | "apikey" | "apikeys" | "key" | "keys" | "ak" => K::ApiKey,
             "limit" | "limits" | "li" => K::Limit,
+            "descriptor_rule" | "descriptor_rules" | "rule" | "rules" => K::DescriptorRule,
             _ => return Err("there are pool, backend, model, tenant, key and limit".to_owned()),
         }))
     }

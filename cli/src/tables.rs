@@ -30,6 +30,9 @@ pub(crate) fn resources(kind: v1::ResourceKind, resources: &[v1::Resource]) -> S
         K::Tenant => &["NAME", "DISPLAY NAME", "MODELS", "LIMITS", "REVISION"],
         K::ApiKey => &["NAME", "TENANT", "KEY", "STATE", "EXPIRES", "MODELS", "REVISION"],
         K::Limit => &["NAME", "TENANT", "MODEL", "KEY", "LIMITS", "REVISION"],
+        K::DescriptorRule => {
+            &["NAME", "DOMAIN", "DESCRIPTOR", "LIMIT", "CONSUMES", "COUNTS", "MODE", "REVISION"]
+        }
         K::Unspecified => &["NAME", "REVISION"],
     };
     let rows = resources.iter().map(|r| {
@@ -93,7 +96,43 @@ fn cells(spec: &Spec) -> Vec<String> {
                 rates(s.rates.as_ref()),
             ]
         }
+        Spec::DescriptorRule(s) => rule(s),
     }
+}
+
+/// What is between name and revision of a rule.
+fn rule(s: &v1::DescriptorRuleSpec) -> Vec<String> {
+    let entries: Vec<_> =
+        s.entries.iter().map(|e| format!("{}={}", e.key, list(&[e.value.clone()], "*"))).collect();
+    let limit = s.limit.as_ref().map(|l| {
+        let unit = l.unit().as_str_name().trim_start_matches("TIME_UNIT_").to_ascii_lowercase();
+        format!("{}/{unit}", l.requests_per_unit)
+    });
+    let scopes = s.consumes.iter().map(|scope| {
+        let names = [&scope.tenant, &scope.model, &scope.api_key];
+        let names: Vec<String> = names.into_iter().filter(|name| !name.is_empty()).cloned().collect();
+        if names.is_empty() { "all".to_owned() } else { names.join("/") }
+    });
+    let counts = match s.counts() {
+        v1::HitKind::Unspecified | v1::HitKind::Requests => "requests",
+        v1::HitKind::Tokens => "tokens",
+        v1::HitKind::InputTokens => "input_tokens",
+        v1::HitKind::OutputTokens => "output_tokens",
+    };
+    let mode = match s.mode() {
+        v1::RuleMode::Unspecified | v1::RuleMode::Enforce => "enforce",
+        v1::RuleMode::Meter => "meter",
+        v1::RuleMode::Report => "report",
+        v1::RuleMode::Shadow => "shadow",
+    };
+    vec![
+        s.domain.clone(),
+        list(&entries, "-"),
+        if s.unlimited { "unlimited".to_owned() } else { limit.unwrap_or_else(|| "-".to_owned()) },
+        list(&scopes.collect::<Vec<_>>(), "-"),
+        counts.to_owned(),
+        mode.to_owned(),
+    ]
 }
 
 /// What the operator wants of a backend.
@@ -168,6 +207,14 @@ spec: {pool: chat, url: 'http://10.0.0.6:8000', weight: 0, models: {m: }}
 kind: limit
 name: all
 spec: {rates: {requests_per_minute: 2000, max_wait: 30s, shadow: true}}
+---
+kind: descriptor_rule
+name: edge
+spec:
+  domain: edge
+  entries: [{key: tenant}, {key: path, value: /v1/*}]
+  consumes: [{}, {tenant: '{tenant}', model: m}]
+  limit: {requests_per_unit: 5, unit: second}
 ";
 
     #[test]
@@ -180,9 +227,14 @@ spec: {rates: {requests_per_minute: 2000, max_wait: 30s, shadow: true}}
              fra-1  chat  -       0       50           active    http://10.0.0.6:8000  0\n"
         );
         assert_eq!(
-            resources(v1::ResourceKind::Limit, &all[2..]),
+            resources(v1::ResourceKind::Limit, &all[2..3]),
             "NAME  TENANT  MODEL  KEY  LIMITS                          REVISION\n\
              all   all     all    all  2000 req/min, wait 30s, shadow  0\n"
+        );
+        assert_eq!(
+            resources(v1::ResourceKind::DescriptorRule, &all[3..]),
+            "NAME  DOMAIN  DESCRIPTOR           LIMIT     CONSUMES        COUNTS    MODE     REVISION\n\
+             edge  edge    tenant=*,path=/v1/*  5/second  all,{tenant}/m  requests  enforce  0\n"
         );
     }
 }

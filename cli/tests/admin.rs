@@ -126,7 +126,13 @@ impl AdminService for Fake {
         let pending = self.0.lock().expect("not poisoned").pending.clone();
         let elapsed = Some(prost_types::Duration { seconds: 0, nanos: 41_000_000 });
         let applied = 3 - u32::try_from(pending.len()).expect("few");
-        Ok(Response::new(v1::WaitAppliedResponse { applied, connected: 3, elapsed, pending }))
+        Ok(Response::new(v1::WaitAppliedResponse {
+            applied,
+            connected: 3,
+            elapsed,
+            pending,
+            ..Default::default()
+        }))
     }
 }
 

@@ -57,13 +57,34 @@ pub(crate) struct Held {
     pub(crate) revision: u64,
     /// Resource -> version.
     pub(crate) versions: BTreeMap<Key, String>,
+    /// What it is, and so which kinds it is to hold.
+    pub(crate) role: v1::SubscriberRole,
+}
+
+/// Whether subscribers of a role get resources of a kind. Gateways of before the kind was would refuse it, and a limit
+/// service has no use for backends.
+const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
+    use v1::ResourceKind as Kind;
+    match role {
+        v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => {
+            !matches!(kind, Kind::DescriptorRule)
+        }
+        v1::SubscriberRole::LimitService => {
+            matches!(kind, Kind::Model | Kind::Tenant | Kind::ApiKey | Kind::Limit | Kind::DescriptorRule)
+        }
+    }
 }
 
 impl Held {
     /// From what a gateway says on connecting.
     pub(crate) fn of(hello: &v1::Hello) -> Self {
         let versions = hello.held.iter().map(|h| (Key::new(h.kind(), &h.name), h.version.clone())).collect();
-        Self { epoch: hello.store_epoch.clone(), revision: hello.store_revision, versions }
+        Self {
+            epoch: hello.store_epoch.clone(),
+            revision: hello.store_revision,
+            versions,
+            role: hello.role(),
+        }
     }
 
     /// It holds exactly this.
@@ -95,7 +116,7 @@ pub(crate) fn delta(snapshot: &State, held: &Held, nonce: u64) -> v1::Delta {
     let upserts = snapshot
         .resources
         .iter()
-        .filter(|(key, stored)| differs(key, &stored.published.version))
+        .filter(|(key, stored)| wanted(held.role, key.kind) && differs(key, &stored.published.version))
         .map(|(_, stored)| stored.published.clone())
         .collect();
     // In reverse order of kind: what refers goes before what it refers to.
@@ -103,7 +124,7 @@ pub(crate) fn delta(snapshot: &State, held: &Held, nonce: u64) -> v1::Delta {
         .versions
         .keys()
         .rev()
-        .filter(|key| !snapshot.resources.contains_key(*key))
+        .filter(|key| !snapshot.resources.contains_key(*key) || !wanted(held.role, key.kind))
         .map(Key::to_ref)
         .collect();
     v1::Delta {

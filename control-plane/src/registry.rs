@@ -1,4 +1,4 @@
-//! The gateways: who is connected, what each has acknowledged and what it refuses.
+//! The subscribers, gateways and limit services: who is connected, what each has acknowledged and what it refuses.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,9 +20,23 @@ pub(crate) struct Registry {
     changes: watch::Sender<u64>,
 }
 
+/// Whether it is a limit service, and its name: a gateway and a limit service may have the same.
+type Id = (bool, String);
+
+/// Subscribers at a revision.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Applied {
+    /// Gateways at it, and all connected ones.
+    pub(crate) gateways: (u32, u32),
+    /// Limit services at it, and all connected ones.
+    pub(crate) limit_services: (u32, u32),
+    /// The names of those that are not there yet.
+    pub(crate) pending: Vec<String>,
+}
+
 #[derive(Debug, Default)]
 struct Gateways {
-    by_id: BTreeMap<String, Entry>,
+    by_id: BTreeMap<Id, Entry>,
     streams: u64,
 }
 
@@ -39,7 +53,7 @@ struct Entry {
 #[derive(Debug)]
 pub(crate) struct Connection {
     registry: Registry,
-    id: String,
+    id: Id,
     stream: u64,
     /// Cancelled when a newer stream of the same gateway has taken over.
     pub(crate) replaced: CancellationToken,
@@ -62,6 +76,12 @@ impl Registry {
         gateways.streams += 1;
         let stream = gateways.streams;
         gateways.by_id.retain(|_, entry| entry.left.is_none_or(|left| left.elapsed() < REMEMBERED));
+        // Who does not say is a gateway of a version before there were others.
+        let role = match hello.role() {
+            v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => v1::SubscriberRole::Gateway,
+            v1::SubscriberRole::LimitService => v1::SubscriberRole::LimitService,
+        };
+        let id = (role == v1::SubscriberRole::LimitService, hello.gateway_id.clone());
         let gateway = v1::Gateway {
             id: hello.gateway_id.clone(),
             incarnation: hello.incarnation.clone(),
@@ -71,14 +91,15 @@ impl Registry {
             applied_revision,
             last_seen_time: Some(SystemTime::now().into()),
             errors: Vec::new(),
+            role: role.into(),
         };
         let entry = Entry { gateway, stream, replaced: replaced.clone(), left: None };
-        if let Some(old) = gateways.by_id.insert(hello.gateway_id.clone(), entry) {
+        if let Some(old) = gateways.by_id.insert(id.clone(), entry) {
             old.replaced.cancel();
         }
         drop(gateways);
         self.changed();
-        Connection { registry: self.clone(), id: hello.gateway_id.clone(), stream, replaced }
+        Connection { registry: self.clone(), id, stream, replaced }
     }
 
     /// Every gateway connected now or within the last hour, by id.
@@ -88,25 +109,30 @@ impl Registry {
         gateways.by_id.values().filter(shown).map(|entry| entry.gateway.clone()).collect()
     }
 
-    /// The ids of those connected.
+    /// The ids of the gateways connected.
     pub(crate) fn connected(&self) -> Vec<String> {
         let gateways = self.gateways();
-        gateways.by_id.values().filter(|e| e.gateway.connected).map(|e| e.gateway.id.clone()).collect()
+        let connected =
+            gateways.by_id.iter().filter(|((limit_service, _), e)| !limit_service && e.gateway.connected);
+        connected.map(|(_, entry)| entry.gateway.id.clone()).collect()
     }
 
-    /// Connected gateways at a revision, all connected ones, and the ids of those that are not there yet.
-    pub(crate) fn applied(&self, revision: u64) -> (u32, u32, Vec<String>) {
+    /// Who of those connected is at a revision.
+    pub(crate) fn applied(&self, revision: u64) -> Applied {
         let gateways = self.gateways();
-        let (mut applied, mut connected, mut pending) = (0, 0, Vec::new());
-        for entry in gateways.by_id.values().filter(|entry| entry.gateway.connected) {
-            connected += 1;
+        let mut out = Applied::default();
+        for ((limit_service, _), entry) in gateways.by_id.iter().filter(|(_, entry)| entry.gateway.connected)
+        {
+            let (applied, connected) =
+                if *limit_service { &mut out.limit_services } else { &mut out.gateways };
+            *connected += 1;
             if entry.gateway.applied_revision >= revision {
-                applied += 1;
+                *applied += 1;
             } else {
-                pending.push(entry.gateway.id.clone());
+                out.pending.push(entry.gateway.id.clone());
             }
         }
-        (applied, connected, pending)
+        out
     }
 
     /// Tells of every change.
@@ -149,7 +175,7 @@ impl Drop for Connection {
         let mut gateways = self.registry.gateways();
         if let Some(entry) = gateways.by_id.get_mut(&self.id).filter(|entry| entry.stream == self.stream) {
             entry.left = Some(Instant::now());
-            tracing::info!(gateway = self.id, "gateway left");
+            tracing::info!(gateway = self.id.1, "subscriber left");
         }
     }
 }
@@ -170,12 +196,34 @@ mod tests {
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
         first.acknowledged(9);
         drop(first);
-        assert_eq!(registry.applied(5), (0, 1, vec!["g".to_owned()]), "the old stream has no say any more");
+        let applied = registry.applied(5);
+        assert_eq!(
+            (applied.gateways, applied.pending),
+            ((0, 1), vec!["g".to_owned()]),
+            "the old stream has no say any more"
+        );
         second.acknowledged(5);
-        assert_eq!(registry.applied(5), (1, 1, vec![]));
+        assert_eq!(registry.applied(5).gateways, (1, 1));
         drop(second);
         assert!(!registry.list()[0].connected);
         tokio::time::advance(REMEMBERED).await;
         assert!(registry.list().is_empty());
+    }
+
+    #[test]
+    fn limit_services_are_counted_apart_from_gateways_of_the_same_name() {
+        let registry = Registry::default();
+        let gateway = registry.connect(&hello("1"), 3);
+        let role = v1::SubscriberRole::LimitService.into();
+        let service = registry.connect(&v1::Hello { role, ..hello("2") }, 2);
+        assert!(!gateway.replaced.is_cancelled());
+        assert_eq!(registry.connected(), ["g"], "a limit service takes no share of a gateway");
+        let applied = registry.applied(3);
+        assert_eq!((applied.gateways, applied.limit_services), ((1, 1), (0, 1)));
+        assert_eq!(applied.pending, ["g"], "a change is waited for on both");
+        service.acknowledged(3);
+        assert_eq!(registry.applied(3).limit_services, (1, 1));
+        drop(gateway);
+        assert_eq!(registry.applied(3).gateways, (0, 0));
     }
 }

@@ -168,7 +168,7 @@ async fn measure(shared: Shared, stop: CancellationToken) {
         let connected: Vec<_> = shared.registry.list().into_iter().filter(|g| g.connected).collect();
         let lag = connected.iter().map(|g| revision.saturating_sub(g.applied_revision)).max();
         shared.metrics.revision.set(number(revision));
-        shared.metrics.gateways.set(number(connected.len() as u64));
+        shared.metrics.gateways.set(number(shared.registry.connected().len() as u64));
         shared.metrics.applied_lag.set(number(lag.unwrap_or_default()));
         tokio::select! {
             () = stop.cancelled() => return,

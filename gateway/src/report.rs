@@ -9,11 +9,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
+use weir_discovery::{Backoff, Identity, error_chain};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{BackendReport, HealthState, StreamReportsRequest, StreamReportsResponse};
 
 use crate::live::Live;
-use crate::subscribe::{Backoff, Identity, error_chain};
 
 /// Between two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -91,7 +91,7 @@ fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsReque
         }
     });
     StreamReportsRequest {
-        gateway_id: identity.gateway_id.clone(),
+        gateway_id: identity.id.clone(),
         incarnation: identity.incarnation.clone(),
         sequence,
         backends: backends.collect(),

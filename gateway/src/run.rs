@@ -8,6 +8,8 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use weir_discovery::{Disk, Identity, Subscriber, endpoint};
+use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
@@ -15,12 +17,11 @@ use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
 use crate::config::Config;
-use crate::held::Disk;
 use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::stack::Gateway;
-use crate::subscribe::{Identity, Subscriber, endpoint};
+use crate::subscribe::Publisher;
 use crate::{report, server};
 
 /// Why a gateway could not start.
@@ -105,8 +106,9 @@ pub async fn start(
     };
     let incarnation = uuid::Uuid::now_v7().to_string();
     let identity = Identity {
-        gateway_id: config.id.clone().unwrap_or_else(|| format!("gateway-{}", &incarnation[24..])),
+        id: config.id.clone().unwrap_or_else(|| format!("gateway-{}", &incarnation[24..])),
         incarnation,
+        role: SubscriberRole::Gateway,
         region: config.region.clone(),
         token: config.token().map_err(StartError::Config)?,
     };
@@ -122,7 +124,7 @@ pub async fn start(
     let gateway =
         Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
-    let subscriber = Subscriber::new(live.clone(), identity.clone(), control_plane.clone(), disk);
+    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_plane.clone(), disk);
 
     let tasks = TaskTracker::new();
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.

@@ -211,7 +211,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
     let first_byte_by = first_byte_by.min(deadline);
     let sent = timeout_at(first_byte_by, target.backend.upstream.send(request)).await.map_err(|_| late())?;
     let response = sent.map_err(|error| {
-        tracing::debug!(backend = %target.backend.name, error = crate::subscribe::error_chain(&error), "no answer");
+        tracing::debug!(backend = %target.backend.name, error = weir_discovery::error_chain(&error), "no answer");
         (Attempt::ConnectFailure, GatewayError::UpstreamConnect)
     })?;
     let (head, mut rest) = response.into_parts();

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
+use weir_discovery::Refused;
 use weir_proto::resource::{
     AdminState, Backend, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
 };
-use weir_ratelimit::{Key, Mode, Scope, ScopeLimits, max_wait, scope_limits};
+use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
 
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
 use crate::upstream::Upstream;
@@ -117,17 +118,6 @@ pub struct BackendEntry {
     pub runtime: Arc<BackendRuntime>,
     /// Its connections.
     pub upstream: Upstream,
-}
-
-/// Why a resource could not be used. The rest of the configuration is used all the same.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
-    /// Its kind.
-    pub kind: weir_proto::v1::ResourceKind,
-    /// Its name.
-    pub name: String,
-    /// Why.
-    pub message: String,
 }
 
 /// The whole picture.
@@ -361,25 +351,11 @@ fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates
     ScopeEntry { limits: scope_limits(scope, rates), kind, name, max_wait: max_wait(scope, rates) }
 }
 
-/// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
-fn tightest(a: Option<ScopeEntry>, mut b: ScopeEntry) -> ScopeEntry {
+/// Two limits over one scope share its record, so they become one.
+fn tightest(a: Option<ScopeEntry>, b: ScopeEntry) -> ScopeEntry {
     let Some(a) = a else { return b };
-    for (mine, other) in b.limits.buckets.iter_mut().zip(a.limits.buckets) {
-        *mine = match (*mine, other) {
-            (Some(x), Some(y)) if (y.capacity, y.rate) < (x.capacity, x.rate) => Some(y),
-            (None, other) => other,
-            (mine, _) => mine,
-        };
-    }
-    b.limits.concurrency = match (a.limits.concurrency, b.limits.concurrency) {
-        (Some(x), Some(y)) => Some(x.min(y)),
-        (x, y) => x.or(y),
-    };
-    if a.limits.mode == Mode::Enforce {
-        b.limits.mode = Mode::Enforce;
-    }
-    b.max_wait = a.max_wait.min(b.max_wait);
-    b
+    let limits = weir_ratelimit::rates::tightest(&a.limits, b.limits);
+    ScopeEntry { limits, max_wait: a.max_wait.min(b.max_wait), ..b }
 }
 
 /// How long a lease lives without renewal (design: 15 s, renewed every 5 s).

@@ -1,6 +1,7 @@
 //! The wire contract of Weir, and its translation into checked domain types.
 //!
 //! * [`v1`]: what `weir/v1/*.proto` generates, nothing added.
+//! * [`envoy`]: the wire contract of Envoy's rate limit service.
 //! * [`resource`]: the same resources as values that hold only what is valid: defaults filled in, durations as
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
 //! * [`status`]: gRPC errors that name the fields that are wrong.
@@ -20,6 +21,45 @@ pub mod v1 {
         reason = "generated; documented in the .proto files"
     )]
     tonic::include_proto!("weir.v1");
+}
+
+pub mod envoy {
+    //! Generated from `envoy/`: Envoy's rate limit service, at the paths Envoy gives it.
+    #![allow(
+        missing_docs,
+        clippy::all,
+        clippy::pedantic,
+        unreachable_pub,
+        reason = "generated; documented in the .proto files"
+    )]
+    pub mod config {
+        pub mod core {
+            pub mod v3 {
+                tonic::include_proto!("envoy.config.core.v3");
+            }
+        }
+    }
+    pub mod extensions {
+        pub mod common {
+            pub mod ratelimit {
+                pub mod v3 {
+                    tonic::include_proto!("envoy.extensions.common.ratelimit.v3");
+                }
+            }
+        }
+    }
+    pub mod service {
+        pub mod ratelimit {
+            pub mod v3 {
+                tonic::include_proto!("envoy.service.ratelimit.v3");
+            }
+        }
+    }
+    pub mod r#type {
+        pub mod v3 {
+            tonic::include_proto!("envoy.r#type.v3");
+        }
+    }
 }
 
 /// The compiled descriptors of every file, for gRPC reflection.

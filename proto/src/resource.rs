@@ -7,6 +7,7 @@
 
 mod check;
 mod demand;
+mod descriptor;
 mod spec;
 
 use std::fmt;
@@ -15,6 +16,10 @@ use std::sync::Arc;
 use crate::v1;
 pub use check::{Violation, Violations};
 pub use demand::{Budget, Period, Priority, Queue};
+pub use descriptor::{
+    DescriptorLimit, DescriptorRule, EntryPattern, HitKind, NamePattern, RuleMode, ScopePattern, TimeUnit,
+    ValuePattern,
+};
 pub use spec::*;
 
 /// The name of a resource: 1 to 63 bytes of lower-case letters, digits, '-' and '.', starting and ending with a
@@ -91,6 +96,8 @@ pub enum Spec {
     ApiKey(ApiKey),
     /// A limit.
     Limit(Limit),
+    /// A rule for the descriptors of a proxy.
+    DescriptorRule(DescriptorRule),
 }
 
 /// The kind of a wire resource; unspecified when it has no spec.
@@ -104,6 +111,7 @@ pub fn kind_of(resource: &v1::Resource) -> v1::ResourceKind {
         Some(Spec::Tenant(_)) => v1::ResourceKind::Tenant,
         Some(Spec::ApiKey(_)) => v1::ResourceKind::ApiKey,
         Some(Spec::Limit(_)) => v1::ResourceKind::Limit,
+        Some(Spec::DescriptorRule(_)) => v1::ResourceKind::DescriptorRule,
     }
 }
 
@@ -117,17 +125,19 @@ pub const fn kind_name(kind: v1::ResourceKind) -> &'static str {
         v1::ResourceKind::Tenant => "tenant",
         v1::ResourceKind::ApiKey => "api_key",
         v1::ResourceKind::Limit => "limit",
+        v1::ResourceKind::DescriptorRule => "descriptor_rule",
     }
 }
 
 /// Every kind, what is referred to first.
-pub const KINDS: [v1::ResourceKind; 6] = [
+pub const KINDS: [v1::ResourceKind; 7] = [
     v1::ResourceKind::Pool,
     v1::ResourceKind::Backend,
     v1::ResourceKind::Model,
     v1::ResourceKind::Tenant,
     v1::ResourceKind::ApiKey,
     v1::ResourceKind::Limit,
+    v1::ResourceKind::DescriptorRule,
 ];
 
 impl Resource {
@@ -140,17 +150,18 @@ impl Resource {
             Spec::Tenant(_) => v1::ResourceKind::Tenant,
             Spec::ApiKey(_) => v1::ResourceKind::ApiKey,
             Spec::Limit(_) => v1::ResourceKind::Limit,
+            Spec::DescriptorRule(_) => v1::ResourceKind::DescriptorRule,
         }
     }
 
-    /// Every resource this one refers to and needs, with the path of the field that does. A limit may be made
-    /// before what it selects and refers to nothing.
+    /// Every resource this one refers to and needs, with the path of the field that does. A limit or rule may
+    /// be made before what it selects and refers to nothing.
     pub fn references(&self) -> Vec<Reference<'_>> {
         use v1::ResourceKind as Kind;
         let mut out = Vec::new();
         let mut add = |path: String, kind, name| out.push(Reference { path, kind, name });
         match &self.spec {
-            Spec::Pool(_) | Spec::Limit(_) => {}
+            Spec::Pool(_) | Spec::Limit(_) | Spec::DescriptorRule(_) => {}
             Spec::Backend(b) => {
                 add("backend.pool".into(), Kind::Pool, &b.pool);
                 for model in b.models.keys() {
@@ -198,7 +209,10 @@ impl TryFrom<&v1::Resource> for Resource {
         let name = check.name_at("name".into(), &wire.name);
         let spec = match &wire.spec {
             None => {
-                check.violation("spec", "one of pool, backend, model, tenant, api_key, limit must be set");
+                check.violation(
+                    "spec",
+                    "one of pool, backend, model, tenant, api_key, limit, descriptor_rule must be set",
+                );
                 None
             }
             Some(v1::resource::Spec::Pool(s)) => Some(Spec::Pool(Pool::judge(s, &mut check))),
@@ -207,6 +221,9 @@ impl TryFrom<&v1::Resource> for Resource {
             Some(v1::resource::Spec::Tenant(s)) => Some(Spec::Tenant(Tenant::judge(s, &mut check))),
             Some(v1::resource::Spec::ApiKey(s)) => ApiKey::judge(s, &mut check).map(Spec::ApiKey),
             Some(v1::resource::Spec::Limit(s)) => Some(Spec::Limit(Limit::judge(s, &mut check))),
+            Some(v1::resource::Spec::DescriptorRule(s)) => {
+                Some(Spec::DescriptorRule(DescriptorRule::judge(s, &mut check)))
+            }
         };
         match (name, spec, check.finish()) {
             (Some(name), Some(spec), Ok(())) => Ok(Self { name, spec }),

@@ -6,8 +6,8 @@ use std::time::Duration;
 use crate::memory::MemoryLimiter;
 use crate::redis::RedisLimiter;
 use crate::{
-    Acquire, Candidate, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
-    Settle, Settled,
+    Acquire, Candidate, Charge, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled,
 };
 
 /// A limiter whose store is known only at run time. Clones share the store.
@@ -70,6 +70,13 @@ impl Limiter for AnyLimiter {
         match self {
             AnyLimiter::Memory(limiter) => limiter.release(id, leases).await,
             AnyLimiter::Redis(limiter) => limiter.release(id, leases).await,
+        }
+    }
+
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.charge(charges).await,
+            AnyLimiter::Redis(limiter) => limiter.charge(charges).await,
         }
     }
 

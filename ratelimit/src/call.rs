@@ -6,8 +6,8 @@ use smallvec::SmallVec;
 
 use crate::budget::{self, Terms};
 use crate::{
-    Acquire, Bucket, Candidate, Cost, Error, FOREVER, Kind, LimitState, MAX_CANDIDATES, MAX_SCOPES,
-    ScopeLimits, Verdict, What,
+    Acquire, Bucket, Candidate, Charge, Cost, Error, FOREVER, Kind, LimitState, MAX_CANDIDATES, MAX_CHARGES,
+    MAX_SCOPES, ScopeLimits, Verdict, What,
 };
 
 /// How long a reservation is remembered at least. Renewal refreshes it.
@@ -94,14 +94,35 @@ pub(crate) fn check_scopes(scopes: &[ScopeLimits]) -> Result<(), Error> {
         if scopes[..n].iter().any(|other| other.record == scope.record || other.leases == scope.leases) {
             return Err(Error::Invalid("two scopes share a record"));
         }
-        for bucket in scope.buckets.iter().flatten() {
-            if bucket.capacity > Bucket::MAX_UNITS || bucket.rate > Bucket::MAX_UNITS {
-                return Err(Error::Invalid("capacity or rate out of range"));
-            }
-            if bucket.period < Duration::from_millis(1) || bucket.period > PERIOD_MAX {
-                return Err(Error::Invalid("period out of range"));
-            }
-        }
+        scope.buckets.iter().flatten().try_for_each(check_bucket)?;
+    }
+    Ok(())
+}
+
+/// What must fit, micro-units.
+pub(crate) fn needed(charge: &Charge) -> f64 {
+    budget::micro(charge.needed)
+}
+
+/// What is debited, or when negative given back, micro-units.
+pub(crate) fn added(charge: &Charge) -> f64 {
+    let amount = budget::micro(charge.added.unsigned_abs());
+    if charge.added < 0 { -amount } else { amount }
+}
+
+pub(crate) fn check_charges(charges: &[Charge]) -> Result<(), Error> {
+    if charges.is_empty() || charges.len() > MAX_CHARGES {
+        return Err(Error::Invalid("no charges or too many"));
+    }
+    charges.iter().try_for_each(|charge| check_bucket(&charge.bucket))
+}
+
+fn check_bucket(bucket: &Bucket) -> Result<(), Error> {
+    if bucket.capacity > Bucket::MAX_UNITS || bucket.rate > Bucket::MAX_UNITS {
+        return Err(Error::Invalid("capacity or rate out of range"));
+    }
+    if bucket.period < Duration::from_millis(1) || bucket.period > PERIOD_MAX {
+        return Err(Error::Invalid("period out of range"));
     }
     Ok(())
 }

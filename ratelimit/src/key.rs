@@ -96,6 +96,36 @@ impl Key {
         build(format_args!("weir:{{b:{}}}:c", name(backend)))
     }
 
+    /// The record of a rule's own limit for these values of a descriptor. Each combination has a slot of its own.
+    pub fn descriptor<'a>(rule: &str, values: impl IntoIterator<Item = &'a str>) -> Key {
+        let mut values = values.into_iter();
+        let (first, second) = (values.next(), values.next());
+        match (first, second) {
+            (None, _) => build(format_args!("weir:{{d:{}}}:s", name(rule))),
+            (Some(value), None) => build(format_args!("weir:{{d:{}:{}}}:s", name(rule), name(value))),
+            (Some(first), Some(second)) => {
+                let mut all = String::new();
+                for value in [first, second].into_iter().chain(values) {
+                    // With its length, so that no two lists read the same.
+                    let _ = write!(all, "{}:{value}", value.len());
+                }
+                build(format_args!("weir:{{d:{}:{}}}:s", name(rule), digest(&all)))
+            }
+        }
+    }
+
+    /// The record of a limit that a proxy brings for a descriptor without a rule of a limit of its own.
+    pub fn descriptor_override<'a>(
+        domain: &str,
+        entries: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Key {
+        let mut all = format!("{}:{domain}", domain.len());
+        for (key, value) in entries {
+            let _ = write!(all, "{}:{key}{}:{value}", key.len(), value.len());
+        }
+        build(format_args!("weir:{{o:{}}}:s", digest(&all)))
+    }
+
     /// The record of a reservation under a hash tag.
     pub fn reservation(tag: &str, id: ReservationId) -> Key {
         build(format_args!("weir:{{{tag}}}:r:{}", id.simple()))
@@ -133,6 +163,10 @@ fn name(raw: &str) -> String {
     if is_dns_name(raw) && !is_digest(raw) {
         return raw.to_owned();
     }
+    digest(raw)
+}
+
+fn digest(raw: &str) -> String {
     let digest = Sha256::digest(raw.as_bytes());
     let mut hashed = String::with_capacity(34);
     hashed.push_str("h-");

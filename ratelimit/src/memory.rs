@@ -3,6 +3,7 @@
 //! One short lock guards everything, which makes every call atomic. Time is tokio's, so tests can pause it.
 //! What has expired is seen as absent at once and removed a few entries per call, so no call pays for a crowd.
 
+mod charge;
 mod leases;
 mod state;
 mod store;
@@ -15,8 +16,8 @@ use tokio::time::Instant;
 use self::store::State;
 use crate::budget::Meter;
 use crate::{
-    Acquire, Candidate, Decision, Error, Key, Kind, LimitState, Limiter, Renewal, ReservationId, ScopeLimits,
-    Settle, Settled, call,
+    Acquire, Candidate, Charge, Decision, Error, Key, Kind, LimitState, Limiter, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, call,
 };
 
 /// Limits of one process.
@@ -88,6 +89,12 @@ impl MemoryLimiter {
 
     pub(crate) fn free(&self, id: ReservationId, leases: &[Key]) {
         self.enter().0.release(id, leases);
+    }
+
+    pub(crate) fn debit(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        call::check_charges(charges)?;
+        let (mut state, now) = self.enter();
+        Ok(state.charge(charges, now))
     }
 
     pub(crate) fn look(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {

@@ -7,6 +7,25 @@ use weir_proto::resource::{self, Rates};
 
 use crate::{Bucket, Kind, Mode, Scope, ScopeLimits, WithoutStore, scope_keys};
 
+/// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
+pub fn tightest(a: &ScopeLimits, mut b: ScopeLimits) -> ScopeLimits {
+    for (mine, other) in b.buckets.iter_mut().zip(a.buckets) {
+        *mine = match (*mine, other) {
+            (Some(x), Some(y)) if (y.capacity, y.rate) < (x.capacity, x.rate) => Some(y),
+            (None, other) => other,
+            (mine, _) => mine,
+        };
+    }
+    b.concurrency = match (a.concurrency, b.concurrency) {
+        (Some(x), Some(y)) => Some(x.min(y)),
+        (x, y) => x.or(y),
+    };
+    if a.mode == Mode::Enforce {
+        b.mode = Mode::Enforce;
+    }
+    b
+}
+
 /// The limits of a scope with these rates.
 pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
     let (record, leases) = scope_keys(scope);

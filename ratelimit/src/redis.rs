@@ -28,7 +28,7 @@ use self::script::Script;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::lag::Lag;
 use crate::{
-    Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
+    Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
     ScopeLimits, Settle, Settled,
 };
 
@@ -305,6 +305,18 @@ impl Limiter for RedisLimiter {
         let mut args = script::Args::default();
         args.id(id);
         self.run(&script::RELEASE, &keys, &args.0).await.map(drop)
+    }
+
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        call::check_charges(charges)?;
+        let keys: Vec<&Key> = charges.iter().map(|charge| &charge.record).collect();
+        let mut args = script::Args::default();
+        args.int(charges.len() as u64);
+        for charge in charges {
+            args.charge(charge);
+        }
+        let reply = self.run(&script::CHARGE, &keys, &args.0).await?;
+        Reader::new(&reply).charged(charges)
     }
 
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {

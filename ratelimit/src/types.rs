@@ -82,12 +82,13 @@ impl Bucket {
 
     /// A bucket of `rate` per minute that holds `burst` minutes' worth.
     pub fn per_minute(rate: u64, burst: f64) -> Self {
+        Self::per(rate, Duration::from_secs(60), burst)
+    }
+
+    /// A bucket of `rate` per period that holds `burst` periods' worth.
+    pub fn per(rate: u64, period: Duration, burst: f64) -> Self {
         let capacity = ((rate as f64) * burst.max(0.0)).floor().clamp(0.0, Self::MAX_UNITS as f64) as u64;
-        Self {
-            capacity: capacity.max(u64::from(rate > 0)),
-            rate: rate.min(Self::MAX_UNITS),
-            period: Duration::from_secs(60),
-        }
+        Self { capacity: capacity.max(u64::from(rate > 0)), rate: rate.min(Self::MAX_UNITS), period }
     }
 }
 
@@ -278,6 +279,38 @@ pub struct Settled {
     pub limits: Vec<LimitState>,
 }
 
+/// A debit or credit that is final: nothing is remembered that could be settled, and a repeated call charges again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Charge {
+    /// The scope's record.
+    pub record: Key,
+    /// What is counted.
+    pub kind: Kind,
+    /// The bucket of that kind. What the record holds of other kinds is kept.
+    pub bucket: Bucket,
+    /// What must fit, whole units.
+    pub needed: u64,
+    /// What is charged, whole units; negative gives back.
+    pub added: i64,
+    /// What becomes of it when something does not fit.
+    pub rule: ChargeRule,
+}
+
+/// Most charges in one call.
+pub const MAX_CHARGES: usize = 64;
+
+/// What becomes of a charge when something does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChargeRule {
+    /// Refuses when it does not fit. Written only when nothing refuses.
+    AllOrNothing,
+    /// Refuses when it does not fit, and is written all the same (into debt, to the ceiling), unless a charge of all or
+    /// nothing refuses.
+    Always,
+    /// Never refuses. Written unless a charge of all or nothing refuses.
+    Note,
+}
+
 /// One reservation in a batched renewal.
 #[derive(Debug, Clone)]
 pub struct Renewal {
@@ -311,6 +344,9 @@ pub trait Limiter: Send + Sync {
     ) -> impl Future<Output = Result<Vec<ReservationId>, Error>> + Send;
     /// Frees leases without settling.
     fn release(&self, id: ReservationId, leases: &[Key]) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Decides and charges for good, in one atomic call. One limit per charge in the answer, whose `scope` is the
+    /// charge's index. A call of unknown outcome may have charged.
+    fn charge(&self, charges: &[Charge]) -> impl Future<Output = Result<Decision, Error>> + Send;
     /// How every limit stands now; reads only.
     fn peek(&self, scopes: &[ScopeLimits]) -> impl Future<Output = Result<Vec<LimitState>, Error>> + Send;
 }

@@ -26,6 +26,12 @@ pub fn version() -> &'static str {
     &VERSION
 }
 
+/// A number from 0 to 1, from the system's own randomness.
+pub fn random_unit() -> f64 {
+    // Without randomness a backoff or a phase is merely not spread.
+    getrandom::u32().map_or(0.5, |n| f64::from(n) / f64::from(u32::MAX))
+}
+
 /// The exit codes of every process.
 pub mod exit {
     /// Done.

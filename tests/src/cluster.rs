@@ -10,9 +10,9 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
+use weir_discovery::{Disk, Held};
 use weir_gateway::Running;
 use weir_gateway::config::Config;
-use weir_gateway::held::{Disk, Held};
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 
 use crate::client::Client;

@@ -23,6 +23,7 @@ fn text(answer: &v1::ListGatewaysResponse) -> String {
         let behind = answer.revision.saturating_sub(g.applied_revision);
         vec![
             g.id.clone(),
+            role(g).to_owned(),
             if g.region.is_empty() { "-".to_owned() } else { g.region.clone() },
             if g.connected { "connected" } else { "gone" }.to_owned(),
             g.applied_revision.to_string(),
@@ -31,7 +32,7 @@ fn text(answer: &v1::ListGatewaysResponse) -> String {
             g.build.clone(),
         ]
     });
-    let header = ["GATEWAY", "REGION", "STATE", "REVISION", "BEHIND", "LAST SEEN", "BUILD"];
+    let header = ["GATEWAY", "ROLE", "REGION", "STATE", "REVISION", "BEHIND", "LAST SEEN", "BUILD"];
     let mut text = tables::table(&header, rows.collect());
     for gateway in &answer.gateways {
         for error in &gateway.errors {
@@ -39,6 +40,14 @@ fn text(answer: &v1::ListGatewaysResponse) -> String {
         }
     }
     text
+}
+
+/// Control planes of before there were others do not say.
+fn role(gateway: &v1::Gateway) -> &'static str {
+    match gateway.role() {
+        v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => "gateway",
+        v1::SubscriberRole::LimitService => "limit-service",
+    }
 }
 
 fn refused(error: &v1::gateway::ResourceError) -> String {
@@ -53,6 +62,7 @@ fn value(answer: &v1::ListGatewaysResponse) -> Value {
         let errors = g.errors.iter().map(|e| json!({"resource": refused(e), "message": e.message}));
         json!({
             "id": g.id,
+            "role": role(g),
             "incarnation": g.incarnation,
             "region": g.region,
             "build": g.build,

@@ -35,16 +35,21 @@ pub(super) async fn applied(
 }
 
 fn line(answer: &v1::WaitAppliedResponse, revision: u64) -> String {
-    if answer.connected == 0 {
+    let roles = [
+        (answer.applied, answer.connected, "gateway"),
+        (answer.limit_services_applied, answer.limit_services_connected, "limit service"),
+    ];
+    let count = |(applied, connected, role): (u32, u32, &str)| {
+        format!("{applied} of {connected} {role}{}", if connected == 1 { "" } else { "s" })
+    };
+    let counts: Vec<String> =
+        roles.into_iter().filter(|(_, connected, _)| *connected > 0).map(count).collect();
+    if counts.is_empty() {
         return format!("no gateway is connected; each takes revision {revision} when it connects");
     }
     let elapsed = answer.elapsed.and_then(|d| Duration::try_from(d).ok()).unwrap_or_default();
-    let (applied, connected) = (answer.applied, answer.connected);
-    let gateways = if connected == 1 { "gateway" } else { "gateways" };
-    let mut text = format!(
-        "applied on {applied} of {connected} {gateways} at revision {revision} in {} ms",
-        elapsed.as_millis()
-    );
+    let mut text =
+        format!("applied on {} at revision {revision} in {} ms", counts.join(" and "), elapsed.as_millis());
     if !answer.pending.is_empty() {
         text.push_str("; pending: ");
         text.push_str(&answer.pending.join(", "));

@@ -187,11 +187,14 @@ fn missing_references(result: &Outcome<'_>, prefix: &str, step: &Step, out: &mut
 
 /// No two keys with one digest, no two models with one client name.
 fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
-    if !steps.iter().any(|(_, step)| matches!(step.resource.checked.spec, Spec::ApiKey(_) | Spec::Model(_))) {
+    if !steps.iter().any(|(_, step)| {
+        matches!(step.resource.checked.spec, Spec::ApiKey(_) | Spec::Model(_) | Spec::DescriptorRule(_))
+    }) {
         return;
     }
     let mut digests: HashMap<[u8; 32], Key> = HashMap::new();
     let mut client_names: HashMap<String, Key> = HashMap::new();
+    let mut patterns: HashMap<_, Key> = HashMap::new();
     for stored in result.all() {
         let key = stored.key();
         let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
@@ -211,6 +214,14 @@ fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violati
                     out.push(Violation {
                         path: format!("{prefix}model.client_name"),
                         message: format!("{other} and {key} have the same client name {}", model.client_name),
+                    });
+                }
+            }
+            Spec::DescriptorRule(rule) => {
+                if let Some(other) = patterns.insert((&rule.domain, &rule.entries), key.clone()) {
+                    out.push(Violation {
+                        path: format!("{prefix}descriptor_rule.entries"),
+                        message: format!("{other} and {key} match the same descriptors"),
                     });
                 }
             }

@@ -8,7 +8,7 @@ use serde_saphyr::Spanned;
 
 use super::mirror::Mirror;
 use super::scalar::Timestamp;
-use super::spec::{ApiKey, Backend, Limit, Model, Pool, Tenant};
+use super::spec::{ApiKey, Backend, DescriptorRule, Limit, Model, Pool, Tenant};
 use crate::resource::{KINDS, kind_name};
 use crate::v1;
 
@@ -51,6 +51,7 @@ enum Spec {
     Tenant(Tenant),
     ApiKey(ApiKey),
     Limit(Limit),
+    DescriptorRule(DescriptorRule),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -76,6 +77,7 @@ impl Document {
             Some(Wire::Tenant(s)) => Spec::Tenant(Mirror::from_wire(s)),
             Some(Wire::ApiKey(s)) => Spec::ApiKey(Mirror::from_wire(s)),
             Some(Wire::Limit(s)) => Spec::Limit(Mirror::from_wire(s)),
+            Some(Wire::DescriptorRule(s)) => Spec::DescriptorRule(Mirror::from_wire(s)),
         };
         let kind = kind_name(crate::resource::kind_of(resource));
         Self { kind, name: resource.name.clone(), spec, status: None, line: 0 }
@@ -104,6 +106,7 @@ impl From<Document> for v1::Resource {
             Spec::Tenant(s) => Some(Wire::Tenant(s.into_wire())),
             Spec::ApiKey(s) => Some(Wire::ApiKey(s.into_wire())),
             Spec::Limit(s) => Some(Wire::Limit(s.into_wire())),
+            Spec::DescriptorRule(s) => Some(Wire::DescriptorRule(s.into_wire())),
         };
         Self { name: document.name, spec, ..Default::default() }
     }
@@ -116,11 +119,9 @@ struct Kind(v1::ResourceKind);
 impl<'de> Deserialize<'de> for Kind {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        KINDS
-            .into_iter()
-            .find(|kind| kind_name(*kind) == text)
-            .map(Self)
-            .ok_or_else(|| de::Error::custom("must be one of pool, backend, model, tenant, api_key, limit"))
+        KINDS.into_iter().find(|kind| kind_name(*kind) == text).map(Self).ok_or_else(|| {
+            de::Error::custom("must be one of pool, backend, model, tenant, api_key, limit, descriptor_rule")
+        })
     }
 }
 
@@ -194,6 +195,7 @@ fn read_spec<'de, A: MapAccess<'de>>(map: &mut A, kind: v1::ResourceKind) -> Res
         v1::ResourceKind::Tenant => Spec::Tenant(map.next_value()?),
         v1::ResourceKind::ApiKey => Spec::ApiKey(map.next_value()?),
         v1::ResourceKind::Limit => Spec::Limit(map.next_value()?),
+        v1::ResourceKind::DescriptorRule => Spec::DescriptorRule(map.next_value()?),
     })
 }
 

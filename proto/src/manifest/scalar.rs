@@ -259,6 +259,9 @@ macro_rules! names {
 names! {
     BalancingPolicy "BALANCING_POLICY_" "weighted_round_robin, round_robin, random, least_request, prefix_affinity, priority"
     AdminState "ADMIN_STATE_" "active, draining, disabled"
+    HitKind "HIT_KIND_" "requests, tokens, input_tokens, output_tokens"
+    RuleMode "RULE_MODE_" "enforce, meter, report, shadow"
+    TimeUnit "TIME_UNIT_" "second, minute, hour, day, week, month, year"
     WithoutStore "WITHOUT_STORE_" "local_share, open, closed"
     Priority "PRIORITY_" "high, normal, low"
     BudgetPeriod "BUDGET_PERIOD_" "day, week, month"

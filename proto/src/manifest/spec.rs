@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::mirror::mirror;
 use super::scalar::{
-    AdminState, BalancingPolicy, BudgetPeriod, Duration, Priority, Sha256, Timestamp, WithoutStore,
+    AdminState, BalancingPolicy, BudgetPeriod, Duration, HitKind, Priority, RuleMode, Sha256, TimeUnit, Timestamp,
+    WithoutStore,
 };
 
 mirror! {
@@ -110,6 +111,24 @@ mirror! {
         tenant: String,
         model: String,
         api_key: String,
+    }
+    DescriptorRule of DescriptorRuleSpec {
+        domain: String,
+        entries: Vec<DescriptorEntry>,
+        consumes: Vec<LimitSelector>,
+        limit: Option<DescriptorLimit>,
+        unlimited: bool,
+        counts: HitKind,
+        mode: RuleMode,
+    }
+    DescriptorEntry of DescriptorEntry {
+        key: String,
+        value: String,
+    }
+    DescriptorLimit of DescriptorLimit {
+        requests_per_unit: u64,
+        unit: TimeUnit,
+        burst_multiplier: Option<f64>,
     }
     Rates of Rates {
         requests_per_minute: Option<u64>,

@@ -218,7 +218,7 @@ impl State {
     }
 }
 
-fn verdict(fit: Fit) -> Verdict {
+pub(super) fn verdict(fit: Fit) -> Verdict {
     match fit {
         Fit::Now => Verdict::Fits,
         Fit::After(us) => Verdict::Wait(call::micros(us)),

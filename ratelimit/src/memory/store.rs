@@ -5,12 +5,14 @@ use std::collections::{BinaryHeap, HashMap};
 use std::time::Duration;
 
 use super::leases::Leases;
-use crate::budget::Meter;
+use crate::budget::{Meter, Terms};
 use crate::call::{Line, TOMBSTONE_LIFE, micros};
 use crate::{Candidate, Key, Kind, ReservationId};
 
 /// Expired entries removed per call.
 const SWEEP_MAX: usize = 16;
+/// A record outlives its last meter by this.
+const MARGIN: Duration = Duration::from_secs(10);
 
 pub(super) type Meters = [Meter; Kind::COUNT];
 
@@ -112,12 +114,40 @@ impl State {
             kept[line.kind as usize] = meter;
             life = life.zip(meter.reset(&line.terms, now as f64)).map(|(a, b)| a.max(b));
         }
-        let expires = life.map(|us| later(now, micros(us) + Duration::from_secs(10)));
+        self.put_record(key, kept, life, now);
+    }
+
+    /// Writes some kinds of a record and keeps the others. Their life is not known here: it is what the record had.
+    pub(super) fn write_kinds(
+        &mut self,
+        key: &Key,
+        kinds: [Option<Terms>; Kind::COUNT],
+        meters: Meters,
+        now: u64,
+    ) {
+        let mut life = Some(0.0f64);
+        let mut others = false;
+        for (meter, terms) in meters.iter().zip(kinds) {
+            match terms {
+                Some(terms) => life = life.zip(meter.reset(&terms, now as f64)).map(|(a, b)| a.max(b)),
+                None => others |= meter.level > 0.0,
+            }
+        }
+        if let (true, Some(record)) = (others, self.records.get(key)) {
+            let had = record.expires.map(|at| at.saturating_sub(now) as f64 - MARGIN.as_micros() as f64);
+            life = life.zip(had).map(|(a, b)| a.max(b));
+        }
+        self.put_record(key, meters, life, now);
+    }
+
+    /// `life`: microseconds until the last meter is empty; `None` when one never is.
+    fn put_record(&mut self, key: &Key, meters: Meters, life: Option<f64>, now: u64) {
+        let expires = life.map(|us| later(now, micros(us) + MARGIN));
         let queued = self.records.get(key).is_some_and(|record| record.queued);
         if let (Some(at), false) = (expires, queued) {
             self.due.push(Reverse((at, Due::Record(key.clone()))));
         }
-        let record = Record { meters: kept, expires, queued: queued || expires.is_some() };
+        let record = Record { meters, expires, queued: queued || expires.is_some() };
         self.records.insert(key.clone(), record);
     }
 

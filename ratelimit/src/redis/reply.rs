@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::call::blank_limits;
-use crate::{Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Verdict};
+use crate::{
+    Charge, Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Verdict, What,
+};
 
 /// Reads a reply from front to back; a missing number is an error, not a default.
 pub(crate) struct Reader<'a> {
@@ -47,20 +49,48 @@ impl<'a> Reader<'a> {
         }
     }
 
+    pub(crate) fn charged(mut self, charges: &[Charge]) -> Result<Decision, Error> {
+        let (outcome, wait, now_us) = (self.int()?, self.int()?, self.unsigned()?);
+        let outcome = match outcome {
+            0 => Outcome::Granted { slot: None },
+            1 => Outcome::Limited { wait: u64::try_from(wait).ok().map(Duration::from_micros) },
+            _ => return Err(malformed()),
+        };
+        let mut limits = Vec::with_capacity(charges.len());
+        for (scope, charge) in charges.iter().enumerate() {
+            let mut limit = LimitState {
+                scope,
+                what: What::Bucket(charge.kind),
+                verdict: Verdict::Fits,
+                limit: charge.bucket.capacity,
+                remaining: 0,
+                reset: Duration::ZERO,
+            };
+            self.limit(&mut limit)?;
+            limits.push(limit);
+        }
+        Ok(Decision { outcome, limits, now_us, degraded: false })
+    }
+
     fn limits(&mut self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         let mut limits = blank_limits(scopes);
         for limit in &mut limits {
-            let (verdict, wait) = (self.int()?, self.unsigned()?);
-            limit.verdict = match verdict {
-                0 => Verdict::Fits,
-                1 => Verdict::Wait(Duration::from_micros(wait)),
-                2 => Verdict::Never,
-                _ => return Err(malformed()),
-            };
-            limit.remaining = self.unsigned()?;
-            limit.reset = u64::try_from(self.int()?).map_or(FOREVER, Duration::from_micros);
+            self.limit(limit)?;
         }
         Ok(limits)
+    }
+
+    fn limit(&mut self, limit: &mut LimitState) -> Result<(), Error> {
+        let (verdict, wait) = (self.int()?, self.unsigned()?);
+        limit.verdict = match verdict {
+            0 => Verdict::Fits,
+            1 => Verdict::Wait(Duration::from_micros(wait)),
+            2 => Verdict::Never,
+            _ => return Err(malformed()),
+        };
+        limit.remaining = self.unsigned()?;
+        limit.reset = u64::try_from(self.int()?).map_or(FOREVER, Duration::from_micros);
+        Ok(())
     }
 
     fn int(&mut self) -> Result<i64, Error> {

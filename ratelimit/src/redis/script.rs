@@ -2,8 +2,9 @@
 
 use std::sync::LazyLock;
 
-use crate::call::lines;
-use crate::{Bucket, Kind, ReservationId, ScopeLimits};
+use crate::budget::Terms;
+use crate::call::{added, lines, needed};
+use crate::{Bucket, Charge, ChargeRule, Kind, ReservationId, ScopeLimits};
 
 const METER: &str = include_str!("../scripts/meter.lua");
 
@@ -23,6 +24,8 @@ pub(crate) static MOVE_SLOT: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/move_slot.lua")));
 pub(crate) static RELEASE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/release.lua")));
+pub(crate) static CHARGE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../scripts/charge.lua")));
 pub(crate) static PEEK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("../scripts/peek.lua")));
 
 impl Script {
@@ -76,5 +79,18 @@ impl Args {
             self.int(line.terms.num as u64).int(line.terms.den as u64);
         }
         self
+    }
+
+    /// Rule, kind, capacity, needed, added, rate.
+    pub(crate) fn charge(&mut self, charge: &Charge) -> &mut Self {
+        let terms = Terms::of(&charge.bucket);
+        let rule = match charge.rule {
+            ChargeRule::AllOrNothing => 0,
+            ChargeRule::Always => 1,
+            ChargeRule::Note => 2,
+        };
+        self.int(rule).int(charge.kind as u64 + 1).int(terms.cap as u64).int(needed(charge) as u64);
+        self.0.push((added(charge) as i64).to_string().into_bytes());
+        self.int(terms.num as u64).int(terms.den as u64)
     }
 }

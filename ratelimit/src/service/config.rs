@@ -1,10 +1,11 @@
 //! The settings of a limit service: flags, or the same names in the environment.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
+use weir_proto::resource::Resource;
 use weir_runtime::Secret;
 
 /// Shorter tokens could be guessed.
@@ -33,6 +34,32 @@ pub struct Config {
     /// Listen beyond loopback without a token: for a network that only its users can reach.
     #[arg(long, env = "WEIR_INSECURE")]
     pub insecure: bool,
+    /// The control plane, whose descriptor rules and limits are in force, such as http://host:7070.
+    #[arg(long, env = "WEIR_CONTROL_PLANE", value_name = "URL", conflicts_with = "config")]
+    pub control_plane: Option<String>,
+    /// File with the token for the control plane: its gateways' token. Also as WEIR_GATEWAY_TOKEN.
+    #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "PATH")]
+    pub gateway_token_file: Option<PathBuf>,
+    /// The token itself; by environment only, since arguments can be read by everybody on the machine.
+    #[arg(skip)]
+    pub gateway_token: Option<Secret>,
+    /// File with resources, as for `weir apply -f`: its descriptor rules and limits are in force, without a control
+    /// plane.
+    #[arg(long, env = "WEIR_CONFIG", value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.
+    #[arg(long, env = "WEIR_DATA_DIR", value_name = "PATH")]
+    pub data_dir: Option<PathBuf>,
+    /// Name of this process at the control plane; one is made up when none is given.
+    #[arg(long, env = "WEIR_LIMIT_SERVICE_ID", value_name = "NAME")]
+    pub id: Option<String>,
+    /// Region of this process.
+    #[arg(long, env = "WEIR_REGION", default_value = "", value_name = "NAME")]
+    pub region: String,
+    /// A check with no hits (hits_addend 0) needs room for one. Without it, it passes until the limit is exceeded, as in
+    /// Envoy's reference server.
+    #[arg(long, env = "WEIR_STRICT_ZERO_HITS")]
+    pub strict_zero_hits: bool,
     /// Longest answer of Redis, milliseconds; then the call is UNAVAILABLE.
     #[arg(long, env = "WEIR_REDIS_DEADLINE_MS", default_value_t = 50, value_name = "MS",
           value_parser = clap::value_parser!(u64).range(1..=10_000))]
@@ -58,6 +85,14 @@ impl Default for Config {
             token_file: None,
             token: None,
             insecure: false,
+            control_plane: None,
+            gateway_token_file: None,
+            gateway_token: None,
+            config: None,
+            data_dir: None,
+            id: None,
+            region: String::new(),
+            strict_zero_hits: false,
             redis_deadline_ms: 50,
             pre_stop_s: 2,
             drain_s: 10,
@@ -71,21 +106,30 @@ impl Config {
         Duration::from_secs(self.pre_stop_s)
     }
 
+    /// The resources of `--config`.
+    pub(super) fn resources(&self) -> Result<Option<Vec<Resource>>, String> {
+        let Some(path) = &self.config else { return Ok(None) };
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|error| format!("--config {name}: {error}"))?;
+        let wire = weir_proto::manifest::parse(&text, &name).map_err(|error| format!("--config: {error}"))?;
+        let checked: Result<Vec<Resource>, _> = wire.iter().map(Resource::try_from).collect();
+        checked.map(Some).map_err(|error| format!("--config {name}: {error}"))
+    }
+
     pub(super) fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_s)
     }
 
-    /// The token callers need: given, in the environment, or in the file. Refuses what is unsafe.
+    /// The token for the control plane.
+    pub(super) fn control_plane_token(&self) -> Result<Option<Secret>, String> {
+        let given = self.gateway_token.as_ref();
+        secret(given, "WEIR_GATEWAY_TOKEN", "--gateway-token-file", self.gateway_token_file.as_deref())
+    }
+
+    /// The token callers need. Refuses what is unsafe.
     pub(super) fn checked_token(&self) -> Result<Option<Secret>, String> {
-        let token = match (&self.token, std::env::var("WEIR_LIMIT_TOKEN"), &self.token_file) {
-            (Some(token), _, _) => Some(token.clone()),
-            (None, Ok(token), _) => Some(Secret::new(token)),
-            (None, Err(_), Some(path)) => match std::fs::read_to_string(path) {
-                Ok(text) => Some(Secret::new(text.trim().to_owned())),
-                Err(error) => return Err(format!("--token-file {}: {error}", path.display())),
-            },
-            (None, Err(_), None) => None,
-        };
+        let token =
+            secret(self.token.as_ref(), "WEIR_LIMIT_TOKEN", "--token-file", self.token_file.as_deref())?;
         match &token {
             Some(token) if token.expose().chars().count() < TOKEN_MIN_CHARS => {
                 Err(format!("--token-file: the token must be at least {TOKEN_MIN_CHARS} characters"))
@@ -97,6 +141,26 @@ impl Config {
             )),
             _ => Ok(token),
         }
+    }
+}
+
+/// A token: given, in the environment, or in the file.
+fn secret(
+    given: Option<&Secret>,
+    variable: &str,
+    flag: &str,
+    file: Option<&Path>,
+) -> Result<Option<Secret>, String> {
+    if let Some(token) = given {
+        return Ok(Some(token.clone()));
+    }
+    if let Ok(token) = std::env::var(variable) {
+        return Ok(Some(Secret::new(token)));
+    }
+    let Some(path) = file else { return Ok(None) };
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(Secret::new(text.trim().to_owned()))),
+        Err(error) => Err(format!("{flag} {}: {error}", path.display())),
     }
 }
 

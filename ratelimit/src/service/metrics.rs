@@ -9,6 +9,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::rules::Rule;
+
 /// Of a finished call.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct CallLabels {
@@ -18,11 +20,28 @@ pub struct CallLabels {
     pub outcome: &'static str,
 }
 
+/// Of a descriptor that was decided.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RuleLabels {
+    /// The rule; empty where none matched.
+    pub rule: String,
+    /// "ok", "over", or "noted": over, but for the mode.
+    pub outcome: &'static str,
+}
+
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     /// Finished calls.
     pub calls: Family<CallLabels, Counter>,
+    /// Descriptors decided, by rule.
+    pub rules: Family<RuleLabels, Counter>,
+    /// How many rules are in force.
+    pub rules_held: Gauge,
+    /// The revision of the configuration in force.
+    pub revision: Gauge,
+    /// Whether the control plane is heard.
+    pub control_plane_connected: Gauge,
     /// How long a call took.
     pub duration: Histogram,
     /// Whether the store answers.
@@ -34,10 +53,30 @@ impl Metrics {
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             calls: Family::default(),
+            rules: Family::default(),
+            rules_held: Gauge::default(),
+            revision: Gauge::default(),
+            control_plane_connected: Gauge::default(),
             duration: Histogram::new([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0]),
             store_up: Gauge::default(),
         };
         registry.register("weir_ratelimit_calls", "Calls by rpc and outcome", metrics.calls.clone());
+        registry.register(
+            "weir_ratelimit_descriptors",
+            "Descriptors decided, by rule and outcome",
+            metrics.rules.clone(),
+        );
+        registry.register("weir_ratelimit_rules", "Rules in force", metrics.rules_held.clone());
+        registry.register(
+            "weir_ratelimit_config_revision",
+            "Store revision of the configuration in force",
+            metrics.revision.clone(),
+        );
+        registry.register(
+            "weir_ratelimit_control_plane_connected",
+            "1 while the control plane is heard",
+            metrics.control_plane_connected.clone(),
+        );
         registry.register(
             "weir_ratelimit_call_duration_seconds",
             "Time from a call's arrival to its answer",
@@ -49,6 +88,11 @@ impl Metrics {
             metrics.store_up.clone(),
         );
         metrics
+    }
+
+    pub(super) fn ruled(&self, rule: Option<&Rule>, outcome: &'static str) {
+        let rule = rule.map_or_else(String::new, |rule| rule.name.clone());
+        self.rules.get_or_create(&RuleLabels { rule, outcome }).inc();
     }
 
     pub(super) fn called(&self, method: &'static str, outcome: &'static str, elapsed: Duration) {

@@ -11,11 +11,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
+use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
 use weir_runtime::{Readiness, exit, serve_ops};
 
 use super::auth::Guard;
 use super::config::Config;
+use super::configuration;
+use super::envoy::Envoy;
 use super::metrics::Metrics;
 use super::native::Native;
 use super::store::Watcher;
@@ -92,11 +95,12 @@ pub async fn start(
 ) -> Result<Running, StartError> {
     let token = config.checked_token().map_err(StartError::Config)?;
     let limiter = limiter.map_or_else(|| open(&config), Ok)?;
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let (configuration, subscriber) = configuration::open(&config, &metrics)?;
     let (grpc, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
 
-    let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
     let readiness = Readiness::not_ready("starting");
     let (health, health_service) = tonic_health::server::health_reporter();
     let guard = Guard::new(token.as_ref());
@@ -104,13 +108,29 @@ pub async fn start(
         .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|e| StartError::Config(format!("reflection: {e}")))?;
+    let envoy = RateLimitServiceServer::new(Envoy {
+        limiter: limiter.clone(),
+        rules: Arc::clone(&configuration.rules),
+        metrics: metrics.clone(),
+        strict_zero_hits: config.strict_zero_hits,
+    })
+    .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let native = LimitServiceServer::new(Native { limiter: limiter.clone(), metrics: metrics.clone() })
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
 
     let tasks = TaskTracker::new();
     // The operations port outlives the calls.
     let drained = CancellationToken::new();
-    let watcher = Watcher { limiter, readiness: readiness.clone(), health, store_up: metrics.store_up };
+    if let Some(subscriber) = subscriber {
+        tasks.spawn(subscriber.run(drained.clone()));
+    }
+    let watcher = Watcher {
+        limiter,
+        known: configuration.known,
+        readiness: readiness.clone(),
+        health,
+        store_up: metrics.store_up,
+    };
     tasks.spawn(watcher.run(shutdown.clone()));
     let ops = serve_ops(ops, readiness, Arc::new(registry), drained.clone());
     tasks.spawn(async move {
@@ -126,7 +146,8 @@ pub async fn start(
         .tcp_nodelay(true)
         .add_service(health_service)
         .add_service(InterceptedService::new(reflection, guard.clone()))
-        .add_service(InterceptedService::new(native, guard))
+        .add_service(InterceptedService::new(native, guard.clone()))
+        .add_service(InterceptedService::new(envoy, guard))
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), refuse.clone().cancelled_owned());
     let (pre_stop, drain) = (config.pre_stop(), config.drain());
     tasks.spawn(async move {

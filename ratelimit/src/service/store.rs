@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
@@ -18,11 +19,14 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// A store that has not answered for so long is away. Several questions, since one may be lost to a slow moment.
 const AWAY_AFTER: Duration = Duration::from_secs(3);
 /// The names under which health is told: the whole, and each service.
-pub(super) const HEALTH_NAMES: [&str; 2] = ["", "weir.v1.LimitService"];
+pub(super) const HEALTH_NAMES: [&str; 3] =
+    ["", "weir.v1.LimitService", "envoy.service.ratelimit.v3.RateLimitService"];
 
 /// What the watcher keeps true.
 pub(super) struct Watcher {
     pub(super) limiter: AnyLimiter,
+    /// Whether a configuration is in force, where one is asked for.
+    pub(super) known: watch::Receiver<bool>,
     pub(super) readiness: Readiness,
     pub(super) health: HealthReporter,
     pub(super) store_up: Gauge,
@@ -30,7 +34,7 @@ pub(super) struct Watcher {
 
 impl Watcher {
     /// Watches until `shutdown`, and then says that the process is leaving.
-    pub(super) async fn run(self, shutdown: CancellationToken) {
+    pub(super) async fn run(mut self, shutdown: CancellationToken) {
         let mut ticks = interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut answered: Option<Instant> = None;
@@ -38,6 +42,8 @@ impl Watcher {
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
+                // Without the other end nothing changes any more, and the tick goes on.
+                Ok(()) = self.known.changed() => {}
                 () = shutdown.cancelled() => break,
             }
             let question = self.limiter.peek(&[nothing()]).await;
@@ -45,23 +51,29 @@ impl Watcher {
                 answered = Some(Instant::now());
             }
             let up = answered.is_some_and(|at| at.elapsed() < AWAY_AFTER);
-            if said != Some(up) {
-                match &question {
-                    Err(error) if !up => tracing::error!(
-                        %error,
-                        "the limit store is away: calls are UNAVAILABLE until it answers; see --redis"
-                    ),
-                    _ => tracing::info!("the limit store answers"),
+            self.store_up.set(i64::from(up));
+            let state = match (up, *self.known.borrow()) {
+                (false, _) => Err("the limit store does not answer; see --redis"),
+                (true, false) => {
+                    Err("no configuration: the control plane has not been reached and there is no copy \
+                                      on disk; see --control-plane and --data-dir")
                 }
-                self.say(up.then_some(()).ok_or("the limit store does not answer; see --redis")).await;
-                said = Some(up);
+                (true, true) => Ok(()),
+            };
+            if said != Some(state) {
+                match (&question, state) {
+                    (Err(error), Err(reason)) => tracing::error!(%error, reason, "not ready"),
+                    (Ok(_), Err(reason)) => tracing::warn!(reason, "not ready"),
+                    (_, Ok(())) => tracing::info!("ready"),
+                }
+                self.say(state).await;
+                said = Some(state);
             }
         }
         self.say(Err("draining")).await;
     }
 
     async fn say(&self, state: Result<(), &str>) {
-        self.store_up.set(i64::from(state.is_ok()));
         let status = if state.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.readiness.set(state.map_err(str::to_owned));
         for name in HEALTH_NAMES {

@@ -28,6 +28,10 @@ impl World {
         Self { limiter: server.limiter().await.into(), server: Some(server) }
     }
 
+    pub(crate) fn has_server(&self) -> bool {
+        self.server.is_some()
+    }
+
     pub(crate) fn server(&self) -> &Server {
         self.server.as_ref().expect("a case for Redis")
     }

@@ -1,6 +1,7 @@
 //! The contract of [`weir_ratelimit::Limiter`], proved for memory and for a real Redis by the same cases.
 
 mod buckets;
+mod charges;
 mod harness;
 mod leases;
 mod outages;
@@ -36,6 +37,12 @@ suite! {
         a_changed_limit_keeps_consumption, shadow_reports_and_admits, estimates_are_clamped_and_explicit_costs_are_not,
         rate_zero_never_drains, huge_limits_stay_exact, peek_writes_nothing, broken_calls_are_refused,
         the_wait_is_the_longest_of_all_limits;
+    charges:
+        a_refused_charge_changes_nothing, a_charge_shares_the_bucket_of_reservations,
+        an_always_charge_goes_into_debt_and_refuses_until_something_is_left,
+        a_noted_charge_never_refuses_and_stops_at_the_ceiling, a_credit_never_goes_below_empty,
+        charges_of_one_record_see_each_other, other_kinds_of_the_record_are_kept, an_exact_wait_is_told,
+        exactly_so_many_of_many_charges, broken_charges_are_refused;
     settlement:
         credit_returns_what_was_not_used, debit_goes_into_bounded_debt, settling_twice_applies_once,
         a_cancelled_acquire_that_comes_late_is_refused, an_unknown_reservation_is_debited_once,

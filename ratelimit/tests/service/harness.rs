@@ -111,6 +111,13 @@ impl Redis {
         Self { child, port }
     }
 
+    /// Stops it with -STOP, lets it go on with -CONT.
+    pub(crate) fn signal(&self, signal: &str) {
+        let sent =
+            Command::new("kill").args([signal, &self.child.id().to_string()]).status().expect("kill runs");
+        assert!(sent.success());
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/", self.port)
     }

@@ -125,8 +125,8 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
         let (start, mut changes) = (Instant::now(), self.0.registry.watch());
         loop {
             changes.borrow_and_update();
-            let (applied, connected, pending) = self.0.registry.applied(request.revision);
-            let changed = !pending.is_empty()
+            let applied = self.0.registry.applied(request.revision);
+            let changed = !applied.pending.is_empty()
                 && tokio::select! {
                     // On stopping the answer says how far it came.
                     () = self.0.stop.cancelled() => false,
@@ -136,7 +136,14 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
                 };
             if !changed {
                 let elapsed = prost_types::Duration::try_from(start.elapsed()).ok();
-                return Ok(v1::WaitAppliedResponse { applied, connected, elapsed, pending });
+                return Ok(v1::WaitAppliedResponse {
+                    applied: applied.gateways.0,
+                    connected: applied.gateways.1,
+                    elapsed,
+                    pending: applied.pending,
+                    limit_services_applied: applied.limit_services.0,
+                    limit_services_connected: applied.limit_services.1,
+                });
             }
         }
     }

@@ -1,6 +1,6 @@
-//! The configuration a gateway holds, as it came, and its copy on disk.
+//! The configuration that is held, as it came, and its copy on disk.
 //!
-//! The disk copy lets a gateway that restarts while the control plane is away serve what it served before. Two
+//! The disk copy lets a process that restarts while the control plane is away serve what it served before. Two
 //! generations are kept; each is written whole to a temporary file, synced and renamed, readable by its owner
 //! only (it holds key digests), and opens with a SHA-256 of the rest: a torn or damaged file is refused whole
 //! and the older generation is used.
@@ -16,8 +16,6 @@ use sha2::{Digest, Sha256};
 use weir_proto::resource::Resource;
 use weir_proto::v1::{self, ResourceKind};
 
-use crate::snapshot::Refused;
-
 /// First bytes of the file: what it is and the version of its form.
 const MAGIC: &[u8; 8] = b"WEIRCFG1";
 /// Largest copy that is read back.
@@ -32,6 +30,17 @@ pub struct Held {
     pub revision: u64,
     /// What is held.
     pub resources: BTreeMap<(i32, String), (String, Bytes)>,
+}
+
+/// Why a resource could not be used. The rest of the configuration is used all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Its kind.
+    pub kind: ResourceKind,
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub message: String,
 }
 
 /// Why a delta was refused whole.

@@ -1,0 +1,248 @@
+//! One task owns the [`Held`] resources. It loads the disk copy first, then follows the control plane; when the
+//! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Request;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use weir_proto::resource::Resource;
+use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
+use weir_proto::v1::stream_config_request::Message as Up;
+use weir_proto::v1::stream_config_response::Message as Down;
+use weir_proto::v1::{
+    Ack, Delta, Hello, Nack, ResourceError, ResourceRef, StreamConfigRequest, SubscriberRole,
+};
+
+use crate::held::{Disk, Held, Refused};
+
+/// Longest pause between two tries to connect.
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// First pause.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// A control plane that says nothing for so long (three heartbeats) is taken for dead.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Largest message: a full synchronisation of some ten thousand resources.
+const MESSAGE_MAX_BYTES: usize = 64 << 20;
+
+/// What is done with a configuration.
+pub trait Apply: Send {
+    /// Puts these resources in force, all at once; what could not be used is left out and returned.
+    fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused>;
+    /// The control plane is heard, or is not any more.
+    fn connected(&mut self, connected: bool);
+}
+
+/// Who this process is to the control plane.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its name.
+    pub id: String,
+    /// What it is: decides which kinds of resources it gets.
+    pub role: SubscriberRole,
+    /// This start of the process.
+    pub incarnation: String,
+    /// Where it runs.
+    pub region: String,
+    /// Sent as the bearer token; `None` to a control plane in the same process without one.
+    pub token: Option<weir_runtime::Secret>,
+}
+
+impl Identity {
+    /// A request with the token.
+    pub fn request<T>(&self, message: T) -> Result<Request<T>, String> {
+        let mut request = Request::new(message);
+        if let Some(token) = &self.token {
+            let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
+                .parse()
+                .map_err(|_| "the token for the control plane is not a valid header value".to_owned())?;
+            value.set_sensitive(true);
+            request.metadata_mut().insert("authorization", value);
+        }
+        Ok(request)
+    }
+}
+
+/// A channel to the control plane with bounds on connecting and silence.
+pub fn endpoint(url: &str) -> Result<Endpoint, String> {
+    Ok(Endpoint::from_shared(url.to_owned())
+        .map_err(|_| format!("control plane address '{url}' is not a URL, such as http://host:7070"))?
+        .connect_timeout(Duration::from_secs(5))
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(10))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .keep_alive_while_idle(true))
+}
+
+/// Pauses that grow to a bound, each drawn from the whole range so that subscribers do not come back together.
+#[derive(Debug, Default)]
+pub struct Backoff(u32);
+
+impl Backoff {
+    /// The next pause.
+    pub fn next_pause(&mut self) -> Duration {
+        let ceiling = BACKOFF_MIN.saturating_mul(1 << self.0.min(10)).min(BACKOFF_MAX);
+        self.0 = self.0.saturating_add(1);
+        ceiling.mul_f64(weir_runtime::random_unit())
+    }
+
+    /// Back to the start, after something worked.
+    pub fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
+
+/// The task; ends with `shutdown`.
+#[derive(Debug)]
+pub struct Subscriber<A> {
+    owner: A,
+    identity: Identity,
+    endpoint: Endpoint,
+    disk: Option<Disk>,
+    held: Held,
+}
+
+impl<A: Apply> Subscriber<A> {
+    /// Loads the disk copy (blocks briefly) and puts it in force.
+    pub fn new(owner: A, identity: Identity, endpoint: Endpoint, disk: Option<Disk>) -> Self {
+        let mut subscriber = Self { owner, identity, endpoint, disk, held: Held::default() };
+        if let Some(held) = subscriber.disk.as_ref().and_then(Disk::load) {
+            let revision = held.revision;
+            let refused = subscriber.enforce(held);
+            tracing::info!(revision, refused = refused.len(), "serving the configuration kept on disk");
+        }
+        subscriber
+    }
+
+    /// Follows the control plane until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut backoff = Backoff::default();
+        loop {
+            let ended = tokio::select! {
+                ended = self.follow(&mut backoff) => ended,
+                () = shutdown.cancelled() => return,
+            };
+            self.owner.connected(false);
+            let pause = backoff.next_pause();
+            let reason = ended.err().unwrap_or_else(|| "the stream ended".into());
+            tracing::warn!(
+                reason,
+                revision = self.held.revision,
+                ?pause,
+                "control plane away; configuration stays"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = shutdown.cancelled() => return,
+            }
+        }
+    }
+
+    async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), String> {
+        let channel: Channel = self.endpoint.connect().await.map_err(|e| error_chain(&e))?;
+        let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
+        // One delta is in flight at a time, so two answers never wait.
+        let (up, messages) = mpsc::channel(2);
+        let hello = Up::Hello(Hello {
+            gateway_id: self.identity.id.clone(),
+            role: self.identity.role.into(),
+            incarnation: self.identity.incarnation.clone(),
+            region: self.identity.region.clone(),
+            build: weir_runtime::version().to_owned(),
+            store_epoch: self.held.epoch.clone(),
+            store_revision: self.held.revision,
+            held: self.held.versions(),
+        });
+        send(&up, hello).await?;
+        let request = self.identity.request(ReceiverStream::new(messages))?;
+        let mut stream =
+            client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+        self.owner.connected(true);
+        loop {
+            let message = tokio::time::timeout(SILENCE_MAX, stream.message()).await;
+            let message = message.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))?;
+            let Some(message) = message.map_err(|s| s.message().to_owned())? else { return Ok(()) };
+            backoff.reset();
+            if let Some(Down::Delta(delta)) = message.message {
+                let answer = self.apply(delta).await;
+                send(&up, answer).await?;
+            }
+        }
+    }
+
+    async fn apply(&mut self, delta: Delta) -> Up {
+        let nonce = delta.nonce;
+        let next = match self.held.after(&delta) {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!(%error, "configuration refused whole");
+                return Up::Nack(Nack {
+                    nonce,
+                    errors: vec![ResourceError { resource: None, message: error.to_string() }],
+                });
+            }
+        };
+        let refused = self.enforce(next);
+        self.save().await;
+        tracing::info!(
+            revision = self.held.revision,
+            changed = delta.upserts.len(),
+            removed = delta.removals.len(),
+            refused = refused.len(),
+            "configuration applied"
+        );
+        if refused.is_empty() {
+            return Up::Ack(Ack { nonce });
+        }
+        let errors = refused.into_iter().map(|r| ResourceError {
+            resource: Some(ResourceRef { kind: r.kind as i32, name: r.name }),
+            message: r.message,
+        });
+        Up::Nack(Nack { nonce, errors: errors.collect() })
+    }
+
+    /// Puts resources in force; what could not be used is left out and returned.
+    fn enforce(&mut self, next: Held) -> Vec<Refused> {
+        let (resources, mut refused) = next.checked();
+        refused.extend(self.owner.apply(&next.epoch, next.revision, &resources));
+        for r in &refused {
+            tracing::warn!(
+                kind = weir_proto::resource::kind_name(r.kind),
+                name = r.name,
+                reason = r.message,
+                "resource not used"
+            );
+        }
+        self.held = next;
+        refused
+    }
+
+    async fn save(&self) {
+        let Some(disk) = self.disk.clone() else { return };
+        let held = self.held.clone();
+        let saved = tokio::task::spawn_blocking(move || disk.save(&held)).await;
+        if let Err(error) = saved.map_err(std::io::Error::other).flatten() {
+            tracing::error!(%error, "the configuration could not be kept on disk: a restart without the control plane would serve an older one");
+        }
+    }
+}
+
+async fn send(up: &mpsc::Sender<StreamConfigRequest>, message: Up) -> Result<(), String> {
+    let sent = up.send(StreamConfigRequest { message: Some(message) }).await;
+    sent.map_err(|_| "the stream ended".to_owned())
+}
+
+/// An error with its causes: transport errors keep the useful part in the source.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
