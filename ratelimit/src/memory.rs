@@ -165,6 +165,10 @@ impl Limiter for MemoryLimiter {
         Ok(())
     }
 
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        self.debit(charges)
+    }
+
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         self.look(scopes)
     }

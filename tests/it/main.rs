@@ -1,9 +1,11 @@
 //! The product from outside.
 
+mod envoy;
 mod errors;
 mod failover;
 mod limits;
 mod processes;
+mod ratelimit;
 mod stack;
 mod streaming;
 mod tls;

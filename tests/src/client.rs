@@ -76,6 +76,20 @@ impl Client {
         Answer { status: head.status, headers: head.headers, body }
     }
 
+    /// A chat completion through a proxy that knows tenants by a header.
+    pub async fn chat_as(&self, tenant: &str, body: &str) -> Answer {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("{}/v1/chat/completions", self.base))
+            .header("x-tenant", tenant)
+            .header("content-type", "application/json")
+            .body(Full::new(body.to_owned().into()))
+            .expect("a valid request");
+        let (head, body) = self.http.request(request).await.expect("an answer").into_parts();
+        let body = body.collect().await.expect("a whole body").to_bytes();
+        Answer { status: head.status, headers: head.headers, body }
+    }
+
     /// A chat completion.
     pub async fn chat(&self, body: &str) -> Answer {
         self.ask(Method::POST, "/v1/chat/completions", body.to_owned()).await

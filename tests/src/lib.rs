@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod limits;
 pub mod process;
 pub mod redis;
 pub mod stack;

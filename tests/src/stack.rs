@@ -64,6 +64,30 @@ impl Stack {
         Process::start("weir-gateway", &args, "serving").await
     }
 
+    /// Starts limit service `k`, with the copy on disk that an earlier one left.
+    pub async fn limit_service(&self, k: usize) -> Process {
+        let copy = self.data.path().join(format!("limits-{k}"));
+        let control_plane = format!("http://{}", self.control_plane.text("grpc"));
+        let (token_file, redis, id) = (self.token_file(), self.redis.url(), format!("limits-{k}"));
+        let args = [
+            "--listen=127.0.0.1:0",
+            "--ops-listen=127.0.0.1:0",
+            "--pre-stop-s=0",
+            "--redis-deadline-ms=1000",
+            "--control-plane",
+            &control_plane,
+            "--gateway-token-file",
+            &token_file,
+            "--redis",
+            &redis,
+            "--id",
+            &id,
+            "--data-dir",
+            copy.to_str().expect("UTF-8"),
+        ];
+        Process::start("weir-ratelimit", &args, "serving").await
+    }
+
     /// A client of gateway `k`.
     pub fn client(&self, k: usize) -> Client {
         self.client_of(&self.gateways[k])
