@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use prost::Message;
 use sha2::{Digest, Sha256};
-use weir_gateway::held::{Disk, Held};
+use weir_discovery::{Disk, Held};
 use weir_proto::v1::{self, resource::Spec};
 
 /// The tenant of [`Resources::basic`] and its key.

@@ -31,8 +31,8 @@ use self::local::{Local, Pending, leases_of};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
 use crate::{
-    Acquire, Candidate, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled, Trouble, WithoutStore,
+    Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal,
+    ReservationId, ScopeLimits, Settle, Settled, Trouble, WithoutStore,
 };
 
 /// Reservations whose leases are remembered; past that a lease is not carried through an outage.
@@ -444,6 +444,21 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         let room = inner.defer(&mut inner.local(), Pending::Release(id, leases.into()));
         inner.wake.notify_one();
         if room { Ok(()) } else { Err(no_room()) }
+    }
+
+    /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        let inner = &self.inner;
+        if !inner.is_closed() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        let charged = inner.store.charge(charges).await;
+        match &charged {
+            Ok(_) => inner.answered(),
+            Err(error) if error.trouble() == Trouble::Caller => {}
+            Err(error) => inner.failed(error, None),
+        }
+        charged
     }
 
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::mirror::mirror;
 use super::scalar::{
-    AdminState, BalancingPolicy, BudgetPeriod, Duration, HitKind, Priority, RuleMode, Sha256, TimeUnit, Timestamp,
-    WithoutStore,
+    AdminState, BalancingPolicy, BudgetPeriod, Duration, HitKind, Priority, RuleMode, Sha256, TimeUnit,
+    Timestamp, WithoutStore,
 };
 
 mirror! {
