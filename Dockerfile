@@ -1,7 +1,7 @@
 # One image with every binary of Weir; the command says what a container is. Works with and without BuildKit.
 #
 #   docker build -t weir .
-#   docker build -t weir --build-arg LTO=off .               # half the time to build, slower at run time
+#   docker build -t weir --build-arg LTO=off .               # builds faster, runs slower
 #   docker build -t weir --build-arg WEIR_COMMIT="$(git rev-parse --short HEAD)" .   # named by --version
 
 # The manifests, and an empty program wherever cargo looks for a file. This stage runs at every change; what the next
