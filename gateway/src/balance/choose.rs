@@ -163,7 +163,9 @@ impl Balancer {
             }
             Policy::Random => schedule::random(members.iter().map(|_| 1.0), uniform),
             Policy::LeastRequest => {
-                let mut order = schedule::random(members.iter().map(|&i| views[i].capacity()), uniform);
+                // Load is in the score; in the draw as well it would favour one that is idle because it fails.
+                let drawn = members.iter().map(|&i| views[i].capacity() * self.speeds.factor(views[i].id));
+                let mut order = schedule::random(drawn, uniform);
                 let score = |at: usize| {
                     let view = &views[members[at]];
                     let load = f64::from(view.local) + view.in_flight + 1.0;

@@ -1,0 +1,460 @@
+//! One run: arrivals, gateways with the real balancing code and stale reports, engines.
+
+use std::collections::{BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use weir_gateway::balance::{
+    Balancer, ChooseConfig, EjectConfig, Ejector, Measure, Places, Policy, Sample, Standing, Trust, View,
+};
+
+use super::backend::{Engine, SLOTS, Soonest, full_rate, share};
+use crate::rng::Rng;
+
+/// A gateway whose requests found no slot asks again after this; one that frees a slot asks at once.
+const ASK_AGAIN_S: f64 = 0.05;
+/// A failing engine answers this fast.
+const FAIL_S: f64 = 0.005;
+/// Tokens of output per unit of work.
+const TOKENS_PER_WORK: f64 = 50.0;
+/// Times the mean load an engine may have for its prefixes.
+pub(super) const BOUND: f64 = 1.25;
+/// Tokens of every prompt.
+const PROMPT_TOKENS: u64 = 64;
+/// Share of its work that a request saves where its prefix is cached.
+const CACHED_SHARE: f64 = 0.5;
+/// Bounds of the work of one request, seconds alone on an engine of speed 1.
+const WORK_MIN: f64 = 0.2;
+const WORK_MAX: f64 = 30.0;
+
+/// How requests find an engine.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Scheme {
+    /// The gateway's own code, over what all gateways report.
+    Weir {
+        policy: Policy,
+        /// Whether the limiter keeps slots for the cluster. Without, engines queue what is too much.
+        slots: bool,
+    },
+    /// The less loaded of two random engines, by what this gateway itself has there.
+    LeastRequestLocal,
+    /// One queue that knows everything: the engine that serves the next request fastest.
+    Ideal,
+}
+
+/// What is simulated.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scenario {
+    pub(super) scheme: Scheme,
+    pub(super) gateways: usize,
+    /// Share of what the engines can do with every slot taken.
+    pub(super) load: f64,
+    /// Age of reports when the next one comes, seconds.
+    pub(super) report_s: f64,
+    pub(super) requests: usize,
+    pub(super) seed: u64,
+    /// Requests begin with one of so many prefixes; 0 is none.
+    pub(super) prefixes: u64,
+    /// One engine fails every request at once.
+    pub(super) failing: bool,
+    /// Whether gateways eject on their own evidence.
+    pub(super) ejection: bool,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outcome {
+    pub(super) waits_s: Vec<f64>,
+    pub(super) slowdowns: Vec<f64>,
+    pub(super) hits: u64,
+    pub(super) prefixed: u64,
+    /// Share of all tries that the failing engine drew.
+    pub(super) failing_share: f64,
+    /// Requests placed by their prefix, and those of them that put their engine above the bound as it really was: the
+    /// gateway went by a picture that was up to a report old.
+    pub(super) affine: u64,
+    pub(super) over_bound: u64,
+}
+
+struct Request {
+    arrived: f64,
+    work: f64,
+    gateway: usize,
+    prefix: Option<u64>,
+    started: f64,
+    engine: usize,
+    /// What it takes on this engine.
+    todo: f64,
+}
+
+struct Gateway {
+    balancer: Balancer,
+    ejector: Ejector<usize>,
+    local: Vec<u32>,
+    /// What all others had at the last report.
+    elsewhere: Vec<u32>,
+    waiting: VecDeque<usize>,
+    asks: bool,
+    rng: Rng,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    Arrival,
+    /// The engine's next request ends, if its version is still this.
+    End(usize, u64),
+    /// A request at the failing engine is told so.
+    Failed(usize),
+    Report,
+    Ask(usize),
+}
+
+struct Sim {
+    scenario: Scenario,
+    engines: Vec<Engine>,
+    gateways: Vec<Gateway>,
+    requests: Vec<Request>,
+    central: VecDeque<usize>,
+    events: BinaryHeap<(Soonest, u64, usize)>,
+    kinds: Vec<Event>,
+    now: f64,
+    epoch: Instant,
+    rng: Rng,
+    out: Outcome,
+    tries: u64,
+    failing_tries: u64,
+}
+
+/// Eight engines, two of them half as fast, which nobody told the operator: all have the same weight.
+const SPEEDS: [f64; 8] = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5];
+/// The one that fails.
+const FAILING: usize = 0;
+
+fn unit(rng: &mut Rng) -> f64 {
+    (rng.next() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Log-normal with a median of 1 s.
+fn work(rng: &mut Rng) -> f64 {
+    let (u, v) = (1.0 - unit(rng), unit(rng));
+    let normal = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
+    normal.exp().clamp(WORK_MIN, WORK_MAX)
+}
+
+fn mean_work() -> f64 {
+    let mut rng = Rng::new(1, 1);
+    (0..200_000).map(|_| work(&mut rng)).sum::<f64>() / 200_000.0
+}
+
+/// Runs a scenario to the end of its last request.
+pub(super) fn run(scenario: &Scenario) -> Outcome {
+    let engines = SPEEDS.iter().map(|speed| Engine::new(*speed)).collect();
+    let gateway = |number| Gateway {
+        balancer: Balancer::default(),
+        ejector: Ejector::new(EjectConfig::default()),
+        local: vec![0; SPEEDS.len()],
+        elsewhere: vec![0; SPEEDS.len()],
+        waiting: VecDeque::new(),
+        asks: false,
+        rng: Rng::new(scenario.seed, 100 + number as u64),
+    };
+    let mut sim = Sim {
+        scenario: *scenario,
+        engines,
+        gateways: (0..scenario.gateways).map(gateway).collect(),
+        requests: Vec::with_capacity(scenario.requests),
+        central: VecDeque::new(),
+        events: BinaryHeap::new(),
+        kinds: Vec::new(),
+        now: 0.0,
+        epoch: Instant::now(),
+        rng: Rng::new(scenario.seed, 0),
+        out: Outcome::default(),
+        tries: 0,
+        failing_tries: 0,
+    };
+    sim.simulate();
+    sim.out.failing_share = sim.failing_tries as f64 / sim.tries.max(1) as f64;
+    sim.out
+}
+
+impl Sim {
+    fn simulate(&mut self) {
+        // Half of the prefixed requests' saving is not counted on: the load is what it is without a cache.
+        let serving = SPEEDS.iter().enumerate().filter(|(i, _)| !(self.scenario.failing && *i == FAILING));
+        let capacity = serving.map(|(_, speed)| speed).sum::<f64>() * full_rate() / mean_work();
+        let gap = 1.0 / (self.scenario.load * capacity);
+        self.at(0.0, Event::Arrival);
+        self.at(self.scenario.report_s, Event::Report);
+        while let Some((Soonest(time), _, kind)) = self.events.pop() {
+            self.now = time;
+            match self.kinds[kind] {
+                Event::Arrival => {
+                    self.arrive();
+                    if self.requests.len() < self.scenario.requests {
+                        let next = -gap * (1.0 - unit(&mut self.rng)).ln();
+                        self.at(self.now + next, Event::Arrival);
+                    }
+                }
+                Event::End(engine, version) if self.engines[engine].version == version => self.end(engine),
+                Event::End(..) => {}
+                Event::Failed(request) => self.failed(request),
+                Event::Report => self.report(),
+                Event::Ask(gateway) => {
+                    self.gateways[gateway].asks = false;
+                    self.ask(gateway);
+                }
+            }
+            if self.out.waits_s.len() == self.scenario.requests {
+                return;
+            }
+        }
+    }
+
+    fn at(&mut self, time: f64, event: Event) {
+        // Those of the same moment in their order.
+        let number = u64::MAX - self.kinds.len() as u64;
+        self.events.push((Soonest(time), number, self.kinds.len()));
+        self.kinds.push(event);
+    }
+
+    fn instant(&self) -> Instant {
+        self.epoch + Duration::from_secs_f64(self.now)
+    }
+
+    fn arrive(&mut self) {
+        let gateway = (self.rng.next() % self.gateways.len() as u64) as usize;
+        let prefixes = self.scenario.prefixes;
+        let prefix = (prefixes > 0).then(|| self.rng.next() % prefixes.max(1));
+        let work = work(&mut self.rng);
+        let request = self.requests.len();
+        self.requests.push(Request {
+            arrived: self.now,
+            work,
+            gateway,
+            prefix,
+            started: self.now,
+            engine: 0,
+            todo: work,
+        });
+        match self.scenario.scheme {
+            Scheme::Ideal => {
+                self.central.push_back(request);
+                self.serve_central();
+            }
+            _ => self.offer(request),
+        }
+    }
+
+    /// Sends the requests of the one queue while there are slots.
+    fn serve_central(&mut self) {
+        while let Some(&request) = self.central.front() {
+            let fastest = |engine: &Engine| engine.speed * share(engine.busy() + 1);
+            let free = self.engines.iter().enumerate().filter(|(_, e)| e.busy() < SLOTS);
+            let best = free.max_by(|(_, a), (_, b)| fastest(a).total_cmp(&fastest(b))).map(|(i, _)| i);
+            let Some(best) = best else { return };
+            self.central.pop_front();
+            self.start(request, best);
+        }
+    }
+
+    /// A gateway decides where a new request goes.
+    fn offer(&mut self, request: usize) {
+        let gateway = self.requests[request].gateway;
+        match self.scenario.scheme {
+            Scheme::Weir { slots: true, .. } if !self.gateways[gateway].waiting.is_empty() => {
+                self.gateways[gateway].waiting.push_back(request);
+            }
+            Scheme::Weir { slots: true, .. } => {
+                if !self.place(request) {
+                    self.gateways[gateway].waiting.push_back(request);
+                    self.ask_later(gateway);
+                }
+            }
+            Scheme::Weir { slots: false, .. } => {
+                if let Some(first) = self.order(request).first() {
+                    self.enqueue(request, first.index);
+                }
+            }
+            Scheme::LeastRequestLocal => {
+                let local = &self.gateways[gateway].local;
+                let (a, b) = (self.rng.next() as usize % local.len(), self.rng.next() as usize % local.len());
+                let pick = if local[b] < local[a] { b } else { a };
+                self.enqueue(request, pick);
+            }
+            Scheme::Ideal => {}
+        }
+    }
+
+    fn order(&mut self, request: usize) -> Places {
+        let Scheme::Weir { policy, .. } = self.scenario.scheme else { return Places::new() };
+        let now = self.instant();
+        let Request { gateway, prefix, .. } = self.requests[request];
+        let gateway = &mut self.gateways[gateway];
+        let view = |index: usize| View {
+            id: index as u64 + 1,
+            weight: 100.0,
+            max_concurrency: SLOTS as u32,
+            in_flight: f64::from(gateway.local[index] + gateway.elsewhere[index]),
+            local: gateway.local[index],
+            health: 1.0,
+            rank: 0,
+            trust: match gateway.ejector.standing(&index, now) {
+                Standing::Open | Standing::Probe => Trust::Trusted,
+                Standing::Ejected(_) | Standing::Busy(_) => Trust::Doubted,
+            },
+        };
+        let views: Vec<View> = (0..SPEEDS.len()).map(view).collect();
+        let config = ChooseConfig { policy, ..ChooseConfig::default() };
+        let (balancer, rng) = (&mut gateway.balancer, &mut gateway.rng);
+        let places = balancer.order(&config, &views, prefix, now, || unit(rng));
+        if let Some(first) = places.first() {
+            gateway.ejector.begin_probe(&first.index, now);
+        }
+        places
+    }
+
+    /// Takes the first place that has a slot, as the limiter's script does. False: there is none.
+    fn place(&mut self, request: usize) -> bool {
+        let places = self.order(request);
+        let free = |p: &&weir_gateway::balance::Place| self.present(p.index) < p.slots as usize;
+        let Some(place) = places.iter().find(free).copied() else { return false };
+        let gateway = &mut self.gateways[self.requests[request].gateway];
+        if place.index != places[0].index {
+            gateway.balancer.reassign(places[0].index as u64 + 1, place.index as u64 + 1);
+            gateway.ejector.abandon_probe(&places[0].index);
+        }
+        if (place.slots as usize) < SLOTS {
+            let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>() as f64 + 1.0;
+            let bound = (BOUND * all / SPEEDS.len() as f64).ceil();
+            self.out.affine += 1;
+            self.out.over_bound += u64::from(self.present(place.index) as f64 + 1.0 > bound);
+        }
+        self.start(request, place.index);
+        true
+    }
+
+    fn present(&self, engine: usize) -> usize {
+        self.engines[engine].present()
+    }
+
+    /// Sends it to an engine that queues what is too much.
+    fn enqueue(&mut self, request: usize, engine: usize) {
+        if self.engines[engine].busy() < SLOTS {
+            self.start(request, engine);
+        } else {
+            self.gateways[self.requests[request].gateway].local[engine] += 1;
+            self.engines[engine].queue.push_back(request);
+        }
+    }
+
+    fn start(&mut self, request: usize, engine: usize) {
+        self.gateways[self.requests[request].gateway].local[engine] += 1;
+        self.begin(request, engine);
+    }
+
+    /// The engine begins to work.
+    fn begin(&mut self, request: usize, engine: usize) {
+        let hit = match self.requests[request].prefix {
+            Some(prefix) => {
+                let hit = self.engines[engine].recall(prefix);
+                self.out.prefixed += 1;
+                self.out.hits += u64::from(hit);
+                hit
+            }
+            None => false,
+        };
+        let of = &mut self.requests[request];
+        (of.started, of.engine) = (self.now, engine);
+        of.todo = of.work * if hit { 1.0 - CACHED_SHARE } else { 1.0 };
+        self.tries += 1;
+        if self.scenario.failing && engine == FAILING {
+            self.failing_tries += 1;
+            self.at(self.now + FAIL_S, Event::Failed(request));
+            return;
+        }
+        let todo = of.todo;
+        self.engines[engine].start(request, todo, self.now);
+        self.schedule(engine);
+    }
+
+    fn schedule(&mut self, engine: usize) {
+        if let Some(end) = self.engines[engine].next_end() {
+            self.at(end, Event::End(engine, self.engines[engine].version));
+        }
+    }
+
+    fn end(&mut self, engine: usize) {
+        let Some(request) = self.engines[engine].finish(self.now) else { return };
+        self.schedule(engine);
+        let now = self.instant();
+        let of = &self.requests[request];
+        let alone = of.work / share(1);
+        self.out.waits_s.push(of.started - of.arrived);
+        self.out.slowdowns.push((self.now - of.arrived) / alone);
+        let sample = Sample {
+            measure: Measure::Whole,
+            took: Duration::from_secs_f64(self.now - of.started),
+            prompt_tokens: PROMPT_TOKENS,
+            output_tokens: (of.todo * TOKENS_PER_WORK) as u64,
+        };
+        let number = of.gateway;
+        let gateway = &mut self.gateways[number];
+        gateway.local[engine] -= 1;
+        gateway.balancer.add(engine as u64 + 1, &sample, now);
+        gateway.ejector.succeeded(&engine, now);
+        if let Some(next) = self.engines[engine].queue.pop_front() {
+            self.begin(next, engine);
+        }
+        self.serve_central();
+        self.ask(number);
+    }
+
+    /// The failing engine said so; the request is tried again from the start.
+    fn failed(&mut self, request: usize) {
+        let now = self.instant();
+        let Request { gateway: number, engine, started, .. } = self.requests[request];
+        let sample = Sample {
+            measure: Measure::Whole,
+            took: Duration::from_secs_f64(self.now - started),
+            prompt_tokens: PROMPT_TOKENS,
+            output_tokens: 0,
+        };
+        let gateway = &mut self.gateways[number];
+        gateway.local[engine] -= 1;
+        gateway.balancer.speeds.add_failure(engine as u64 + 1, &sample, now);
+        if self.scenario.ejection {
+            gateway.ejector.failed(&engine, SPEEDS.len(), now);
+        }
+        // The client is told and does not come back: what counts is what the engine drew.
+        self.out.waits_s.push(started - self.requests[request].arrived);
+        self.ask(number);
+    }
+
+    /// Every gateway hears what the others have.
+    fn report(&mut self) {
+        let all: Vec<u32> =
+            (0..SPEEDS.len()).map(|e| self.gateways.iter().map(|g| g.local[e]).sum()).collect();
+        for gateway in &mut self.gateways {
+            gateway.elsewhere = all.iter().zip(&gateway.local).map(|(all, own)| all - own).collect();
+        }
+        self.at(self.now + self.scenario.report_s, Event::Report);
+    }
+
+    /// The head of a gateway's queue asks for a slot, and those behind it as long as there are any.
+    fn ask(&mut self, gateway: usize) {
+        while let Some(&head) = self.gateways[gateway].waiting.front() {
+            if !self.place(head) {
+                self.ask_later(gateway);
+                return;
+            }
+            self.gateways[gateway].waiting.pop_front();
+        }
+    }
+
+    fn ask_later(&mut self, gateway: usize) {
+        if !std::mem::replace(&mut self.gateways[gateway].asks, true) {
+            self.at(self.now + ASK_AGAIN_S, Event::Ask(gateway));
+        }
+    }
+}
