@@ -31,6 +31,7 @@ pub mod upstream;
 
 mod run;
 mod tries;
+mod weights;
 
 pub use run::{Running, StartError, start};
 

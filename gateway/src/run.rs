@@ -22,6 +22,7 @@ use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
+use crate::weights::Weights;
 use crate::{report, server};
 
 /// Why a gateway could not start.
@@ -115,6 +116,7 @@ pub async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let live = Arc::new(Live::default());
+    registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();
         Arc::new(move || live.live_gateways())
