@@ -5,6 +5,8 @@
 //! another role ([`roles`]), real `redis-server`s, and nginx and haproxy where they are installed.
 
 mod accuracy;
+mod balance;
+mod failover;
 mod fleet;
 mod guide_table;
 mod limiter;
@@ -49,6 +51,10 @@ enum Bench {
     Limiter(limiter::LimiterArgs),
     /// Whether limits hold to the request over four gateways while things break
     Accuracy(accuracy::AccuracyArgs),
+    /// Which balancing policy keeps requests from waiting, simulated with the gateway's own code
+    Balance(balance::BalanceArgs),
+    /// How long until a broken backend is left alone, and what clients notice
+    Failover(failover::FailoverArgs),
     /// A part of a bench, started by the bench itself
     #[command(hide = true)]
     Role {
@@ -82,6 +88,8 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Limiter(args) => limiter::run(&args).await,
             Bench::Accuracy(args) => accuracy::run(&args).await,
             Bench::GuideTable(args) => guide_table::run(&args).await,
+            Bench::Balance(args) => Ok(balance::run(&args, machine::describe())),
+            Bench::Failover(args) => failover::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }
     };

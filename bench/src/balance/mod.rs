@@ -11,7 +11,6 @@ mod backend;
 mod sim;
 
 use clap::Args;
-use serde_json::json;
 use weir_gateway::balance::Policy;
 
 use self::backend::SLOTS;
@@ -95,8 +94,7 @@ pub(crate) fn run(args: &BalanceArgs, machine: serde_json::Value) -> Report {
     ] {
         let prefixes = if policy == affinity { PREFIXES } else { 0 };
         let scheme = weir(policy);
-        let failing =
-            Scenario { scheme, load: FAILING_LOAD, failing: true, ejection, prefixes, ..base };
+        let failing = Scenario { scheme, load: FAILING_LOAD, failing: true, ejection, prefixes, ..base };
         rows.push(row(name, &failing, args));
     }
     let notes = vec![
@@ -111,9 +109,8 @@ pub(crate) fn run(args: &BalanceArgs, machine: serde_json::Value) -> Report {
 }
 
 fn row(name: &str, scenario: &Scenario, args: &BalanceArgs) -> Row {
-    let mut outcomes: Vec<Outcome> = (1..=u64::from(args.seeds))
-        .map(|seed| sim::run(&Scenario { seed, ..*scenario }))
-        .collect();
+    let mut outcomes: Vec<Outcome> =
+        (1..=u64::from(args.seeds)).map(|seed| sim::run(&Scenario { seed, ..*scenario })).collect();
     let mut over = |of: fn(&mut Outcome) -> Option<f64>| {
         let figures: Option<Vec<f64>> = outcomes.iter_mut().map(of).collect();
         figures.and_then(crate::stats::median)

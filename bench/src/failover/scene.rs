@@ -1,0 +1,233 @@
+//! One cluster for one trial: a control plane, gateways, three backends of which one will fail.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rustix::process::Signal;
+use tokio::time::Instant;
+use weir_proto::v1::{self, resource::Spec};
+
+use super::relay::Relay;
+use crate::fleet::ControlPlane;
+use crate::load::Connection;
+use crate::resources::{Resources, backend};
+use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs, fetch};
+
+pub(super) const MODEL: &str = "gpt-4.1";
+/// Tokens of an answer, and how fast they come: 100 ms.
+pub(super) const TOKENS: u64 = 10;
+const TOKENS_PER_S: f64 = 100.0;
+/// The backend that fails.
+const VICTIM: &str = "b0";
+/// So much slower is a slow backend.
+const SLOW_FACTOR: f64 = 10.0;
+/// Every gateway must have heard from the control plane within this.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What goes wrong with one backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// Its process is killed: connections break, new ones are refused.
+    Kill,
+    /// Its process is stopped: it accepts and says nothing.
+    Hang,
+    /// Nothing gets through to it or back.
+    BlackHole,
+    /// It takes ten times as long.
+    Slow,
+    /// It answers 500 at once; its health page looks good.
+    FastFail,
+}
+
+impl Fault {
+    pub(super) const ALL: [Self; 5] = [Self::Kill, Self::Hang, Self::BlackHole, Self::Slow, Self::FastFail];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "kill",
+            Self::Hang => "hang",
+            Self::BlackHole => "black_hole",
+            Self::Slow => "slow",
+            Self::FastFail => "fast_fail",
+        }
+    }
+}
+
+/// The cluster.
+#[derive(Debug)]
+pub(super) struct Scene {
+    pub(super) gateways: Vec<Gateway>,
+    control_plane: ControlPlane,
+    mocks: Vec<Mock>,
+    relay: Relay,
+}
+
+/// How one gateway sees the backend that fails.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sight {
+    /// It keeps away on its own evidence.
+    pub(super) ejected: bool,
+    /// It was told that the backend is unhealthy.
+    pub(super) unhealthy: bool,
+    /// Good answers it had from there.
+    pub(super) answers: u64,
+    /// Attempts at any backend.
+    pub(super) attempts: u64,
+}
+
+fn mock_args(port: u16) -> MockArgs {
+    MockArgs {
+        model: MODEL.into(),
+        port,
+        slots: 1000,
+        decode_tokens_per_s: TOKENS_PER_S,
+        ..MockArgs::default()
+    }
+}
+
+impl Scene {
+    /// Starts everything and waits until every gateway is connected and has heard a verdict on every backend.
+    pub(super) async fn start(gateways: u16, directory: &Path) -> anyhow::Result<Self> {
+        let mut mocks = Vec::new();
+        for i in 0..3 {
+            mocks.push(Mock::start(&format!("b{i}"), &mock_args(0), directory).await?);
+        }
+        let relay = Relay::start(mocks[0].address).await?;
+        let mut resources = Resources::basic();
+        resources.put(MODEL, Spec::Pool(v1::PoolSpec::default()));
+        for (i, mock) in mocks.iter().enumerate() {
+            let address = if i == 0 { relay.address } else { mock.address };
+            resources.put(&format!("b{i}"), Spec::Backend(backend(MODEL, MODEL, address, 1000)));
+        }
+        resources.put(MODEL, Spec::Model(v1::ModelSpec { pool: MODEL.into(), ..Default::default() }));
+        let control_plane = ControlPlane::start(&resources).await?;
+        let mut started = Vec::new();
+        for i in 0..gateways {
+            let args = GatewayArgs {
+                id: format!("g{i}"),
+                control_plane: Some(control_plane.access()),
+                ..GatewayArgs::default()
+            };
+            started.push(Gateway::start(&args, &resources, directory).await?);
+        }
+        let scene = Self { gateways: started, control_plane, mocks, relay };
+        let settled = async {
+            while !scene.is_settled().await? {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(SETTLE_TIMEOUT, settled)
+            .await
+            .with_context(|| format!("not every backend was found healthy within {SETTLE_TIMEOUT:?}"))??;
+        Ok(scene)
+    }
+
+    async fn is_settled(&self) -> anyhow::Result<bool> {
+        for gateway in &self.gateways {
+            let page = fetch(gateway.ops, "/metrics").await?;
+            let healthy = page
+                .lines()
+                .filter(|line| line.starts_with("weir_backend_state") && line.contains("state=\"healthy\""));
+            if healthy.count() < self.mocks.len() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Breaks the backend, now.
+    pub(super) async fn inject(&mut self, fault: Fault) -> anyhow::Result<Instant> {
+        match fault {
+            Fault::Kill => self.mocks[0].process.kill().await?,
+            Fault::Hang => self.mocks[0].process.signal(Signal::STOP)?,
+            Fault::BlackHole => self.relay.set_dark(true),
+            Fault::Slow => self.set_faults(&format!(r#"{{"slow_factor":{SLOW_FACTOR}}}"#)).await?,
+            Fault::FastFail => self.set_faults(r#"{"error_status":{"status":500}}"#).await?,
+        }
+        Ok(Instant::now())
+    }
+
+    /// Mends it.
+    pub(super) async fn heal(&mut self, fault: Fault, directory: &Path) -> anyhow::Result<()> {
+        match fault {
+            Fault::Kill => {
+                let port = self.mocks[0].address.port();
+                self.mocks[0] = Mock::start("b0-again", &mock_args(port), directory).await?;
+            }
+            Fault::Hang => self.mocks[0].process.signal(Signal::CONT)?,
+            Fault::BlackHole => self.relay.set_dark(false),
+            Fault::Slow | Fault::FastFail => self.set_faults("{}").await?,
+        }
+        Ok(())
+    }
+
+    async fn set_faults(&self, json: &str) -> anyhow::Result<()> {
+        let request = format!(
+            "POST /admin/faults HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n{json}",
+            json.len()
+        );
+        let mut connection = Connection::open(self.mocks[0].address).await?;
+        let (answer, body) = connection.call_for_body(request.as_bytes()).await?;
+        anyhow::ensure!(answer.status < 300, "faults of a mock: {} {body}", answer.status);
+        Ok(())
+    }
+
+    /// How each gateway sees the backend now.
+    pub(super) async fn sights(&self) -> anyhow::Result<Vec<Sight>> {
+        let mut sights = Vec::new();
+        for gateway in &self.gateways {
+            sights.push(sight(&fetch(gateway.ops, "/metrics").await?));
+        }
+        Ok(sights)
+    }
+
+    /// Ends it.
+    pub(super) async fn end(self) -> anyhow::Result<()> {
+        let Self { gateways, control_plane, mocks, .. } = self;
+        // A stopped process takes no signal but this.
+        drop((gateways, mocks));
+        control_plane.end().await
+    }
+}
+
+/// Reads a page of metrics.
+fn sight(page: &str) -> Sight {
+    let mut sight = Sight::default();
+    for line in page.lines() {
+        let Some((name, value)) = line.rsplit_once(' ') else { continue };
+        let value: f64 = value.parse().unwrap_or(0.0);
+        let of_victim = name.contains(&format!("backend=\"{VICTIM}\""));
+        if name.starts_with("weir_backend_attempts_total") {
+            sight.attempts += value as u64;
+            if of_victim && name.contains("outcome=\"ok\"") {
+                sight.answers = value as u64;
+            }
+        } else if of_victim && name.starts_with("weir_backend_ejected") {
+            sight.ejected = value > 0.0;
+        } else if of_victim && name.starts_with("weir_backend_state") && value > 0.0 {
+            sight.unhealthy = name.contains("state=\"unhealthy\"");
+        }
+    }
+    sight
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_of_metrics_says_how_a_gateway_sees_the_backend() {
+        let page = "# TYPE weir_backend_ejected gauge\n\
+            weir_backend_ejected{backend=\"b0\"} 1.0\n\
+            weir_backend_ejected{backend=\"b1\"} 0.0\n\
+            weir_backend_state{backend=\"b0\",state=\"unhealthy\"} 1.0\n\
+            weir_backend_attempts_total{backend=\"b0\",outcome=\"ok\"} 3\n\
+            weir_backend_attempts_total{backend=\"b1\",outcome=\"timeout\"} 4\n";
+        let sight = sight(page);
+        assert!(sight.ejected && sight.unhealthy);
+        assert_eq!((sight.answers, sight.attempts), (3, 7));
+    }
+}
