@@ -129,8 +129,9 @@ mod tests {
         assert!((engine.next_end().unwrap() - 17.0 / 32.0).abs() < 1e-9);
         engine.start(8, 1.0, 0.0);
         assert!((engine.next_end().unwrap() - 18.0 / 32.0).abs() < 1e-9);
-        assert_eq!(engine.finish(18.0 / 32.0), Some(7));
-        assert_eq!((engine.busy(), engine.finish(18.0 / 32.0)), (1, Some(8)));
+        let mut ended = [(); 2].map(|()| engine.finish(18.0 / 32.0).unwrap());
+        ended.sort_unstable();
+        assert_eq!((ended, engine.busy()), ([7, 8], 0));
         assert_eq!(engine.next_end(), None);
     }
 
