@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use weir_proto::resource::Name;
 use weir_proto::{manifest, v1};
 
 /// Manages a Weir cluster: resources, keys, gateways.
@@ -104,6 +105,9 @@ pub enum Command {
     /// Make, revoke, rotate and list API keys
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Show how limits stand
+    #[command(subcommand)]
+    Limits(LimitsCommand),
     /// Show the gateways and the revision each holds
     Gateways,
     /// Show the health and load of the backends
@@ -229,6 +233,29 @@ pub enum KeyCommand {
     List,
 }
 
+/// What to show of limits.
+#[derive(Debug, Clone, Subcommand)]
+pub enum LimitsCommand {
+    /// Show every limit between a key and a model: what it has left and whether it would refuse a request now
+    Explain {
+        /// Name of the API key's resource; its secret is not needed
+        #[arg(long, value_parser = name, value_name = "NAME")]
+        key: Name,
+        /// Name of the model's resource
+        #[arg(long, value_parser = name, value_name = "NAME")]
+        model: Name,
+        /// A gateway's operations port
+        #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
+        gateway: http::Uri,
+        /// Prompt tokens of the request that is imagined
+        #[arg(long, value_name = "N")]
+        input_tokens: Option<u64>,
+        /// Tokens of its answer; without either what answers of this model to this tenant usually have
+        #[arg(long, value_name = "N")]
+        output_tokens: Option<u64>,
+    },
+}
+
 /// The form of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OutputFormat {
@@ -288,6 +315,10 @@ impl FromStr for Server {
             _ => Err("must be an address such as http://127.0.0.1:7070".to_owned()),
         }
     }
+}
+
+fn name(text: &str) -> Result<Name, String> {
+    Name::parse(text).map_err(str::to_owned)
 }
 
 fn health_url(text: &str) -> Result<http::Uri, String> {

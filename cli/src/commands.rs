@@ -8,6 +8,7 @@ mod get;
 mod health;
 mod import;
 mod key;
+mod limits;
 mod wait;
 
 use clap::CommandFactory;
@@ -48,6 +49,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Import(ImportCommand::Litellm { file }) => import::litellm(io, file)?,
         Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
+        Command::Limits(command) => limits::limits(cli, io, command).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,
         Command::Backends => backend::status(cli, io).await?,
     }

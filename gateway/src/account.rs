@@ -9,13 +9,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use smallvec::SmallVec;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{AnyLimiter, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble};
+use weir_ratelimit::{
+    AnyLimiter, Candidate, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble,
+};
 
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
@@ -27,6 +30,8 @@ const QUEUE: usize = 65_536;
 const CONCURRENT: usize = 256;
 /// Tries of one settlement; it is idempotent, so an unknown outcome is simply tried again.
 const TRIES: u32 = 6;
+/// Lost leases taken again at once.
+const RETAKES: usize = 64;
 
 /// At the end of the process: for what was decided while the limit store was away.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
@@ -152,16 +157,43 @@ async fn renew(ledger: Arc<Ledger>) {
     match ledger.limiter.renew(&renewals, LEASE_TTL).await {
         Ok(lost) => {
             // A request that ended meanwhile has released its own; only those still open have lost one.
-            let lost = {
+            let lost: Vec<(Uuid, SmallVec<[Key; 4]>)> = {
                 let open = ledger.leases();
-                lost.iter().filter(|id| open.contains_key(id)).count()
+                lost.iter().filter_map(|id| Some((*id, open.get(id)?.clone()))).collect()
             };
-            if lost > 0 {
-                ledger.metrics.leases_lost.inc_by(lost as u64);
-                tracing::warn!(lost, "leases ran out before they were renewed; their requests go on");
+            if !lost.is_empty() {
+                ledger.metrics.leases_lost.inc_by(lost.len() as u64);
+                let lost_now = lost.len();
+                tracing::warn!(
+                    lost = lost_now,
+                    "leases ran out before they were renewed; their requests go on"
+                );
+                let taking = lost.into_iter().map(|(id, leases)| retake(&ledger, id, leases));
+                futures_util::stream::iter(taking).for_each_concurrent(RETAKES, |taken| taken).await;
             }
         }
         Err(error) => tracing::warn!(%error, held = renewals.len(), "leases were not renewed"),
+    }
+}
+
+/// A request goes on although its leases ran out, or somebody freed them: it is counted again, also above the maximum,
+/// so that nobody is let in beside it. The next ones wait until the count has come down.
+async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
+    for key in &leases {
+        let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX }];
+        match ledger.limiter.move_slot(id, None, &place, LEASE_TTL).await {
+            Ok(_) => ledger.metrics.leases_retaken.inc(),
+            // The next renewal finds it lost again.
+            Err(error) => {
+                tracing::debug!(%error, reservation = %id, "a lease was not taken again");
+                return;
+            }
+        };
+    }
+    // It may have ended meanwhile, before its leases were taken again.
+    let ended = !ledger.leases().contains_key(&id);
+    if ended && let Err(error) = ledger.limiter.release(id, &leases).await {
+        tracing::debug!(%error, reservation = %id, "a lease of an ended request runs out by itself");
     }
 }
 

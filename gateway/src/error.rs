@@ -171,6 +171,12 @@ impl GatewayError {
                 "Compressed request bodies are not supported; send the body without Content-Encoding.",
             ),
             Self::Limited(refusal) => match refusal.wait {
+                // OpenAI's own code for money that is spent.
+                Some(wait) if refusal.what == "spend" => ErrorFacts {
+                    kind: "insufficient_quota",
+                    retry_after: Some(wait),
+                    ..client(429, "insufficient_quota", "budget_spent", refusal.message())
+                },
                 Some(wait) => ErrorFacts {
                     kind: if refusal.what == "requests" { "requests" } else { "tokens" },
                     retry_after: Some(wait),

@@ -9,10 +9,12 @@
 pub mod account;
 pub mod balance;
 pub mod body;
+pub mod budget;
 pub mod config;
 pub mod context;
 pub mod error;
 pub mod estimate;
+pub mod explain;
 pub mod headers;
 pub mod intake;
 pub mod live;

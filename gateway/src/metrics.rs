@@ -96,6 +96,8 @@ pub struct Metrics {
     pub settlement_steps: Counter,
     /// Leases that ran out under a live request.
     pub leases_lost: Counter,
+    /// Leases that were taken again under a live request.
+    pub leases_retaken: Counter,
     /// Open client connections.
     pub connections: Gauge,
     /// Client connections refused for lack of room.
@@ -139,6 +141,7 @@ impl Metrics {
             settlements_lost: Counter::default(),
             settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
+            leases_retaken: Counter::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
             body_bytes: Gauge::default(),
@@ -159,6 +162,7 @@ impl Metrics {
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("leases_retaken", "Leases taken again under a live request", m.leases_retaken.clone());
         r.register(
             "settlement_steps",
             "Charges of streams beyond their reservation",

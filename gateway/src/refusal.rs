@@ -1,21 +1,21 @@
 //! Limits as clients see them: the refusal that explains itself, and the headers on every answer.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
-use weir_ratelimit::{Cost, Decision, Kind, LimitState, Outcome, Verdict, What};
+use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
 use crate::headers::{self, LimitKind, ShownLimits};
 use crate::snapshot::ScopeEntry;
 
 /// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
-/// holds less.
-pub fn never_fits(entries: &[&ScopeEntry], least: &Cost) -> Option<GatewayError> {
+/// holds less. A bucket of nothing fits nothing, whatever was guessed.
+pub fn never_fits(entries: &[&ScopeEntry], reserved: &Cost, least: &Cost) -> Option<GatewayError> {
     let enforced = entries.iter().filter(|e| e.limits.mode == weir_ratelimit::Mode::Enforce);
     let (entry, kind, capacity) = enforced.flat_map(|e| buckets(e)).find(|(_, kind, capacity)| {
-        // A request with any tokens does not fit a bucket of none, whatever was guessed.
-        *kind != Kind::Requests && least.get(*kind).max(u64::from(*capacity == 0)) > *capacity
+        let needs = if *capacity == 0 { reserved.get(*kind) } else { least.get(*kind) };
+        *kind != Kind::Requests && needs > *capacity
     })?;
     Some(GatewayError::Limited(Refusal {
         scope_kind: entry.kind,
@@ -35,33 +35,46 @@ fn buckets(entry: &ScopeEntry) -> impl Iterator<Item = (&ScopeEntry, Kind, u64)>
     })
 }
 
-/// The 429 for a decision that refused: it names the limit that keeps the caller waiting longest.
-pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost) -> GatewayError {
-    let wait = match decision.outcome {
+/// The refusal for a decision that refused: it names the limit that keeps the caller waiting longest.
+pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: SystemTime) -> GatewayError {
+    let refusing = decision.limits.iter().filter_map(|l| {
+        let entry = entries.get(l.scope).filter(|e| e.limits.mode == weir_ratelimit::Mode::Enforce)?;
+        let needs = match l.what {
+            What::Bucket(kind) => cost.get(kind),
+            What::Concurrency => 1,
+        };
+        let wait = match l.verdict {
+            Verdict::Fits => return None,
+            Verdict::Wait(wait) => Some(wait),
+            // A budget does not drain, it begins anew.
+            Verdict::Never => entry.renews.and_then(|at| at.duration_since(now).ok()).filter(|_| l.limit > 0),
+        };
+        Some((l, *entry, needs, wait))
+    });
+    let worst = refusing.max_by_key(|(.., wait)| wait.unwrap_or(Duration::MAX));
+    let outcome = match decision.outcome {
         Outcome::Limited { wait } => wait,
         _ => Some(Duration::ZERO),
     };
-    let longest = |l: &&LimitState| match l.verdict {
-        Verdict::Fits => (0, Duration::ZERO),
-        Verdict::Wait(wait) => (1, wait),
-        Verdict::Never => (2, Duration::MAX),
+    let Some((limit, entry, needs, wait)) = worst else {
+        let scope = String::new();
+        return GatewayError::Limited(Refusal {
+            scope_kind: "global",
+            scope,
+            what: "requests",
+            limit: 0,
+            remaining: 0,
+            needs: 1,
+            wait: outcome,
+        });
     };
-    let enforced = decision.limits.iter().filter(|l| {
-        l.verdict != Verdict::Fits
-            && entries.get(l.scope).is_some_and(|e| e.limits.mode == weir_ratelimit::Mode::Enforce)
-    });
-    let worst = enforced.max_by_key(longest);
-    let entry = worst.and_then(|l| entries.get(l.scope));
     GatewayError::Limited(Refusal {
-        scope_kind: entry.map_or("global", |e| e.kind),
-        scope: entry.map_or_else(String::new, |e| e.name.clone()),
-        what: worst.map_or("requests", |l| kind_name(l.what)),
-        limit: worst.map_or(0, |l| l.limit),
-        remaining: worst.map_or(0, |l| l.remaining),
-        needs: worst.map_or(1, |l| match l.what {
-            What::Bucket(kind) => cost.get(kind),
-            What::Concurrency => 1,
-        }),
+        scope_kind: entry.kind,
+        scope: entry.name.clone(),
+        what: kind_name(limit.what),
+        limit: limit.limit,
+        remaining: limit.remaining,
+        needs,
         wait,
     })
 }

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
 use crate::weights::Weights;
-use crate::{report, server};
+use crate::{explain, report, server};
 
 /// Why a gateway could not start.
 #[derive(Debug, thiserror::Error)]
@@ -134,8 +134,16 @@ pub async fn start(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(report::run(live.clone(), identity, control_plane, drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
-    tasks.spawn(watch(live.clone(), ledger, readiness.clone(), metrics, shutdown.clone(), drained.clone()));
-    let ops = weir_runtime::serve_ops(ops, readiness, Arc::new(registry), drained.clone());
+    tasks.spawn(watch(
+        live.clone(),
+        ledger.clone(),
+        readiness.clone(),
+        metrics,
+        shutdown.clone(),
+        drained.clone(),
+    ));
+    let pages = explain::page(live.clone(), ledger);
+    let ops = weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone());
     tasks.spawn(async move {
         if let Err(error) = ops.await {
             tracing::error!(%error, "the operations port ended");

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use http::HeaderValue;
 use weir_discovery::Refused;
 use weir_proto::resource::{
-    AdminState, Backend, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
+    AdminState, Backend, Budget, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
 };
 use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
 
@@ -29,6 +29,10 @@ pub struct ScopeEntry {
     pub name: String,
     /// How long a request may wait for it.
     pub max_wait: Duration,
+    /// Its money per period; [`crate::budget::scope`] makes a scope of it.
+    pub budget: Option<Budget>,
+    /// When it begins anew, for what does not drain.
+    pub renews: Option<SystemTime>,
 }
 
 /// A tenant.
@@ -176,6 +180,23 @@ impl Snapshot {
         compiler.limits(resources);
         compiler.keys(resources);
         (compiler.next, compiler.refused)
+    }
+}
+
+impl Snapshot {
+    /// Every scope that a request with this key for this model is under.
+    pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
+        let tenant_model = (key.tenant.name.clone(), model.clone());
+        [
+            key.scope.as_ref(),
+            key.tenant.scope.as_ref(),
+            self.tenant_models.get(&tenant_model),
+            self.models_by_name.get(model).and_then(|m| m.scope.as_ref()),
+            self.global.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
     }
 }
 
@@ -348,14 +369,25 @@ impl Compiler {
 }
 
 fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates) -> ScopeEntry {
-    ScopeEntry { limits: scope_limits(scope, rates), kind, name, max_wait: max_wait(scope, rates) }
+    ScopeEntry {
+        limits: scope_limits(scope, rates),
+        kind,
+        name,
+        max_wait: max_wait(scope, rates),
+        budget: rates.budget,
+        renews: None,
+    }
 }
 
 /// Two limits over one scope share its record, so they become one.
 fn tightest(a: Option<ScopeEntry>, b: ScopeEntry) -> ScopeEntry {
     let Some(a) = a else { return b };
     let limits = weir_ratelimit::rates::tightest(&a.limits, b.limits);
-    ScopeEntry { limits, max_wait: a.max_wait.min(b.max_wait), ..b }
+    let budget = match (a.budget, b.budget) {
+        (Some(x), Some(y)) if x.micro_dollars < y.micro_dollars => Some(x),
+        (x, y) => y.or(x),
+    };
+    ScopeEntry { limits, budget, max_wait: a.max_wait.min(b.max_wait), ..b }
 }
 
 /// How long a lease lives without renewal (design: 15 s, renewed every 5 s).

@@ -12,6 +12,15 @@ use crate::{Bucket, Kind};
 
 /// Micro-units per unit.
 pub const MICRO: f64 = 1e6;
+/// What one unit of a kind is in the arithmetic: a million, so that slow rates drain in small steps. Money comes in
+/// millionths already, and would not fit otherwise: budgets may be larger than 2^53 / 1e6 micro-dollars.
+pub const fn unit(kind: Kind) -> f64 {
+    match kind {
+        Kind::Spend => 1.0,
+        Kind::Requests | Kind::Tokens | Kind::InputTokens | Kind::OutputTokens => MICRO,
+    }
+}
+
 /// No level is ever above this, debt included.
 pub const LEVEL_MAX: f64 = Bucket::MAX_UNITS as f64 * MICRO;
 /// Stands for "never" where a duration is wanted: 285 years, which can still be added to a clock.
@@ -28,8 +37,10 @@ pub struct Terms {
     pub cap: f64,
     /// Numerator of the reduced drain rate; zero never drains.
     pub num: f64,
-    /// Denominator of the reduced drain rate.
+    /// Denominator of the reduced drain rate; of a bucket that never drains its period, microseconds.
     pub den: f64,
+    /// One unit, see [`unit`].
+    pub unit: f64,
 }
 
 /// What is stored per kind: how much was used and had not drained at a moment, in microseconds.
@@ -56,16 +67,24 @@ pub enum Fit {
 }
 
 impl Terms {
-    /// The terms of a bucket.
-    pub fn of(bucket: &Bucket) -> Self {
-        let num = u128::from(bucket.rate) * 1_000_000;
+    /// The terms of a bucket that counts that kind.
+    pub fn of(kind: Kind, bucket: &Bucket) -> Self {
+        let unit = unit(kind);
+        let num = u128::from(bucket.rate) * unit as u128;
         let den = bucket.period.as_micros().max(1);
-        let divisor = gcd(num, den);
+        let divisor = if num == 0 { 1 } else { gcd(num, den) };
         Terms {
-            cap: bucket.capacity as f64 * MICRO,
+            cap: bucket.capacity as f64 * unit,
             num: (num / divisor) as f64,
             den: (den / divisor) as f64,
+            unit,
         }
+    }
+
+    /// How long a record with this meter is kept from `now`, microseconds: until it is empty; a meter that never will
+    /// be, for its period.
+    pub fn kept(&self, meter: &Meter, now: f64) -> f64 {
+        meter.reset(self, now).unwrap_or(self.den)
     }
 
     /// The most a debit may raise the level to: one capacity of debt.
@@ -149,7 +168,7 @@ impl Meter {
 
     /// Whole units left at `now`, rounded down.
     pub fn remaining(&self, terms: &Terms, now: f64) -> u64 {
-        ((terms.cap - self.level_at(terms, now)).max(0.0) / MICRO).floor() as u64
+        ((terms.cap - self.level_at(terms, now)).max(0.0) / terms.unit).floor() as u64
     }
 
     /// Microseconds until the meter is empty; `None` when it never will be.
@@ -167,12 +186,21 @@ impl Meter {
 /// different amounts, which the reservation records.
 pub fn reserve(kind: Kind, units: u64, estimated: bool, bucket: &Bucket) -> f64 {
     let units = if estimated && kind != Kind::Requests { units.min(bucket.capacity) } else { units };
-    micro(units)
+    amount(kind, units)
 }
 
-/// Units as micro-units. Amounts beyond the largest capacity count as just beyond it, which keeps them exact.
-pub fn micro(units: u64) -> f64 {
-    units.min(Bucket::MAX_UNITS + 1) as f64 * MICRO
+/// Units of a kind in the arithmetic. Amounts beyond the largest capacity count as just beyond it, which keeps them
+/// exact.
+pub fn amount(kind: Kind, units: u64) -> f64 {
+    units.min(capacity_max(kind) + 1) as f64 * unit(kind)
+}
+
+/// The largest capacity and rate of a kind, units.
+pub const fn capacity_max(kind: Kind) -> u64 {
+    match kind {
+        Kind::Spend => LEVEL_MAX as u64,
+        Kind::Requests | Kind::Tokens | Kind::InputTokens | Kind::OutputTokens => Bucket::MAX_UNITS,
+    }
 }
 
 fn gcd(mut a: u128, mut b: u128) -> u128 {
@@ -193,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_slow_meter_drains_beside_a_busy_one() {
-        let terms = Terms::of(&bucket(10, 1, 86_400_000_000));
+        let terms = Terms::of(Kind::Tokens, &bucket(10, 1, 86_400_000_000));
         let mut meter = Meter::default().apply(&terms, 1e6, 0.0);
         for step in 0..1000 {
             meter = meter.apply(&terms, 0.0, f64::from(step) * 10_000.0);
@@ -203,7 +231,7 @@ mod tests {
 
     #[test]
     fn rate_zero_never_drains() {
-        let terms = Terms::of(&bucket(1, 0, 60_000_000));
+        let terms = Terms::of(Kind::Tokens, &bucket(1, 0, 60_000_000));
         let full = Meter::default().apply(&terms, 1e6, 5.0);
         assert_eq!(full.level_at(&terms, 1e15), 1e6);
         assert_eq!(full.judge(&terms, 1e6, 1e15), Fit::Never);
@@ -211,8 +239,18 @@ mod tests {
     }
 
     #[test]
+    fn money_is_exact_far_beyond_what_tokens_can_count() {
+        let terms = Terms::of(Kind::Spend, &bucket(1_000_000_000_000_000, 0, 86_400_000_000));
+        let spent = Meter::default().apply(&terms, amount(Kind::Spend, 999_999_999_999_999), 5.0);
+        assert_eq!(spent.remaining(&terms, 6.0), 1);
+        assert_eq!(spent.judge(&terms, 1.0, 6.0), Fit::Now);
+        assert_eq!(spent.judge(&terms, 2.0, 6.0), Fit::Never);
+        assert_eq!(terms.kept(&spent, 6.0), 86_400_000_000.0, "a budget is remembered for its period");
+    }
+
+    #[test]
     fn time_running_backwards_drains_nothing_and_is_waited_for() {
-        let terms = Terms::of(&bucket(1, 1, 1_000_000));
+        let terms = Terms::of(Kind::Tokens, &bucket(1, 1, 1_000_000));
         let full = Meter::default().apply(&terms, 1e6, 1_000.0);
         assert_eq!(full.level_at(&terms, 0.0), 1e6);
         assert_eq!(full.judge(&terms, 1e6, 0.0), Fit::After(1_001_000.0));
@@ -224,7 +262,7 @@ mod tests {
         fn never_drains_more_than_the_rate(
             rate in 0..=Bucket::MAX_UNITS, period in 1_000u64..=1 << 48, elapsed in 0u64..1 << 53
         ) {
-            let terms = Terms::of(&bucket(1, rate, period));
+            let terms = Terms::of(Kind::Tokens, &bucket(1, rate, period));
             let exact = u128::from(elapsed) * u128::from(rate) * 1_000_000 / u128::from(period);
             let got = terms.drained(elapsed as f64);
             // Past the largest level everything is empty, whatever the last bits say.
@@ -237,7 +275,7 @@ mod tests {
             capacity in 1..=Bucket::MAX_UNITS, rate in 1..=Bucket::MAX_UNITS, seconds in 1u64..=40_000_000,
             used in 0f64..=2.0, cost in 0f64..=1.0, now in 0u64..1 << 50
         ) {
-            let terms = Terms::of(&bucket(capacity, rate, seconds * 1_000_000));
+            let terms = Terms::of(Kind::Tokens, &bucket(capacity, rate, seconds * 1_000_000));
             let meter = Meter { level: (terms.ceiling() * used / 2.0).floor(), ts: 7.0 };
             let cost = (terms.cap * cost).floor();
             let now = now as f64;

@@ -32,7 +32,7 @@ pub(crate) fn lines(
     amount: impl Fn(Kind, &Bucket) -> f64,
 ) -> SmallVec<[Line; Kind::COUNT]> {
     let limited = Kind::ALL.into_iter().filter_map(|kind| scope.buckets[kind as usize].map(|b| (kind, b)));
-    limited.map(|(kind, b)| Line { kind, terms: Terms::of(&b), amount: amount(kind, &b) }).collect()
+    limited.map(|(kind, b)| Line { kind, terms: Terms::of(kind, &b), amount: amount(kind, &b) }).collect()
 }
 
 /// What an acquire reserves.
@@ -42,7 +42,7 @@ pub(crate) fn reserved(call: &Acquire) -> impl Fn(Kind, &Bucket) -> f64 {
 
 /// What a settlement charges in all.
 pub(crate) fn spent(actual: &Cost) -> impl Fn(Kind, &Bucket) -> f64 {
-    |kind, _| budget::micro(actual.get(kind))
+    |kind, _| budget::amount(kind, actual.get(kind))
 }
 
 /// Every limit of these scopes in the order of [`crate::Decision::limits`], not yet judged.
@@ -94,19 +94,21 @@ pub(crate) fn check_scopes(scopes: &[ScopeLimits]) -> Result<(), Error> {
         if scopes[..n].iter().any(|other| other.record == scope.record || other.leases == scope.leases) {
             return Err(Error::Invalid("two scopes share a record"));
         }
-        scope.buckets.iter().flatten().try_for_each(check_bucket)?;
+        for (kind, bucket) in Kind::ALL.iter().zip(&scope.buckets) {
+            bucket.as_ref().map_or(Ok(()), |bucket| check_bucket(*kind, bucket))?;
+        }
     }
     Ok(())
 }
 
 /// What must fit, micro-units.
 pub(crate) fn needed(charge: &Charge) -> f64 {
-    budget::micro(charge.needed)
+    budget::amount(charge.kind, charge.needed)
 }
 
 /// What is debited, or when negative given back, micro-units.
 pub(crate) fn added(charge: &Charge) -> f64 {
-    let amount = budget::micro(charge.added.unsigned_abs());
+    let amount = budget::amount(charge.kind, charge.added.unsigned_abs());
     if charge.added < 0 { -amount } else { amount }
 }
 
@@ -114,11 +116,11 @@ pub(crate) fn check_charges(charges: &[Charge]) -> Result<(), Error> {
     if charges.is_empty() || charges.len() > MAX_CHARGES {
         return Err(Error::Invalid("no charges or too many"));
     }
-    charges.iter().try_for_each(|charge| check_bucket(&charge.bucket))
+    charges.iter().try_for_each(|charge| check_bucket(charge.kind, &charge.bucket))
 }
 
-fn check_bucket(bucket: &Bucket) -> Result<(), Error> {
-    if bucket.capacity > Bucket::MAX_UNITS || bucket.rate > Bucket::MAX_UNITS {
+fn check_bucket(kind: Kind, bucket: &Bucket) -> Result<(), Error> {
+    if bucket.capacity > budget::capacity_max(kind) || bucket.rate > Bucket::MAX_UNITS {
         return Err(Error::Invalid("capacity or rate out of range"));
     }
     if bucket.period < Duration::from_millis(1) || bucket.period > PERIOD_MAX {

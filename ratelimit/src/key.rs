@@ -91,6 +91,11 @@ impl Key {
         Scope::TenantModel { tenant, model }.key('s')
     }
 
+    /// The record (or lease set) of a scope's budget in the period of that label.
+    pub fn budget(of: &Key, period: &str) -> Key {
+        build(format_args!("{}:b:{}", of.0, name(period)))
+    }
+
     /// The lease set of a backend.
     pub fn backend_slots(backend: &str) -> Key {
         build(format_args!("weir:{{b:{}}}:c", name(backend)))

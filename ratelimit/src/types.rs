@@ -68,9 +68,9 @@ impl Cost {
 /// Capacity and drain rate of one bucket. Neither is stored: both come with every call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
-    /// The most that may be used at once, whole units. At most [`Bucket::MAX_UNITS`].
+    /// The most that may be used at once, whole units. At most [`Bucket::MAX_UNITS`]; of money 9e15 micro-dollars.
     pub capacity: u64,
-    /// Whole units drained per `period`. Zero never drains.
+    /// Whole units drained per `period`. Zero never drains; such a meter is forgotten `period` after it was written.
     pub rate: u64,
     /// The period of `rate`; a minute for requests and tokens per minute. At least one millisecond.
     pub period: Duration,

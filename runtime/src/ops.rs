@@ -45,11 +45,23 @@ pub async fn serve_ops(
     registry: Arc<Registry>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
+    serve_ops_with(listener, readiness, registry, Router::new(), shutdown).await
+}
+
+/// Serves the operations port, with pages of the process's own, until `shutdown`.
+pub async fn serve_ops_with(
+    listener: TcpListener,
+    readiness: Readiness,
+    registry: Arc<Registry>,
+    pages: Router,
+    shutdown: CancellationToken,
+) -> std::io::Result<()> {
     let app = Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .with_state(Ops { readiness, registry });
+        .with_state(Ops { readiness, registry })
+        .merge(pages);
     axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 

@@ -1,5 +1,6 @@
 //! The product from outside.
 
+mod budgets;
 mod envoy;
 mod errors;
 mod failover;

@@ -98,7 +98,7 @@ async fn settled_tokens_are_the_providers_count() {
 
 #[tokio::test]
 async fn a_stream_beyond_its_estimate_is_charged_while_it_runs() {
-    let mocks = one_mock(Config { decode_tokens_per_s: 2000.0, ..config() }).await;
+    let mocks = one_mock(Config { decode_tokens_per_s: 2000.0, output_tokens: 100_000, ..config() }).await;
     let mut resources = Resources::in_front_of(&mocks);
     let limits = v1::Rates {
         output_tokens_per_minute: Some(1000),

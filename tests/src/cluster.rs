@@ -14,6 +14,7 @@ use weir_discovery::{Disk, Held};
 use weir_gateway::Running;
 use weir_gateway::config::Config;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
+use weir_ratelimit::AnyLimiter;
 
 use crate::client::Client;
 
@@ -129,12 +130,25 @@ pub async fn gateway(resources: &Resources, redis: Option<String>) -> Gateway {
 
 /// The same, with settings of the test's own.
 pub async fn gateway_with(resources: &Resources, change: impl FnOnce(&mut Config)) -> Gateway {
+    start(resources, None, change).await
+}
+
+/// The same, over a limiter of the test's own.
+pub async fn gateway_over(resources: &Resources, limiter: AnyLimiter) -> Gateway {
+    start(resources, Some(limiter), |_| {}).await
+}
+
+async fn start(
+    resources: &Resources,
+    limiter: Option<AnyLimiter>,
+    change: impl FnOnce(&mut Config),
+) -> Gateway {
     let data = tempfile::tempdir().expect("a directory");
     resources.save(data.path());
     let shutdown = CancellationToken::new();
     let mut config = gateway_config(data.path());
     change(&mut config);
-    let running =
-        weir_gateway::start(config, None, shutdown.clone(), CancellationToken::new()).await.expect("starts");
+    let running = weir_gateway::start(config, limiter, shutdown.clone(), CancellationToken::new());
+    let running = running.await.expect("starts");
     Gateway { client: Client::new(running.address, KEY), running, shutdown, _data: data }
 }

@@ -15,21 +15,24 @@ use crate::output::Io;
 const ANSWER_MAX_BYTES: usize = 4 << 10;
 
 pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), Error> {
-    let silent = |reason: String| Error::Silent { url: url.to_string(), reason };
-    let asked = tokio::time::timeout(cli.timeout, ask(url)).await;
-    let (status, text) = asked
-        .map_err(|_| {
-            silent(format!("no answer within {}", weir_proto::manifest::format_duration(cli.timeout)))
-        })?
-        .map_err(|e| silent(e.to_string()))?;
+    let (status, body) = fetch(cli, url, ANSWER_MAX_BYTES).await?;
+    let text = String::from_utf8_lossy(&body);
+    let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
     if !(200..300).contains(&status) {
         return Err(Error::Unhealthy { url: url.to_string(), status, text });
     }
     io.result(|| format!("{text}\n"), || json!({"url": url.to_string(), "status": status, "text": text}))
 }
 
-/// The status, and the first line of the answer.
-async fn ask(url: &Uri) -> Result<(u16, String), Box<dyn std::error::Error + Send + Sync>> {
+/// One GET to an operations port: the status, and the answer up to a bound.
+pub(super) async fn fetch(cli: &Cli, url: &Uri, max_bytes: usize) -> Result<(u16, Bytes), Error> {
+    let silent = |reason: String| Error::Silent { url: url.to_string(), reason };
+    let asked = tokio::time::timeout(cli.timeout, ask(url, max_bytes)).await;
+    let late = || silent(format!("no answer within {}", weir_proto::manifest::format_duration(cli.timeout)));
+    asked.map_err(|_| late())?.map_err(|e| silent(e.to_string()))
+}
+
+async fn ask(url: &Uri, max_bytes: usize) -> Result<(u16, Bytes), Box<dyn std::error::Error + Send + Sync>> {
     let host = url.host().unwrap_or_default();
     let port = url.port_u16().unwrap_or(80);
     let socket = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
@@ -41,10 +44,9 @@ async fn ask(url: &Uri) -> Result<(u16, String), Box<dyn std::error::Error + Sen
         let response = sender.send_request(request).await?;
         let status = response.status().as_u16();
         // What is longer than the bound is no answer of ours; its status counts all the same.
-        let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES).collect().await;
+        let body = Limited::new(response.into_body(), max_bytes).collect().await;
         let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-        let text = String::from_utf8_lossy(&body);
-        Ok((status, text.lines().next().unwrap_or_default().escape_debug().to_string()))
+        Ok((status, body))
     };
     tokio::select! {
         // The connection has to be driven; when it ends first, the answer says why.

@@ -1,7 +1,7 @@
 //! Admission: what a request is under, what it reserves, and how long it may wait for it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
 use tokio::time::Instant;
@@ -16,7 +16,7 @@ use crate::error::GatewayError;
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::read::RouteKind;
 use crate::snapshot::{LEASE_TTL, ModelEntry, ScopeEntry};
-use crate::{refusal, send, tries};
+use crate::{budget, refusal, send, tries};
 
 /// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
 const CLIENT_TIMEOUTS: [&str; 2] = ["x-stainless-timeout", "x-stainless-read-timeout"];
@@ -31,10 +31,14 @@ impl Call<'_> {
         places: &[Place],
         slot: &mut Slot,
     ) -> Result<(Admission, Decision, usize), GatewayError> {
-        let entries = self.scopes(model);
+        let own = self.snapshot.scopes(self.key, &model.name);
+        let now = SystemTime::now();
+        let budgets: Vec<ScopeEntry> =
+            own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
+        let entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
         let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
         let (reserved, least) = self.estimate(model);
-        if let Some(never) = refusal::never_fits(&entries, &least) {
+        if let Some(never) = refusal::never_fits(&entries, &reserved, &least) {
             return Err(never);
         }
         let call = Acquire {
@@ -78,7 +82,7 @@ impl Call<'_> {
                 admission.granted(slot.map(|s| call.candidates[s].leases.clone()));
                 Ok((admission, decision, slot.unwrap_or(0)))
             }
-            Outcome::Limited { .. } => Err(refusal::limited(&decision, &entries, &reserved)),
+            Outcome::Limited { .. } => Err(refusal::limited(&decision, &entries, &reserved, now)),
             Outcome::NoSlot { .. } => Err(GatewayError::Busy { retry_after: None }),
         }
     }
@@ -177,22 +181,6 @@ impl Call<'_> {
             admission.refused();
         }
         Ok((decision, admission))
-    }
-
-    fn scopes(&self, model: &ModelEntry) -> Vec<&ScopeEntry> {
-        let tenant_model = (self.key.tenant.name.clone(), model.name.clone());
-        // The model's entry lives in the snapshot; `model` may be a clone of the handle.
-        let model = self.snapshot.models_by_name.get(&model.name);
-        [
-            self.key.scope.as_ref(),
-            self.key.tenant.scope.as_ref(),
-            self.snapshot.tenant_models.get(&tenant_model),
-            model.and_then(|m| m.scope.as_ref()),
-            self.snapshot.global.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::seen::Seen;
 use super::share;
-use crate::budget::{MICRO, Meter, Terms};
+use crate::budget::{Meter, Terms};
 use crate::memory::MemoryLimiter;
 use crate::{
     Acquire, Candidate, Cost, Decision, Error, Key, Kind, LimitState, Outcome, Renewal, ReservationId,
@@ -245,7 +245,7 @@ impl Local {
             let Some(base) = self.bases.get_mut(&record) else { continue };
             for kind in Kind::ALL {
                 let Some(bucket) = base.whole.buckets[kind as usize] else { continue };
-                let terms = Terms::of(&share::bucket(&bucket, gateways));
+                let terms = Terms::of(kind, &share::bucket(&bucket, gateways));
                 let level = base.known[kind as usize].level_at(&terms, now) + amounts[kind as usize];
                 base.known[kind as usize] = Meter { level, ts: now };
             }
@@ -272,14 +272,14 @@ impl Local {
             let mut cost = Cost::default();
             for kind in Kind::ALL {
                 let Some(bucket) = base.whole.buckets[kind as usize] else { continue };
-                let terms = Terms::of(&share::bucket(&bucket, gateways));
+                let terms = Terms::of(kind, &share::bucket(&bucket, gateways));
                 let known = base.known[kind as usize].level_at(&terms, now);
                 let level = meters[kind as usize].level_at(&terms, now);
                 let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
-                let owed = ((level - known - waits) / MICRO).ceil().max(0.0);
+                let owed = ((level - known - waits) / terms.unit).ceil().max(0.0);
                 cost.0[kind as usize] = owed as u64;
                 if owed > 0.0 {
-                    base.known[kind as usize] = Meter { level: known + owed * MICRO, ts: now };
+                    base.known[kind as usize] = Meter { level: known + owed * terms.unit, ts: now };
                 }
             }
             if cost == Cost::default() {

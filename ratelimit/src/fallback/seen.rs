@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use crate::budget::{MICRO, Meter, Terms};
+use crate::budget::{Meter, Terms};
 use crate::{FOREVER, Key, Kind, LimitState, ScopeLimits, What};
 
 /// Records remembered; past that the empty ones are forgotten, and new ones are not taken in.
@@ -29,8 +29,8 @@ impl Seen {
             let What::Bucket(kind) = limit.what else { continue };
             let Some(scope) = scopes.get(limit.scope) else { continue };
             let Some(bucket) = scope.buckets[kind as usize] else { continue };
-            let terms = Terms::of(&bucket);
-            let mut level = limit.limit.saturating_sub(limit.remaining) as f64 * MICRO;
+            let terms = Terms::of(kind, &bucket);
+            let mut level = limit.limit.saturating_sub(limit.remaining) as f64 * terms.unit;
             if limit.remaining == 0 && limit.reset < FOREVER {
                 // Debt shows only in the time it takes to drain.
                 level = level.max(terms.drained(limit.reset.as_micros() as f64).min(terms.ceiling()));

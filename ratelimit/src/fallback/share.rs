@@ -9,7 +9,8 @@ pub(super) fn bucket(whole: &Bucket, gateways: u32) -> Bucket {
     Bucket {
         capacity: (whole.capacity / u64::from(gateways)).max(least),
         rate: whole.rate,
-        period: whole.period * gateways,
+        // What never drains has no rate to share; its period only says how long it is remembered.
+        period: if whole.rate == 0 { whole.period } else { whole.period * gateways },
     }
 }
 
@@ -56,6 +57,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Kind;
     use crate::budget::Terms;
 
     proptest! {
@@ -66,7 +68,7 @@ mod tests {
         ) {
             let whole = Bucket { capacity, rate, period: Duration::from_secs(60) };
             let share = bucket(&whole, gateways);
-            let of = |b: &Bucket| Terms::of(b).cap + Terms::of(b).drained(us as f64);
+            let of = |b: &Bucket| Terms::of(Kind::Tokens, b).cap + Terms::of(Kind::Tokens, b).drained(us as f64);
             let together = of(&share) * f64::from(gateways);
             prop_assert!(together <= of(&whole) + f64::from(gateways) * 1e6);
             prop_assert_eq!(share.capacity == 0, capacity == 0);

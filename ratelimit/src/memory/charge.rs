@@ -18,7 +18,7 @@ impl State {
         let (mut refused, mut over, mut wait) = (false, false, Some(Duration::ZERO));
         let mut verdicts = Vec::with_capacity(charges.len());
         for c in charges {
-            let (terms, meters) = (Terms::of(&c.bucket), judged.entry(&c.record).or_default());
+            let (terms, meters) = (Terms::of(c.kind, &c.bucket), judged.entry(&c.record).or_default());
             let meter = &mut meters[c.kind as usize];
             let said = verdict(meter.judge(&terms, call::needed(c), at));
             verdicts.push(said);
@@ -37,7 +37,7 @@ impl State {
             if c.added == 0 || refused || (over && c.rule == ChargeRule::AllOrNothing) {
                 continue;
             }
-            let terms = Terms::of(&c.bucket);
+            let terms = Terms::of(c.kind, &c.bucket);
             let meter = &mut before.entry(&c.record).or_default()[c.kind as usize];
             *meter = meter.apply(&terms, call::added(c), at);
             written.entry(&c.record).or_default()[c.kind as usize] = Some(terms);
@@ -46,7 +46,7 @@ impl State {
             self.write_kinds(key, kinds, before.get(key).copied().unwrap_or_default(), now);
         }
         let limits = charges.iter().zip(verdicts).enumerate().map(|(index, (c, verdict))| {
-            let terms = Terms::of(&c.bucket);
+            let terms = Terms::of(c.kind, &c.bucket);
             let meter = before.get(&c.record).copied().unwrap_or_default()[c.kind as usize];
             LimitState {
                 scope: index,

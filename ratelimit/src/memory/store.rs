@@ -108,13 +108,13 @@ impl State {
     /// Kinds that are not limited are stored as zero.
     pub(super) fn write_record(&mut self, key: &Key, lines: &[Line], meters: Meters, now: u64) {
         let mut kept = Meters::default();
-        let mut life = Some(0.0f64);
+        let mut life = 0.0f64;
         for line in lines {
             let meter = meters[line.kind as usize];
             kept[line.kind as usize] = meter;
-            life = life.zip(meter.reset(&line.terms, now as f64)).map(|(a, b)| a.max(b));
+            life = life.max(line.terms.kept(&meter, now as f64));
         }
-        self.put_record(key, kept, life, now);
+        self.put_record(key, kept, Some(life), now);
     }
 
     /// Writes some kinds of a record and keeps the others. Their life is not known here: it is what the record had.

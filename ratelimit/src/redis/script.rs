@@ -83,7 +83,7 @@ impl Args {
 
     /// Rule, kind, capacity, needed, added, rate.
     pub(crate) fn charge(&mut self, charge: &Charge) -> &mut Self {
-        let terms = Terms::of(&charge.bucket);
+        let terms = Terms::of(charge.kind, &charge.bucket);
         let rule = match charge.rule {
             ChargeRule::AllOrNothing => 0,
             ChargeRule::Always => 1,

@@ -62,7 +62,10 @@ local function reset(m, now)
   return min(max(m.ts + time - now, 0), FOREVER)
 end
 
-local function remaining(m, now) return floor(max(m.cap - level_at(m, now), 0) / MICRO) end
+-- Whole units left. Money (kind 5) comes in millionths already.
+local function remaining(m, now)
+  return floor(max(m.cap - level_at(m, now), 0) / (m.kind == 5 and 1 or MICRO))
+end
 
 -- A record is one string: a version byte, then level and moment of each kind. Absent is empty.
 local function read_record(key)
@@ -73,20 +76,17 @@ local function read_record(key)
   return { a, b, c, d, e, f, g, h, i, j }
 end
 
--- Kinds that are not limited are stored as zero. The record lives until its last meter is empty, and a margin.
+-- Kinds that are not limited are stored as zero. The record lives until its last meter is empty, and a margin; for a
+-- meter that never drains, for its period, which is what its den then is.
 local function write_record(key, meters, now)
   local r, life = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, 0
   for _, m in ipairs(meters) do
     r[2 * m.kind - 1], r[2 * m.kind] = m.level, m.ts
     local left = reset(m, now)
-    if left < 0 or life < 0 then life = -1 else life = max(life, left) end
+    life = max(life, left < 0 and m.den or left)
   end
   local raw = struct.pack(SHAPE, VERSION, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10])
-  if life < 0 then
-    redis.call('SET', key, raw)
-  else
-    redis.call('SET', key, raw, 'PX', int(ceil(life / 1000) + 10000))
-  end
+  redis.call('SET', key, raw, 'PX', int(ceil(life / 1000) + 10000))
 end
 
 local function clock()

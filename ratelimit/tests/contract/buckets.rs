@@ -160,7 +160,10 @@ pub(crate) async fn broken_calls_are_refused(world: World) {
     assert!(refused(call(smallvec![scope("a"), scope("a")])).await);
     assert!(refused(call((0..=MAX_SCOPES).map(|n| scope(&format!("t{n}"))).collect())).await);
     assert!(
-        refused(call(smallvec![limited("a", Kind::Spend, bucket(Bucket::MAX_UNITS + 1, 1, MINUTE))])).await
+        refused(call(smallvec![limited("a", Kind::Tokens, bucket(Bucket::MAX_UNITS + 1, 1, MINUTE))])).await
+    );
+    assert!(
+        refused(call(smallvec![limited("a", Kind::Spend, bucket(9_000_000_000_000_001, 0, MINUTE))])).await
     );
     assert!(refused(call(smallvec![limited("a", Kind::Spend, bucket(1, 1, Duration::ZERO))])).await);
     assert!(refused(Acquire { lease_ttl: Duration::ZERO, ..call(smallvec![]) }).await);
@@ -179,4 +182,15 @@ pub(crate) async fn the_wait_is_the_longest_of_all_limits(world: World) {
     let Verdict::Wait(longest) = refused.limits[1].verdict else { panic!("{refused:?}") };
     assert_eq!(refused.outcome, Outcome::Limited { wait: Some(longest) });
     assert!(matches!(refused.limits[0].verdict, Verdict::Wait(wait) if wait < longest));
+}
+
+pub(crate) async fn a_budget_counts_money_beyond_what_tokens_could(world: World) {
+    let month = MINUTE * 60 * 24 * 31;
+    let budget: Scopes = smallvec![limited("acme", Kind::Spend, bucket(90_000_000_000_000, 0, month))];
+    let spend = |micro| Acquire { cost: Cost::of_request(0, 0, micro), ..call(budget.clone()) };
+    let most = world.acquire(&spend(89_999_999_999_999)).await;
+    assert_eq!(most.limits[0].remaining, 1);
+    let refused = world.acquire(&spend(2)).await;
+    assert_eq!((refused.outcome, refused.limits[0].remaining), (Outcome::Limited { wait: None }, 1));
+    assert!(granted(&world.acquire(&spend(1)).await));
 }

@@ -36,7 +36,7 @@ suite! {
         exactly_a_hundred_of_two_thousand, a_refusal_changes_nothing, a_wait_is_exact, a_repeated_acquire_is_free,
         a_changed_limit_keeps_consumption, shadow_reports_and_admits, estimates_are_clamped_and_explicit_costs_are_not,
         rate_zero_never_drains, huge_limits_stay_exact, peek_writes_nothing, broken_calls_are_refused,
-        the_wait_is_the_longest_of_all_limits;
+        the_wait_is_the_longest_of_all_limits, a_budget_counts_money_beyond_what_tokens_could;
     charges:
         a_refused_charge_changes_nothing, a_charge_shares_the_bucket_of_reservations,
         an_always_charge_goes_into_debt_and_refuses_until_something_is_left,

@@ -173,7 +173,7 @@ async fn lua_and_rust_give_the_same_bits() {
             rate: number(b, (b >> 80) as u32 & 63).min(Bucket::MAX_UNITS),
             period: Duration::from_micros((number(a >> 32, (b >> 88) as u32 & 63) >> 8).max(1_000)),
         };
-        let terms = budget::Terms::of(&bucket);
+        let terms = budget::Terms::of(Kind::Tokens, &bucket);
         command.arg(elapsed).arg(need).arg(terms.num as u64).arg(terms.den as u64);
         expected.push(terms.drained(elapsed as f64));
         expected.push(terms.time_to_drain(need as f64).unwrap_or(-1.0));

@@ -9,7 +9,7 @@ use weir_ratelimit::*;
 use crate::harness::*;
 
 fn still(capacity: u64) -> Option<Bucket> {
-    bucket(capacity, 0, Duration::from_secs(60))
+    bucket(capacity, 0, Duration::from_secs(30 * 24 * 3600))
 }
 
 fn used(tokens: u64) -> Cost {

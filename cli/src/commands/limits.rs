@@ -1,0 +1,111 @@
+//! `limits explain`: asks a gateway, since limits live where gateways share them.
+
+use http::Uri;
+use serde_json::Value;
+use weir_proto::manifest::format_duration;
+
+use super::health;
+use crate::args::{Cli, LimitsCommand};
+use crate::error::Error;
+use crate::output::Io;
+use crate::tables::{dollars, table};
+
+/// Bytes of an answer that are read: some hundred limits and backends.
+const ANSWER_MAX_BYTES: usize = 1 << 20;
+
+pub(super) async fn limits(cli: &Cli, io: &mut Io<'_>, command: &LimitsCommand) -> Result<(), Error> {
+    let LimitsCommand::Explain { key, model, gateway, input_tokens, output_tokens } = command;
+    let mut query = format!("/limits?key={key}&model={model}");
+    for (name, count) in [("input", input_tokens), ("output", output_tokens)] {
+        if let Some(count) = count {
+            query.push_str(&format!("&{name}={count}"));
+        }
+    }
+    let base = gateway.to_string();
+    let url: Uri = format!("{}{query}", base.trim_end_matches('/'))
+        .parse()
+        .map_err(|_| Error::Setting("--key and --model take names of resources".to_owned()))?;
+    let (status, body) = health::fetch(cli, &url, ANSWER_MAX_BYTES).await?;
+    if !(200..300).contains(&status) {
+        let text = String::from_utf8_lossy(&body);
+        let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
+        return Err(Error::Unhealthy { url: url.to_string(), status, text });
+    }
+    let answer: Value = serde_json::from_slice(&body).map_err(|_| Error::Answer("limits"))?;
+    io.result(|| text(&answer), || answer.clone())
+}
+
+fn text(answer: &Value) -> String {
+    let rows = answer["limits"].as_array().into_iter().flatten().map(|limit| {
+        let kind = limit["kind"].as_str().unwrap_or_default();
+        let amount = |field: &str| amount(kind, limit[field].as_u64().unwrap_or_default());
+        let time = |field: &str| {
+            limit[field]
+                .as_u64()
+                .map_or_else(|| "-".to_owned(), |ms| format_duration(std::time::Duration::from_millis(ms)))
+        };
+        let (scope, name) = (&limit["scope"]["kind"], &limit["scope"]["name"]);
+        let name = name.as_str().unwrap_or_default();
+        let mut says = limit["says"].as_str().unwrap_or_default().to_owned();
+        if limit["shadow"] == true {
+            says.push_str(" (shadow)");
+        }
+        vec![
+            format!("{} {name}", scope.as_str().unwrap_or_default()).trim_end().to_owned(),
+            kind.to_owned(),
+            amount("limit"),
+            amount("remaining"),
+            amount("needs"),
+            says,
+            time("wait_ms"),
+            time("max_wait_ms"),
+        ]
+    });
+    let header = ["SCOPE", "KIND", "LIMIT", "LEFT", "NEEDS", "SAYS", "FITS IN", "MAY WAIT"];
+    let mut text = table(&header, rows.collect());
+    let slots = answer["backends"].as_array().into_iter().flatten().map(|backend| {
+        let state = if backend["active"] == true { "" } else { ", not active" };
+        let name = backend["backend"].as_str().unwrap_or_default();
+        format!("{name}: {} of {} slots free{state}\n", backend["free"], backend["slots"])
+    });
+    text.extend(slots);
+    if answer["allowed"] == false {
+        text.push_str("this key may not use this model\n");
+    }
+    match answer["refuses"].as_str() {
+        Some(limit) => text.push_str(&format!("it would be refused by {limit}\n")),
+        None => text.push_str("no limit would refuse it\n"),
+    }
+    text
+}
+
+fn amount(kind: &str, value: u64) -> String {
+    if kind == "spend" { dollars(value) } else { value.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_explanation_is_a_table_and_a_sentence() {
+        let limit = |kind, says, wait: Option<u64>| {
+            json!({"scope": {"kind": "tenant", "name": "acme"}, "kind": kind, "limit": 20_000_000u64, "remaining": 500_000,
+                   "needs": 600_000, "says": says, "wait_ms": wait, "max_wait_ms": 0, "shadow": false})
+        };
+        let answer = json!({
+            "limits": [limit("spend", "refuses", Some(90_000))],
+            "backends": [{"backend": "b0", "slots": 50, "free": 49, "active": true}],
+            "allowed": true, "refuses": "spend of tenant acme",
+        });
+        assert_eq!(
+            text(&answer),
+            "SCOPE        KIND   LIMIT   LEFT   NEEDS  SAYS     FITS IN  MAY WAIT\n\
+             tenant acme  spend  $20.00  $0.50  $0.60  refuses  1m30s    0s\n\
+             b0: 49 of 50 slots free\n\
+             it would be refused by spend of tenant acme\n"
+        );
+    }
+}
