@@ -10,7 +10,8 @@ use uuid::Uuid;
 use super::*;
 use crate::memory::MemoryLimiter;
 use crate::{
-    Bucket, Candidate, Cost, Error, Limiter, Scope, ScopeLimits, Scopes, Settle, WithoutStore, scope_keys,
+    Bucket, Candidate, Cost, Error, Kind, Limiter, Mode, Scope, ScopeLimits, Scopes, Settle, Verdict,
+    WithoutStore, scope_keys,
 };
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -1,0 +1,312 @@
+//! One call's way through the queues.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use super::queue::{Entry, Full, Note, QueueId, Turn};
+use super::{ASK_PAUSE_MIN, GaveUp, LIMIT_QUEUE_MAX, POLL_MAX, POLL_MIN, Patience, Waited, Waiting};
+use crate::{Acquire, Decision, Key, Kind, LimitState, Mode, Outcome, Verdict, What};
+
+/// A place in a queue; dropping it gives it up.
+struct Seat<'a> {
+    waiting: &'a Waiting,
+    tenant: Arc<str>,
+    id: QueueId,
+    number: u64,
+    handle: Arc<Notify>,
+    /// Until when it may wait here.
+    until: Instant,
+    served: bool,
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        let next = self.waiting.queues().leave(&self.id, &self.tenant, self.number, self.served);
+        if let Some(next) = next {
+            next.notify_one();
+        }
+    }
+}
+
+/// One call's way through the queues.
+pub(super) struct Wait<'a> {
+    waiting: &'a Waiting,
+    call: &'a Acquire,
+    patience: &'a Patience,
+    seat: Option<Seat<'a>>,
+    /// When it first joined each queue: going back and forth between queues gains no time.
+    since: SmallVec<[(QueueId, Instant); 4]>,
+    /// When it first joined any.
+    started: Option<Instant>,
+    ahead: Option<usize>,
+    poll: Duration,
+}
+
+/// Where a refused call may wait.
+struct Plan {
+    id: QueueId,
+    max_wait: Duration,
+    bound: usize,
+    due: Instant,
+    note: Option<Note>,
+}
+
+impl<'a> Wait<'a> {
+    pub(super) fn new(waiting: &'a Waiting, call: &'a Acquire, patience: &'a Patience) -> Self {
+        Self {
+            waiting,
+            call,
+            patience,
+            seat: None,
+            since: SmallVec::new(),
+            started: None,
+            ahead: None,
+            poll: POLL_MIN,
+        }
+    }
+
+    /// Every queue this call could have to stand in, with the longest wait and the bound of each.
+    fn queues_of(&self) -> impl Iterator<Item = (QueueId, Duration, usize)> + '_ {
+        let scopes = self.call.scopes.iter().enumerate().filter(|(_, scope)| scope.mode == Mode::Enforce);
+        let limits = scopes.flat_map(|(index, scope)| {
+            let max_wait = self.max_wait(index);
+            let buckets = scope.buckets.iter().any(Option::is_some).then_some(&scope.record);
+            let leases = scope.concurrency.is_some().then_some(&scope.leases);
+            let keys = buckets.into_iter().chain(leases);
+            keys.map(move |key| (QueueId::Limit(key.clone()), max_wait, LIMIT_QUEUE_MAX))
+        });
+        let slots = self.patience.slots.iter();
+        limits.chain(slots.map(|s| (QueueId::Slots(s.queue.clone()), s.max_wait, s.bound)))
+    }
+
+    fn max_wait(&self, scope: usize) -> Duration {
+        self.patience.scopes.get(scope).copied().unwrap_or_default()
+    }
+
+    /// Stands behind those who wait already for one of its limits. A refusal when it could not be served in time.
+    pub(super) fn line_up(&mut self) -> Result<(), (Decision, GaveUp)> {
+        let now = Instant::now();
+        let found = {
+            let queues = self.waiting.queues();
+            if queues.is_empty() {
+                return Ok(());
+            }
+            self.queues_of().filter(|(id, ..)| queues.has(id)).find_map(|(id, max_wait, bound)| {
+                let Patience { tenant, priority, .. } = self.patience;
+                let outlook = queues.outlook(&id, tenant, *priority, &self.call.cost)?;
+                (outlook.ahead > 0).then_some((id, max_wait, bound, outlook))
+            })
+        };
+        let Some((id, max_wait, bound, outlook)) = found else { return Ok(()) };
+        let until = self.until(&id, max_wait, now);
+        if let Some(fits_at) = outlook.fits_at.and_then(|us| self.waiting.at(us)) {
+            let fits_at = fits_at.max(now);
+            if fits_at > until {
+                let wait = fits_at.saturating_duration_since(now);
+                return Err((self.refusal(&id, outlook.note, wait), GaveUp::TooLong));
+            }
+        }
+        if until <= now {
+            return Err((self.refusal(&id, outlook.note, POLL_MAX), GaveUp::TooLong));
+        }
+        let joined = self.join(id.clone(), bound, until, now);
+        joined.map_err(|Full| (self.refusal(&id, outlook.note, POLL_MAX), GaveUp::QueueFull))
+    }
+
+    fn until(&self, id: &QueueId, max_wait: Duration, now: Instant) -> Instant {
+        let since = self.since.iter().find(|(known, _)| known == id).map_or(now, |(_, since)| *since);
+        (since + max_wait).min(self.patience.deadline)
+    }
+
+    fn join(&mut self, id: QueueId, bound: usize, until: Instant, due: Instant) -> Result<(), Full> {
+        let now = Instant::now();
+        let handle = Arc::new(Notify::new());
+        let Patience { tenant, priority, bytes, .. } = self.patience;
+        let slots = match &id {
+            QueueId::Slots(_) => self.call.candidates.iter().map(|c| c.leases.clone()).collect(),
+            QueueId::Limit(_) => Vec::new(),
+        };
+        let entry = Entry {
+            tenant: tenant.clone(),
+            priority: *priority,
+            cost: self.call.cost,
+            bytes: *bytes,
+            slots,
+            handle: handle.clone(),
+        };
+        let mut queues = self.waiting.queues();
+        let ahead = queues.outlook(&id, tenant, *priority, &self.call.cost).map_or(0, |o| o.ahead);
+        let number = queues.join(&id, entry, bound, self.waiting.us(due))?;
+        drop(queues);
+        self.ahead.get_or_insert(ahead);
+        self.started.get_or_insert(now);
+        if !self.since.iter().any(|(known, _)| *known == id) {
+            self.since.push((id.clone(), now));
+        }
+        let (waiting, tenant) = (self.waiting, tenant.clone());
+        self.seat = Some(Seat { waiting, tenant, id, number, handle, until, served: false });
+        Ok(())
+    }
+
+    /// Waits for its turn; false when patience ended before it came.
+    pub(super) async fn turn(&self) -> bool {
+        let Some(seat) = &self.seat else { return true };
+        loop {
+            let now = Instant::now();
+            let turn = self.waiting.queues().turn(&seat.id, seat.number, self.waiting.us(now));
+            let wake = match turn {
+                Turn::Now => return true,
+                _ if now >= seat.until => return false,
+                Turn::At(due) => self.waiting.at(due).map_or(seat.until, |due| due.min(seat.until)),
+                Turn::Later => seat.until,
+            };
+            tokio::select! {
+                () = seat.handle.notified() => {}
+                () = sleep_until(wake) => {}
+            }
+        }
+    }
+
+    /// Refused: stays where it is, or moves to the queue of what refused it. An error when it may not wait.
+    pub(super) fn again(&mut self, decision: &Decision, seen: u64) -> Result<(), GaveUp> {
+        let now = Instant::now();
+        let plan = self.plan(decision, now).ok_or(GaveUp::TooLong)?;
+        let until = self.until(&plan.id, plan.max_wait, now);
+        if now >= until || (plan.due > until && plan.note.is_some_and(|n| n.bucket.is_some())) {
+            let expired = self.since.iter().any(|(id, _)| *id == plan.id);
+            return Err(if expired { GaveUp::Expired } else { GaveUp::TooLong });
+        }
+        let Plan { id, bound, due, note, .. } = plan;
+        if self.seat.as_ref().is_none_or(|seat| seat.id != id) {
+            self.seat = None;
+            self.join(id, bound, until, due).map_err(|Full| GaveUp::QueueFull)?;
+        }
+        if let Some(seat) = &self.seat {
+            let due = self.waiting.us(due);
+            self.waiting.queues().postpone(&seat.id, seat.number, due, seen, note);
+        }
+        Ok(())
+    }
+
+    /// Where to wait after this refusal. `None` when waiting cannot help.
+    fn plan(&mut self, decision: &Decision, now: Instant) -> Option<Plan> {
+        if let Outcome::NoSlot { .. } = decision.outcome {
+            let slots = self.patience.slots.as_ref()?;
+            let id = QueueId::Slots(slots.queue.clone());
+            return Some(Plan {
+                id,
+                max_wait: slots.max_wait,
+                bound: slots.bound,
+                due: now + self.next_poll(),
+                note: None,
+            });
+        }
+        let enforced = |l: &&LimitState| {
+            let scope = self.call.scopes.get(l.scope);
+            l.verdict != Verdict::Fits && scope.is_some_and(|scope| scope.mode == Mode::Enforce)
+        };
+        let mut worst: Option<(&LimitState, Duration)> = None;
+        for limit in decision.limits.iter().filter(enforced) {
+            let Verdict::Wait(wait) = limit.verdict else { return None };
+            let max_wait = self.max_wait(limit.scope);
+            // A lease may end sooner than its expiry says, a bucket never has room sooner than this.
+            let (least, sure) = match limit.what {
+                What::Bucket(_) => (wait, true),
+                What::Concurrency => (Duration::ZERO, false),
+            };
+            let key = self.key(limit)?;
+            if now + least > self.until(&QueueId::Limit(key), max_wait, now) || max_wait.is_zero() {
+                return None;
+            }
+            if worst.is_none_or(|(before, longest)| {
+                let before_sure = matches!(before.what, What::Bucket(_));
+                (sure, least) > (before_sure, longest)
+            }) {
+                worst = Some((limit, least));
+            }
+        }
+        let (limit, wait) = worst?;
+        let (limit, max_wait) = (*limit, self.max_wait(limit.scope));
+        let id = QueueId::Limit(self.key(&limit)?);
+        let pause = match limit.what {
+            What::Bucket(_) => wait.max(ASK_PAUSE_MIN),
+            What::Concurrency => self.next_poll(),
+        };
+        let bucket = match limit.what {
+            What::Bucket(kind) => self.bucket(limit.scope, kind),
+            What::Concurrency => None,
+        };
+        let note = Some(Note { state: limit, bucket });
+        Some(Plan { id, max_wait, bound: LIMIT_QUEUE_MAX, due: now + pause, note })
+    }
+
+    fn key(&self, limit: &LimitState) -> Option<Key> {
+        let scope = self.call.scopes.get(limit.scope)?;
+        Some(match limit.what {
+            What::Bucket(_) => scope.record.clone(),
+            What::Concurrency => scope.leases.clone(),
+        })
+    }
+
+    fn bucket(&self, scope: usize, kind: Kind) -> Option<(Kind, crate::Bucket)> {
+        let bucket = self.call.scopes.get(scope)?.buckets[kind as usize]?;
+        Some((kind, bucket))
+    }
+
+    fn next_poll(&mut self) -> Duration {
+        let pause = self.poll;
+        self.poll = (pause * 2).min(POLL_MAX);
+        pause
+    }
+
+    /// What one is told who never got to ask: how the queue was refused last.
+    pub(super) fn refusal_of_queue(&self) -> Decision {
+        let Some(seat) = &self.seat else { return self.refusal(&QueueId::Slots("".into()), None, POLL_MAX) };
+        let Patience { tenant, priority, .. } = self.patience;
+        let outlook = self.waiting.queues().outlook(&seat.id, tenant, *priority, &self.call.cost);
+        let now = Instant::now();
+        let wait = outlook.and_then(|o| self.waiting.at(o.fits_at?));
+        let wait = wait.map_or(POLL_MAX, |at| at.saturating_duration_since(now)).max(ASK_PAUSE_MIN);
+        self.refusal(&seat.id, outlook.and_then(|o| o.note), wait)
+    }
+
+    fn refusal(&self, id: &QueueId, note: Option<Note>, wait: Duration) -> Decision {
+        let QueueId::Limit(key) = id else {
+            return Decision {
+                outcome: Outcome::NoSlot { wait },
+                limits: Vec::new(),
+                now_us: 0,
+                degraded: false,
+            };
+        };
+        let scope = self.call.scopes.iter().position(|s| s.record == *key || s.leases == *key);
+        let state = note.zip(scope).map(|(note, scope)| LimitState {
+            scope,
+            verdict: Verdict::Wait(wait),
+            ..note.state
+        });
+        let limits = state.into_iter().collect();
+        Decision { outcome: Outcome::Limited { wait: Some(wait) }, limits, now_us: 0, degraded: false }
+    }
+
+    fn waited(&self) -> Duration {
+        self.started.map_or(Duration::ZERO, |started| started.elapsed())
+    }
+
+    pub(super) fn granted<T>(mut self, decision: Decision, with: T) -> Waited<T> {
+        if let Some(seat) = &mut self.seat {
+            seat.served = true;
+        }
+        let (waited, ahead) = (self.waited(), self.ahead);
+        Waited { decision, with: Some(with), waited, ahead, gave_up: None }
+    }
+
+    pub(super) fn refused<T>(self, decision: Decision, with: Option<T>, reason: GaveUp) -> Waited<T> {
+        let (waited, ahead) = (self.waited(), self.ahead);
+        Waited { decision, with, waited, ahead, gave_up: Some(reason) }
+    }
+}
