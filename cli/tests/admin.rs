@@ -293,7 +293,7 @@ async fn results_have_three_forms() {
     assert!(out.starts_with("[\n  {\n    \"kind\": \"tenant\",\n    \"name\": \"team-a\""), "{out}");
     let (_, out, _) = weir(at, "gateways").await;
     assert!(
-        out.lines().nth(1).is_some_and(|l| l.starts_with("gw-1     -       connected  5         2")),
+        out.lines().nth(1).is_some_and(|l| l.starts_with("gw-1     gateway  -       connected  5         2")),
         "{out}"
     );
 }

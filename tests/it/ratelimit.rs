@@ -38,6 +38,11 @@ async fn the_same_bucket_refuses_at_a_gateway_and_at_two_limit_services() {
         })
         .await;
     }
+    // Some at each first: in a race one kind may be so much quicker that it takes all.
+    for i in 0..30 {
+        assert_eq!(stack.client(i % 2).chat(CHAT).await.status, StatusCode::OK);
+        assert!(limits[i % 2].passes("acme").await);
+    }
     let mut calls = JoinSet::new();
     for i in 0..400 {
         let (client, limits) = (stack.client(i % 2), limits[i % 2].clone());
@@ -55,8 +60,12 @@ async fn the_same_bucket_refuses_at_a_gateway_and_at_two_limit_services() {
     }
     let answers = calls.join_all().await;
     let granted = |at: &str| answers.iter().filter(|(by, ok)| *by == at && *ok).count();
-    assert_eq!(granted("gateway") + granted("limits"), 100, "{} at gateways", granted("gateway"));
-    assert!(granted("gateway") > 0 && granted("limits") > 0, "both took part");
+    assert_eq!(
+        granted("gateway") + granted("limits"),
+        40,
+        "of what 60 left; {} at gateways",
+        granted("gateway")
+    );
     assert_eq!(stack.client(0).chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS);
     for one in &limits {
         assert!(!one.passes("acme").await);
