@@ -2,6 +2,8 @@
 //!
 //! The latest value wins in both directions. Without the lane the last verdicts stay in force.
 
+mod said;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +15,7 @@ use weir_discovery::{Backoff, Identity, error_chain};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{BackendReport, HealthState, StreamReportsRequest, StreamReportsResponse};
 
+use self::said::Said;
 use crate::live::Live;
 
 /// Between two reports.
@@ -53,15 +56,18 @@ async fn follow(
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sequence = 0;
+    let (mut said, mut revisions) = (Said::default(), live.revisions());
     loop {
         tokio::select! {
             message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
                 Some(message) => {
                     backoff.reset();
+                    said.note(&message);
                     take(live, &message);
                 }
                 None => return Ok(()),
             },
+            Ok(()) = revisions.changed() => take(live, &said.again(live)),
             _ = ticks.tick() => {
                 if let Ok(permit) = up.try_reserve() {
                     sequence += 1;

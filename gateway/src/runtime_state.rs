@@ -155,6 +155,11 @@ impl BackendRuntime {
         self.elsewhere.store(elsewhere, Ordering::Relaxed);
     }
 
+    /// Whether the report lane has told what others have there.
+    pub fn knows_fleet(&self) -> bool {
+        self.elsewhere.load(Ordering::Relaxed) != UNKNOWN
+    }
+
     /// What the cluster has there: what others have, as last told, and what this gateway has now. Without the report
     /// lane every gateway is taken to have as much as this one.
     pub fn fleet_in_flight(&self, gateways: u32) -> f64 {

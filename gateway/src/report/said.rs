@@ -1,0 +1,75 @@
+//! What the control plane last said of each backend.
+//!
+//! Configuration comes over another stream: a verdict can be there before the backend it is about, and it is said only
+//! once. So it is kept, and taken in again whenever the configuration has changed.
+
+use std::collections::BTreeMap;
+
+use weir_proto::v1::{BackendHealth, FleetLoad, StreamReportsResponse};
+
+use crate::live::Live;
+
+/// Most backends remembered; more than any configuration has.
+const BACKENDS_MAX: usize = 10_000;
+
+/// The latest of each.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    health: BTreeMap<String, BackendHealth>,
+    load: BTreeMap<String, u32>,
+}
+
+impl Said {
+    /// Remembers what a message says.
+    pub(super) fn note(&mut self, message: &StreamReportsResponse) {
+        for health in &message.health {
+            if self.health.len() < BACKENDS_MAX || self.health.contains_key(&health.backend) {
+                self.health.insert(health.backend.clone(), health.clone());
+            }
+        }
+        for load in &message.load {
+            if self.load.len() < BACKENDS_MAX || self.load.contains_key(&load.backend) {
+                self.load.insert(load.backend.clone(), load.in_flight);
+            }
+        }
+    }
+
+    /// All of it as one message; loads only of backends of which none is known, since the others have newer ones.
+    pub(super) fn again(&self, live: &Live) -> StreamReportsResponse {
+        let snapshot = live.snapshot();
+        let unknown = |name: &str| snapshot.backends.get(name).is_some_and(|b| !b.runtime.knows_fleet());
+        let load = self.load.iter().filter(|(name, _)| unknown(name));
+        StreamReportsResponse {
+            health: self.health.values().cloned().collect(),
+            load: load.map(|(name, load)| FleetLoad { backend: name.clone(), in_flight: *load }).collect(),
+            ..StreamReportsResponse::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_proto::v1::HealthState;
+
+    use super::*;
+
+    #[test]
+    fn a_verdict_that_came_before_its_backend_is_said_again_and_only_the_last() {
+        let mut said = Said::default();
+        let verdict = |state: HealthState| StreamReportsResponse {
+            health: vec![BackendHealth {
+                backend: "b".into(),
+                state: state.into(),
+                ..BackendHealth::default()
+            }],
+            load: vec![FleetLoad { backend: "b".into(), in_flight: 3 }],
+            ..StreamReportsResponse::default()
+        };
+        said.note(&verdict(HealthState::Unknown));
+        said.note(&verdict(HealthState::Healthy));
+        said.note(&StreamReportsResponse::default());
+        let again = said.again(&Live::default());
+        assert_eq!(again.health, verdict(HealthState::Healthy).health);
+        assert!(again.load.is_empty(), "there is no such backend yet");
+    }
+}
