@@ -2,10 +2,11 @@
 
 use std::{env, fs, path::PathBuf};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     // Envoy's rate limit service, as far as a server needs it.
     "envoy/service/ratelimit/v3/rls.proto",
     "weir/v1/resources.proto",
+    "weir/v1/access.proto",
     "weir/v1/discovery_service.proto",
     "weir/v1/report_service.proto",
     "weir/v1/admin_service.proto",

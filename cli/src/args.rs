@@ -1,5 +1,7 @@
 //! The arguments.
 
+mod groups;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -7,6 +9,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weir_proto::resource::Name;
 use weir_proto::{manifest, v1};
+
+pub use groups::{
+    AuditArgs, BackupArgs, DrainArgs, GatewayCommand, KnownEntry, Reference, RoleName, RollbackArgs,
+    TokenCommand, WatchArgs,
+};
 
 /// Manages a Weir cluster: resources, keys, gateways.
 ///
@@ -27,6 +34,15 @@ pub struct Cli {
     /// File with the token of the control plane; takes precedence over WEIR_TOKEN
     #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// Who signs the control plane's certificate (PEM); without it, who the system trusts
+    #[arg(long, global = true, env = "WEIR_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Certificate (PEM) to show instead of a token
+    #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate
+    #[arg(long = "key", id = "key", global = true, env = "WEIR_KEY", value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
     /// Form of the results
     #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
@@ -83,8 +99,50 @@ pub enum Command {
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Send no new requests to a backend; those in progress end in their own time
-    Drain(BackendRef),
+    /// Change a resource in your editor: VISUAL, EDITOR, or vi
+    Edit {
+        /// As in get
+        kind: Kind,
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Show the fields of a kind and what they mean, or one field, such as pool.timeouts
+    Explain {
+        /// KIND or KIND.FIELD
+        what: String,
+    },
+    /// Show changes as they happen
+    Watch(WatchArgs),
+    /// Show what happened to a resource, or to all, the newest first
+    History {
+        /// As in get; without one all
+        kind: Option<Kind>,
+        /// Its name
+        #[arg(requires = "kind")]
+        name: Option<String>,
+        /// At most so many entries
+        #[arg(long, short = 'n', default_value_t = 20, value_name = "N")]
+        last: usize,
+    },
+    /// Show who changed what, or check that the log is whole
+    Audit(AuditArgs),
+    /// Make resources again what they were at a revision
+    Rollback(RollbackArgs),
+    /// Wait until every connected gateway holds a revision
+    Wait {
+        /// The revision; without one the newest
+        revision: Option<u64>,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened: a comment would become help")]
+        wait: WaitArgs,
+    },
+    /// Verify what can be verified of the cluster, each with its remedy
+    Check,
+    /// Send no new requests to a backend, and wait until those in progress have ended
+    Drain(DrainArgs),
     /// Use a drained backend again
     Undrain(BackendRef),
     /// Neither use nor probe a backend
@@ -108,8 +166,18 @@ pub enum Command {
     /// Show how limits stand
     #[command(subcommand)]
     Limits(LimitsCommand),
-    /// Show the gateways and the revision each holds
+    /// Make, revoke, rotate and list tokens of the control plane
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Show who the control plane takes you for
+    Whoami,
+    /// Write a copy of the store to a file; weir-control-plane --restore takes it
+    Backup(BackupArgs),
+    /// Show the gateways: how each stands, the revision it holds and how old that is
     Gateways,
+    /// Show what one gateway holds, and where that differs from what it is to hold
+    #[command(subcommand)]
+    Gateway(GatewayCommand),
     /// Show the health and load of the backends
     Backends,
     /// Ask any process of Weir whether it is well: exits with 0 when it is

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
-use tonic::{Code, Request, Response, Status};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::{Code, Request, Response, Status, Streaming};
 use weir_proto::manifest::format_duration;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
 
@@ -56,7 +56,16 @@ impl Client {
             .user_agent(concat!("weir/", env!("CARGO_PKG_VERSION")))
             .map_err(|e| unreachable(&e))?;
         if server.starts_with("https://") {
-            let tls = ClientTlsConfig::new().with_native_roots();
+            let read = |path: &Path| {
+                std::fs::read(path).map_err(|source| Error::File { path: path.display().to_string(), source })
+            };
+            let mut tls = match &cli.ca {
+                Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
+                None => ClientTlsConfig::new().with_native_roots(),
+            };
+            if let (Some(cert), Some(key)) = (&cli.cert, &cli.key) {
+                tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+            }
             endpoint = endpoint.tls_config(tls).map_err(|e| unreachable(&e))?;
         }
         let channel = match endpoint.connect().await {
@@ -115,6 +124,21 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// Opens a stream of answers; how long it goes on is up to the caller.
+    pub(crate) async fn open<Q, A, F, Fut>(&self, message: Q, method: F) -> Result<Streaming<A>, Error>
+    where
+        Q: Clone,
+        F: Fn(AdminServiceClient<Channel>, Request<Q>) -> Fut,
+        Fut: Future<Output = Result<Response<Streaming<A>>, Status>>,
+    {
+        self.call(Retry::Once, message, method).await
+    }
+
+    /// An answer of a stream, or what went wrong with it.
+    pub(crate) fn heard<A>(&self, answer: Result<A, Status>) -> Result<A, Error> {
+        answer.map_err(|status| self.refused(status))
     }
 
     fn refused(&self, status: Status) -> Error {

@@ -2,14 +2,22 @@
 
 mod apply;
 mod backend;
+mod backup;
+mod check;
 mod delete;
+mod drain;
+mod edit;
+mod explain;
 mod gateways;
 mod get;
 mod health;
+mod history;
 mod import;
 mod key;
 mod limits;
+mod token;
 mod wait;
+mod watch;
 
 use clap::CommandFactory;
 use weir_proto::v1;
@@ -20,7 +28,7 @@ use crate::client::{Client, Retry, request_id};
 use crate::error::Error;
 use crate::output::Io;
 
-/// Does a command; the exit code is 0 except for `diff`.
+/// Does a command; the exit code is 0 except for the two that say whether anything differs.
 pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
     use v1::AdminState as State;
     match &cli.command {
@@ -38,7 +46,26 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Delete { kind, name, etag, allow_mass_removal, wait } => {
             delete::delete(cli, io, kind.0, name, etag.as_deref(), *allow_mass_removal, wait).await?;
         }
-        Command::Drain(args) => backend::set_state(cli, io, args, State::Draining).await?,
+        Command::Edit { kind, name, wait } => edit::edit(cli, io, kind.0, name, wait).await?,
+        Command::Explain { what } => explain::explain(io, what)?,
+        Command::Watch(args) => watch::watch(cli, io, args).await?,
+        Command::History { kind, name, last } => {
+            let of = kind.zip(name.clone());
+            let of = of.map(|(kind, name)| v1::ResourceRef { kind: kind.0.into(), name });
+            if kind.is_some() && of.is_none() {
+                return Err(Error::Setting("history takes KIND and NAME, or neither".to_owned()));
+            }
+            history::history(cli, io, of, (*last).max(1)).await?;
+        }
+        Command::Audit(args) => history::audit(cli, io, args).await?,
+        Command::Rollback(args) => history::rollback(cli, io, args).await?,
+        Command::Wait { revision, wait } => {
+            let client = Client::connect(cli).await?;
+            let newest = token::who_am_i(&client).await?.revision;
+            wait::applied(&client, io, wait, revision.unwrap_or(newest)).await?;
+        }
+        Command::Check => check::check(cli, io).await?,
+        Command::Drain(args) => drain::drain(cli, io, args).await?,
         Command::Undrain(args) | Command::Enable(args) => {
             backend::set_state(cli, io, args, State::Active).await?;
         }
@@ -50,7 +77,24 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
         Command::Limits(command) => limits::limits(cli, io, command).await?,
+        Command::Token(command) => token::token(cli, io, command).await?,
+        Command::Whoami => {
+            let client = Client::connect(cli).await?;
+            let who = token::who_am_i(&client).await?;
+            let role = token::role(who.role());
+            io.result(
+                || format!("{} with the role {role}, at revision {}\n", who.name, who.revision),
+                || {
+                    serde_json::json!({
+                        "name": who.name, "role": role, "build": who.build,
+                        "store_epoch": who.store_epoch, "revision": who.revision,
+                    })
+                },
+            )?;
+        }
+        Command::Backup(args) => backup::backup(cli, io, args).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,
+        Command::Gateway(command) => return gateways::one(cli, io, command).await,
         Command::Backends => backend::status(cli, io).await?,
     }
     Ok(exit::DONE)

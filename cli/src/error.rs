@@ -4,6 +4,7 @@ use std::io;
 
 use tonic::{Code, Status};
 use weir_proto::manifest;
+use weir_proto::status::field_violations;
 use weir_runtime::exit;
 
 /// Why a command failed.
@@ -73,6 +74,30 @@ pub enum Error {
     /// The gateways did not all take a change in time; what there is to say has been said.
     #[error("the change is stored, but not every gateway holds it yet: weir gateways shows why")]
     Pending,
+    /// Gateways refused a part of a change; what there is to say has been said.
+    #[error(
+        "the change is stored and the rest of it is in force; the gateways named do not use what they refuse"
+    )]
+    PartlyRefused,
+    /// Requests went on for longer than was waited.
+    #[error(
+        "backend {0} is draining, but not everything had ended within {1}; weir drain {0} goes on waiting"
+    )]
+    Undrained(String, String),
+    /// The audit log is not what was written.
+    #[error("the audit log is not whole: {0}; restore a backup, and find out who wrote to the store's file")]
+    AuditBroken(String),
+    /// A check found something.
+    #[error("{0} of the checks found something")]
+    Check(usize),
+    /// A file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// Which file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
     /// A process says that it is not well.
     #[error("{url} answered {status}: {text}")]
     Unhealthy {
@@ -109,6 +134,11 @@ impl Error {
                 Code::InvalidArgument => exit::CONFIG,
                 _ => exit::FAILED,
             },
+            Self::PartlyRefused
+            | Self::Undrained(..)
+            | Self::AuditBroken(_)
+            | Self::Check(_)
+            | Self::Write { .. } => exit::FAILED,
             Self::Answer(_) | Self::Unhealthy { .. } | Self::Pending | Self::Print(_) => exit::FAILED,
         }
     }
@@ -126,7 +156,13 @@ fn sentence(status: &Status, server: &str) -> String {
         Code::PermissionDenied => format!("the token does not allow this: {message}"),
         Code::NotFound => format!("not found: {message}"),
         Code::AlreadyExists => format!("exists already: {message}"),
-        Code::InvalidArgument => format!("the control plane does not take this: {message}"),
+        Code::InvalidArgument => match field_violations(status).as_slice() {
+            [] | [_] => format!("the control plane does not take this: {message}"),
+            several => {
+                let lines = several.iter().map(|v| format!("\n  {}: {}", v.field, v.description));
+                format!("the control plane does not take this:{}", lines.collect::<String>())
+            }
+        },
         Code::FailedPrecondition => format!("not now: {message}"),
         Code::Aborted => format!("it has changed in the meantime: {message}; read it again and retry"),
         Code::ResourceExhausted => format!("too much at once: {message}"),
@@ -141,7 +177,8 @@ fn sentence(status: &Status, server: &str) -> String {
                 "the control plane at {server} does not know this call; is it an older version, or another server?"
             )
         }
-        Code::Internal | Code::Unknown | Code::DataLoss | Code::OutOfRange | Code::Ok => {
+        Code::OutOfRange => format!("too far: {message}"),
+        Code::Internal | Code::Unknown | Code::DataLoss | Code::Ok => {
             format!("the control plane at {server} failed: {message}; its log says more")
         }
     }

@@ -19,7 +19,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 pub use args::{
-    ApplyArgs, BackendRef, Cli, Command, FileArgs, KeyCommand, Kind, OutputFormat, Server, WaitArgs,
+    ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, DrainArgs, FileArgs, GatewayCommand,
+    KeyCommand, Kind, KnownEntry, OutputFormat, Reference, RoleName, RollbackArgs, Server, TokenCommand,
+    WaitArgs, WatchArgs,
 };
 pub use error::Error;
 pub use up::UpArgs;
@@ -41,7 +43,10 @@ pub async fn execute(cli: Cli, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
             let _ = writeln!(io.err, "weir: {error}");
             match (&cli.command, error.exit_code()) {
                 // 1 says that there are differences.
-                (Command::Diff(_), weir_runtime::exit::FAILED) => weir_runtime::exit::USAGE,
+                (
+                    Command::Diff(_) | Command::Gateway(GatewayCommand::Diff { .. }),
+                    weir_runtime::exit::FAILED,
+                ) => weir_runtime::exit::USAGE,
                 (_, code) => code,
             }
         }

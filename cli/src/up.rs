@@ -116,6 +116,9 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             listen: beside(args.listen.port().saturating_add(k)),
             ops_listen: local(9100 + k),
             control_plane: format!("http://{}", control_plane.grpc_addr),
+            control_plane_ca: None,
+            control_plane_cert: None,
+            control_plane_key: None,
             gateway_token_file: None,
             gateway_token: Some(control_plane.admin_token.clone()),
             redis: None,
@@ -241,7 +244,7 @@ impl Admin {
         match self.client.issue_api_key(issue).await {
             Ok(answer) => Ok(Secret::new(answer.into_inner().secret)),
             Err(status) if status.code() == tonic::Code::AlreadyExists => {
-                let rotate = v1::RotateApiKeyRequest { name: KEY_NAME.into(), grace: None };
+                let rotate = v1::RotateApiKeyRequest { name: KEY_NAME.into(), ..Default::default() };
                 let rotate = self.request(rotate)?;
                 let answer = self.client.rotate_api_key(rotate).await.map_err(|s| self.refused(s))?;
                 Ok(Secret::new(answer.into_inner().secret))

@@ -17,6 +17,7 @@ struct State {
     tokens: Vec<String>,
     applies: Vec<v1::ApplyRequest>,
     updates: Vec<v1::UpdateResourceRequest>,
+    drains: Vec<v1::DrainRequest>,
     issues: usize,
     unavailable: usize,
     changes: Vec<v1::Change>,
@@ -46,6 +47,19 @@ impl Fake {
 fn tenant() -> v1::Resource {
     let spec = v1::resource::Spec::Tenant(v1::TenantSpec::default());
     v1::Resource { name: "team-a".into(), revision: 7, spec: Some(spec), ..Default::default() }
+}
+
+/// A drain with so much left.
+fn drain(backend: &str, in_flight: u32) -> v1::Operation {
+    let progress = v1::DrainProgress {
+        backend: backend.into(),
+        revision: 7,
+        applied: 3,
+        connected: 3,
+        in_flight,
+        waiting_for: vec![],
+    };
+    v1::Operation { name: format!("drain/{backend}"), done: in_flight == 0, drain: Some(progress) }
 }
 
 #[tonic::async_trait]
@@ -111,9 +125,68 @@ impl AdminService for Fake {
     }
     async fn list_gateways(&self, r: Request<v1::ListGatewaysRequest>) -> Answer<v1::ListGatewaysResponse> {
         self.enter(r, |_, _| ())?;
-        let gateway =
-            v1::Gateway { id: "gw-1".into(), connected: true, applied_revision: 5, ..Default::default() };
+        let gateway = v1::Gateway {
+            id: "gw-1".into(),
+            connected: true,
+            applied_revision: 5,
+            sync: v1::SyncState::Pending.into(),
+            ..Default::default()
+        };
         Ok(Response::new(v1::ListGatewaysResponse { gateways: vec![gateway], revision: 7 }))
+    }
+    async fn history(&self, _: Request<v1::HistoryRequest>) -> Answer<v1::HistoryResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn rollback(&self, _: Request<v1::RollbackRequest>) -> Answer<v1::RollbackResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn verify_audit(&self, _: Request<v1::VerifyAuditRequest>) -> Answer<v1::VerifyAuditResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn drain(&self, r: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
+        let backend = self.enter(r, |s, r| s.drains.push(r.clone()))?.backend;
+        Ok(Response::new(v1::DrainResponse { operation: Some(drain(&backend, 2)) }))
+    }
+    async fn get_operation(&self, _: Request<v1::GetOperationRequest>) -> Answer<v1::GetOperationResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn wait_operation(
+        &self,
+        r: Request<v1::WaitOperationRequest>,
+    ) -> Answer<v1::WaitOperationResponse> {
+        let request = self.enter(r, |_, _| ())?;
+        let left = request.seen.map_or(0, |seen| seen.in_flight).saturating_sub(1);
+        let backend = request.name.trim_start_matches("drain/");
+        Ok(Response::new(v1::WaitOperationResponse { operation: Some(drain(backend, left)) }))
+    }
+    async fn get_gateway_config(
+        &self,
+        _: Request<v1::GetGatewayConfigRequest>,
+    ) -> Answer<v1::GetGatewayConfigResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn issue_token(&self, _: Request<v1::IssueTokenRequest>) -> Answer<v1::IssueTokenResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn rotate_token(&self, _: Request<v1::RotateTokenRequest>) -> Answer<v1::RotateTokenResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn revoke_token(&self, _: Request<v1::RevokeTokenRequest>) -> Answer<v1::RevokeTokenResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn list_tokens(&self, _: Request<v1::ListTokensRequest>) -> Answer<v1::ListTokensResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn who_am_i(&self, _: Request<v1::WhoAmIRequest>) -> Answer<v1::WhoAmIResponse> {
+        Err(Status::unimplemented(""))
+    }
+    type WatchStream = tokio_stream::Empty<Result<v1::WatchResponse, Status>>;
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        Err(Status::unimplemented(""))
+    }
+    type BackupStream = tokio_stream::Empty<Result<v1::BackupResponse, Status>>;
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Answer<Self::BackupStream> {
+        Err(Status::unimplemented(""))
     }
     async fn list_backend_status(
         &self,
@@ -226,14 +299,17 @@ async fn a_weight_changes_that_field_alone() {
 }
 
 #[tokio::test]
-async fn draining_changes_the_admin_state_alone() {
+async fn a_drain_says_what_is_left_until_nothing_is() {
     let (fake, at) = start(State::default()).await;
-    assert_eq!(
-        weir(at, "drain sgp-1 --no-wait").await,
-        (0, "backend sgp-1 is draining\n".into(), String::new())
-    );
+    let said = "backend sgp-1 is draining\n";
+    assert_eq!(weir(at, "drain sgp-1 --no-wait").await, (0, said.into(), String::new()));
+    let (code, out, err) = weir(at, "drain sgp-1").await;
+    let steps = "2 in progress; held by 3 of 3 gateways\n1 in progress; held by 3 of 3 gateways\n\
+                 drained: nothing is in progress there any more (3 of 3 gateways)\n";
+    assert_eq!((code, out.as_str(), err.as_str()), (0, said, steps));
     let state = fake.0.lock().expect("not poisoned");
-    assert_eq!(state.updates[0].update_mask.clone().expect("a mask").paths, ["admin_state"]);
+    assert_eq!(state.drains[0].backend, "sgp-1");
+    assert!(!state.drains[0].request_id.is_empty());
 }
 
 #[tokio::test]
@@ -293,7 +369,7 @@ async fn results_have_three_forms() {
     assert!(out.starts_with("[\n  {\n    \"kind\": \"tenant\",\n    \"name\": \"team-a\""), "{out}");
     let (_, out, _) = weir(at, "gateways").await;
     assert!(
-        out.lines().nth(1).is_some_and(|l| l.starts_with("gw-1     gateway  -       connected  5         2")),
+        out.lines().nth(1).is_some_and(|l| l.starts_with("gw-1     gateway  -       pending  5         2")),
         "{out}"
     );
 }

@@ -1,107 +1,262 @@
-//! Who may call what: two roles, each with a bearer token.
+//! Who may call what: roles, the methods each opens, and the tokens and certificates that prove them.
+//!
+//! Everything is refused that is not listed. A token is a row of the store, known by digests of its secrets; two more
+//! come with the start of the process, so that there is a way in before there are any rows.
 
-use tonic::service::Interceptor;
-use tonic::{Request, Status};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+use weir_proto::v1::{self, Role};
 use weir_runtime::Secret;
 
+use crate::catalog::Catalog;
 use crate::encoding::sha256;
+use crate::model::State;
+
+mod gate;
+
+pub(crate) use gate::{Gated, Reach};
 
 /// Shorter ones could be guessed.
 pub(crate) const TOKEN_MIN_CHARS: usize = 16;
 
-/// The digests of the tokens. Digests of equal length are compared as a whole, so time tells nothing.
-#[derive(Clone)]
-pub(crate) struct Tokens {
+/// Who calls, proven.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// For the audit log.
+    pub(crate) name: Arc<str>,
+    pub(crate) role: Role,
+    /// The one gateway it speaks for.
+    pub(crate) gateway_id: Option<Arc<str>>,
+    proof: Proof,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Proof {
+    /// Given at the start of the process.
+    Fixed,
+    /// A row of the store, by the digest of the secret used.
+    Token([u8; 32]),
+    /// A client certificate, checked when the connection was made.
+    Certificate,
+}
+
+/// What a client certificate says about its holder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) role: Role,
+    /// Of a gateway its id, else the operator's name.
+    pub(crate) name: Arc<str>,
+}
+
+/// The one judge of callers. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Authority {
+    catalog: Arc<Catalog>,
+    fixed: Arc<Fixed>,
+}
+
+#[derive(Debug)]
+struct Fixed {
     admin: [u8; 32],
     gateway: Option<[u8; 32]>,
 }
 
-/// What a service asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Needs {
-    /// The admin token.
-    Admin,
-    /// The gateway's token, or the admin's.
-    Gateway,
-    /// None: only where nobody else can connect.
-    Nothing,
-}
-
-impl Tokens {
-    pub(crate) fn new(admin: &Secret, gateway: Option<&Secret>) -> Self {
-        let digest = |secret: &Secret| sha256(secret.expose().as_bytes());
-        Self { admin: digest(admin), gateway: gateway.map(digest) }
-    }
-
-    pub(crate) fn guard(&self, needs: Needs) -> Guard {
-        Guard { tokens: self.clone(), needs }
-    }
-}
-
-/// Lets a call pass or refuses it.
-#[derive(Clone)]
-pub(crate) struct Guard {
-    tokens: Tokens,
-    needs: Needs,
-}
-
-impl std::fmt::Debug for Guard {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Guard").field("needs", &self.needs).finish_non_exhaustive()
-    }
-}
-
-impl Interceptor for Guard {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        if self.needs == Needs::Nothing {
-            return Ok(request);
+/// What a method asks for; `None` for one that is not known, which nobody may call.
+pub(crate) fn needs(path: &str) -> Option<Role> {
+    let (service, method) = path.trim_start_matches('/').split_once('/')?;
+    Some(match (service, method) {
+        ("weir.v1.DiscoveryService", "StreamConfig") | ("weir.v1.ReportService", "StreamReports") => {
+            Role::Gateway
         }
-        let header = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
-        let (scheme, token) = header
-            .and_then(|header| header.split_once(' '))
-            .ok_or_else(|| Status::unauthenticated("a token is needed: authorization: Bearer TOKEN"))?;
-        let digest = sha256(token.trim().as_bytes());
-        let bearer = scheme.eq_ignore_ascii_case("bearer");
-        let admin = equal(&digest, &self.tokens.admin);
-        let gateway = self.tokens.gateway.as_ref().is_some_and(|known| equal(&digest, known));
-        match (bearer && admin, bearer && gateway, self.needs) {
-            (true, _, _) | (_, true, Needs::Gateway) => Ok(request),
-            (false, true, _) => {
-                Err(Status::permission_denied("the gateway token does not open this service"))
+        ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo") => Role::Viewer,
+        ("weir.v1.AdminService", method) => match method {
+            "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "WaitApplied"
+            | "Watch" | "History" | "VerifyAudit" | "GetOperation" | "WaitOperation" | "GetGatewayConfig"
+            | "WhoAmI" => Role::Viewer,
+            // What an operator may update is narrowed in the call itself.
+            "UpdateResource" | "Drain" => Role::Operator,
+            "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {
+                Role::Editor
             }
-            (false, false, _) => Err(Status::unauthenticated("the token is not known")),
+            "IssueToken" | "RotateToken" | "RevokeToken" | "ListTokens" | "Backup" => Role::Admin,
+            _ => return None,
+        },
+        _ => return None,
+    })
+}
+
+/// Whether a role opens what asks for another.
+pub(crate) fn opens(role: Role, needed: Role) -> bool {
+    match (role, needed) {
+        (Role::Unspecified, _) | (_, Role::Unspecified) => false,
+        // A gateway's is apart from the operators', but for the admin, who may do everything.
+        (Role::Gateway, needed) => needed == Role::Gateway,
+        (Role::Admin, _) => true,
+        (_, Role::Gateway) => false,
+        (role, needed) => role >= needed,
+    }
+}
+
+/// A role as people write it.
+pub(crate) const fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Unspecified => "nobody",
+        Role::Viewer => "viewer",
+        Role::Operator => "operator",
+        Role::Editor => "editor",
+        Role::Admin => "admin",
+        Role::Gateway => "gateway",
+    }
+}
+
+impl Caller {
+    fn fixed(name: &str, role: Role) -> Self {
+        Self { name: name.into(), role, gateway_id: None, proof: Proof::Fixed }
+    }
+
+    /// The process itself.
+    pub(crate) fn bootstrap() -> Self {
+        Self::fixed("bootstrap", Role::Admin)
+    }
+}
+
+impl Authority {
+    pub(crate) fn new(catalog: Arc<Catalog>, admin: &Secret, gateway: Option<&Secret>) -> Self {
+        let digest = |secret: &Secret| sha256(secret.expose().as_bytes());
+        Self { catalog, fixed: Arc::new(Fixed { admin: digest(admin), gateway: gateway.map(digest) }) }
+    }
+
+    /// Who calls, by its token or, without one, by its certificate.
+    pub(crate) fn identify(&self, metadata: &MetadataMap, peer: Option<&Identity>) -> Result<Caller, Status> {
+        let header = metadata.get("authorization").and_then(|value| value.to_str().ok());
+        let Some(header) = header else {
+            return match peer {
+                Some(identity) => Ok(Caller {
+                    name: Arc::clone(&identity.name),
+                    role: identity.role,
+                    gateway_id: (identity.role == Role::Gateway).then(|| Arc::clone(&identity.name)),
+                    proof: Proof::Certificate,
+                }),
+                None => Err(Status::unauthenticated("a token is needed: authorization: Bearer TOKEN")),
+            };
+        };
+        let token = header.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let (_, token) =
+            token.ok_or_else(|| Status::unauthenticated("a token is needed: authorization: Bearer TOKEN"))?;
+        let digest = sha256(token.trim().as_bytes());
+        if equal(&digest, &self.fixed.admin) {
+            return Ok(Caller::fixed("admin", Role::Admin));
+        }
+        if self.fixed.gateway.as_ref().is_some_and(|known| equal(&digest, known)) {
+            return Ok(Caller::fixed("gateway", Role::Gateway));
+        }
+        stored(&self.catalog.state(), &digest, SystemTime::now())
+    }
+
+    /// Whether what a caller proved still holds; streams ask now and then.
+    pub(crate) fn still(&self, caller: &Caller) -> Result<(), Status> {
+        match &caller.proof {
+            Proof::Fixed | Proof::Certificate => Ok(()),
+            Proof::Token(digest) => stored(&self.catalog.state(), digest, SystemTime::now()).map(|_| ()),
+        }
+    }
+
+    /// Whether a caller may be this gateway. A name that a token is bound to belongs to the holder of that token.
+    pub(crate) fn speaks_for(&self, caller: &Caller, gateway_id: &str) -> Result<(), Status> {
+        match &caller.gateway_id {
+            Some(own) if **own == *gateway_id => Ok(()),
+            Some(own) => Err(Status::permission_denied(format!(
+                "{} speaks for gateway {own} and not for {gateway_id}",
+                caller.name
+            ))),
+            None => match self.catalog.state().tokens.values().find(|t| t.gateway_id == gateway_id) {
+                None => Ok(()),
+                Some(token) => Err(Status::permission_denied(format!(
+                    "gateway {gateway_id} has a token of its own, {}; give that one to it",
+                    token.name
+                ))),
+            },
         }
     }
 }
 
+/// The caller behind a digest.
+fn stored(state: &State, digest: &[u8; 32], now: SystemTime) -> Result<Caller, Status> {
+    for token in state.tokens.values() {
+        for secret in &token.secrets {
+            let known = <&[u8; 32]>::try_from(secret.sha256.as_slice());
+            if !known.is_ok_and(|known| equal(digest, known)) {
+                continue;
+            }
+            if expired(secret, now) {
+                return Err(Status::unauthenticated(format!("token {} has expired", token.name)));
+            }
+            let id = Some(token.gateway_id.as_str()).filter(|id| !id.is_empty());
+            return Ok(Caller {
+                name: token.name.as_str().into(),
+                role: token.role(),
+                gateway_id: id.map(Into::into),
+                proof: Proof::Token(*digest),
+            });
+        }
+    }
+    Err(Status::unauthenticated("the token is not known"))
+}
+
+pub(crate) fn expired(secret: &v1::TokenSecret, now: SystemTime) -> bool {
+    secret.expire_time.is_some_and(|end| SystemTime::try_from(end).is_ok_and(|end| end <= now))
+}
+
+/// Compared as a whole, so that time tells nothing.
 fn equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use prost::Message as _;
+
     use super::*;
 
+    const ROLES: [Role; 5] = [Role::Viewer, Role::Operator, Role::Editor, Role::Admin, Role::Gateway];
+
+    /// Every method that this process serves, from the descriptors.
+    pub(crate) fn methods() -> Vec<String> {
+        let files = prost_types::FileDescriptorSet::decode(weir_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let served = ["AdminService", "DiscoveryService", "ReportService"];
+        let services = files.file.iter().flat_map(|f| f.service.iter().map(move |s| (f.package(), s)));
+        services
+            .filter(|(package, service)| *package == "weir.v1" && served.contains(&service.name()))
+            .flat_map(|(package, service)| {
+                let method = move |m: &prost_types::MethodDescriptorProto| {
+                    format!("/{package}.{}/{}", service.name(), m.name())
+                };
+                service.method.iter().map(method)
+            })
+            .collect()
+    }
+
     #[test]
-    fn each_token_opens_what_it_is_for() {
-        let (admin, gateway) =
-            (Secret::new("admin-admin-admin".into()), Secret::new("gateway-gateway-1".into()));
-        let tokens = Tokens::new(&admin, Some(&gateway));
-        let code = |needs, header: Option<&str>| {
-            let mut request = Request::new(());
-            if let Some(header) = header {
-                request.metadata_mut().insert("authorization", header.parse().unwrap());
-            }
-            tokens.guard(needs).call(request).map_or_else(|status| status.code(), |_| tonic::Code::Ok)
-        };
-        use tonic::Code;
-        assert_eq!(code(Needs::Admin, Some("Bearer admin-admin-admin")), Code::Ok);
-        assert_eq!(code(Needs::Gateway, Some("bearer admin-admin-admin")), Code::Ok);
-        assert_eq!(code(Needs::Gateway, Some("Bearer gateway-gateway-1")), Code::Ok);
-        assert_eq!(code(Needs::Admin, Some("Bearer gateway-gateway-1")), Code::PermissionDenied);
-        assert_eq!(code(Needs::Admin, Some("Basic admin-admin-admin")), Code::Unauthenticated);
-        assert_eq!(code(Needs::Admin, Some("Bearer other")), Code::Unauthenticated);
-        assert_eq!(code(Needs::Admin, None), Code::Unauthenticated);
-        assert_eq!(code(Needs::Nothing, None), Code::Ok);
+    fn every_method_of_the_contract_has_a_role() {
+        let methods = methods();
+        assert!(methods.len() > 20, "{methods:?}");
+        for method in methods {
+            assert!(needs(&method).is_some(), "{method} has no role: add it to auth::needs");
+        }
+        assert_eq!(needs("/weir.v1.AdminService/Other"), None);
+        assert_eq!(needs("/other.Service/GetResource"), None);
+    }
+
+    #[test]
+    fn each_role_opens_what_is_below_it_and_gateways_are_apart() {
+        let matrix = ROLES.map(|role| ROLES.map(|needed| u8::from(opens(role, needed))));
+        assert_eq!(
+            matrix,
+            [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
+        );
+        assert!(ROLES.iter().all(|role| !opens(Role::Unspecified, *role)));
     }
 }

@@ -13,8 +13,13 @@ use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
-use crate::model::{ALLOWED, HEAD, Plan, REMOVAL, Refusal, Remembered, State};
-use crate::store::{self, Compare, Store, Transaction, Write};
+use crate::model::audit::{self, Actor, Logged};
+use crate::model::{
+    ALLOWED, HEAD, PREFIX, Plan, REMOVAL, Refusal, Remembered, State, request_path, token_path,
+};
+use crate::store::{self, Batch, Compare, Store, Transaction, Write};
+
+pub(crate) mod log;
 
 /// How long an answer is kept under its request id.
 const REQUESTS_KEPT_MS: u64 = 24 * 60 * 60 * 1000;
@@ -38,6 +43,10 @@ pub(crate) enum Error {
     Contended,
     #[error("the change is made, but the state does not follow the store")]
     Behind,
+    #[error("what was at revision {asked} is forgotten; the oldest revision known is {oldest}")]
+    Forgotten { asked: u64, oldest: u64 },
+    #[error("revision {asked} is ahead of this store, which is at {newest}")]
+    Ahead { asked: u64, newest: u64 },
 }
 
 /// The answer of a change; it can be told the revision that it made.
@@ -55,6 +64,8 @@ pub(crate) struct Call {
     pub(crate) digest: [u8; 32],
     /// Check only.
     pub(crate) validate_only: bool,
+    /// Who asks.
+    pub(crate) actor: Actor,
 }
 
 /// What became of a change.
@@ -70,6 +81,8 @@ pub(crate) struct Committed<A> {
 pub(crate) struct Catalog {
     store: Arc<dyn Store>,
     state: watch::Sender<Arc<State>>,
+    /// The newest records of the audit log.
+    recent: log::Recent,
     /// One commit at a time in this process; other replicas are met by the comparison.
     commit: Mutex<()>,
 }
@@ -78,7 +91,8 @@ impl Catalog {
     /// Loads everything. Nobody is answered before that.
     pub(crate) async fn load(store: Arc<dyn Store>) -> Result<Self, store::Error> {
         let state = read(&*store).await?;
-        Ok(Self { store, state: watch::Sender::new(Arc::new(state)), commit: Mutex::new(()) })
+        let recent = log::Recent::load(&*store, state.audit.sequence).await?;
+        Ok(Self { store, state: watch::Sender::new(Arc::new(state)), recent, commit: Mutex::new(()) })
     }
 
     /// The state now.
@@ -103,13 +117,18 @@ impl Catalog {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}
             }
-            match read(&*self.store).await {
-                Ok(state) => {
-                    self.state.send_replace(Arc::new(state));
-                }
-                Err(error) => tracing::error!(%error, "the store cannot be read"),
+            if let Err(error) = self.read_again().await {
+                tracing::error!(%error, "the store cannot be read");
             }
         }
+    }
+
+    async fn read_again(&self) -> Result<(), store::Error> {
+        let state = read(&*self.store).await?;
+        let recent = log::Recent::load(&*self.store, state.audit.sequence).await?;
+        self.recent.replace(recent);
+        self.state.send_replace(Arc::new(state));
+        Ok(())
     }
 
     async fn follow_once(&self) -> store::Error {
@@ -118,17 +137,30 @@ impl Catalog {
             Err(e) => return e,
         };
         loop {
-            let next = match watch.next().await {
-                Ok(batch) => self.state().after(&batch),
+            let batch = match watch.next().await {
+                Ok(batch) => batch,
                 Err(e) => return e,
             };
-            match next {
+            match self.take(&batch) {
                 Ok(state) => {
                     self.state.send_replace(Arc::new(state));
                 }
                 Err(e) => return store::Error::Failed(e.to_string()),
             }
         }
+    }
+
+    /// The state after a batch. Its records are there before it is: who sees a state finds the way to it.
+    fn take(&self, batch: &Batch) -> Result<State, crate::model::Unreadable> {
+        let state = self.state().after(batch)?;
+        for write in &batch.writes {
+            if let Write::Put(key, value) = write
+                && key.starts_with(audit::AUDIT_PREFIX)
+            {
+                self.recent.push(Logged::decode(key, value, batch.revision)?);
+            }
+        }
+        Ok(state)
     }
 
     /// Plans against the present state and commits; plans again when another replica was faster.
@@ -185,11 +217,16 @@ impl Catalog {
 }
 
 async fn read(store: &dyn Store) -> Result<State, store::Error> {
-    State::load(&store.range("").await?).map_err(|e| store::Error::Failed(e.to_string()))
+    State::load(&store.range(PREFIX).await?).map_err(|e| store::Error::Failed(e.to_string()))
 }
 
 fn now_ms() -> u64 {
     u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or_default()
+}
+
+fn now() -> prost_types::Timestamp {
+    let now = jiff::Timestamp::now();
+    prost_types::Timestamp { seconds: now.as_second(), nanos: now.subsec_nanosecond() }
 }
 
 /// The answer kept under the request id, when it is of the same request and not too old.
@@ -203,7 +240,18 @@ fn recall(state: &State, call: &Call) -> Result<Option<Arc<Remembered>>, Error> 
 
 fn transaction(state: &State, call: &Call, plan: &Plan, answer: &impl Answer) -> Transaction {
     let compares = vec![Compare { key: HEAD.into(), revision: state.head }];
-    let mut writes = vec![Write::Put(HEAD.into(), Bytes::new())];
+    let (path, record, end) = audit::seal(state, plan, &call.actor, &call.request_id, now());
+    let mut writes = vec![Write::Put(HEAD.into(), end.encode_to_vec().into()), Write::Put(path, record)];
+    if let Some(oldest) = end.sequence.checked_sub(audit::AUDIT_MAX).filter(|oldest| *oldest > 0) {
+        writes.push(Write::Delete(audit::path(oldest)));
+    }
+    for token in &plan.tokens {
+        let path = token_path(&token.name);
+        writes.push(match &token.after {
+            Some(token) => Write::Put(path, token.encode_to_vec().into()),
+            None => Write::Delete(path),
+        });
+    }
     for step in &plan.steps {
         match step.action {
             v1::ChangeAction::Create | v1::ChangeAction::Update => {
@@ -220,14 +268,14 @@ fn transaction(state: &State, call: &Call, plan: &Plan, answer: &impl Answer) ->
         writes.push(Write::Put(ALLOWED.into(), Bytes::new()));
     }
     if !call.request_id.is_empty() {
-        writes.extend(forgotten(state).into_iter().map(|id| Write::Delete(format!("q/{id}"))));
+        writes.extend(forgotten(state).into_iter().map(|id| Write::Delete(request_path(&id))));
         let kept = Remembered {
             time_ms: now_ms(),
             digest: call.digest.to_vec(),
             answer: answer.encode_to_vec(),
             revision: 0,
         };
-        writes.push(Write::Put(format!("q/{}", call.request_id), kept.encode_to_vec().into()));
+        writes.push(Write::Put(request_path(&call.request_id), kept.encode_to_vec().into()));
     }
     Transaction { compares, writes }
 }

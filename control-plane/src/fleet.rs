@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use weir_proto::v1;
 
 /// The verdicts, by backend.
@@ -35,6 +36,8 @@ struct Report {
     sequence: u64,
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
+    /// When the last report came.
+    at: Instant,
 }
 
 /// The place of one report stream; dropping it takes away what came over it.
@@ -55,8 +58,13 @@ impl Fleet {
         let mut reports = self.reports();
         reports.streams += 1;
         let stream = reports.streams;
-        let report =
-            Report { stream, incarnation: incarnation.to_owned(), sequence: 0, backends: BTreeMap::new() };
+        let report = Report {
+            stream,
+            incarnation: incarnation.to_owned(),
+            sequence: 0,
+            backends: BTreeMap::new(),
+            at: Instant::now(),
+        };
         reports.by_gateway.insert(gateway.to_owned(), report);
         drop(reports);
         // Wakes those who count gateways.
@@ -74,6 +82,13 @@ impl Fleet {
         let reports = self.reports();
         let ejects = |report: &Report| report.backends.get(backend).is_some_and(|(_, ejected)| *ejected);
         reports.by_gateway.iter().filter(|(_, report)| ejects(report)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// What each reporting gateway has in flight at a backend, and when it last reported.
+    pub(crate) fn in_flight_at(&self, backend: &str) -> BTreeMap<String, (u32, Instant)> {
+        let reports = self.reports();
+        let row = |report: &Report| (report.backends.get(backend).map_or(0, |(n, _)| *n), report.at);
+        reports.by_gateway.iter().map(|(id, report)| (id.clone(), row(report))).collect()
     }
 
     /// In flight per backend, and every change of it.
@@ -130,6 +145,7 @@ impl Reporter {
             return false;
         }
         own.sequence = report.sequence;
+        own.at = Instant::now();
         for backend in &report.backends {
             if own.backends.len() < BACKENDS_MAX || own.backends.contains_key(&backend.backend) {
                 own.backends.insert(backend.backend.clone(), (backend.in_flight, backend.ejected));

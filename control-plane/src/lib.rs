@@ -19,6 +19,8 @@ mod registry;
 mod server;
 mod services;
 pub mod store;
+mod tls;
 mod tree;
 
 pub use server::{Config, ControlPlane, Error, Running, StoreConfig};
+pub use tls::TlsConfig;

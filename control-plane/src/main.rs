@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
-use weir_control_plane::{Config, ControlPlane, StoreConfig};
+use weir_control_plane::store::FileStore;
+use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
 use weir_runtime::{Secret, exit, init_logs, shutdown_on_signals};
 
@@ -29,12 +30,25 @@ struct Args {
     /// Resources to start with, as `weir apply` reads them. Taken when the store has never held any, else ignored.
     #[arg(long, env = "WEIR_BOOTSTRAP", value_name = "FILE")]
     bootstrap: Option<PathBuf>,
+    /// A backup, as `weir backup` writes it, to make the store from. The store gets a new epoch, so gateways take no
+    /// mass removal from it. Refused when there is a store that holds anything; start without this afterwards.
+    #[arg(long, value_name = "FILE", conflicts_with = "store_in_memory")]
+    restore: Option<PathBuf>,
     /// A file with the token that opens everything, at least 16 characters. Also as WEIR_ADMIN_TOKEN.
     #[arg(long, env = "WEIR_ADMIN_TOKEN_FILE", value_name = "FILE")]
     admin_token_file: Option<PathBuf>,
     /// A file with the token that opens discovery and reports only. Also as WEIR_GATEWAY_TOKEN.
     #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "FILE")]
     gateway_token_file: Option<PathBuf>,
+    /// Certificate chain (PEM) to serve gRPC over TLS alone; read again when it changes.
+    #[arg(long, env = "WEIR_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate.
+    #[arg(long, env = "WEIR_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Who signs client certificates (PEM). Their URI name says who they are: weir://gateway/ID or weir://ROLE/NAME.
+    #[arg(long, env = "WEIR_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
     /// What is logged: a level, or levels by target.
     #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
@@ -77,6 +91,10 @@ fn config(args: Args) -> Result<Config, String> {
     } else {
         StoreConfig::File(args.data_dir.join("store.redb"))
     };
+    if let (Some(from), StoreConfig::File(path)) = (&args.restore, &store) {
+        let revision = FileStore::restore(path, from).map_err(|e| format!("--restore: {e}"))?;
+        tracing::info!(revision, from = %from.display(), "the store is restored");
+    }
     Ok(Config {
         listen: args.listen,
         http_listen: args.http_listen,
@@ -84,6 +102,11 @@ fn config(args: Args) -> Result<Config, String> {
         bootstrap: args.bootstrap.as_deref().map(bootstrap).transpose()?.unwrap_or_default(),
         admin_token: token("admin-token-file", args.admin_token_file, "WEIR_ADMIN_TOKEN")?,
         gateway_token: token("gateway-token-file", args.gateway_token_file, "WEIR_GATEWAY_TOKEN")?,
+        tls: args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsConfig {
+            cert,
+            key,
+            client_ca: args.tls_client_ca,
+        }),
     })
 }
 

@@ -24,7 +24,13 @@ pub(crate) struct Metrics {
     pub(crate) gateways: Gauge,
     /// How many revisions the connected gateway that is furthest behind has yet to acknowledge.
     pub(crate) applied_lag: Gauge,
-    pub(crate) deltas: Counter,
+    deltas: Counter,
+    resources: Counter,
+    bytes: Counter,
+    /// Deltas refused whole: a gateway guards what it holds.
+    pub(crate) refused_whole: Counter,
+    /// Gateways that came with the configuration of another store.
+    pub(crate) foreign_epochs: Counter,
     pub(crate) acks: Counter,
     pub(crate) nacks: Counter,
     admin_calls: Family<AdminCall, Counter>,
@@ -45,6 +51,22 @@ impl Metrics {
             self.applied_lag.clone(),
         );
         registry.register("weir_deltas_sent", "Deltas sent to gateways", self.deltas.clone());
+        registry.register(
+            "weir_delta_resources_sent",
+            "Resources sent to gateways, each with its body",
+            self.resources.clone(),
+        );
+        registry.register("weir_delta_body_bytes", "Bytes of the bodies sent", self.bytes.clone());
+        registry.register(
+            "weir_deltas_refused_whole",
+            "Deltas that gateways refused as a whole, such as a mass removal nobody allowed",
+            self.refused_whole.clone(),
+        );
+        registry.register(
+            "weir_foreign_epoch_connects",
+            "Connects of gateways that hold the configuration of another store",
+            self.foreign_epochs.clone(),
+        );
         registry.register("weir_delta_acks", "Deltas that gateways applied", self.acks.clone());
         registry.register(
             "weir_delta_nacks",
@@ -53,6 +75,12 @@ impl Metrics {
         );
         registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
         registry.register("weir_probes", "Liveness probes of backends", self.probes.clone());
+    }
+
+    pub(crate) fn sent(&self, resources: usize, bytes: usize) {
+        self.deltas.inc();
+        self.resources.inc_by(resources as u64);
+        self.bytes.inc_by(bytes as u64);
     }
 
     pub(crate) fn admin_call(&self, method: &'static str, code: tonic::Code) {

@@ -1,6 +1,7 @@
 //! What is declared, as one immutable value, and what a change would make of it. Pure: no clock, no store, no
 //! network.
 
+pub(crate) mod audit;
 mod edit;
 mod plan;
 #[cfg(test)]
@@ -8,7 +9,7 @@ pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -20,14 +21,30 @@ use crate::store::{Batch, Range, Write};
 use crate::tree::canonical;
 
 pub(crate) use edit::{apply_edits, update_edit};
-pub(crate) use plan::{Edit, Options, Plan, plan};
+pub(crate) use plan::{Edit, Options, Plan, TokenStep, plan};
 
-/// The key rewritten by every change of resources: comparing it makes a change see all it was checked against.
-pub(crate) const HEAD: &str = "m/head";
+/// Where everything but the audit log is.
+pub(crate) const PREFIX: &str = "c/";
+/// The key rewritten by every change: comparing it makes a change see all it was checked against. Its value is the end
+/// of the audit log.
+pub(crate) const HEAD: &str = "c/m/head";
 /// Rewritten by every accepted removal of a backend.
-pub(crate) const REMOVAL: &str = "m/removal";
+pub(crate) const REMOVAL: &str = "c/m/removal";
 /// Rewritten by every change for which the operator allowed a mass removal.
-pub(crate) const ALLOWED: &str = "m/allowed";
+pub(crate) const ALLOWED: &str = "c/m/allowed";
+const RESOURCES: &str = "c/r/";
+const REQUESTS: &str = "c/q/";
+const TOKENS: &str = "c/t/";
+
+/// Where a remembered answer is in the store.
+pub(crate) fn request_path(id: &str) -> String {
+    format!("{REQUESTS}{id}")
+}
+
+/// Where a token is in the store.
+pub(crate) fn token_path(name: &str) -> String {
+    format!("{TOKENS}{name}")
+}
 
 /// Kind and name of a resource. Ordered by kind, what is referred to first.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,11 +72,11 @@ impl Key {
 
     /// Where it is in the store.
     pub(crate) fn path(&self) -> String {
-        format!("r/{}/{}", i32::from(self.kind), self.name)
+        format!("{RESOURCES}{}/{}", i32::from(self.kind), self.name)
     }
 
     fn parse(path: &str) -> Option<Self> {
-        let (kind, name) = path.strip_prefix("r/")?.split_once('/')?;
+        let (kind, name) = path.strip_prefix(RESOURCES)?.split_once('/')?;
         let kind = v1::ResourceKind::try_from(kind.parse::<i32>().ok()?).ok()?;
         Some(Self::new(kind, name))
     }
@@ -110,7 +127,7 @@ impl Stored {
         Ok(Self { wire, checked, published })
     }
 
-    fn with_revision(value: &[u8], revision: u64) -> Option<Self> {
+    pub(crate) fn with_revision(value: &[u8], revision: u64) -> Option<Self> {
         let wire = v1::Resource::decode(value).ok()?;
         Self::new(v1::Resource { revision, ..wire }).ok()
     }
@@ -159,12 +176,18 @@ pub(crate) struct State {
     pub(crate) resources: BTreeMap<Key, Arc<Stored>>,
     /// Answers by request id.
     pub(crate) requests: BTreeMap<Arc<str>, Arc<Remembered>>,
-    /// The revision of [`HEAD`].
+    /// Tokens by name.
+    pub(crate) tokens: BTreeMap<Arc<str>, Arc<v1::Token>>,
+    /// The end of the audit log.
+    pub(crate) audit: audit::Head,
+    /// The revision of [`HEAD`]: of the newest change.
     pub(crate) head: u64,
     /// The revision of [`REMOVAL`].
     pub(crate) removal: u64,
     /// The revision of [`ALLOWED`].
     pub(crate) allowed: u64,
+    /// The version of every resource, for each role of subscribers; made when it is first asked for.
+    pub(crate) versions: [OnceLock<Arc<BTreeMap<Key, Arc<str>>>>; 2],
 }
 
 /// The store holds something this version cannot read.
@@ -187,6 +210,7 @@ impl State {
     pub(crate) fn after(&self, batch: &Batch) -> Result<Self, Unreadable> {
         let mut next = self.clone();
         next.revision = batch.revision;
+        next.versions = Default::default();
         for write in &batch.writes {
             match write {
                 Write::Put(key, value) => next.set(key, Some(value), batch.revision)?,
@@ -199,10 +223,14 @@ impl State {
     fn set(&mut self, path: &str, value: Option<&Bytes>, revision: u64) -> Result<(), Unreadable> {
         let unreadable = || Unreadable(path.to_owned());
         match path {
-            HEAD => self.head = revision,
+            HEAD => {
+                self.head = revision;
+                let end = value.cloned().unwrap_or_default();
+                self.audit = audit::Head::decode(end).map_err(|_| unreadable())?;
+            }
             REMOVAL => self.removal = revision,
             ALLOWED => self.allowed = revision,
-            _ if path.starts_with("r/") => {
+            _ if path.starts_with(RESOURCES) => {
                 let key = Key::parse(path).ok_or_else(unreadable)?;
                 match value {
                     Some(value) => {
@@ -214,8 +242,22 @@ impl State {
                     }
                 }
             }
+            _ if path.starts_with(TOKENS) => {
+                let name = path.strip_prefix(TOKENS).ok_or_else(unreadable)?;
+                match value {
+                    Some(value) => {
+                        let token = v1::Token::decode(value.clone()).map_err(|_| unreadable())?;
+                        self.tokens.insert(name.into(), Arc::new(token));
+                    }
+                    None => {
+                        self.tokens.remove(name);
+                    }
+                }
+            }
+            // The log is read by those who need it.
+            _ if path.starts_with(audit::AUDIT_PREFIX) => {}
             _ => {
-                let id = path.strip_prefix("q/").ok_or_else(unreadable)?;
+                let id = path.strip_prefix(REQUESTS).ok_or_else(unreadable)?;
                 match value {
                     Some(value) => {
                         let kept = Remembered::decode(value.clone()).map_err(|_| unreadable())?;
@@ -227,6 +269,16 @@ impl State {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Takes a change back: the newest first.
+    pub(crate) fn undo(&mut self, logged: &audit::Logged) -> Result<(), Unreadable> {
+        self.versions = Default::default();
+        for change in logged.record.changes.iter().rev() {
+            change.undo(self)?;
+        }
+        self.revision = logged.record.base;
         Ok(())
     }
 

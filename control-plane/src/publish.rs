@@ -1,7 +1,7 @@
 //! From the state to what a gateway is sent: debounced, and only what differs from what it holds.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
-use crate::model::{Key, State};
+use crate::model::{Key, State, Stored};
 
 /// A change after so long a silence is sent at once; others wait for as long a silence.
 const QUIET: Duration = Duration::from_millis(100);
@@ -50,20 +50,22 @@ pub(crate) async fn publish(
     }
 }
 
-/// What a gateway holds, as far as it has said.
+/// Resource -> version.
+pub(crate) type Versions = BTreeMap<Key, Arc<str>>;
+
+/// What a gateway holds, as far as it has said. Gateways in sync share one map.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Held {
-    pub(crate) epoch: String,
+    pub(crate) epoch: Arc<str>,
     pub(crate) revision: u64,
-    /// Resource -> version.
-    pub(crate) versions: BTreeMap<Key, String>,
+    pub(crate) versions: Arc<Versions>,
     /// What it is, and so which kinds it is to hold.
     pub(crate) role: v1::SubscriberRole,
 }
 
 /// Whether subscribers of a role get resources of a kind. Gateways of before the kind was would refuse it, and a limit
 /// service has no use for backends.
-const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
+pub(crate) const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
     use v1::ResourceKind as Kind;
     match role {
         v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => {
@@ -75,73 +77,141 @@ const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
     }
 }
 
+/// What subscribers of a role hold once they are in sync with a snapshot; made when it is first asked for.
+pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versions> {
+    let of_role = usize::from(role == v1::SubscriberRole::LimitService);
+    snapshot.versions[of_role].get_or_init(|| {
+        let wanted = snapshot.resources.iter().filter(|(key, _)| wanted(role, key.kind));
+        let version =
+            |(key, stored): (&Key, &Arc<Stored>)| (key.clone(), Arc::from(stored.published.version.as_str()));
+        Arc::new(wanted.map(version).collect())
+    })
+}
+
 impl Held {
     /// From what a gateway says on connecting.
     pub(crate) fn of(hello: &v1::Hello) -> Self {
-        let versions = hello.held.iter().map(|h| (Key::new(h.kind(), &h.name), h.version.clone())).collect();
-        Self {
-            epoch: hello.store_epoch.clone(),
-            revision: hello.store_revision,
-            versions,
-            role: hello.role(),
-        }
+        let versions =
+            hello.held.iter().map(|h| (Key::new(h.kind(), &h.name), h.version.as_str().into())).collect();
+        let epoch = hello.store_epoch.as_str().into();
+        Self { epoch, revision: hello.store_revision, versions: Arc::new(versions), role: hello.role() }
     }
 
     /// It holds exactly this.
     pub(crate) fn is(&self, snapshot: &State) -> bool {
-        self.epoch == *snapshot.epoch && self.revision == snapshot.revision
+        self.epoch == snapshot.epoch && self.revision == snapshot.revision
     }
 
-    /// It applied a delta but for what it refused. It is at the delta's revision only when it refused nothing.
+    /// It applied a delta but for what it refused.
     pub(crate) fn apply(&mut self, delta: &v1::Delta, refused: &[Key]) {
-        for upsert in &delta.upserts {
-            let key = Key::new(upsert.kind(), &upsert.name);
-            if !refused.contains(&key) {
-                self.versions.insert(key, upsert.version.clone());
+        if !delta.upserts.is_empty() || !delta.removals.is_empty() {
+            let versions = Arc::make_mut(&mut self.versions);
+            for upsert in &delta.upserts {
+                let key = Key::new(upsert.kind(), &upsert.name);
+                if !refused.contains(&key) {
+                    versions.insert(key, upsert.version.as_str().into());
+                }
+            }
+            let removals = delta.removals.iter().filter_map(Key::of_ref);
+            for key in removals.filter(|key| !refused.contains(key)) {
+                versions.remove(&key);
             }
         }
-        for key in delta.removals.iter().filter_map(Key::of_ref).filter(|key| !refused.contains(key)) {
-            self.versions.remove(&key);
-        }
+        // It is at the delta's revision only when it refused nothing.
         if refused.is_empty() {
-            self.epoch.clone_from(&delta.store_epoch);
+            if *self.epoch != *delta.store_epoch {
+                self.epoch = delta.store_epoch.as_str().into();
+            }
             self.revision = delta.store_revision;
+        }
+    }
+
+    /// Lets go of its own map when it says what the snapshot says.
+    pub(crate) fn share(&mut self, snapshot: &State) {
+        let shared = versions(snapshot, self.role);
+        if !Arc::ptr_eq(shared, &self.versions) && *shared == self.versions {
+            self.versions = Arc::clone(shared);
         }
     }
 }
 
-/// What has to be sent so that a gateway holds the snapshot. Empty lists say that only the revision moved.
-pub(crate) fn delta(snapshot: &State, held: &Held, nonce: u64) -> v1::Delta {
-    let differs = |key: &Key, version: &str| held.versions.get(key).is_none_or(|held| held != version);
-    let upserts = snapshot
-        .resources
-        .iter()
-        .filter(|(key, stored)| wanted(held.role, key.kind) && differs(key, &stored.published.version))
-        .map(|(_, stored)| stored.published.clone())
-        .collect();
-    // In reverse order of kind: what refers goes before what it refers to.
-    let removals = held
-        .versions
-        .keys()
-        .rev()
-        .filter(|key| !snapshot.resources.contains_key(*key) || !wanted(held.role, key.kind))
-        .map(Key::to_ref)
-        .collect();
-    v1::Delta {
-        nonce,
-        store_epoch: snapshot.epoch.to_string(),
-        store_revision: snapshot.revision,
-        upserts,
-        removals,
-        allow_mass_removal: mass_removal_is_meant(snapshot, held),
+/// What differs between what a gateway holds and a snapshot.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Difference {
+    /// New and changed, what is referred to first.
+    pub(crate) upserts: Vec<v1::VersionedResource>,
+    /// Gone, what refers first.
+    pub(crate) removals: Vec<Key>,
+}
+
+impl Difference {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.upserts.is_empty() && self.removals.is_empty()
+    }
+
+    fn between(held: &Held, snapshot: &State) -> Self {
+        let (role, held) = (held.role, &*held.versions);
+        let differs = |key: &Key, version: &str| held.get(key).is_none_or(|held| **held != *version);
+        let gone = |key: &&Key| !snapshot.resources.contains_key(*key) || !wanted(role, key.kind);
+        let upserts = snapshot
+            .resources
+            .iter()
+            .filter(|(key, stored)| wanted(role, key.kind) && differs(key, &stored.published.version))
+            .map(|(_, stored)| stored.published.clone())
+            .collect();
+        let removals = held.keys().rev().filter(gone).cloned().collect();
+        Self { upserts, removals }
+    }
+}
+
+/// Differences already found: a thousand gateways that hold the same need one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Differences(Arc<Mutex<VecDeque<Known>>>);
+
+#[derive(Debug)]
+struct Known {
+    role: v1::SubscriberRole,
+    held: Arc<Versions>,
+    snapshot: Snapshot,
+    difference: Arc<Difference>,
+}
+
+/// Differences remembered: gateways are a few revisions apart at most.
+const REMEMBERED: usize = 8;
+
+impl Differences {
+    pub(crate) fn between(&self, held: &Held, snapshot: &Snapshot) -> Arc<Difference> {
+        let is = |known: &&Known| {
+            known.role == held.role
+                && Arc::ptr_eq(&known.held, &held.versions)
+                && Arc::ptr_eq(&known.snapshot, snapshot)
+        };
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = lock().iter().find(is) {
+            return Arc::clone(&known.difference);
+        }
+        let difference = Arc::new(Difference::between(held, snapshot));
+        // Kept alive here, so that no other map can come to lie at the same address.
+        let known = Known {
+            role: held.role,
+            held: Arc::clone(&held.versions),
+            snapshot: Arc::clone(snapshot),
+            difference: Arc::clone(&difference),
+        };
+        let mut all = lock();
+        all.push_back(known);
+        if all.len() > REMEMBERED {
+            all.pop_front();
+        }
+        difference
     }
 }
 
 /// Within an epoch, every removal has passed the guard here, one change at a time; several merged into one delta
 /// may look like a mass removal to a gateway, and are meant. Another epoch is another history: there, only the
 /// operator's word counts, so that an empty new store takes nothing away from anybody.
-fn mass_removal_is_meant(snapshot: &State, held: &Held) -> bool {
-    if held.epoch == *snapshot.epoch {
+pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &Held) -> bool {
+    if held.epoch == snapshot.epoch {
         snapshot.removal > held.revision || snapshot.allowed > held.revision
     } else {
         snapshot.allowed > 0
@@ -151,7 +221,6 @@ fn mass_removal_is_meant(snapshot: &State, held: &Held) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Stored;
     use crate::model::tests::{backend, cluster};
 
     fn state(revision: u64, backends: usize) -> State {
@@ -164,46 +233,55 @@ mod tests {
     }
 
     fn synced(state: &State) -> Held {
-        let mut held = Held::default();
-        held.apply(&delta(state, &Held::default(), 1), &[]);
-        held
+        Held {
+            epoch: state.epoch.clone(),
+            revision: state.revision,
+            versions: versions(state, v1::SubscriberRole::Gateway).clone(),
+            ..Held::default()
+        }
     }
 
     #[test]
-    fn only_what_differs_is_sent() {
-        let old = state(1, 2);
-        let mut held = synced(&old);
-        assert!(held.is(&old));
+    fn only_what_differs_is_sent_and_found_once_for_all_who_hold_the_same() {
+        let held = synced(&state(1, 2));
         let mut new = state(2, 1);
         let changed = Stored::new(backend("b0", "p", "m", "http://127.0.0.1:2")).unwrap();
         new.resources.insert(changed.key(), Arc::new(changed));
-        let delta = delta(&new, &held, 2);
-        let names = |d: &v1::Delta| d.upserts.iter().map(|u| u.name.clone()).collect::<Vec<_>>();
-        assert_eq!(names(&delta), ["b0"]);
-        assert_eq!(delta.removals.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["b1"]);
-        assert!(!delta.allow_mass_removal);
+        let (new, known) = (Arc::new(new), Differences::default());
+        let difference = known.between(&held, &new);
+        assert_eq!(difference.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["b0"]);
+        assert_eq!(difference.removals, [Key::new(v1::ResourceKind::Backend, "b1")]);
+        assert!(Arc::ptr_eq(&difference, &known.between(&held, &new)));
+        let own = Held { versions: Arc::new(Versions::clone(&held.versions)), ..held };
+        assert!(!Arc::ptr_eq(&difference, &known.between(&own, &new)));
+    }
 
-        let refused = Key::new(v1::ResourceKind::Backend, "b0");
-        held.apply(&delta, std::slice::from_ref(&refused));
-        assert_eq!(held.revision, 1, "with something refused it is not at the revision");
-        assert_eq!(names(&super::delta(&new, &held, 3)), ["b0"]);
+    #[test]
+    fn who_is_in_sync_shares_the_map_of_the_snapshot() {
+        let state = state(1, 2);
+        let mut held = Held {
+            versions: Arc::new(Versions::clone(versions(&state, v1::SubscriberRole::Gateway))),
+            ..Held::default()
+        };
+        held.share(&state);
+        assert!(Arc::ptr_eq(&held.versions, versions(&state, v1::SubscriberRole::Gateway)));
     }
 
     #[test]
     fn an_empty_new_store_is_not_a_mass_removal_that_is_meant() {
         let held = synced(&state(5, 3));
         let mut new = State { epoch: "f".into(), revision: 9, removal: 8, ..State::default() };
-        assert!(!delta(&new, &held, 1).allow_mass_removal);
+        assert!(!mass_removal_is_meant(&new, &held));
         new.allowed = 9;
-        assert!(delta(&new, &held, 1).allow_mass_removal);
+        assert!(mass_removal_is_meant(&new, &held));
     }
 
     #[test]
     fn removals_accepted_one_by_one_are_meant_when_merged() {
         let held = synced(&state(5, 3));
         let new = State { removal: 7, ..state(7, 1) };
-        assert!(delta(&new, &held, 1).allow_mass_removal);
-        assert!(!delta(&State { removal: 4, ..state(7, 1) }, &held, 1).allow_mass_removal);
+        assert!(mass_removal_is_meant(&new, &held));
+        assert!(!mass_removal_is_meant(&State { removal: 4, ..state(7, 1) }, &held));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,16 +1,20 @@
 //! The subscribers, gateways and limit services: who is connected, what each has acknowledged and what it refuses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use weir_proto::v1;
+use weir_proto::v1::{self, SyncState};
+
+use crate::publish::Held;
 
 /// How long a gateway that left is shown.
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
+/// Answers per gateway whose times are kept, to tell since when it has held a revision.
+const ANSWERS_KEPT: usize = 64;
 
 /// All gateways. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -23,17 +27,6 @@ pub(crate) struct Registry {
 /// Whether it is a limit service, and its name: a gateway and a limit service may have the same.
 type Id = (bool, String);
 
-/// Subscribers at a revision.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Applied {
-    /// Gateways at it, and all connected ones.
-    pub(crate) gateways: (u32, u32),
-    /// Limit services at it, and all connected ones.
-    pub(crate) limit_services: (u32, u32),
-    /// The names of those that are not there yet.
-    pub(crate) pending: Vec<String>,
-}
-
 #[derive(Debug, Default)]
 struct Gateways {
     by_id: BTreeMap<Id, Entry>,
@@ -43,6 +36,12 @@ struct Gateways {
 #[derive(Debug)]
 struct Entry {
     gateway: v1::Gateway,
+    held: Arc<Held>,
+    /// The newest revision it has answered, whether it took all of it or not.
+    answered: u64,
+    /// Revision and time of its last answers, the oldest first.
+    answers: VecDeque<(u64, Instant)>,
+    stale: bool,
     stream: u64,
     /// Ends the stream when another one of the same gateway takes over.
     replaced: CancellationToken,
@@ -70,7 +69,7 @@ impl Registry {
 
     /// A gateway opened a stream. The newest stream of an id wins: an older one is a process that is gone, or a
     /// connection whose end nobody noticed yet.
-    pub(crate) fn connect(&self, hello: &v1::Hello, applied_revision: u64) -> Connection {
+    pub(crate) fn connect(&self, hello: &v1::Hello, held: &Held, applied_revision: u64) -> Connection {
         let replaced = CancellationToken::new();
         let mut gateways = self.gateways();
         gateways.streams += 1;
@@ -92,8 +91,19 @@ impl Registry {
             last_seen_time: Some(SystemTime::now().into()),
             errors: Vec::new(),
             role: role.into(),
+            sync: SyncState::Unspecified.into(),
+            unanswered_since: None,
         };
-        let entry = Entry { gateway, stream, replaced: replaced.clone(), left: None };
+        let entry = Entry {
+            gateway,
+            held: Arc::new(held.clone()),
+            answered: applied_revision,
+            answers: VecDeque::from([(applied_revision, Instant::now())]),
+            stale: false,
+            stream,
+            replaced: replaced.clone(),
+            left: None,
+        };
         if let Some(old) = gateways.by_id.insert(id.clone(), entry) {
             old.replaced.cancel();
         }
@@ -102,11 +112,30 @@ impl Registry {
         Connection { registry: self.clone(), id, stream, replaced }
     }
 
-    /// Every gateway connected now or within the last hour, by id.
-    pub(crate) fn list(&self) -> Vec<v1::Gateway> {
+    /// Every gateway connected now or within the last hour, by id, against the newest revision.
+    pub(crate) fn list(&self, revision: u64) -> Vec<v1::Gateway> {
         let gateways = self.gateways();
         let shown = |entry: &&Entry| entry.left.is_none_or(|left| left.elapsed() < REMEMBERED);
-        gateways.by_id.values().filter(shown).map(|entry| entry.gateway.clone()).collect()
+        let row = |entry: &Entry| v1::Gateway { sync: entry.sync(revision).into(), ..entry.gateway.clone() };
+        gateways.by_id.values().filter(shown).map(row).collect()
+    }
+
+    /// What a gateway holds and what it refuses; `None` when it is not known.
+    pub(crate) fn held(&self, id: &str) -> Option<(Arc<Held>, Vec<v1::gateway::ResourceError>)> {
+        let gateways = self.gateways();
+        let own = |limit_service: bool| gateways.by_id.get(&(limit_service, id.to_owned()));
+        let entry = own(false).or_else(|| own(true))?;
+        Some((Arc::clone(&entry.held), entry.gateway.errors.clone()))
+    }
+
+    /// The connected gateways, each with the time since when it has held a revision.
+    pub(crate) fn applied_since(&self, revision: u64) -> Vec<(String, Option<Instant>)> {
+        let gateways = self.gateways();
+        let since =
+            |entry: &Entry| entry.answers.iter().find(|(at, _)| *at >= revision).map(|(_, since)| *since);
+        let connected =
+            gateways.by_id.iter().filter(|((limit_service, _), e)| !limit_service && e.gateway.connected);
+        connected.map(|(_, entry)| (entry.gateway.id.clone(), since(entry))).collect()
     }
 
     /// The ids of the gateways connected.
@@ -117,19 +146,25 @@ impl Registry {
         connected.map(|(_, entry)| entry.gateway.id.clone()).collect()
     }
 
-    /// Who of those connected is at a revision.
-    pub(crate) fn applied(&self, revision: u64) -> Applied {
+    /// Who of those connected is at a revision, who is not there yet, and who took it but for what it refused.
+    pub(crate) fn applied(&self, revision: u64) -> v1::WaitAppliedResponse {
         let gateways = self.gateways();
-        let mut out = Applied::default();
+        let mut out = v1::WaitAppliedResponse::default();
         for ((limit_service, _), entry) in gateways.by_id.iter().filter(|(_, entry)| entry.gateway.connected)
         {
-            let (applied, connected) =
-                if *limit_service { &mut out.limit_services } else { &mut out.gateways };
+            let (applied, connected) = if *limit_service {
+                (&mut out.limit_services_applied, &mut out.limit_services_connected)
+            } else {
+                (&mut out.applied, &mut out.connected)
+            };
             *connected += 1;
+            let gateway_id = entry.gateway.id.clone();
             if entry.gateway.applied_revision >= revision {
                 *applied += 1;
+            } else if entry.answered >= revision && !entry.gateway.errors.is_empty() {
+                out.refused.push(v1::GatewayRefusal { gateway_id, errors: entry.gateway.errors.clone() });
             } else {
-                out.pending.push(entry.gateway.id.clone());
+                out.pending.push(gateway_id);
             }
         }
         out
@@ -141,37 +176,75 @@ impl Registry {
     }
 }
 
+impl Entry {
+    fn sync(&self, revision: u64) -> SyncState {
+        match () {
+            () if !self.gateway.connected => SyncState::Gone,
+            () if self.stale => SyncState::Stale,
+            () if !self.gateway.errors.is_empty() => SyncState::Error,
+            () if self.gateway.applied_revision >= revision => SyncState::Synced,
+            () => SyncState::Pending,
+        }
+    }
+
+    fn answered(&mut self, revision: u64, held: &Held) {
+        self.gateway.unanswered_since = None;
+        self.stale = false;
+        self.answered = self.answered.max(revision);
+        self.held = Arc::new(held.clone());
+    }
+}
+
 impl Connection {
-    fn update(&self, change: impl FnOnce(&mut v1::Gateway)) {
+    fn update(&self, change: impl FnOnce(&mut Entry)) {
         let mut gateways = self.registry.gateways();
         if let Some(entry) = gateways.by_id.get_mut(&self.id).filter(|entry| entry.stream == self.stream) {
-            entry.gateway.last_seen_time = Some(SystemTime::now().into());
-            change(&mut entry.gateway);
+            change(entry);
         }
         drop(gateways);
         self.registry.changed();
     }
 
+    /// A delta is on its way to it.
+    pub(crate) fn sent(&self) {
+        self.update(|entry| entry.gateway.unanswered_since = Some(SystemTime::now().into()));
+    }
+
+    /// It has not answered for too long.
+    pub(crate) fn stale(&self) {
+        self.update(|entry| entry.stale = true);
+    }
+
     /// It applied everything up to a revision.
-    pub(crate) fn acknowledged(&self, revision: u64) {
-        self.update(|gateway| {
-            gateway.applied_revision = revision;
-            gateway.errors.clear();
+    pub(crate) fn acknowledged(&self, revision: u64, held: &Held) {
+        self.update(|entry| {
+            entry.gateway.last_seen_time = Some(SystemTime::now().into());
+            entry.gateway.applied_revision = revision;
+            entry.gateway.errors.clear();
+            entry.answered(revision, held);
+            entry.answers.push_back((revision, Instant::now()));
+            if entry.answers.len() > ANSWERS_KEPT {
+                entry.answers.pop_front();
+            }
         });
     }
 
-    /// It refused something; the revision stays where it was.
-    pub(crate) fn refused(&self, errors: &[v1::ResourceError]) {
+    /// It refused something of a revision; it stays at the one before.
+    pub(crate) fn refused(&self, errors: &[v1::ResourceError], revision: u64, held: &Held) {
         let errors = errors
             .iter()
             .map(|e| v1::gateway::ResourceError { r#ref: e.resource.clone(), message: e.message.clone() });
-        self.update(|gateway| gateway.errors = errors.collect());
+        self.update(|entry| {
+            entry.gateway.last_seen_time = Some(SystemTime::now().into());
+            entry.gateway.errors = errors.collect();
+            entry.answered(revision, held);
+        });
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.update(|gateway| gateway.connected = false);
+        self.update(|entry| entry.gateway.connected = false);
         let mut gateways = self.registry.gateways();
         if let Some(entry) = gateways.by_id.get_mut(&self.id).filter(|entry| entry.stream == self.stream) {
             entry.left = Some(Instant::now());
@@ -191,39 +264,47 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_newest_stream_wins_and_who_left_is_forgotten_after_an_hour() {
         let registry = Registry::default();
-        let first = registry.connect(&hello("1"), 3);
-        let second = registry.connect(&hello("2"), 4);
+        let held = Held::default();
+        let first = registry.connect(&hello("1"), &held, 3);
+        let second = registry.connect(&hello("2"), &held, 4);
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
-        first.acknowledged(9);
+        first.acknowledged(9, &held);
         drop(first);
         let applied = registry.applied(5);
-        assert_eq!(
-            (applied.gateways, applied.pending),
-            ((0, 1), vec!["g".to_owned()]),
-            "the old stream has no say any more"
-        );
-        second.acknowledged(5);
-        assert_eq!(registry.applied(5).gateways, (1, 1));
+        assert_eq!((applied.applied, applied.connected), (0, 1), "the old stream has no say any more");
+        assert_eq!(applied.pending, ["g"]);
+        second.acknowledged(5, &held);
+        assert_eq!(registry.applied(5).applied, 1);
+        assert_eq!(registry.list(5)[0].sync(), SyncState::Synced);
+        assert_eq!(registry.list(6)[0].sync(), SyncState::Pending);
+        second.stale();
+        assert_eq!(registry.list(6)[0].sync(), SyncState::Stale);
+        second.refused(&[v1::ResourceError::default()], 6, &held);
+        assert_eq!(registry.list(6)[0].sync(), SyncState::Error);
+        let applied = registry.applied(6);
+        assert_eq!((applied.refused.len(), applied.pending.len()), (1, 0), "it has said its word");
         drop(second);
-        assert!(!registry.list()[0].connected);
+        assert_eq!(registry.list(6)[0].sync(), SyncState::Gone);
         tokio::time::advance(REMEMBERED).await;
-        assert!(registry.list().is_empty());
+        assert!(registry.list(6).is_empty());
     }
 
     #[test]
     fn limit_services_are_counted_apart_from_gateways_of_the_same_name() {
         let registry = Registry::default();
-        let gateway = registry.connect(&hello("1"), 3);
+        let held = Held::default();
+        let gateway = registry.connect(&hello("1"), &held, 3);
         let role = v1::SubscriberRole::LimitService.into();
-        let service = registry.connect(&v1::Hello { role, ..hello("2") }, 2);
+        let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2);
         assert!(!gateway.replaced.is_cancelled());
         assert_eq!(registry.connected(), ["g"], "a limit service takes no share of a gateway");
         let applied = registry.applied(3);
-        assert_eq!((applied.gateways, applied.limit_services), ((1, 1), (0, 1)));
+        assert_eq!((applied.applied, applied.connected), (1, 1));
+        assert_eq!((applied.limit_services_applied, applied.limit_services_connected), (0, 1));
         assert_eq!(applied.pending, ["g"], "a change is waited for on both");
-        service.acknowledged(3);
-        assert_eq!(registry.applied(3).limit_services, (1, 1));
+        service.acknowledged(3, &held);
+        assert_eq!(registry.applied(3).limit_services_applied, 1);
         drop(gateway);
-        assert_eq!(registry.applied(3).gateways, (0, 0));
+        assert_eq!(registry.applied(3).connected, 0);
     }
 }

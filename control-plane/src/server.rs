@@ -7,33 +7,33 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use weir_proto::v1;
 use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
-use weir_runtime::{Readiness, Secret, serve_ops};
+use weir_runtime::{Readiness, Secret, ServerTls, serve_ops};
 
-use crate::auth::{Needs, Tokens};
+use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
 use crate::model::{Edit, plan};
 use crate::probe::Prober;
-use crate::publish::publish;
+use crate::publish::{Differences, publish};
 use crate::registry::Registry;
 use crate::services::Shared;
 use crate::services::admin::{self, Admin};
 use crate::services::discovery::Discovery;
 use crate::services::report::Reports;
 use crate::store::{FileStore, MemoryStore, Store};
+use crate::tls::{TlsConfig, accept};
 pub use config::{Config, Error, StoreConfig};
 
 /// A whole configuration in one apply or hello.
@@ -42,6 +42,10 @@ const MESSAGE_BYTES_MAX: usize = 64 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Calls still open that long after the stop signal are cut.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that wait to be accepted: every gateway of a large fleet may come back in the same moment.
+const BACKLOG: u32 = 4096;
+/// Watches at once.
+const WATCHES_MAX: usize = 256;
 /// What the health service knows: the whole, and each service.
 const HEALTH_NAMES: [&str; 4] =
     ["", "weir.v1.AdminService", "weir.v1.DiscoveryService", "weir.v1.ReportService"];
@@ -79,21 +83,27 @@ impl ControlPlane {
             tasks.spawn(async move { catalog.follow(stop).await });
         }
         bootstrap(&catalog, &config.bootstrap).await?;
+        let tls = config.tls.as_ref().map(TlsConfig::open).transpose();
+        let tls = tls.map_err(|e| Error::Config(format!("tls: {e}")))?;
         let grpc = bind("listen", config.listen).await?;
         let http = bind("http-listen", config.http_listen).await?;
         let grpc_addr = grpc.local_addr().map_err(Error::bind("listen", config.listen))?;
         let http_addr = http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?;
         let snapshots = watch::Sender::new(catalog.state());
+        let authority = Authority::new(Arc::clone(&catalog), &admin_token, config.gateway_token.as_ref());
         let shared = Shared {
             catalog: Arc::clone(&catalog),
             snapshots: snapshots.subscribe(),
+            differences: Differences::default(),
             registry: Registry::default(),
             fleet: Fleet::default(),
             metrics: Arc::default(),
+            authority,
+            initial_syncs: Arc::new(Semaphore::new(initial_syncs())),
+            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
             tasks,
             stop: shutdown.clone(),
         };
-        let tokens = Tokens::new(&admin_token, config.gateway_token.as_ref());
         tracing::info!(
             grpc = %grpc_addr,
             http = %http_addr,
@@ -105,7 +115,7 @@ impl ControlPlane {
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
         undo.disarm();
-        let serve = serve(shared, tokens, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        let serve = serve(shared, tls, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
         Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
     }
 }
@@ -122,7 +132,19 @@ async fn open(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
 }
 
 async fn bind(name: &'static str, addr: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(addr).await.map_err(Error::bind(name, addr))
+    let bound = || {
+        let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        socket.listen(BACKLOG)
+    };
+    bound().map_err(Error::bind(name, addr))
+}
+
+/// Gateways that may take everything at once: enough to be quick, few enough that those already in sync do not wait.
+fn initial_syncs() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    (15 + 5 * cores).min(100)
 }
 
 /// The first resources go into a store that has never held any.
@@ -130,12 +152,14 @@ async fn bootstrap(catalog: &Catalog, resources: &[v1::Resource]) -> Result<(), 
     if resources.is_empty() {
         return Ok(());
     }
-    let revision = catalog.state().revision;
+    let revision = catalog.state().head;
     if revision != 0 {
         tracing::info!(revision, "the store has been used before; the resources to start with are ignored");
         return Ok(());
     }
-    let call = crate::catalog::Call { request_id: String::new(), digest: [0; 32], validate_only: false };
+    let actor = admin::actor(&Caller::bootstrap(), "Bootstrap");
+    let call =
+        crate::catalog::Call { request_id: String::new(), digest: [0; 32], validate_only: false, actor };
     let put = |resource: &v1::Resource| {
         Edit::Put(Box::new(v1::Resource { apply_set: BOOTSTRAP_SET.into(), ..resource.clone() }))
     };
@@ -149,7 +173,7 @@ async fn bootstrap(catalog: &Catalog, resources: &[v1::Resource]) -> Result<(), 
     match made {
         Ok(committed) => {
             if let Some((plan, revision)) = &committed.done {
-                admin::log("Bootstrap", "", plan, *revision);
+                admin::log(&call, plan, *revision);
             }
             Ok(())
         }
@@ -165,7 +189,7 @@ async fn measure(shared: Shared, stop: CancellationToken) {
     loop {
         let revision = states.borrow_and_update().revision;
         gateways.borrow_and_update();
-        let connected: Vec<_> = shared.registry.list().into_iter().filter(|g| g.connected).collect();
+        let connected: Vec<_> = shared.registry.list(revision).into_iter().filter(|g| g.connected).collect();
         let lag = connected.iter().map(|g| revision.saturating_sub(g.applied_revision)).max();
         shared.metrics.revision.set(number(revision));
         shared.metrics.gateways.set(number(shared.registry.connected().len() as u64));
@@ -180,7 +204,7 @@ async fn measure(shared: Shared, stop: CancellationToken) {
 
 async fn serve(
     shared: Shared,
-    tokens: Tokens,
+    tls: Option<ServerTls>,
     loopback: bool,
     grpc: TcpListener,
     http: TcpListener,
@@ -199,15 +223,16 @@ async fn serve(
         .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|e| Error::Failed(e.to_string()))?;
-    let reflection_needs = if loopback { Needs::Nothing } else { Needs::Admin };
-    let admin = AdminServiceServer::new(Admin(shared.clone()))
+    let reflection_reach = if loopback { Reach::Everybody } else { Reach::Authorised };
+    let authority = shared.authority.clone();
+    let admin = AdminServiceServer::new(Admin::new(shared.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let discovery = DiscoveryServiceServer::new(Discovery(shared.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let reports = ReportServiceServer::new(Reports(shared));
-    let incoming = TcpListenerStream::new(grpc);
+    let incoming = ReceiverStream::new(accept(grpc, tls, &tasks, shutdown.clone()));
     let stopping = {
         let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
         async move {
@@ -221,12 +246,11 @@ async fn serve(
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .tcp_nodelay(true)
         .add_service(health_service)
-        .add_service(InterceptedService::new(reflection, tokens.guard(reflection_needs)))
-        .add_service(InterceptedService::new(admin, tokens.guard(Needs::Admin)))
-        .add_service(InterceptedService::new(discovery, tokens.guard(Needs::Gateway)))
-        .add_service(InterceptedService::new(reports, tokens.guard(Needs::Gateway)))
+        .add_service(Gated::new(reflection, authority.clone(), reflection_reach))
+        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised))
+        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised))
+        .add_service(Gated::new(reports, authority, Reach::Authorised))
         .serve_with_incoming_shutdown(incoming, stopping);
     let ops = serve_ops(http, readiness.clone(), Arc::new(registry), shutdown.clone());
     readiness.set(Ok(()));

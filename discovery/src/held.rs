@@ -99,12 +99,29 @@ impl Held {
         Ok(next)
     }
 
+    /// Puts the refused resources of a delta back to what they were before it. Says whether there were any.
+    pub fn keep(&mut self, before: &Self, delta: &v1::Delta, refused: &[Refused]) -> bool {
+        let mut any = false;
+        for upsert in &delta.upserts {
+            if !refused.iter().any(|r| r.kind == upsert.kind() && r.name == upsert.name) {
+                continue;
+            }
+            any = true;
+            let key = (upsert.kind, upsert.name.clone());
+            match before.resources.get(&key) {
+                Some(old) => self.resources.insert(key, old.clone()),
+                None => self.resources.remove(&key),
+            };
+        }
+        any
+    }
+
     fn check_mass_removal(&self, next: &Self) -> Result<(), DeltaError> {
         let (before, after) = (self.pool_sizes(), next.pool_sizes());
         for (pool, had) in before {
             let removed = had.saturating_sub(after.get(&pool).copied().unwrap_or(0));
-            // A pool of one or two loses its members by ordinary operation.
-            if removed * 2 > had && had > 2 {
+            // Whatever the control plane accepted as ordinary comes with its word; without it even a pool of one stays.
+            if removed * 2 > had {
                 return Err(DeltaError::MassRemoval { pool, removed, had });
             }
         }
@@ -284,13 +301,29 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_store_of_another_epoch_takes_nothing_away() {
-        let removals = ["a", "b", "c"]
-            .map(|n| v1::ResourceRef { kind: ResourceKind::Backend as i32, name: n.into() })
-            .to_vec();
-        let delta =
-            v1::Delta { store_epoch: "other".into(), store_revision: 1, removals, ..Default::default() };
-        assert!(held(&["a", "b", "c"], 5).after(&delta).is_err());
+    fn an_empty_store_of_another_epoch_takes_nothing_away_not_even_the_only_backend() {
+        for names in [&["a", "b", "c"][..], &["a", "b"], &["a"]] {
+            let removal =
+                |n: &&str| v1::ResourceRef { kind: ResourceKind::Backend as i32, name: (*n).into() };
+            let removals = names.iter().map(removal).collect();
+            let delta =
+                v1::Delta { store_epoch: "other".into(), store_revision: 1, removals, ..Default::default() };
+            assert!(held(names, 5).after(&delta).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn of_a_refused_change_the_version_held_stays_and_a_refused_new_one_is_not_held() {
+        let before = held(&["a", "b"], 5);
+        let upserts = vec![backend("a", 6), backend("new", 6), backend("b", 6)];
+        let delta = v1::Delta { store_epoch: "e".into(), store_revision: 6, upserts, ..Default::default() };
+        let mut next = before.after(&delta).expect("applies");
+        let refused =
+            |name: &str| Refused { kind: ResourceKind::Backend, name: name.into(), message: "no".into() };
+        assert!(!next.keep(&before, &delta, &[refused("other")]));
+        assert!(next.keep(&before, &delta, &[refused("a"), refused("new")]));
+        let versions: Vec<_> = next.versions().into_iter().map(|h| (h.name, h.version)).collect();
+        assert_eq!(versions, [("a".to_owned(), "5".to_owned()), ("b".to_owned(), "6".to_owned())]);
     }
 
     #[test]

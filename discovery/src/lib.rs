@@ -7,4 +7,4 @@ mod held;
 mod subscribe;
 
 pub use held::{DeltaError, Disk, Held, Refused};
-pub use subscribe::{Apply, Backoff, Identity, Subscriber, endpoint, error_chain};
+pub use subscribe::{Apply, Backoff, Identity, Link, Subscriber, error_chain};

@@ -1,6 +1,7 @@
 //! One task owns the [`Held`] resources. It loads the disk copy first, then follows the control plane; when the
 //! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -8,7 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use weir_proto::resource::Resource;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
@@ -32,6 +33,13 @@ const MESSAGE_MAX_BYTES: usize = 64 << 20;
 pub trait Apply: Send {
     /// Puts these resources in force, all at once; what could not be used is left out and returned.
     fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused>;
+    /// What of these resources could not be used, without putting any in force. Of a changed one that cannot, the version
+    /// held before then stays. An owner that uses whatever is valid has nothing to say here.
+    fn check(&self, _epoch: &str, _revision: u64, _resources: &[Resource]) -> Vec<Refused> {
+        Vec::new()
+    }
+    /// So many resources of the newest configuration are refused; one refused whole counts as one.
+    fn refused(&mut self, _count: usize) {}
     /// The control plane is heard, or is not any more.
     fn connected(&mut self, connected: bool);
 }
@@ -66,15 +74,50 @@ impl Identity {
     }
 }
 
-/// A channel to the control plane with bounds on connecting and silence.
-pub fn endpoint(url: &str) -> Result<Endpoint, String> {
-    Ok(Endpoint::from_shared(url.to_owned())
-        .map_err(|_| format!("control plane address '{url}' is not a URL, such as http://host:7070"))?
-        .connect_timeout(Duration::from_secs(5))
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .keep_alive_while_idle(true))
+/// Where the control plane is, how it is known, and as whom this process is known to it.
+#[derive(Debug, Clone)]
+pub struct Link {
+    url: String,
+    ca: Option<PathBuf>,
+    own: Option<(PathBuf, PathBuf)>,
+}
+
+impl Link {
+    /// The control plane at a URL. For https: who signs its certificate (`None`: who the system trusts), and this
+    /// process's own certificate and key.
+    pub fn new(url: &str, ca: Option<PathBuf>, own: Option<(PathBuf, PathBuf)>) -> Result<Self, String> {
+        let link = Self { url: url.to_owned(), ca, own };
+        if (link.ca.is_some() || link.own.is_some()) && !url.starts_with("https://") {
+            return Err(format!("certificates are for https, and the control plane address is '{url}'"));
+        }
+        link.endpoint().map(|_| link)
+    }
+
+    /// A channel with bounds on connecting and silence. The files are read each time, so that the next connection uses
+    /// a renewed certificate; they are small.
+    pub fn endpoint(&self) -> Result<Endpoint, String> {
+        let endpoint = Endpoint::from_shared(self.url.clone())
+            .map_err(|_| {
+                format!("control plane address '{}' is not a URL, such as http://host:7070", self.url)
+            })?
+            .connect_timeout(Duration::from_secs(5))
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true);
+        if !self.url.starts_with("https://") {
+            return Ok(endpoint);
+        }
+        let read = |path: &PathBuf| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
+        let mut tls = match &self.ca {
+            Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        if let Some((cert, key)) = &self.own {
+            tls = tls.identity(tonic::transport::Identity::from_pem(read(cert)?, read(key)?));
+        }
+        endpoint.tls_config(tls).map_err(|e| error_chain(&e))
+    }
 }
 
 /// Pauses that grow to a bound, each drawn from the whole range so that subscribers do not come back together.
@@ -100,15 +143,15 @@ impl Backoff {
 pub struct Subscriber<A> {
     owner: A,
     identity: Identity,
-    endpoint: Endpoint,
+    link: Link,
     disk: Option<Disk>,
     held: Held,
 }
 
 impl<A: Apply> Subscriber<A> {
     /// Loads the disk copy (blocks briefly) and puts it in force.
-    pub fn new(owner: A, identity: Identity, endpoint: Endpoint, disk: Option<Disk>) -> Self {
-        let mut subscriber = Self { owner, identity, endpoint, disk, held: Held::default() };
+    pub fn new(owner: A, identity: Identity, link: Link, disk: Option<Disk>) -> Self {
+        let mut subscriber = Self { owner, identity, link, disk, held: Held::default() };
         if let Some(held) = subscriber.disk.as_ref().and_then(Disk::load) {
             let revision = held.revision;
             let refused = subscriber.enforce(held);
@@ -142,7 +185,7 @@ impl<A: Apply> Subscriber<A> {
     }
 
     async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), String> {
-        let channel: Channel = self.endpoint.connect().await.map_err(|e| error_chain(&e))?;
+        let channel: Channel = self.link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
         let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
         // One delta is in flight at a time, so two answers never wait.
         let (up, messages) = mpsc::channel(2);
@@ -179,13 +222,14 @@ impl<A: Apply> Subscriber<A> {
             Ok(next) => next,
             Err(error) => {
                 tracing::error!(%error, "configuration refused whole");
+                self.owner.refused(1);
                 return Up::Nack(Nack {
                     nonce,
                     errors: vec![ResourceError { resource: None, message: error.to_string() }],
                 });
             }
         };
-        let refused = self.enforce(next);
+        let refused = self.enforce_or_keep(next, &delta);
         self.save().await;
         tracing::info!(
             revision = self.held.revision,
@@ -204,6 +248,22 @@ impl<A: Apply> Subscriber<A> {
         Up::Nack(Nack { nonce, errors: errors.collect() })
     }
 
+    /// Puts a delta's resources in force. Of a changed resource that cannot be used, the version that was held stays.
+    fn enforce_or_keep(&mut self, mut next: Held, delta: &Delta) -> Vec<Refused> {
+        let (resources, mut refused) = next.checked();
+        refused.extend(self.owner.check(&next.epoch, next.revision, &resources));
+        if !next.keep(&self.held, delta, &refused) {
+            refused.clear();
+        }
+        for more in self.enforce(next) {
+            if !refused.iter().any(|known| known.kind == more.kind && known.name == more.name) {
+                refused.push(more);
+            }
+        }
+        self.owner.refused(refused.len());
+        refused
+    }
+
     /// Puts resources in force; what could not be used is left out and returned.
     fn enforce(&mut self, next: Held) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
@@ -216,6 +276,7 @@ impl<A: Apply> Subscriber<A> {
                 "resource not used"
             );
         }
+        self.owner.refused(refused.len());
         self.held = next;
         refused
     }

@@ -22,6 +22,15 @@ pub struct Config {
     /// The control plane.
     #[arg(long, env = "WEIR_CONTROL_PLANE", default_value = "http://127.0.0.1:7070", value_name = "URL")]
     pub control_plane: String,
+    /// Who signs the control plane's certificate (PEM), for an address with https; without it, who the system trusts.
+    #[arg(long, env = "WEIR_CONTROL_PLANE_CA", value_name = "PATH")]
+    pub control_plane_ca: Option<PathBuf>,
+    /// Certificate (PEM) by which the control plane knows this gateway; its URI name is weir://gateway/ID.
+    #[arg(long, env = "WEIR_CONTROL_PLANE_CERT", value_name = "PATH", requires = "control_plane_key")]
+    pub control_plane_cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate.
+    #[arg(long, env = "WEIR_CONTROL_PLANE_KEY", value_name = "PATH", requires = "control_plane_cert")]
+    pub control_plane_key: Option<PathBuf>,
     /// File with the token for the control plane.
     #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "PATH")]
     pub gateway_token_file: Option<PathBuf>,

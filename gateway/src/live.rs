@@ -1,7 +1,7 @@
 //! The live handles: the snapshot in force and how the gateway stands with its control plane.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -18,6 +18,7 @@ pub struct Live {
     published: ArcSwap<Instant>,
     connected: AtomicBool,
     live_gateways: AtomicU32,
+    config_refused: AtomicUsize,
 }
 
 impl Default for Live {
@@ -28,6 +29,7 @@ impl Default for Live {
             published: ArcSwap::from_pointee(Instant::now()),
             connected: AtomicBool::new(false),
             live_gateways: AtomicU32::new(1),
+            config_refused: AtomicUsize::new(0),
         }
     }
 }
@@ -78,6 +80,16 @@ impl Live {
     /// Says whether the control plane is heard.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    /// How many resources of the last delta this gateway refuses; a delta refused whole counts as one.
+    pub fn config_refused(&self) -> usize {
+        self.config_refused.load(Ordering::Relaxed)
+    }
+
+    /// Says how many resources are refused.
+    pub fn set_config_refused(&self, count: usize) {
+        self.config_refused.store(count, Ordering::Relaxed);
     }
 
     /// How many gateways there are, this one included.

@@ -110,6 +110,8 @@ pub struct Metrics {
     pub config_age: Gauge,
     /// 1 while the control plane is heard.
     pub control_plane_connected: Gauge,
+    /// Resources that this gateway refuses.
+    pub config_refused: Gauge,
 }
 
 const REQUEST_BUCKETS: [f64; 16] =
@@ -148,6 +150,7 @@ impl Metrics {
             revision: Gauge::default(),
             config_age: Gauge::default(),
             control_plane_connected: Gauge::default(),
+            config_refused: Gauge::default(),
         };
         let r = registry.sub_registry_with_prefix("weir");
         r.register("requests", "Finished requests", m.requests.clone());
@@ -194,6 +197,11 @@ impl Metrics {
             "control_plane_connected",
             "1 while the control plane is heard",
             m.control_plane_connected.clone(),
+        );
+        r.register(
+            "config_refused_resources",
+            "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
+            m.config_refused.clone(),
         );
         m
     }

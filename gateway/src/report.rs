@@ -10,8 +10,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
-use weir_discovery::{Backoff, Identity, error_chain};
+use weir_discovery::{Backoff, Identity, Link, error_chain};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{BackendReport, HealthState, StreamReportsRequest, StreamReportsResponse};
 
@@ -22,11 +21,11 @@ use crate::live::Live;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Follows the report lane until `shutdown`, on a connection of its own.
-pub async fn run(live: Arc<Live>, identity: Identity, endpoint: Endpoint, shutdown: CancellationToken) {
+pub async fn run(live: Arc<Live>, identity: Identity, link: Link, shutdown: CancellationToken) {
     let mut backoff = Backoff::default();
     loop {
         let ended = tokio::select! {
-            ended = follow(&live, &identity, &endpoint, &mut backoff) => ended,
+            ended = follow(&live, &identity, &link, &mut backoff) => ended,
             () = shutdown.cancelled() => return,
         };
         tracing::debug!(reason = ended.err(), "report lane away; the last verdicts stay");
@@ -39,13 +38,8 @@ pub async fn run(live: Arc<Live>, identity: Identity, endpoint: Endpoint, shutdo
     }
 }
 
-async fn follow(
-    live: &Live,
-    identity: &Identity,
-    endpoint: &Endpoint,
-    backoff: &mut Backoff,
-) -> Result<(), String> {
-    let channel = endpoint.connect().await.map_err(|e| error_chain(&e))?;
+async fn follow(live: &Live, identity: &Identity, link: &Link, backoff: &mut Backoff) -> Result<(), String> {
+    let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
     let mut client = ReportServiceClient::new(channel);
     // Room for one: a report that cannot go yet is replaced by the next, which says the newer thing.
     let (up, reports) = mpsc::channel(1);

@@ -8,7 +8,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use weir_discovery::{Disk, Identity, Subscriber, endpoint};
+use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
@@ -78,7 +78,9 @@ pub async fn start(
 ) -> Result<Running, StartError> {
     let (clients, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
-    let control_plane = endpoint(&config.control_plane).map_err(StartError::Config)?;
+    let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
+    let control_plane = Link::new(&config.control_plane, config.control_plane_ca.clone(), own)
+        .map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
     let tls = match (&config.tls_cert, &config.tls_key) {
         (Some(certificate), Some(key)) => Some(
             ServerTls::open(certificate, key, &[b"h2", b"http/1.1"])
@@ -180,6 +182,7 @@ async fn watch(
         readiness.set(state);
         metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
+        metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
         metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {

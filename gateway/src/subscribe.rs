@@ -12,12 +12,25 @@ use crate::snapshot::{Snapshot, read_secret};
 #[derive(Debug)]
 pub struct Publisher(pub Arc<Live>);
 
+impl Publisher {
+    fn compile(&self, epoch: &str, revision: u64, resources: &[Resource]) -> (Snapshot, Vec<Refused>) {
+        Snapshot::compile(epoch, revision, resources, &self.0.snapshot(), &read_secret)
+    }
+}
+
 impl Apply for Publisher {
     fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
-        let previous = self.0.snapshot();
-        let (snapshot, refused) = Snapshot::compile(epoch, revision, resources, &previous, &read_secret);
+        let (snapshot, refused) = self.compile(epoch, revision, resources);
         self.0.publish(snapshot);
         refused
+    }
+
+    fn check(&self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
+        self.compile(epoch, revision, resources).1
+    }
+
+    fn refused(&mut self, count: usize) {
+        self.0.set_config_refused(count);
     }
 
     fn connected(&mut self, connected: bool) {

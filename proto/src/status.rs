@@ -40,6 +40,18 @@ pub struct FieldViolation {
     pub description: String,
 }
 
+/// `google.rpc.ErrorInfo`.
+#[derive(Clone, PartialEq, Message)]
+pub struct ErrorInfo {
+    /// For programs, in capitals, such as `ETAG_MISMATCH`.
+    #[prost(string, tag = "1")]
+    pub reason: String,
+    /// Whose reasons these are: always "weir".
+    #[prost(string, tag = "2")]
+    pub domain: String,
+}
+
+const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 const BAD_REQUEST: &str = "type.googleapis.com/google.rpc.BadRequest";
 
 /// INVALID_ARGUMENT with every violation, as text and as details.
@@ -54,6 +66,21 @@ pub fn invalid_argument(violations: &Violations) -> Status {
         details: vec![prost_types::Any { type_url: BAD_REQUEST.into(), value: bad.encode_to_vec() }],
     };
     Status::with_details(Code::InvalidArgument, message, details.encode_to_vec().into())
+}
+
+/// A status with a reason that programs can match.
+pub fn with_reason(code: Code, message: String, reason: &str) -> Status {
+    let info = ErrorInfo { reason: reason.to_owned(), domain: "weir".to_owned() };
+    let any = prost_types::Any { type_url: ERROR_INFO.into(), value: info.encode_to_vec() };
+    let details = RpcStatus { code: code as i32, message: message.clone(), details: vec![any] };
+    Status::with_details(code, message, details.encode_to_vec().into())
+}
+
+/// The reason a status carries; empty when it carries none.
+pub fn reason(status: &Status) -> String {
+    let details = RpcStatus::decode(status.details()).unwrap_or_default().details;
+    let info = details.into_iter().find(|any| any.type_url == ERROR_INFO);
+    info.and_then(|any| ErrorInfo::decode(any.value.as_slice()).ok()).unwrap_or_default().reason
 }
 
 /// The violations a status carries; empty when it carries none.

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
@@ -28,6 +29,14 @@ pub enum TlsError {
     /// The file holds no certificate.
     #[error("{}: no certificate in this file", .0.display())]
     Empty(PathBuf),
+    /// Who signs client certificates is not usable.
+    #[error("{}: {reason}", path.display())]
+    Clients {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Certificate and key are no pair.
     #[error("{}: {source}", path.display())]
     Pair {
@@ -53,7 +62,19 @@ impl ServerTls {
     /// again for connections that are made then; those that cannot be used leave the old ones in force, with an
     /// error in the log. Must be called inside a tokio runtime; the watching ends with the last clone.
     pub fn open(certificate: &Path, key: &Path, alpn: &'static [&'static [u8]]) -> Result<Self, TlsError> {
-        let files = Files { certificate: certificate.to_owned(), key: key.to_owned(), alpn };
+        Self::open_for(certificate, key, None, alpn)
+    }
+
+    /// The same, and clients may show a certificate that `client_ca` signs; one that is shown and not
+    /// signed by it ends the handshake. Who may do what without one is up to the caller.
+    pub fn open_for(
+        certificate: &Path,
+        key: &Path,
+        client_ca: Option<&Path>,
+        alpn: &'static [&'static [u8]],
+    ) -> Result<Self, TlsError> {
+        let (certificate, key) = (certificate.to_owned(), key.to_owned());
+        let files = Files { certificate, key, client_ca: client_ca.map(Path::to_owned), alpn };
         let mut seen = files.changed_at();
         let (current, acceptor) = watch::channel(files.load()?);
         tokio::spawn(async move {
@@ -91,12 +112,14 @@ impl ServerTls {
 struct Files {
     certificate: PathBuf,
     key: PathBuf,
+    client_ca: Option<PathBuf>,
     alpn: &'static [&'static [u8]],
 }
 
 impl Files {
-    fn changed_at(&self) -> [Option<SystemTime>; 2] {
-        [&self.certificate, &self.key].map(|path| std::fs::metadata(path).and_then(|m| m.modified()).ok())
+    fn changed_at(&self) -> [Option<SystemTime>; 3] {
+        let changed = |path: &PathBuf| std::fs::metadata(path).and_then(|m| m.modified()).ok();
+        [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()].map(|path| path.and_then(changed))
     }
 
     fn load(&self) -> Result<TlsAcceptor, TlsError> {
@@ -104,21 +127,36 @@ impl Files {
             let path = path.to_owned();
             move |source| TlsError::File { path, source }
         };
-        let chain = CertificateDer::pem_file_iter(&self.certificate)
-            .map_err(file(&self.certificate))?
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(file(&self.certificate))?;
-        if chain.is_empty() {
-            return Err(TlsError::Empty(self.certificate.clone()));
-        }
+        let all = |path: &Path| {
+            let read = CertificateDer::pem_file_iter(path).map_err(file(path))?;
+            let all = read.collect::<Result<Vec<_>, _>>().map_err(file(path))?;
+            if all.is_empty() { Err(TlsError::Empty(path.to_owned())) } else { Ok(all) }
+        };
+        let chain = all(&self.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&self.key).map_err(file(&self.key))?;
         let pair = |source| TlsError::Pair { path: self.key.clone(), source };
-        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        let provider = Arc::new(ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(pair)?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
             .map_err(pair)?;
+        let builder = match &self.client_ca {
+            None => builder.with_no_client_auth(),
+            Some(path) => {
+                let unusable = |e: &dyn std::fmt::Display| TlsError::Clients {
+                    path: path.clone(),
+                    reason: e.to_string(),
+                };
+                let mut roots = RootCertStore::empty();
+                for root in all(path)? {
+                    roots.add(root).map_err(|e| unusable(&e))?;
+                }
+                let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+                builder.with_client_cert_verifier(
+                    verifier.allow_unauthenticated().build().map_err(|e| unusable(&e))?,
+                )
+            }
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(pair)?;
         config.alpn_protocols = self.alpn.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(TlsAcceptor::from(Arc::new(config)))
     }

@@ -1,6 +1,7 @@
 //! The product from outside.
 
 mod budgets;
+mod control_plane;
 mod envoy;
 mod errors;
 mod failover;

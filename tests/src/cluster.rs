@@ -76,6 +76,11 @@ impl Resources {
         resources
     }
 
+    /// All of them.
+    pub fn all(&self) -> Vec<v1::Resource> {
+        self.0.values().cloned().collect()
+    }
+
     fn save(&self, directory: &Path) {
         let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
         for (id, resource) in &self.0 {
@@ -88,12 +93,15 @@ impl Resources {
 }
 
 /// Settings of a gateway whose control plane is not there.
-fn gateway_config(data: &Path) -> Config {
+pub fn gateway_config(data: &Path) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
         // The discard port: nothing answers there.
         control_plane: "http://127.0.0.1:9".into(),
+        control_plane_ca: None,
+        control_plane_cert: None,
+        control_plane_key: None,
         gateway_token_file: None,
         gateway_token: None,
         redis: None,

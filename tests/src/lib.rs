@@ -4,6 +4,7 @@
 pub mod client;
 pub mod cluster;
 pub mod limits;
+pub mod plane;
 pub mod process;
 pub mod redis;
 pub mod stack;

@@ -20,7 +20,12 @@ pub fn binary(name: &str) -> PathBuf {
 
 /// A command for a binary, with nothing of this environment's settings.
 pub fn command(name: &str) -> Command {
-    let mut command = Command::new(binary(name));
+    command_of(binary(name))
+}
+
+/// A command for any program, with nothing of this environment's settings.
+pub fn command_of(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new(program);
     for (variable, _) in std::env::vars().filter(|(v, _)| v.starts_with("WEIR_")) {
         command.env_remove(variable);
     }

@@ -78,12 +78,12 @@ pub(super) fn read_text(path: &Path) -> std::io::Result<String> {
     String::from_utf8(bytes).map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidData, e.utf8_error()))
 }
 
-fn changes(answer: &v1::ApplyResponse) -> bool {
+pub(super) fn changes(answer: &v1::ApplyResponse) -> bool {
     answer.changes.iter().any(|c| c.action() != v1::ChangeAction::Unchanged)
 }
 
 /// What was done, one line each, and the sum.
-fn text(changes: &[v1::Change], dry_run: bool) -> String {
+pub(super) fn text(changes: &[v1::Change], dry_run: bool) -> String {
     use v1::ChangeAction as Action;
     let mut text = String::new();
     for change in changes.iter().filter(|c| c.action() != Action::Unchanged) {
@@ -98,7 +98,7 @@ fn text(changes: &[v1::Change], dry_run: bool) -> String {
 }
 
 /// What differs, one line per resource and one per field.
-fn differences(changes: &[v1::Change]) -> String {
+pub(super) fn differences(changes: &[v1::Change]) -> String {
     use v1::ChangeAction as Action;
     let mut text = String::new();
     for change in changes {
@@ -110,26 +110,16 @@ fn differences(changes: &[v1::Change]) -> String {
         };
         text.push_str(&format!("{sign} {}\n", reference(change)));
         for field in &change.fields {
-            let or_none = |value: &str| if value.is_empty() { "(none)".to_owned() } else { value.to_owned() };
-            let (before, after) = (or_none(&field.before), or_none(&field.after));
-            text.push_str(&format!("    {}: {before} -> {after}\n", field.path));
+            text.push_str(&format!("    {}\n", self::field(field)));
         }
     }
     if text.is_empty() { "no differences\n".to_owned() } else { text }
 }
 
-fn value(answer: &v1::ApplyResponse) -> Value {
+pub(super) fn value(answer: &v1::ApplyResponse) -> Value {
     let changes = answer.changes.iter().map(|c| {
         let of = c.r#ref.clone().unwrap_or_default();
-        // Values are JSON already; what is not is shown as text.
-        let parsed = |text: &str| match text {
-            "" => Value::Null,
-            text => serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned())),
-        };
-        let fields = c
-            .fields
-            .iter()
-            .map(|f| json!({"path": f.path, "before": parsed(&f.before), "after": parsed(&f.after)}));
+        let fields = c.fields.iter().map(field_value);
         json!({
             "kind": kind_name(of.kind()),
             "name": of.name,
@@ -140,12 +130,27 @@ fn value(answer: &v1::ApplyResponse) -> Value {
     json!({"revision": answer.revision, "changes": changes.collect::<Vec<_>>()})
 }
 
+/// A field, before and after.
+pub(super) fn field(field: &v1::FieldChange) -> String {
+    let or_none = |value: &str| if value.is_empty() { "(none)".to_owned() } else { value.to_owned() };
+    format!("{}: {} -> {}", field.path, or_none(&field.before), or_none(&field.after))
+}
+
+pub(super) fn field_value(field: &v1::FieldChange) -> Value {
+    // Values are JSON already; what is not is shown as text.
+    let parsed = |text: &str| match text {
+        "" => Value::Null,
+        text => serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned())),
+    };
+    json!({"path": field.path, "before": parsed(&field.before), "after": parsed(&field.after)})
+}
+
 fn reference(change: &v1::Change) -> String {
     let of = change.r#ref.clone().unwrap_or_default();
     format!("{} {}", kind_name(of.kind()), of.name)
 }
 
-const fn action(action: v1::ChangeAction) -> &'static str {
+pub(super) const fn action(action: v1::ChangeAction) -> &'static str {
     match action {
         v1::ChangeAction::Create => "create",
         v1::ChangeAction::Update => "update",
@@ -155,7 +160,7 @@ const fn action(action: v1::ChangeAction) -> &'static str {
     }
 }
 
-const fn done(action: v1::ChangeAction) -> &'static str {
+pub(super) const fn done(action: v1::ChangeAction) -> &'static str {
     match action {
         v1::ChangeAction::Create => "created",
         v1::ChangeAction::Update => "updated",

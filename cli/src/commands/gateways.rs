@@ -1,10 +1,11 @@
-//! `gateways`.
+//! `gateways`, `gateway config` and `gateway diff`.
 
 use serde_json::{Value, json};
 use weir_proto::resource::kind_name;
 use weir_proto::v1;
+use weir_runtime::exit;
 
-use crate::args::Cli;
+use crate::args::{Cli, GatewayCommand};
 use crate::client::{Client, Retry};
 use crate::error::Error;
 use crate::output::{Io, time};
@@ -12,10 +13,105 @@ use crate::tables;
 
 pub(super) async fn gateways(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
-    let request = v1::ListGatewaysRequest {};
-    let answer =
-        client.call(Retry::Once, request, |mut c, r| async move { c.list_gateways(r).await }).await?;
+    let answer = read(&client).await?;
     io.result(|| text(&answer), || value(&answer))
+}
+
+pub(super) async fn read(client: &Client) -> Result<v1::ListGatewaysResponse, Error> {
+    let request = v1::ListGatewaysRequest {};
+    client.call(Retry::Once, request, |mut c, r| async move { c.list_gateways(r).await }).await
+}
+
+/// `gateway config` and `gateway diff`; the exit code of the latter says whether anything differs.
+pub(super) async fn one(cli: &Cli, io: &mut Io<'_>, command: &GatewayCommand) -> Result<u8, Error> {
+    let (GatewayCommand::Config { id } | GatewayCommand::Diff { id }) = command;
+    let client = Client::connect(cli).await?;
+    let request = v1::GetGatewayConfigRequest { gateway_id: id.clone() };
+    let answer =
+        client.call(Retry::Once, request, |mut c, r| async move { c.get_gateway_config(r).await }).await?;
+    if matches!(command, GatewayCommand::Config { .. }) {
+        io.result(|| config_text(&answer), || config_value(&answer))?;
+        return Ok(exit::DONE);
+    }
+    io.result(
+        || differences_text(&answer),
+        || {
+            let rows = answer.differences.iter().map(difference_value);
+            json!({"applied_revision": answer.applied_revision, "revision": answer.revision,
+                   "differences": rows.collect::<Vec<_>>()})
+        },
+    )?;
+    Ok(if answer.differences.is_empty() { exit::DONE } else { exit::FAILED })
+}
+
+fn config_text(answer: &v1::GetGatewayConfigResponse) -> String {
+    let row = |held: &v1::HeldResource| {
+        vec![kind_name(held.kind()).to_owned(), held.name.clone(), held.version.clone()]
+    };
+    let rows = answer.held.iter().map(row).collect();
+    let (at, newest) = (answer.applied_revision, answer.revision);
+    format!("{}at revision {at} of {newest}\n", tables::table(&["KIND", "NAME", "VERSION"], rows))
+}
+
+fn config_value(answer: &v1::GetGatewayConfigResponse) -> Value {
+    let row = |held: &v1::HeldResource| json!({"kind": kind_name(held.kind()), "name": held.name, "version": held.version});
+    json!({
+        "store_epoch": answer.store_epoch,
+        "applied_revision": answer.applied_revision,
+        "revision": answer.revision,
+        "held": answer.held.iter().map(row).collect::<Vec<_>>(),
+    })
+}
+
+fn differences_text(answer: &v1::GetGatewayConfigResponse) -> String {
+    let mut text = String::new();
+    for difference in &answer.differences {
+        let of = difference.r#ref.clone().unwrap_or_default();
+        let sign = match (difference.held_version.is_empty(), difference.desired_version.is_empty()) {
+            (true, _) => '+',
+            (false, true) => '-',
+            (false, false) => '~',
+        };
+        text.push_str(&format!("{sign} {} {}\n", kind_name(of.kind()), of.name));
+        if !difference.refusal.is_empty() {
+            text.push_str(&format!("    refused: {}\n", difference.refusal));
+        }
+    }
+    if text.is_empty() { "it holds what it is to hold\n".to_owned() } else { text }
+}
+
+fn difference_value(difference: &v1::HeldDifference) -> Value {
+    let of = difference.r#ref.clone().unwrap_or_default();
+    json!({
+        "kind": kind_name(of.kind()),
+        "name": of.name,
+        "held_version": difference.held_version,
+        "desired_version": difference.desired_version,
+        "refusal": difference.refusal,
+    })
+}
+
+/// How long ago a time was, in the largest unit that says something.
+fn ago(time: Option<&prost_types::Timestamp>) -> String {
+    let Some(time) = time else { return "-".to_owned() };
+    let seconds = jiff::Timestamp::now().as_second().saturating_sub(time.seconds).max(0);
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7199 => format!("{}m", seconds / 60),
+        7200..=172_799 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+const fn sync(state: v1::SyncState) -> &'static str {
+    match state {
+        v1::SyncState::Unspecified => "-",
+        v1::SyncState::Synced => "synced",
+        v1::SyncState::Pending => "pending",
+        v1::SyncState::Stale => "stale",
+        v1::SyncState::Error => "error",
+        v1::SyncState::Gone => "gone",
+    }
 }
 
 fn text(answer: &v1::ListGatewaysResponse) -> String {
@@ -25,14 +121,14 @@ fn text(answer: &v1::ListGatewaysResponse) -> String {
             g.id.clone(),
             role(g).to_owned(),
             if g.region.is_empty() { "-".to_owned() } else { g.region.clone() },
-            if g.connected { "connected" } else { "gone" }.to_owned(),
+            sync(g.sync()).to_owned(),
             g.applied_revision.to_string(),
             behind.to_string(),
-            time(g.last_seen_time.as_ref()),
+            ago(g.last_seen_time.as_ref()),
             g.build.clone(),
         ]
     });
-    let header = ["GATEWAY", "ROLE", "REGION", "STATE", "REVISION", "BEHIND", "LAST SEEN", "BUILD"];
+    let header = ["GATEWAY", "ROLE", "REGION", "STATE", "REVISION", "BEHIND", "AGE", "BUILD"];
     let mut text = tables::table(&header, rows.collect());
     for gateway in &answer.gateways {
         for error in &gateway.errors {
@@ -50,7 +146,7 @@ fn role(gateway: &v1::Gateway) -> &'static str {
     }
 }
 
-fn refused(error: &v1::gateway::ResourceError) -> String {
+pub(super) fn refused(error: &v1::gateway::ResourceError) -> String {
     error
         .r#ref
         .as_ref()
@@ -67,6 +163,8 @@ fn value(answer: &v1::ListGatewaysResponse) -> Value {
             "region": g.region,
             "build": g.build,
             "connected": g.connected,
+            "sync": sync(g.sync()),
+            "unanswered_since": g.unanswered_since.as_ref().map(|t| time(Some(t))),
             "applied_revision": g.applied_revision,
             "last_seen_time": g.last_seen_time.as_ref().map(|t| time(Some(t))),
             "errors": errors.collect::<Vec<_>>(),

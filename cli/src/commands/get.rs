@@ -8,6 +8,7 @@ use crate::client::{Client, Retry};
 use crate::error::Error;
 use crate::output::Io;
 
+/// Resources asked for at once.
 const PAGE_SIZE: i32 = 500;
 
 pub(super) async fn one(cli: &Cli, io: &mut Io<'_>, kind: v1::ResourceKind, name: &str) -> Result<(), Error> {
@@ -18,6 +19,12 @@ pub(super) async fn one(cli: &Cli, io: &mut Io<'_>, kind: v1::ResourceKind, name
 
 pub(super) async fn all(cli: &Cli, io: &mut Io<'_>, kind: v1::ResourceKind) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
+    let resources = read_all(&client, kind).await?;
+    io.resources(kind, &resources)
+}
+
+/// Every resource of a kind, all of one revision.
+pub(super) async fn read_all(client: &Client, kind: v1::ResourceKind) -> Result<Vec<v1::Resource>, Error> {
     let mut resources = Vec::new();
     let mut page_token = String::new();
     loop {
@@ -27,10 +34,9 @@ pub(super) async fn all(cli: &Cli, io: &mut Io<'_>, kind: v1::ResourceKind) -> R
         resources.extend(page.resources);
         page_token = page.next_page_token;
         if page_token.is_empty() {
-            break;
+            return Ok(resources);
         }
     }
-    io.resources(kind, &resources)
 }
 
 /// Always in full; a backend with its health.
@@ -55,7 +61,7 @@ pub(super) async fn describe(
     Ok(())
 }
 
-async fn read(client: &Client, kind: v1::ResourceKind, name: &str) -> Result<v1::Resource, Error> {
+pub(super) async fn read(client: &Client, kind: v1::ResourceKind, name: &str) -> Result<v1::Resource, Error> {
     let reference = v1::ResourceRef { kind: kind.into(), name: name.to_owned() };
     let request = v1::GetResourceRequest { r#ref: Some(reference) };
     let answer = client.call(Retry::Once, request, |mut c, r| async move { c.get_resource(r).await }).await?;

@@ -27,6 +27,7 @@ pub(super) async fn key(cli: &Cli, io: &mut Io<'_>, command: &KeyCommand) -> Res
                 allowed_models: models.clone(),
                 expire_time,
                 limits: None,
+                validate_only: false,
             };
             let client = Client::connect(cli).await?;
             // Never again: the first answer may be lost, and the second would be ALREADY_EXISTS.
@@ -37,7 +38,7 @@ pub(super) async fn key(cli: &Cli, io: &mut Io<'_>, command: &KeyCommand) -> Res
         }
         KeyCommand::Rotate { name, grace, wait } => {
             let grace = prost_types::Duration::try_from(*grace).ok();
-            let request = v1::RotateApiKeyRequest { name: name.clone(), grace };
+            let request = v1::RotateApiKeyRequest { name: name.clone(), grace, validate_only: false };
             let client = Client::connect(cli).await?;
             // Never again: a second rotation would drop the key in use.
             let answer = client

@@ -31,7 +31,17 @@ pub(super) async fn applied(
             })
             .await?;
     io.note(&line(&answer, revision))?;
-    if answer.pending.is_empty() && answer.applied >= answer.connected { Ok(()) } else { Err(Error::Pending) }
+    for gateway in &answer.refused {
+        for error in &gateway.errors {
+            let what = super::gateways::refused(error);
+            io.note(&format!("{} refuses {what}: {}", gateway.gateway_id, error.message))?;
+        }
+    }
+    match () {
+        () if !answer.pending.is_empty() => Err(Error::Pending),
+        () if !answer.refused.is_empty() => Err(Error::PartlyRefused),
+        () => Ok(()),
+    }
 }
 
 fn line(answer: &v1::WaitAppliedResponse, revision: u64) -> String {

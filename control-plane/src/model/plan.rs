@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use prost_types::Timestamp;
-use weir_proto::resource::{Spec, Violation, kind_name, kind_of};
+use weir_proto::resource::{Spec, Violation, kind_of};
 use weir_proto::v1;
 
+use super::audit::fields;
 use super::{Key, Refusal, State, Stored};
-use crate::tree::Tree;
-use crate::tree::json::{Difference, differences};
+use crate::tree::json::Difference;
 
 /// One thing to do.
 #[derive(Debug, Clone)]
@@ -38,7 +38,19 @@ pub(crate) struct Step {
     pub(crate) action: v1::ChangeAction,
     /// As it will be; of a deleted one as it was.
     pub(crate) resource: Arc<Stored>,
+    /// As it is; `None` when it is new.
+    pub(crate) before: Option<Arc<Stored>>,
     pub(crate) fields: Vec<Difference>,
+}
+
+/// What happens to one token.
+#[derive(Debug, Clone)]
+pub(crate) struct TokenStep {
+    pub(crate) name: Arc<str>,
+    /// As it is; `None` when it is new.
+    pub(crate) before: Option<Arc<v1::Token>>,
+    /// As it will be; `None` when it is deleted.
+    pub(crate) after: Option<v1::Token>,
 }
 
 /// What a change would do.
@@ -46,6 +58,8 @@ pub(crate) struct Step {
 pub(crate) struct Plan {
     /// In the order of application.
     pub(crate) steps: Vec<Step>,
+    /// The tokens made, changed or deleted.
+    pub(crate) tokens: Vec<TokenStep>,
     /// Some pool loses a backend.
     pub(crate) removes_backends: bool,
     /// The operator allowed a mass removal.
@@ -55,7 +69,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// Nothing would be written.
     pub(crate) fn is_empty(&self) -> bool {
-        self.steps.iter().all(|step| step.action == v1::ChangeAction::Unchanged)
+        self.tokens.is_empty() && self.steps.iter().all(|step| step.action == v1::ChangeAction::Unchanged)
     }
 }
 
@@ -117,7 +131,8 @@ pub(crate) fn plan(state: &State, edits: Vec<Edit>, options: Options) -> Result<
     let removes_backends = guard_mass_removal(&result, options.allow_mass_removal)?;
     let mut steps: Vec<Step> = steps.into_iter().map(|(_, step)| step).collect();
     steps.sort_by(|a, b| order(a).cmp(&order(b)));
-    Ok(Plan { steps, removes_backends, allow_mass_removal: options.allow_mass_removal })
+    let tokens = Vec::new();
+    Ok(Plan { steps, tokens, removes_backends, allow_mass_removal: options.allow_mass_removal })
 }
 
 /// What is referred to is made first and deleted last.
@@ -139,36 +154,21 @@ fn put(state: &State, wire: v1::Resource, now: Timestamp) -> Result<Step, Vec<Vi
     let after = Stored::new(fresh).map_err(|violations| violations.0)?;
     let Some(before) = before else {
         let (action, fields) = (v1::ChangeAction::Create, Vec::new());
-        return Ok(Step { key, action, resource: Arc::new(after), fields });
+        return Ok(Step { key, action, resource: Arc::new(after), before: None, fields });
     };
-    let fields = changed_fields(before, &after);
+    let fields = fields(Some(&before.wire), Some(&after.wire));
+    let kept = Some(Arc::clone(before));
     if fields.is_empty() && before.published.version == after.published.version {
         let action = v1::ChangeAction::Unchanged;
-        return Ok(Step { key, action, resource: Arc::clone(before), fields });
+        return Ok(Step { key, action, resource: Arc::clone(before), before: kept, fields });
     }
-    Ok(Step { key, action: v1::ChangeAction::Update, resource: Arc::new(after), fields })
+    Ok(Step { key, action: v1::ChangeAction::Update, resource: Arc::new(after), before: kept, fields })
 }
 
 fn delete(state: &State, key: Key) -> Result<Step, Refusal> {
     let resource = Arc::clone(state.get(&key).ok_or_else(|| Refusal::NotFound(key.clone()))?);
-    Ok(Step { key, action: v1::ChangeAction::Delete, resource, fields: Vec::new() })
-}
-
-fn changed_fields(before: &Stored, after: &Stored) -> Vec<Difference> {
-    let tree = |stored: &Stored| Tree::decode("weir.v1.Resource", &stored.published.body).unwrap_or_default();
-    let mut fields = differences("weir.v1.Resource", &tree(before), &tree(after));
-    // Paths are below the spec, whose kind is already said.
-    let prefix = format!("{}.", kind_name(kind_of(&after.wire)));
-    for (path, _, _) in &mut fields {
-        if let Some(below) = path.strip_prefix(&prefix) {
-            *path = below.to_owned();
-        }
-    }
-    if before.wire.apply_set != after.wire.apply_set {
-        let json = |text: &str| if text.is_empty() { String::new() } else { format!("{text:?}") };
-        fields.push(("apply_set".into(), json(&before.wire.apply_set), json(&after.wire.apply_set)));
-    }
-    fields
+    let before = Some(Arc::clone(&resource));
+    Ok(Step { key, action: v1::ChangeAction::Delete, resource, before, fields: Vec::new() })
 }
 
 fn missing_references(result: &Outcome<'_>, prefix: &str, step: &Step, out: &mut Vec<Violation>) {

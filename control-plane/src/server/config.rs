@@ -10,6 +10,7 @@ use weir_runtime::{Secret, exit};
 use crate::auth::TOKEN_MIN_CHARS;
 use crate::encoding::base64url;
 use crate::store;
+use crate::tls::TlsConfig;
 
 /// Where resources are kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct Config {
     pub admin_token: Option<Secret>,
     /// Opens discovery and reports. `None`: gateways use the admin token.
     pub gateway_token: Option<Secret>,
+    /// Serve gRPC over TLS. `None`: in plain, for loopback or behind something that does TLS.
+    pub tls: Option<TlsConfig>,
 }
 
 impl Default for Config {
@@ -46,6 +49,7 @@ impl Default for Config {
             bootstrap: Vec::new(),
             admin_token: None,
             gateway_token: None,
+            tls: None,
         }
     }
 }

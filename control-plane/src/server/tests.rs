@@ -1,8 +1,12 @@
 //! The whole control plane over real sockets.
 
+mod access;
 mod admin;
+mod audit;
 mod gateways;
 mod probing;
+mod random;
+mod tls;
 
 use std::future::Future;
 
@@ -10,6 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 use weir_proto::v1::admin_service_client::AdminServiceClient;
@@ -49,7 +54,12 @@ impl Plane {
             bootstrap,
             admin_token: Some(Secret::new(ADMIN.into())),
             gateway_token: Some(Secret::new(GATEWAY.into())),
+            tls: None,
         };
+        Self::with(config).await
+    }
+
+    async fn with(config: Config) -> Self {
         let shutdown = CancellationToken::new();
         let running = ControlPlane::start(config, shutdown.clone()).await.unwrap();
         Self { running, shutdown }

@@ -1,26 +1,38 @@
 //! What operators do: every call becomes a plan, a commit and one log line per resource changed.
 
+mod audit;
+mod backup;
 mod calls;
+mod operations;
+mod tokens;
 mod view;
+mod watch;
 
 use std::future::Future;
 use std::time::{Duration, SystemTime};
 
 use prost_types::Timestamp;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use weir_proto::resource::kind_name;
 use weir_proto::v1::admin_service_server::AdminService;
-use weir_proto::v1::{self, Change, FieldChange};
+use weir_proto::v1::{self, Change};
 
-use super::Shared;
+use super::{Shared, invalid};
+use crate::auth::Caller;
 use crate::catalog::{Answer, Call};
 use crate::encoding::sha256;
+use crate::model::audit::{Actor, field_change};
 use crate::model::{Options, Plan, Refusal, State};
 use crate::tree::canonical;
 
-/// See the module.
+/// The service, and of one call its caller.
 #[derive(Debug, Clone)]
-pub(crate) struct Admin(pub(crate) Shared);
+pub(crate) struct Admin(pub(crate) Shared, Option<Caller>);
+
+/// The stream of a method that answers with one. Bounded: who does not read is waited for, and holds nothing but its
+/// place in the log.
+type Answers<T> = ReceiverStream<Result<T, Status>>;
 
 /// Every method: counted, then answered by its namesake.
 macro_rules! methods {
@@ -31,8 +43,28 @@ macro_rules! methods {
                 &self,
                 request: Request<v1::$request>,
             ) -> Result<Response<v1::$response>, Status> {
-                self.counted($metric, self.do_call(request.into_inner())).await
+                let own = self.of(&request);
+                own.counted($metric, own.do_call(request.into_inner())).await
             })*
+
+            type WatchStream = Answers<v1::WatchResponse>;
+
+            async fn watch(
+                &self,
+                request: Request<v1::WatchRequest>,
+            ) -> Result<Response<Self::WatchStream>, Status> {
+                self.counted("Watch", self.start_watch(request.into_inner())).await
+            }
+
+            type BackupStream = Answers<v1::BackupResponse>;
+
+            async fn backup(
+                &self,
+                request: Request<v1::BackupRequest>,
+            ) -> Result<Response<Self::BackupStream>, Status> {
+                let own = self.of(&request);
+                own.counted("Backup", own.start_backup()).await
+            }
         }
     };
 }
@@ -57,9 +89,35 @@ methods! {
     list_gateways, "ListGateways", ListGatewaysRequest -> ListGatewaysResponse;
     list_backend_status, "ListBackendStatus", ListBackendStatusRequest -> ListBackendStatusResponse;
     wait_applied, "WaitApplied", WaitAppliedRequest -> WaitAppliedResponse;
+    history, "History", HistoryRequest -> HistoryResponse;
+    rollback, "Rollback", RollbackRequest -> RollbackResponse;
+    verify_audit, "VerifyAudit", VerifyAuditRequest -> VerifyAuditResponse;
+    drain, "Drain", DrainRequest -> DrainResponse;
+    get_operation, "GetOperation", GetOperationRequest -> GetOperationResponse;
+    wait_operation, "WaitOperation", WaitOperationRequest -> WaitOperationResponse;
+    get_gateway_config, "GetGatewayConfig", GetGatewayConfigRequest -> GetGatewayConfigResponse;
+    issue_token, "IssueToken", IssueTokenRequest -> IssueTokenResponse;
+    rotate_token, "RotateToken", RotateTokenRequest -> RotateTokenResponse;
+    revoke_token, "RevokeToken", RevokeTokenRequest -> RevokeTokenResponse;
+    list_tokens, "ListTokens", ListTokensRequest -> ListTokensResponse;
+    who_am_i, "WhoAmI", WhoAmIRequest -> WhoAmIResponse;
 }
 
 impl Admin {
+    pub(crate) const fn new(shared: Shared) -> Self {
+        Self(shared, None)
+    }
+
+    /// The service as its caller sees it.
+    fn of<T>(&self, request: &Request<T>) -> Self {
+        Self(self.0.clone(), request.extensions().get::<Caller>().cloned())
+    }
+
+    /// Who calls. Whoever came past the gate is known.
+    fn caller(&self) -> Result<&Caller, Status> {
+        self.1.as_ref().ok_or_else(|| Status::unauthenticated("the caller is not known"))
+    }
+
     async fn counted<T>(
         &self,
         method: &'static str,
@@ -74,24 +132,59 @@ impl Admin {
     /// Commits and logs.
     async fn change<A: Answer>(
         &self,
-        method: &'static str,
         call: Call,
         plan: impl Fn(&State) -> Result<Plan, Refusal>,
         answer: impl Fn(&Plan, &State) -> A,
     ) -> Result<A, Status> {
         let committed = self.0.catalog.commit(&call, plan, answer).await?;
         if let Some((plan, revision)) = &committed.done {
-            log(method, &call.request_id, plan, *revision);
+            log(&call, plan, *revision);
         }
         Ok(committed.answer)
     }
+
+    /// What identifies a changing call, after checking its request id.
+    fn call<M: prost::Message>(
+        &self,
+        method: &'static str,
+        message: &str,
+        request: &M,
+        request_id: &str,
+        validate_only: bool,
+    ) -> Result<Call, Status> {
+        if !request_id.is_empty() && uuid::Uuid::parse_str(request_id).is_err() {
+            return Err(invalid("request_id", "must be a UUID"));
+        }
+        let mut bytes = method.as_bytes().to_vec();
+        bytes.push(0);
+        let body = canonical(message, request).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        bytes.extend_from_slice(&body);
+        let call = Call { digest: sha256(&bytes), ..self.unremembered(method, validate_only)? };
+        Ok(Call { request_id: request_id.to_owned(), ..call })
+    }
+
+    /// A call without a request id.
+    fn unremembered(&self, method: &'static str, validate_only: bool) -> Result<Call, Status> {
+        let actor = actor(self.caller()?, method);
+        Ok(Call { request_id: String::new(), digest: [0; 32], validate_only, actor })
+    }
 }
 
-pub(crate) fn log(method: &'static str, request_id: &str, plan: &Plan, revision: u64) {
+/// Who changes something, for the audit log.
+pub(crate) fn actor(caller: &Caller, method: &'static str) -> Actor {
+    Actor { name: caller.name.clone(), role: caller.role, method }
+}
+
+pub(crate) fn log(call: &Call, plan: &Plan, revision: u64) {
+    let (method, actor, request_id) = (call.actor.method, &*call.actor.name, call.request_id.as_str());
+    for step in &plan.tokens {
+        tracing::info!(target: "weir::audit", actor, method, revision, token = &*step.name, "changed");
+    }
     for step in plan.steps.iter().filter(|step| step.action != v1::ChangeAction::Unchanged) {
         let fields: Vec<&str> = step.fields.iter().map(|(path, _, _)| path.as_str()).collect();
         tracing::info!(
             target: "weir::audit",
+            actor,
             method,
             request_id,
             revision,
@@ -104,41 +197,18 @@ pub(crate) fn log(method: &'static str, request_id: &str, plan: &Plan, revision:
     }
 }
 
-/// What identifies a changing call, after checking its request id.
-fn call<M: prost::Message>(
-    method: &str,
-    message: &str,
-    request: &M,
-    request_id: &str,
-    validate_only: bool,
-) -> Result<Call, Status> {
-    if !request_id.is_empty() && uuid::Uuid::parse_str(request_id).is_err() {
-        return Err(Status::invalid_argument("request_id: must be a UUID"));
-    }
-    let mut bytes = method.as_bytes().to_vec();
-    bytes.push(0);
-    let body = canonical(message, request).map_err(|e| Status::invalid_argument(e.to_string()))?;
-    bytes.extend_from_slice(&body);
-    Ok(Call { request_id: request_id.to_owned(), digest: sha256(&bytes), validate_only })
-}
-
 pub(crate) fn options(allow_mass_removal: bool, numbered: bool) -> Options {
     Options { allow_mass_removal, now: Timestamp::from(SystemTime::now()), numbered }
 }
 
 /// The changes of a plan, as an apply reports them.
 fn changes(plan: &Plan) -> Vec<Change> {
-    let field = |(path, before, after): &(String, String, String)| FieldChange {
-        path: path.clone(),
-        before: before.clone(),
-        after: after.clone(),
-    };
     plan.steps
         .iter()
         .map(|step| Change {
             r#ref: Some(step.key.to_ref()),
             action: step.action.into(),
-            fields: step.fields.iter().map(field).collect(),
+            fields: step.fields.iter().cloned().map(field_change).collect(),
         })
         .collect()
 }

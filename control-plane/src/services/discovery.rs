@@ -1,9 +1,13 @@
 //! The configuration lane: one task per gateway, one delta at a time.
 
+mod session;
+
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
-use tokio::sync::mpsc;
+use futures_util::future::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -12,18 +16,18 @@ use weir_proto::v1::stream_config_request::Message as Said;
 use weir_proto::v1::stream_config_response::Message as Say;
 use weir_proto::v1::{self, StreamConfigRequest, StreamConfigResponse};
 
+use self::session::{Answered, Lateness, Session};
 use super::Shared;
+use crate::auth::Caller;
 use crate::model::Key;
-use crate::publish::{Held, Snapshot, delta};
+use crate::publish::{Held, Snapshot};
 use crate::registry::Connection;
 
 /// A stream that does not say hello by then is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// Without an answer to a delta for so long, a gateway is logged as stale.
-const STALE_AFTER: Duration = Duration::from_secs(30);
-/// And for so long, its stream is closed: it is stuck, and a new stream begins from what it really holds.
-const CLOSED_AFTER: Duration = Duration::from_secs(120);
+/// A stream ends about this old, so that gateways spread over replicas and read their certificates anew.
+const AGE: Duration = Duration::from_secs(30 * 60);
 /// One delta is in flight at most, so it always finds a place; heartbeats leave one free.
 const OUTBOX: usize = 4;
 const GATEWAY_ID_MAX_BYTES: usize = 63;
@@ -45,11 +49,12 @@ impl DiscoveryService for Discovery {
         let (outbox, stream) = mpsc::channel(OUTBOX);
         let shared = self.0.clone();
         let stop = shared.stop.clone();
+        let caller = super::caller(&request)?;
         let inbound = request.into_inner();
         // Ends with the stream: the gateway's end, an error, or the stop signal, which `serve` watches.
         self.0.tasks.spawn(async move {
             let served = tokio::select! {
-                served = serve(shared, inbound, outbox.clone()).boxed() => served,
+                served = serve(shared, caller, inbound, outbox.clone()).boxed() => served,
                 () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
             };
             if let Err(status) = served {
@@ -74,60 +79,92 @@ async fn hello(inbound: &mut Streaming<StreamConfigRequest>) -> Result<v1::Hello
     Ok(hello)
 }
 
+/// A place among those that take everything at once.
+enum Admission {
+    /// It is not needed, or not any more.
+    None,
+    Asked(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
+    /// Held until the first answer.
+    #[expect(dead_code, reason = "held, not read: dropping it gives the place to the next")]
+    Granted(OwnedSemaphorePermit),
+}
+
 /// One gateway's stream.
 struct Stream {
     shared: Shared,
     outbox: Outbox,
     connection: Connection,
-    held: Held,
-    /// The delta that is not answered yet, since when, and whether that was logged.
-    waiting: Option<(v1::Delta, Instant, bool)>,
-    /// The snapshot that was refused in part: sent again only when there is a newer one.
-    refused: Option<u64>,
-    nonce: u64,
+    session: Session,
+    admission: Admission,
     id: String,
 }
 
 async fn serve(
     shared: Shared,
+    caller: Caller,
     mut inbound: Streaming<StreamConfigRequest>,
     outbox: Outbox,
 ) -> Result<(), Status> {
     let hello = hello(&mut inbound).await?;
+    shared.authority.speaks_for(&caller, &hello.gateway_id)?;
     let mut snapshots = shared.snapshots.clone();
     let mut snapshot = snapshots.borrow_and_update().clone();
-    let held = Held::of(&hello);
-    let known = held.epoch == *snapshot.epoch;
-    if known && held.revision > snapshot.revision {
+    let session = Session::new(Held::of(&hello), shared.differences.clone());
+    let known = session.held.epoch == snapshot.epoch;
+    if known && session.held.revision > snapshot.revision {
         tracing::warn!(
             gateway = hello.gateway_id,
-            revision = held.revision,
+            revision = session.held.revision,
             "a gateway is ahead of this store"
         );
         return Err(Status::failed_precondition("this control plane is behind what the gateway holds"));
     }
+    if !known && !session.held.versions.is_empty() {
+        shared.metrics.foreign_epochs.inc();
+        tracing::error!(
+            gateway = hello.gateway_id,
+            held_epoch = &*session.held.epoch,
+            store_epoch = &*snapshot.epoch,
+            resources = session.held.versions.len(),
+            "a gateway holds the configuration of another store; was this one replaced or lost? It takes no mass \
+             removal without allow_mass_removal"
+        );
+    }
     // Who says it is at this revision but holds something else has yet to apply it.
-    let differs = held.is(&snapshot) && !is_empty(&delta(&snapshot, &held, 0));
-    let applied = if known && !differs { held.revision } else { 0 };
-    let connection = shared.registry.connect(&hello, applied);
+    let differs = session.held.is(&snapshot) && session.differs(&snapshot);
+    let applied = if known && !differs { session.held.revision } else { 0 };
+    let connection = shared.registry.connect(&hello, &session.held, applied);
     let replaced = connection.replaced.clone();
     tracing::info!(
         gateway = hello.gateway_id,
+        caller = &*caller.name,
         build = hello.build,
         region = hello.region,
         "gateway connected"
     );
+    let admission = if session.lacks(&snapshot) {
+        let place = Arc::clone(&shared.initial_syncs).acquire_owned();
+        Admission::Asked(async move { place.await.ok() }.boxed())
+    } else {
+        Admission::None
+    };
     let id = hello.gateway_id;
-    let mut stream = Stream { shared, outbox, connection, held, waiting: None, refused: None, nonce: 0, id };
+    let mut stream = Stream { shared, outbox, connection, session, admission, id };
     let mut heartbeat = interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     heartbeat.reset();
+    let ends = Instant::now() + age_limit()?;
     loop {
         stream.send_delta(&snapshot)?;
-        let deadline = stream.deadline();
+        let deadline = stream.session.deadline();
+        let asked = matches!(stream.admission, Admission::Asked(_));
         tokio::select! {
             () = replaced.cancelled() => {
                 return Err(Status::aborted("another stream of this gateway took over"));
+            }
+            place = stream.place(), if asked => {
+                let place = place.ok_or_else(|| Status::unavailable("the control plane is stopping"))?;
+                stream.admission = Admission::Granted(place);
             }
             said = inbound.message() => match said? {
                 None => return Ok(()),
@@ -137,27 +174,44 @@ async fn serve(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 snapshot = snapshots.borrow_and_update().clone();
             }
-            _ = heartbeat.tick() => stream.heartbeat(),
+            _ = heartbeat.tick() => {
+                stream.shared.authority.still(&caller)?;
+                stream.heartbeat();
+            }
+            // A clean end between two deltas: the gateway comes back at once, perhaps to another replica.
+            () = sleep_until(ends), if !stream.session.is_waiting() => return Ok(()),
             () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => stream.late()?,
         }
     }
 }
 
+/// The age at which a stream ends: drawn from a range, so that those that came together do not go together.
+fn age_limit() -> Result<Duration, Status> {
+    let mut random = [0_u8; 2];
+    getrandom::fill(&mut random).map_err(|_| Status::unavailable("the system has no randomness"))?;
+    let spread = f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX);
+    Ok(AGE.mul_f64(0.9 + 0.2 * spread))
+}
+
 impl Stream {
-    /// Sends what differs, unless an answer is due, nothing differs, or just this was refused.
+    /// Waits for a place. Cancel-safe: the place in the queue is kept.
+    async fn place(&mut self) -> Option<OwnedSemaphorePermit> {
+        match &mut self.admission {
+            Admission::Asked(place) => place.await,
+            Admission::None | Admission::Granted(_) => std::future::pending().await,
+        }
+    }
+
     fn send_delta(&mut self, snapshot: &Snapshot) -> Result<(), Status> {
-        if self.waiting.is_some() || self.refused == Some(snapshot.revision) {
+        if matches!(self.admission, Admission::Asked(_)) {
             return Ok(());
         }
-        let delta = delta(snapshot, &self.held, self.nonce + 1);
-        if is_empty(&delta) && self.held.is(snapshot) {
-            return Ok(());
-        }
-        self.nonce += 1;
-        let response = StreamConfigResponse { message: Some(Say::Delta(delta.clone())) };
+        let Some(delta) = self.session.next(snapshot, Instant::now()) else { return Ok(()) };
+        let bytes: usize = delta.upserts.iter().map(|upsert| upsert.body.len()).sum();
+        self.shared.metrics.sent(delta.upserts.len(), bytes);
+        let response = StreamConfigResponse { message: Some(Say::Delta(delta)) };
         self.outbox.try_send(Ok(response)).map_err(|_| Status::cancelled("the stream is closed"))?;
-        self.shared.metrics.deltas.inc();
-        self.waiting = Some((delta, Instant::now(), false));
+        self.connection.sent();
         Ok(())
     }
 
@@ -172,71 +226,51 @@ impl Stream {
             Some(Said::Hello(_)) => return Err(Status::invalid_argument("hello is said once")),
             None => return Err(Status::invalid_argument("a message is needed")),
         };
-        // The answer to an older delta says nothing about this one.
-        let Some((delta, _, _)) = self.waiting.take_if(|(delta, _, _)| delta.nonce == nonce) else {
-            return Ok(());
-        };
-        if errors.is_empty() {
-            self.held.apply(&delta, &[]);
-            self.shared.metrics.acks.inc();
-            self.connection.acknowledged(delta.store_revision);
-            return Ok(());
+        match self.session.answered(nonce, errors) {
+            Answered::Late => return Ok(()),
+            Answered::Applied(revision) => {
+                self.shared.metrics.acks.inc();
+                self.connection.acknowledged(revision, &self.session.held);
+            }
+            Answered::Refused { errors, revision, whole } => {
+                for error in &errors {
+                    let resource = error.resource.as_ref().and_then(Key::of_ref);
+                    let resource =
+                        resource.map_or_else(|| "the whole delta".to_owned(), |key| key.to_string());
+                    let reason = &error.message;
+                    tracing::warn!(gateway = self.id, resource, reason, "a gateway refused a resource");
+                }
+                self.shared.metrics.nacks.inc();
+                if whole {
+                    self.shared.metrics.refused_whole.inc();
+                }
+                self.connection.refused(&errors, revision, &self.session.held);
+            }
         }
-        for error in &errors {
-            let resource = named(error).map(|key| key.to_string()).unwrap_or_default();
-            tracing::warn!(
-                gateway = self.id,
-                resource,
-                reason = error.message,
-                "a gateway refused a resource"
-            );
-        }
-        // An error without a name is about the whole delta: nothing of it was applied.
-        if let Some(refused) = errors.iter().map(named).collect::<Option<Vec<_>>>() {
-            self.held.apply(&delta, &refused);
-        }
-        self.refused = Some(delta.store_revision);
-        self.shared.metrics.nacks.inc();
-        self.connection.refused(&errors);
+        self.admission = Admission::None;
         Ok(())
     }
 
     fn heartbeat(&self) {
-        let heartbeat =
-            v1::Heartbeat { store_revision: self.held.revision, time: Some(SystemTime::now().into()) };
+        let heartbeat = v1::Heartbeat {
+            store_revision: self.session.held.revision,
+            time: Some(SystemTime::now().into()),
+        };
         if self.outbox.capacity() > 1 {
             let response = StreamConfigResponse { message: Some(Say::Heartbeat(heartbeat)) };
             let _ = self.outbox.try_send(Ok(response));
         }
     }
 
-    fn deadline(&self) -> Option<Instant> {
-        let (_, since, logged) = self.waiting.as_ref()?;
-        Some(*since + if *logged { CLOSED_AFTER } else { STALE_AFTER })
-    }
-
     fn late(&mut self) -> Result<(), Status> {
-        match &mut self.waiting {
-            Some((delta, since, logged)) if since.elapsed() < CLOSED_AFTER => {
-                tracing::warn!(
-                    gateway = self.id,
-                    revision = delta.store_revision,
-                    "gateway is stale: no answer"
-                );
-                *logged = true;
+        match self.session.lateness(Instant::now()) {
+            Lateness::InTime => Ok(()),
+            Lateness::Stale => {
+                tracing::warn!(gateway = self.id, "gateway is stale: no answer to a delta for 30 s");
+                self.connection.stale();
                 Ok(())
             }
-            Some(_) => Err(Status::deadline_exceeded("no answer to a delta for 120 s")),
-            None => Ok(()),
+            Lateness::Dead => Err(Status::deadline_exceeded("no answer to a delta for 120 s")),
         }
     }
-}
-
-fn is_empty(delta: &v1::Delta) -> bool {
-    delta.upserts.is_empty() && delta.removals.is_empty()
-}
-
-/// The resource of an error; `None` when it names none.
-fn named(error: &v1::ResourceError) -> Option<Key> {
-    error.resource.as_ref().filter(|reference| !reference.name.is_empty()).and_then(Key::of_ref)
 }

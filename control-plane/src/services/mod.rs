@@ -7,16 +7,19 @@ pub(crate) mod report;
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::Status;
+use tonic::{Code, Status};
+use weir_proto::resource::{Violation, Violations};
+use weir_proto::status::{self, with_reason};
 
+use crate::auth::{Authority, Caller};
 use crate::catalog::{self, Catalog};
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::model::Refusal;
-use crate::publish::Snapshot;
+use crate::publish::{Differences, Snapshot};
 use crate::registry::Registry;
 use crate::store;
 
@@ -25,41 +28,68 @@ use crate::store;
 pub(crate) struct Shared {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) snapshots: watch::Receiver<Snapshot>,
+    pub(crate) differences: Differences,
     pub(crate) registry: Registry,
     pub(crate) fleet: Fleet,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) authority: Authority,
+    /// Places for gateways that take everything at once.
+    pub(crate) initial_syncs: Arc<Semaphore>,
+    /// Places for those who watch.
+    pub(crate) watches: Arc<Semaphore>,
     /// Streams are tasks of their own; the end waits for them.
     pub(crate) tasks: TaskTracker,
     /// Ends every stream.
     pub(crate) stop: CancellationToken,
 }
 
+/// Who calls. Whoever came past the gate is known.
+fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    caller.ok_or_else(|| Status::unauthenticated("the caller is not known"))
+}
+
+/// The status of a request with one wrong field.
+pub(crate) fn invalid(field: &str, message: &str) -> Status {
+    let violation = Violation { path: field.to_owned(), message: message.to_owned() };
+    status::invalid_argument(&Violations(vec![violation]))
+}
+
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
-        match refusal {
-            Refusal::NotFound(_) => Self::not_found(message),
-            Refusal::AlreadyExists(_) => Self::already_exists(message),
-            Refusal::EtagMismatch { .. } => Self::aborted(message),
-            Refusal::Invalid(_) => Self::invalid_argument(message),
-            Refusal::Referred { .. } | Refusal::MassRemoval { .. } | Refusal::Precondition(_) => {
-                Self::failed_precondition(message)
-            }
-        }
+        let (code, reason) = match refusal {
+            Refusal::Invalid(violations) => return status::invalid_argument(&Violations(violations)),
+            Refusal::NotFound(_) => (Code::NotFound, "NOT_FOUND"),
+            Refusal::AlreadyExists(_) => (Code::AlreadyExists, "ALREADY_EXISTS"),
+            Refusal::EtagMismatch { .. } => (Code::Aborted, "ETAG_MISMATCH"),
+            Refusal::Referred { .. } => (Code::FailedPrecondition, "REFERRED_TO"),
+            Refusal::MassRemoval { .. } => (Code::FailedPrecondition, "MASS_REMOVAL"),
+            Refusal::Precondition(_) => (Code::FailedPrecondition, "PRECONDITION"),
+        };
+        with_reason(code, message, reason)
     }
 }
 
 impl From<catalog::Error> for Status {
     fn from(error: catalog::Error) -> Self {
+        let message = error.to_string();
         match error {
             catalog::Error::Refused(refusal) => refusal.into(),
-            catalog::Error::RequestIdReused => Self::invalid_argument(format!("request_id: {error}")),
-            catalog::Error::Contended => Self::aborted(error.to_string()),
-            catalog::Error::Behind => Self::unavailable(error.to_string()),
-            catalog::Error::Store(store::Error::Conflict(_)) => Self::aborted(error.to_string()),
+            catalog::Error::RequestIdReused => invalid("request_id", &message),
+            catalog::Error::Contended => with_reason(Code::Aborted, message, "CONTENDED"),
+            catalog::Error::Behind => with_reason(Code::Unavailable, message, "BEHIND"),
+            catalog::Error::Forgotten { .. } => with_reason(Code::OutOfRange, message, "FORGOTTEN"),
+            catalog::Error::Ahead { .. } => with_reason(Code::OutOfRange, message, "AHEAD"),
+            catalog::Error::Store(store::Error::Conflict(_)) => {
+                with_reason(Code::Aborted, message, "CONFLICT")
+            }
+            catalog::Error::Store(store::Error::Full) => {
+                with_reason(Code::ResourceExhausted, message, "STORE_FULL")
+            }
             catalog::Error::Store(_) => {
                 // The text may name paths of this machine; it is for the operator's log.
-                tracing::error!(%error, "a change failed");
+                tracing::error!(error = message, "a change failed");
                 Self::unavailable("the store failed; see the control plane's log")
             }
         }

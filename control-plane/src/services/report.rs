@@ -14,6 +14,7 @@ use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{FleetLoad, StreamReportsRequest, StreamReportsResponse};
 
 use super::Shared;
+use crate::auth::Caller;
 use crate::fleet::{Healths, Loads};
 
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,11 +38,12 @@ impl ReportService for Reports {
         let (outbox, stream) = mpsc::channel(2);
         let shared = self.0.clone();
         let stop = shared.stop.clone();
+        let caller = super::caller(&request)?;
         let inbound = request.into_inner();
         // Ends with the stream or with the stop signal.
         self.0.tasks.spawn(async move {
             let served = tokio::select! {
-                served = serve(shared, inbound, outbox.clone()).boxed() => served,
+                served = serve(shared, caller, inbound, outbox.clone()).boxed() => served,
                 () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
             };
             if let Err(status) = served {
@@ -62,6 +64,7 @@ struct Told {
 
 async fn serve(
     shared: Shared,
+    caller: Caller,
     mut inbound: Streaming<StreamReportsRequest>,
     outbox: Outbox,
 ) -> Result<(), Status> {
@@ -71,6 +74,7 @@ async fn serve(
     let Some(first) = first.filter(|report| !report.gateway_id.is_empty()) else {
         return Err(Status::invalid_argument("gateway_id: must not be empty"));
     };
+    shared.authority.speaks_for(&caller, &first.gateway_id)?;
     let reporter = shared.fleet.join(&first.gateway_id, &first.incarnation);
     reporter.report(&first);
     let (mut healths, mut loads) = (shared.fleet.healths(), shared.fleet.loads());

@@ -45,6 +45,15 @@ impl Log {
         self.newest.send_replace(revision);
     }
 
+    /// Forgets every batch: who watches is told to read again.
+    pub(super) fn reset(&self, revision: u64) {
+        let mut kept = lock(&self.kept);
+        kept.batches.clear();
+        kept.base = revision;
+        drop(kept);
+        self.newest.send_replace(revision);
+    }
+
     pub(super) fn watch(&self, from: u64) -> Result<Watch, Error> {
         let base = lock(&self.kept).base;
         if from < base {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
+use super::lease::Leases;
 use super::log::Log;
 use super::{Answer, Batch, Entry, Error, Lease, Range, Store, Transaction, Watch, Write};
 
@@ -15,6 +16,7 @@ use super::{Answer, Batch, Entry, Error, Lease, Range, Store, Transaction, Watch
 pub struct MemoryStore {
     state: Mutex<State>,
     log: Log,
+    leases: Leases,
     epoch: String,
 }
 
@@ -28,7 +30,7 @@ struct State {
 impl Default for MemoryStore {
     fn default() -> Self {
         let epoch = uuid::Uuid::now_v7().to_string();
-        Self { state: Mutex::default(), log: Log::new(0), epoch }
+        Self { state: Mutex::default(), log: Log::new(0), leases: Leases::default(), epoch }
     }
 }
 
@@ -91,11 +93,18 @@ impl Store for MemoryStore {
         self.log.watch(from)
     }
 
-    fn lease(&self, _name: &str, _holder: &str, _ttl: Duration) -> Answer<'_, Lease> {
+    fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease> {
+        let (name, holder) = (name.to_owned(), holder.to_owned());
         async move {
-            let mut state = self.state();
-            state.fencing += 1;
-            Ok(Lease { fencing: state.fencing })
+            if let Some(fencing) = self.leases.renew(&name, &holder, ttl)? {
+                return Ok(Lease { fencing });
+            }
+            let next = {
+                let mut state = self.state();
+                state.fencing += 1;
+                state.fencing
+            };
+            Ok(Lease { fencing: self.leases.grant(&name, &holder, ttl, next)? })
         }
         .boxed()
     }

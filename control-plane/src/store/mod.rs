@@ -8,6 +8,8 @@
 //! The revision is one counter for the whole store and rises by one with every transaction. The epoch is made with
 //! the store: another epoch means another history.
 
+pub(crate) mod backup;
+mod lease;
 mod log;
 mod memory;
 mod redb;
@@ -129,6 +131,9 @@ pub enum Error {
         /// The first that can still be watched.
         oldest: u64,
     },
+    /// Somebody else has the lease.
+    #[error("the lease is held by {0}")]
+    Held(String),
     /// Another process has it open.
     #[error("the store {0} is in use by another process; stop it or choose another store path")]
     Locked(PathBuf),
@@ -138,6 +143,19 @@ pub enum Error {
         /// Where it is.
         path: PathBuf,
         /// What went wrong.
+        reason: String,
+    },
+    /// There is no room for the change; nothing was written, and what is there can be read.
+    #[error(
+        "the disk of the store is full: make room, and changes work again; until then it can only be read"
+    )]
+    Full,
+    /// A backup cannot be restored.
+    #[error("cannot restore {path}: {reason}")]
+    Restore {
+        /// The backup.
+        path: PathBuf,
+        /// What is wrong.
         reason: String,
     },
     /// It does not work.
@@ -156,6 +174,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn range(&self, prefix: &str) -> Answer<'_, Range>;
     /// Follows the revisions after `from`.
     fn watch(&self, from: u64) -> Result<Watch, Error>;
-    /// Asks for the lease of a name. A store of one process always grants it.
+    /// Asks for the lease of a name, or renews it: who has it keeps its fencing number for another `ttl`. Who comes after
+    /// its end gets a higher one. [`Error::Held`] while somebody else has it.
     fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease>;
 }

@@ -6,13 +6,18 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
-use redb::{Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{
+    Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _,
+    ReadableTableMetadata as _, TableDefinition,
+};
 
+use super::backup;
+use super::lease::Leases;
 use super::log::Log;
 use super::{Answer, Batch, Entry, Error, Lease, Range, Store, Transaction, Watch, Write};
 
@@ -30,8 +35,10 @@ pub struct FileStore {
 }
 
 struct Inner {
-    database: Database,
+    /// `None` only while it is opened again, or when that failed.
+    database: RwLock<Option<Database>>,
     log: Log,
+    leases: Leases,
     epoch: String,
     path: PathBuf,
     /// Held over commit and log, so that the log has the order of the file.
@@ -47,20 +54,54 @@ impl std::fmt::Debug for Inner {
 impl FileStore {
     /// Opens a store, or makes it with mode 0600 in a directory of mode 0700. Blocks; call it before serving.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let unopened = |reason: String| Error::Open { path: path.to_owned(), reason };
-        let file = create_private(path).map_err(|e| unopened(e.to_string()))?;
-        let database = redb::backends::FileBackend::new(file)
-            .and_then(|backend| Database::builder().create_with_backend(backend))
-            .map_err(|e| match e {
-                DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
-                    Error::Locked(path.to_owned())
-                }
-                other => unopened(other.to_string()),
-            })?;
-        let (revision, epoch) = initialise(&database).map_err(|e| unopened(e.to_string()))?;
-        let inner =
-            Inner { database, log: Log::new(revision), epoch, path: path.to_owned(), writer: Mutex::new(()) };
+        let database = open_database(path)?;
+        let (revision, epoch) = initialise(&database)
+            .map_err(|e| Error::Open { path: path.to_owned(), reason: e.to_string() })?;
+        let inner = Inner {
+            database: RwLock::new(Some(database)),
+            log: Log::new(revision),
+            leases: Leases::default(),
+            epoch,
+            path: path.to_owned(),
+            writer: Mutex::new(()),
+        };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Makes a new store, with an epoch of its own, from a backup. Refused when there is a store that holds anything.
+    /// Returns its revision. Blocks.
+    pub fn restore(path: &Path, from: &Path) -> Result<u64, Error> {
+        let refused = |reason: String| Error::Restore { path: from.to_owned(), reason };
+        let file = fs::read(from).map_err(|e| refused(e.to_string()))?;
+        let copy = backup::decode(&file).map_err(|reason| refused(reason.to_owned()))?;
+        let store = Self::open(path)?;
+        let inner = &store.inner;
+        let write = |database: &Database| -> Result<(), Failure> {
+            let mut tx = database.begin_write()?;
+            tx.set_durability(Durability::Immediate)?;
+            {
+                let mut entries = tx.open_table(ENTRIES)?;
+                if !entries.is_empty()? {
+                    return Err(Failure::Conflict(String::new()));
+                }
+                for entry in &copy.entries {
+                    entries.insert(entry.key.as_str(), (entry.revision, entry.value.as_ref()))?;
+                }
+                tx.open_table(COUNTERS)?.insert("revision", copy.revision)?;
+            }
+            tx.commit()?;
+            Ok(())
+        };
+        match inner.on_database(write) {
+            Ok(()) => Ok(copy.revision),
+            Err(Failure::Conflict(_)) => Err(refused(format!(
+                "the store {} holds something already; move it away first",
+                path.display()
+            ))),
+            Err(Failure::Database(e)) if is_full(&e) => Err(Error::Full),
+            Err(Failure::Database(e)) => Err(Error::Failed(e.to_string())),
+            Err(Failure::Closed) => Err(refused("the new store cannot be opened".into())),
+        }
     }
 
     async fn blocking<T: Send + 'static>(
@@ -71,16 +112,40 @@ impl FileStore {
         match tokio::task::spawn_blocking(move || work(&inner)).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(Failure::Conflict(key))) => Err(Error::Conflict(key)),
+            Ok(Err(Failure::Database(e))) if is_full(&e) => Err(Error::Full),
             Ok(Err(Failure::Database(e))) => Err(Error::Failed(e.to_string())),
+            Ok(Err(Failure::Closed)) => Err(Error::Failed("its file cannot be opened".into())),
             Err(e) => Err(Error::Failed(e.to_string())),
         }
     }
+}
+
+fn open_database(path: &Path) -> Result<Database, Error> {
+    let unopened = |reason: String| Error::Open { path: path.to_owned(), reason };
+    let file = create_private(path).map_err(|e| unopened(e.to_string()))?;
+    redb::backends::FileBackend::new(file)
+        .and_then(|backend| Database::builder().create_with_backend(backend))
+        .map_err(|e| match e {
+            DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
+                Error::Locked(path.to_owned())
+            }
+            other => unopened(other.to_string()),
+        })
+}
+
+/// The system said that there is no room: none on the disk, in the quota, or in the limit on the size of a file.
+fn is_full(error: &redb::Error) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(error, redb::Error::Io(e)
+        if matches!(e.kind(), Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge))
 }
 
 /// What can go wrong inside a transaction.
 enum Failure {
     Conflict(String),
     Database(Box<redb::Error>),
+    /// After an I/O error the file could not be opened again.
+    Closed,
 }
 
 impl<E: Into<redb::Error>> From<E> for Failure {
@@ -90,9 +155,52 @@ impl<E: Into<redb::Error>> From<E> for Failure {
 }
 
 impl Inner {
+    /// Works on the open file. After an I/O error nothing works on it any more, so that it is opened again for the next.
+    fn on_database<T>(&self, work: impl FnOnce(&Database) -> Result<T, Failure>) -> Result<T, Failure> {
+        let done = match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(database) => work(database),
+            None => Err(Failure::Closed),
+        };
+        let broken = match &done {
+            Err(Failure::Database(e)) => matches!(**e, redb::Error::Io(_) | redb::Error::PreviousIo),
+            Err(Failure::Closed) => true,
+            Ok(_) | Err(Failure::Conflict(_)) => false,
+        };
+        if broken {
+            self.open_again();
+        }
+        done
+    }
+
+    fn open_again(&self) {
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // The old one holds the file's lock.
+        *database = None;
+        let opened = open_database(&self.path).and_then(|database| {
+            let (revision, _) = initialise(&database)
+                .map_err(|e| Error::Open { path: self.path.clone(), reason: e.to_string() })?;
+            Ok((database, revision))
+        });
+        match opened {
+            Ok((opened, revision)) => {
+                // What was being written may be there or not; who watches finds out by reading.
+                self.log.reset(revision);
+                *database = Some(opened);
+            }
+            Err(error) => tracing::error!(%error, "the store cannot be opened again"),
+        }
+    }
+
     fn transact(&self, transaction: Transaction) -> Result<u64, Failure> {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut tx = self.database.begin_write()?;
+        let batch = self.on_database(|database| Self::write(database, transaction))?;
+        let revision = batch.revision;
+        self.log.push(batch);
+        Ok(revision)
+    }
+
+    fn write(database: &Database, transaction: Transaction) -> Result<Batch, Failure> {
+        let mut tx = database.begin_write()?;
         tx.set_durability(Durability::Immediate)?;
         let revision = {
             let mut entries = tx.open_table(ENTRIES)?;
@@ -118,12 +226,15 @@ impl Inner {
             revision
         };
         tx.commit()?;
-        self.log.push(Batch { revision, writes: transaction.writes });
-        Ok(revision)
+        Ok(Batch { revision, writes: transaction.writes })
     }
 
     fn range(&self, prefix: &str) -> Result<Range, Failure> {
-        let tx = self.database.begin_read()?;
+        self.on_database(|database| self.read(database, prefix))
+    }
+
+    fn read(&self, database: &Database, prefix: &str) -> Result<Range, Failure> {
+        let tx = database.begin_read()?;
         let table = tx.open_table(ENTRIES)?;
         let mut entries = Vec::new();
         for row in table.range(prefix..)? {
@@ -142,15 +253,17 @@ impl Inner {
     fn lease(&self, name: &str) -> Result<Lease, Failure> {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let key = format!("fencing/{name}");
-        let tx = self.database.begin_write()?;
-        let fencing = {
-            let mut counters = tx.open_table(COUNTERS)?;
-            let fencing = counters.get(key.as_str())?.map_or(0, |value| value.value()) + 1;
-            counters.insert(key.as_str(), fencing)?;
-            fencing
-        };
-        tx.commit()?;
-        Ok(Lease { fencing })
+        self.on_database(|database| {
+            let tx = database.begin_write()?;
+            let fencing = {
+                let mut counters = tx.open_table(COUNTERS)?;
+                let fencing = counters.get(key.as_str())?.map_or(0, |value| value.value()) + 1;
+                counters.insert(key.as_str(), fencing)?;
+                fencing
+            };
+            tx.commit()?;
+            Ok(Lease { fencing })
+        })
     }
 }
 
@@ -168,10 +281,18 @@ impl Store for FileStore {
         self.inner.log.watch(from)
     }
 
-    fn lease(&self, name: &str, _holder: &str, _ttl: Duration) -> Answer<'_, Lease> {
-        // The file's lock is the lease; only the number has to outlive the process.
-        let name = name.to_owned();
-        self.blocking(move |inner| inner.lease(&name)).boxed()
+    fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease> {
+        // The file has one process at a time; only the number has to outlive it.
+        let (name, holder) = (name.to_owned(), holder.to_owned());
+        async move {
+            if let Some(fencing) = self.inner.leases.renew(&name, &holder, ttl)? {
+                return Ok(Lease { fencing });
+            }
+            let asked = name.clone();
+            let next = self.blocking(move |inner| inner.lease(&asked)).await?.fencing;
+            Ok(Lease { fencing: self.inner.leases.grant(&name, &holder, ttl, next)? })
+        }
+        .boxed()
     }
 }
 

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::*;
 
+const WRITERS: u32 = 64;
+
 fn put(key: &str, value: &str) -> Write {
     Write::Put(key.into(), Bytes::copy_from_slice(value.as_bytes()))
 }
@@ -19,13 +21,32 @@ async fn conforms(store: Arc<dyn Store>) {
     range_is_by_prefix_with_revisions(&*store).await;
     watch_is_in_order_and_once(&*store).await;
     writers_are_linearizable(store.clone()).await;
+    watches_see_every_revision_once_across_reconnects(store.clone()).await;
     compacted_when_too_old(&*store).await;
-    let (a, b) = (lease(&*store).await, lease(&*store).await);
-    assert!(b > a, "fencing numbers rise");
+    leases_are_fenced(&*store).await;
 }
 
-async fn lease(store: &dyn Store) -> u64 {
-    store.lease("aggregator", "me", Duration::from_secs(10)).await.unwrap().fencing
+async fn lease(store: &dyn Store, holder: &str, ttl: Duration) -> Result<u64, Error> {
+    store.lease("aggregator", holder, ttl).await.map(|lease| lease.fencing)
+}
+
+/// One holder at a time; who holds it keeps its number; who comes after the end gets a higher one.
+async fn leases_are_fenced(store: &dyn Store) {
+    const LONG: Duration = Duration::from_secs(60);
+    const SHORT: Duration = Duration::from_millis(20);
+    let first = lease(store, "a", LONG).await.unwrap();
+    assert_eq!(lease(store, "a", LONG).await.unwrap(), first, "renewed, not granted anew");
+    assert!(matches!(lease(store, "b", LONG).await, Err(Error::Held(holder)) if holder == "a"));
+    assert_eq!(lease(store, "a", SHORT).await.unwrap(), first);
+    let second = loop {
+        match lease(store, "b", LONG).await {
+            Ok(fencing) => break fencing,
+            Err(Error::Held(_)) => tokio::time::sleep(SHORT).await,
+            Err(e) => panic!("{e}"),
+        }
+    };
+    assert!(second > first, "the old holder is fenced off");
+    assert!(matches!(lease(store, "a", SHORT).await, Err(Error::Held(_))), "and has lost it");
 }
 
 async fn compare_and_set(store: &dyn Store) {
@@ -62,9 +83,47 @@ async fn watch_is_in_order_and_once(store: &dyn Store) {
     assert_eq!(later.next().await.unwrap().revision, from + 20, "a watch resumes after its revision");
 }
 
-/// 32 writers add one to a counter by compare-and-set: no addition is lost.
+/// A watch that is dropped and opened again while 8 writers write sees every revision once and in order.
+async fn watches_see_every_revision_once_across_reconnects(store: Arc<dyn Store>) {
+    const WRITES: u64 = 8 * 10;
+    let from = store.range("").await.unwrap().revision;
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                for i in 0..10 {
+                    let key = format!("many/{writer}");
+                    store.transact(transaction(&[], vec![put(&key, &i.to_string())])).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    let (mut cursor, mut last) = (from, std::collections::BTreeMap::new());
+    while cursor < from + WRITES {
+        let mut watch = store.watch(cursor).unwrap();
+        for _ in 0..7.min(from + WRITES - cursor) {
+            let batch = watch.next().await.unwrap();
+            assert_eq!(batch.revision, cursor + 1, "each once, in order");
+            cursor = batch.revision;
+            for write in &batch.writes {
+                if let Write::Put(key, value) = write {
+                    last.insert(key.clone(), value.clone());
+                }
+            }
+        }
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let range = store.range("many/").await.unwrap();
+    let held: std::collections::BTreeMap<_, _> =
+        range.entries.into_iter().map(|entry| (entry.key, entry.value)).collect();
+    assert_eq!(held, last, "what was watched is what is there");
+}
+
+/// 64 writers add one to a counter by compare-and-set: no addition is lost.
 async fn writers_are_linearizable(store: Arc<dyn Store>) {
-    let tasks: Vec<_> = (0..32)
+    let tasks: Vec<_> = (0..WRITERS)
         .map(|_| {
             let store = store.clone();
             tokio::spawn(async move {
@@ -87,7 +146,7 @@ async fn writers_are_linearizable(store: Arc<dyn Store>) {
     for task in tasks {
         task.await.unwrap();
     }
-    assert_eq!(store.range("counter").await.unwrap().entries[0].value, "32");
+    assert_eq!(store.range("counter").await.unwrap().entries[0].value, WRITERS.to_string());
 }
 
 async fn compacted_when_too_old(store: &dyn Store) {
@@ -116,14 +175,15 @@ async fn file_conforms_and_keeps_everything() {
     conforms(store.clone()).await;
     assert!(matches!(FileStore::open(&path), Err(Error::Locked(_))), "a second holder is told so");
     let before = store.range("").await.unwrap();
-    let fencing = lease(&*store).await;
+    let fencing = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
     drop(store);
 
     let store = FileStore::open(&path).unwrap();
     let after = store.range("").await.unwrap();
     assert_eq!((after.revision, &after.epoch), (before.revision, &before.epoch));
     assert_eq!(after.entries, before.entries);
-    assert!(lease(&store).await > fencing);
+    // The file has one process at a time, so leases end with theirs; their numbers go on.
+    assert!(lease(&store, "c", Duration::from_secs(60)).await.unwrap() > fencing);
     assert!(matches!(store.watch(0), Err(Error::Compacted { .. })));
     #[cfg(unix)]
     {
@@ -132,4 +192,42 @@ async fn file_conforms_and_keeps_everything() {
         assert_eq!(mode(&path), 0o600);
         assert_eq!(mode(path.parent().unwrap()), 0o700);
     }
+}
+
+/// A file that ends too early, at any length, is opened with all that was acknowledged, or refused with its path.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_torn_tail_loses_nothing_acknowledged_or_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let store = FileStore::open(&path).unwrap();
+    for i in 0..50 {
+        store.transact(transaction(&[], vec![put(&format!("k{i}"), "v")])).await.unwrap();
+    }
+    // A copy taken while the store is open is what a power cut leaves.
+    let whole = std::fs::read(&path).unwrap();
+    drop(store);
+    let (mut opened, mut refused) = (0, 0);
+    for part in 0..=32 {
+        let torn = directory.path().join(format!("torn-{part}.redb"));
+        let length = whole.len() * part / 32;
+        std::fs::write(&torn, &whole[..length]).unwrap();
+        // An empty file is a new store: nothing was ever acknowledged by it.
+        if length == 0 {
+            continue;
+        }
+        match FileStore::open(&torn) {
+            Ok(store) => match store.range("k").await {
+                Ok(range) => {
+                    assert_eq!((range.entries.len(), range.revision), (50, 50), "at {length} bytes");
+                    opened += 1;
+                }
+                Err(_) => refused += 1,
+            },
+            Err(e) => {
+                assert!(e.to_string().contains("torn-"), "{e}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(opened >= 1 && refused >= 1, "{opened} opened, {refused} refused");
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
-use weir_discovery::{Apply, Disk, Identity, Refused, Subscriber, endpoint};
+use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber};
 use weir_proto::resource::Resource;
 use weir_proto::v1::SubscriberRole;
 
@@ -75,7 +75,7 @@ pub(super) fn open(
         }
         return Ok((configuration, None));
     };
-    let endpoint = endpoint(url).map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
+    let link = Link::new(url, None, None).map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let incarnation = uuid::Uuid::now_v7().to_string();
@@ -86,5 +86,5 @@ pub(super) fn open(
         region: config.region.clone(),
         token: config.control_plane_token().map_err(StartError::Config)?,
     };
-    Ok((configuration, Some(Subscriber::new(publisher, identity, endpoint, disk))))
+    Ok((configuration, Some(Subscriber::new(publisher, identity, link, disk))))
 }

@@ -151,6 +151,12 @@ async fn a_list_comes_in_pages() {
         if page.next_page_token.is_empty() {
             break;
         }
+        // Changes in between do not show: every page is of the revision of the first.
+        let name = format!("p{}x", seen.len());
+        admin.create_resource(create(pool(&name))).await.unwrap();
+        let gone =
+            v1::DeleteResourceRequest { r#ref: reference(ResourceKind::Pool, "p4"), ..Default::default() };
+        let _ = admin.delete_resource(gone).await;
         request.page_token = page.next_page_token;
     }
     assert_eq!(seen, ["p0", "p1", "p2", "p3", "p4"]);
@@ -175,7 +181,7 @@ async fn a_key_is_shown_once_and_rotated() {
     assert_eq!(old[0].sha256, crate::encoding::sha256(issued.secret.as_bytes()));
     assert_eq!(admin.issue_api_key(issue).await.unwrap_err().code(), Code::AlreadyExists);
     for _ in 0..2 {
-        let rotate = v1::RotateApiKeyRequest { name: "k".into(), grace: None };
+        let rotate = v1::RotateApiKeyRequest { name: "k".into(), ..Default::default() };
         let rotated = admin.rotate_api_key(rotate).await.unwrap().into_inner();
         let new = digests(rotated.resource);
         assert_eq!((new.len(), new[0].expire_time, new[1].expire_time.is_some()), (2, None, true));

@@ -10,6 +10,8 @@ use super::{Admin, Handle, duration};
 use crate::encoding::{hex, unhex};
 use crate::model::{Key, Refusal};
 use crate::probe;
+use crate::publish::wanted;
+use crate::services::invalid;
 
 const PAGE_DEFAULT: usize = 100;
 const PAGE_MAX: usize = 1000;
@@ -17,7 +19,7 @@ const WAIT_DEFAULT: Duration = Duration::from_secs(10);
 const WAIT_MAX: Duration = Duration::from_secs(60);
 
 pub(super) fn key(reference: Option<&v1::ResourceRef>) -> Result<Key, Status> {
-    reference.and_then(Key::of_ref).ok_or_else(|| Status::invalid_argument("ref: kind and name must be set"))
+    reference.and_then(Key::of_ref).ok_or_else(|| invalid("ref", "kind and name must be set"))
 }
 
 impl Handle<v1::GetResourceRequest> for Admin {
@@ -37,25 +39,18 @@ impl Handle<v1::ListResourcesRequest> for Admin {
     async fn do_call(&self, request: v1::ListResourcesRequest) -> Result<Self::Answer, Status> {
         let kind = request.kind();
         if kind == ResourceKind::Unspecified {
-            return Err(Status::invalid_argument("kind: must be set"));
+            return Err(invalid("kind", "must be set"));
         }
-        let size = match usize::try_from(request.page_size) {
-            Ok(0) => PAGE_DEFAULT,
-            Ok(size) => size.min(PAGE_MAX),
-            Err(_) => return Err(Status::invalid_argument("page_size: must not be negative")),
-        };
-        let state = self.0.catalog.state();
-        let after = if request.page_token.is_empty() {
-            None
+        let size = page_size(request.page_size)?;
+        let (state, after) = if request.page_token.is_empty() {
+            (self.0.catalog.state(), None)
         } else {
             let token = Token::parse(&request.page_token)
-                .filter(|token| token.kind == kind && token.revision <= state.revision)
-                .ok_or_else(|| {
-                    Status::invalid_argument("page_token: is not from an answer to this request")
-                })?;
-            Some(token.last)
+                .filter(|token| token.kind == kind)
+                .ok_or_else(|| invalid("page_token", "is not from an answer to this request"))?;
+            // All pages are of the revision of the first.
+            (self.0.catalog.at(token.revision).await?, Some(token.last))
         };
-        // Pages continue after a name, so changes in between repeat nothing and skip nothing that stays.
         let mut rest =
             state.of_kind(kind).skip_while(|s| after.as_ref().is_some_and(|last| s.wire.name <= *last));
         let resources: Vec<v1::Resource> = rest.by_ref().take(size).map(|s| s.wire.clone()).collect();
@@ -65,6 +60,21 @@ impl Handle<v1::ListResourcesRequest> for Admin {
         };
         Ok(v1::ListResourcesResponse { resources, next_page_token, revision: state.revision })
     }
+}
+
+/// The size of a page, as it was asked for and within bounds.
+pub(super) fn page_size(asked: i32) -> Result<usize, Status> {
+    match usize::try_from(asked) {
+        Ok(0) => Ok(PAGE_DEFAULT),
+        Ok(size) => Ok(size.min(PAGE_MAX)),
+        Err(_) => Err(invalid("page_size", "must not be negative")),
+    }
+}
+
+/// How long a waiting call may take.
+pub(super) fn wait_limit(asked: Option<prost_types::Duration>) -> Result<Duration, Status> {
+    let limit = duration(asked, WAIT_DEFAULT).ok_or_else(|| invalid("timeout", "must not be negative"))?;
+    Ok(limit.min(WAIT_MAX))
 }
 
 /// Where a list goes on.
@@ -93,7 +103,7 @@ impl Handle<v1::ListGatewaysRequest> for Admin {
 
     async fn do_call(&self, _: v1::ListGatewaysRequest) -> Result<Self::Answer, Status> {
         let revision = self.0.catalog.state().revision;
-        Ok(v1::ListGatewaysResponse { gateways: self.0.registry.list(), revision })
+        Ok(v1::ListGatewaysResponse { gateways: self.0.registry.list(revision), revision })
     }
 }
 
@@ -119,9 +129,7 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
     type Answer = v1::WaitAppliedResponse;
 
     async fn do_call(&self, request: v1::WaitAppliedRequest) -> Result<Self::Answer, Status> {
-        let limit = duration(request.timeout, WAIT_DEFAULT)
-            .ok_or_else(|| Status::invalid_argument("timeout: must not be negative"))?
-            .min(WAIT_MAX);
+        let limit = wait_limit(request.timeout)?;
         let (start, mut changes) = (Instant::now(), self.0.registry.watch());
         loop {
             changes.borrow_and_update();
@@ -136,15 +144,71 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
                 };
             if !changed {
                 let elapsed = prost_types::Duration::try_from(start.elapsed()).ok();
-                return Ok(v1::WaitAppliedResponse {
-                    applied: applied.gateways.0,
-                    connected: applied.gateways.1,
-                    elapsed,
-                    pending: applied.pending,
-                    limit_services_applied: applied.limit_services.0,
-                    limit_services_connected: applied.limit_services.1,
-                });
+                return Ok(v1::WaitAppliedResponse { elapsed, ..applied });
             }
         }
+    }
+}
+
+impl Handle<v1::GetGatewayConfigRequest> for Admin {
+    type Answer = v1::GetGatewayConfigResponse;
+
+    async fn do_call(&self, request: v1::GetGatewayConfigRequest) -> Result<Self::Answer, Status> {
+        let state = self.0.catalog.state();
+        let (held, errors) = self.0.registry.held(&request.gateway_id).ok_or_else(|| {
+            Status::not_found(format!(
+                "gateway {} is not connected and has not been for an hour",
+                request.gateway_id
+            ))
+        })?;
+        let mut differences = Vec::new();
+        let refusal = |key: &Key| {
+            let of = |error: &&v1::gateway::ResourceError| error.r#ref.as_ref() == Some(&key.to_ref());
+            errors.iter().find(of).map(|error| error.message.clone()).unwrap_or_default()
+        };
+        let mut differs = |key: &Key, held: &str, desired: &str| {
+            let refusal = refusal(key);
+            if held != desired || !refusal.is_empty() {
+                differences.push(v1::HeldDifference {
+                    r#ref: Some(key.to_ref()),
+                    held_version: held.to_owned(),
+                    desired_version: desired.to_owned(),
+                    refusal,
+                });
+            }
+        };
+        for (key, stored) in state.resources.iter().filter(|(key, _)| wanted(held.role, key.kind)) {
+            differs(key, held.versions.get(key).map_or("", |v| v), &stored.published.version);
+        }
+        for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(*key)) {
+            differs(key, version, "");
+        }
+        let row = |(key, version): (&Key, &std::sync::Arc<str>)| v1::HeldResource {
+            kind: key.kind.into(),
+            name: key.name.to_string(),
+            version: version.to_string(),
+        };
+        Ok(v1::GetGatewayConfigResponse {
+            store_epoch: held.epoch.to_string(),
+            applied_revision: held.revision,
+            revision: state.revision,
+            held: held.versions.iter().map(row).collect(),
+            differences,
+        })
+    }
+}
+
+impl Handle<v1::WhoAmIRequest> for Admin {
+    type Answer = v1::WhoAmIResponse;
+
+    async fn do_call(&self, _: v1::WhoAmIRequest) -> Result<Self::Answer, Status> {
+        let (caller, state) = (self.caller()?, self.0.catalog.state());
+        Ok(v1::WhoAmIResponse {
+            name: caller.name.to_string(),
+            role: caller.role.into(),
+            build: weir_runtime::version().to_owned(),
+            store_epoch: state.epoch.to_string(),
+            revision: state.revision,
+        })
     }
 }

@@ -1,0 +1,96 @@
+//! In front of a service: finds out who calls, and lets the call pass or refuses it.
+
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::task::{Context, Poll};
+
+use futures_util::future::Either;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::metadata::MetadataMap;
+use tonic::server::NamedService;
+
+use super::{Authority, Caller, needs, opens, role_name};
+use crate::tls::Peer;
+
+/// Who can reach a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Whoever has the role that the method asks for.
+    Authorised,
+    /// Everybody: only where nobody else can connect.
+    Everybody,
+}
+
+/// A service behind the gate. Calls that pass carry their [`Caller`].
+#[derive(Debug, Clone)]
+pub(crate) struct Gated<S> {
+    inner: S,
+    authority: Authority,
+    reach: Reach,
+}
+
+impl<S> Gated<S> {
+    pub(crate) const fn new(inner: S, authority: Authority, reach: Reach) -> Self {
+        Self { inner, authority, reach }
+    }
+
+    fn admit(&self, request: &http::Request<Body>) -> Result<Option<Caller>, Status> {
+        if self.reach == Reach::Everybody {
+            return Ok(None);
+        }
+        let metadata = MetadataMap::from_headers(request.headers().clone());
+        let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.as_ref());
+        let caller = self.authority.identify(&metadata, peer)?;
+        let path = request.uri().path();
+        // A method that nobody has thought about is nobody's.
+        let needed = needs(path).ok_or_else(|| Status::unimplemented("there is no such method"))?;
+        if opens(caller.role, needed) {
+            return Ok(Some(caller));
+        }
+        let method = path.rsplit('/').next().unwrap_or_default();
+        tracing::warn!(
+            target: "weir::audit",
+            actor = &*caller.name,
+            role = role_name(caller.role),
+            method,
+            "refused: the role does not allow this"
+        );
+        Err(Status::permission_denied(format!(
+            "{method} needs the role {}, and {} is {}",
+            role_name(needed),
+            caller.name,
+            role_name(caller.role)
+        )))
+    }
+}
+
+impl<S> Service<http::Request<Body>> for Gated<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Either<Ready<Result<Self::Response, Infallible>>, S::Future>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        match self.admit(&request) {
+            Ok(caller) => {
+                if let Some(caller) = caller {
+                    request.extensions_mut().insert(caller);
+                }
+                Either::Right(self.inner.call(request))
+            }
+            Err(status) => Either::Left(ready(Ok(status.into_http()))),
+        }
+    }
+}
+
+impl<S: NamedService> NamedService for Gated<S> {
+    const NAME: &'static str = S::NAME;
+}

@@ -1,0 +1,143 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::model::tests::{backend, model, pool, tenant};
+use crate::model::{State, Stored};
+
+fn snapshot(revision: u64, resources: Vec<v1::Resource>) -> Snapshot {
+    let mut state = State { epoch: "e".into(), revision, removal: revision, ..State::default() };
+    for wire in resources {
+        let stored = Stored::new(wire).unwrap();
+        state.resources.insert(stored.key(), Arc::new(stored));
+    }
+    Arc::new(state)
+}
+
+fn cluster(backends: &[&str]) -> Vec<v1::Resource> {
+    let mut all = vec![pool("p"), model("m", "p")];
+    all.extend(backends.iter().map(|name| backend(name, "p", "m", "http://127.0.0.1:1")));
+    all
+}
+
+fn session() -> Session {
+    Session::new(Held::default(), Differences::default())
+}
+
+/// A session that has applied a snapshot.
+fn synced(snapshot: &Snapshot) -> Session {
+    let mut session = session();
+    while let Some(delta) = session.next(snapshot, Instant::now()) {
+        session.answered(delta.nonce, vec![]);
+    }
+    assert!(session.held.is(snapshot));
+    session
+}
+
+fn upserts(delta: &v1::Delta) -> Vec<&str> {
+    delta.upserts.iter().map(|u| u.name.as_str()).collect()
+}
+
+fn removals(delta: &v1::Delta) -> Vec<&str> {
+    delta.removals.iter().map(|r| r.name.as_str()).collect()
+}
+
+fn error(kind: ResourceKind, name: &str) -> v1::ResourceError {
+    let resource = Some(v1::ResourceRef { kind: kind.into(), name: name.into() });
+    v1::ResourceError { resource, message: "no".into() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_new_comes_before_what_is_gone_goes() {
+    let mut session = synced(&snapshot(1, cluster(&["a", "b"])));
+    let new = snapshot(2, cluster(&["b", "c"]));
+    let first = session.next(&new, Instant::now()).unwrap();
+    assert_eq!((upserts(&first), removals(&first), first.store_revision), (vec!["c"], vec![], 1));
+    assert_eq!(session.next(&new, Instant::now()), None, "one at a time");
+    assert_eq!(session.answered(first.nonce, vec![]), Answered::Applied(1));
+    let second = session.next(&new, Instant::now()).unwrap();
+    assert_eq!((upserts(&second), removals(&second), second.store_revision), (vec![], vec!["a"], 2));
+    assert!(second.allow_mass_removal);
+    assert_eq!(session.answered(second.nonce, vec![]), Answered::Applied(2));
+    assert_eq!(session.next(&new, Instant::now()), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_gone_goes_even_when_something_new_comes_with_every_answer() {
+    let mut session = synced(&snapshot(1, cluster(&["a", "b"])));
+    let mut names = vec!["b".to_owned()];
+    let mut gone = false;
+    for revision in 2..6 {
+        names.push(format!("n{revision}"));
+        let new = snapshot(revision, cluster(&names.iter().map(String::as_str).collect::<Vec<_>>()));
+        let delta = session.next(&new, Instant::now()).unwrap();
+        gone |= removals(&delta) == ["a"];
+        session.answered(delta.nonce, vec![]);
+    }
+    assert!(gone);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_backend_keeps_the_one_it_replaces_but_a_deleted_key_goes() {
+    let mut all = cluster(&["a", "b"]);
+    all.push(tenant("t"));
+    let mut session = synced(&snapshot(1, all));
+    let new = snapshot(2, cluster(&["b", "c"]));
+    let first = session.next(&new, Instant::now()).unwrap();
+    let refused = session.answered(first.nonce, vec![error(ResourceKind::Backend, "c")]);
+    assert!(matches!(refused, Answered::Refused { whole: false, revision: 2, .. }));
+    let second = session.next(&new, Instant::now()).unwrap();
+    assert_eq!((upserts(&second), removals(&second), second.store_revision), (vec![], vec!["t"], 1));
+    session.answered(second.nonce, vec![]);
+    assert_eq!(session.next(&new, Instant::now()), None, "nothing more until something changes");
+
+    let fixed = snapshot(3, cluster(&["b", "c"]));
+    let third = session.next(&fixed, Instant::now()).unwrap();
+    assert_eq!(upserts(&third), ["c"], "what was refused comes again with the next revision");
+    session.answered(third.nonce, vec![]);
+    let fourth = session.next(&fixed, Instant::now()).unwrap();
+    assert_eq!((removals(&fourth), fourth.store_revision), (vec!["a"], 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delta_refused_whole_is_not_sent_again_and_applies_nothing() {
+    let old = snapshot(1, cluster(&["a", "b", "c"]));
+    let mut session = synced(&old);
+    let empty = Arc::new(State { epoch: "f".into(), revision: 9, ..State::default() });
+    let delta = session.next(&empty, Instant::now()).unwrap();
+    assert_eq!((delta.removals.len(), delta.allow_mass_removal), (5, false));
+    let whole = v1::ResourceError { resource: None, message: "mass removal".into() };
+    assert!(matches!(session.answered(delta.nonce, vec![whole]), Answered::Refused { whole: true, .. }));
+    assert_eq!(session.held.versions, *crate::publish::versions(&old, v1::SubscriberRole::Gateway));
+    assert_eq!(session.next(&empty, Instant::now()), None);
+    let allowed = Arc::new(State { revision: 10, allowed: 10, ..State::clone(&empty) });
+    assert!(session.next(&allowed, Instant::now()).unwrap().allow_mass_removal);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_changes_meanwhile_is_merged_and_late_answers_say_nothing() {
+    let mut session = session();
+    let first = session.next(&snapshot(1, cluster(&["a"])), Instant::now()).unwrap();
+    for revision in 2..50 {
+        assert_eq!(session.next(&snapshot(revision, cluster(&["a", "b"])), Instant::now()), None);
+    }
+    assert_eq!(session.answered(first.nonce + 7, vec![]), Answered::Late);
+    session.answered(first.nonce, vec![]);
+    let merged = session.next(&snapshot(50, cluster(&["a", "b"])), Instant::now()).unwrap();
+    assert_eq!((upserts(&merged), merged.store_revision), (vec!["b"], 50));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_answer_is_stale_after_30_s_and_dead_after_120_s() {
+    let mut session = session();
+    assert_eq!((session.deadline(), session.lateness(Instant::now())), (None, Lateness::InTime));
+    session.next(&snapshot(1, cluster(&["a"])), Instant::now()).unwrap();
+    let start = Instant::now();
+    assert_eq!(session.deadline(), Some(start + Duration::from_secs(30)));
+    tokio::time::advance(Duration::from_secs(29)).await;
+    assert_eq!(session.lateness(Instant::now()), Lateness::InTime);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(session.lateness(Instant::now()), Lateness::Stale);
+    assert_eq!(session.deadline(), Some(start + Duration::from_secs(120)));
+    tokio::time::advance(Duration::from_secs(90)).await;
+    assert_eq!(session.lateness(Instant::now()), Lateness::Dead);
+}

@@ -1,0 +1,74 @@
+//! Accepting connections, in plain or over TLS with optional client certificates.
+//!
+//! A renewed certificate is used by the connections that come after; those that are there go on, so that a rotation
+//! costs no stream.
+
+mod accept;
+
+use std::path::PathBuf;
+
+use rustls::pki_types::CertificateDer;
+use weir_proto::v1::Role;
+use weir_runtime::{ServerTls, TlsError};
+
+use crate::auth::Identity;
+
+pub(crate) use accept::{Peer, accept};
+
+/// What a client certificate's URI name begins with: `weir://gateway/ID`, or `weir://ROLE/NAME`.
+const SCHEME: &str = "weir://";
+/// Longest name in a certificate; the same as of a gateway.
+const NAME_MAX_BYTES: usize = 63;
+
+/// The files of the control plane's TLS, all PEM; read again when they change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Its certificate, with the chain below the root.
+    pub cert: PathBuf,
+    /// The key of that.
+    pub key: PathBuf,
+    /// Who signs client certificates. Without it clients show tokens only.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl TlsConfig {
+    /// Reads the files and follows them.
+    pub(crate) fn open(&self) -> Result<ServerTls, TlsError> {
+        ServerTls::open_for(&self.cert, &self.key, self.client_ca.as_deref(), &[b"h2"])
+    }
+}
+
+/// Who a client certificate, already verified, says its holder is: its first name of ours.
+fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
+    let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
+    parsed.valid_uri_names().find_map(named)
+}
+
+fn named(uri: &str) -> Option<Identity> {
+    let (role, name) = uri.strip_prefix(SCHEME)?.split_once('/')?;
+    let role = match role {
+        "viewer" => Role::Viewer,
+        "operator" => Role::Operator,
+        "editor" => Role::Editor,
+        "admin" => Role::Admin,
+        "gateway" => Role::Gateway,
+        _ => return None,
+    };
+    let fits = !name.is_empty() && name.len() <= NAME_MAX_BYTES;
+    fits.then(|| Identity { role, name: name.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_names_a_role_and_a_holder() {
+        let found = named("weir://gateway/gw-1").unwrap();
+        assert_eq!((found.role, &*found.name), (Role::Gateway, "gw-1"));
+        assert_eq!(named("weir://operator/ops").unwrap().role, Role::Operator);
+        for other in ["weir://root/x", "weir://gateway/", "https://gateway/x", "weir://gateway"] {
+            assert_eq!(named(other), None, "{other}");
+        }
+    }
+}

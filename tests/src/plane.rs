@@ -1,0 +1,85 @@
+//! The control plane as a process, and a client of it.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Child;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+use weir_proto::v1::admin_service_client::AdminServiceClient;
+
+use crate::process::command;
+
+/// The token that opens everything.
+pub const ADMIN_TOKEN: &str = "admin-token-of-the-tests";
+
+/// Sends the admin token with every call.
+#[derive(Debug, Clone)]
+pub struct Bearer(MetadataValue<Ascii>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.0.clone());
+        Ok(request)
+    }
+}
+
+/// A client of the admin service.
+pub type Admin = AdminServiceClient<InterceptedService<Channel, Bearer>>;
+
+/// A control plane that runs.
+#[derive(Debug)]
+pub struct Plane {
+    /// The process.
+    pub child: Child,
+    /// Where its gRPC services are.
+    pub url: String,
+}
+
+/// Starts a control plane on this address with its store in a directory. `limit_kib` bounds the size of every file it
+/// writes: to it, a disk that is full.
+pub async fn start(listen: &str, data: &Path, limit_kib: Option<u64>) -> Plane {
+    let mut command = command("weir-control-plane");
+    if let Some(kib) = limit_kib {
+        // The shell sets the limit and ignores the signal that goes with it, so that writing fails instead.
+        let program = crate::process::binary("weir-control-plane");
+        command = crate::process::command_of("sh");
+        let line = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", kib * 2);
+        command.arg("-c").arg(line).arg(program);
+    }
+    command
+        .args(["--listen", listen, "--http-listen", "127.0.0.1:0", "--data-dir"])
+        .arg(data)
+        .env("WEIR_ADMIN_TOKEN", ADMIN_TOKEN)
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    let url = loop {
+        let line = lines.next_line().await.expect("readable").expect("it serves before it ends");
+        let Ok(line) = serde_json::from_str::<serde_json::Value>(&line) else { panic!("{line}") };
+        if line["message"] == "control plane serves" {
+            break format!("http://{}", line["grpc"].as_str().expect("an address"));
+        }
+    };
+    // Whatever is logged later is read and thrown away, so that the process never waits for us.
+    tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+    Plane { child, url }
+}
+
+impl Plane {
+    /// A client of it.
+    pub async fn admin(&self) -> Admin {
+        let channel = Endpoint::from_shared(self.url.clone()).expect("a URL").connect().await.expect("there");
+        let value = format!("Bearer {ADMIN_TOKEN}").parse().expect("a header");
+        AdminServiceClient::with_interceptor(channel, Bearer(value))
+    }
+
+    /// Ends it without a word.
+    pub async fn kill(mut self) {
+        self.child.kill().await.expect("killed");
+    }
+}
