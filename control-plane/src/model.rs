@@ -168,6 +168,9 @@ pub(crate) struct Remembered {
     pub(crate) revision: u64,
 }
 
+/// Resource -> version.
+pub(crate) type Versions = BTreeMap<Key, Arc<str>>;
+
 /// Everything declared, at one revision.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct State {
@@ -187,7 +190,7 @@ pub(crate) struct State {
     /// The revision of [`ALLOWED`].
     pub(crate) allowed: u64,
     /// The version of every resource, for each role of subscribers; made when it is first asked for.
-    pub(crate) versions: [OnceLock<Arc<BTreeMap<Key, Arc<str>>>>; 2],
+    pub(crate) versions: [OnceLock<Arc<Versions>>; 2],
 }
 
 /// The store holds something this version cannot read.

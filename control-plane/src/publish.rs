@@ -1,6 +1,6 @@
 //! From the state to what a gateway is sent: debounced, and only what differs from what it holds.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
-use crate::model::{Key, State, Stored};
+use crate::model::{Key, State, Stored, Versions};
 
 /// A change after so long a silence is sent at once; others wait for as long a silence.
 const QUIET: Duration = Duration::from_millis(100);
@@ -49,9 +49,6 @@ pub(crate) async fn publish(
         last = Instant::now();
     }
 }
-
-/// Resource -> version.
-pub(crate) type Versions = BTreeMap<Key, Arc<str>>;
 
 /// What a gateway holds, as far as it has said. Gateways in sync share one map.
 #[derive(Debug, Clone, Default, PartialEq)]
