@@ -139,7 +139,7 @@ fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
 }
 
 async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
-    let options = RedisOptions { deadline: DEADLINE, lanes: mode.lanes };
+    let options = RedisOptions { deadline: DEADLINE, lanes: mode.lanes, ..RedisOptions::default() };
     let limiter = Arc::new(RedisLimiter::connect(&redis.url(), options).await?);
     // Loads the scripts.
     decide(&limiter, &call(0, 0)).await?;

@@ -37,7 +37,8 @@ pub struct Config {
     /// The token itself; by environment only, since arguments can be read by everybody on the machine.
     #[arg(skip)]
     pub gateway_token: Option<Secret>,
-    /// Redis for the cluster's limits, such as redis://host:6379. Without it limits hold for this process alone.
+    /// Redis for the cluster's limits: redis://host:6379, redis+sentinel://host:26379,.../service or
+    /// redis+cluster://host:6379,...; rediss for TLS. Without it limits hold for this process alone.
     #[arg(long, env = "WEIR_REDIS", value_name = "URL", hide_env_values = true)]
     pub redis: Option<String>,
     /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.

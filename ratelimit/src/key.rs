@@ -131,6 +131,11 @@ impl Key {
         build(format_args!("weir:{{o:{}}}:s", digest(&all)))
     }
 
+    /// When the data set was born.
+    pub(crate) fn birth() -> Key {
+        build(format_args!("weir:{{g}}:birth"))
+    }
+
     /// The record of a reservation under a hash tag.
     pub fn reservation(tag: &str, id: ReservationId) -> Key {
         build(format_args!("weir:{{{tag}}}:r:{}", id.simple()))

@@ -10,6 +10,8 @@
 mod lane;
 mod reply;
 mod script;
+mod split;
+mod topology;
 
 use std::fmt;
 use std::pin::pin;
@@ -18,13 +20,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
-use deadpool_redis::{Manager, Pool};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use self::lane::Lane;
 use self::reply::Reader;
 use self::script::Script;
+use self::topology::{Shared, Source};
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::lag::Lag;
 use crate::{
@@ -44,19 +46,35 @@ const STARVED_MAX: Duration = Duration::from_secs(10);
 pub struct RedisOptions {
     /// The longest a call may take, a wait for a connection included.
     pub deadline: Duration,
-    /// Connections, each shared by any number of calls.
+    /// Connections, each shared by any number of calls; to every node of a Cluster.
     pub lanes: usize,
+    /// What a meter that is not there means.
+    pub cold_start: ColdStart,
+}
+
+/// What a meter that is not there means: never used, or lost with the data set it was in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ColdStart {
+    /// It is empty. A store that lost its data grants every limit's burst once more.
+    #[default]
+    Burst,
+    /// It was full when the data set was born, and has drained since: a store that lost its data grants no burst, and
+    /// neither does a new one. Meters that do not drain start empty. The birth is read with each connection; of a
+    /// Cluster it is that of the shard of the key `weir:{g}:birth`.
+    Strict,
 }
 
 impl Default for RedisOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_millis(50), lanes: 2 }
+        Self { deadline: Duration::from_millis(50), lanes: 2, cold_start: ColdStart::default() }
     }
 }
 
-/// Limits shared through one Redis server.
+/// Limits shared through Redis: one server, a primary that Sentinels know, or a Cluster.
 pub struct RedisLimiter {
     lanes: Vec<Lane>,
+    /// Whether keys of different tags are on different servers.
+    is_cluster: bool,
     next: AtomicUsize,
     deadline: Duration,
     lag: Arc<Lag>,
@@ -74,16 +92,13 @@ impl RedisLimiter {
     }
 
     /// Starts connecting in the background; calls fail until a connection is there. Needs a tokio runtime.
+    ///
+    /// Addresses: `redis://[user:password@]host[:port][/db]`,
+    /// `redis+sentinel://[user:password@]host[:port],.../service[/db]`,
+    /// `redis+cluster://[user:password@]host[:port],...`; the same with `rediss` for TLS.
     pub fn open(url: &str, options: RedisOptions) -> Result<Self, Error> {
-        let config = ::redis::AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(None);
-        // The library's message may quote the address, password included.
-        let manager =
-            Manager::new_with_config(url, config).map_err(|_| Error::Invalid("not a Redis address"))?;
         let lanes = options.lanes.max(1);
-        let pool =
-            Pool::builder(manager).max_size(lanes).build().map_err(|_| Error::Invalid("not a Redis pool"))?;
+        let source = Source::parse(url, lanes, CONNECT_TIMEOUT)?;
         let lag = Arc::new(Lag::default());
         let monitor = tokio::spawn({
             let lag = lag.clone();
@@ -92,7 +107,8 @@ impl RedisLimiter {
         Ok(Self {
             lag,
             monitor,
-            lanes: (0..lanes).map(|_| Lane::start(pool.clone())).collect(),
+            is_cluster: source.is_cluster(),
+            lanes: (0..lanes).map(|_| Lane::start(source.clone(), options.cold_start)).collect(),
             next: AtomicUsize::new(0),
             deadline: options.deadline,
         })
@@ -107,6 +123,9 @@ impl RedisLimiter {
 
     /// Runs a script. Dropping the future leaves the outcome unknown, like a timeout.
     async fn run(&self, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
+        if self.is_cluster && !split::is_whole(keys.iter().copied()) {
+            return Err(Error::Invalid("keys of several slots in one call"));
+        }
         let lane = self.lane();
         let asked = Instant::now();
         let mut call = pin!(run_on(lane, script, keys, args));
@@ -132,22 +151,7 @@ impl Drop for RedisLimiter {
 
 async fn run_on(lane: &Lane, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
     let mut connection = lane.connected().await?;
-    let command = |name: &str, body: &str| {
-        let mut command = Cmd::with_capacity(3 + keys.len() + args.len(), 64 * (3 + keys.len()));
-        command.arg(name).arg(body).arg(keys.len());
-        for key in keys {
-            command.arg(key.as_str());
-        }
-        for arg in args {
-            command.arg(arg.as_slice());
-        }
-        command
-    };
-    let mut result = command("EVALSHA", script.hash()).query_async(&mut connection.link).await;
-    if matches!(&result, Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)) {
-        result = command("EVAL", script.text()).query_async(&mut connection.link).await;
-    }
-    match result {
+    match eval(&mut connection.link, connection.birth, script, keys, args).await {
         Ok(reply) => {
             lane.answered();
             Ok(reply)
@@ -159,6 +163,44 @@ async fn run_on(lane: &Lane, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -
             Err(classify(&error))
         }
     }
+}
+
+/// One script call, by hash; with its text when the server does not know it.
+async fn eval(
+    link: &mut Shared,
+    birth: u64,
+    script: &Script,
+    keys: &[&Key],
+    args: &[Vec<u8>],
+) -> Result<Vec<i64>, RedisError> {
+    let command = |name: &str, body: &str| {
+        let mut command = Cmd::with_capacity(4 + keys.len() + args.len(), 64 * (3 + keys.len()));
+        command.arg(name).arg(body).arg(keys.len());
+        for key in keys {
+            command.arg(key.as_str());
+        }
+        for arg in args {
+            command.arg(arg.as_slice());
+        }
+        command.arg(birth);
+        command
+    };
+    let result = command("EVALSHA", script.hash()).query_async(link).await;
+    if matches!(&result, Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)) {
+        return command("EVAL", script.text()).query_async(link).await;
+    }
+    result
+}
+
+/// When the data set behind a connection was born.
+async fn birth(link: &mut Shared) -> Result<u64, Error> {
+    let key = Key::birth();
+    let keys = [&key];
+    let asked = eval(link, 0, &script::BIRTH, &keys, &[]);
+    let reply =
+        tokio::time::timeout(CONNECT_TIMEOUT, asked).await.map_err(|_| Error::Timeout(CONNECT_TIMEOUT))?;
+    let reply = reply.map_err(|error| classify_connect(&error))?;
+    reply.first().and_then(|us| u64::try_from(*us).ok()).ok_or_else(reply::malformed)
 }
 
 /// A lost connection, or one to a server that no longer is the primary.
@@ -216,16 +258,20 @@ impl fmt::Debug for RedisLimiter {
     }
 }
 
-impl Limiter for RedisLimiter {
-    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
-        call::check_acquire(call)?;
-        let reservation = Key::reservation_of(&call.scopes, call.id);
-        let mut keys = vec![&reservation];
+/// One script call each: all keys share a slot, or there is but one server.
+impl RedisLimiter {
+    async fn acquire_raw(
+        &self,
+        call: &Acquire,
+        reservation: &Key,
+        life: Duration,
+    ) -> Result<Vec<i64>, Error> {
+        let mut keys = vec![reservation];
         keys.extend(call.scopes.iter().map(|scope| &scope.record));
         keys.extend(call.scopes.iter().map(|scope| &scope.leases));
         keys.extend(call.candidates.iter().map(|candidate| &candidate.leases));
         let mut args = script::Args::default();
-        args.id(call.id).int(us(call.lease_ttl)).int(ms(RESERVATION_LIFE));
+        args.id(call.id).int(us(call.lease_ttl)).int(ms(life));
         args.int(call.scopes.len() as u64).int(call.candidates.len() as u64);
         for scope in &call.scopes {
             args.int(u64::from(scope.mode == crate::Mode::Shadow)).scope(scope, call::reserved(call));
@@ -233,19 +279,16 @@ impl Limiter for RedisLimiter {
         for candidate in &call.candidates {
             args.int(u64::from(candidate.max_concurrency));
         }
-        let reply = self.run(&script::ACQUIRE, &keys, &args.0).await?;
-        Reader::new(&reply).decision(&call.scopes)
+        self.run(&script::ACQUIRE, &keys, &args.0).await
     }
 
-    async fn move_slot(
+    async fn move_whole(
         &self,
         id: ReservationId,
         from: Option<&Key>,
         candidates: &[Candidate],
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
-        call::check_candidates(candidates)?;
-        call::check_lease(lease_ttl)?;
         let keys: Vec<&Key> = candidates.iter().map(|candidate| &candidate.leases).chain(from).collect();
         if keys.is_empty() {
             return Ok(None);
@@ -259,15 +302,13 @@ impl Limiter for RedisLimiter {
         Reader::new(&reply).index(candidates.len())
     }
 
-    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
-        call::check_scopes(&call.scopes)?;
-        let reservation = Key::reservation_of(&call.scopes, call.id);
-        let mut keys = vec![&reservation];
+    async fn settle_whole(&self, call: &Settle, reservation: &Key, life: Duration) -> Result<Settled, Error> {
+        let mut keys = vec![reservation];
         keys.extend(call.scopes.iter().map(|scope| &scope.record));
         keys.extend(call.scopes.iter().map(|scope| &scope.leases));
         keys.extend(&call.slot);
         let mut args = script::Args::default();
-        args.id(call.id).int(ms(TOMBSTONE_LIFE)).int(call.scopes.len() as u64);
+        args.id(call.id).int(ms(life)).int(call.scopes.len() as u64);
         args.int(u64::from(call.slot.is_some()));
         for scope in &call.scopes {
             args.scope(scope, call::spent(&call.actual));
@@ -276,8 +317,11 @@ impl Limiter for RedisLimiter {
         Reader::new(&reply).settled(&call.scopes)
     }
 
-    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
-        call::check_lease(lease_ttl)?;
+    async fn renew_whole(
+        &self,
+        renewals: &[Renewal],
+        lease_ttl: Duration,
+    ) -> Result<Vec<ReservationId>, Error> {
         let mut lost = Vec::new();
         for batch in renewals.chunks(RENEWALS_PER_CALL) {
             let records: Vec<_> =
@@ -297,18 +341,14 @@ impl Limiter for RedisLimiter {
         Ok(lost)
     }
 
-    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
-        if leases.is_empty() {
-            return Ok(());
-        }
+    async fn release_whole(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
         let keys: Vec<&Key> = leases.iter().collect();
         let mut args = script::Args::default();
         args.id(id);
         self.run(&script::RELEASE, &keys, &args.0).await.map(drop)
     }
 
-    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
-        call::check_charges(charges)?;
+    async fn charge_whole(&self, charges: &[Charge]) -> Result<Decision, Error> {
         let keys: Vec<&Key> = charges.iter().map(|charge| &charge.record).collect();
         let mut args = script::Args::default();
         args.int(charges.len() as u64);
@@ -319,8 +359,7 @@ impl Limiter for RedisLimiter {
         Reader::new(&reply).charged(charges)
     }
 
-    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
-        call::check_scopes(scopes)?;
+    async fn peek_whole(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         let keys: Vec<&Key> =
             scopes.iter().map(|s| &s.record).chain(scopes.iter().map(|s| &s.leases)).collect();
         let mut args = script::Args::default();
@@ -330,6 +369,84 @@ impl Limiter for RedisLimiter {
         }
         let reply = self.run(&script::PEEK, &keys, &args.0).await?;
         Reader::new(&reply).peeked(scopes)
+    }
+
+    /// Whether a call over these keys has to be split.
+    fn splits<'a>(&self, keys: impl Iterator<Item = &'a Key>) -> bool {
+        self.is_cluster && !split::is_whole(keys)
+    }
+}
+
+impl Limiter for RedisLimiter {
+    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        call::check_acquire(call)?;
+        let reservation = Key::reservation_of(&call.scopes, call.id);
+        let scopes = call.scopes.iter().map(|scope| &scope.record);
+        let candidates = call.candidates.iter().map(|candidate| &candidate.leases);
+        if self.splits(std::iter::once(&reservation).chain(scopes).chain(candidates)) {
+            return self.acquire_split(call).await;
+        }
+        let reply = self.acquire_raw(call, &reservation, RESERVATION_LIFE).await?;
+        Reader::new(&reply).decision(&call.scopes)
+    }
+
+    async fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> Result<Option<usize>, Error> {
+        call::check_candidates(candidates)?;
+        call::check_lease(lease_ttl)?;
+        if self.splits(candidates.iter().map(|candidate| &candidate.leases).chain(from)) {
+            return self.move_split(id, from, candidates, lease_ttl).await;
+        }
+        self.move_whole(id, from, candidates, lease_ttl).await
+    }
+
+    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+        call::check_scopes(&call.scopes)?;
+        let reservation = Key::reservation_of(&call.scopes, call.id);
+        let scopes = call.scopes.iter().map(|scope| &scope.record);
+        if self.splits(std::iter::once(&reservation).chain(scopes).chain(&call.slot)) {
+            return self.settle_split(call).await;
+        }
+        self.settle_whole(call, &reservation, TOMBSTONE_LIFE).await
+    }
+
+    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
+        call::check_lease(lease_ttl)?;
+        if self.splits(renewals.iter().flat_map(|renewal| &renewal.leases)) {
+            return self.renew_split(renewals, lease_ttl).await;
+        }
+        self.renew_whole(renewals, lease_ttl).await
+    }
+
+    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
+        if leases.is_empty() {
+            return Ok(());
+        }
+        if self.splits(leases.iter()) {
+            return self.release_split(id, leases).await;
+        }
+        self.release_whole(id, leases).await
+    }
+
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        call::check_charges(charges)?;
+        if self.splits(charges.iter().map(|charge| &charge.record)) {
+            return self.charge_split(charges).await;
+        }
+        self.charge_whole(charges).await
+    }
+
+    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        call::check_scopes(scopes)?;
+        if self.splits(scopes.iter().map(|scope| &scope.record)) {
+            return self.peek_split(scopes).await;
+        }
+        self.peek_whole(scopes).await
     }
 }
 

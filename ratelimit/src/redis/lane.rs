@@ -7,12 +7,12 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use ::redis::aio::MultiplexedConnection;
-use deadpool_redis::{Connection, Pool, PoolError};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::ColdStart;
+use super::topology::{Shared, Source};
 use crate::Error;
 
 /// Calls in a row without an answer after which a connection is taken for dead.
@@ -28,7 +28,9 @@ const SETTLED_AFTER: Duration = Duration::from_secs(5);
 /// A shared connection.
 #[derive(Clone)]
 pub(crate) struct Link {
-    pub(crate) link: MultiplexedConnection,
+    pub(crate) link: Shared,
+    /// The birth of its data set for the scripts, microseconds; zero when missing meters are empty.
+    pub(crate) birth: u64,
     /// Which connection of this lane it is, so that a late complaint does not hit its successor.
     pub(crate) generation: u64,
 }
@@ -52,10 +54,10 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn start(pool: Pool) -> Self {
+    pub(super) fn start(source: Source, cold_start: ColdStart) -> Self {
         let (publish, state) = watch::channel(State::Connecting);
         let (complaints, complained) = mpsc::channel(4);
-        let keeper = tokio::spawn(keep(pool, publish, complained));
+        let keeper = tokio::spawn(keep(source, cold_start, publish, complained));
         Self {
             state,
             complaints,
@@ -128,13 +130,17 @@ impl State {
 }
 
 /// Runs until the lane is dropped.
-async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::Receiver<u64>) {
+async fn keep(
+    source: Source,
+    cold_start: ColdStart,
+    publish: watch::Sender<State>,
+    mut complained: mpsc::Receiver<u64>,
+) {
     let mut backoff = Duration::ZERO;
     for generation in 0.. {
         let since = Instant::now();
-        match pool.get().await {
-            Ok(connection) => {
-                let link = Link { link: connection.clone(), generation };
+        match connect(&source, cold_start, generation).await {
+            Ok(link) => {
                 publish.send_replace(State::Ready(link));
                 loop {
                     match complained.recv().await {
@@ -143,8 +149,6 @@ async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::R
                         None => return,
                     }
                 }
-                // Taken out for good, so that the pool does not hand the broken one out again.
-                drop(Connection::take(connection));
                 tracing::warn!("connection to the limit store lost");
                 if since.elapsed() > SETTLED_AFTER {
                     backoff = Duration::ZERO;
@@ -156,10 +160,6 @@ async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::R
                 }
             }
             Err(error) => {
-                let error = match &error {
-                    PoolError::Backend(error) => super::classify_connect(error),
-                    _ => Error::Unreachable("no connection".into()),
-                };
                 if !matches!(&*publish.borrow(), State::Down(_)) {
                     tracing::warn!(%error, "cannot connect to the limit store");
                 }
@@ -170,6 +170,15 @@ async fn keep(pool: Pool, publish: watch::Sender<State>, mut complained: mpsc::R
         tokio::time::sleep(jittered(backoff, generation)).await;
         backoff = (backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
     }
+}
+
+async fn connect(source: &Source, cold_start: ColdStart, generation: u64) -> Result<Link, Error> {
+    let mut link = source.connect().await?;
+    let birth = match cold_start {
+        ColdStart::Burst => 0,
+        ColdStart::Strict => super::birth(&mut link).await?,
+    };
+    Ok(Link { link, birth, generation })
 }
 
 /// Between three quarters and all of it, so that gateways do not come back in step.

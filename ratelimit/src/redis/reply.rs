@@ -20,7 +20,7 @@ impl<'a> Reader<'a> {
     pub(crate) fn decision(mut self, scopes: &[ScopeLimits]) -> Result<Decision, Error> {
         let (outcome, slot, wait, now_us) = (self.int()?, self.int()?, self.int()?, self.unsigned()?);
         let outcome = match outcome {
-            0 => Outcome::Granted { slot: usize::try_from(slot).ok() },
+            0 | 3 => Outcome::Granted { slot: usize::try_from(slot).ok() },
             1 => Outcome::Limited { wait: u64::try_from(wait).ok().map(Duration::from_micros) },
             2 => {
                 Outcome::NoSlot { wait: Duration::from_micros(u64::try_from(wait).map_err(|_| malformed())?) }

@@ -26,6 +26,8 @@ pub(crate) static RELEASE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/release.lua")));
 pub(crate) static CHARGE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/charge.lua")));
+pub(crate) static BIRTH: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../scripts/birth.lua")));
 pub(crate) static PEEK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("../scripts/peek.lua")));
 
 impl Script {

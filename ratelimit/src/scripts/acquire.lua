@@ -1,10 +1,10 @@
 #!lua
 -- Decides every limit of a request and takes a slot at the first candidate that has one.
 -- KEYS   reservation; n scope records; n scope lease sets; m candidate lease sets
--- ARGV   id, lease ttl us, reservation life ms, n, m;
+-- ARGV   id, lease ttl us, reservation life ms (0 judges and writes nothing), n, m;
 --        per scope: shadow 0|1, concurrency (-1 none), buckets, then per bucket kind 1-5, capacity, cost,
 --        num, den; per candidate: maximum. Amounts in micro-units, rates as num/den per us.
--- reply  outcome (0 granted, 1 limited, 2 no slot), slot from 0 or -1, wait us or -1 never, now us;
+-- reply  outcome (0 granted, 1 limited, 2 no slot, 3 granted before), slot from 0 or -1, wait us or -1 never, now us;
 --        per limit: verdict (0 fits, 1 wait, 2 never), wait us, remaining, reset us or -1 never
 -- Atomic because a refusal by any limit must leave all of them as they were: nothing is written before every
 -- read is done. A granted id seen again gets the stored grant and pays nothing.
@@ -47,6 +47,7 @@ end
 local first, slot, outcome = 1 + 2 * n, -1, 0
 if held then
   wait = 0
+  outcome = 3
   if held[2] == 2 then outcome, wait = 1, -1 end
   for c = 1, m do
     if KEYS[first + c] == held[3] then slot = c - 1 end
@@ -69,7 +70,7 @@ elseif m > 0 then
   if slot < 0 then outcome, wait = 2, soonest or ttl end
 end
 
-if outcome == 0 and not held then
+if outcome == 0 and keep ~= '0' then
   local reservation = { VERSION, 0, slot >= 0 and KEYS[first + 1 + slot] or '' }
   for s, scope in ipairs(scopes) do
     local reserved, changed = { KEYS[1 + s], 0, 0, 0, 0, 0 }, false

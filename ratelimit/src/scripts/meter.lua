@@ -5,6 +5,8 @@ local floor, ceil, fmod, max, min, fmt = math.floor, math.ceil, math.fmod, math.
 local MICRO, LEVEL_MAX = 1e6, 9e15
 local FOREVER, EXACT = 9007199254740991, 4503599627370496
 local VERSION, SHAPE = 1, '<Bdddddddddd'
+-- The birth of the data set in us, last of every script's arguments; 0 when missing meters are empty.
+local BIRTH = tonumber(ARGV[#ARGV]) or 0
 
 local function int(x) return fmt('%.0f', x) end
 
@@ -67,10 +69,10 @@ local function remaining(m, now)
   return floor(max(m.cap - level_at(m, now), 0) / (m.kind == 5 and 1 or MICRO))
 end
 
--- A record is one string: a version byte, then level and moment of each kind. Absent is empty.
+-- A record is one string: a version byte, then level and moment of each kind. Absent (the second value) is empty.
 local function read_record(key)
   local raw = redis.call('GET', key)
-  if not raw then return { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 } end
+  if not raw then return { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, true end
   if #raw ~= 81 or raw:byte(1) ~= VERSION then error({ err = 'WRONGTYPE record of another version' }) end
   local version, a, b, c, d, e, f, g, h, i, j = struct.unpack(SHAPE, raw)
   return { a, b, c, d, e, f, g, h, i, j }
@@ -130,11 +132,15 @@ end
 -- Reads `count` buckets of a scope from ARGV after position `at`: kind, capacity, amount, num, den.
 local function read_meters(key, count, at)
   if count == 0 then return {} end
-  local record, meters = read_record(key), {}
+  local record, absent = read_record(key)
+  local meters = {}
   for b = 1, count do
     local k = tonumber(ARGV[at + 1])
     meters[b] = { kind = k, cap = tonumber(ARGV[at + 2]), amount = tonumber(ARGV[at + 3]),
       num = tonumber(ARGV[at + 4]), den = tonumber(ARGV[at + 5]), level = record[2 * k - 1], ts = record[2 * k] }
+    -- Lost with an older data set for all we know: as if full when this one was born. One that does not drain
+    -- would stay full, so it starts empty.
+    if absent and BIRTH > 0 and meters[b].num > 0 then meters[b].level, meters[b].ts = meters[b].cap, BIRTH end
     at = at + 5
   end
   return meters

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Applies actual - reserved once per reservation and frees its leases.
 -- KEYS   reservation; n scope records; n scope lease sets; the slot's lease set if one is held
--- ARGV   id, tombstone life ms, n, slot held 0|1;
+-- ARGV   id, tombstone life ms (0 undoes without a trace: no tombstone), n, slot held 0|1;
 --        per scope: concurrency (-1 none), buckets, then per bucket kind 1-5, capacity, actual, num, den
 -- reply  applied 0|1, now us; per limit: verdict, wait us, remaining, reset us (see acquire) for a cost of zero
 -- Atomic because the reservation must be used up in the same step that applies it. A tombstone stays behind so
@@ -43,7 +43,9 @@ end
 for k = 2 + n, #KEYS do
   if mine[k] then redis.call('ZREM', KEYS[k], id) end
 end
-if open then
+if ARGV[2] == '0' then
+  if open then redis.call('DEL', KEYS[1]) end
+elseif open then
   redis.call('SET', KEYS[1], cmsgpack.pack({ VERSION, 1, held[3] }), 'PX', ARGV[2])
 elseif not held then
   redis.call('SET', KEYS[1], cmsgpack.pack({ VERSION, 2, '' }), 'PX', ARGV[2])

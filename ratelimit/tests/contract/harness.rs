@@ -16,16 +16,23 @@ pub(crate) const LEASE: Duration = Duration::from_secs(30);
 pub(crate) struct World {
     pub(crate) limiter: AnyLimiter,
     server: Option<Server>,
+    cluster: Option<std::sync::Arc<Cluster>>,
 }
 
 impl World {
     pub(crate) fn memory() -> Self {
-        Self { limiter: MemoryLimiter::new().into(), server: None }
+        Self { limiter: MemoryLimiter::new().into(), server: None, cluster: None }
     }
 
     pub(crate) async fn redis() -> Self {
         let server = Server::start().await;
-        Self { limiter: server.limiter().await.into(), server: Some(server) }
+        Self { limiter: server.limiter().await.into(), server: Some(server), cluster: None }
+    }
+
+    /// On an emptied Cluster that tests use one after the other.
+    pub(crate) async fn cluster(cluster: &std::sync::Arc<Cluster>) -> Self {
+        cluster.flush().await;
+        Self { limiter: cluster.limiter().await.into(), server: None, cluster: Some(cluster.clone()) }
     }
 
     pub(crate) fn has_server(&self) -> bool {
@@ -68,9 +75,9 @@ impl World {
                 return;
             }
             let left = Duration::from_micros(us - now);
-            match self.server {
-                None => tokio::time::advance(left).await,
-                Some(_) => tokio::time::sleep(left).await,
+            match (&self.server, &self.cluster) {
+                (None, None) => tokio::time::advance(left).await,
+                _ => tokio::time::sleep(left).await,
             }
         }
     }
@@ -83,9 +90,10 @@ impl World {
 
     /// Brings about that the reservation's record has expired.
     pub(crate) async fn expire_reservation(&self, of: &Acquire) {
-        match &self.server {
-            None => tokio::time::advance(Duration::from_secs(25 * 3600)).await,
-            Some(server) => {
+        match (&self.server, &self.cluster) {
+            (_, Some(cluster)) => cluster.delete(&Key::reservation_of(&of.scopes, of.id)).await,
+            (None, None) => tokio::time::advance(Duration::from_secs(25 * 3600)).await,
+            (Some(server), None) => {
                 let key = Key::reservation_of(&of.scopes, of.id);
                 let gone = ::redis::cmd("DEL").arg(key.as_str()).query_async(&mut server.raw().await).await;
                 assert_eq!(gone, Ok(1));
@@ -143,6 +151,26 @@ impl Server {
         panic!("redis-server did not start");
     }
 
+    pub(crate) async fn start_sentinel(configuration: &str) -> Self {
+        for _ in 0..20 {
+            let port = std::net::TcpListener::bind("127.0.0.1:0")
+                .and_then(|l| l.local_addr())
+                .expect("a port")
+                .port();
+            let child = Command::new("redis-server")
+                .args([configuration, "--sentinel", "--port", &port.to_string(), "--bind", "127.0.0.1"])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("redis-server");
+            let mut server = Server { child, url: format!("redis://127.0.0.1:{port}/") };
+            if server.answers().await {
+                return server;
+            }
+        }
+        panic!("the sentinel did not start");
+    }
+
     async fn answers(&mut self) -> bool {
         let client = ::redis::Client::open(self.url.as_str()).expect("client");
         for _ in 0..1000 {
@@ -160,8 +188,11 @@ impl Server {
     }
 
     pub(crate) async fn limiter(&self) -> RedisLimiter {
-        let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 2 };
-        RedisLimiter::connect(&self.url, options).await.expect("connect")
+        limiter_of(&self.url).await
+    }
+
+    pub(crate) fn port(&self) -> &str {
+        self.url.trim_end_matches('/').rsplit(':').next().expect("port")
     }
 
     pub(crate) async fn raw(&self) -> MultiplexedConnection {
@@ -190,6 +221,86 @@ impl Server {
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+async fn limiter_of(url: &str) -> RedisLimiter {
+    let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 2, ..RedisOptions::default() };
+    RedisLimiter::connect(url, options).await.expect("connect")
+}
+
+/// Three primaries of the test's own, each with a third of the slots.
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<Server>,
+    _dirs: Vec<tempfile::TempDir>,
+}
+
+impl Cluster {
+    pub(crate) async fn start() -> Self {
+        let (mut nodes, mut dirs) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let dir = tempfile::tempdir().expect("dir");
+            // Redis itself looks for a free bus port above its own; the default is 10000 higher, which may not exist.
+            let bus = std::net::TcpListener::bind("127.0.0.1:0")
+                .and_then(|l| l.local_addr())
+                .expect("a port")
+                .port();
+            let path = dir.path().to_str().expect("path");
+            let settings = ["--cluster-enabled", "yes", "--cluster-port", &bus.to_string(), "--dir", path];
+            nodes.push((Server::start_with(&settings).await, bus));
+            dirs.push(dir);
+        }
+        for (n, (node, _)) in nodes.iter().enumerate() {
+            let mut raw = node.raw().await;
+            let (from, to) = (n * 16384 / 3, (n + 1) * 16384 / 3 - 1);
+            let mut range = ::redis::cmd("CLUSTER");
+            range.arg("ADDSLOTSRANGE").arg(from).arg(to).exec_async(&mut raw).await.expect("slots");
+            for (other, bus) in &nodes[..n] {
+                let mut meet = ::redis::cmd("CLUSTER");
+                meet.arg("MEET").arg("127.0.0.1").arg(other.port()).arg(bus);
+                meet.exec_async(&mut raw).await.expect("meet");
+            }
+        }
+        let nodes: Vec<Server> = nodes.into_iter().map(|(node, _)| node).collect();
+        for node in &nodes {
+            let mut raw = node.raw().await;
+            for attempt in 0.. {
+                let info: String =
+                    ::redis::cmd("CLUSTER").arg("INFO").query_async(&mut raw).await.expect("info");
+                if info.contains("cluster_state:ok") && info.contains("cluster_known_nodes:3") {
+                    break;
+                }
+                assert!(attempt < 3000, "no cluster: {info}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+        Self { nodes, _dirs: dirs }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        let hosts: Vec<String> = self.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
+        format!("redis+cluster://{}", hosts.join(","))
+    }
+
+    pub(crate) async fn limiter(&self) -> RedisLimiter {
+        limiter_of(&self.url()).await
+    }
+
+    pub(crate) async fn flush(&self) {
+        for node in &self.nodes {
+            ::redis::cmd("FLUSHALL").exec_async(&mut node.raw().await).await.expect("flush");
+        }
+    }
+
+    /// Wherever it is.
+    async fn delete(&self, key: &Key) {
+        let mut gone = 0;
+        for node in &self.nodes {
+            let deleted =
+                ::redis::cmd("DEL").arg(key.as_str()).query_async::<i64>(&mut node.raw().await).await;
+            gone += deleted.unwrap_or(0);
+        }
+        assert_eq!(gone, 1);
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod buckets;
 mod charges;
+mod cluster;
 mod harness;
 mod leases;
 mod outages;
@@ -26,6 +27,15 @@ macro_rules! suite {
                 async fn $case() {
                     crate::$module::$case(crate::harness::World::redis().await).await;
                 }
+            )+)+
+        }
+        /// One after the other on one Cluster: three servers for each would be a crowd.
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn the_contract_holds_on_a_cluster() {
+            let cluster = std::sync::Arc::new(crate::harness::Cluster::start().await);
+            $($(
+                eprintln!("{}", stringify!($case));
+                crate::$module::$case(crate::harness::World::cluster(&cluster).await).await;
             )+)+
         }
     };

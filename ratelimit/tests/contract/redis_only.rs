@@ -26,10 +26,12 @@ async fn forgotten_scripts_are_sent_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_is_survived_and_its_errors_are_told() {
     let mut server = Server::start().await;
-    let limiter =
-        RedisLimiter::connect(&server.url, RedisOptions { deadline: Duration::from_millis(500), lanes: 2 })
-            .await
-            .expect("connect");
+    let limiter = RedisLimiter::connect(
+        &server.url,
+        RedisOptions { deadline: Duration::from_millis(500), lanes: 2, ..RedisOptions::default() },
+    )
+    .await
+    .expect("connect");
     limiter.acquire(&call(still(5))).await.expect("acquire");
     server.kill();
     for _ in 0..5 {

@@ -1,0 +1,13 @@
+#!lua
+-- When this data set was born.
+-- KEYS   the birth
+-- ARGV   (none)
+-- reply  us
+-- Atomic so that gateways that connect to a new data set at once agree on its birth.
+local now = clock()
+local born = redis.call('GET', KEYS[1])
+if not born then
+  born = int(now)
+  redis.call('SET', KEYS[1], born)
+end
+return { tonumber(born) }
