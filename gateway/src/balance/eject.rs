@@ -5,6 +5,7 @@
 //!   the last two of more than two, never the last one. A backend that is coming back counts as ejected.
 //! - Failures in a row eject, and so does a share of failures with good answers between them.
 //! - Silence counts only once another backend has answered the same request: then it is not the request that is slow.
+//! - When the budget is spent, one that fails takes the place of one that was only silent: silence can be ours.
 //! - A longer ejection is never shortened by a later one, nor by answers to requests sent before it.
 //! - After an ejection one request at a time is let through until one succeeds.
 //! - Each ejection in a row doubles; the row ends when the backend served for as long as its last ejection took.
@@ -85,7 +86,13 @@ enum State {
     #[default]
     Open,
     /// Left out, and after `until` on probation.
-    Ejected { until: Instant, length: Duration, probe_until: Option<Instant> },
+    Ejected {
+        until: Instant,
+        length: Duration,
+        probe_until: Option<Instant>,
+        /// For silence alone.
+        silent: bool,
+    },
     /// Serving again; at `trusted_at` the row of ejections is forgotten.
     Returned { trusted_at: Instant },
 }
@@ -211,7 +218,7 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
     pub fn failed(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
         let backend = self.backends.entry(key.clone()).or_default();
         backend.failures = backend.failures.saturating_add(1);
-        self.judge(key, pool_size, now)
+        self.judge(key, pool_size, false, now)
     }
 
     /// `key` was silent for longer than it ever needs, and another backend answered the same request. Says as
@@ -219,10 +226,10 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
     pub fn overtaken(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
         let backend = self.backends.entry(key.clone()).or_default();
         backend.silences = backend.silences.saturating_add(1);
-        self.judge(key, pool_size, now)
+        self.judge(key, pool_size, true, now)
     }
 
-    fn judge(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
+    fn judge(&mut self, key: &K, pool_size: usize, silent: bool, now: Instant) -> Option<Instant> {
         let (out, config) = (self.ejected(), self.config);
         let backend = self.backends.get_mut(key)?;
         backend.recent.add(false, now);
@@ -240,19 +247,31 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         let probation = matches!(backend.state, State::Ejected { .. });
         let in_a_row = backend.failures.max(backend.silences) >= config.consecutive_failures;
         let enough = in_a_row || backend.recent.is_bad(&config);
-        let affordable = out < ejectable(pool_size, config.max_ejected_percent);
-        if !(probation || enough && affordable) {
+        if !(probation || enough) {
             return None;
         }
+        let budget = ejectable(pool_size, config.max_ejected_percent);
+        if !probation && out >= budget && !(budget > 0 && !silent && self.give_place(now)) {
+            return None;
+        }
+        let backend = self.backends.get_mut(key)?;
         let length =
             config.base.saturating_mul(1u32.checked_shl(backend.row).unwrap_or(u32::MAX)).min(config.max);
         backend.row = (backend.row + 1).min(31);
-        Some(backend.eject(now, length))
+        Some(backend.eject(now, length, silent))
+    }
+
+    /// Takes one back that was only silent. False: there is none.
+    fn give_place(&mut self, now: Instant) -> bool {
+        let silent = |b: &&mut Backend| matches!(b.state, State::Ejected { silent: true, .. });
+        let Some(backend) = self.backends.values_mut().find(silent) else { return false };
+        backend.state = State::Returned { trusted_at: now + self.config.base };
+        true
     }
 
     /// Leaves `key` out for `length` on the word of someone else, budget or not. Says until when it is out now.
     pub fn eject_for(&mut self, key: &K, length: Duration, now: Instant) -> Instant {
-        self.backends.entry(key.clone()).or_default().eject(now, length)
+        self.backends.entry(key.clone()).or_default().eject(now, length, false)
     }
 
     /// `key` asked to be left alone (429 or 503 with Retry-After). It is busy, not dead. Says until when.
@@ -272,13 +291,13 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
 }
 
 impl Backend {
-    fn eject(&mut self, now: Instant, length: Duration) -> Instant {
+    fn eject(&mut self, now: Instant, length: Duration, silent: bool) -> Instant {
         (self.failures, self.silences, self.recent) = (0, 0, Recent::default());
         let (until, length) = match self.state {
             State::Ejected { until, length: old, .. } if until > now + length => (until, old),
             State::Open | State::Ejected { .. } | State::Returned { .. } => (now + length, length),
         };
-        self.state = State::Ejected { until, length, probe_until: None };
+        self.state = State::Ejected { until, length, probe_until: None, silent };
         until
     }
 }
@@ -356,6 +375,23 @@ mod tests {
         ejector.overtaken(&2, 5, now);
         ejector.overtaken(&2, 5, now);
         assert!(ejector.overtaken(&2, 5, now).is_some());
+    }
+
+    #[test]
+    fn one_that_fails_takes_the_place_of_one_that_was_only_silent() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        (0..3).for_each(|_| {
+            ejector.overtaken(&1, 3, now);
+        });
+        assert_eq!(ejector.ejected(), 1, "the budget of three is one");
+        assert_eq!(
+            (0..9).filter_map(|_| ejector.overtaken(&2, 3, now)).count(),
+            0,
+            "silence gives way to nothing"
+        );
+        assert!(fail(&mut ejector, 3, 3, now, 3).is_some());
+        assert_eq!((ejector.standing(&1, now), ejector.ejected()), (Standing::Open, 1));
+        assert_eq!(fail(&mut ejector, 2, 3, now, 9), None, "one that failed keeps its place");
     }
 
     #[test]
