@@ -65,7 +65,7 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
                 let running = weir_gateway::start(*config, None, shutdown, hurry).await?;
                 say(&json!({ "clients": running.address, "ops": running.ops_address }))?;
-                running.ended().await;
+                running.ended().await?;
             }
             Role::Mock(args) => {
                 let server = mock_llm::Server::bind(("127.0.0.1", args.port), mock_config(args)).await?;

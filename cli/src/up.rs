@@ -143,6 +143,9 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     let mut admin = Admin::connect(control_plane.grpc_addr, &control_plane.admin_token).await?;
     let api_key = admin.key(&resources).await?;
     admin.wait_for_gateways(running.len()).await?;
+    for gateway in &running {
+        gateway.serving().await;
+    }
     let started = Started {
         gateways: running.iter().map(|g| g.address).collect(),
         ops: running.iter().map(|g| g.ops_address).collect(),
@@ -154,7 +157,8 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     };
     started.print(io)?;
     for gateway in running {
-        gateway.ended().await;
+        let ended = gateway.ended().await;
+        ended.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?;
     }
     drop(gateways_guard);
     drop(end);

@@ -104,8 +104,6 @@ pub enum GatewayError {
     UpstreamInvalid,
     #[error("deadline of the request passed")]
     Deadline,
-    #[error("no configuration yet")]
-    Unconfigured,
     #[error("internal error")]
     Internal,
 }
@@ -222,12 +220,6 @@ impl GatewayError {
                 retry_after: None,
                 ..ours("deadline_exceeded", "deadline", "The request did not finish within its time.", None)
             },
-            Self::Unconfigured => ours(
-                "not_ready",
-                "unconfigured",
-                "This gateway has no configuration yet. Please retry.",
-                None,
-            ),
             Self::Internal => ErrorFacts {
                 status: StatusCode::INTERNAL_SERVER_ERROR,
                 retry_after: None,
@@ -405,7 +397,6 @@ mod tests {
             GatewayError::LimitStore,
             GatewayError::NoBackend { retry_after },
             GatewayError::Busy { retry_after },
-            GatewayError::Unconfigured,
         ] {
             let facts = error.facts();
             assert_eq!((facts.status.as_u16(), facts.retry_elsewhere), (503, false));

@@ -63,13 +63,10 @@ impl Live {
         !self.snapshot.load().epoch.is_empty()
     }
 
-    /// The picture in force, waiting at most `within` for the first one; `None` when there is still none then.
-    pub async fn configured(&self, within: Duration) -> Option<Arc<Snapshot>> {
-        if !self.is_configured() {
-            let mut revisions = self.revisions();
-            tokio::time::timeout(within, revisions.wait_for(|_| self.is_configured())).await.ok()?.ok()?;
-        }
-        Some(self.snapshot())
+    /// Returns once a configuration is in force.
+    pub async fn configured(&self) {
+        // The sender is our own, so the wait cannot fail.
+        let _ = self.revisions().wait_for(|_| self.is_configured()).await;
     }
 
     /// Whether the control plane is heard.
@@ -107,17 +104,15 @@ impl Live {
 mod tests {
     use super::*;
 
-    const WITHIN: Duration = Duration::from_secs(5);
-
     #[tokio::test(start_paused = true)]
-    async fn the_first_configuration_is_waited_for_and_no_longer_than_allowed() {
+    async fn the_first_configuration_is_waited_for_and_later_ones_are_there_at_once() {
         let live = Live::default();
-        assert!(live.configured(WITHIN).await.is_none(), "there is none");
         let publish = async {
-            tokio::time::sleep(WITHIN / 2).await;
+            tokio::time::sleep(Duration::from_secs(60)).await;
             live.publish(Snapshot { epoch: "e".into(), revision: 7, ..Snapshot::default() });
         };
-        let (found, ()) = tokio::join!(live.configured(WITHIN), publish);
-        assert_eq!(found.expect("it came in time").revision, 7);
+        let ((), ()) = tokio::join!(live.configured(), publish);
+        assert_eq!(live.snapshot().revision, 7);
+        live.configured().await;
     }
 }

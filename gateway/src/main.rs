@@ -17,12 +17,15 @@ async fn main() -> ExitCode {
     }
     let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
-    match start(config, None, shutdown, hurry).await {
+    let done = match start(config, None, shutdown, hurry).await {
         Ok(running) => {
-            tracing::info!(clients = %running.address, ops = %running.ops_address, "serving");
-            running.ended().await;
-            exit::DONE.into()
+            tracing::info!(clients = %running.address, ops = %running.ops_address, "starting");
+            running.ended().await
         }
+        Err(error) => Err(error),
+    };
+    match done {
+        Ok(()) => exit::DONE.into(),
         Err(error) => {
             eprintln!("weir-gateway: {error}");
             match error {

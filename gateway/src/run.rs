@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
@@ -24,6 +25,9 @@ use crate::stack::Gateway;
 use crate::subscribe::Publisher;
 use crate::weights::Weights;
 use crate::{explain, report, server};
+
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// Why a gateway could not start.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +57,22 @@ pub struct Running {
     /// The configuration in force.
     pub live: Arc<Live>,
     tasks: TaskTracker,
+    serving: CancellationToken,
+    server: JoinHandle<Result<(), StartError>>,
 }
 
 impl Running {
-    /// Returns when everything has ended, after the shutdown token was cancelled.
-    pub async fn ended(self) {
+    /// Returns once clients are served, which takes a configuration. Until then their connections are refused, so
+    /// that a load balancer takes another gateway instead of an answer that nobody can use.
+    pub async fn serving(&self) {
+        self.serving.cancelled().await;
+    }
+
+    /// Returns when everything has ended: after the shutdown token was cancelled, or because it could not serve.
+    pub async fn ended(self) -> Result<(), StartError> {
         self.tasks.wait().await;
+        // A task that panicked has said so itself.
+        self.server.await.unwrap_or(Ok(()))
     }
 }
 
@@ -69,6 +83,18 @@ async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener,
     Ok((listener, address))
 }
 
+/// Takes the address without serving it yet.
+fn reserve(address: SocketAddr, flag: &'static str) -> Result<(TcpSocket, SocketAddr), StartError> {
+    let bind = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        let address = socket.local_addr()?;
+        Ok((socket, address))
+    };
+    bind().map_err(|source| StartError::Listen { address, flag, source })
+}
+
 /// Starts a gateway. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
 pub async fn start(
     config: Config,
@@ -76,7 +102,7 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
-    let (clients, address) = listen(config.listen, "--listen").await?;
+    let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
     let control_plane = Link::new(&config.control_plane, config.control_plane_ca.clone(), own)
@@ -130,7 +156,7 @@ pub async fn start(
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_plane.clone(), disk);
 
-    let tasks = TaskTracker::new();
+    let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
     tasks.spawn(subscriber.run(drained.clone()));
@@ -141,6 +167,7 @@ pub async fn start(
         ledger.clone(),
         readiness.clone(),
         metrics,
+        serving.clone(),
         shutdown.clone(),
         drained.clone(),
     ));
@@ -152,12 +179,31 @@ pub async fn start(
         }
     });
     let bounds = config.bounds();
-    tasks.spawn(async move {
-        server::serve(clients, tls, gateway, bounds, shutdown, hurry).await;
-        drained.cancel();
-    });
+    let server = {
+        let (serving, configured) = (serving.clone(), live.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = configured.configured() => {}
+                () = shutdown.cancelled() => {}
+            }
+            let done = match clients.listen(BACKLOG) {
+                Ok(listener) => {
+                    serving.cancel();
+                    tracing::info!(clients = %address, ops = %ops_address, "serving");
+                    server::serve(listener, tls, gateway, bounds, shutdown, hurry).await;
+                    Ok(())
+                }
+                Err(source) => {
+                    shutdown.cancel();
+                    Err(StartError::Listen { address, flag: "--listen", source })
+                }
+            };
+            drained.cancel();
+            done
+        })
+    };
     tasks.close();
-    Ok(Running { address, ops_address, live, tasks })
+    Ok(Running { address, ops_address, live, tasks, serving, server })
 }
 
 /// Keeps readiness and the gauges true.
@@ -166,6 +212,7 @@ async fn watch(
     ledger: Arc<Ledger>,
     readiness: Readiness,
     metrics: Metrics,
+    serving: CancellationToken,
     shutdown: CancellationToken,
     drained: CancellationToken,
 ) {
@@ -173,7 +220,7 @@ async fn watch(
     loop {
         let state = if shutdown.is_cancelled() {
             Err("draining".to_owned())
-        } else if live.is_configured() {
+        } else if serving.is_cancelled() {
             Ok(())
         } else {
             Err("no configuration: the control plane has not been reached and there is no copy on disk"
@@ -187,6 +234,7 @@ async fn watch(
         metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },
+            () = serving.cancelled(), if !serving.is_cancelled() => {}
             () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
             () = drained.cancelled() => return,

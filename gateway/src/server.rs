@@ -3,10 +3,11 @@
 mod addresses;
 mod stall;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use http::{HeaderValue, Version, header};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -92,23 +93,10 @@ pub async fn serve(
         }
     };
     tokio::pin!(stop_accepting);
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = &mut stop_accepting => break,
-        };
-        let (socket, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of file descriptors, most likely: wait for some to come back instead of spinning.
-                tracing::error!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+    let take = |(socket, peer): (TcpStream, SocketAddr)| {
         let (Ok(permit), Some(place)) = (room.clone().try_acquire_owned(), addresses.place(peer.ip())) else {
             gateway.metrics.connections_refused.inc();
-            continue;
+            return;
         };
         let connection = door.clone().connection(socket, peer.ip(), graceful.watcher());
         let open = gateway.metrics.connections.clone();
@@ -120,6 +108,25 @@ pub async fn serve(
             open.dec();
             drop((permit, place));
         });
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut stop_accepting => break,
+        };
+        match accepted {
+            Ok(accepted) => take(accepted),
+            Err(error) => {
+                // Out of file descriptors, most likely: wait for some to come back instead of spinning.
+                tracing::error!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    // Whoever is connected already and not yet accepted would be cut when the listener goes.
+    for _ in 0..bounds.connections {
+        let Some(Ok(accepted)) = listener.accept().now_or_never() else { break };
+        take(accepted);
     }
     drop(listener);
     tracing::info!(streams = gateway.metrics.in_flight.get(), "draining");

@@ -16,7 +16,7 @@ mod admit;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -41,9 +41,6 @@ use crate::stream::meter::{BYTES_PER_TOKEN, RewritePlan, Rewriter, rename_model_
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
-/// A request that comes before the first configuration waits for it this long: a load balancer that goes by names may
-/// send before it has asked for readiness. Without a configuration every key would be unknown, and 401 a lie.
-const FIRST_CONFIGURATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest Authorization header that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
 /// Tokens reserved for an image, a file or a sound, whose size in bytes says little: the upper end of what OpenAI
@@ -124,8 +121,7 @@ async fn route(
     if request.method() != allowed {
         return Err(GatewayError::MethodNotAllowed);
     }
-    let configured = gateway.live.configured(FIRST_CONFIGURATION_TIMEOUT).await;
-    let snapshot = configured.ok_or(GatewayError::Unconfigured)?;
+    let snapshot = gateway.live.snapshot();
     let key = identify(&snapshot, request.headers())?;
     if let Some(context) = slot {
         context.tenant = Some(key.tenant.name.to_string());

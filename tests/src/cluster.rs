@@ -158,5 +158,6 @@ async fn start(
     change(&mut config);
     let running = weir_gateway::start(config, limiter, shutdown.clone(), CancellationToken::new());
     let running = running.await.expect("starts");
+    running.serving().await;
     Gateway { client: Client::new(running.address, KEY), running, shutdown, _data: data }
 }
