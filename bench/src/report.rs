@@ -8,6 +8,9 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
 
+/// More columns than this are printed as lines.
+const COLUMNS_MAX: usize = 10;
+
 /// For whom to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -43,8 +46,23 @@ impl Row {
     ) -> Self {
         let scale = 10_f64.powi(decimals);
         let rounded = figure.into().filter(|f| f.is_finite()).map(|f| (f * scale).round() / scale);
-        self.0.push((name, rounded.map_or(Value::Null, |f| json!(f))));
+        let value = match rounded {
+            None => Value::Null,
+            Some(whole) if decimals == 0 => json!(whole as i64),
+            Some(figure) => json!(figure),
+        };
+        self.0.push((name, value));
         self
+    }
+}
+
+impl Row {
+    fn cell(&self, name: &str) -> String {
+        match self.0.iter().find(|(n, _)| *n == name).map(|(_, value)| value) {
+            None | Some(Value::Null) => "-".to_owned(),
+            Some(Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+        }
     }
 }
 
@@ -99,29 +117,35 @@ impl Report {
         machine.iter().map(|(name, value)| format!("{name}: {}", text(value))).collect::<Vec<_>>().join(", ")
     }
 
+    /// One line per row; when that would be too wide to read, one column per row.
     fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::ASCII_MARKDOWN);
         let mut names: Vec<&'static str> = Vec::new();
         for (name, _) in self.rows.iter().flat_map(|row| &row.0) {
             if !names.contains(name) {
                 names.push(name);
             }
         }
-        table.set_header(names.iter().map(|name| name.replace('_', " ")));
-        for row in &self.rows {
-            let cell = |name: &&'static str| row.0.iter().find(|(n, _)| n == name).map(|(_, value)| value);
-            table.add_row(names.iter().map(|name| match cell(name) {
-                None | Some(Value::Null) => "-".to_owned(),
-                Some(Value::String(text)) => text.clone(),
-                Some(value) => value.to_string(),
-            }));
+        let title = |name: &str| name.replace('_', " ");
+        let mut lines: Vec<Vec<String>> = vec![names.iter().map(|name| title(name)).collect()];
+        lines.extend(self.rows.iter().map(|row| names.iter().map(|name| row.cell(name)).collect()));
+        if names.len() > COLUMNS_MAX {
+            lines = transposed(&lines);
         }
+        let mut table = Table::new();
+        table.load_style(presets::ASCII_MARKDOWN);
+        let mut lines = lines.into_iter();
+        table.set_header(lines.next().unwrap_or_default());
+        table.add_rows(lines);
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         table
     }
+}
+
+fn transposed(lines: &[Vec<String>]) -> Vec<Vec<String>> {
+    let width = lines.first().map_or(0, Vec::len);
+    (0..width).map(|i| lines.iter().filter_map(|line| line.get(i).cloned()).collect()).collect()
 }
 
 /// Says on stderr what is being done; a bench takes minutes.
@@ -148,5 +172,7 @@ mod tests {
         assert_eq!(json["rows"][1]["added_p50_us"], Value::Null);
         let table = report.table().to_string();
         assert!(table.contains("added p50 us") && table.contains("12.3"), "{table}");
+        let wide = vec![vec!["target".into(), "a".into()], vec!["weir".into(), "1".into()]];
+        assert_eq!(transposed(&wide), [["target", "weir"], ["a", "1"]]);
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use prost_types::Duration as Wire;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 use weir_proto::v1::{self, resource::Spec};
@@ -146,7 +147,9 @@ impl Limit {
 
     fn rates(&self) -> v1::Rates {
         let most = Some(self.most);
-        let mut rates = v1::Rates { burst_multiplier: Some(1.0), ..Default::default() };
+        // Refused at once: who waits is decided later, and the oracle knows less about when.
+        let mut rates =
+            v1::Rates { burst_multiplier: Some(1.0), max_wait: Some(Wire::default()), ..Default::default() };
         match self.counted {
             Counted::Requests => rates.requests_per_minute = most,
             Counted::Tokens => rates.tokens_per_minute = most,
@@ -316,7 +319,8 @@ fn resources(mocks: &[Mock]) -> Resources {
     let mut resources = Resources::default();
     let rates = |scope: Scope| LIMITS.iter().find(|l| l.scope == scope).map(Limit::rates);
     for (model, mock) in MODELS.iter().zip(mocks) {
-        resources.put(model, Spec::Pool(v1::PoolSpec::default()));
+        let queue = Some(v1::Queue { max_wait: Some(Wire::default()), ..Default::default() });
+        resources.put(model, Spec::Pool(v1::PoolSpec { queue, ..Default::default() }));
         resources.put(model, Spec::Backend(backend(model, model, mock.address, SLOTS)));
         let limits = rates(Scope::Model(model));
         resources
