@@ -284,6 +284,11 @@ impl Admission {
         }
     }
 
+    /// Whose it is.
+    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
     /// Who decides and settles.
     pub fn limiter(&self) -> &Fallback<AnyLimiter> {
         &self.ledger.limiter

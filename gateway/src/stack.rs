@@ -270,6 +270,7 @@ impl Call<'_> {
             stream: self.asked.stream,
             prompt_tokens: self.prompt_tokens(model),
             deadline,
+            tenant: self.key.tenant.queue.clone(),
             outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
         };
         match tries.run(places[chosen].index, tries::others(&places, chosen)).await {

@@ -14,7 +14,8 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
-use weir_ratelimit::{Candidate, Key, Limiter};
+use weir_ratelimit::waiting::{Patience, Priority, SlotPatience};
+use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Key, Limiter, Outcome, Scopes};
 
 use crate::account::Admission;
 use crate::balance::Place;
@@ -37,6 +38,8 @@ pub(crate) struct Tries<'a, F> {
     pub(crate) stream: bool,
     pub(crate) prompt_tokens: u64,
     pub(crate) deadline: Instant,
+    /// Whose turn it takes when it must wait again.
+    pub(crate) tenant: Arc<str>,
     /// What to send to a backend.
     pub(crate) outgoing: F,
 }
@@ -88,7 +91,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                             if !error.facts().retry_elsewhere || left.is_empty() || !self.may_try(started) {
                                 return Err(error);
                             }
-                            match self.take_slot(Some(&slot), &mut left).await {
+                            match self.wait_for_slot(&slot, &mut left).await {
                                 Ok(Some(next)) => self.start(next, &mut started, &mut tries, &mut futures)?,
                                 Ok(None) => return Err(GatewayError::Busy { retry_after: None }),
                                 Err(_) => return Err(error),
@@ -131,11 +134,64 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         if let Some(from) = from {
             self.admission.moved(from);
         }
-        Ok(taken.map(|at| {
-            let index = left.remove(at).index;
-            self.admission.took(self.model.backends[index].0.slots.clone());
-            index
-        }))
+        Ok(taken.map(|at| self.took(at, left)))
+    }
+
+    /// The same for a request that has failed at `from` and has no other try under way: when all slots are taken it
+    /// waits for one where those wait that have none yet, and before them, since it has waited once.
+    async fn wait_for_slot(
+        &mut self,
+        from: &Key,
+        left: &mut Vec<Place>,
+    ) -> Result<Option<usize>, weir_ratelimit::Error> {
+        if let Some(index) = self.take_slot(Some(from), left).await? {
+            return Ok(Some(index));
+        }
+        let queue = &self.model.pool.spec.queue;
+        let patience = Patience {
+            tenant: self.tenant.clone(),
+            priority: Priority::High,
+            deadline: self.deadline,
+            scopes: SmallVec::new(),
+            slots: Some(SlotPatience {
+                queue: self.model.queue.clone(),
+                max_wait: queue.max_wait,
+                bound: queue.max_waiting as usize,
+            }),
+            bytes: 0,
+        };
+        let call = Acquire {
+            id: self.admission.id,
+            cost: Cost::default(),
+            estimated: false,
+            scopes: Scopes::new(),
+            candidates: candidates(self.model, left),
+            lease_ttl: LEASE_TTL,
+        };
+        let ledger = self.admission.ledger().clone();
+        let ask = async || {
+            let slot = ledger.limiter.move_slot(call.id, None, &call.candidates, LEASE_TTL).await?;
+            let outcome =
+                slot.map_or(Outcome::NoSlot { wait: LEASE_TTL }, |s| Outcome::Granted { slot: Some(s) });
+            Ok::<_, weir_ratelimit::Error>((
+                Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false },
+                (),
+            ))
+        };
+        let waited = ledger.waiting.acquire(&call, &patience, ask).await?;
+        if let Some(context) = &mut self.context {
+            context.waited += waited.waited;
+        }
+        Ok(match waited.decision.outcome {
+            Outcome::Granted { slot: Some(at) } => Some(self.took(at, left)),
+            _ => None,
+        })
+    }
+
+    fn took(&mut self, at: usize, left: &mut Vec<Place>) -> usize {
+        let index = left.remove(at).index;
+        self.admission.took(self.model.backends[index].0.slots.clone());
+        index
     }
 
     fn start(
