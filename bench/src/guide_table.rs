@@ -252,7 +252,11 @@ fn resources(step: &Step, addresses: &[SocketAddr]) -> anyhow::Result<Resources>
             ..Default::default()
         });
     } else {
-        pool.health = Some(v1::HealthProfile { liveness_interval: Some(off), ..Default::default() });
+        pool.health = Some(v1::HealthProfile {
+            liveness_interval: Some(off),
+            paid_probes_per_hour: Some(0),
+            ..Default::default()
+        });
         pool.ejection = Some(v1::Ejection { consecutive_failures: 1000, ..Default::default() });
         pool.retry_budget = Some(v1::RetryBudget { max_attempts: 1, ..Default::default() });
     }

@@ -178,8 +178,18 @@ pub enum Command {
     /// Show what one gateway holds, and where that differs from what it is to hold
     #[command(subcommand)]
     Gateway(GatewayCommand),
-    /// Show the health and load of the backends
+    /// Show the health, weight and load of the backends, and who probes them
     Backends,
+    /// Show what a backend's verdict rests on, and when it may return
+    Why {
+        /// Its name
+        backend: String,
+    },
+    /// Show what happened to the health of backends, pools and gateways lately
+    Events {
+        /// Only of this backend, pool or gateway
+        subject: Option<String>,
+    },
     /// Ask any process of Weir whether it is well: exits with 0 when it is
     Health {
         /// A page of its operations port, such as http://127.0.0.1:9100/readyz

@@ -2,6 +2,7 @@
 
 mod apply;
 mod backend;
+mod backends;
 mod backup;
 mod check;
 mod delete;
@@ -95,7 +96,9 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Backup(args) => backup::backup(cli, io, args).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,
         Command::Gateway(command) => return gateways::one(cli, io, command).await,
-        Command::Backends => backend::status(cli, io).await?,
+        Command::Backends => backends::backends(cli, io).await?,
+        Command::Why { backend } => backends::why(cli, io, backend).await?,
+        Command::Events { subject } => backends::events(cli, io, subject.as_deref()).await?,
     }
     Ok(exit::DONE)
 }

@@ -194,6 +194,43 @@ impl AdminService for Fake {
     ) -> Answer<v1::ListBackendStatusResponse> {
         Err(Status::unimplemented(""))
     }
+    async fn explain_backend(
+        &self,
+        r: Request<v1::ExplainBackendRequest>,
+    ) -> Answer<v1::ExplainBackendResponse> {
+        let backend = self.enter(r, |_, _| ())?.backend;
+        let health = v1::BackendHealth {
+            backend: backend.clone(),
+            state: v1::HealthState::Unhealthy.into(),
+            rule: "liveness_quorum".into(),
+            reason: "gw-1: cannot connect; gw-2: cannot connect".into(),
+            ..Default::default()
+        };
+        let status = v1::BackendStatus { backend, health: Some(health), weight: 100, ..Default::default() };
+        let vote = v1::explain_backend_response::Vote {
+            vantage: "gw-1".into(),
+            tier: v1::ProbeTier::Liveness.into(),
+            outcome: v1::ProbeOutcome::Refused.into(),
+            detail: "cannot connect".into(),
+            failures: 3,
+            ..Default::default()
+        };
+        Ok(Response::new(v1::ExplainBackendResponse {
+            status: Some(status),
+            votes: vec![vote],
+            may_return_time: Some(prost_types::Timestamp { seconds: 60, nanos: 0 }),
+            conditions: vec!["one readiness pass".into()],
+            ..Default::default()
+        }))
+    }
+    async fn list_health_events(
+        &self,
+        r: Request<v1::ListHealthEventsRequest>,
+    ) -> Answer<v1::ListHealthEventsResponse> {
+        let subject = self.enter(r, |_, _| ())?.subject;
+        let event = v1::HealthEvent { number: 1, subject, kind: "alarm".into(), ..Default::default() };
+        Ok(Response::new(v1::ListHealthEventsResponse { events: vec![event] }))
+    }
     async fn wait_applied(&self, r: Request<v1::WaitAppliedRequest>) -> Answer<v1::WaitAppliedResponse> {
         self.enter(r, |_, r| assert_eq!(r.revision, 7))?;
         let pending = self.0.lock().expect("not poisoned").pending.clone();
@@ -390,4 +427,23 @@ async fn a_control_plane_that_is_not_there_is_69() {
     let (code, _, err) = weir(at, "gateways").await;
     assert_eq!(code, 69);
     assert!(err.contains(&format!("http://{at}")) && err.contains("WEIR_SERVER"), "{err}");
+}
+
+#[tokio::test]
+async fn why_names_the_rule_the_votes_and_the_way_back() {
+    let (_, address) = start(State::default()).await;
+    let (code, out, _) = weir(address, "why sgp-1").await;
+    assert_eq!(code, 0);
+    for part in [
+        "sgp-1 is unhealthy",
+        "liveness_quorum (gw-1: cannot connect",
+        "1970-01-01T00:01:00Z",
+        "one readiness pass",
+        "COUNTS",
+    ] {
+        assert!(out.contains(part), "{part} in {out}");
+    }
+    let (_, out, _) = weir(address, "-o json events chat").await;
+    let events: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((&events[0]["kind"], &events[0]["subject"]), (&"alarm".into(), &"chat".into()));
 }

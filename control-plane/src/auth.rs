@@ -73,9 +73,9 @@ pub(crate) fn needs(path: &str) -> Option<Role> {
         }
         ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo") => Role::Viewer,
         ("weir.v1.AdminService", method) => match method {
-            "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "WaitApplied"
-            | "Watch" | "History" | "VerifyAudit" | "GetOperation" | "WaitOperation" | "GetGatewayConfig"
-            | "WhoAmI" => Role::Viewer,
+            "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
+            | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit" | "GetOperation"
+            | "WaitOperation" | "GetGatewayConfig" | "WhoAmI" => Role::Viewer,
             // What an operator may update is narrowed in the call itself.
             "UpdateResource" | "Drain" => Role::Operator,
             "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {

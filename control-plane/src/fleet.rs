@@ -1,32 +1,41 @@
 //! What gateways see, gathered: the latest value wins, and what a gateway said goes when its stream ends.
+//!
+//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weir_proto::v1;
 
-/// The verdicts, by backend.
-pub(crate) type Healths = BTreeMap<String, v1::BackendHealth>;
+use crate::health::Regions;
+use crate::verdicts::{Verdicts, gateway};
+
 /// In flight over all gateways, by backend.
 pub(crate) type Loads = BTreeMap<String, u32>;
 
 /// Most backends one gateway may report on; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
+/// Most probe results taken from one report; a gateway has fewer probes under way.
+const RESULTS_MAX: usize = 10_000;
+/// The time constant of the paces shown to people.
+const PACE_TAU: Duration = Duration::from_secs(10);
 
 /// The gathered picture. Cheap to clone.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Fleet {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
-    healths: watch::Sender<Arc<Healths>>,
+    verdicts: Verdicts,
 }
 
 #[derive(Debug, Default)]
 struct Reports {
     by_gateway: BTreeMap<String, Report>,
     streams: u64,
+    paces: BTreeMap<String, Pace>,
 }
 
 #[derive(Debug)]
@@ -34,10 +43,46 @@ struct Report {
     stream: u64,
     incarnation: String,
     sequence: u64,
+    region: String,
+    probes: bool,
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
     /// When the last report came.
     at: Instant,
+}
+
+/// How fast a backend serves real requests, over all gateways.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pace {
+    first_byte: Average,
+    tokens_per_second: Average,
+}
+
+impl Pace {
+    /// Mean time to the first byte.
+    pub(crate) fn first_byte(&self) -> Option<Duration> {
+        self.first_byte.0.and_then(|(seconds, _)| Duration::try_from_secs_f64(seconds).ok())
+    }
+
+    /// Output tokens per second of one answer.
+    pub(crate) fn tokens_per_second(&self) -> Option<f64> {
+        self.tokens_per_second.0.map(|(rate, _)| rate)
+    }
+}
+
+/// An average that forgets with time.
+#[derive(Debug, Clone, Copy, Default)]
+struct Average(Option<(f64, Instant)>);
+
+impl Average {
+    fn learn(&mut self, sample: f64) {
+        let now = Instant::now();
+        self.0 = Some(self.0.map_or((sample, now), |(value, at)| {
+            let share = 1.0 - (-(now - at).as_secs_f64() / PACE_TAU.as_secs_f64()).exp();
+            // Several gateways report at once: each counts for something.
+            (value + share.max(0.05) * (sample - value), now)
+        }));
+    }
 }
 
 /// The place of one report stream; dropping it takes away what came over it.
@@ -49,27 +94,41 @@ pub(crate) struct Reporter {
 }
 
 impl Fleet {
+    pub(crate) fn new(verdicts: Verdicts) -> Self {
+        Self { reports: Arc::default(), loads: watch::Sender::default(), verdicts }
+    }
+
     fn reports(&self) -> MutexGuard<'_, Reports> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A gateway's stream begins with its first report; an older stream of the same gateway has no say any more.
-    pub(crate) fn join(&self, gateway: &str, incarnation: &str) -> Reporter {
+    pub(crate) fn join(&self, first: &v1::StreamReportsRequest) -> Reporter {
         let mut reports = self.reports();
         reports.streams += 1;
         let stream = reports.streams;
         let report = Report {
             stream,
-            incarnation: incarnation.to_owned(),
+            incarnation: first.incarnation.clone(),
             sequence: 0,
+            region: first.region.clone(),
+            probes: first.probes,
             backends: BTreeMap::new(),
             at: Instant::now(),
         };
-        reports.by_gateway.insert(gateway.to_owned(), report);
+        reports.by_gateway.insert(first.gateway_id.clone(), report);
+        self.assign(&reports);
         drop(reports);
         // Wakes those who count gateways.
         self.loads.send_modify(|_| {});
-        Reporter { fleet: self.clone(), gateway: gateway.to_owned(), stream }
+        Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream }
+    }
+
+    /// Those that probe take part in the assignments.
+    fn assign(&self, reports: &Reports) {
+        let able = reports.by_gateway.iter().filter(|(_, report)| report.probes);
+        let gateways: Regions = able.map(|(id, report)| (gateway(id), report.region.clone())).collect();
+        self.verdicts.set_gateways(gateways);
     }
 
     /// The ids of those that report.
@@ -91,28 +150,14 @@ impl Fleet {
         reports.by_gateway.iter().map(|(id, report)| (id.clone(), row(report))).collect()
     }
 
+    /// How fast a backend serves.
+    pub(crate) fn pace(&self, backend: &str) -> Pace {
+        self.reports().paces.get(backend).copied().unwrap_or_default()
+    }
+
     /// In flight per backend, and every change of it.
     pub(crate) fn loads(&self) -> watch::Receiver<Arc<Loads>> {
         self.loads.subscribe()
-    }
-
-    /// The verdicts, and every change of them.
-    pub(crate) fn healths(&self) -> watch::Receiver<Arc<Healths>> {
-        self.healths.subscribe()
-    }
-
-    /// Sets a verdict.
-    pub(crate) fn judge(&self, health: v1::BackendHealth) {
-        self.healths.send_modify(|all| {
-            Arc::make_mut(all).insert(health.backend.clone(), health);
-        });
-    }
-
-    /// Takes back the verdict on a backend that is not watched any more.
-    pub(crate) fn forget(&self, backend: &str) {
-        self.healths.send_if_modified(|all| {
-            all.contains_key(backend) && Arc::make_mut(all).remove(backend).is_some()
-        });
     }
 
     fn sum(&self, reports: &Reports) {
@@ -131,6 +176,30 @@ impl Fleet {
     }
 }
 
+impl Reports {
+    fn learn(&mut self, backend: &v1::BackendReport) {
+        if !self.paces.contains_key(&backend.backend) && self.paces.len() >= BACKENDS_MAX {
+            return;
+        }
+        let seconds = |wire: &Option<prost_types::Duration>| {
+            wire.and_then(|wire| Duration::try_from(wire).ok()).map(|d| d.as_secs_f64())
+        };
+        let first_byte = seconds(&backend.first_byte_mean);
+        let decode =
+            seconds(&backend.decode_time).filter(|seconds| *seconds > 0.0 && backend.output_tokens > 0);
+        if first_byte.is_none() && decode.is_none() {
+            return;
+        }
+        let pace = self.paces.entry(backend.backend.clone()).or_default();
+        if let Some(seconds) = first_byte {
+            pace.first_byte.learn(seconds);
+        }
+        if let Some(seconds) = decode {
+            pace.tokens_per_second.learn(backend.output_tokens as f64 / seconds);
+        }
+    }
+}
+
 impl Reporter {
     /// Takes a report over. False: it was older than the last one, or of another incarnation, or the stream has
     /// been replaced.
@@ -141,6 +210,7 @@ impl Reporter {
             || own.incarnation != report.incarnation
             || report.gateway_id != self.gateway
             || report.sequence <= own.sequence
+            || report.results.len() > RESULTS_MAX
         {
             return false;
         }
@@ -151,7 +221,12 @@ impl Reporter {
                 own.backends.insert(backend.backend.clone(), (backend.in_flight, backend.ejected));
             }
         }
+        for backend in &report.backends {
+            reports.learn(backend);
+        }
         self.fleet.sum(&reports);
+        drop(reports);
+        self.fleet.verdicts.report(&gateway(&self.gateway), report);
         true
     }
 }
@@ -162,6 +237,7 @@ impl Drop for Reporter {
         if reports.by_gateway.get(&self.gateway).is_some_and(|own| own.stream == self.stream) {
             reports.by_gateway.remove(&self.gateway);
             self.fleet.sum(&reports);
+            self.fleet.assign(&reports);
             self.fleet.loads.send_modify(|_| {});
         }
     }
@@ -178,14 +254,15 @@ mod tests {
             incarnation: "i".into(),
             sequence,
             backends: vec![backend],
+            ..Default::default()
         }
     }
 
-    #[test]
-    fn late_reports_are_dropped_and_data_goes_with_the_stream() {
-        let fleet = Fleet::default();
-        let old = fleet.join("g", "h");
-        let reporter = fleet.join("g", "i");
+    #[tokio::test]
+    async fn late_reports_are_dropped_and_data_goes_with_the_stream() {
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None));
+        let old = fleet.join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) });
+        let reporter = fleet.join(&report(0, 0));
         assert!(!old.report(&report(9, 9)), "a replaced stream");
         drop(old);
         assert!(reporter.report(&report(2, 5)));

@@ -21,6 +21,7 @@ mod services;
 pub mod store;
 mod tls;
 mod tree;
+mod verdicts;
 
 pub use server::{Config, ControlPlane, Error, Running, StoreConfig};
 pub use tls::TlsConfig;

@@ -1,10 +1,17 @@
 //! Every metric of the control plane. Labels come from configured names and fixed sets only.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+
+use crate::health::cluster::Alarm;
+use crate::health::{Outcome, State, Tier};
+use crate::verdicts::Healths;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct AdminCall {
@@ -15,7 +22,30 @@ struct AdminCall {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Probe {
     backend: String,
+    tier: &'static str,
     result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BackendState {
+    backend: String,
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Backend {
+    backend: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AlarmLabels {
+    alarm: &'static str,
+    subject: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HealthEvent {
+    kind: &'static str,
 }
 
 #[derive(Debug, Default)]
@@ -35,6 +65,10 @@ pub(crate) struct Metrics {
     pub(crate) nacks: Counter,
     admin_calls: Family<AdminCall, Counter>,
     probes: Family<Probe, Counter>,
+    health_events: Family<HealthEvent, Counter>,
+    backend_states: Family<BackendState, Gauge>,
+    backend_factors: Family<Backend, Gauge<f64, AtomicU64>>,
+    alarms: Family<AlarmLabels, Gauge>,
 }
 
 impl Metrics {
@@ -74,7 +108,23 @@ impl Metrics {
             self.nacks.clone(),
         );
         registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
-        registry.register("weir_probes", "Liveness probes of backends", self.probes.clone());
+        registry.register(
+            "weir_probes",
+            "Probes of backends taken into account, by all vantage points",
+            self.probes.clone(),
+        );
+        registry.register("weir_health_events", "Events of health, by kind", self.health_events.clone());
+        registry.register(
+            "weir_backend_state",
+            "1 for the state a backend is in",
+            self.backend_states.clone(),
+        );
+        registry.register(
+            "weir_backend_health_factor",
+            "What its state and its pool leave of a backend's weight, 0 to 1, slow start aside",
+            self.backend_factors.clone(),
+        );
+        registry.register("weir_health_alarm", "1 for each alarm that is on", self.alarms.clone());
     }
 
     pub(crate) fn sent(&self, resources: usize, bytes: usize) {
@@ -88,15 +138,38 @@ impl Metrics {
         self.admin_calls.get_or_create(&AdminCall { method, code }).inc();
     }
 
-    pub(crate) fn probed(&self, backend: &str, alive: bool) {
-        let result = if alive { "alive" } else { "failed" };
-        self.probes.get_or_create(&Probe { backend: backend.to_owned(), result }).inc();
+    pub(crate) fn probed(&self, backend: &str, tier: Tier, outcome: Outcome) {
+        let labels = Probe { backend: backend.to_owned(), tier: tier.name(), result: outcome.name() };
+        self.probes.get_or_create(&labels).inc();
+    }
+
+    pub(crate) fn health_event(&self, kind: &'static str) {
+        self.health_events.get_or_create(&HealthEvent { kind }).inc();
+    }
+
+    /// Shows the verdicts and alarms there are, and no others.
+    pub(crate) fn health(&self, healths: &Healths, alarms: &BTreeSet<Alarm>) {
+        self.backend_states.clear();
+        self.backend_factors.clear();
+        self.alarms.clear();
+        for (backend, health) in healths {
+            let state = State::of_wire(health.state()).name();
+            self.backend_states.get_or_create(&BackendState { backend: backend.clone(), state }).set(1);
+            let labels = Backend { backend: backend.clone() };
+            self.backend_factors.get_or_create(&labels).set(health.factor.unwrap_or(1.0));
+        }
+        for alarm in alarms {
+            let labels = AlarmLabels { alarm: alarm.kind, subject: alarm.subject.clone() };
+            self.alarms.get_or_create(&labels).set(1);
+        }
     }
 
     /// A backend that is gone leaves no series behind.
     pub(crate) fn forget_backend(&self, backend: &str) {
-        for result in ["alive", "failed"] {
-            self.probes.remove(&Probe { backend: backend.to_owned(), result });
+        for tier in Tier::ALL {
+            for result in Outcome::NAMES {
+                self.probes.remove(&Probe { backend: backend.to_owned(), tier: tier.name(), result });
+            }
         }
     }
 }

@@ -1,12 +1,13 @@
-//! Looks at every backend that is not disabled, and publishes what [`crate::health`] makes of it.
+//! The control plane as a vantage point: looks at the liveness of backends where there are too few gateways, and when
+//! it is asked to confirm. It holds no credentials and asks no model for anything.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::{Request, StatusCode, Uri};
-use http_body_util::Empty;
+use http::{Method, Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::TokioExecutor;
@@ -15,33 +16,44 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, HealthProfile, Spec};
-use weir_proto::v1::{self, ResourceKind};
+use weir_proto::v1::{ProbeTier, ResourceKind};
 
-use crate::fleet::Fleet;
-use crate::health::{Liveness, Outcome, Vantage};
-use crate::metrics::Metrics;
+use crate::health::{Cause, Observation, Outcome, Reading, Tier, Vantage};
 use crate::model::{Key, State};
+use crate::verdicts::{Duties, Verdicts};
 
 /// Probes at once: what a large fleet of backends may take of the control plane.
 const AT_ONCE: usize = 32;
+/// Between the looks of a confirmation, and after a failure.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Looks that an order asks for, and that follow a first failure.
+const LOOKS: u32 = 2;
+/// What is read of an answer that says unavailable, to see whether it is loading.
+const ANSWER_MAX_BYTES: usize = 4096;
 
 type Http = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
 
-/// What to probe and when.
+/// What may be looked at.
 struct Target {
     uri: Uri,
     profile: HealthProfile,
-    liveness: Liveness,
-    due: Instant,
+    /// Whose turn ours is, if it is ours to look regularly.
+    turn: Option<(u32, u32)>,
+    /// `None`: nothing to do.
+    due: Option<Instant>,
+    /// Looks that follow at once.
+    extra: u32,
+    failing: u32,
     in_flight: bool,
 }
 
 /// Probes until told to stop.
 pub(crate) struct Prober {
     http: Http,
-    fleet: Fleet,
-    metrics: Arc<Metrics>,
+    verdicts: Verdicts,
     targets: BTreeMap<String, Target>,
+    /// Orders up to this one were taken.
+    serial: u64,
 }
 
 impl std::fmt::Debug for Prober {
@@ -51,18 +63,20 @@ impl std::fmt::Debug for Prober {
 }
 
 impl Prober {
-    pub(crate) fn new(fleet: Fleet, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(verdicts: Verdicts) -> Self {
         // A connection of its own for each probe: the point is that a new one can be opened.
         let http = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector());
-        Self { http, fleet, metrics, targets: BTreeMap::new() }
+        Self { http, verdicts, targets: BTreeMap::new(), serial: 0 }
     }
 
     pub(crate) async fn run(mut self, mut state: watch::Receiver<Arc<State>>, stop: CancellationToken) {
         let mut probes = JoinSet::new();
+        let mut duties = self.verdicts.duties();
         self.follow(&state.borrow_and_update().clone());
+        self.take(&duties.borrow_and_update().clone());
         loop {
             self.start_due(&mut probes);
-            let next = self.targets.values().filter(|t| !t.in_flight).map(|t| t.due).min();
+            let next = self.targets.values().filter(|t| !t.in_flight).filter_map(|t| t.due).min();
             // With all places taken, the next thing to happen is the end of a probe.
             let next = next.filter(|_| probes.len() < AT_ONCE);
             tokio::select! {
@@ -73,10 +87,18 @@ impl Prober {
                     }
                     let now = state.borrow_and_update().clone();
                     self.follow(&now);
+                    self.take(&duties.borrow_and_update().clone());
+                }
+                changed = duties.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = duties.borrow_and_update().clone();
+                    self.take(&now);
                 }
                 Some(done) = probes.join_next() => {
-                    if let Ok((backend, uri, outcome)) = done {
-                        self.finished(&backend, &uri, &outcome);
+                    if let Ok((backend, uri, seen)) = done {
+                        self.finished(&backend, &uri, &seen);
                     }
                 }
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
@@ -98,25 +120,56 @@ impl Prober {
             let name = stored.wire.name.clone();
             let target = match self.targets.remove(&name) {
                 Some(known) if known.uri == uri => Target { profile: pool.health, ..known },
-                _ => {
-                    let liveness = Liveness::new(SystemTime::now());
-                    self.fleet.judge(liveness.verdict(&name));
-                    let due = Instant::now();
-                    Target { uri, profile: pool.health, liveness, due, in_flight: false }
-                }
+                _ => Target {
+                    uri,
+                    profile: pool.health,
+                    turn: None,
+                    due: None,
+                    extra: 0,
+                    failing: 0,
+                    in_flight: false,
+                },
             };
             targets.insert(name, target);
-        }
-        for gone in self.targets.keys().filter(|name| !targets.contains_key(*name)) {
-            self.fleet.forget(gone);
-            self.metrics.forget_backend(gone);
         }
         self.targets = targets;
     }
 
-    fn start_due(&mut self, probes: &mut JoinSet<(String, Uri, Outcome)>) {
+    /// Takes up what is assigned and ordered.
+    fn take(&mut self, duties: &Duties) {
         let now = Instant::now();
-        for (name, target) in self.targets.iter_mut().filter(|(_, t)| !t.in_flight && t.due <= now) {
+        let own = duties.assignments.get(&Vantage::ControlPlane);
+        let turns: BTreeMap<&str, (u32, u32)> = own
+            .iter()
+            .flat_map(|own| &own.assignments)
+            .filter(|assignment| assignment.tier() == ProbeTier::Liveness)
+            .map(|a| (a.backend.as_str(), (a.turn, a.turns)))
+            .collect();
+        for (name, target) in &mut self.targets {
+            let turn = turns.get(name.as_str()).copied();
+            if turn.is_some() && target.turn.is_none() {
+                // What is new to us is looked at at once.
+                target.due = Some(now);
+            } else if turn.is_none() && target.extra == 0 {
+                target.due = None;
+            }
+            target.turn = turn;
+        }
+        for order in duties.orders_after(self.serial, &Vantage::ControlPlane) {
+            if let Some(target) =
+                self.targets.get_mut(&order.backend).filter(|_| order.tier == Tier::Liveness)
+            {
+                target.extra = LOOKS - 1;
+                target.due = Some(now);
+            }
+        }
+        self.serial = self.serial.max(duties.serial());
+    }
+
+    fn start_due(&mut self, probes: &mut JoinSet<(String, Uri, Observation)>) {
+        let now = Instant::now();
+        let due = |t: &Target| !t.in_flight && t.due.is_some_and(|due| due <= now);
+        for (name, target) in self.targets.iter_mut().filter(|(_, t)| due(t)) {
             if probes.len() >= AT_ONCE {
                 return;
             }
@@ -124,38 +177,101 @@ impl Prober {
             let (http, name, uri, limit) =
                 (self.http.clone(), name.clone(), target.uri.clone(), target.profile.timeout);
             probes.spawn(async move {
-                let outcome = look(&http, &uri, limit).await;
-                (name, uri, outcome)
+                let seen = look(&http, &uri, limit).await;
+                (name, uri, seen)
             });
         }
     }
 
-    fn finished(&mut self, backend: &str, uri: &Uri, outcome: &Outcome) {
+    fn finished(&mut self, backend: &str, uri: &Uri, seen: &Observation) {
         // Of a backend that moved or went meanwhile the answer says nothing.
         let Some(target) = self.targets.get_mut(backend).filter(|target| target.uri == *uri) else { return };
         target.in_flight = false;
-        target.due = Instant::now() + jittered(target.profile.liveness_interval);
-        self.metrics.probed(backend, *outcome == Outcome::Alive);
-        if target.liveness.vote(Vantage::ControlPlane, outcome, &target.profile, SystemTime::now()) {
-            let verdict = target.liveness.verdict(backend);
-            tracing::info!(backend, state = verdict.state().as_str_name(), reason = verdict.reason, "health");
-            self.fleet.judge(verdict);
-        }
+        let now = Instant::now();
+        target.failing = if seen.outcome.is_good() { 0 } else { target.failing.saturating_add(1) };
+        // After a first failure it looks again at once; one that keeps failing gets its regular turns.
+        let again = (1..=LOOKS).contains(&target.failing) && seen.outcome != Outcome::Loading;
+        target.due = if target.extra > 0 || again {
+            target.extra = target.extra.saturating_sub(1);
+            Some(now + AGAIN)
+        } else {
+            target.turn.map(|turn| now + until_turn(target.profile.liveness_interval, turn))
+        };
+        self.verdicts.observe(&Vantage::ControlPlane, backend, seen);
     }
 }
 
-/// One probe. Whoever answers lives, even with "no such page" or "who are you": many servers have no health page
-/// and the probe sends no credential. A 5xx, a refused connection and silence are failures.
-async fn look(http: &Http, uri: &Uri, limit: Duration) -> Outcome {
-    let request = Request::get(uri.clone()).header("user-agent", "weir-probe").body(Empty::new());
-    let Ok(request) = request else { return Outcome::Failed("the address is not usable".into()) };
-    match timeout(limit, http.request(request)).await {
-        Err(_) => Outcome::Failed(format!("no answer within {} ms", limit.as_millis())),
-        Ok(Err(e)) if e.is_connect() => Outcome::Failed("cannot connect".into()),
-        Ok(Err(_)) => Outcome::Failed("the connection broke".into()),
-        Ok(Ok(answer)) if is_alive(answer.status()) => Outcome::Alive,
-        Ok(Ok(answer)) => Outcome::Failed(format!("answered {}", answer.status().as_u16())),
+/// The time to our next turn. Turns are counted in Unix time, so that vantage points that never speak to each other
+/// look one after the other. A clock that is wrong makes turns fall together, which costs only evenness.
+fn until_turn(interval: Duration, (turn, turns): (u32, u32)) -> Duration {
+    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (interval, unix) = (interval.as_secs_f64().max(0.001), unix.as_secs_f64());
+    let phase = interval * f64::from(turn) / f64::from(turns.max(1));
+    let wait = interval - (unix - phase).rem_euclid(interval);
+    // Not twice in one turn.
+    let wait = if wait < interval * 0.2 { wait + interval } else { wait };
+    Duration::from_secs_f64(wait + interval * 0.05 * unit())
+}
+
+/// From 0 to 1, by chance, so that probes of many backends do not march in step.
+fn unit() -> f64 {
+    let mut byte = [128_u8];
+    // Without randomness they march, which does no harm.
+    let _ = getrandom::fill(&mut byte);
+    f64::from(byte[0]) / 255.0
+}
+
+/// One probe: HEAD, and GET where HEAD is not known.
+async fn look(http: &Http, uri: &Uri, limit: Duration) -> Observation {
+    let began = Instant::now();
+    let (outcome, detail) = match timeout(limit, ask(http, uri)).await {
+        Err(_) => (Outcome::Failed(Cause::Timeout), format!("no answer within {} ms", limit.as_millis())),
+        Ok(seen) => seen,
+    };
+    let latency = outcome.is_good().then(|| began.elapsed());
+    Observation { tier: Tier::Liveness, outcome, detail, latency, reading: Reading::default() }
+}
+
+async fn ask(http: &Http, uri: &Uri) -> (Outcome, String) {
+    let mut last = (Outcome::Failed(Cause::Broken), "the address is not usable".to_owned());
+    for method in [Method::HEAD, Method::GET] {
+        let request = Request::builder().method(method.clone()).uri(uri.clone());
+        let request = request.header(header::USER_AGENT, "weir-probe").body(Empty::new());
+        let Ok(request) = request else { return last };
+        let answer = match http.request(request).await {
+            Ok(answer) => answer,
+            Err(e) if e.is_connect() => return (Outcome::Failed(Cause::Refused), "cannot connect".into()),
+            Err(_) => {
+                last = (Outcome::Failed(Cause::Broken), "the connection broke".into());
+                continue;
+            }
+        };
+        let status = answer.status();
+        last = (judge(status), format!("answered {}", status.as_u16()));
+        if last.0 == Outcome::Pass {
+            return last;
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE && method == Method::GET {
+            if answer.headers().contains_key(header::RETRY_AFTER) {
+                return (Outcome::Busy, "answered 503 with Retry-After".into());
+            }
+            let body = Limited::new(answer.into_body(), ANSWER_MAX_BYTES).collect().await;
+            if body.is_ok_and(|body| says_loading(&body.to_bytes())) {
+                return (Outcome::Loading, "it says that it is loading".into());
+            }
+        }
     }
+    last
+}
+
+fn says_loading(body: &[u8]) -> bool {
+    String::from_utf8_lossy(body).to_ascii_lowercase().contains("loading")
+}
+
+/// Whoever answers lives, even with "no such page" or "who are you": many servers have no health page, and the probe
+/// sends no credential. A 5xx is a failure.
+fn judge(status: StatusCode) -> Outcome {
+    if is_alive(status) { Outcome::Pass } else { Outcome::Failed(Cause::Status) }
 }
 
 fn is_alive(status: StatusCode) -> bool {
@@ -179,14 +295,6 @@ fn join(url: &Uri, path: &str) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// Between 90 and 110 percent, so that probes of many backends do not march in step.
-fn jittered(interval: Duration) -> Duration {
-    let mut byte = [128_u8];
-    // Without randomness the interval is exact, which does no harm.
-    let _ = getrandom::fill(&mut byte);
-    interval.mul_f64(0.9 + 0.2 * f64::from(byte[0]) / 255.0)
-}
-
 fn connector() -> HttpsConnector<HttpConnector> {
     let provider = || Arc::new(rustls::crypto::ring::default_provider());
     let builder = hyper_rustls::HttpsConnectorBuilder::new();
@@ -204,16 +312,6 @@ fn connector() -> HttpsConnector<HttpConnector> {
         }
     };
     builder.https_or_http().enable_http1().build()
-}
-
-/// The verdict on a backend that has none yet.
-pub(crate) fn unknown(backend: &str) -> v1::BackendHealth {
-    v1::BackendHealth {
-        backend: backend.to_owned(),
-        state: v1::HealthState::Unknown.into(),
-        reason: "not probed".into(),
-        since: None,
-    }
 }
 
 #[cfg(test)]

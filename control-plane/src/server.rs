@@ -24,6 +24,7 @@ use weir_runtime::{Readiness, Secret, ServerTls, serve_ops};
 use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
+use crate::metrics::Metrics;
 use crate::model::{Edit, plan};
 use crate::probe::Prober;
 use crate::publish::{Differences, publish};
@@ -34,6 +35,7 @@ use crate::services::discovery::Discovery;
 use crate::services::report::Reports;
 use crate::store::{FileStore, MemoryStore, Store};
 use crate::tls::{TlsConfig, accept};
+use crate::verdicts::Verdicts;
 pub use config::{Config, Error, StoreConfig};
 
 /// A whole configuration in one apply or hello.
@@ -91,13 +93,16 @@ impl ControlPlane {
         let http_addr = http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?;
         let snapshots = watch::Sender::new(catalog.state());
         let authority = Authority::new(Arc::clone(&catalog), &admin_token, config.gateway_token.as_ref());
+        let metrics: Arc<Metrics> = Arc::default();
+        let verdicts = Verdicts::new(Arc::clone(&metrics), config.store.beside("health.json"));
         let shared = Shared {
             catalog: Arc::clone(&catalog),
             snapshots: snapshots.subscribe(),
             differences: Differences::default(),
             registry: Registry::default(),
-            fleet: Fleet::default(),
-            metrics: Arc::default(),
+            fleet: Fleet::new(verdicts.clone()),
+            verdicts: verdicts.clone(),
+            metrics,
             authority,
             initial_syncs: Arc::new(Semaphore::new(initial_syncs())),
             watches: Arc::new(Semaphore::new(WATCHES_MAX)),
@@ -111,7 +116,10 @@ impl ControlPlane {
             "control plane serves"
         );
         shared.tasks.spawn(publish(catalog.subscribe(), snapshots, follow_stop.clone()));
-        let prober = Prober::new(shared.fleet.clone(), Arc::clone(&shared.metrics));
+        // Before anybody can ask: what was known before a restart is known from the first moment.
+        verdicts.configure(&catalog.state());
+        let prober = Prober::new(verdicts.clone());
+        shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
         undo.disarm();

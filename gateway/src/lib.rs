@@ -19,6 +19,7 @@ pub mod headers;
 pub mod intake;
 pub mod live;
 pub mod metrics;
+pub mod probe;
 pub mod read;
 pub mod refusal;
 pub mod report;

@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::probe::lane::ProbeLane;
 use crate::snapshot::Snapshot;
 
 /// Shared by every task of a gateway. Reads never block.
@@ -19,6 +20,7 @@ pub struct Live {
     connected: AtomicBool,
     live_gateways: AtomicU32,
     config_refused: AtomicUsize,
+    probes: ProbeLane,
 }
 
 impl Default for Live {
@@ -30,6 +32,7 @@ impl Default for Live {
             connected: AtomicBool::new(false),
             live_gateways: AtomicU32::new(1),
             config_refused: AtomicUsize::new(0),
+            probes: ProbeLane::default(),
         }
     }
 }
@@ -87,6 +90,11 @@ impl Live {
     /// Says how many resources are refused.
     pub fn set_config_refused(&self, count: usize) {
         self.config_refused.store(count, Ordering::Relaxed);
+    }
+
+    /// What is to be probed, and what probes came to.
+    pub const fn probes(&self) -> &ProbeLane {
+        &self.probes
     }
 
     /// How many gateways there are, this one included.

@@ -47,6 +47,24 @@ pub struct AttemptLabels {
     pub outcome: &'static str,
 }
 
+/// Of one probe of a backend.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ProbeLabels {
+    /// The backend.
+    pub backend: String,
+    /// "liveness", "readiness" or "deep".
+    pub tier: &'static str,
+    /// "pass" or what was seen instead.
+    pub outcome: &'static str,
+}
+
+/// Of probes that cost tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PaidProbeLabels {
+    /// The backend.
+    pub backend: String,
+}
+
 /// Of a limiter call.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct LimiterLabels {
@@ -112,6 +130,12 @@ pub struct Metrics {
     pub control_plane_connected: Gauge,
     /// Resources that this gateway refuses.
     pub config_refused: Gauge,
+    /// Probes made by this gateway.
+    pub probes: Family<ProbeLabels, Counter>,
+    /// Output tokens that probes cost, as far as backends say.
+    pub probe_tokens: Family<PaidProbeLabels, Counter>,
+    /// Probes left out since the budget was spent.
+    pub probes_over_budget: Family<PaidProbeLabels, Counter>,
 }
 
 const REQUEST_BUCKETS: [f64; 16] =
@@ -151,6 +175,9 @@ impl Metrics {
             config_age: Gauge::default(),
             control_plane_connected: Gauge::default(),
             config_refused: Gauge::default(),
+            probes: Family::default(),
+            probe_tokens: Family::default(),
+            probes_over_budget: Family::default(),
         };
         let r = registry.sub_registry_with_prefix("weir");
         r.register("requests", "Finished requests", m.requests.clone());
@@ -202,6 +229,13 @@ impl Metrics {
             "config_refused_resources",
             "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
             m.config_refused.clone(),
+        );
+        r.register("gateway_probes", "Probes made by this gateway", m.probes.clone());
+        r.register("probe_tokens", "Output tokens that probes cost", m.probe_tokens.clone());
+        r.register(
+            "probes_over_budget",
+            "Probes left out since their hour's budget was spent",
+            m.probes_over_budget.clone(),
         );
         m
     }

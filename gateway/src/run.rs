@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::probe::Prober;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
 use crate::weights::Weights;
@@ -160,6 +161,7 @@ pub async fn start(
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
     tasks.spawn(subscriber.run(drained.clone()));
+    tasks.spawn(Prober::new(live.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), identity, control_plane, drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(watch(

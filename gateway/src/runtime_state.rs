@@ -4,11 +4,13 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use weir_proto::v1::HealthState;
 
-use crate::balance::health_factor;
+use crate::balance::{RAMP, health_factor};
+use crate::probe::Totals;
 
 mod pool;
 
@@ -26,12 +28,34 @@ pub struct BackendRuntime {
     /// In flight from other gateways, as the fleet was last told; [`UNKNOWN`] without the report lane.
     elsewhere: AtomicU32,
     health: AtomicU8,
-    recovering_since: Mutex<Option<Instant>>,
+    recovering: Mutex<Option<Recovery>>,
     successes: AtomicU64,
     connect_failures: AtomicU64,
     server_errors: AtomicU64,
     timeouts: AtomicU64,
     busy: AtomicU64,
+    totals: TotalCounts,
+    first_bytes: AtomicU64,
+    first_byte_us: AtomicU64,
+    decoded_tokens: AtomicU64,
+    decoded_us: AtomicU64,
+}
+
+/// A slow start: when it began, and how long it takes.
+#[derive(Debug, Clone, Copy)]
+struct Recovery {
+    since: Instant,
+    takes: Duration,
+}
+
+/// Since the start, for the prober.
+#[derive(Debug, Default)]
+struct TotalCounts {
+    good: AtomicU64,
+    bad: AtomicU64,
+    answers: AtomicU64,
+    tokens: AtomicU64,
+    decode_us: AtomicU64,
 }
 
 /// What an attempt came to, as far as the backend is to blame.
@@ -87,12 +111,17 @@ impl Default for BackendRuntime {
             reported: AtomicU32::new(0),
             elsewhere: AtomicU32::new(UNKNOWN),
             health: AtomicU8::new(0),
-            recovering_since: Mutex::new(None),
+            recovering: Mutex::new(None),
             successes: AtomicU64::new(0),
             connect_failures: AtomicU64::new(0),
             server_errors: AtomicU64::new(0),
             timeouts: AtomicU64::new(0),
             busy: AtomicU64::new(0),
+            totals: TotalCounts::default(),
+            first_bytes: AtomicU64::new(0),
+            first_byte_us: AtomicU64::new(0),
+            decoded_tokens: AtomicU64::new(0),
+            decoded_us: AtomicU64::new(0),
         }
     }
 }
@@ -108,6 +137,50 @@ impl BackendRuntime {
             Attempt::Busy => &self.busy,
         };
         counter.fetch_add(1, Ordering::Relaxed);
+        match attempt {
+            Attempt::Success => self.totals.good.fetch_add(1, Ordering::Relaxed),
+            _ => self.totals.bad.fetch_add(1, Ordering::Relaxed),
+        };
+    }
+
+    /// The first byte of an answer came after so long.
+    pub fn note_first_byte(&self, took: Duration) {
+        self.first_bytes.fetch_add(1, Ordering::Relaxed);
+        self.first_byte_us.fetch_add(micros(took), Ordering::Relaxed);
+    }
+
+    /// A stream ended well: so many tokens, so long after its first byte.
+    pub fn note_decode(&self, tokens: u64, took: Duration) {
+        self.totals.answers.fetch_add(1, Ordering::Relaxed);
+        self.totals.tokens.fetch_add(tokens, Ordering::Relaxed);
+        self.totals.decode_us.fetch_add(micros(took), Ordering::Relaxed);
+        self.decoded_tokens.fetch_add(tokens, Ordering::Relaxed);
+        self.decoded_us.fetch_add(micros(took), Ordering::Relaxed);
+    }
+
+    /// The mean time to the first byte since the last call; `None` without any.
+    pub fn take_first_byte_mean(&self) -> Option<Duration> {
+        let count = self.first_bytes.swap(0, Ordering::Relaxed);
+        let sum = self.first_byte_us.swap(0, Ordering::Relaxed);
+        sum.checked_div(count).map(Duration::from_micros)
+    }
+
+    /// Output tokens of streams that ended since the last call, and how long they took from their first bytes on.
+    pub fn take_decoded(&self) -> (u64, Duration) {
+        let tokens = self.decoded_tokens.swap(0, Ordering::Relaxed);
+        (tokens, Duration::from_micros(self.decoded_us.swap(0, Ordering::Relaxed)))
+    }
+
+    /// What requests came to since the start.
+    pub fn totals(&self) -> Totals {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Totals {
+            good: read(&self.totals.good),
+            bad: read(&self.totals.bad),
+            answers: read(&self.totals.answers),
+            tokens: read(&self.totals.tokens),
+            decode_us: read(&self.totals.decode_us),
+        }
     }
 
     /// Takes the counts since the last call.
@@ -133,11 +206,18 @@ impl BackendRuntime {
 
     /// Takes over the cluster's verdict.
     pub fn set_health(&self, state: HealthState) {
+        self.set_health_since(state, Duration::ZERO, RAMP);
+    }
+
+    /// The same of a backend whose slow start is under way: how much of it is over, and how long it takes.
+    pub fn set_health_since(&self, state: HealthState, elapsed: Duration, takes: Duration) {
         let before = self.health();
         self.health.store(state as i32 as u8, Ordering::Relaxed);
         if before != state {
-            let since = (state == HealthState::Recovering).then(Instant::now);
-            *self.recovering_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+            let now = Instant::now();
+            let since = now.checked_sub(elapsed).unwrap_or(now);
+            let recovery = (state == HealthState::Recovering).then_some(Recovery { since, takes });
+            *self.recovering.lock().unwrap_or_else(PoisonError::into_inner) = recovery;
         }
     }
 
@@ -173,12 +253,21 @@ impl BackendRuntime {
     /// The health part of the effective weight.
     pub fn health_factor(&self, now: Instant) -> f64 {
         let state = self.health();
-        let since = match state {
-            HealthState::Recovering => *self.recovering_since.lock().unwrap_or_else(PoisonError::into_inner),
+        let recovery = match state {
+            HealthState::Recovering => *self.recovering.lock().unwrap_or_else(PoisonError::into_inner),
             _ => None,
         };
-        health_factor(state == HealthState::Degraded, since.map(|since| now.saturating_duration_since(since)))
+        // A ramp of another length is walked through at another pace.
+        let ramp = recovery.map(|recovery| {
+            let elapsed = now.saturating_duration_since(recovery.since);
+            RAMP.mul_f64((elapsed.as_secs_f64() / recovery.takes.as_secs_f64().max(0.001)).min(1.0))
+        });
+        health_factor(state == HealthState::Degraded, ramp)
     }
+}
+
+fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Counts a request at a backend for as long as it lives.

@@ -52,6 +52,9 @@ impl Target {
     pub fn begin(&mut self) {
         self.began = Some(Instant::now());
         let sample = self.sample(0);
+        if self.stream {
+            self.backend.runtime.note_first_byte(sample.took);
+        }
         self.model.pool.runtime.began(&self.model.name, &self.backend, self.stream, &sample);
     }
 
@@ -66,12 +69,11 @@ impl Target {
     pub fn succeed(&self, output_tokens: u64) {
         self.count(Attempt::Success);
         let sample = match (self.stream, self.began) {
-            (true, Some(began)) => Sample {
-                measure: Measure::Decode,
-                took: began.elapsed(),
-                prompt_tokens: self.prompt_tokens,
-                output_tokens,
-            },
+            (true, Some(began)) => {
+                let took = began.elapsed();
+                self.backend.runtime.note_decode(output_tokens, took);
+                Sample { measure: Measure::Decode, took, prompt_tokens: self.prompt_tokens, output_tokens }
+            }
             _ => self.sample(output_tokens),
         };
         self.model.pool.runtime.succeeded(&self.model.name, &self.backend, Some(&sample));

@@ -5,6 +5,7 @@ mod control_plane;
 mod envoy;
 mod errors;
 mod failover;
+mod health;
 mod limits;
 mod processes;
 mod ratelimit;

@@ -21,10 +21,10 @@ async fn backend(decode_tokens_per_s: f64) -> Mock {
     mock(config, &CancellationToken::new()).await
 }
 
-/// A pool with this backend and a model in front of it.
+/// A pool with this backend and a model in front of it. No probe asks it for tokens: requests are counted there.
 fn manifest(mock: &Mock, max_concurrency: u32, model: &str, tenant: &str) -> String {
     format!(
-        "kind: pool\nname: chat\nspec: {{}}\n\
+        "kind: pool\nname: chat\nspec: {{ health: {{ paid_probes_per_hour: 0 }} }}\n\
          ---\nkind: backend\nname: only\nspec: {{ pool: chat, url: \"http://{}\", \
          max_concurrency: {max_concurrency}, models: {{ gpt-4.1: \"\" }} }}\n\
          ---\nkind: model\nname: gpt-4.1\nspec: {{ pool: chat{model} }}\n\

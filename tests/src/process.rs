@@ -86,7 +86,14 @@ pub struct Process {
 impl Process {
     /// Starts it and waits for the message by which it says that it is there.
     pub async fn start(name: &str, args: &[&str], message: &str) -> Self {
-        let mut child = command(name).args(args).stderr(Stdio::piped()).spawn().expect("starts");
+        Self::start_with(name, args, &[], message).await
+    }
+
+    /// The same with these environment variables.
+    pub async fn start_with(name: &str, args: &[&str], env: &[(&str, &str)], message: &str) -> Self {
+        let mut command = command(name);
+        command.args(args).envs(env.iter().copied());
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("starts");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let mut told = Vec::new();
         loop {

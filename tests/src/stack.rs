@@ -3,8 +3,11 @@
 use tempfile::TempDir;
 
 use crate::client::Client;
-use crate::process::{Process, command};
+use crate::process::{Process, command, signal};
 use crate::redis::Redis;
+
+/// The variable in which each gateway finds its own name, for backends whose credential is `env:` of it.
+pub const CREDENTIAL: &str = "TEST_CREDENTIAL";
 
 /// Everything but the backends, which a test brings itself so that it can count what reached them.
 #[derive(Debug)]
@@ -48,7 +51,10 @@ impl Stack {
         let control_plane = format!("http://{}", self.control_plane.text("grpc"));
         let token_file = self.token_file();
         let redis = self.redis.url();
+        let id = format!("gateway-{k}");
         let args = [
+            "--id",
+            &id,
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
             "--pre-stop-s=0",
@@ -61,7 +67,18 @@ impl Stack {
             "--data-dir",
             copy.to_str().expect("UTF-8"),
         ];
-        Process::start("weir-gateway", &args, "serving").await
+        Process::start_with("weir-gateway", &args, &[(CREDENTIAL, &id)], "serving").await
+    }
+
+    /// Stops the control plane and starts it again at the same address with the same store.
+    pub async fn restart_control_plane(&mut self) {
+        let address = self.control_plane.text("grpc").to_owned();
+        signal(&self.control_plane.child, "-TERM").await;
+        self.control_plane.child.wait().await.expect("ends");
+        let directory = self.data.path().join("control-plane");
+        let args = ["--listen", &address, "--http-listen", "127.0.0.1:0", "--data-dir"];
+        let args = [&args[..], &[directory.to_str().expect("UTF-8")]].concat();
+        self.control_plane = Process::start("weir-control-plane", &args, "control plane serves").await;
     }
 
     /// Starts limit service `k`, with the copy on disk that an earlier one left.

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use weir_proto::v1;
 use weir_proto::v1::resource::Spec;
 
-use super::{backend, gateways, get, token};
+use super::{backends, gateways, get, token};
 use crate::args::Cli;
 use crate::client::{Client, Retry};
 use crate::error::Error;
@@ -21,7 +21,7 @@ pub(super) async fn check(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
     let who = token::who_am_i(&client).await?;
     let all = gateways::read(&client).await?;
-    let status = backend::read_status(&client).await?;
+    let status = backends::read(&client).await?;
     let pools = get::read_all(&client, v1::ResourceKind::Pool).await?;
     let backends = get::read_all(&client, v1::ResourceKind::Backend).await?;
     let models = get::read_all(&client, v1::ResourceKind::Model).await?;

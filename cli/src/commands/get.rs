@@ -2,7 +2,7 @@
 
 use weir_proto::{manifest, v1};
 
-use super::backend;
+use super::backends;
 use crate::args::{Cli, OutputFormat};
 use crate::client::{Client, Retry};
 use crate::error::Error;
@@ -53,10 +53,10 @@ pub(super) async fn describe(
     }
     io.out.write_all(manifest::to_yaml_with_status(&[resource]).as_bytes())?;
     if kind == v1::ResourceKind::Backend {
-        let all = backend::read_status(&client).await?;
+        let all = backends::read(&client).await?;
         let found: Vec<_> = all.into_iter().filter(|b| b.backend == name).collect();
         io.out.write_all(b"\n")?;
-        io.out.write_all(backend::status_table(&found).as_bytes())?;
+        io.out.write_all(backends::table(&found).as_bytes())?;
     }
     Ok(())
 }

@@ -21,6 +21,16 @@ pub enum StoreConfig {
     File(PathBuf),
 }
 
+impl StoreConfig {
+    /// A file beside the store; none where nothing is kept.
+    pub(super) fn beside(&self, name: &str) -> Option<PathBuf> {
+        match self {
+            Self::Memory => None,
+            Self::File(path) => Some(path.with_file_name(name)),
+        }
+    }
+}
+
 /// What the control plane is told.
 #[derive(Debug)]
 pub struct Config {

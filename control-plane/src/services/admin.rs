@@ -3,6 +3,7 @@
 mod audit;
 mod backup;
 mod calls;
+mod health;
 mod operations;
 mod tokens;
 mod view;
@@ -88,6 +89,8 @@ methods! {
     rotate_api_key, "RotateApiKey", RotateApiKeyRequest -> RotateApiKeyResponse;
     list_gateways, "ListGateways", ListGatewaysRequest -> ListGatewaysResponse;
     list_backend_status, "ListBackendStatus", ListBackendStatusRequest -> ListBackendStatusResponse;
+    explain_backend, "ExplainBackend", ExplainBackendRequest -> ExplainBackendResponse;
+    list_health_events, "ListHealthEvents", ListHealthEventsRequest -> ListHealthEventsResponse;
     wait_applied, "WaitApplied", WaitAppliedRequest -> WaitAppliedResponse;
     history, "History", HistoryRequest -> HistoryResponse;
     rollback, "Rollback", RollbackRequest -> RollbackResponse;

@@ -22,6 +22,7 @@ use crate::model::Refusal;
 use crate::publish::{Differences, Snapshot};
 use crate::registry::Registry;
 use crate::store;
+use crate::verdicts::Verdicts;
 
 /// What the services share.
 #[derive(Debug, Clone)]
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) differences: Differences,
     pub(crate) registry: Registry,
     pub(crate) fleet: Fleet,
+    pub(crate) verdicts: Verdicts,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) authority: Authority,
     /// Places for gateways that take everything at once.

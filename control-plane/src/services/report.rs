@@ -11,11 +11,13 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
-use weir_proto::v1::{FleetLoad, StreamReportsRequest, StreamReportsResponse};
+use weir_proto::v1::{FleetLoad, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse};
 
 use super::Shared;
 use crate::auth::Caller;
-use crate::fleet::{Healths, Loads};
+use crate::fleet::Loads;
+use crate::health::Vantage;
+use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Loads change all the time; verdicts do not wait for this.
@@ -60,6 +62,21 @@ struct Told {
     healths: Arc<Healths>,
     loads: Arc<Loads>,
     live: u32,
+    assignments: Arc<ProbeAssignments>,
+    /// Orders up to this one.
+    serial: u64,
+}
+
+impl Told {
+    /// Whether a gateway has to do something that it was not yet told.
+    fn misses(&self, duties: &Duties, of: &Vantage) -> bool {
+        assignments(duties, of) != self.assignments || duties.orders_after(self.serial, of).next().is_some()
+    }
+}
+
+/// What a gateway is assigned; nothing is an assignment too.
+fn assignments(duties: &Duties, of: &Vantage) -> Arc<ProbeAssignments> {
+    duties.assignments.get(of).cloned().unwrap_or_default()
 }
 
 async fn serve(
@@ -75,11 +92,14 @@ async fn serve(
         return Err(Status::invalid_argument("gateway_id: must not be empty"));
     };
     shared.authority.speaks_for(&caller, &first.gateway_id)?;
-    let reporter = shared.fleet.join(&first.gateway_id, &first.incarnation);
+    let own = gateway(&first.gateway_id);
+    let (mut healths, mut duties) = (shared.verdicts.healths(), shared.verdicts.duties());
+    // What was ordered before this stream was there is answered or given up by now.
+    let mut told = Told { serial: duties.borrow_and_update().serial(), ..Told::default() };
+    let reporter = shared.fleet.join(&first);
     reporter.report(&first);
-    let (mut healths, mut loads) = (shared.fleet.healths(), shared.fleet.loads());
+    let mut loads = shared.fleet.loads();
     let mut gateways = shared.registry.watch();
-    let mut told = Told::default();
     // At first the whole picture, whatever it is.
     let (mut urgent, mut load_changed) = (true, true);
     let mut load_due = Instant::now();
@@ -93,8 +113,14 @@ async fn serve(
                     // Loads ride along with a verdict when they are due, never earlier.
                     loads: if load_ready { loads.borrow_and_update().clone() } else { told.loads.clone() },
                     live: live(&shared),
+                    assignments: told.assignments.clone(),
+                    serial: told.serial,
                 };
-                permit.send(Ok(difference(&told, &now)));
+                let (now, answer) = {
+                    let duties = duties.borrow_and_update();
+                    difference(&told, now, &duties, &own, &shared.verdicts)
+                };
+                permit.send(Ok(answer));
                 told = now;
                 urgent = false;
                 if load_ready {
@@ -111,6 +137,10 @@ async fn serve(
             changed = healths.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 urgent = true;
+            }
+            changed = duties.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                urgent |= told.misses(&duties.borrow_and_update(), &own);
             }
             changed = loads.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
@@ -133,31 +163,51 @@ fn live(shared: &Shared) -> u32 {
     u32::try_from(ids.len()).unwrap_or(u32::MAX)
 }
 
-fn difference(told: &Told, now: &Told) -> StreamReportsResponse {
+/// What a gateway does not know yet, and what it will know then.
+fn difference(
+    told: &Told,
+    mut now: Told,
+    duties: &Duties,
+    own: &Vantage,
+    verdicts: &Verdicts,
+) -> (Told, StreamReportsResponse) {
     let health = now.healths.iter().filter(|(name, health)| told.healths.get(*name) != Some(health));
     let changed = now.loads.iter().filter(|(name, load)| told.loads.get(*name) != Some(load));
     // Of a backend that nobody reports any more, nothing is in flight.
     let gone = told.loads.iter().filter(|(name, load)| **load > 0 && !now.loads.contains_key(*name));
     let load = changed.map(|(name, load)| (name, *load)).chain(gone.map(|(name, _)| (name, 0)));
-    StreamReportsResponse {
-        health: health.map(|(_, health)| health.clone()).collect(),
+    let orders = duties.orders_after(told.serial, own);
+    let order = |order: &crate::health::Order| ProbeOrder {
+        backend: order.backend.clone(),
+        tier: view::tier(order.tier).into(),
+    };
+    let assigned = assignments(duties, own);
+    let answer = StreamReportsResponse {
+        health: health.map(|(_, health)| verdicts.at_present(health)).collect(),
         load: load.map(|(name, in_flight)| FleetLoad { backend: name.clone(), in_flight }).collect(),
         live_gateways: now.live,
-    }
+        assignments: (assigned != told.assignments).then(|| (*assigned).clone()),
+        orders: orders.map(order).collect(),
+    };
+    now.assignments = assigned;
+    now.serial = duties.serial().max(told.serial);
+    (now, answer)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_load_that_nobody_reports_any_more_is_zero() {
+    #[tokio::test]
+    async fn a_load_that_nobody_reports_any_more_is_zero() {
         let loads = |pairs: &[(&str, u32)]| {
             Arc::new(pairs.iter().map(|(name, load)| ((*name).to_owned(), *load)).collect::<Loads>())
         };
         let told = Told { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..Told::default() };
         let now = Told { loads: loads(&[("a", 1), ("b", 5)]), ..Told::default() };
         let load = |name: &str, in_flight| FleetLoad { backend: name.into(), in_flight };
-        assert_eq!(difference(&told, &now).load, [load("b", 5), load("c", 0)]);
+        let verdicts = Verdicts::new(Arc::default(), None);
+        let (_, answer) = difference(&told, now, &Duties::default(), &gateway("g"), &verdicts);
+        assert_eq!(answer.load, [load("b", 5), load("c", 0)]);
     }
 }

@@ -185,6 +185,18 @@ impl PoolRuntime {
         Some(learned.map_or(config.initial, |b| b.patience.with(backend, stream, prompt_tokens, &config)))
     }
 
+    /// A liveness probe of this gateway failed: as telling as a request that could not connect.
+    pub fn probe_failed(&self, backend: &Name) {
+        let mut inner = self.inner();
+        let (now, size) = (Instant::now(), inner.size);
+        let until = inner.ejector.failed(backend, size, now);
+        drop(inner);
+        if let Some(until) = until {
+            let seconds = until.saturating_duration_since(now).as_secs_f64();
+            tracing::warn!(%backend, last = "probe", seconds, "ejected locally");
+        }
+    }
+
     /// Whether this gateway keeps away from a backend.
     pub fn is_ejected(&self, backend: &Name) -> bool {
         matches!(self.inner().ejector.standing(backend, Instant::now()), Standing::Ejected(_))

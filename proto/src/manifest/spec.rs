@@ -57,6 +57,12 @@ mirror! {
         timeout: Option<Duration>,
         unhealthy_threshold: u32,
         healthy_threshold: u32,
+        readiness_interval: Option<Duration>,
+        deep_interval: Option<Duration>,
+        slow_start: Option<Duration>,
+        loading_patience: Option<Duration>,
+        panic_percent: Option<u32>,
+        paid_probes_per_hour: Option<u32>,
     }
     Backend of BackendSpec {
         pool: String,

@@ -55,6 +55,12 @@ fn every_kind() -> Vec<v1::Resource> {
                 timeout: duration(1, 0),
                 unhealthy_threshold: 5,
                 healthy_threshold: 4,
+                readiness_interval: duration(20, 0),
+                deep_interval: duration(600, 0),
+                slow_start: duration(90, 0),
+                loading_patience: duration(900, 0),
+                panic_percent: Some(0),
+                paid_probes_per_hour: Some(12),
             }),
             affinity: Some(v1::Affinity { prefix_bytes: 64, load_percent: 150 }),
             hedging: Some(v1::Hedging {

@@ -144,10 +144,85 @@ pub struct HealthProfile {
     pub liveness_interval: Duration,
     /// One probe: 2 s.
     pub timeout: Duration,
-    /// Failures in a row that make a backend unhealthy: 3.
+    /// Failures in a row that make a backend unhealthy where it is seen from one place only: 3.
     pub unhealthy_threshold: u32,
     /// Successes in a row that make it healthy: 2.
     pub healthy_threshold: u32,
+    /// Between two readiness probes: 30 s.
+    pub readiness_interval: Duration,
+    /// Between two deep probes: 5 min.
+    pub deep_interval: Duration,
+    /// How long a slow start takes: 60 s.
+    pub slow_start: Duration,
+    /// How long a backend may say that it is loading: 20 min.
+    pub loading_patience: Duration,
+    /// Below so much usable weight all active backends are used, percent: 50; 0 is never.
+    pub panic_percent: u32,
+    /// Requests for tokens that a gateway may spend on probing a backend in an hour: 240.
+    pub paid_probes_per_hour: u32,
+}
+
+impl Default for HealthProfile {
+    fn default() -> Self {
+        Self {
+            liveness_interval: secs(5),
+            timeout: secs(2),
+            unhealthy_threshold: 3,
+            healthy_threshold: 2,
+            readiness_interval: secs(30),
+            deep_interval: secs(300),
+            slow_start: secs(60),
+            loading_patience: secs(1200),
+            panic_percent: 50,
+            paid_probes_per_hour: 240,
+        }
+    }
+}
+
+impl HealthProfile {
+    fn judge(wire: Option<&v1::HealthProfile>, check: &mut Check) -> Self {
+        let (h, d) = (wire.copied().unwrap_or_default(), Self::default());
+        let mut duration = |name: &str, value: Option<&prost_types::Duration>, default| {
+            check.duration(&format!("health.{name}"), value, default, DAY)
+        };
+        let (liveness_interval, timeout, readiness_interval, deep_interval, slow_start, loading_patience) = (
+            duration("liveness_interval", h.liveness_interval.as_ref(), d.liveness_interval),
+            duration("timeout", h.timeout.as_ref(), d.timeout),
+            duration("readiness_interval", h.readiness_interval.as_ref(), d.readiness_interval),
+            duration("deep_interval", h.deep_interval.as_ref(), d.deep_interval),
+            duration("slow_start", h.slow_start.as_ref(), d.slow_start),
+            duration("loading_patience", h.loading_patience.as_ref(), d.loading_patience),
+        );
+        let mut range =
+            |name: &str, value: u32, low, high| check.range(&format!("health.{name}"), value, low, high);
+        Self {
+            liveness_interval,
+            timeout,
+            unhealthy_threshold: range(
+                "unhealthy_threshold",
+                or(h.unhealthy_threshold, d.unhealthy_threshold),
+                1,
+                100,
+            ),
+            healthy_threshold: range(
+                "healthy_threshold",
+                or(h.healthy_threshold, d.healthy_threshold),
+                1,
+                100,
+            ),
+            readiness_interval,
+            deep_interval,
+            slow_start,
+            loading_patience,
+            panic_percent: range("panic_percent", h.panic_percent.unwrap_or(d.panic_percent), 0, 100),
+            paid_probes_per_hour: range(
+                "paid_probes_per_hour",
+                h.paid_probes_per_hour.unwrap_or(d.paid_probes_per_hour),
+                0,
+                100_000,
+            ),
+        }
+    }
 }
 
 /// Backends that can stand in for each other.
@@ -201,7 +276,6 @@ impl Pool {
         }
         let e = w.ejection.unwrap_or_default();
         let r = w.retry_budget.unwrap_or_default();
-        let h = w.health.unwrap_or_default();
         let a = w.affinity.unwrap_or_default();
         let hedging = w.hedging.unwrap_or_default();
         Self {
@@ -252,27 +326,7 @@ impl Pool {
                 ),
                 max_attempts: check.range("retry_budget.max_attempts", or(r.max_attempts, 3), 1, 10),
             },
-            health: HealthProfile {
-                liveness_interval: check.duration(
-                    "health.liveness_interval",
-                    h.liveness_interval.as_ref(),
-                    secs(5),
-                    DAY,
-                ),
-                timeout: check.duration("health.timeout", h.timeout.as_ref(), secs(2), secs(60)),
-                unhealthy_threshold: check.range(
-                    "health.unhealthy_threshold",
-                    or(h.unhealthy_threshold, 3),
-                    1,
-                    100,
-                ),
-                healthy_threshold: check.range(
-                    "health.healthy_threshold",
-                    or(h.healthy_threshold, 2),
-                    1,
-                    100,
-                ),
-            },
+            health: HealthProfile::judge(w.health.as_ref(), check),
             affinity: Affinity {
                 prefix_bytes: check.range("affinity.prefix_bytes", or(a.prefix_bytes, 256), 1, 65_536),
                 load_percent: check.range("affinity.load_percent", or(a.load_percent, 125), 100, 1000),

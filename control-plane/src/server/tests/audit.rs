@@ -222,6 +222,7 @@ async fn a_drain_reports_what_is_left_and_is_done_when_every_gateway_has_said_so
         incarnation: "1".into(),
         sequence,
         backends: vec![v1::BackendReport { backend: "b0".into(), in_flight, ..Default::default() }],
+        ..Default::default()
     };
     said.send(report(1, 3)).await.unwrap();
     let mut reports = ReportServiceClient::with_interceptor(plane.channel().await, Bearer(GATEWAY));

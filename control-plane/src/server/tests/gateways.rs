@@ -169,6 +169,7 @@ async fn loads_of_all_gateways_are_added_and_go_with_their_gateway() {
         incarnation: "1".into(),
         sequence: 1,
         backends: vec![v1::BackendReport { backend: "b".into(), in_flight, ..Default::default() }],
+        ..Default::default()
     };
     let open = async |first: v1::StreamReportsRequest| {
         let (said, requests) = mpsc::channel(4);

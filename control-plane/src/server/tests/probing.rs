@@ -43,24 +43,43 @@ async fn a_dead_backend_is_found_and_gateways_are_told() {
     let first = v1::StreamReportsRequest { gateway_id: "g".into(), sequence: 1, ..Default::default() };
     said.send(first).await.unwrap();
     let mut heard = reports.stream_reports(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let mut last: std::collections::BTreeMap<String, v1::BackendHealth> = Default::default();
     let mut told = async |backend: &str, state: HealthState| loop {
-        let message = soon(heard.message()).await.unwrap().unwrap();
-        let verdict = message.health.iter().find(|h| h.backend == backend && h.state() == state);
+        if last.get(backend).is_none_or(|verdict| verdict.state() != state) {
+            let message = soon(heard.message()).await.unwrap().unwrap();
+            last.extend(message.health.into_iter().map(|health| (health.backend.clone(), health)));
+        }
+        let verdict = last.get(backend).filter(|verdict| verdict.state() == state);
         if let Some(verdict) = verdict {
-            return verdict.reason.clone();
+            return (verdict.rule.clone(), verdict.reason.clone());
         }
     };
-    let reason = told("dead", HealthState::Unhealthy).await;
-    assert_eq!(reason, "3 failures in a row: cannot connect");
+    let said = |rule: &str, reason: &str| (rule.to_owned(), reason.to_owned());
+    let why = told("dead", HealthState::Unhealthy).await;
+    assert_eq!(why, said("liveness_alone", "control-plane: cannot connect"));
+    // The live one may be told later than the dead one.
+    told("live", HealthState::Healthy).await;
     let status = admin.list_backend_status(v1::ListBackendStatusRequest {}).await.unwrap().into_inner();
     let states: Vec<_> =
         status.backends.iter().map(|b| (b.backend.as_str(), b.health.as_ref().unwrap().state())).collect();
     assert_eq!(states, [("dead", HealthState::Unhealthy), ("live", HealthState::Healthy)]);
 
     well.store(false, Ordering::SeqCst);
-    assert_eq!(told("live", HealthState::Unhealthy).await, "3 failures in a row: answered 500");
+    let why = told("live", HealthState::Unhealthy).await;
+    assert_eq!(why, said("liveness_alone", "control-plane: answered 500"));
     well.store(true, Ordering::SeqCst);
-    told("live", HealthState::Healthy).await;
+    told("live", HealthState::Recovering).await;
+    let explained = admin.explain_backend(v1::ExplainBackendRequest { backend: "live".into() });
+    let explained = explained.await.unwrap().into_inner();
+    let vote = &explained.votes[0];
+    assert_eq!((vote.vantage.as_str(), vote.outcome()), ("control-plane", v1::ProbeOutcome::Pass));
+    assert!(
+        explained.events.iter().any(|event| event.message.contains("unhealthy -> recovering by recovery"))
+    );
+    let nowhere = admin.explain_backend(v1::ExplainBackendRequest { backend: "nowhere".into() }).await;
+    assert_eq!(nowhere.unwrap_err().code(), Code::NotFound);
+    let events = admin.list_health_events(v1::ListHealthEventsRequest::default()).await.unwrap().into_inner();
+    assert!(events.events.windows(2).all(|pair| pair[0].number < pair[1].number));
     plane.stop().await;
 }
 

@@ -9,7 +9,6 @@ use weir_proto::v1::{self, ResourceKind};
 use super::{Admin, Handle, duration};
 use crate::encoding::{hex, unhex};
 use crate::model::{Key, Refusal};
-use crate::probe;
 use crate::publish::wanted;
 use crate::services::invalid;
 
@@ -104,24 +103,6 @@ impl Handle<v1::ListGatewaysRequest> for Admin {
     async fn do_call(&self, _: v1::ListGatewaysRequest) -> Result<Self::Answer, Status> {
         let revision = self.0.catalog.state().revision;
         Ok(v1::ListGatewaysResponse { gateways: self.0.registry.list(revision), revision })
-    }
-}
-
-impl Handle<v1::ListBackendStatusRequest> for Admin {
-    type Answer = v1::ListBackendStatusResponse;
-
-    async fn do_call(&self, _: v1::ListBackendStatusRequest) -> Result<Self::Answer, Status> {
-        let state = self.0.catalog.state();
-        let healths = self.0.fleet.healths().borrow().clone();
-        let loads = self.0.fleet.loads().borrow().clone();
-        let status = |name: &String| v1::BackendStatus {
-            backend: name.clone(),
-            health: Some(healths.get(name).cloned().unwrap_or_else(|| probe::unknown(name))),
-            in_flight: loads.get(name).copied().unwrap_or_default(),
-            ejected_by: self.0.fleet.ejected_by(name),
-        };
-        let backends = state.of_kind(ResourceKind::Backend).map(|stored| status(&stored.wire.name));
-        Ok(v1::ListBackendStatusResponse { backends: backends.collect() })
     }
 }
 

@@ -1,0 +1,251 @@
+//! `backends`, `why` and `events`.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use weir_proto::v1;
+
+use crate::args::Cli;
+use crate::client::{Client, Retry};
+use crate::error::Error;
+use crate::output::{Io, time};
+use crate::tables;
+
+pub(super) async fn backends(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
+    let client = Client::connect(cli).await?;
+    let backends = read(&client).await?;
+    io.result(|| table(&backends), || Value::Array(backends.iter().map(status_value).collect()))
+}
+
+pub(super) async fn why(cli: &Cli, io: &mut Io<'_>, backend: &str) -> Result<(), Error> {
+    let client = Client::connect(cli).await?;
+    let request = v1::ExplainBackendRequest { backend: backend.to_owned() };
+    let answer =
+        client.call(Retry::Once, request, |mut c, r| async move { c.explain_backend(r).await }).await?;
+    io.result(|| why_text(&answer), || why_value(&answer))
+}
+
+pub(super) async fn events(cli: &Cli, io: &mut Io<'_>, subject: Option<&str>) -> Result<(), Error> {
+    let client = Client::connect(cli).await?;
+    let request = v1::ListHealthEventsRequest { after: 0, subject: subject.unwrap_or_default().to_owned() };
+    let answer =
+        client.call(Retry::Once, request, |mut c, r| async move { c.list_health_events(r).await }).await?;
+    let events = answer.events;
+    io.result(|| events_table(&events), || Value::Array(events.iter().map(event_value).collect()))
+}
+
+pub(super) async fn read(client: &Client) -> Result<Vec<v1::BackendStatus>, Error> {
+    let request = v1::ListBackendStatusRequest {};
+    let answer =
+        client.call(Retry::Once, request, |mut c, r| async move { c.list_backend_status(r).await }).await?;
+    Ok(answer.backends)
+}
+
+pub(super) fn table(backends: &[v1::BackendStatus]) -> String {
+    let rows = backends.iter().map(|b| {
+        let health = b.health.clone().unwrap_or_default();
+        vec![
+            b.backend.clone(),
+            state_text(b, &health),
+            b.weight.to_string(),
+            format!("{:.0}", b.effective_weight),
+            format!("{}/{}", b.in_flight, b.max_concurrency),
+            millis(b.first_byte_mean.as_ref()),
+            b.tokens_per_second.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.0}")),
+            list(&probers(b, v1::ProbeTier::Liveness)),
+            list(&b.ejected_by),
+            time(health.since.as_ref()),
+            or_dash(&health.reason),
+        ]
+    });
+    let header = [
+        "BACKEND",
+        "HEALTH",
+        "WEIGHT",
+        "EFFECTIVE",
+        "IN FLIGHT",
+        "FIRST BYTE",
+        "TOKENS/S",
+        "PROBED BY",
+        "EJECTED BY",
+        "SINCE",
+        "REASON",
+    ];
+    tables::table(&header, rows.collect())
+}
+
+/// The state, with what else decides about its use.
+fn state_text(b: &v1::BackendStatus, health: &v1::BackendHealth) -> String {
+    let mut text = health_name(health.state()).to_owned();
+    let marks = [
+        (health.suspect, "suspect"),
+        (health.stale, "stale"),
+        (health.overridden, "used all the same"),
+        (b.admin_state() == v1::AdminState::Draining, "draining"),
+        (b.admin_state() == v1::AdminState::Disabled, "disabled"),
+    ];
+    let marks: Vec<&str> = marks.into_iter().filter(|(on, _)| *on).map(|(_, mark)| mark).collect();
+    if !marks.is_empty() {
+        let _ = write!(text, " ({})", marks.join(", "));
+    }
+    text
+}
+
+fn probers(b: &v1::BackendStatus, tier: v1::ProbeTier) -> Vec<String> {
+    b.probers.iter().filter(|p| p.tier() == tier).map(|p| p.vantage.clone()).collect()
+}
+
+fn status_value(b: &v1::BackendStatus) -> Value {
+    let health = b.health.clone().unwrap_or_default();
+    let seconds = |d: &prost_types::Duration| d.seconds as f64 + f64::from(d.nanos) / 1e9;
+    json!({
+        "backend": b.backend,
+        "pool": b.pool,
+        "admin_state": tables::state(b.admin_state()),
+        "health": health_name(health.state()),
+        "rule": health.rule,
+        "reason": health.reason,
+        "since": health.since.as_ref().map(|t| time(Some(t))),
+        "suspect": health.suspect,
+        "stale": health.stale,
+        "overridden": health.overridden,
+        "weight": b.weight,
+        "effective_weight": b.effective_weight,
+        "in_flight": b.in_flight,
+        "max_concurrency": b.max_concurrency,
+        "first_byte_seconds": b.first_byte_mean.as_ref().map(seconds),
+        "tokens_per_second": b.tokens_per_second,
+        "cache_used": b.cache_used,
+        "queue": b.queue,
+        "probed_by": {
+            "liveness": probers(b, v1::ProbeTier::Liveness),
+            "readiness": probers(b, v1::ProbeTier::Readiness),
+            "deep": probers(b, v1::ProbeTier::Deep),
+        },
+        "ejected_by": b.ejected_by,
+    })
+}
+
+fn why_text(answer: &v1::ExplainBackendResponse) -> String {
+    let status = answer.status.clone().unwrap_or_default();
+    let health = status.health.clone().unwrap_or_default();
+    let mut text = String::new();
+    let since = time(health.since.as_ref());
+    let _ = writeln!(text, "{} is {} since {since}", status.backend, state_text(&status, &health));
+    let _ = writeln!(text, "  rule          {} ({})", or_dash(&health.rule), or_dash(&health.reason));
+    let _ = writeln!(
+        text,
+        "  weight        {} configured, {:.0} effective; {} of {} in flight",
+        status.weight, status.effective_weight, status.in_flight, status.max_concurrency
+    );
+    if answer.may_return_time.is_some() {
+        let _ = writeln!(text, "  may return    {} at the earliest", time(answer.may_return_time.as_ref()));
+    }
+    for (i, condition) in answer.conditions.iter().enumerate() {
+        let _ = writeln!(text, "  {}{condition}", if i == 0 { "takes         " } else { "              " });
+    }
+    for suspicion in &answer.suspicions {
+        let asked = list(&suspicion.asked);
+        let tier = tier_name(suspicion.tier());
+        let _ = writeln!(text, "  suspected     at {tier} by {}; asked: {asked}", suspicion.reporter);
+    }
+    if !status.ejected_by.is_empty() {
+        let _ = writeln!(text, "  left out by   {} on their own evidence", list(&status.ejected_by));
+    }
+    if !answer.votes.is_empty() {
+        let rows = answer.votes.iter().map(|vote| {
+            vec![
+                vote.vantage.clone(),
+                tier_name(vote.tier()).to_owned(),
+                or_dash(&vote.detail),
+                vote.passes.to_string(),
+                vote.failures.to_string(),
+                time(vote.time.as_ref()),
+                if vote.ignored.is_empty() { "yes".to_owned() } else { format!("no: {}", vote.ignored) },
+            ]
+        });
+        let header = ["VANTAGE", "TIER", "SAW", "PASSES", "FAILURES", "LAST", "COUNTS"];
+        let _ = write!(text, "\n{}", tables::table(&header, rows.collect()));
+    }
+    if !answer.events.is_empty() {
+        let _ = write!(text, "\n{}", events_table(&answer.events));
+    }
+    text
+}
+
+fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
+    let votes = answer.votes.iter().map(|vote| {
+        json!({
+            "vantage": vote.vantage,
+            "tier": tier_name(vote.tier()),
+            "outcome": vote.outcome().as_str_name().trim_start_matches("PROBE_OUTCOME_").to_ascii_lowercase(),
+            "detail": vote.detail,
+            "passes": vote.passes,
+            "failures": vote.failures,
+            "time": time(vote.time.as_ref()),
+            "ignored": vote.ignored,
+        })
+    });
+    let suspicions = answer
+        .suspicions
+        .iter()
+        .map(|s| json!({"tier": tier_name(s.tier()), "reporter": s.reporter, "asked": s.asked}));
+    json!({
+        "status": status_value(&answer.status.clone().unwrap_or_default()),
+        "votes": votes.collect::<Vec<_>>(),
+        "suspicions": suspicions.collect::<Vec<_>>(),
+        "may_return_time": answer.may_return_time.as_ref().map(|t| time(Some(t))),
+        "conditions": answer.conditions,
+        "events": answer.events.iter().map(event_value).collect::<Vec<_>>(),
+    })
+}
+
+fn events_table(events: &[v1::HealthEvent]) -> String {
+    let rows = events.iter().map(|event| {
+        vec![time(event.time.as_ref()), event.kind.clone(), or_dash(&event.subject), event.message.clone()]
+    });
+    tables::table(&["TIME", "KIND", "SUBJECT", "WHAT"], rows.collect())
+}
+
+fn event_value(event: &v1::HealthEvent) -> Value {
+    json!({
+        "number": event.number,
+        "time": time(event.time.as_ref()),
+        "kind": event.kind,
+        "subject": event.subject,
+        "message": event.message,
+    })
+}
+
+fn millis(duration: Option<&prost_types::Duration>) -> String {
+    let duration = duration.and_then(|d| Duration::try_from(*d).ok());
+    duration.map_or_else(|| "-".to_owned(), |d| format!("{} ms", d.as_millis()))
+}
+
+fn list(items: &[String]) -> String {
+    or_dash(&items.join(","))
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+const fn tier_name(tier: v1::ProbeTier) -> &'static str {
+    match tier {
+        v1::ProbeTier::Unspecified => "unspecified",
+        v1::ProbeTier::Liveness => "liveness",
+        v1::ProbeTier::Readiness => "readiness",
+        v1::ProbeTier::Deep => "deep",
+    }
+}
+
+const fn health_name(state: v1::HealthState) -> &'static str {
+    match state {
+        v1::HealthState::Unspecified | v1::HealthState::Unknown => "unknown",
+        v1::HealthState::Healthy => "healthy",
+        v1::HealthState::Degraded => "degraded",
+        v1::HealthState::Unhealthy => "unhealthy",
+        v1::HealthState::Recovering => "recovering",
+    }
+}

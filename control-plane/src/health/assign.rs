@@ -1,0 +1,154 @@
+//! Who looks at what: rendezvous hashing of (backend, tier, vantage point), spread over regions.
+//!
+//! Every backend has a fixed number of probers per tier however many gateways there are, so the cost of probing does
+//! not grow with replicas. A gateway that comes or goes moves only the probes that it takes or leaves. The control
+//! plane looks only where there are too few gateways, and only at liveness: it holds no credentials.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::evidence::{Tier, Vantage};
+use super::params::vantages;
+
+/// Vantage points with their regions.
+pub(crate) type Regions = BTreeMap<Vantage, String>;
+
+/// Who looks at one backend, by tier; in the order of their turns within an interval.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Probers {
+    by_tier: [Vec<Vantage>; 3],
+}
+
+impl Probers {
+    pub(crate) fn of(&self, tier: Tier) -> &[Vantage] {
+        &self.by_tier[tier as usize]
+    }
+
+    /// Assigns one backend.
+    pub(crate) fn assign(backend: &str, gateways: &Regions) -> Self {
+        let choose = |tier: Tier| {
+            let wanted = vantages(tier);
+            let mut chosen = rank(backend, tier, gateways, &BTreeSet::new());
+            chosen.truncate(wanted);
+            if tier == Tier::Liveness && chosen.len() < wanted {
+                chosen.push(Vantage::ControlPlane);
+            }
+            chosen
+        };
+        Self { by_tier: Tier::ALL.map(choose) }
+    }
+}
+
+/// Vantage points in order of preference for a backend: by their hash, those of regions that are not yet among the
+/// chosen first, since what breaks one path tends to break its neighbours'.
+pub(crate) fn rank(
+    backend: &str,
+    tier: Tier,
+    gateways: &Regions,
+    without: &BTreeSet<Vantage>,
+) -> Vec<Vantage> {
+    let mut scored: Vec<(u64, &Vantage, &str)> = gateways
+        .iter()
+        .filter(|(vantage, _)| !without.contains(vantage))
+        .map(|(vantage, region)| (score(backend, tier, vantage), vantage, region.as_str()))
+        .collect();
+    scored.sort_unstable_by(|a, b| b.cmp(a));
+    // The best of each region, then the second best of each, and so on.
+    let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut rounds: Vec<(usize, usize, &Vantage)> = Vec::with_capacity(scored.len());
+    for (place, (_, vantage, region)) in scored.into_iter().enumerate() {
+        let round = seen.entry(region).or_default();
+        rounds.push((*round, place, vantage));
+        *round += 1;
+    }
+    rounds.sort_unstable();
+    rounds.into_iter().map(|(_, _, vantage)| vantage.clone()).collect()
+}
+
+/// FNV-1a with a finaliser: the same on every replica and after every restart, which the standard hasher is not.
+fn score(backend: &str, tier: Tier, vantage: &Vantage) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let text = vantage.to_string();
+    for byte in backend.bytes().chain([0, tier as u8, 0]).chain(text.bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ (hash >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gateways(n: usize, regions: usize) -> Regions {
+        (0..n)
+            .map(|i| (Vantage::Gateway(format!("gateway-{i}").into()), format!("r{}", i % regions)))
+            .collect()
+    }
+
+    fn all(backends: usize, gateways: &Regions) -> Vec<Probers> {
+        (0..backends).map(|b| Probers::assign(&format!("b{b}"), gateways)).collect()
+    }
+
+    /// Probes of one backend in an hour at the default intervals, over all gateways.
+    fn per_hour(probers: &Probers) -> usize {
+        probers.of(Tier::Liveness).len() * (3600 / 5)
+            + probers.of(Tier::Readiness).len() * (3600 / 30)
+            + probers.of(Tier::Deep).len() * (3600 / 300)
+    }
+
+    #[test]
+    fn probes_per_backend_and_hour_do_not_grow_with_gateways() {
+        for n in [3, 30, 300] {
+            let gateways = gateways(n, 3);
+            let counted: BTreeSet<usize> = all(100, &gateways).iter().map(per_hour).collect();
+            // 3 x 720 liveness, 2 x 120 readiness, 1 x 12 deep.
+            assert_eq!(counted, [2412].into(), "{n} gateways");
+        }
+    }
+
+    #[test]
+    fn with_too_few_gateways_the_control_plane_looks_at_liveness_and_only_then() {
+        let liveness = |n| Probers::assign("b", &gateways(n, 1)).of(Tier::Liveness).to_vec();
+        assert_eq!(liveness(0), [Vantage::ControlPlane]);
+        for n in 1..=5 {
+            let chosen = liveness(n);
+            assert_eq!(chosen.len(), (n + 1).min(3));
+            assert_eq!(chosen.contains(&Vantage::ControlPlane), n < 3);
+        }
+        assert_eq!(Probers::assign("b", &gateways(0, 1)).of(Tier::Readiness), []);
+    }
+
+    #[test]
+    fn a_gateway_that_comes_or_goes_moves_only_its_own_share() {
+        let (before, after) = (all(1000, &gateways(30, 1)), all(1000, &gateways(31, 1)));
+        let newcomer = Vantage::Gateway("gateway-30".into());
+        let mut moved = 0;
+        for (old, new) in before.iter().zip(&after) {
+            for tier in Tier::ALL {
+                for vantage in new.of(tier).iter().filter(|v| !old.of(tier).contains(v)) {
+                    assert_eq!(*vantage, newcomer, "nobody but the newcomer takes anything over");
+                    moved += 1;
+                }
+            }
+        }
+        // Of 6000 assignments a fair share is 6000 / 31 = 194.
+        assert!((100..300).contains(&moved), "{moved}");
+    }
+
+    #[test]
+    fn probers_are_of_different_regions_and_the_load_is_even() {
+        let gateways = gateways(30, 3);
+        let mut load: BTreeMap<Vantage, usize> = BTreeMap::new();
+        for probers in all(1000, &gateways) {
+            let chosen = probers.of(Tier::Liveness);
+            let regions: BTreeSet<&String> = chosen.iter().map(|v| &gateways[v]).collect();
+            assert_eq!(regions.len(), 3);
+            for vantage in chosen {
+                *load.entry(vantage.clone()).or_default() += 1;
+            }
+        }
+        let (least, most) = (load.values().min().unwrap(), load.values().max().unwrap());
+        assert!(load.len() == 30 && *least > 60 && *most < 150, "{least} {most}");
+    }
+}

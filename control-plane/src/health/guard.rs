@@ -1,0 +1,166 @@
+//! What a pool makes of its backends' states: how many may be left out, and when observed health is overridden.
+//!
+//! Observed health can be overridden, an operator's word never: only ACTIVE backends are given to [`rule`].
+
+use super::evidence::Moment;
+
+/// One ACTIVE backend of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) name: String,
+    pub(crate) weight: u32,
+    pub(crate) standing: Standing,
+}
+
+/// What its state says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// In use.
+    Usable,
+    /// Nobody has seen it work yet.
+    Unproven,
+    /// Seen to be broken: when it fell, and whether since nobody could connect.
+    Broken { fell_at: Moment, refused: bool },
+}
+
+/// What a pool does with a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// What its state says.
+    Normal,
+    /// Nothing while others are there.
+    Out,
+    /// It is used, whatever its state says: too much of the pool would be out.
+    Overridden,
+}
+
+/// The ruling on a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Ruling {
+    /// In the order of the members.
+    pub(crate) uses: Vec<Use>,
+    /// Too little is left: everything that can be connected to is used.
+    pub(crate) panic: bool,
+    /// Backends that would be out, were it not for the budget.
+    pub(crate) over_budget: usize,
+}
+
+/// The most backends of a pool that may be out, refused connections aside.
+pub(crate) const fn budget(members: usize, max_ejected_percent: u32) -> usize {
+    members * max_ejected_percent as usize / 100
+}
+
+/// Rules on a pool.
+pub(crate) fn rule(members: &[Member], max_ejected_percent: u32, panic_percent: u32) -> Ruling {
+    let weight = |member: &Member| u64::from(member.weight.max(1));
+    let sum = |keep: &dyn Fn(&Standing) -> bool| {
+        members.iter().filter(|m| keep(&m.standing)).map(weight).sum::<u64>()
+    };
+    let proven = sum(&|s| *s == Standing::Usable);
+    let unproven = sum(&|s| *s == Standing::Unproven);
+    let broken = sum(&|s| matches!(s, Standing::Broken { .. }));
+    // Who has not been seen to work is used only when nobody has.
+    let usable = if proven > 0 { proven } else { unproven };
+    let panic = broken > 0 && usable * 100 < (usable + broken) * u64::from(panic_percent);
+    let refused = |m: &Member| matches!(m.standing, Standing::Broken { refused: true, .. });
+    let mut left = budget(members.len(), max_ejected_percent)
+        .saturating_sub(members.iter().filter(|m| refused(m)).count());
+    // Who fell first is out first.
+    let mut order: Vec<(Moment, usize)> = members
+        .iter()
+        .enumerate()
+        .filter_map(|(i, m)| match m.standing {
+            Standing::Broken { fell_at, refused: false } => Some((fell_at, i)),
+            _ => None,
+        })
+        .collect();
+    order.sort_unstable();
+    let mut uses: Vec<Use> = members
+        .iter()
+        .map(|m| match m.standing {
+            Standing::Usable => Use::Normal,
+            Standing::Unproven if proven > 0 => Use::Out,
+            Standing::Unproven => Use::Normal,
+            Standing::Broken { .. } => Use::Out,
+        })
+        .collect();
+    let mut over_budget = 0;
+    for (_, i) in order {
+        if panic || left == 0 {
+            over_budget += usize::from(left == 0);
+            uses[i] = Use::Overridden;
+        }
+        left = left.saturating_sub(1);
+    }
+    // Nothing left at all: then even those that refuse connections, which fail at once and cost nothing.
+    if !members.is_empty() && uses.iter().all(|u| *u == Use::Out) {
+        uses.fill(Use::Overridden);
+    }
+    Ruling { uses, panic, over_budget }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn members(text: &str) -> Vec<Member> {
+        let member = |(i, c): (usize, char)| Member {
+            name: i.to_string(),
+            weight: 100,
+            standing: match c {
+                'u' => Standing::Usable,
+                '?' => Standing::Unproven,
+                c => Standing::Broken { fell_at: Duration::from_secs(i as u64), refused: c == 'r' },
+            },
+        };
+        text.chars().enumerate().map(member).collect()
+    }
+
+    fn uses(text: &str) -> (String, bool) {
+        let ruling = rule(&members(text), 50, 50);
+        let letter = |u: &Use| match u {
+            Use::Normal => 'n',
+            Use::Out => '-',
+            Use::Overridden => '!',
+        };
+        (ruling.uses.iter().map(letter).collect(), ruling.panic)
+    }
+
+    #[test]
+    fn what_is_broken_is_out_until_too_little_is_left() {
+        for (pool, expected, panic) in [
+            ("uuu", "nnn", false),
+            ("uub", "nn-", false),
+            ("ubb", "n!!", true),
+            ("bbb", "!!!", true),
+            ("uubb", "nn--", false),
+            ("ubbb", "n!!!", true),
+            ("ub", "n-", false),
+            ("b", "!", true),
+            // Nobody is sent where connections are refused, unless nothing else is left.
+            ("urr", "n--", true),
+            ("brr", "!--", true),
+            ("rrr", "!!!", true),
+            ("r", "!", true),
+            // Nobody has proved anything yet: all are used. As soon as one has, the others wait.
+            ("???", "nnn", false),
+            ("u??", "n--", false),
+            ("??b", "nn-", false),
+            ("?bb", "n!!", true),
+        ] {
+            assert_eq!(uses(pool), (expected.to_owned(), panic), "{pool}");
+        }
+        assert_eq!(rule(&[], 50, 50), Ruling::default());
+    }
+
+    #[test]
+    fn the_budget_binds_where_panic_does_not() {
+        let ruling = rule(&members("uuuubbb"), 20, 10);
+        assert_eq!(ruling.uses.iter().filter(|u| **u == Use::Out).count(), 1);
+        assert_eq!(ruling.uses[4], Use::Out, "who fell first");
+        assert!(!ruling.panic);
+        assert_eq!(ruling.over_budget, 2);
+    }
+}

@@ -1,0 +1,329 @@
+//! The failure matrix: what fails, and what the cluster must make of it.
+
+use super::world::*;
+use crate::health::evidence::{Outcome, Passive, Tier, Vantage};
+use crate::health::params::HOLD_MAX;
+use crate::health::{Moment, Rule, State};
+use weir_proto::resource::HealthProfile;
+
+const PASS: Option<Outcome> = Some(Outcome::Pass);
+
+/// The longest time from a death to the verdict, over the moments within an interval at which it may die.
+fn slowest(gateways: usize, outcome: Outcome) -> Moment {
+    let died = |after: u64| {
+        let mut world = World::new(gateways, 3);
+        let death = secs(20) + ms(after);
+        world.run_until(death);
+        assert_eq!(world.state("b0"), State::Healthy);
+        world.behave = Box::new(move |_, backend, _, at| {
+            Some(if backend == "b0" && at >= death { outcome } else { Outcome::Pass })
+        });
+        let found = world.run_to(death + secs(30), |w| w.state("b0") == State::Unhealthy);
+        assert_eq!(world.falls("b1") + world.falls("b2"), 0);
+        found.expect("it is found") - death
+    };
+    (0..5000).step_by(50).map(died).max().expect("some")
+}
+
+#[test]
+fn a_backend_that_dies_idle_is_found_within_three_seconds_refused_and_eight_in_silence() {
+    for gateways in [2, 3, 5, 30] {
+        let (refused, silent) = (slowest(gateways, REFUSED), slowest(gateways, SILENT));
+        println!("{gateways} gateways: refused {refused:?}, silent {silent:?}");
+        assert!(refused < secs(3), "{gateways} gateways, refused: {refused:?}");
+        assert!(silent < secs(8), "{gateways} gateways, silent: {silent:?}");
+    }
+}
+
+#[test]
+fn one_gateway_of_five_cut_off_from_a_healthy_backend_ejects_nothing() {
+    for cut in 0..5 {
+        let mut world = World::new(5, 3);
+        world.run_until(secs(20));
+        world.behave = Box::new(move |vantage, backend, _, _| {
+            Some(if *vantage == gateway(cut) && backend == "b0" { SILENT } else { Outcome::Pass })
+        });
+        world.run_until(secs(1200));
+        assert_eq!(world.falls("b0"), 0, "gateway {cut}");
+        assert_eq!(world.state("b0"), State::Healthy);
+    }
+}
+
+#[test]
+fn three_of_five_cut_off_eject_nothing_while_two_still_reach_it() {
+    for (a, b, c) in [(0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 3, 4), (1, 2, 3), (1, 3, 4)]
+    {
+        for outcome in [REFUSED, SILENT] {
+            let mut world = World::new(5, 1);
+            world.run_until(secs(20));
+            let cut = [gateway(a), gateway(b), gateway(c)];
+            world.behave = Box::new(move |vantage, _, _, _| {
+                Some(if cut.contains(vantage) { outcome } else { Outcome::Pass })
+            });
+            world.run_until(secs(600));
+            assert_eq!(world.falls("b0"), 0, "{a} {b} {c} {outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn all_three_assigned_of_ten_cut_off_eject_nothing() {
+    let mut world = World::new(10, 1);
+    world.run_until(secs(20));
+    let assigned = world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).to_vec();
+    assert_eq!(assigned.len(), 3);
+    world.behave = Box::new(move |vantage, _, _, _| {
+        Some(if assigned.contains(vantage) { SILENT } else { Outcome::Pass })
+    });
+    world.run_until(secs(600));
+    assert_eq!(world.falls("b0"), 0);
+}
+
+#[test]
+fn with_one_vantage_point_three_in_a_row_decide() {
+    // No gateway: only the control plane looks.
+    let mut world = World::new(0, 2);
+    world.run_until(secs(20));
+    assert_eq!(world.state("b0"), State::Healthy, "liveness is enough where nobody can ask for completions");
+    world.behave = Box::new(|_, backend, _, _| Some(if backend == "b0" { REFUSED } else { Outcome::Pass }));
+    world.run_to(secs(40), |w| w.state("b0") == State::Unhealthy).expect("found");
+    assert_eq!(world.case("b0").rule, Rule::LivenessAlone);
+    assert_eq!(world.case("b0").votes.iter().map(|(_, _, vote)| vote.failures).max(), Some(3));
+}
+
+#[test]
+fn all_failing_readiness_is_panic_that_keeps_serving_and_an_alarm() {
+    let mut world = World::new(5, 4);
+    world.run_until(secs(40));
+    world.behave =
+        Box::new(|_, _, tier, _| Some(if tier == Tier::Readiness { BROKEN } else { Outcome::Pass }));
+    world.run_until(secs(200));
+    for b in 0..4 {
+        let name = format!("b{b}");
+        assert_eq!(world.state(&name), State::Unhealthy, "the verdict tells the truth");
+        assert_eq!(world.case(&name).rule, Rule::ReadinessQuorum);
+        let standard = world.standard(&name);
+        assert!(standard.overridden && standard.factor == 1.0, "and it is used all the same: {standard:?}");
+    }
+    assert!(world.alarms().contains("panic"), "{:?}", world.alarms());
+    let flips = world.cluster.events(0).filter(|e| e.message.starts_with("correlated_flip")).count();
+    assert!(flips > 0, "an alarm says that it is rather something they share");
+    world.behave = Box::new(|_, _, _, _| PASS);
+    world.run_until(secs(400));
+    assert!((0..4).all(|b| world.state(&format!("b{b}")) == State::Healthy));
+    assert!(world.alarms().is_empty(), "{:?}", world.alarms());
+}
+
+#[test]
+fn a_backend_that_hangs_with_a_living_health_page_falls_by_readiness_within_a_minute() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave = Box::new(|_, backend, tier, _| {
+        Some(if backend == "b0" && tier == Tier::Readiness { SILENT } else { Outcome::Pass })
+    });
+    world.run_to(secs(100), |w| w.state("b0") == State::Unhealthy).expect("found within a minute");
+    assert_eq!(world.standard("b0").factor, 0.0);
+}
+
+#[test]
+fn requests_that_fail_at_one_gateway_have_the_others_look_at_once() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave = Box::new(|_, backend, tier, _| {
+        Some(if backend == "b0" && tier == Tier::Readiness { BROKEN } else { Outcome::Pass })
+    });
+    let died = world.now;
+    let passive = Passive { server_errors: 3, ..Passive::default() };
+    world.cluster.requests(&gateway(0), "b0", &passive, died);
+    let found = world.run_to(died + secs(30), |w| w.state("b0") == State::Unhealthy);
+    assert!(found.expect("found") - died < secs(3), "not only at the next readiness round");
+}
+
+#[test]
+fn failing_requests_alone_eject_nothing_that_all_probes_reach() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    for i in 0..600 {
+        let passive = Passive { connect_failures: 5, ejected: true, ..Passive::default() };
+        world.cluster.requests(&gateway(1), "b0", &passive, world.now);
+        world.run_until(secs(40 + i));
+    }
+    assert_eq!(world.falls("b0"), 0, "what only one gateway sees is its own problem");
+}
+
+#[test]
+fn a_backend_returns_by_liveness_and_readiness_and_slowly() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave = Box::new(|_, backend, _, _| Some(if backend == "b0" { REFUSED } else { Outcome::Pass }));
+    world.run_to(secs(60), |w| w.state("b0") == State::Unhealthy).expect("found");
+    world.behave = Box::new(|_, backend, tier, _| {
+        Some(if backend == "b0" && tier == Tier::Readiness { BROKEN } else { Outcome::Pass })
+    });
+    world.run_until(secs(200));
+    assert_eq!(world.state("b0"), State::Unhealthy, "that it can be reached restores nothing");
+    world.behave = Box::new(|_, _, _, _| PASS);
+    let back = world.run_to(secs(260), |w| w.state("b0") == State::Recovering).expect("returns");
+    assert!((world.case("b0").ramp(back) - 0.1).abs() < 1e-9);
+    assert!((world.case("b0").ramp(back + secs(30)) - 0.5).abs() < 1e-9);
+    let whole = world.run_to(back + secs(70), |w| w.state("b0") == State::Healthy).expect("ramps");
+    assert_eq!(whole - back, secs(60));
+}
+
+#[test]
+fn a_dead_backend_that_comes_back_is_used_within_ten_seconds() {
+    let slowest = (0..50).map(|i| {
+        let mut world = World::new(5, 3);
+        world.run_until(secs(40));
+        world.behave =
+            Box::new(|_, backend, _, _| Some(if backend == "b0" { REFUSED } else { Outcome::Pass }));
+        world.run_until(secs(60) + ms(i * 100));
+        world.behave = Box::new(|_, _, _, _| PASS);
+        let alive = world.now;
+        world.run_to(alive + secs(60), |w| w.state("b0") == State::Recovering).expect("returns") - alive
+    });
+    let slowest = slowest.max().expect("some");
+    assert!(slowest < secs(10), "{slowest:?}");
+}
+
+#[test]
+fn flapping_doubles_the_hold_down_and_bounds_the_falls() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave = Box::new(|_, backend, _, at| {
+        Some(if backend == "b0" && (at.as_secs() / 20) % 2 == 0 { REFUSED } else { Outcome::Pass })
+    });
+    world.run_until(secs(3640));
+    let first_hour = world.falls("b0");
+    world.run_until(secs(7240));
+    let second_hour = world.falls("b0") - first_hour;
+    assert!(first_hour <= 18, "{first_hour}");
+    assert!(second_hour <= 12, "{second_hour}");
+    assert!(world.case("b0").hold_until - world.case("b0").fell_at <= HOLD_MAX);
+}
+
+#[test]
+fn a_model_that_loads_for_ten_minutes_is_unknown_not_dead() {
+    let loading = |until: Moment| -> Behaviour {
+        Box::new(move |_, backend, _, at| {
+            Some(if backend == "b0" && at < until { Outcome::Loading } else { Outcome::Pass })
+        })
+    };
+    let mut world = World::with(5, 3, HealthProfile::default(), loading(secs(600)));
+    world.run_until(secs(599));
+    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Unknown));
+    assert_eq!(world.case("b0").rule, Rule::Loading);
+    assert_eq!(world.standard("b0").factor, 0.0, "not used while others are");
+    assert!(world.alarms().is_empty());
+    world.run_until(secs(660));
+    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Healthy));
+
+    let mut world = World::with(5, 3, HealthProfile::default(), loading(secs(10_000)));
+    world.run_to(secs(1400), |w| w.state("b0") == State::Unhealthy).expect("patience ends after 20 min");
+    assert!(world.now >= secs(1200));
+    assert_eq!(world.case("b0").rule, Rule::LoadingTooLong);
+}
+
+#[test]
+fn one_that_loads_again_after_it_served_is_left_out_without_being_called_dead() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave =
+        Box::new(|_, backend, _, _| Some(if backend == "b0" { Outcome::Loading } else { Outcome::Pass }));
+    world.run_until(secs(80));
+    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Unknown));
+    assert_eq!(world.standard("b0").factor, 0.0);
+    world.behave = Box::new(|_, _, _, _| PASS);
+    world.run_until(secs(120));
+    assert_eq!(world.state("b0"), State::Recovering, "its caches are cold: a slow start");
+}
+
+#[test]
+fn busy_degrades_and_never_kills() {
+    let mut world = World::new(5, 3);
+    world.run_until(secs(40));
+    world.behave = Box::new(|_, backend, tier, _| {
+        Some(if backend == "b0" && tier == Tier::Readiness { Outcome::Busy } else { Outcome::Pass })
+    });
+    for i in 0..600 {
+        let passive = Passive { busy: 20, ..Passive::default() };
+        world.cluster.requests(&gateway(0), "b0", &passive, world.now);
+        world.run_until(secs(40 + i));
+    }
+    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Degraded));
+    assert_eq!(world.case("b0").rule, Rule::Busy);
+    assert!((world.standard("b0").factor - 0.5).abs() < 1e-9);
+    world.behave = Box::new(|_, _, _, _| PASS);
+    world.run_until(secs(700));
+    assert_eq!(world.state("b0"), State::Healthy);
+}
+
+#[test]
+fn silence_keeps_the_last_state_and_marks_it_stale() {
+    for dead in [false, true] {
+        let mut world = World::new(5, 3);
+        world.run_until(secs(40));
+        if dead {
+            world.behave = Box::new(|_, _, _, _| Some(REFUSED));
+            world.run_until(secs(60));
+        }
+        let before = world.state("b0");
+        world.behave = Box::new(|_, _, _, _| None);
+        world.run_until(secs(2000));
+        assert_eq!(world.state("b0"), before);
+        assert!(world.case("b0").stale);
+        assert!(world.standard("b0").factor > 0.0, "all of the pool being dead, it is used");
+        world.behave = Box::new(|_, _, _, _| PASS);
+        world.run_until(secs(2050));
+        assert!(!world.case("b0").stale);
+    }
+}
+
+#[test]
+fn a_gateway_that_alone_sees_most_backends_fail_loses_its_vote_for_a_while() {
+    let mut world = World::new(3, 8);
+    world.run_until(secs(40));
+    world.behave =
+        Box::new(|vantage, _, _, _| Some(if *vantage == gateway(1) { SILENT } else { Outcome::Pass }));
+    world.run_until(secs(60));
+    assert!(world.cluster.observers().is_isolated(&gateway(1), world.now));
+    assert!(world.alarms().contains("isolated"));
+    world.run_until(secs(900));
+    assert_eq!((0..8).map(|b| world.falls(&format!("b{b}"))).sum::<usize>(), 0);
+    world.behave = Box::new(|_, _, _, _| PASS);
+    world.run_until(secs(1100));
+    assert!(!world.cluster.observers().is_isolated(&gateway(1), world.now));
+    assert!(!world.alarms().contains("isolated"));
+}
+
+#[test]
+fn a_vantage_point_without_a_way_there_cannot_accuse() {
+    // The control plane's network does not reach the backend; one of two gateways is cut off later.
+    let mut world = World::with(
+        2,
+        1,
+        HealthProfile::default(),
+        Box::new(|vantage, _, _, _| {
+            Some(if *vantage == Vantage::ControlPlane { SILENT } else { Outcome::Pass })
+        }),
+    );
+    world.run_until(secs(120));
+    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Healthy));
+    world.behave =
+        Box::new(|vantage, _, _, _| Some(if *vantage == gateway(1) { Outcome::Pass } else { SILENT }));
+    world.run_until(secs(600));
+    assert_eq!(world.falls("b0"), 0);
+}
+
+#[test]
+fn the_cost_of_an_hour_is_the_same_with_three_and_with_thirty_gateways() {
+    for gateways in [3, 30] {
+        let mut world = World::new(gateways, 4);
+        world.run_until(secs(3600));
+        let per_backend = |tier| (world.looks[&tier] as f64 / 4.0).round() as u64;
+        let looks = Tier::ALL.map(per_backend);
+        println!("{gateways} gateways, per backend and hour: {looks:?}");
+        // One look more of each, on taking up the assignment.
+        assert_eq!(looks, [2160 + 3, 240 + 2, 12 + 1]);
+    }
+}

@@ -1,0 +1,247 @@
+//! Gateways that probe as they are assigned and ordered, and backends that answer as a test says.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::time::Duration;
+
+use weir_proto::resource::HealthProfile;
+
+use crate::health::assign::Probers;
+use crate::health::case::Case;
+use crate::health::cluster::Standard;
+use crate::health::evidence::{Cause, Moment, Observation, Outcome, Reading, Tier, Vantage};
+use crate::health::{Cluster, Order, State, Target};
+
+pub(super) const REFUSED: Outcome = Outcome::Failed(Cause::Refused);
+pub(super) const SILENT: Outcome = Outcome::Failed(Cause::Timeout);
+pub(super) const BROKEN: Outcome = Outcome::Failed(Cause::Status);
+
+const AGAIN: Duration = Duration::from_millis(500);
+
+pub(super) fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+pub(super) fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+pub(super) fn gateway(n: usize) -> Vantage {
+    Vantage::Gateway(format!("gateway-{n}").into())
+}
+
+/// What a look sees: `None` is a vantage point that says nothing.
+pub(super) type Behaviour = Box<dyn Fn(&Vantage, &str, Tier, Moment) -> Option<Outcome>>;
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Look { vantage: Vantage, backend: String, tier: Tier, left: u32, regular: bool },
+    Seen { vantage: Vantage, backend: String, tier: Tier, left: u32, regular: bool, at: Moment },
+}
+
+pub(super) struct World {
+    pub(super) cluster: Cluster,
+    pub(super) now: Moment,
+    pub(super) behave: Behaviour,
+    pub(super) profile: HealthProfile,
+    steps: BinaryHeap<Reverse<(Moment, u64, Step)>>,
+    number: u64,
+    failing: BTreeMap<(Vantage, String, Tier), u32>,
+    /// Looks made, by tier.
+    pub(super) looks: BTreeMap<Tier, usize>,
+    /// Every state each backend was in, since when.
+    pub(super) history: BTreeMap<String, Vec<(Moment, State)>>,
+}
+
+impl World {
+    /// So many gateways and backends, all well, started long enough ago that all is known.
+    pub(super) fn new(gateways: usize, backends: usize) -> Self {
+        Self::with(gateways, backends, HealthProfile::default(), Box::new(|_, _, _, _| Some(Outcome::Pass)))
+    }
+
+    pub(super) fn with(gateways: usize, backends: usize, profile: HealthProfile, behave: Behaviour) -> Self {
+        let mut world = Self {
+            cluster: Cluster::default(),
+            now: Duration::ZERO,
+            behave,
+            profile,
+            steps: BinaryHeap::new(),
+            number: 0,
+            failing: BTreeMap::new(),
+            looks: BTreeMap::new(),
+            history: BTreeMap::new(),
+        };
+        let targets = (0..backends).map(|b| {
+            let target = Target {
+                pool: "p".into(),
+                identity: format!("http://b{b}"),
+                weight: 100,
+                active: true,
+                profile,
+                max_ejected_percent: 50,
+            };
+            (format!("b{b}"), target)
+        });
+        world.cluster.configure(targets.collect(), world.now);
+        let regions = (0..gateways).map(|g| (gateway(g), String::new())).collect();
+        world.cluster.set_gateways(regions);
+        let assigned: Vec<(String, Probers)> =
+            world.cluster.assignments().map(|(name, probers)| (name.clone(), probers.clone())).collect();
+        for (backend, probers) in assigned {
+            for tier in Tier::ALL {
+                let turns = probers.of(tier).len() as u32;
+                for (turn, vantage) in probers.of(tier).iter().enumerate() {
+                    let phase = world.interval(tier) * turn as u32 / turns;
+                    let (vantage, backend) = (vantage.clone(), backend.clone());
+                    let look = Step::Look { vantage, backend, tier, left: 1, regular: true };
+                    // Whatever is newly assigned is looked at at once, then in its turn.
+                    if let Step::Look { vantage, backend, .. } = &look {
+                        let first = Step::Look {
+                            vantage: vantage.clone(),
+                            backend: backend.clone(),
+                            tier,
+                            left: 1,
+                            regular: false,
+                        };
+                        world.push(ms(10), first);
+                    }
+                    world.push(ms(100) + phase, look);
+                }
+            }
+        }
+        world
+    }
+
+    fn interval(&self, tier: Tier) -> Duration {
+        crate::health::tally::interval(&self.profile, tier)
+    }
+
+    fn push(&mut self, at: Moment, step: Step) {
+        self.number += 1;
+        self.steps.push(Reverse((at, self.number, step)));
+    }
+
+    /// Lets time pass up to a moment.
+    pub(super) fn run_until(&mut self, end: Moment) {
+        self.run_while(end, |_| true);
+    }
+
+    /// Lets time pass until something is so, or a moment is reached; says when it was so.
+    pub(super) fn run_to(&mut self, end: Moment, wanted: impl Fn(&Self) -> bool) -> Option<Moment> {
+        self.run_while(end, |world| !wanted(world));
+        wanted(self).then_some(self.now)
+    }
+
+    fn run_while(&mut self, end: Moment, go_on: impl Fn(&Self) -> bool) {
+        while go_on(self) {
+            let tick = self.cluster.next_tick(self.now);
+            let step = self.steps.peek().map(|Reverse((at, _, _))| *at);
+            let next = step.map_or(tick, |step| step.min(tick));
+            if next > end {
+                self.now = end;
+                return;
+            }
+            self.now = next;
+            if step == Some(next)
+                && let Some(Reverse((_, _, step))) = self.steps.pop()
+            {
+                self.step(step);
+            } else {
+                self.cluster.tick(self.now);
+            }
+            self.obey();
+            self.record();
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Look { vantage, backend, tier, left, regular } => {
+                if regular {
+                    let again = Step::Look {
+                        vantage: vantage.clone(),
+                        backend: backend.clone(),
+                        tier,
+                        left: 1,
+                        regular: true,
+                    };
+                    self.push(self.now + self.interval(tier), again);
+                }
+                *self.looks.entry(tier).or_default() += 1;
+                let latency = match (self.behave)(&vantage, &backend, tier, self.now) {
+                    None => return,
+                    Some(SILENT) => self.profile.timeout,
+                    Some(_) => ms(1),
+                };
+                let at = self.now;
+                if left > 1 {
+                    let (vantage, backend) = (vantage.clone(), backend.clone());
+                    let more = Step::Look { vantage, backend, tier, left: left - 1, regular: false };
+                    self.push(self.now + AGAIN, more);
+                }
+                self.push(self.now + latency, Step::Seen { vantage, backend, tier, left, regular, at });
+            }
+            Step::Seen { vantage, backend, tier, left, at, .. } => {
+                let Some(outcome) = (self.behave)(&vantage, &backend, tier, at) else { return };
+                let key = (vantage.clone(), backend.clone(), tier);
+                let failing = self.failing.entry(key).or_default();
+                *failing = if outcome.is_good() { 0 } else { *failing + 1 };
+                if *failing == 1 && left == 1 && tier != Tier::Deep && outcome != Outcome::Loading {
+                    let (vantage, backend) = (vantage.clone(), backend.clone());
+                    let again = Step::Look { vantage, backend, tier, left: 2, regular: false };
+                    self.push(self.now + AGAIN, again);
+                }
+                let seen = Observation {
+                    tier,
+                    outcome,
+                    detail: outcome.name().to_owned(),
+                    latency: outcome.is_good().then_some(ms(1)),
+                    reading: Reading::default(),
+                };
+                self.cluster.observe(&vantage, &backend, &seen, self.now);
+            }
+        }
+    }
+
+    fn obey(&mut self) {
+        for Order { backend, tier, vantages, .. } in self.cluster.take_orders() {
+            let left = if tier == Tier::Liveness { 2 } else { 1 };
+            for vantage in vantages {
+                let look = Step::Look { vantage, backend: backend.clone(), tier, left, regular: false };
+                // On its way there.
+                self.push(self.now + ms(10), look);
+            }
+        }
+    }
+
+    fn record(&mut self) {
+        for (name, case) in self.cluster.cases() {
+            let states = self.history.entry(name.clone()).or_default();
+            if states.last().is_none_or(|(_, state)| *state != case.state) {
+                states.push((self.now, case.state));
+            }
+        }
+    }
+
+    pub(super) fn case(&self, backend: &str) -> &Case {
+        self.cluster.case(backend).expect("configured")
+    }
+
+    pub(super) fn state(&self, backend: &str) -> State {
+        self.case(backend).state
+    }
+
+    pub(super) fn standard(&self, backend: &str) -> Standard {
+        self.cluster.standard(backend)
+    }
+
+    /// How often a backend fell.
+    pub(super) fn falls(&self, backend: &str) -> usize {
+        let states = self.history.get(backend).map(Vec::as_slice).unwrap_or_default();
+        states.iter().filter(|(_, state)| *state == State::Unhealthy).count()
+    }
+
+    pub(super) fn alarms(&self) -> BTreeSet<&'static str> {
+        self.cluster.alarms().iter().map(|alarm| alarm.kind).collect()
+    }
+}

@@ -1,0 +1,332 @@
+//! The shell around [`crate::health`]: brings it what is seen and the time, and publishes what it decides.
+//!
+//! The machine is behind a lock that is held for one report or one look, never across an await. What it decides goes
+//! into watches at once: the streams of the gateways send it on without waiting for anything.
+
+mod checkpoint;
+pub(crate) mod view;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use weir_proto::resource::{AdminState, Spec};
+use weir_proto::v1::{self, ResourceKind};
+
+use crate::health::{Cluster, Moment, Observation, Order, Regions, Target, Tier, Vantage};
+use crate::metrics::Metrics;
+use crate::model::{Key, State};
+
+/// The verdicts, by backend.
+pub(crate) type Healths = BTreeMap<String, v1::BackendHealth>;
+
+/// Gateways that come or go within this time are assigned together: after a restart all of them come at once.
+const GATHER: Duration = Duration::from_millis(50);
+/// Between two checkpoints at least.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Who looks at what.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Duties {
+    /// All that is assigned, by vantage point; the same `Arc` as long as it is the same.
+    pub(crate) assignments: BTreeMap<Vantage, Arc<v1::ProbeAssignments>>,
+    /// The last order per backend and tier: of two for the same, the later one is enough.
+    pub(crate) orders: BTreeMap<(String, Tier), Order>,
+}
+
+impl Duties {
+    /// What a vantage point is to look at now, and the highest serial there is.
+    pub(crate) fn orders_after<'a>(
+        &'a self,
+        serial: u64,
+        vantage: &'a Vantage,
+    ) -> impl Iterator<Item = &'a Order> {
+        self.orders.values().filter(move |o| o.serial > serial && o.vantages.contains(vantage))
+    }
+
+    /// The highest serial.
+    pub(crate) fn serial(&self) -> u64 {
+        self.orders.values().map(|order| order.serial).max().unwrap_or_default()
+    }
+}
+
+/// The verdicts. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Verdicts {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    machine: Mutex<Machine>,
+    origin: Instant,
+    origin_wall: SystemTime,
+    healths: watch::Sender<Arc<Healths>>,
+    duties: watch::Sender<Arc<Duties>>,
+    /// Told when the next tick may be due earlier than was thought.
+    wake: Notify,
+    metrics: Arc<Metrics>,
+    /// Where the states are kept over a restart.
+    checkpoint: Option<PathBuf>,
+}
+
+#[derive(Debug, Default)]
+struct Machine {
+    cluster: Cluster,
+    /// What was published last.
+    generation: u64,
+    assignment: u64,
+    /// Read at the start, taken over by the first configuration.
+    saved: checkpoint::Saved,
+    /// Gateways that are not yet taken into account, and when they will be.
+    gathered: Option<(Regions, Moment)>,
+}
+
+impl Verdicts {
+    /// Starts from what the checkpoint holds, if there is one.
+    pub(crate) fn new(metrics: Arc<Metrics>, checkpoint: Option<PathBuf>) -> Self {
+        let saved = checkpoint.as_deref().map(checkpoint::read).unwrap_or_default();
+        let machine = Machine { saved, ..Machine::default() };
+        let inner = Inner {
+            machine: Mutex::new(machine),
+            origin: Instant::now(),
+            origin_wall: SystemTime::now(),
+            healths: watch::Sender::default(),
+            duties: watch::Sender::default(),
+            wake: Notify::new(),
+            metrics,
+            checkpoint,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.inner.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Moment {
+        self.inner.origin.elapsed()
+    }
+
+    fn wall(&self, at: Moment) -> prost_types::Timestamp {
+        (self.inner.origin_wall + at).into()
+    }
+
+    /// Changes the machine and publishes what that made of it.
+    fn with<T>(&self, change: impl FnOnce(&mut Machine, Moment) -> T) -> T {
+        let now = self.now();
+        let mut machine = self.machine();
+        let before = machine.cluster.generation();
+        let done = change(&mut machine, now);
+        if machine.cluster.generation() != before || machine.generation == 0 {
+            self.publish(&mut machine);
+            drop(machine);
+            self.inner.wake.notify_one();
+        }
+        done
+    }
+
+    fn publish(&self, machine: &mut Machine) {
+        machine.generation = machine.cluster.generation().max(1);
+        let healths: Healths = machine
+            .cluster
+            .cases()
+            .map(|(name, case)| (name.clone(), self.health(&machine.cluster, name, case)))
+            .collect();
+        for event in machine.cluster.events(machine.cluster.logged()) {
+            let (subject, kind, message) = (&event.subject, event.kind, &event.message);
+            self.inner.metrics.health_event(kind);
+            match kind {
+                "state" | "alarm" | "isolated" => tracing::warn!(subject, kind, message, "health"),
+                _ => tracing::info!(subject, kind, message, "health"),
+            }
+        }
+        machine.cluster.mark_logged();
+        self.inner.metrics.health(&healths, machine.cluster.alarms());
+        self.inner.healths.send_if_modified(|old| {
+            let changed = **old != healths;
+            if changed {
+                *old = Arc::new(healths);
+            }
+            changed
+        });
+        let orders = machine.cluster.take_orders();
+        let assigned = machine.assignment != machine.cluster.assignment();
+        if orders.is_empty() && !assigned {
+            return;
+        }
+        self.inner.duties.send_modify(|duties| {
+            let duties = Arc::make_mut(duties);
+            for order in orders {
+                duties.orders.insert((order.backend.clone(), order.tier), order);
+            }
+            if assigned {
+                let cluster = &machine.cluster;
+                duties.orders.retain(|(backend, _), _| cluster.case(backend).is_some());
+                let mut next = view::assignments(cluster);
+                for (vantage, assignments) in &mut next {
+                    if let Some(same) = duties.assignments.get(vantage).filter(|old| *old == assignments) {
+                        *assignments = Arc::clone(same);
+                    }
+                }
+                duties.assignments = next;
+            }
+        });
+        machine.assignment = machine.cluster.assignment();
+    }
+
+    /// Takes up what is declared.
+    pub(crate) fn configure(&self, state: &State) {
+        let targets = targets(state);
+        self.with(|machine, now| {
+            for (gone, _) in machine.cluster.cases().filter(|(name, _)| !targets.contains_key(*name)) {
+                self.inner.metrics.forget_backend(gone);
+            }
+            machine.cluster.configure(targets, now);
+            let saved = std::mem::take(&mut machine.saved);
+            saved.restore(&mut machine.cluster, now);
+        });
+    }
+
+    /// The gateways that carry out probes.
+    pub(crate) fn set_gateways(&self, gateways: Regions) {
+        let now = self.now();
+        let mut machine = self.machine();
+        let due = machine.gathered.as_ref().map_or(now + GATHER, |(_, due)| *due);
+        machine.gathered = Some((gateways, due));
+        drop(machine);
+        self.inner.wake.notify_one();
+    }
+
+    /// When something is due though nothing happens.
+    fn due(&self) -> Instant {
+        let now = self.now();
+        let machine = self.machine();
+        let gathered = machine.gathered.as_ref().map(|(_, due)| *due);
+        let tick = machine.cluster.next_tick(now);
+        self.inner.origin + gathered.map_or(tick, |due| due.min(tick))
+    }
+
+    /// Time has passed.
+    fn pass(&self) {
+        self.with(|machine, now| {
+            if let Some((gateways, _)) = machine.gathered.take_if(|(_, due)| *due <= now) {
+                machine.cluster.set_gateways(gateways);
+            }
+            machine.cluster.tick(now);
+        });
+    }
+
+    /// Takes in one look.
+    pub(crate) fn observe(&self, vantage: &Vantage, backend: &str, seen: &Observation) {
+        self.with(|machine, now| {
+            // Only of backends there are: the name comes from outside.
+            if machine.cluster.case(backend).is_some() {
+                self.inner.metrics.probed(backend, seen.tier, seen.outcome);
+                machine.cluster.observe(vantage, backend, seen, now);
+            }
+        });
+    }
+
+    /// Takes in a whole report: its probes, then its requests.
+    pub(crate) fn report(&self, vantage: &Vantage, report: &v1::StreamReportsRequest) {
+        let looks = report.results.iter().filter_map(|result| view::observation(result).map(|o| (result, o)));
+        for (result, seen) in looks {
+            self.observe(vantage, &result.backend, &seen);
+        }
+        let said = report.backends.iter().filter(|backend| view::is_news(backend));
+        for backend in said {
+            let passive = view::passive(backend);
+            self.with(|machine, now| machine.cluster.requests(vantage, &backend.backend, &passive, now));
+        }
+    }
+
+    /// The verdicts, and every change of them.
+    pub(crate) fn healths(&self) -> watch::Receiver<Arc<Healths>> {
+        self.inner.healths.subscribe()
+    }
+
+    /// Who looks at what, and every change of it.
+    pub(crate) fn duties(&self) -> watch::Receiver<Arc<Duties>> {
+        self.inner.duties.subscribe()
+    }
+
+    /// Lets time pass and keeps checkpoints until `stop`.
+    pub(crate) async fn run(self, mut state: watch::Receiver<Arc<State>>, stop: CancellationToken) {
+        let (mut saved, mut save_at) = (0, Instant::now() + CHECKPOINT_INTERVAL);
+        self.configure(&state.borrow_and_update().clone());
+        loop {
+            let next = self.due();
+            tokio::select! {
+                () = stop.cancelled() => break,
+                changed = state.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    let now = state.borrow_and_update().clone();
+                    self.configure(&now);
+                }
+                () = self.inner.wake.notified() => {}
+                () = sleep_until(next) => self.pass(),
+            }
+            if Instant::now() >= save_at {
+                saved = self.save(saved).await;
+                save_at = Instant::now() + CHECKPOINT_INTERVAL;
+            }
+        }
+        self.save(saved).await;
+    }
+
+    /// Writes the checkpoint if anything changed since the generation given; returns the one that is written.
+    async fn save(&self, saved: u64) -> u64 {
+        let Some(path) = self.inner.checkpoint.clone() else { return saved };
+        let (generation, text) = {
+            let machine = self.machine();
+            let generation = machine.cluster.generation();
+            if generation == saved {
+                return saved;
+            }
+            (generation, checkpoint::text(&machine.cluster))
+        };
+        let written = tokio::task::spawn_blocking(move || checkpoint::write(&path, &text)).await;
+        match written.map_err(std::io::Error::other).flatten() {
+            Ok(()) => generation,
+            Err(error) => {
+                tracing::warn!(%error, "the health checkpoint was not written: a restart would begin from what is older");
+                saved
+            }
+        }
+    }
+}
+
+/// What is declared, as the machine takes it. A disabled backend is neither used nor looked at.
+fn targets(state: &State) -> BTreeMap<String, Target> {
+    let mut targets = BTreeMap::new();
+    for stored in state.of_kind(ResourceKind::Backend) {
+        let Spec::Backend(backend) = &stored.checked.spec else { continue };
+        if backend.admin_state == AdminState::Disabled {
+            continue;
+        }
+        let pool = state.get(&Key::new(ResourceKind::Pool, backend.pool.as_str()));
+        let Some(Spec::Pool(pool)) = pool.map(|pool| &pool.checked.spec) else { continue };
+        let target = Target {
+            pool: backend.pool.to_string(),
+            identity: format!("{}{}", backend.url, backend.health_path),
+            weight: backend.weight,
+            active: backend.admin_state == AdminState::Active,
+            profile: pool.health,
+            max_ejected_percent: pool.ejection.max_ejected_percent,
+        };
+        targets.insert(stored.wire.name.clone(), target);
+    }
+    targets
+}
+
+/// The vantage point of a gateway.
+pub(crate) fn gateway(id: &str) -> Vantage {
+    Vantage::Gateway(id.into())
+}

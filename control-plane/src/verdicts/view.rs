@@ -1,0 +1,262 @@
+//! Between the machine and the wire.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use weir_proto::v1;
+
+use super::Verdicts;
+use crate::health::case::Case;
+use crate::health::cluster::Event;
+use crate::health::evidence::Vote;
+use crate::health::{Cause, Cluster, Moment, Observation, Outcome, Passive, Reading, State, Tier, Vantage};
+
+/// Events shown with one backend.
+const EVENTS_SHOWN: usize = 20;
+
+pub(crate) const fn tier(tier: Tier) -> v1::ProbeTier {
+    match tier {
+        Tier::Liveness => v1::ProbeTier::Liveness,
+        Tier::Readiness => v1::ProbeTier::Readiness,
+        Tier::Deep => v1::ProbeTier::Deep,
+    }
+}
+
+const fn tier_of(wire: v1::ProbeTier) -> Option<Tier> {
+    match wire {
+        v1::ProbeTier::Unspecified => None,
+        v1::ProbeTier::Liveness => Some(Tier::Liveness),
+        v1::ProbeTier::Readiness => Some(Tier::Readiness),
+        v1::ProbeTier::Deep => Some(Tier::Deep),
+    }
+}
+
+const fn outcome(outcome: Outcome) -> v1::ProbeOutcome {
+    use v1::ProbeOutcome as W;
+    match outcome {
+        Outcome::Pass => W::Pass,
+        Outcome::Busy => W::Busy,
+        Outcome::Loading => W::Loading,
+        Outcome::Failed(Cause::Refused) => W::Refused,
+        Outcome::Failed(Cause::Timeout) => W::Timeout,
+        Outcome::Failed(Cause::Broken) => W::Broken,
+        Outcome::Failed(Cause::Status) => W::Status,
+        Outcome::Failed(Cause::WrongModel) => W::WrongModel,
+        Outcome::Failed(Cause::BadAnswer) => W::BadAnswer,
+    }
+}
+
+const fn outcome_of(wire: v1::ProbeOutcome) -> Option<Outcome> {
+    use v1::ProbeOutcome as W;
+    Some(match wire {
+        W::Unspecified => return None,
+        W::Pass => Outcome::Pass,
+        W::Busy => Outcome::Busy,
+        W::Loading => Outcome::Loading,
+        W::Refused => Outcome::Failed(Cause::Refused),
+        W::Timeout => Outcome::Failed(Cause::Timeout),
+        W::Broken => Outcome::Failed(Cause::Broken),
+        W::Status => Outcome::Failed(Cause::Status),
+        W::WrongModel => Outcome::Failed(Cause::WrongModel),
+        W::BadAnswer => Outcome::Failed(Cause::BadAnswer),
+    })
+}
+
+/// A look as the machine takes it; `None` when this version does not know what it is.
+pub(super) fn observation(wire: &v1::ProbeResult) -> Option<Observation> {
+    Some(Observation {
+        tier: tier_of(wire.tier())?,
+        outcome: outcome_of(wire.outcome())?,
+        detail: wire.detail.clone(),
+        latency: wire.latency.and_then(|latency| Duration::try_from(latency).ok()),
+        reading: Reading {
+            tokens_per_second: wire.tokens_per_second,
+            cache_used: wire.cache_used,
+            queue: wire.queue,
+        },
+    })
+}
+
+/// Most reports say nothing of most backends.
+pub(super) const fn is_news(wire: &v1::BackendReport) -> bool {
+    wire.successes > 0
+        || wire.connect_failures > 0
+        || wire.server_errors > 0
+        || wire.timeouts > 0
+        || wire.busy > 0
+        || wire.ejected
+}
+
+pub(super) const fn passive(wire: &v1::BackendReport) -> Passive {
+    Passive {
+        successes: wire.successes,
+        connect_failures: wire.connect_failures,
+        server_errors: wire.server_errors,
+        timeouts: wire.timeouts,
+        busy: wire.busy,
+        ejected: wire.ejected,
+    }
+}
+
+/// What every vantage point is to look at.
+pub(super) fn assignments(cluster: &Cluster) -> BTreeMap<Vantage, Arc<v1::ProbeAssignments>> {
+    let mut by_vantage: BTreeMap<Vantage, v1::ProbeAssignments> = BTreeMap::new();
+    for (backend, probers) in cluster.assignments() {
+        for of in Tier::ALL {
+            let chosen = probers.of(of);
+            for (turn, vantage) in chosen.iter().enumerate() {
+                let assignment = v1::ProbeAssignment {
+                    backend: backend.clone(),
+                    tier: tier(of).into(),
+                    turn: turn as u32,
+                    turns: chosen.len() as u32,
+                };
+                by_vantage.entry(vantage.clone()).or_default().assignments.push(assignment);
+            }
+        }
+    }
+    by_vantage.into_iter().map(|(vantage, assignments)| (vantage, Arc::new(assignments))).collect()
+}
+
+fn duration(duration: Duration) -> Option<prost_types::Duration> {
+    prost_types::Duration::try_from(duration).ok()
+}
+
+impl Verdicts {
+    pub(super) fn health(&self, cluster: &Cluster, name: &str, case: &Case) -> v1::BackendHealth {
+        let standard = cluster.standard(name);
+        v1::BackendHealth {
+            backend: name.to_owned(),
+            state: case.state.wire().into(),
+            reason: case.detail.clone(),
+            since: Some(self.wall(case.since)),
+            rule: case.rule.name().to_owned(),
+            factor: Some(standard.factor),
+            overridden: standard.overridden,
+            stale: case.stale,
+            suspect: case.suspicions.iter().any(Option::is_some),
+            ramp: (case.state == State::Recovering).then(|| duration(case.profile.slow_start)).flatten(),
+            ramp_elapsed: None,
+        }
+    }
+
+    /// A verdict as it is sent now: how far a slow start has come is said by the moment.
+    pub(crate) fn at_present(&self, health: &v1::BackendHealth) -> v1::BackendHealth {
+        let since = health.since.and_then(|since| std::time::SystemTime::try_from(since).ok());
+        let ramp = health.ramp.and_then(|ramp| Duration::try_from(ramp).ok());
+        let elapsed = ramp.zip(since).map(|(ramp, since)| {
+            let now = self.inner.origin_wall + self.now();
+            now.duration_since(since).unwrap_or_default().min(ramp)
+        });
+        v1::BackendHealth { ramp_elapsed: elapsed.and_then(duration), ..health.clone() }
+    }
+
+    /// What the machine adds to a backend's status: who probes it, its weight as its state leaves it, tokens per
+    /// second as the last deep probe read them.
+    pub(crate) fn fill(&self, status: &mut v1::BackendStatus) {
+        let (now, machine) = (self.now(), self.machine());
+        let cluster = &machine.cluster;
+        let Some(case) = cluster.case(&status.backend) else { return };
+        status.effective_weight =
+            f64::from(status.weight) * cluster.standard(&status.backend).factor * case.ramp(now);
+        status.tokens_per_second = status.tokens_per_second.or(case.signs.tokens_per_second());
+        (status.cache_used, status.queue) = (case.signs.cache_used(), case.signs.queue());
+        if let Some(probers) = cluster.probers(&status.backend) {
+            status.probers = Tier::ALL
+                .into_iter()
+                .flat_map(|of| probers.of(of).iter().map(move |vantage| (of, vantage)))
+                .map(|(of, vantage)| v1::backend_status::Prober {
+                    vantage: vantage.to_string(),
+                    tier: tier(of).into(),
+                })
+                .collect();
+        }
+    }
+
+    /// What a verdict rests on. `None` for a backend that is not looked at.
+    pub(crate) fn explain(&self, backend: &str) -> Option<v1::ExplainBackendResponse> {
+        let (now, machine) = (self.now(), self.machine());
+        let cluster = &machine.cluster;
+        let case = cluster.case(backend)?;
+        let votes = case.votes.iter().map(|(tier, vantage, vote)| {
+            self.vote(tier, vantage, vote, ignored(cluster, case, tier, vantage, vote, now))
+        });
+        let suspicions = [Tier::Liveness, Tier::Readiness].into_iter().zip(&case.suspicions);
+        let suspicions = suspicions.filter_map(|(of, suspicion)| {
+            let suspicion = suspicion.as_ref()?;
+            Some(v1::explain_backend_response::Suspicion {
+                tier: tier(of).into(),
+                reporter: suspicion.reporter.to_string(),
+                asked: suspicion.asked.iter().map(ToString::to_string).collect(),
+                deadline: Some(self.wall(suspicion.deadline)),
+            })
+        });
+        let events: Vec<&Event> = cluster.events(0).filter(|event| event.subject == backend).collect();
+        let shown = events.len().saturating_sub(EVENTS_SHOWN);
+        Some(v1::ExplainBackendResponse {
+            status: None,
+            votes: votes.collect(),
+            suspicions: suspicions.collect(),
+            may_return_time: case.may_return(now).map(|at| self.wall(at)),
+            conditions: case.conditions(now, cluster.is_ready_capable(case)),
+            events: events[shown..].iter().map(|event| self.event(event)).collect(),
+        })
+    }
+
+    fn vote(
+        &self,
+        of: Tier,
+        vantage: &Vantage,
+        vote: &Vote,
+        ignored: &str,
+    ) -> v1::explain_backend_response::Vote {
+        v1::explain_backend_response::Vote {
+            vantage: vantage.to_string(),
+            tier: tier(of).into(),
+            outcome: outcome(vote.last).into(),
+            detail: vote.detail.clone(),
+            failures: vote.failures,
+            passes: vote.passes,
+            time: Some(self.wall(vote.at)),
+            ignored: ignored.to_owned(),
+        }
+    }
+
+    fn event(&self, event: &Event) -> v1::HealthEvent {
+        v1::HealthEvent {
+            number: event.number,
+            time: Some(self.wall(event.at)),
+            subject: event.subject.clone(),
+            kind: event.kind.to_owned(),
+            message: event.message.clone(),
+        }
+    }
+
+    /// What happened after an event, of one subject or of all.
+    pub(crate) fn events(&self, after: u64, subject: &str) -> Vec<v1::HealthEvent> {
+        let machine = self.machine();
+        let wanted = |event: &&Event| subject.is_empty() || event.subject == subject;
+        machine.cluster.events(after).filter(wanted).map(|event| self.event(event)).collect()
+    }
+}
+
+/// Why a vote does not count; empty when it does.
+fn ignored(
+    cluster: &Cluster,
+    case: &Case,
+    tier: Tier,
+    vantage: &Vantage,
+    vote: &Vote,
+    now: Moment,
+) -> &'static str {
+    if cluster.observers().is_isolated(vantage, now) {
+        "it sees most backends fail while others do not"
+    } else if case.acquitted(tier, vantage) {
+        "it alone sees this; the others outvoted it"
+    } else if !case.votes.is_able(vantage, vote) {
+        "it has never reached this backend, others have"
+    } else {
+        ""
+    }
+}

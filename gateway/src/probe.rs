@@ -1,0 +1,397 @@
+//! Looks at backends as the control plane assigns: one of few gateways that do, with the connections and credentials
+//! that requests use.
+//!
+//! - `schedule`: when to look at what; `budget`: what it may cost. `look` asks, `judge` says what the answer means.
+//! - [`lane`]: assignments and orders come down the report lane, results go up.
+//!
+//! Without the control plane the last assignments are carried out for a minute more; then this gateway looks at the
+//! liveness of all backends itself, at half the rate, and goes by what it sees.
+
+mod budget;
+mod engine;
+mod judge;
+pub mod lane;
+mod look;
+mod schedule;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use weir_proto::resource::{AdminState, HealthProfile};
+use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
+
+use self::budget::Budget;
+use self::judge::Seen;
+use self::lane::Orders;
+use self::look::{DEEP_REQUESTS, Depth, Looked};
+use self::schedule::{End, Key, Schedule};
+use crate::live::Live;
+use crate::metrics::{Metrics, PaidProbeLabels, ProbeLabels};
+use crate::snapshot::{BackendEntry, ModelEntry, Snapshot};
+
+/// Looks at once; what a large assignment may take of a gateway.
+const AT_ONCE: usize = 64;
+/// So long the last assignments are carried out without the control plane.
+const ALONE_AFTER: Duration = Duration::from_secs(60);
+/// A gateway that was never assigned anything waits this long for the control plane.
+const ALONE_AT_START: Duration = Duration::from_secs(5);
+/// Alone, the intervals are longer: now every gateway looks at every backend.
+const ALONE_SLOWER: u32 = 2;
+/// Successful requests since the last readiness probe that make another needless.
+const PROOF: u64 = 3;
+/// Answers since the last deep probe that say how fast a backend is.
+const RATE_ANSWERS: u64 = 20;
+/// A backend with more of its slots in use than this is not measured: that would measure contention, and add to it.
+const IDLE_SHARE: f64 = 0.3;
+/// The shortest time a probe that asks for tokens is given, unless its model says otherwise.
+const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
+
+/// The task; ends with `shutdown`.
+#[derive(Debug)]
+pub struct Prober {
+    live: Arc<Live>,
+    metrics: Metrics,
+    schedule: Schedule,
+    budget: Budget,
+    /// (Backend, what it knows the model by) -> what it calls itself.
+    known: BTreeMap<(String, String), String>,
+    /// What requests had come to when a tier was last looked at.
+    before: BTreeMap<Key, Totals>,
+    /// Whose model's turn it is; one that failed keeps it.
+    turns: BTreeMap<String, usize>,
+    /// Failures and passes in a row, while alone.
+    alone: Option<BTreeMap<String, (u32, u32)>>,
+}
+
+/// What requests to a backend came to since the gateway started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Those that ended well.
+    pub good: u64,
+    /// Those that failed by the backend's fault.
+    pub bad: u64,
+    /// Streams that ended well and were timed.
+    pub answers: u64,
+    /// Their output tokens.
+    pub tokens: u64,
+    /// The time from their first byte to their last, summed, microseconds.
+    pub decode_us: u64,
+}
+
+/// A look that ended.
+struct Done {
+    key: Key,
+    entry: Arc<BackendEntry>,
+    model: Option<String>,
+    looked: Looked,
+}
+
+impl Prober {
+    /// For the backends of `live`, as its lane says.
+    pub fn new(live: Arc<Live>, metrics: Metrics) -> Self {
+        Self {
+            live,
+            metrics,
+            schedule: Schedule::default(),
+            budget: Budget::default(),
+            known: BTreeMap::new(),
+            before: BTreeMap::new(),
+            turns: BTreeMap::new(),
+            alone: None,
+        }
+    }
+
+    /// Looks until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let live = Arc::clone(&self.live);
+        let (mut orders, mut revisions) = (live.probes().orders(), live.revisions());
+        let mut looks = JoinSet::new();
+        loop {
+            let now = Instant::now();
+            let alone_at = self.follow(&orders.borrow_and_update().clone(), now);
+            revisions.borrow_and_update();
+            self.start_due(&mut looks, now);
+            // With all places taken, the next thing to happen is the end of a look.
+            let next = self.schedule.next().filter(|_| looks.len() < AT_ONCE);
+            let next = next.into_iter().chain(alone_at).min();
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                changed = orders.changed() => if changed.is_err() { return },
+                changed = revisions.changed() => if changed.is_err() { return },
+                ordered = live.probes().ordered() => {
+                    let now = Instant::now();
+                    ordered.into_iter().for_each(|key| self.schedule.order(key, now));
+                }
+                Some(done) = looks.join_next() => {
+                    if let Ok(done) = done {
+                        self.finished(done);
+                    }
+                }
+                () = sleep_until(next.unwrap_or(now)), if next.is_some() => {}
+            }
+        }
+    }
+
+    /// Takes over what is assigned and which backends there are. Returns when it will be alone, if nothing changes.
+    fn follow(&mut self, orders: &Orders, now: Instant) -> Option<Instant> {
+        let snapshot = self.live.snapshot();
+        let patience = if orders.assignments.is_some() { ALONE_AFTER } else { ALONE_AT_START };
+        let alone_at = orders.away_since.map(|since| since + patience);
+        let alone = alone_at.is_some_and(|at| at <= now);
+        if alone != self.alone.is_some() {
+            self.alone = alone.then(BTreeMap::new);
+            let said = if alone { "on its own" } else { "as the control plane assigns" };
+            tracing::info!("this gateway looks at its backends {said}");
+        }
+        let enabled = |name: &str| {
+            snapshot.backends.get(name).is_some_and(|b| b.spec.admin_state != AdminState::Disabled)
+        };
+        let assigned: BTreeMap<Key, (u32, u32)> = if alone {
+            let all = snapshot.backends.keys().map(|name| name.to_string()).filter(|name| enabled(name));
+            all.map(|name| ((name, ProbeTier::Liveness), (0, 1))).collect()
+        } else {
+            let assignments = orders.assignments.iter().flat_map(|all| &all.assignments);
+            let known = assignments.filter(|a| a.tier() != ProbeTier::Unspecified && enabled(&a.backend));
+            known.map(|a| ((a.backend.clone(), a.tier()), (a.turn, a.turns))).collect()
+        };
+        self.schedule.assign(&assigned, now);
+        let names: BTreeSet<String> = snapshot.backends.keys().map(ToString::to_string).collect();
+        self.schedule.retain(&names);
+        self.budget.retain(|name| names.contains(name));
+        self.known.retain(|(name, _), _| names.contains(name));
+        self.before.retain(|(name, _), _| names.contains(name));
+        self.turns.retain(|name, _| names.contains(name));
+        alone_at.filter(|at| *at > now)
+    }
+
+    fn start_due(&mut self, looks: &mut JoinSet<Done>, now: Instant) {
+        let snapshot = self.live.snapshot();
+        for key in self.schedule.take_due(now, AT_ONCE.saturating_sub(looks.len())) {
+            let Some(entry) = snapshot.backends.get(key.0.as_str()).cloned() else {
+                self.schedule.finished(&key, End::Good, &HealthProfile::default(), (now, unix()), 0.0);
+                continue;
+            };
+            match self.plan(&snapshot, &key, &entry, now) {
+                Plan::Known(looked) => self.finished(Done { key, entry, model: None, looked: *looked }),
+                Plan::Skip => {
+                    let profile = self.profile(&snapshot, &entry);
+                    self.schedule.finished(&key, End::Good, &profile, (now, unix()), crate::random_unit());
+                }
+                Plan::Liveness(limit) => {
+                    looks.spawn(async move {
+                        let looked = look::liveness(entry.clone(), limit).await;
+                        Done { key, entry, model: None, looked }
+                    });
+                }
+                Plan::Readiness { model, known, limit } => {
+                    looks.spawn(async move {
+                        let looked = look::readiness(entry.clone(), model.clone(), known, limit).await;
+                        Done { key, entry, model: Some(model), looked }
+                    });
+                }
+                Plan::Deep(depth) => {
+                    looks.spawn(async move {
+                        let looked = look::deep(entry.clone(), depth).await;
+                        Done { key, entry, model: None, looked }
+                    });
+                }
+            }
+        }
+    }
+
+    fn plan(&mut self, snapshot: &Snapshot, key: &Key, entry: &Arc<BackendEntry>, now: Instant) -> Plan {
+        let profile = self.profile(snapshot, entry);
+        let totals = entry.runtime.totals();
+        let before = self.before.insert(key.clone(), totals);
+        if key.1 == ProbeTier::Liveness {
+            return Plan::Liveness(profile.timeout);
+        }
+        let models = served(snapshot, entry);
+        let turn = self.turns.entry(key.0.clone()).or_default();
+        let Some((model, name)) = models.get(*turn % models.len().max(1)) else { return Plan::Skip };
+        let limit = model.spec.health_timeout.unwrap_or(PAID_TIMEOUT_MIN.max(profile.timeout));
+        let before = before.unwrap_or(totals);
+        if key.1 == ProbeTier::Readiness {
+            if totals.good - before.good >= PROOF && totals.bad == before.bad {
+                let seen = Seen::new(ProbeOutcome::Pass, "requests succeed");
+                return Plan::Known(Box::new(seen.into()));
+            }
+            if !self.budget.take(&key.0, 1, profile.paid_probes_per_hour, now) {
+                self.over_budget(&key.0);
+                return Plan::Skip;
+            }
+            let known = self.known.get(&(key.0.clone(), name.clone())).cloned();
+            return Plan::Readiness { model: name.clone(), known, limit };
+        }
+        let (answers, tokens) = (totals.answers - before.answers, totals.tokens - before.tokens);
+        let seconds = (totals.decode_us - before.decode_us) as f64 / 1e6;
+        let known_rate = (answers >= RATE_ANSWERS && seconds > 0.0).then(|| tokens as f64 / seconds);
+        let busy = f64::from(entry.runtime.in_flight()) > IDLE_SHARE * f64::from(entry.spec.max_concurrency);
+        let well = entry.runtime.health() != HealthState::Unhealthy;
+        let measure = known_rate.is_none() && !busy && well;
+        let paid = measure && self.budget.take(&key.0, DEEP_REQUESTS, profile.paid_probes_per_hour, now);
+        if measure && !paid {
+            self.over_budget(&key.0);
+        }
+        Plan::Deep(Depth {
+            measure: paid.then(|| name.clone()),
+            known_rate,
+            models: models.iter().map(|(_, name)| name.clone()).collect(),
+            limit,
+        })
+    }
+
+    fn over_budget(&self, backend: &str) {
+        let labels = PaidProbeLabels { backend: backend.to_owned() };
+        self.metrics.probes_over_budget.get_or_create(&labels).inc();
+    }
+
+    /// The profile of a backend's pool; alone, slower.
+    fn profile(&self, snapshot: &Snapshot, entry: &BackendEntry) -> HealthProfile {
+        let mut profile =
+            snapshot.pools.get(&entry.spec.pool).map(|pool| pool.spec.health).unwrap_or_default();
+        if self.alone.is_some() {
+            profile.liveness_interval = profile.liveness_interval.saturating_mul(ALONE_SLOWER);
+        }
+        profile
+    }
+
+    fn finished(&mut self, done: Done) {
+        let Done { key, entry, model, looked } = done;
+        let snapshot = self.live.snapshot();
+        let profile = self.profile(&snapshot, &entry);
+        let end = match looked.seen.outcome {
+            _ if looked.seen.is_good() => End::Good,
+            ProbeOutcome::Loading => End::Patient,
+            _ => End::Bad,
+        };
+        let news =
+            self.schedule.finished(&key, end, &profile, (Instant::now(), unix()), crate::random_unit());
+        // Of a backend that moved or went meanwhile the answer says nothing.
+        let current = snapshot.backends.get(key.0.as_str());
+        if !current
+            .is_some_and(|now| Arc::ptr_eq(&now.runtime, &entry.runtime) && now.spec.url == entry.spec.url)
+        {
+            return;
+        }
+        let labels = ProbeLabels {
+            backend: key.0.clone(),
+            tier: tier_name(key.1),
+            outcome: outcome_name(looked.seen.outcome),
+        };
+        self.metrics.probes.get_or_create(&labels).inc();
+        if looked.tokens > 0 {
+            let labels = PaidProbeLabels { backend: key.0.clone() };
+            self.metrics.probe_tokens.get_or_create(&labels).inc_by(looked.tokens);
+        }
+        if let Some(model) = model {
+            if end == End::Good {
+                *self.turns.entry(key.0.clone()).or_default() += 1;
+            }
+            if let Some(named) = &looked.named {
+                self.known.insert((key.0.clone(), model), named.clone());
+            }
+        }
+        if key.1 == ProbeTier::Liveness && end == End::Bad {
+            // What only this gateway sees is its own problem: it keeps away, whatever the cluster says.
+            if let Some(pool) = snapshot.pools.get(&entry.spec.pool) {
+                pool.runtime.probe_failed(&entry.name);
+            }
+        }
+        self.judge_alone(&key, &entry, end, &profile);
+        self.live.probes().report(result(&key, looked), news);
+    }
+
+    /// Without the control plane, what this gateway sees is all there is.
+    fn judge_alone(&mut self, key: &Key, entry: &BackendEntry, end: End, profile: &HealthProfile) {
+        let Some(streaks) = &mut self.alone else { return };
+        if key.1 != ProbeTier::Liveness {
+            return;
+        }
+        let (failures, passes) = streaks.entry(key.0.clone()).or_default();
+        (*failures, *passes) = match end {
+            End::Good => (0, passes.saturating_add(1)),
+            End::Bad | End::Patient => (failures.saturating_add(1), 0),
+        };
+        let unhealthy = entry.runtime.health() == HealthState::Unhealthy;
+        let state = if !unhealthy && *failures >= profile.unhealthy_threshold {
+            HealthState::Unhealthy
+        } else if unhealthy && *passes >= profile.healthy_threshold {
+            HealthState::Recovering
+        } else {
+            return;
+        };
+        tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway alone");
+        entry.runtime.set_health(state);
+    }
+}
+
+/// How a look is made.
+enum Plan {
+    /// It need not be made.
+    Known(Box<Looked>),
+    /// It cannot be made.
+    Skip,
+    Liveness(Duration),
+    Readiness {
+        model: String,
+        known: Option<String>,
+        limit: Duration,
+    },
+    Deep(Depth),
+}
+
+/// The models a backend serves, with the name it knows each by.
+fn served(snapshot: &Snapshot, entry: &BackendEntry) -> Vec<(Arc<ModelEntry>, String)> {
+    let models = entry.spec.models.iter().filter_map(|(model, upstream)| {
+        let model = snapshot.models_by_name.get(model)?;
+        let name = if upstream.is_empty() { &model.spec.client_name } else { upstream };
+        Some((model.clone(), name.clone()))
+    });
+    models.collect()
+}
+
+fn unix() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+fn result(key: &Key, looked: Looked) -> ProbeResult {
+    ProbeResult {
+        backend: key.0.clone(),
+        tier: key.1.into(),
+        outcome: looked.seen.outcome.into(),
+        detail: looked.seen.detail,
+        latency: looked.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
+        tokens_per_second: looked.reading.tokens_per_second,
+        cache_used: looked.reading.cache_used,
+        queue: looked.reading.queue,
+    }
+}
+
+const fn tier_name(tier: ProbeTier) -> &'static str {
+    match tier {
+        ProbeTier::Unspecified => "unspecified",
+        ProbeTier::Liveness => "liveness",
+        ProbeTier::Readiness => "readiness",
+        ProbeTier::Deep => "deep",
+    }
+}
+
+const fn outcome_name(outcome: ProbeOutcome) -> &'static str {
+    match outcome {
+        ProbeOutcome::Unspecified => "unspecified",
+        ProbeOutcome::Pass => "pass",
+        ProbeOutcome::Busy => "busy",
+        ProbeOutcome::Loading => "loading",
+        ProbeOutcome::Refused => "refused",
+        ProbeOutcome::Timeout => "timeout",
+        ProbeOutcome::Broken => "broken",
+        ProbeOutcome::Status => "status",
+        ProbeOutcome::WrongModel => "wrong_model",
+        ProbeOutcome::BadAnswer => "bad_answer",
+    }
+}

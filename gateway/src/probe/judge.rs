@@ -1,0 +1,220 @@
+//! What an answer to a probe says of the backend. Pure.
+
+use http::StatusCode;
+use serde_json::Value;
+use weir_proto::v1::ProbeOutcome;
+
+/// What was seen, for the machine and for people. The text never holds what a backend sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Seen {
+    pub(super) outcome: ProbeOutcome,
+    pub(super) detail: String,
+}
+
+impl Seen {
+    pub(super) fn new(outcome: ProbeOutcome, detail: impl Into<String>) -> Self {
+        Self { outcome, detail: detail.into() }
+    }
+
+    /// The server is there and does its work, if reluctantly.
+    pub(super) const fn is_good(&self) -> bool {
+        matches!(self.outcome, ProbeOutcome::Pass | ProbeOutcome::Busy)
+    }
+}
+
+/// Whoever answers a liveness probe lives, even with "no such page" or "who are you": many servers have no health
+/// page. 429 is alive too. `None`: the body of a GET must be seen.
+pub(super) fn liveness(status: StatusCode) -> Option<Seen> {
+    let alive =
+        status.is_success() || status.is_redirection() || matches!(status.as_u16(), 401 | 404 | 405 | 429);
+    alive.then(|| Seen::new(ProbeOutcome::Pass, format!("answered {}", status.as_u16())))
+}
+
+/// A refusal that is not the caller's fault, of any tier.
+pub(super) fn refusal(status: StatusCode, retry_after: bool, body: &[u8]) -> Seen {
+    let code = status.as_u16();
+    match code {
+        429 => Seen::new(ProbeOutcome::Busy, "answered 429"),
+        503 if retry_after => Seen::new(ProbeOutcome::Busy, "answered 503 with Retry-After"),
+        503 if mentions(body, "loading") => Seen::new(ProbeOutcome::Loading, "it says that it is loading"),
+        401 | 403 => Seen::new(ProbeOutcome::Status, format!("answered {code}: it refuses our credential")),
+        _ => Seen::new(ProbeOutcome::Status, format!("answered {code}")),
+    }
+}
+
+/// A completion of one token. `known` is the name the backend gave last time, if it was another than asked for.
+pub(super) fn completion(
+    status: StatusCode,
+    retry_after: bool,
+    body: &[u8],
+    asked: &str,
+    known: Option<&str>,
+) -> (Seen, Option<String>) {
+    match status.as_u16() {
+        200 => answer(body, asked, known),
+        // The model is there and minds the form of the question: reasoning models want more than one token, others
+        // another name for the bound, embedding models no chat at all.
+        400 | 422 if !says_missing(body) => (
+            Seen::new(
+                ProbeOutcome::Pass,
+                format!("answered {status}: it is there and wants another question"),
+            ),
+            None,
+        ),
+        404 | 405 | 501 if !says_missing(body) => {
+            (Seen::new(ProbeOutcome::Pass, "it takes no chat completions; that it answers has to do"), None)
+        }
+        400 | 404 | 422 => (Seen::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None),
+        _ => (refusal(status, retry_after, body), None),
+    }
+}
+
+/// A 200: it must hold an answer, of the model asked for. Returns the name it calls itself by.
+fn answer(body: &[u8], asked: &str, known: Option<&str>) -> (Seen, Option<String>) {
+    let bad = |text: &str| (Seen::new(ProbeOutcome::BadAnswer, text), None);
+    let Ok(answer) = serde_json::from_slice::<Value>(body) else { return bad("a 200 that is not JSON") };
+    if answer.get("error").is_some_and(|error| !error.is_null()) {
+        return bad("an error inside a 200");
+    }
+    let Some(choice) = answer["choices"].get(0) else { return bad("a 200 without choices") };
+    let ended = choice["finish_reason"].is_string();
+    let wrote = choice["message"]["content"].as_str().is_some_and(|text| !text.is_empty());
+    if !ended && !wrote {
+        return bad("a completion without a token and without an end");
+    }
+    let Some(named) = answer["model"].as_str().filter(|name| !name.is_empty()) else {
+        return (Seen::new(ProbeOutcome::Pass, "completed one token"), None);
+    };
+    if is_same_model(asked, named) {
+        return (Seen::new(ProbeOutcome::Pass, "completed one token"), Some(asked.to_owned()));
+    }
+    // Some servers call their models by file or by nothing of use. What they said first is what they are called; one
+    // that says something else later has another model loaded.
+    match known {
+        Some(known) if known != named => {
+            (Seen::new(ProbeOutcome::WrongModel, "another model answers than before"), None)
+        }
+        _ => {
+            (Seen::new(ProbeOutcome::Pass, "completed one token, under another name"), Some(named.to_owned()))
+        }
+    }
+}
+
+/// The name, a dated version of it, or the name without its owner or its file's ending.
+fn is_same_model(asked: &str, named: &str) -> bool {
+    let bare = |name: &str| {
+        let name = name.rsplit('/').next().unwrap_or(name);
+        name.strip_suffix(".gguf").unwrap_or(name).to_ascii_lowercase()
+    };
+    let (asked, named) = (bare(asked), bare(named));
+    named
+        .strip_prefix(asked.as_str())
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '@', ':']))
+}
+
+/// The models on a list that are missing; an empty list says nothing.
+pub(super) fn missing<'a>(list: &[u8], wanted: &[&'a str]) -> Vec<&'a str> {
+    let Ok(list) = serde_json::from_slice::<Value>(list) else { return Vec::new() };
+    let listed: Vec<&str> =
+        list["data"].as_array().into_iter().flatten().filter_map(|m| m["id"].as_str()).collect();
+    if listed.is_empty() {
+        return Vec::new();
+    }
+    wanted.iter().filter(|model| !listed.iter().any(|name| is_same_model(model, name))).copied().collect()
+}
+
+/// Tokens written, as the answer counts them.
+pub(super) fn tokens_written(body: &[u8]) -> Option<u64> {
+    serde_json::from_slice::<Value>(body).ok()?["usage"]["completion_tokens"].as_u64().filter(|n| *n > 0)
+}
+
+fn says_missing(body: &[u8]) -> bool {
+    mentions(body, "model")
+        && ["not found", "not_found", "does not exist", "unknown model"].iter().any(|s| mentions(body, s))
+}
+
+fn mentions(body: &[u8], text: &str) -> bool {
+    String::from_utf8_lossy(body).to_ascii_lowercase().contains(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(status: u16, body: &str) -> ProbeOutcome {
+        completion(StatusCode::from_u16(status).unwrap(), false, body.as_bytes(), "gpt-4.1", None).0.outcome
+    }
+
+    const GOOD: &str =
+        r#"{"model":"gpt-4.1","choices":[{"message":{"content":"ok"},"finish_reason":"length"}]}"#;
+
+    #[test]
+    fn answers_of_real_servers_are_judged_by_what_they_mean() {
+        use ProbeOutcome as O;
+        for (status, body, expected) in [
+            (200, GOOD, O::Pass),
+            (200, r#"{"choices":[{"message":{"content":""},"finish_reason":"length"}]}"#, O::Pass),
+            (200, r#"{"model":"gpt-4.1-2025-04-14","choices":[{"finish_reason":"length"}]}"#, O::Pass),
+            (200, r#"{"model":"gpt-4.1","choices":[]}"#, O::BadAnswer),
+            (200, r#"{"error":{"message":"out of memory"}}"#, O::BadAnswer),
+            (200, r#"{"choices":[{"message":{"content":""},"finish_reason":null}]}"#, O::BadAnswer),
+            (200, "<html>", O::BadAnswer),
+            // A reasoning model that has no room to think.
+            (400, r#"{"error":{"message":"max_tokens or model output limit was reached"}}"#, O::Pass),
+            (400, r#"{"error":{"message":"Unsupported parameter: 'max_tokens'"}}"#, O::Pass),
+            // vLLM, OpenAI.
+            (404, r#"{"message":"The model `x` does not exist.","type":"NotFoundError"}"#, O::WrongModel),
+            (404, r#"{"error":{"code":"model_not_found","message":"..."}}"#, O::WrongModel),
+            (404, r#"{"detail":"Not Found"}"#, O::Pass),
+            (401, "", O::Status),
+            (429, "", O::Busy),
+            (500, "", O::Status),
+            (503, r#"{"error":{"message":"Loading model"}}"#, O::Loading),
+            (503, "", O::Status),
+        ] {
+            assert_eq!(judged(status, body), expected, "{status} {body}");
+        }
+        assert_eq!(refusal(StatusCode::SERVICE_UNAVAILABLE, true, b"").outcome, O::Busy);
+    }
+
+    #[test]
+    fn a_name_that_changes_is_another_model_and_a_strange_one_that_stays_is_not() {
+        let answer = |named: &str, known: Option<&str>| {
+            let body = GOOD.replace("gpt-4.1", named);
+            let (seen, name) = completion(StatusCode::OK, false, body.as_bytes(), "gpt-4.1", known);
+            (seen.outcome, name)
+        };
+        let (outcome, name) = answer("/models/q4.gguf", None);
+        assert_eq!((outcome, name.as_deref()), (ProbeOutcome::Pass, Some("/models/q4.gguf")));
+        assert_eq!(answer("/models/q4.gguf", name.as_deref()).0, ProbeOutcome::Pass);
+        assert_eq!(answer("/models/other.gguf", name.as_deref()).0, ProbeOutcome::WrongModel);
+        assert_eq!(answer("llama", Some("gpt-4.1")).0, ProbeOutcome::WrongModel);
+    }
+
+    #[test]
+    fn names_of_one_model() {
+        for (asked, named, same) in [
+            ("gpt-4.1", "gpt-4.1", true),
+            ("gpt-4.1", "gpt-4.1-2025-04-14", true),
+            ("gpt-4.1", "gpt-4.10", false),
+            ("Qwen/Qwen2.5-7B", "qwen2.5-7b", true),
+            ("m", "/data/m.gguf", true),
+            ("gpt-4", "gpt-4o", false),
+        ] {
+            assert_eq!(is_same_model(asked, named), same, "{asked} {named}");
+        }
+        let list = br#"{"data":[{"id":"a"},{"id":"b"}]}"#;
+        assert_eq!(missing(list, &["a", "c"]), ["c"]);
+        assert_eq!(missing(br#"{"data":[]}"#, &["a"]), [""; 0], "a server that lists nothing says nothing");
+    }
+
+    #[test]
+    fn who_answers_lives_unless_it_says_it_is_broken() {
+        for code in [200, 204, 302, 401, 404, 405, 429] {
+            assert!(liveness(StatusCode::from_u16(code).unwrap()).is_some(), "{code}");
+        }
+        for code in [400, 403, 500, 502, 503] {
+            assert!(liveness(StatusCode::from_u16(code).unwrap()).is_none(), "{code}");
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! The looks themselves: the same connections and credentials as requests, bounded in time and in bytes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use tokio::time::{Instant, timeout};
+use weir_proto::v1::ProbeOutcome;
+
+use super::engine::Engine;
+use super::judge::{self, Seen};
+use crate::snapshot::BackendEntry;
+
+/// What is read of an answer; a longer one is no answer to such a question.
+const ANSWER_MAX_BYTES: usize = 256 << 10;
+/// What is read of a metrics page: those of large engines are long.
+const PAGE_MAX_BYTES: usize = 4 << 20;
+/// Output tokens of each request of a deep probe...
+const DEEP_TOKENS: u32 = 20;
+/// ...and how many there are.
+pub(super) const DEEP_REQUESTS: u32 = 5;
+
+/// What a deep probe read.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Reading {
+    pub(super) tokens_per_second: Option<f64>,
+    pub(super) cache_used: Option<f64>,
+    pub(super) queue: Option<u64>,
+}
+
+/// What one look came to.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Looked {
+    pub(super) seen: Seen,
+    pub(super) latency: Option<Duration>,
+    /// The name the model goes by, when the answer said it.
+    pub(super) named: Option<String>,
+    pub(super) reading: Reading,
+    /// Tokens it cost, as far as the answers said.
+    pub(super) tokens: u64,
+}
+
+impl From<Seen> for Looked {
+    fn from(seen: Seen) -> Self {
+        Self { seen, latency: None, named: None, reading: Reading::default(), tokens: 0 }
+    }
+}
+
+struct Answer {
+    status: StatusCode,
+    retry_after: bool,
+    body: Bytes,
+}
+
+/// One exchange; the error is what was seen instead.
+async fn ask(
+    backend: &BackendEntry,
+    method: Method,
+    path: &str,
+    body: Bytes,
+    most: usize,
+) -> Result<Answer, Seen> {
+    let uri = backend.upstream.uri(path);
+    let uri = uri.map_err(|_| Seen::new(ProbeOutcome::BadAnswer, "the address is not usable"))?;
+    let mut request = Request::new(Full::new(body));
+    *request.method_mut() = method;
+    *request.uri_mut() = uri;
+    let headers: &mut HeaderMap = request.headers_mut();
+    headers.insert(header::USER_AGENT, HeaderValue::from_static("weir-probe"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(authorization) = &backend.authorization {
+        headers.insert(header::AUTHORIZATION, authorization.clone());
+    }
+    let answer = backend.upstream.send(request).await.map_err(|error| {
+        if error.is_connect() {
+            Seen::new(ProbeOutcome::Refused, "cannot connect")
+        } else {
+            Seen::new(ProbeOutcome::Broken, "the connection broke")
+        }
+    })?;
+    let (head, body) = answer.into_parts();
+    let body = Limited::new(body, most).collect().await;
+    let body = body.map_err(|_| Seen::new(ProbeOutcome::Broken, "the answer broke off or is too long"))?;
+    Ok(Answer {
+        status: head.status,
+        retry_after: head.headers.contains_key(header::RETRY_AFTER),
+        body: body.to_bytes(),
+    })
+}
+
+fn late(limit: Duration) -> Seen {
+    Seen::new(ProbeOutcome::Timeout, format!("no answer within {} ms", limit.as_millis()))
+}
+
+/// HEAD, and GET where HEAD does not tell.
+pub(super) async fn liveness(backend: Arc<BackendEntry>, limit: Duration) -> Looked {
+    let began = Instant::now();
+    let look = async {
+        let path = &backend.spec.health_path;
+        let mut last = Seen::new(ProbeOutcome::Broken, "the connection broke");
+        for method in [Method::HEAD, Method::GET] {
+            let last_try = method == Method::GET;
+            match ask(&backend, method, path, Bytes::new(), ANSWER_MAX_BYTES).await {
+                Ok(answer) => {
+                    last = match judge::liveness(answer.status) {
+                        Some(alive) => return alive,
+                        None => judge::refusal(answer.status, answer.retry_after, &answer.body),
+                    };
+                    if last.is_good() || last_try {
+                        return last;
+                    }
+                }
+                Err(seen) if seen.outcome == ProbeOutcome::Refused => return seen,
+                // A connection that was kept open may have been closed at the other end: a new one tells.
+                Err(seen) => last = seen,
+            }
+        }
+        last
+    };
+    match timeout(limit, look).await {
+        Ok(seen) => {
+            let latency = seen.is_good().then(|| began.elapsed());
+            Looked { latency, ..Looked::from(seen) }
+        }
+        Err(_) => late(limit).into(),
+    }
+}
+
+/// The question. A number nobody has asked with before goes first, or a cache of prefixes would answer.
+fn question(model: &str, tokens: u32) -> Bytes {
+    let nonce = uuid::Uuid::new_v4().simple();
+    let body = serde_json::json!({
+        "model": model,
+        "messages": [{"role": "user", "content": format!("{nonce} Say something short.")}],
+        "max_tokens": tokens,
+        "stream": false,
+    });
+    body.to_string().into()
+}
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// One token of a model.
+pub(super) async fn readiness(
+    backend: Arc<BackendEntry>,
+    model: String,
+    known: Option<String>,
+    limit: Duration,
+) -> Looked {
+    let began = Instant::now();
+    let asked = ask(&backend, Method::POST, CHAT, question(&model, 1), ANSWER_MAX_BYTES);
+    let answer = match timeout(limit, asked).await {
+        Err(_) => return late(limit).into(),
+        Ok(Err(seen)) => return seen.into(),
+        Ok(Ok(answer)) => answer,
+    };
+    let (seen, named) =
+        judge::completion(answer.status, answer.retry_after, &answer.body, &model, known.as_deref());
+    let latency = (seen.outcome == ProbeOutcome::Pass && answer.status.is_success()).then(|| began.elapsed());
+    let tokens = judge::tokens_written(&answer.body).unwrap_or_default();
+    Looked { latency, named, tokens, ..Looked::from(seen) }
+}
+
+/// What a deep probe is to find out.
+#[derive(Debug, Clone)]
+pub(super) struct Depth {
+    /// Whom to ask, if traffic does not say how fast it is.
+    pub(super) measure: Option<String>,
+    /// What traffic says.
+    pub(super) known_rate: Option<f64>,
+    /// What its list of models should hold.
+    pub(super) models: Vec<String>,
+    /// For each question.
+    pub(super) limit: Duration,
+}
+
+/// Throughput, the engine's own page, the list of models.
+pub(super) async fn deep(backend: Arc<BackendEntry>, depth: Depth) -> Looked {
+    let get =
+        |path: &'static str, most| timeout(depth.limit, ask(&backend, Method::GET, path, Bytes::new(), most));
+    let mut looked = Looked::from(Seen::new(ProbeOutcome::Pass, "throughput, engine and models looked at"));
+    looked.reading.tokens_per_second = depth.known_rate;
+    if let Ok(Ok(page)) = get("/metrics", PAGE_MAX_BYTES).await
+        && page.status.is_success()
+    {
+        let engine = Engine::read(&String::from_utf8_lossy(&page.body));
+        (looked.reading.cache_used, looked.reading.queue) = (engine.cache_used, engine.queue);
+    }
+    if let Ok(Ok(list)) = get("/v1/models", PAGE_MAX_BYTES).await
+        && list.status.is_success()
+    {
+        let wanted: Vec<&str> = depth.models.iter().map(String::as_str).collect();
+        let missing = judge::missing(&list.body, &wanted);
+        if !missing.is_empty() {
+            let detail = format!("its list lacks {}", missing.join(", "));
+            looked.seen = Seen::new(ProbeOutcome::WrongModel, detail);
+        }
+    }
+    if let Some(model) = &depth.measure {
+        measure(&backend, model, depth.limit, &mut looked).await;
+    }
+    looked
+}
+
+/// A few short answers, one after the other: a benchmark must not become the load.
+async fn measure(backend: &BackendEntry, model: &str, limit: Duration, looked: &mut Looked) {
+    let (mut tokens, began) = (0_u64, Instant::now());
+    for _ in 0..DEEP_REQUESTS {
+        let asked = ask(backend, Method::POST, CHAT, question(model, DEEP_TOKENS), ANSWER_MAX_BYTES);
+        let Ok(Ok(answer)) = timeout(limit, asked).await else { return };
+        if !answer.status.is_success() {
+            return;
+        }
+        let Some(written) = judge::tokens_written(&answer.body) else { return };
+        tokens += written;
+        looked.tokens = tokens;
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    if seconds > 0.0 {
+        looked.reading.tokens_per_second = Some(tokens as f64 / seconds);
+    }
+}

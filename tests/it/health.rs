@@ -1,0 +1,193 @@
+//! One verdict for the cluster: what only some gateways see, what all see, and what the operator says.
+
+use http::StatusCode;
+use mock_llm::Config;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+use weir_proto::v1::HealthState;
+use weir_tests::cluster::{Resources, gateway, mock};
+use weir_tests::eventually;
+use weir_tests::gate::{Door, Gate};
+use weir_tests::stack::{CREDENTIAL, Stack};
+
+const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
+
+/// A pool whose backends are looked at often, since a test does not wait for regular rounds.
+fn manifest(gates: &[Gate]) -> String {
+    let mut text = "kind: pool\nname: chat\nspec:\n  health: { liveness_interval: 1s, timeout: 1s, readiness_interval: 1s, \
+                    slow_start: 2s, paid_probes_per_hour: 100000 }\n"
+        .to_owned();
+    for (i, gate) in gates.iter().enumerate() {
+        text += &format!(
+            "---\nkind: backend\nname: b{i}\nspec: {{ pool: chat, url: \"http://{}\", credential: \"env:{CREDENTIAL}\", \
+             models: {{ gpt-4.1: \"\" }} }}\n",
+            gate.address
+        );
+    }
+    text + "---\nkind: model\nname: gpt-4.1\nspec: { pool: chat }\n---\nkind: tenant\nname: acme\nspec: {}\n"
+}
+
+struct World {
+    stack: Stack,
+    gates: Vec<Gate>,
+    _end: tokio_util::sync::DropGuard,
+}
+
+impl World {
+    async fn start(gateways: usize, backends: usize) -> Self {
+        let end = CancellationToken::new();
+        let mut gates = Vec::new();
+        for _ in 0..backends {
+            let config = Config { models: vec!["gpt-4.1".into()], ..Config::default() };
+            gates.push(Gate::start(mock(config, &end).await.address, &end).await);
+        }
+        let stack = Stack::start(gateways, &manifest(&gates)).await;
+        let world = Self { stack, gates, _end: end.drop_guard() };
+        for i in 0..backends {
+            world.until(i, "healthy").await;
+        }
+        world
+    }
+
+    async fn json(&self, args: &[&str]) -> Value {
+        let args = [&["-o", "json"], args].concat();
+        serde_json::from_str(&self.stack.weir(&args).await).expect("JSON")
+    }
+
+    async fn state(&self, backend: usize) -> String {
+        let backends = self.json(&["backends"]).await;
+        backends[backend]["health"].as_str().expect("a state").to_owned()
+    }
+
+    async fn until(&self, backend: usize, state: &str) {
+        eventually(&format!("b{backend} is {state}"), async || self.state(backend).await == state).await;
+    }
+
+    /// Messages of events of a kind about a subject.
+    async fn events(&self, subject: &str, kind: &str) -> Vec<String> {
+        let events = self.json(&["events", subject]).await;
+        let events = events.as_array().expect("a list").iter().filter(|event| event["kind"] == kind);
+        events.map(|event| event["message"].as_str().expect("text").to_owned()).collect()
+    }
+
+    async fn falls(&self, backend: &str) -> usize {
+        self.events(backend, "state").await.iter().filter(|message| message.contains("-> unhealthy")).count()
+    }
+
+    /// Every gateway serves.
+    async fn all_serve(&self, requests: usize) {
+        for k in 0..self.stack.gateways.len() {
+            let client = self.stack.client(k);
+            for i in 0..requests {
+                let answer = client.chat(CHAT).await;
+                assert_eq!(answer.status, StatusCode::OK, "gateway {k}, request {i}: {}", answer.text());
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
+    let world = World::start(5, 2).await;
+    // One of five is cut off from a backend that is well.
+    world.gates[0].set("gateway-0", Door::Broken);
+    eventually("the others are asked and outvote it", async || {
+        let acquitted = world.events("b0", "acquitted").await;
+        acquitted.iter().any(|message| message.contains("for gateway-0 alone"))
+    })
+    .await;
+    world.all_serve(5).await;
+    // Three of five; two still reach it.
+    for gateway in ["gateway-1", "gateway-2"] {
+        world.gates[0].set(gateway, Door::Silent);
+    }
+    eventually("they are outvoted too", async || {
+        let acquitted = world.events("b0", "acquitted").await;
+        ["gateway-1", "gateway-2"]
+            .iter()
+            .any(|g| acquitted.iter().any(|m| m.contains(&format!("for {g} alone"))))
+    })
+    .await;
+    world.all_serve(3).await;
+    assert_eq!(world.falls("b0").await, 0, "{:?}", world.events("b0", "state").await);
+    // Nobody reaches it.
+    world.gates[0].set("*", Door::Broken);
+    for k in 0..5 {
+        world.gates[0].set(&format!("gateway-{k}"), Door::Broken);
+    }
+    world.until(0, "unhealthy").await;
+    world.all_serve(3).await;
+    let why = world.json(&["why", "b0"]).await;
+    // Nobody gets a completion either: whichever round comes first.
+    let rule = why["status"]["rule"].as_str().expect("a rule");
+    assert!(["liveness_quorum", "readiness_quorum"].contains(&rule), "{why:#}");
+    assert!(why["votes"].as_array().expect("votes").len() >= 2, "{why:#}");
+    assert!(why["may_return_time"].is_string(), "{why:#}");
+    // And back, slowly.
+    world.gates[0].set("*", Door::Open);
+    for k in 0..5 {
+        world.gates[0].set(&format!("gateway-{k}"), Door::Open);
+    }
+    world.until(0, "healthy").await;
+    let states = world.events("b0", "state").await;
+    assert!(states.iter().any(|message| message.contains("unhealthy -> recovering")), "{states:?}");
+    assert_eq!(world.falls("b1").await, 0);
+}
+
+#[tokio::test]
+async fn all_failing_readiness_keeps_serving_with_an_alarm_and_all_disabled_is_a_503() {
+    let world = World::start(2, 3).await;
+    for gate in &world.gates {
+        gate.set("*", Door::NotReady);
+    }
+    for i in 0..3 {
+        world.until(i, "unhealthy").await;
+    }
+    let alarms = world.events("chat", "alarm").await;
+    assert!(alarms.iter().any(|message| message.starts_with("panic")), "{alarms:?}");
+    let backends = world.json(&["backends"]).await;
+    assert!(backends.as_array().expect("all").iter().all(|b| b["overridden"] == true), "{backends:#}");
+    world.all_serve(5).await;
+    // What the operator says is never overridden.
+    for backend in ["b0", "b1", "b2"] {
+        world.stack.weir(&["disable", backend]).await;
+    }
+    for k in 0..2 {
+        let answer = world.stack.client(k).chat(CHAT).await;
+        assert_eq!(
+            (answer.status, answer.error_code().as_str()),
+            (StatusCode::SERVICE_UNAVAILABLE, "no_backend_available")
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_was_known_survives_a_restart_of_the_control_plane() {
+    let mut world = World::start(3, 2).await;
+    world.gates[0].set("*", Door::Broken);
+    world.until(0, "unhealthy").await;
+    let (code, before) = (world.falls("b0").await, world.state(1).await);
+    assert_eq!((code, before.as_str()), (1, "healthy"));
+    world.stack.restart_control_plane().await;
+    assert_eq!(world.state(0).await, "unhealthy", "known from the first moment");
+    assert_eq!(world.falls("b0").await, 0, "and not found anew");
+    world.gates[0].set("*", Door::Open);
+    world.until(0, "healthy").await;
+    world.all_serve(2).await;
+}
+
+#[tokio::test]
+async fn without_a_control_plane_a_gateway_finds_a_dead_backend_by_itself() {
+    let (end, death) = (CancellationToken::new(), CancellationToken::new());
+    let config = || Config { models: vec!["gpt-4.1".into()], ..Config::default() };
+    let mocks = [mock(config(), &end).await, mock(config(), &death).await];
+    let alone = gateway(&Resources::in_front_of(&mocks), None).await;
+    death.cancel();
+    let health = |name: &str| {
+        let snapshot = alone.running.live.snapshot();
+        snapshot.backends.get(name).expect("configured").runtime.health()
+    };
+    eventually("its own probes say so", async || health("b1") == HealthState::Unhealthy).await;
+    assert_ne!(health("b0"), HealthState::Unhealthy);
+    assert_eq!(mocks[0].handle.counters().requests, 0, "alone it asks no model for anything");
+}
