@@ -159,6 +159,7 @@ async fn follow(plane: &Plane, id: &str, data: &Path) -> Follower {
     let shutdown = CancellationToken::new();
     let started = weir_gateway::start(config, None, shutdown.clone(), CancellationToken::new()).await;
     let running = started.expect("starts");
+    running.serving().await;
     Follower { client: Client::new(running.address, KEY), running, shutdown }
 }
 

@@ -16,8 +16,13 @@ const ENDLESS: &str =
     r#"{"model":"gpt-4.1","stream":true,"max_tokens":100000,"messages":[{"role":"user","content":"hi"}]}"#;
 
 async fn backend(decode_tokens_per_s: f64) -> Mock {
-    let config =
-        Config { models: vec!["gpt-4.1".into()], slots: 4096, decode_tokens_per_s, ..Config::default() };
+    let config = Config {
+        models: vec!["gpt-4.1".into()],
+        slots: 4096,
+        output_tokens: 1_000_000,
+        decode_tokens_per_s,
+        ..Config::default()
+    };
     mock(config, &CancellationToken::new()).await
 }
 
