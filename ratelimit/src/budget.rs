@@ -39,7 +39,7 @@ pub struct Terms {
     pub num: f64,
     /// Denominator of the reduced drain rate; of a bucket that never drains its period, microseconds.
     pub den: f64,
-    /// One unit, see [`unit`].
+    /// One unit, see `unit()`.
     pub unit: f64,
 }
 

@@ -1,9 +1,9 @@
 //! The limits for programs other than the gateway, by gRPC, over the gateway's buckets.
 //!
-//! * [`native`]: `weir.v1.LimitService`; the caller brings the limits with the request.
-//! * [`envoy`]: `envoy.service.ratelimit.v3.RateLimitService`; the caller brings descriptors, [`rules`] says which limits
+//! * `native`: `weir.v1.LimitService`; the caller brings the limits with the request.
+//! * `envoy`: `envoy.service.ratelimit.v3.RateLimitService`; the caller brings descriptors, `rules` says which limits
 //!   they consume.
-//! * [`config`]: what the process is told; [`run`]: putting it together.
+//! * `config`: what the process is told; `run`: putting it together.
 //!
 //! A process without its store runs and is not ready: it comes back by itself, and meanwhile answers UNAVAILABLE at
 //! once, so that a caller's own policy decides (Envoy's `failure_mode_deny`).

@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 
 use super::View;
 
-/// A hash of bytes that is the same in every process and version (FNV-1a, finished by [`mix`]).
+/// A hash of bytes that is the same in every process and version (FNV-1a, finished by `mix`).
 pub fn stable_hash(bytes: &[u8]) -> u64 {
     let fnv = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01B3);
     mix(bytes.iter().fold(0xCBF2_9CE4_8422_2325, fnv))

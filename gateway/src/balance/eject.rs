@@ -30,7 +30,7 @@ pub struct EjectConfig {
     pub max: Duration,
     /// Share of the pool that may be ejected.
     pub max_ejected_percent: u32,
-    /// Share of failures over the last [`WINDOW`] seconds that ejects.
+    /// Share of failures over the last `WINDOW` seconds that ejects.
     pub failure_percent: u32,
     /// Requests below which that share says nothing.
     pub failure_min_requests: u32,

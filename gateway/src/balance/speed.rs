@@ -172,7 +172,7 @@ impl Speeds {
         }
     }
 
-    /// Speed relative to the pool's median, [`FACTOR_MIN`] to [`FACTOR_MAX`]; 1 while nothing is known. As of the
+    /// Speed relative to the pool's median, `FACTOR_MIN` to `FACTOR_MAX`; 1 while nothing is known. As of the
     /// last [`Self::refresh`].
     pub fn factor(&self, id: u64) -> f64 {
         self.by_id.get(&id).and_then(|speed| speed.factor).unwrap_or(1.0)
