@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, Spec};
 use weir_proto::v1::{self, ResourceKind};
 
-use crate::health::{Cluster, Moment, Observation, Order, Regions, Target, Tier, Vantage};
+use crate::health::{self, Cluster, Moment, Observation, Order, Regions, Target, Tier, Vantage};
 use crate::metrics::Metrics;
 use crate::model::{Key, State};
 
@@ -140,7 +140,12 @@ impl Verdicts {
         for event in machine.cluster.events(machine.cluster.logged()) {
             let (subject, kind, message) = (&event.subject, event.kind, &event.message);
             self.inner.metrics.health_event(kind);
+            // What is well needs nobody's attention.
+            let state = machine.cluster.case(subject).map(|case| case.state);
             match kind {
+                "state" if matches!(state, Some(health::State::Healthy | health::State::Recovering)) => {
+                    tracing::info!(subject, kind, message, "health");
+                }
                 "state" | "alarm" | "isolated" => tracing::warn!(subject, kind, message, "health"),
                 _ => tracing::info!(subject, kind, message, "health"),
             }
