@@ -1,0 +1,154 @@
+//! Limits.
+
+use std::time::Duration;
+
+use crate::resource::Name;
+use crate::resource::check::Check;
+use crate::resource::demand::{self, Budget};
+use crate::v1;
+
+/// A limit over everything or a product of scopes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limit {
+    /// Requests of this tenant.
+    pub tenant: Option<Name>,
+    /// Requests for this model.
+    pub model: Option<Name>,
+    /// Requests with this API key.
+    pub api_key: Option<Name>,
+    /// How much.
+    pub rates: Rates,
+}
+
+impl Limit {
+    pub(in crate::resource) fn judge(w: &v1::LimitSpec, check: &mut Check) -> Self {
+        let selector = w.selector.clone().unwrap_or_default();
+        let mut name = |path: &str, text: &str| {
+            if text.is_empty() { None } else { check.name(path, text) }
+        };
+        let (tenant, model, api_key) = (
+            name("selector.tenant", &selector.tenant),
+            name("selector.model", &selector.model),
+            name("selector.api_key", &selector.api_key),
+        );
+        let rates = Rates::judge("rates", w.rates.as_ref(), check);
+        if rates.is_none() {
+            check.violation("rates", "must be set");
+        }
+        Self { tenant, model, api_key, rates: rates.unwrap_or_default() }
+    }
+}
+
+/// What happens to a limit when its store cannot be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WithoutStore {
+    /// Each gateway enforces its share.
+    #[default]
+    LocalShare,
+    /// Requests pass.
+    Open,
+    /// Requests are refused with 503.
+    Closed,
+}
+
+/// Rates and concurrency of one scope; `None` is not limited.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rates {
+    /// Requests per minute.
+    pub requests_per_minute: Option<u64>,
+    /// Prompt and completion tokens per minute.
+    pub tokens_per_minute: Option<u64>,
+    /// Prompt tokens per minute.
+    pub input_tokens_per_minute: Option<u64>,
+    /// Completion tokens per minute.
+    pub output_tokens_per_minute: Option<u64>,
+    /// Requests in flight.
+    pub concurrency: Option<u32>,
+    /// Minutes' worth that may be used at once: 5.
+    pub burst_multiplier: f64,
+    /// How long a request may wait, zero for not at all; `None` is the default of what is limited.
+    pub max_wait: Option<Duration>,
+    /// What happens without the limit store.
+    pub without_store: WithoutStore,
+    /// Count only.
+    pub shadow: bool,
+    /// Money per period.
+    pub budget: Option<Budget>,
+}
+
+impl Default for Rates {
+    fn default() -> Self {
+        Self {
+            requests_per_minute: None,
+            tokens_per_minute: None,
+            input_tokens_per_minute: None,
+            output_tokens_per_minute: None,
+            concurrency: None,
+            burst_multiplier: Self::BURST_MULTIPLIER,
+            max_wait: None,
+            without_store: WithoutStore::default(),
+            shadow: false,
+            budget: None,
+        }
+    }
+}
+
+impl Rates {
+    /// The default of [`Rates::burst_multiplier`].
+    pub const BURST_MULTIPLIER: f64 = 5.0;
+    /// The largest rate and capacity, units: what a script's double holds exactly in micro-units (2^53).
+    pub const MAX_UNITS: u64 = 9_000_000_000;
+
+    /// Checks rates that are no part of a resource. Violations start with `path`.
+    pub fn checked(path: &str, wire: &v1::Rates) -> Result<Self, crate::resource::Violations> {
+        let mut check = Check::new("");
+        let rates = Self::judge(path, Some(wire), &mut check);
+        check.finish()?;
+        Ok(rates.unwrap_or_default())
+    }
+
+    pub(in crate::resource) fn judge(
+        path: &str,
+        wire: Option<&v1::Rates>,
+        check: &mut Check,
+    ) -> Option<Self> {
+        let w = wire?;
+        let burst = w.burst_multiplier.unwrap_or(Self::BURST_MULTIPLIER);
+        let burst = check.range(&format!("{path}.burst_multiplier"), burst, 1.0, 1000.0);
+        let mut rate = |field: &str, value: Option<u64>| {
+            let value = value?;
+            let path = format!("{path}.{field}");
+            if check.range(&path, value, 0, Self::MAX_UNITS) as f64 * burst > Self::MAX_UNITS as f64 {
+                check.violation(&path, format!("times burst_multiplier must be at most {}", Self::MAX_UNITS));
+            }
+            Some(value)
+        };
+        let (rpm, tpm, itpm, otpm) = (
+            rate("requests_per_minute", w.requests_per_minute),
+            rate("tokens_per_minute", w.tokens_per_minute),
+            rate("input_tokens_per_minute", w.input_tokens_per_minute),
+            rate("output_tokens_per_minute", w.output_tokens_per_minute),
+        );
+        let without_store = match v1::WithoutStore::try_from(w.without_store) {
+            Ok(v1::WithoutStore::Unspecified | v1::WithoutStore::LocalShare) => WithoutStore::LocalShare,
+            Ok(v1::WithoutStore::Open) => WithoutStore::Open,
+            Ok(v1::WithoutStore::Closed) => WithoutStore::Closed,
+            Err(_) => {
+                check.violation(&format!("{path}.without_store"), "is not a policy this version knows");
+                WithoutStore::default()
+            }
+        };
+        Some(Self {
+            requests_per_minute: rpm,
+            tokens_per_minute: tpm,
+            input_tokens_per_minute: itpm,
+            output_tokens_per_minute: otpm,
+            concurrency: w.concurrency,
+            burst_multiplier: burst,
+            max_wait: demand::wait(&format!("{path}.max_wait"), w.max_wait.as_ref(), check),
+            budget: Budget::judge(&format!("{path}.budget"), w.budget.as_ref(), check),
+            without_store,
+            shadow: w.shadow,
+        })
+    }
+}
