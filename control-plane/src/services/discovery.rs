@@ -46,23 +46,7 @@ impl DiscoveryService for Discovery {
         &self,
         request: Request<Streaming<StreamConfigRequest>>,
     ) -> Result<Response<Self::StreamConfigStream>, Status> {
-        let (outbox, stream) = mpsc::channel(OUTBOX);
-        let shared = self.0.clone();
-        let stop = shared.stop.clone();
-        let caller = super::caller(&request)?;
-        let inbound = request.into_inner();
-        // Ends with the stream: the gateway's end, an error, or the stop signal, which `serve` watches.
-        self.0.tasks.spawn(async move {
-            let served = tokio::select! {
-                served = serve(shared, caller, inbound, outbox.clone()).boxed() => served,
-                () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
-            };
-            if let Err(status) = served {
-                // When the outbox is full nobody reads, and nobody misses the reason.
-                let _ = outbox.try_send(Err(status));
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        super::open(&self.0, request, OUTBOX, serve)
     }
 }
 

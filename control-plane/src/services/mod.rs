@@ -7,10 +7,12 @@ pub(crate) mod report;
 
 use std::sync::Arc;
 
-use tokio::sync::{Semaphore, watch};
+use futures_util::FutureExt as _;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use weir_proto::resource::{Violation, Violations};
 use weir_proto::status::{self, with_reason};
 
@@ -49,6 +51,38 @@ pub(crate) struct Shared {
 fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(|| Status::unauthenticated("the caller is not known"))
+}
+
+/// What a stream sends.
+type Outbox<A> = mpsc::Sender<Result<A, Status>>;
+
+/// Opens a stream and serves it in a task of its own, to its end or the stop signal, with room for so many answers.
+fn open<Q, A, F>(
+    shared: &Shared,
+    request: Request<Streaming<Q>>,
+    room: usize,
+    serve: impl FnOnce(Shared, Caller, Streaming<Q>, Outbox<A>) -> F,
+) -> Result<Response<ReceiverStream<Result<A, Status>>>, Status>
+where
+    A: Send + 'static,
+    F: Future<Output = Result<(), Status>> + Send + 'static,
+{
+    let (outbox, stream) = mpsc::channel(room);
+    let caller = caller(&request)?;
+    let stop = shared.stop.clone();
+    // On the heap: these futures are large.
+    let serving = serve(shared.clone(), caller, request.into_inner(), outbox.clone()).boxed();
+    shared.tasks.spawn(async move {
+        let served = tokio::select! {
+            served = serving => served,
+            () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
+        };
+        if let Err(status) = served {
+            // When the outbox is full nobody reads, and nobody misses the reason.
+            let _ = outbox.try_send(Err(status));
+        }
+    });
+    Ok(Response::new(ReceiverStream::new(stream)))
 }
 
 /// The status of a request with one wrong field.

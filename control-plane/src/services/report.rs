@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,6 +18,8 @@ use crate::fleet::Loads;
 use crate::health::Vantage;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
+/// Answers that may lie unread; the latest value wins.
+const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Loads change all the time; verdicts do not wait for this.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
@@ -37,22 +38,7 @@ impl ReportService for Reports {
         &self,
         request: Request<Streaming<StreamReportsRequest>>,
     ) -> Result<Response<Self::StreamReportsStream>, Status> {
-        let (outbox, stream) = mpsc::channel(2);
-        let shared = self.0.clone();
-        let stop = shared.stop.clone();
-        let caller = super::caller(&request)?;
-        let inbound = request.into_inner();
-        // Ends with the stream or with the stop signal.
-        self.0.tasks.spawn(async move {
-            let served = tokio::select! {
-                served = serve(shared, caller, inbound, outbox.clone()).boxed() => served,
-                () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
-            };
-            if let Err(status) = served {
-                let _ = outbox.try_send(Err(status));
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        super::open(&self.0, request, OUTBOX, serve)
     }
 }
 
