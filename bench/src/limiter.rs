@@ -175,7 +175,7 @@ async fn decide(limiter: &RedisLimiter, call: &Acquire) -> anyhow::Result<Durati
     let took = asked.elapsed();
     anyhow::ensure!(matches!(decision.outcome, Outcome::Granted { .. }), "refused: {:?}", decision.outcome);
     let slot = call.candidates.first().map(|c| c.leases.clone());
-    let settle = Settle { id: call.id, actual: ACTUAL, scopes: call.scopes.clone(), slot };
+    let settle = Settle { id: call.id, actual: ACTUAL, scopes: call.scopes.clone(), slot, usage: None };
     limiter.settle(&settle).await?;
     Ok(took)
 }

@@ -12,7 +12,7 @@ use weir_proto::{manifest, v1};
 
 pub use groups::{
     AuditArgs, BackupArgs, DrainArgs, GatewayCommand, KnownEntry, Reference, RoleName, RollbackArgs,
-    TokenCommand, WatchArgs,
+    TokenCommand, UsageArgs, UsageBy, WatchArgs,
 };
 
 /// Manages a Weir cluster: resources, keys, gateways.
@@ -166,6 +166,8 @@ pub enum Command {
     /// Show how limits stand
     #[command(subcommand)]
     Limits(LimitsCommand),
+    /// Show who used what: requests, tokens and cost by tenant, model and day
+    Usage(UsageArgs),
     /// Make, revoke, rotate and list tokens of the control plane
     #[command(subcommand)]
     Token(TokenCommand),

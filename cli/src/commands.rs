@@ -17,6 +17,7 @@ mod import;
 mod key;
 mod limits;
 mod token;
+mod usage;
 mod wait;
 mod watch;
 
@@ -77,6 +78,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Import(ImportCommand::Litellm { file }) => import::litellm(io, file)?,
         Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
+        Command::Usage(args) => usage::usage(cli, io, args).await?,
         Command::Limits(command) => limits::limits(cli, io, command).await?,
         Command::Token(command) => token::token(cli, io, command).await?,
         Command::Whoami => {

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 pub use args::{
     ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, DrainArgs, FileArgs, GatewayCommand,
     KeyCommand, Kind, KnownEntry, OutputFormat, Reference, RoleName, RollbackArgs, Server, TokenCommand,
-    WaitArgs, WatchArgs,
+    UsageArgs, UsageBy, WaitArgs, WatchArgs,
 };
 pub use error::Error;
 pub use up::UpArgs;

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt as _;
 use smallvec::SmallVec;
@@ -17,9 +17,10 @@ use uuid::Uuid;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{
-    AnyLimiter, Candidate, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Trouble,
+    AnyLimiter, Candidate, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Tally, Trouble, Usage,
 };
 
+use crate::calendar;
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
@@ -261,6 +262,10 @@ pub struct Admission {
     actual: Cost,
     /// What was charged beyond the reservation while the answer streamed.
     stepped: Cost,
+    /// Its day in the account of who used what: that of its admission.
+    day: u64,
+    /// What that account has of it.
+    noted: Tally,
     subject: Subject,
     /// One, or two while a silent backend is not waited for alone.
     slots: SmallVec<[Key; 2]>,
@@ -274,6 +279,8 @@ impl Admission {
         Self {
             ledger: ledger.clone(),
             id: Uuid::now_v7(),
+            day: calendar::day_of(SystemTime::now()),
+            noted: Tally::default(),
             scopes,
             reserved,
             actual: Cost::default(),
@@ -355,13 +362,23 @@ impl Admission {
         }
         let mut scopes = self.scopes.clone();
         scopes.iter_mut().for_each(|scope| scope.concurrency = None);
-        let settle = Settle { id: Uuid::now_v7(), actual: step, scopes, slot: None };
+        let usage = self.usage(&so_far);
+        let noted = usage.as_ref().map_or(self.noted, |usage| self.noted.plus(usage.tally));
+        let settle = Settle { id: Uuid::now_v7(), actual: step, scopes, slot: None, usage };
         let job = Job::Settle(Box::new(settle), false);
         // Without room the next step, or the settlement, charges this one too.
         if self.ledger.queue.try_send(job).is_ok() {
             self.ledger.metrics.settlement_steps.inc();
             self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
+            self.noted = noted;
         }
+    }
+
+    /// By how much the account of who used what differs from this.
+    fn usage(&self, used: &Cost) -> Option<Usage> {
+        let tally = Tally::of(used).minus(self.noted);
+        let record = || Key::usage(&self.subject.tenant, &calendar::label(self.day));
+        (!tally.is_zero()).then(|| Usage { record: record(), model: self.subject.model.clone(), tally })
     }
 
     /// What the provider counted of a whole answer: the next estimates follow it.
@@ -388,8 +405,9 @@ impl Drop for Admission {
         self.ledger.leases().remove(&self.id);
         let mut actual = self.actual;
         actual.0.iter_mut().zip(self.stepped.0).for_each(|(all, charged)| *all = all.saturating_sub(charged));
-        let settle =
-            Settle { id: self.id, actual, scopes: std::mem::take(&mut self.scopes), slot: self.slots.pop() };
+        let usage = self.usage(&self.actual);
+        let (scopes, slot) = (std::mem::take(&mut self.scopes), self.slots.pop());
+        let settle = Settle { id: self.id, actual, scopes, slot, usage };
         let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
         let job = Job::Settle(Box::new(settle), credit);
         if self.ledger.queue.try_send(job).is_err() {

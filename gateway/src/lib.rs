@@ -31,7 +31,9 @@ pub mod stack;
 pub mod stream;
 pub mod subscribe;
 pub mod upstream;
+pub mod usage;
 
+mod calendar;
 mod run;
 mod tries;
 mod weights;

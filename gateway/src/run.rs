@@ -25,7 +25,7 @@ use crate::probe::Prober;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
 use crate::weights::Weights;
-use crate::{explain, report, server};
+use crate::{explain, report, server, usage};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -173,7 +173,7 @@ pub async fn start(
         shutdown.clone(),
         drained.clone(),
     ));
-    let pages = explain::page(live.clone(), ledger);
+    let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
     let ops = weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone());
     tasks.spawn(async move {
         if let Err(error) = ops.await {

@@ -4,7 +4,7 @@
 //! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolRuntime`] and
 //! [`BackendRuntime`], which the next snapshot takes over by name.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -133,6 +133,8 @@ pub struct Snapshot {
     pub revision: u64,
     /// SHA-256 of a key -> the key.
     pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
+    /// Every tenant, also those without a key.
+    pub tenants: BTreeSet<Name>,
     /// Client-facing name -> model.
     pub models: HashMap<String, Arc<ModelEntry>>,
     /// Resource name -> model, for fallbacks.
@@ -343,6 +345,7 @@ impl Compiler {
             };
             tenants.insert(name, Arc::new(entry));
         }
+        self.next.tenants = tenants.keys().map(|name| (*name).clone()).collect();
         for resource in resources {
             let Spec::ApiKey(spec) = &resource.spec else { continue };
             let Some(tenant) = tenants.get(&spec.tenant) else {

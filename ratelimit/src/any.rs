@@ -7,7 +7,7 @@ use crate::memory::MemoryLimiter;
 use crate::redis::RedisLimiter;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled,
+    ScopeLimits, Settle, Settled, UsageLines,
 };
 
 /// A limiter whose store is known only at run time. Clones share the store.
@@ -84,6 +84,13 @@ impl Limiter for AnyLimiter {
         match self {
             AnyLimiter::Memory(limiter) => limiter.peek(scopes).await,
             AnyLimiter::Redis(limiter) => limiter.peek(scopes).await,
+        }
+    }
+
+    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.usage(records).await,
+            AnyLimiter::Redis(limiter) => limiter.usage(records).await,
         }
     }
 }

@@ -5,9 +5,10 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use crate::budget::{self, Terms};
+use crate::usage::USAGE_RECORDS_MAX;
 use crate::{
-    Acquire, Bucket, Candidate, Charge, Cost, Error, FOREVER, Kind, LimitState, MAX_CANDIDATES, MAX_CHARGES,
-    MAX_SCOPES, ScopeLimits, Verdict, What,
+    Acquire, Bucket, Candidate, Charge, Cost, Error, FOREVER, Key, Kind, LimitState, MAX_CANDIDATES,
+    MAX_CHARGES, MAX_SCOPES, ScopeLimits, Verdict, What,
 };
 
 /// How long a reservation is remembered at least. Renewal refreshes it.
@@ -125,6 +126,13 @@ fn check_bucket(kind: Kind, bucket: &Bucket) -> Result<(), Error> {
     }
     if bucket.period < Duration::from_millis(1) || bucket.period > PERIOD_MAX {
         return Err(Error::Invalid("period out of range"));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_usage(records: &[Key]) -> Result<(), Error> {
+    if records.len() > USAGE_RECORDS_MAX {
+        return Err(Error::Invalid("too many records"));
     }
     Ok(())
 }

@@ -32,7 +32,7 @@ use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal,
-    ReservationId, ScopeLimits, Settle, Settled, Trouble, WithoutStore,
+    ReservationId, ScopeLimits, Settle, Settled, Trouble, UsageLines, WithoutStore,
 };
 
 /// Reservations whose leases are remembered; past that a lease is not carried through an outage.
@@ -56,7 +56,7 @@ pub struct Status {
     pub opened: u64,
     /// Decisions made here.
     pub local_decisions: u64,
-    /// Settlements and releases that wait for the store.
+    /// Settlements, releases and lines of usage that wait for the store.
     pub pending: usize,
     /// Settlements and releases that found no room or that the store will never take.
     pub lost: u64,
@@ -127,7 +127,7 @@ impl<L: Limiter + 'static> Fallback<L> {
             phase: lock(&self.inner.breaker).phase(),
             opened: self.inner.opened.load(Ordering::Relaxed),
             local_decisions: self.inner.local_decisions.load(Ordering::Relaxed),
-            pending: lock(&self.inner.local).pending.len(),
+            pending: lock(&self.inner.local).waiting(),
             lost: self.inner.lost.load(Ordering::Relaxed),
         }
     }
@@ -140,7 +140,7 @@ impl<L: Limiter + 'static> Fallback<L> {
                 tracing::warn!("the limit store was not told all that was decided without it");
             }
         }
-        lock(&self.inner.local).pending.len()
+        lock(&self.inner.local).waiting()
     }
 }
 
@@ -242,6 +242,7 @@ impl<L: Limiter> Inner<L> {
                     actual: Default::default(),
                     scopes: call.scopes.clone(),
                     slot: None,
+                    usage: None,
                 };
                 self.defer(&mut self.local(), Pending::Settle(Box::new(cancel)));
             }
@@ -357,8 +358,11 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
         let inner = &self.inner;
         if inner.engaged.load(Ordering::Relaxed) {
-            let settled = inner.local().settle(call, inner.gateways());
-            if let Some(settled) = settled {
+            let mut local = inner.local();
+            if let Some(settled) = local.settle(call, inner.gateways()) {
+                if settled.is_ok() && !call.usage.iter().all(|usage| local.note_usage(usage)) {
+                    inner.lost.fetch_add(1, Ordering::Relaxed);
+                }
                 return settled;
             }
         }
@@ -475,6 +479,16 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         }
         let local = lock(&inner.local);
         local.peek(scopes, inner.gateways())
+    }
+
+    /// Only the store has the account of the whole cluster; what ended here meanwhile is missing until it has been told.
+    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        let inner = &self.inner;
+        if !inner.is_closed() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        // No evidence against the store when it fails: it is no call that requests wait for.
+        inner.store.usage(records).await
     }
 }
 

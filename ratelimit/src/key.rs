@@ -96,6 +96,11 @@ impl Key {
         build(format_args!("{}:b:{}", of.0, name(period)))
     }
 
+    /// What a tenant used on a day, written `2026-11-23`.
+    pub fn usage(tenant: &str, day: &str) -> Key {
+        build(format_args!("weir:{{t:{}}}:u:{}", name(tenant), name(day)))
+    }
+
     /// The lease set of a backend.
     pub fn backend_slots(backend: &str) -> Key {
         build(format_args!("weir:{{b:{}}}:c", name(backend)))
@@ -210,6 +215,7 @@ mod tests {
         assert_eq!(Key::api_key("acme", "k1").as_str(), "weir:{t:acme}:s:k:k1");
         assert_eq!(Key::tenant_model("acme", "gpt-4.1").as_str(), "weir:{t:acme}:s:m:gpt-4.1");
         assert_eq!(Key::backend_slots("us-1").as_str(), "weir:{b:us-1}:c");
+        assert_eq!(Key::usage("acme", "2026-11-23").as_str(), "weir:{t:acme}:u:2026-11-23");
         let (record, leases) = scope_keys(Scope::Tenant("acme"));
         assert_eq!((record.tag(), leases.as_str()), ("t:acme", "weir:{t:acme}:c"));
     }

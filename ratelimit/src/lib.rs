@@ -14,6 +14,8 @@
 //! * **Concurrency is leases**: a member per request with an expiry, renewed while the request lives and
 //!   removed by id. A crashed holder frees its slots within the lease time; a late release frees nobody else's.
 //! * **Time** is the store's own (Redis `TIME`, tokio's clock in memory) and never runs backwards per record.
+//! * **Usage**: a settlement may say what its request used; it is added to the account of a tenant, model and day
+//!   exactly when the settlement applies ([`usage`]).
 //! * Waits are rounded up, what remains is rounded down.
 //!
 //! [`Fallback`] goes around a limiter whose store can fail: it decides by each scope's [`WithoutStore`] while the
@@ -34,6 +36,7 @@ pub mod rates;
 pub mod redis;
 pub mod service;
 pub mod types;
+pub mod usage;
 pub mod waiting;
 
 pub use any::AnyLimiter;
@@ -43,3 +46,4 @@ pub use fallback::Fallback;
 pub use key::{Scope, scope_keys};
 pub use rates::{max_wait, scope_limits};
 pub use types::*;
+pub use usage::{Tally, Usage, UsageLines};

@@ -7,6 +7,7 @@ mod charge;
 mod leases;
 mod state;
 mod store;
+mod usage;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use self::store::State;
 use crate::budget::Meter;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Key, Kind, LimitState, Limiter, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled, call,
+    ScopeLimits, Settle, Settled, UsageLines, call,
 };
 
 /// Limits of one process.
@@ -171,5 +172,11 @@ impl Limiter for MemoryLimiter {
 
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         self.look(scopes)
+    }
+
+    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        call::check_usage(records)?;
+        let (state, now) = self.enter();
+        Ok(records.iter().map(|record| state.usage_lines(record, now)).collect())
     }
 }

@@ -31,7 +31,7 @@ use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::lag::Lag;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled,
+    ScopeLimits, Settle, Settled, UsageLines,
 };
 
 /// Renewals in one script call; a longer list is cut so that no call holds the server for long.
@@ -307,9 +307,10 @@ impl RedisLimiter {
         keys.extend(call.scopes.iter().map(|scope| &scope.record));
         keys.extend(call.scopes.iter().map(|scope| &scope.leases));
         keys.extend(&call.slot);
+        keys.extend(call.usage.as_ref().map(|usage| &usage.record));
         let mut args = script::Args::default();
         args.id(call.id).int(ms(life)).int(call.scopes.len() as u64);
-        args.int(u64::from(call.slot.is_some()));
+        args.int(u64::from(call.slot.is_some())).usage(call.usage.as_ref());
         for scope in &call.scopes {
             args.scope(scope, call::spent(&call.actual));
         }
@@ -371,6 +372,12 @@ impl RedisLimiter {
         Reader::new(&reply).peeked(scopes)
     }
 
+    async fn usage_whole(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        let keys: Vec<&Key> = records.iter().collect();
+        let reply = self.run(&script::USAGE, &keys, &[]).await?;
+        Reader::new(&reply).usage(records.len())
+    }
+
     /// Whether a call over these keys has to be split.
     fn splits<'a>(&self, keys: impl Iterator<Item = &'a Key>) -> bool {
         self.is_cluster && !split::is_whole(keys)
@@ -409,7 +416,8 @@ impl Limiter for RedisLimiter {
         call::check_scopes(&call.scopes)?;
         let reservation = Key::reservation_of(&call.scopes, call.id);
         let scopes = call.scopes.iter().map(|scope| &scope.record);
-        if self.splits(std::iter::once(&reservation).chain(scopes).chain(&call.slot)) {
+        let usage = call.usage.as_ref().map(|usage| &usage.record);
+        if self.splits(std::iter::once(&reservation).chain(scopes).chain(&call.slot).chain(usage)) {
             return self.settle_split(call).await;
         }
         self.settle_whole(call, &reservation, TOMBSTONE_LIFE).await
@@ -447,6 +455,14 @@ impl Limiter for RedisLimiter {
             return self.peek_split(scopes).await;
         }
         self.peek_whole(scopes).await
+    }
+
+    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        call::check_usage(records)?;
+        if self.splits(records.iter()) {
+            return self.usage_split(records).await;
+        }
+        self.usage_whole(records).await
     }
 }
 

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use crate::Error;
+use crate::usage::{Usage, UsageLines};
 
 /// What a bucket counts. The discriminant is the position inside a record and on the wire to the scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -266,6 +267,8 @@ pub struct Settle {
     pub scopes: Scopes,
     /// The backend whose slot is held, if one is.
     pub slot: Option<Key>,
+    /// What to add to the account of who used what; added exactly when `actual` is charged.
+    pub usage: Option<Usage>,
 }
 
 /// The outcome of a settlement.
@@ -349,4 +352,7 @@ pub trait Limiter: Send + Sync {
     fn charge(&self, charges: &[Charge]) -> impl Future<Output = Result<Decision, Error>> + Send;
     /// How every limit stands now; reads only.
     fn peek(&self, scopes: &[ScopeLimits]) -> impl Future<Output = Result<Vec<LimitState>, Error>> + Send;
+    /// What was used, per record of [`Key::usage`] in the order given; one without lines was never written or has
+    /// expired. At most [`crate::usage::USAGE_RECORDS_MAX`] records; reads only.
+    fn usage(&self, records: &[Key]) -> impl Future<Output = Result<Vec<UsageLines>, Error>> + Send;
 }

@@ -12,4 +12,5 @@ mod ratelimit;
 mod stack;
 mod streaming;
 mod tls;
+mod usage;
 mod waiting;

@@ -5,9 +5,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use weir_proto::resource::Name;
 use weir_proto::v1;
 
-use super::{Kind, WaitArgs, duration, positive};
+use super::{Kind, WaitArgs, duration, health_url, name, positive};
 
 /// A resource, as KIND/NAME.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,6 +183,51 @@ pub enum TokenCommand {
     },
     /// Show all tokens, never their secrets
     List,
+}
+
+/// Whose usage to show, of which days, and how it is added up.
+#[derive(Debug, Clone, Args)]
+pub struct UsageArgs {
+    /// Only of this tenant; also of one that has been deleted
+    #[arg(long, value_parser = name, value_name = "NAME")]
+    pub tenant: Option<Name>,
+    /// Only of this model
+    #[arg(long, value_parser = name, value_name = "NAME")]
+    pub model: Option<Name>,
+    /// First day, UTC, such as 2026-11-01; without it 29 days before the last
+    #[arg(long, value_name = "DAY")]
+    pub from: Option<jiff::civil::Date>,
+    /// Last day, UTC; without it today
+    #[arg(long, value_name = "DAY")]
+    pub to: Option<jiff::civil::Date>,
+    /// What to tell apart; the rest is added up
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [UsageBy::Tenant, UsageBy::Model, UsageBy::Day])]
+    pub by: Vec<UsageBy>,
+    /// A gateway's operations port
+    #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
+    pub gateway: http::Uri,
+}
+
+/// What usage is told apart by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum UsageBy {
+    /// Who asked
+    Tenant,
+    /// What was asked
+    Model,
+    /// The day of the admission, UTC
+    Day,
+}
+
+impl UsageBy {
+    /// As the gateway's page has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tenant => "tenant",
+            Self::Model => "model",
+            Self::Day => "day",
+        }
+    }
 }
 
 /// Where to put a backup.

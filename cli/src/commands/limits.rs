@@ -21,18 +21,23 @@ pub(super) async fn limits(cli: &Cli, io: &mut Io<'_>, command: &LimitsCommand) 
             query.push_str(&format!("&{name}={count}"));
         }
     }
+    let answer = page(cli, gateway, &query, ANSWER_MAX_BYTES).await?;
+    io.result(|| text(&answer), || answer.clone())
+}
+
+/// What a page of a gateway's operations port answers.
+pub(super) async fn page(cli: &Cli, gateway: &Uri, path: &str, max_bytes: usize) -> Result<Value, Error> {
     let base = gateway.to_string();
-    let url: Uri = format!("{}{query}", base.trim_end_matches('/'))
+    let url: Uri = format!("{}{path}", base.trim_end_matches('/'))
         .parse()
-        .map_err(|_| Error::Setting("--key and --model take names of resources".to_owned()))?;
-    let (status, body) = health::fetch(cli, &url, ANSWER_MAX_BYTES).await?;
+        .map_err(|_| Error::Setting("--gateway takes an address without a path".to_owned()))?;
+    let (status, body) = health::fetch(cli, &url, max_bytes).await?;
     if !(200..300).contains(&status) {
         let text = String::from_utf8_lossy(&body);
         let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
         return Err(Error::Unhealthy { url: url.to_string(), status, text });
     }
-    let answer: Value = serde_json::from_slice(&body).map_err(|_| Error::Answer("limits"))?;
-    io.result(|| text(&answer), || answer.clone())
+    serde_json::from_slice(&body).map_err(|_| Error::Answer("a page of the gateway"))
 }
 
 fn text(answer: &Value) -> String {

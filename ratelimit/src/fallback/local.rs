@@ -1,6 +1,7 @@
 //! What this process decided without the store, and what of it the store has not been told.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -12,7 +13,7 @@ use crate::budget::{Meter, Terms};
 use crate::memory::MemoryLimiter;
 use crate::{
     Acquire, Candidate, Cost, Decision, Error, Key, Kind, LimitState, Outcome, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled, What,
+    ScopeLimits, Scopes, Settle, Settled, Tally, Usage, What,
 };
 
 /// Records that may be metered here. A call that would need more is refused the way a closed limit is.
@@ -51,12 +52,22 @@ struct Base {
     charge: Option<Settle>,
 }
 
+/// A line of the account of who used what.
+#[derive(Debug, Default)]
+struct Noted {
+    /// What the store has not been sent.
+    tally: Tally,
+    /// What it is being sent, under its id until the outcome is known.
+    telling: Option<Settle>,
+}
+
 #[derive(Debug)]
 pub(super) struct Local {
     epoch: Instant,
     limiter: MemoryLimiter,
     grants: HashMap<ReservationId, Grant>,
     bases: HashMap<Key, Base>,
+    usage: HashMap<(Key, Arc<str>), Noted>,
     pub(super) pending: VecDeque<Pending>,
     engaged: bool,
 }
@@ -68,6 +79,7 @@ impl Local {
             limiter: MemoryLimiter::since(epoch),
             grants: HashMap::new(),
             bases: HashMap::new(),
+            usage: HashMap::new(),
             pending: VecDeque::new(),
             engaged: false,
         }
@@ -80,7 +92,8 @@ impl Local {
 
     /// Whether the store has been told everything.
     pub(super) fn is_clear(&self) -> bool {
-        self.grants.is_empty() && self.pending.is_empty() && self.bases.values().all(|b| b.charge.is_none())
+        let charged = self.bases.values().all(|b| b.charge.is_none());
+        charged && self.grants.is_empty() && self.waiting() == 0
     }
 
     /// Takes over the leases the store granted, so that they count against this process's share of slots.
@@ -155,7 +168,9 @@ impl Local {
     /// Of a grant made here; `None` when the store made it.
     pub(super) fn settle(&mut self, call: &Settle, gateways: u32) -> Option<Result<Settled, Error>> {
         let grant = self.grants.remove(&call.id)?;
+        // Its usage is for the store alone.
         let share = Settle {
+            usage: None,
             scopes: call.scopes.iter().map(|s| share::scope(s, gateways)).collect(),
             ..call.clone()
         };
@@ -180,7 +195,7 @@ impl Local {
 
     /// What may have been granted under this id is undone when the store is back. Without room it stands there.
     fn cancel(&mut self, id: ReservationId, scopes: &[ScopeLimits], slot: Option<Key>) {
-        let cancel = Settle { id, actual: Cost::default(), scopes: scopes.into(), slot };
+        let cancel = Settle { id, actual: Cost::default(), scopes: scopes.into(), slot, usage: None };
         self.defer(Pending::Settle(Box::new(cancel)));
     }
 
@@ -287,7 +302,8 @@ impl Local {
             }
             let scope = ScopeLimits { concurrency: None, ..base.whole.clone() };
             let id = ReservationId::now_v7();
-            let charge = Settle { id, actual: cost, scopes: smallvec::smallvec![scope], slot: None };
+            let charge =
+                Settle { id, actual: cost, scopes: smallvec::smallvec![scope], slot: None, usage: None };
             base.charge = Some(charge.clone());
             charges.push(charge);
         }
@@ -302,10 +318,58 @@ impl Local {
         }
     }
 
+    /// What ended here used so much. False when there is no room for another line.
+    pub(super) fn note_usage(&mut self, usage: &Usage) -> bool {
+        let line = (usage.record.clone(), usage.model.clone());
+        if self.usage.len() >= RECORDS_MAX && !self.usage.contains_key(&line) {
+            return false;
+        }
+        let noted = self.usage.entry(line).or_default();
+        noted.tally = noted.tally.plus(usage.tally);
+        true
+    }
+
+    /// What the account in the store lacks, a line each. Asked again, a note keeps its id until [`Local::noted`].
+    pub(super) fn usage_notes(&mut self) -> Vec<Settle> {
+        let note = |((record, model), noted): (&(Key, Arc<str>), &mut Noted)| {
+            let note = noted.telling.get_or_insert_with(|| Settle {
+                id: ReservationId::now_v7(),
+                actual: Cost::default(),
+                scopes: Scopes::new(),
+                slot: None,
+                usage: Some(Usage {
+                    record: record.clone(),
+                    model: model.clone(),
+                    tally: std::mem::take(&mut noted.tally),
+                }),
+            });
+            note.clone()
+        };
+        self.usage.iter_mut().map(note).collect()
+    }
+
+    /// A note is done, or can never be.
+    pub(super) fn noted(&mut self, note: &Settle) {
+        let Some(usage) = &note.usage else { return };
+        let line = (usage.record.clone(), usage.model.clone());
+        if let Some(noted) = self.usage.get_mut(&line) {
+            noted.telling = None;
+            if noted.tally.is_zero() {
+                self.usage.remove(&line);
+            }
+        }
+    }
+
+    /// Settlements, releases and lines of usage that wait for the store.
+    pub(super) fn waiting(&self) -> usize {
+        self.pending.len() + self.usage.len()
+    }
+
     /// Forgets what was decided here; the next decision starts from what was seen by then.
     pub(super) fn reset(&mut self) {
         let pending = std::mem::take(&mut self.pending);
-        *self = Self { pending, ..Self::new(self.epoch) };
+        let usage = std::mem::take(&mut self.usage);
+        *self = Self { pending, usage, ..Self::new(self.epoch) };
     }
 }
 

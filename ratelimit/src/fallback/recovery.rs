@@ -122,7 +122,8 @@ async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
         candidates: Vec::new(),
         lease_ttl: Duration::from_secs(1),
     };
-    let end = Settle { id: call.id, actual: Cost::default(), scopes: call.scopes.clone(), slot: None };
+    let end =
+        Settle { id: call.id, actual: Cost::default(), scopes: call.scopes.clone(), slot: None, usage: None };
     match inner.store.acquire(&call).await {
         Ok(_) => inner.store.settle(&end).await.map(drop),
         Err(error) => Err(error),
@@ -164,6 +165,16 @@ pub(super) async fn tell<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<
         async move {
             passable(&inner, inner.store.settle(&charge).await.map(drop))?;
             lock(&inner.local).charged(&charge);
+            Ok(())
+        }
+    })
+    .await?;
+    let notes = lock(&inner.local).usage_notes();
+    each_at_once(notes, |note| {
+        let inner = inner.clone();
+        async move {
+            passable(&inner, inner.store.settle(&note).await.map(drop))?;
+            lock(&inner.local).noted(&note);
             Ok(())
         }
     })
@@ -223,8 +234,13 @@ fn taken_over<L: Limiter>(
         local.adopted(id, leases, inner.gateways(), inner.now_us());
     } else {
         // It ended meanwhile; its meter here has what it used.
-        let end =
-            Settle { id, actual: Cost::default(), scopes: scopes.into(), slot: leases.first().cloned() };
+        let end = Settle {
+            id,
+            actual: Cost::default(),
+            scopes: scopes.into(),
+            slot: leases.first().cloned(),
+            usage: None,
+        };
         inner.defer(&mut local, Pending::Settle(Box::new(end)));
         inner.defer(&mut local, Pending::Release(id, leases.into()));
     }

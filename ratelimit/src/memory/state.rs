@@ -119,6 +119,9 @@ impl State {
                 self.write_record(&scope.record, &lines, meters, now);
             }
         }
+        if let (Some(usage), Some(Stage::Open) | None) = (&call.usage, stage) {
+            self.note_usage(usage, now);
+        }
         for key in call.scopes.iter().map(|scope| &scope.leases).chain(&call.slot) {
             self.drop_lease(key, call.id);
         }

@@ -5,6 +5,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::time::Duration;
 
 use super::leases::Leases;
+use super::usage::Day;
 use crate::budget::{Meter, Terms};
 use crate::call::{Line, TOMBSTONE_LIFE, micros};
 use crate::{Candidate, Key, Kind, ReservationId};
@@ -21,8 +22,9 @@ pub(super) struct State {
     records: HashMap<Key, Record>,
     pub(super) leases: HashMap<Key, Leases>,
     reservations: HashMap<Key, Reservation>,
+    pub(super) usage: HashMap<Key, Day>,
     /// One entry per stored thing that can expire, looked at again when its turn comes.
-    due: BinaryHeap<Reverse<(u64, Due)>>,
+    pub(super) due: BinaryHeap<Reverse<(u64, Due)>>,
 }
 
 #[derive(Debug)]
@@ -50,8 +52,9 @@ pub(super) enum Stage {
 }
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Due {
+pub(super) enum Due {
     Record(Key),
+    Usage(Key),
     Leases(Key),
     Reservation(Key),
 }
@@ -76,6 +79,13 @@ impl State {
                         None
                     }
                 },
+                Due::Usage(key) => {
+                    // Its life is fixed when it begins; the next one under its name has an entry of its own.
+                    if self.usage.get(key).is_some_and(|day| day.expires <= now) {
+                        self.usage.remove(key);
+                    }
+                    None
+                }
                 Due::Leases(key) => {
                     let left = self.leases.get_mut(key).and_then(|set| {
                         set.prune(now);

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use crate::call::blank_limits;
 use crate::{
-    Charge, Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Verdict, What,
+    Charge, Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Tally, UsageLines,
+    Verdict, What,
 };
 
 /// Reads a reply from front to back; a missing number is an error, not a default.
@@ -39,6 +40,19 @@ impl<'a> Reader<'a> {
     pub(crate) fn peeked(mut self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         self.int()?;
         self.limits(scopes)
+    }
+
+    pub(crate) fn usage(mut self, records: usize) -> Result<Vec<UsageLines>, Error> {
+        (0..records).map(|_| (0..self.unsigned()?).map(|_| self.usage_line()).collect()).collect()
+    }
+
+    fn usage_line(&mut self) -> Result<(String, Tally), Error> {
+        let bytes = self.unsigned()?;
+        let name: Vec<u8> = (0..bytes)
+            .map(|_| self.int().and_then(|byte| u8::try_from(byte).map_err(|_| malformed())))
+            .collect::<Result<_, _>>()?;
+        let name = String::from_utf8(name).map_err(|_| malformed())?;
+        Ok((name, Tally::from_array([self.int()?, self.int()?, self.int()?, self.int()?])))
     }
 
     /// An index below `len`, or none.

@@ -4,7 +4,8 @@ use std::sync::LazyLock;
 
 use crate::budget::Terms;
 use crate::call::{added, lines, needed};
-use crate::{Bucket, Charge, ChargeRule, Kind, ReservationId, ScopeLimits};
+use crate::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX};
+use crate::{Bucket, Charge, ChargeRule, Kind, ReservationId, ScopeLimits, Usage};
 
 const METER: &str = include_str!("../scripts/meter.lua");
 
@@ -28,6 +29,8 @@ pub(crate) static CHARGE: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/charge.lua")));
 pub(crate) static BIRTH: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("../scripts/birth.lua")));
+pub(crate) static USAGE: LazyLock<Script> =
+    LazyLock::new(|| Script::new(include_str!("../scripts/usage.lua")));
 pub(crate) static PEEK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("../scripts/peek.lua")));
 
 impl Script {
@@ -80,6 +83,17 @@ impl Args {
             self.int(line.kind as u64 + 1).int(line.terms.cap as u64).int(line.amount as u64);
             self.int(line.terms.num as u64).int(line.terms.den as u64);
         }
+        self
+    }
+
+    /// How long the record is kept, and the line; 0 for nothing to note.
+    pub(crate) fn usage(&mut self, usage: Option<&Usage>) -> &mut Self {
+        let Some(usage) = usage else { return self.int(0) };
+        self.int(u64::try_from(USAGE_LIFE.as_millis()).unwrap_or(u64::MAX));
+        self.0.push(usage.model.as_bytes().to_vec());
+        self.int(USAGE_MODELS_MAX as u64);
+        self.0.push(OTHER_MODELS.into());
+        self.0.extend(usage.tally.to_array().map(|amount| amount.to_string().into_bytes()));
         self
     }
 

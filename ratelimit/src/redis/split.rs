@@ -13,7 +13,7 @@ use super::{RedisLimiter, reply};
 use crate::call::{RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::{
     Acquire, Candidate, Charge, ChargeRule, Cost, Decision, Error, Key, LimitState, Outcome, Renewal,
-    ReservationId, ScopeLimits, Scopes, Settle, Settled, Verdict,
+    ReservationId, ScopeLimits, Scopes, Settle, Settled, UsageLines, Verdict,
 };
 
 /// The scopes of one slot, by their places in the call.
@@ -149,7 +149,7 @@ impl RedisLimiter {
     ) -> Result<(), Error> {
         for group in granted.iter().rev() {
             let scopes = pick(&call.scopes, group);
-            let part = Settle { id: call.id, actual: Cost::default(), scopes, slot: None };
+            let part = Settle { id: call.id, actual: Cost::default(), scopes, slot: None, usage: None };
             let settled = match self.settle_group(&part, &group.tag, Duration::ZERO).await {
                 Err(error) if error.trouble() != crate::Trouble::Caller => {
                     self.settle_group(&part, &group.tag, Duration::ZERO).await.map_err(|_| Error::Lost)?
@@ -166,15 +166,23 @@ impl RedisLimiter {
     pub(super) async fn settle_split(&self, call: &Settle) -> Result<Settled, Error> {
         let mut limits = Vec::new();
         let mut applied = false;
+        let mut usage = call.usage.clone();
         for group in &groups(&call.scopes) {
-            let part = Settle { scopes: pick(&call.scopes, group), slot: None, ..call.clone() };
+            // In the slot of the group that remembers the reservation, where there is one.
+            let usage = usage.take_if(|usage| usage.record.tag() == group.tag);
+            let part = Settle { scopes: pick(&call.scopes, group), slot: None, usage, ..call.clone() };
             let settled = self.settle_group(&part, &group.tag, TOMBSTONE_LIFE).await?;
             applied |= settled.applied;
             place(&mut limits, group, settled.limits);
         }
         if let Some(slot) = &call.slot {
-            let part = Settle { scopes: Scopes::new(), ..call.clone() };
+            let part = Settle { scopes: Scopes::new(), usage: None, ..call.clone() };
             self.settle_group(&part, slot.tag(), TOMBSTONE_LIFE).await?;
+        }
+        if let Some(usage) = usage {
+            let tag = usage.record.tag().to_owned();
+            let part = Settle { scopes: Scopes::new(), slot: None, usage: Some(usage), ..call.clone() };
+            self.settle_group(&part, &tag, TOMBSTONE_LIFE).await?;
         }
         Ok(Settled { applied, limits: in_order(limits) })
     }
@@ -304,6 +312,14 @@ impl RedisLimiter {
             place(&mut limits, group, self.peek_whole(&pick(scopes, group)).await?);
         }
         Ok(in_order(limits))
+    }
+
+    pub(super) async fn usage_split(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        let mut lines = Vec::with_capacity(records.len());
+        for same_slot in records.chunk_by(|a, b| a.tag() == b.tag()) {
+            lines.extend(self.usage_whole(same_slot).await?);
+        }
+        Ok(lines)
     }
 
     async fn ask_group(&self, call: &Acquire, tag: &str, life: Duration) -> Result<(Decision, bool), Error> {

@@ -1,20 +1,47 @@
 #!lua flags=allow-oom
 -- Applies actual - reserved once per reservation and frees its leases.
--- KEYS   reservation; n scope records; n scope lease sets; the slot's lease set if one is held
--- ARGV   id, tombstone life ms (0 undoes without a trace: no tombstone), n, slot held 0|1;
+-- KEYS   reservation; n scope records; n scope lease sets; the slot's lease set if one is held; a usage record if
+--        there is something to note
+-- ARGV   id, tombstone life ms (0 undoes without a trace: no tombstone), n, slot held 0|1, usage life ms (0 notes
+--        nothing); if it is not 0 model, most models, the name of the others, requests, input, output, money;
 --        per scope: concurrency (-1 none), buckets, then per bucket kind 1-5, capacity, actual, num, den
 -- reply  applied 0|1, now us; per limit: verdict, wait us, remaining, reset us (see acquire) for a cost of zero
 -- Atomic because the reservation must be used up in the same step that applies it. A tombstone stays behind so
 -- that a second settle, or an acquire that arrives late, is recognised. Without a record (expired, or lost with
--- the data set) what was reserved is unknown: the actual is debited, nothing is credited. Runs under memory
+-- the data set) what was reserved is unknown: the actual is debited, nothing is credited. Usage is noted exactly
+-- when the actual is charged. Runs under memory
 -- pressure: freeing and crediting is what relieves it.
-local id, n, at = ARGV[1], tonumber(ARGV[3]), 4
+local id, n, at, leases_end = ARGV[1], tonumber(ARGV[3]), 5, #KEYS
 local now = clock()
 local held = read_reservation(KEYS[1])
 local open = held and held[2] == 0
 local reserved = {}
 if open then
   for i = 4, #held do reserved[held[i][1]] = held[i] end
+end
+
+-- A line of usage: a version byte, then requests, input, output, money.
+local LINE = '<Bdddd'
+local usage
+if ARGV[5] ~= '0' then
+  at, leases_end = 12, #KEYS - 1
+  if open or not held then
+    usage = { key = KEYS[#KEYS], model = ARGV[6] }
+    local raw = redis.call('HGET', usage.key, usage.model)
+    if not raw then
+      local models = redis.call('HLEN', usage.key)
+      usage.begins = models == 0
+      if models >= tonumber(ARGV[7]) then
+        usage.model = ARGV[8]
+        raw = redis.call('HGET', usage.key, usage.model)
+      end
+    end
+    local version, line = VERSION, { 0, 0, 0, 0 }
+    if raw then version, line[1], line[2], line[3], line[4] = struct.unpack(LINE, raw) end
+    if version ~= VERSION then error({ err = 'WRONGTYPE usage of another version' }) end
+    for i = 1, 4 do line[i] = max(min(line[i] + tonumber(ARGV[8 + i]), LEVEL_MAX), -LEVEL_MAX) end
+    usage.raw = struct.pack(LINE, VERSION, line[1], line[2], line[3], line[4])
+  end
 end
 
 local scopes, mine = {}, {}
@@ -25,7 +52,7 @@ for s = 1, n do
   at = at + 2 + 5 * count
   scopes[s] = scope
 end
-for k = 2 + n, #KEYS do mine[k] = redis.call('ZSCORE', KEYS[k], id) end
+for k = 2 + n, leases_end do mine[k] = redis.call('ZSCORE', KEYS[k], id) end
 for s, scope in ipairs(scopes) do
   local before, changed = reserved[KEYS[1 + s]], false
   for _, b in ipairs(scope.meters) do
@@ -40,8 +67,12 @@ for s, scope in ipairs(scopes) do
   end
   if changed then write_record(KEYS[1 + s], scope.meters, now) end
 end
-for k = 2 + n, #KEYS do
+for k = 2 + n, leases_end do
   if mine[k] then redis.call('ZREM', KEYS[k], id) end
+end
+if usage then
+  redis.call('HSET', usage.key, usage.model, usage.raw)
+  if usage.begins then redis.call('PEXPIRE', usage.key, ARGV[5]) end
 end
 if ARGV[2] == '0' then
   if open then redis.call('DEL', KEYS[1]) end

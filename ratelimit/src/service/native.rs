@@ -68,6 +68,7 @@ impl Native {
             actual: check.cost("actual", request.actual),
             scopes: check.scopes(&request.scopes),
             slot: None,
+            usage: None,
         };
         let call = check.finish(call)?;
         let settled = self.limiter.settle(&call).await.map_err(|e| refusal(&e))?;

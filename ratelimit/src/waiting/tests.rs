@@ -86,7 +86,7 @@ impl Process {
     async fn settle(&self, call: &Acquire) {
         let scopes: Scopes = call.scopes.clone();
         let slot = call.candidates.first().map(|c| c.leases.clone());
-        let settle = Settle { id: call.id, actual: Cost::default(), scopes, slot };
+        let settle = Settle { id: call.id, actual: Cost::default(), scopes, slot, usage: None };
         self.limiter.settle(&settle).await.expect("memory always answers");
         let keys = call.scopes.iter().map(|s| &s.leases).chain(call.candidates.iter().map(|c| &c.leases));
         self.waiting.released(keys);

@@ -39,6 +39,10 @@ impl World {
         self.server.is_some()
     }
 
+    pub(crate) fn is_memory(&self) -> bool {
+        self.server.is_none() && self.cluster.is_none()
+    }
+
     pub(crate) fn server(&self) -> &Server {
         self.server.as_ref().expect("a case for Redis")
     }
@@ -48,7 +52,7 @@ impl World {
     }
 
     pub(crate) async fn settle(&self, of: &Acquire, actual: Cost, slot: Option<&Key>) -> Settled {
-        let call = Settle { id: of.id, actual, scopes: of.scopes.clone(), slot: slot.cloned() };
+        let call = Settle { id: of.id, actual, scopes: of.scopes.clone(), slot: slot.cloned(), usage: None };
         self.limiter.settle(&call).await.expect("settle")
     }
 
@@ -61,7 +65,13 @@ impl World {
         let probe = Acquire { cost: Cost::default(), ..call(smallvec![]) };
         let now = self.acquire(&probe).await.now_us;
         self.limiter
-            .settle(&Settle { id: probe.id, actual: Cost::default(), scopes: smallvec![], slot: None })
+            .settle(&Settle {
+                id: probe.id,
+                actual: Cost::default(),
+                scopes: smallvec![],
+                slot: None,
+                usage: None,
+            })
             .await
             .expect("settle");
         now

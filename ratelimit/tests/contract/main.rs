@@ -9,6 +9,7 @@ mod outages;
 mod properties;
 mod redis_only;
 mod settlement;
+mod usage;
 
 /// Runs each case against both stores. Memory runs on a paused clock, Redis on its own real one.
 macro_rules! suite {
@@ -58,6 +59,10 @@ suite! {
         a_cancelled_acquire_that_comes_late_is_refused, an_unknown_reservation_is_debited_once,
         scopes_of_different_size_settle_exactly, credit_never_goes_below_empty,
         a_settlement_after_expiry_gives_no_credit;
+    usage:
+        usage_is_counted_once_with_its_settlement, usage_without_limits_is_counted_once,
+        steps_and_their_correction_add_up, tenants_models_and_days_have_lines_of_their_own,
+        too_many_models_are_added_up_together, a_day_is_forgotten_after_its_time;
     leases:
         concurrency_is_exact, a_lost_lease_frees_its_slot, renewal_keeps_a_lease, release_is_idempotent,
         candidates_are_tried_in_order, a_moved_slot_is_freed_and_taken, a_lowered_maximum_waits_for_its_surplus,

@@ -200,6 +200,7 @@ async fn what_was_granted_alone_settles_in_the_store() {
         actual: Cost::of_request(used, 0, 0),
         scopes: of.scopes.clone(),
         slot: None,
+        usage: None,
     };
     assert!(gateway.settle(&end(&ended, 70)).await.expect("settled").applied);
     server.signal("CONT");
@@ -229,8 +230,13 @@ async fn a_settlement_during_an_outage_waits_for_its_end() {
     opens(&gateway).await;
     let refused = gateway.acquire(&tokens(scopes.clone(), 1)).await.expect("local");
     assert!(!granted(&refused), "the slot the store granted counts here too");
-    let settle =
-        Settle { id: held.id, actual: Cost::of_request(10, 0, 0), scopes: scopes.clone(), slot: None };
+    let settle = Settle {
+        id: held.id,
+        actual: Cost::of_request(10, 0, 0),
+        scopes: scopes.clone(),
+        slot: None,
+        usage: None,
+    };
     gateway.settle(&settle).await.expect("waits");
     assert_eq!(gateway.status().pending, 1);
     assert!(granted(&gateway.acquire(&tokens(scopes.clone(), 1)).await.expect("local")));
@@ -328,4 +334,51 @@ async fn one_broken_record_is_no_outage() {
     let other: Scopes = smallvec![limited("other", Kind::Requests, bucket(5, 0, MINUTE))];
     assert!(!gateway.acquire(&call(other)).await.expect("store").degraded);
     assert_eq!((gateway.status().phase, gateway.status().opened), (Phase::Closed, 0));
+}
+
+/// Usage of what was decided, settled or both while the store was away is in its account afterwards, once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn usage_of_an_outage_is_told_once() {
+    let server = Server::start().await;
+    let gateway = gateway(&server, 1).await;
+    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE))];
+    let record = Key::usage("acme", "2026-11-23");
+    let end = |of: &Acquire, tokens: i64| Settle {
+        id: of.id,
+        actual: Cost::of_request(tokens as u64, 0, 0),
+        scopes: of.scopes.clone(),
+        slot: None,
+        usage: Some(Usage {
+            record: record.clone(),
+            model: "m".into(),
+            tally: Tally { requests: 1, input_tokens: tokens, ..Tally::default() },
+        }),
+    };
+    let held = tokens(scopes.clone(), 1);
+    assert!(granted(&gateway.acquire(&held).await.expect("granted")));
+    server.signal("STOP");
+    opens(&gateway).await;
+    let alone: Vec<Acquire> = (0..20).map(|_| tokens(scopes.clone(), 1)).collect();
+    for call in &alone {
+        assert!(gateway.acquire(call).await.expect("local").degraded);
+    }
+    for call in &alone[..15] {
+        gateway.settle(&end(call, 2)).await.expect("settled");
+    }
+    gateway.settle(&end(&held, 100)).await.expect("waits");
+    assert_eq!(gateway.status().pending, 2, "one settlement, and one line for all that ended here");
+    server.signal("CONT");
+    returns(&gateway).await;
+    for call in &alone[15..] {
+        gateway.settle(&end(call, 2)).await.expect("settled");
+    }
+    let expected = Tally { requests: 21, input_tokens: 140, ..Tally::default() };
+    eventually("told", async || {
+        gateway
+            .usage(std::slice::from_ref(&record))
+            .await
+            .is_ok_and(|read| read[0] == [("m".to_owned(), expected)])
+    })
+    .await;
+    assert_eq!((gateway.status().pending, gateway.status().lost), (0, 0));
 }

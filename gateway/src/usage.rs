@@ -1,0 +1,246 @@
+//! Who used what: requests, tokens and money by tenant, model and day. Served on the operations port for `weir usage`.
+//!
+//! Settlements keep the account in the store that gateways share, so any gateway answers for all of them. Work is
+//! bounded: the records of a question are counted from the tenants and days it names before any is read.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::Router;
+use axum::extract::{RawQuery, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde_json::{Value, json};
+use weir_proto::resource::Name;
+use weir_ratelimit::usage::USAGE_RECORDS_MAX;
+use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
+
+use crate::account::Ledger;
+use crate::calendar;
+use crate::live::Live;
+
+/// Days when none are named.
+const DAYS: u64 = 30;
+/// Most days of a question: as long as they are kept.
+const DAYS_MAX: u64 = 400;
+/// Most records (a tenant's day each) that one question reads.
+const RECORDS_MAX: usize = 20_000;
+/// Reads under way at once: the store has requests to admit meanwhile.
+const AT_ONCE: usize = 4;
+/// A read that failed is made again so often.
+const TRIES: u32 = 4;
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unanswered {
+    /// A parameter is wrong.
+    #[error("{0}")]
+    BadQuery(&'static str),
+    /// The limit store does not answer.
+    #[error("usage cannot be read now: {0}")]
+    Store(String),
+}
+
+/// What is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    tenant: Option<Name>,
+    model: Option<Name>,
+    /// Days since 1970, both included.
+    first: u64,
+    last: u64,
+    by: By,
+}
+
+/// What is told apart; the rest is added up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct By {
+    tenant: bool,
+    model: bool,
+    day: bool,
+}
+
+impl Question {
+    /// From the query `tenant=NAME&model=NAME&from=DAY&to=DAY&by=tenant,model,day`; everything may be left out. Days are
+    /// UTC and included; `to` is `today` and `from` 29 days earlier when not given.
+    ///
+    /// # Errors
+    /// When a parameter is not what it should be, or there are too many days.
+    pub fn parse(query: &str, today: u64) -> Result<Self, Unanswered> {
+        let field = |name: &str| {
+            query.split('&').filter_map(|pair| pair.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
+        };
+        let name = |of, message| {
+            field(of).map(|text| Name::parse(text).map_err(|_| Unanswered::BadQuery(message))).transpose()
+        };
+        let day = |of, message| {
+            field(of).map(|text| calendar::parse(text).ok_or(Unanswered::BadQuery(message))).transpose()
+        };
+        let last = day("to", "to: must be a day such as 2026-11-23")?.unwrap_or(today);
+        let first = day("from", "from: must be a day such as 2026-11-23")?;
+        let first = first.unwrap_or(last.saturating_sub(DAYS - 1));
+        if first > last {
+            return Err(Unanswered::BadQuery("from: must not be after to"));
+        }
+        if last - first >= DAYS_MAX {
+            return Err(Unanswered::BadQuery("from: at most 400 days are kept"));
+        }
+        Ok(Self {
+            tenant: name("tenant", "tenant: must be the name of a tenant")?,
+            model: name("model", "model: must be the name of a model")?,
+            first,
+            last,
+            by: By::parse(field("by").unwrap_or("tenant,model,day"))?,
+        })
+    }
+}
+
+impl By {
+    fn parse(text: &str) -> Result<Self, Unanswered> {
+        let mut by = Self { tenant: false, model: false, day: false };
+        for word in text.split(',') {
+            match word {
+                "tenant" => by.tenant = true,
+                "model" => by.model = true,
+                "day" => by.day = true,
+                _ => {
+                    return Err(Unanswered::BadQuery("by: must be tenant, model or day, or several of them"));
+                }
+            }
+        }
+        Ok(by)
+    }
+}
+
+/// The page `/usage` of the operations port.
+pub fn page(live: Arc<Live>, ledger: Arc<Ledger>) -> Router {
+    Router::new().route("/usage", get(answer)).with_state((live, ledger))
+}
+
+async fn answer(
+    State((live, ledger)): State<(Arc<Live>, Arc<Ledger>)>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    let today = calendar::day_of(SystemTime::now());
+    let answered = match Question::parse(&query.unwrap_or_default(), today) {
+        Ok(question) => tell(&live, &ledger, &question).await,
+        Err(error) => Err(error),
+    };
+    match answered {
+        Ok(value) => ([(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response(),
+        Err(error) => {
+            let status = match error {
+                Unanswered::BadQuery(_) => StatusCode::BAD_REQUEST,
+                Unanswered::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            (status, format!("{error}\n")).into_response()
+        }
+    }
+}
+
+/// Answers. Tenants are those in force; the usage of a deleted one is found by its name.
+///
+/// # Errors
+/// When too much is asked for at once, or the limit store does not answer.
+pub async fn tell(live: &Live, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, Unanswered> {
+    let snapshot = live.snapshot();
+    let tenants: Vec<&Name> = match &question.tenant {
+        Some(tenant) => vec![tenant],
+        None => snapshot.tenants.iter().collect(),
+    };
+    let days: Vec<String> = (question.first..=question.last).map(calendar::label).collect();
+    if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
+        return Err(Unanswered::BadQuery(
+            "from: fewer days, please, or one tenant: that is too much to read at once",
+        ));
+    }
+    let mut batches: Vec<(Name, Vec<String>)> = Vec::new();
+    for tenant in tenants {
+        batches.extend(days.chunks(USAGE_RECORDS_MAX).map(|days| (tenant.clone(), days.to_vec())));
+    }
+    let reads = batches.into_iter().map(|batch| read(ledger.clone(), batch));
+    let mut reads = stream::iter(reads).buffer_unordered(AT_ONCE);
+    let mut rows: BTreeMap<(String, String, String), Tally> = BTreeMap::new();
+    while let Some((tenant, days, lines)) = reads.try_next().await? {
+        for (day, lines) in days.into_iter().zip(lines) {
+            for (model, tally) in lines {
+                if question.model.as_ref().is_some_and(|wanted| wanted.as_str() != model) {
+                    continue;
+                }
+                let By { tenant: by_tenant, model: by_model, day: by_day } = question.by;
+                let told = |wanted: bool, text: &str| if wanted { text.to_owned() } else { String::new() };
+                let key = (told(by_tenant, tenant.as_str()), told(by_model, &model), told(by_day, &day));
+                let row = rows.entry(key).or_default();
+                *row = row.plus(tally);
+            }
+        }
+    }
+    let total = rows.values().fold(Tally::default(), |sum, tally| sum.plus(*tally));
+    let value = |((tenant, model, day), tally): (&(String, String, String), &Tally)| {
+        let mut row = figures(tally);
+        for (field, text) in [("tenant", tenant), ("model", model), ("day", day)] {
+            if !text.is_empty() {
+                row[field] = text.as_str().into();
+            }
+        }
+        row
+    };
+    Ok(json!({
+        "from": calendar::label(question.first), "to": calendar::label(question.last),
+        "rows": rows.iter().map(value).collect::<Vec<_>>(), "total": figures(&total),
+    }))
+}
+
+fn figures(tally: &Tally) -> Value {
+    json!({
+        "requests": tally.requests, "input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens,
+        "cost_micro_dollars": tally.spend_micro_dollars,
+    })
+}
+
+/// Some days of a tenant. A store that is busy may be late for one call and answer the next.
+async fn read(
+    ledger: Arc<Ledger>,
+    (tenant, days): (Name, Vec<String>),
+) -> Result<(Name, Vec<String>, Vec<UsageLines>), Unanswered> {
+    let records: Vec<Key> = days.iter().map(|day| Key::usage(tenant.as_str(), day)).collect();
+    let mut tried = 1;
+    loop {
+        match ledger.limiter.usage(&records).await {
+            Ok(lines) => return Ok((tenant, days, lines)),
+            Err(error) if tried == TRIES => return Err(Unanswered::Store(error.to_string())),
+            Err(_) => tried += 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_has_bounds_and_defaults() {
+        let question = Question::parse("", 20_780).expect("whole");
+        assert_eq!((question.first, question.last), (20_751, 20_780));
+        assert_eq!(question.by, By { tenant: true, model: true, day: true });
+        let question = Question::parse("tenant=acme&from=2026-11-01&to=2026-11-23&by=day", 0).expect("whole");
+        assert_eq!((question.first, question.last), (20_758, 20_780));
+        assert_eq!(question.by, By { tenant: false, model: false, day: true });
+        let wrong = [
+            "tenant=A!",
+            "model=",
+            "from=x",
+            "to=2026-02-30",
+            "by=",
+            "by=key",
+            "from=2026-11-24",
+            "from=2020-01-01",
+        ];
+        for query in wrong {
+            assert!(matches!(Question::parse(query, 20_780), Err(Unanswered::BadQuery(_))), "{query}");
+        }
+    }
+}
