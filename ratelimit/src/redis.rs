@@ -2,16 +2,20 @@
 //!
 //! A call goes to one of a few multiplexed connections (a lane each); whatever waits on a connection travels
 //! together, so callers pipeline each other without knowing. Scripts go by hash; a server that forgot them
-//! (restart, failover, flush) is sent the text once, by the call that noticed. Every call has a deadline, after
+//! (restart, failover, flush) is sent the text once, by the call that noticed. Admissions, and settlements, under the
+//! same limits are merged into one call where they would queue up ([`merge`]). Every call has a deadline, after
 //! which its outcome is unknown; ids make a retry harmless.
 //!
 //! Needs Redis 7: scripts that free or credit are flagged to run even when memory is full.
 
+mod calls;
 mod lane;
+mod merge;
 mod reply;
 mod script;
 mod split;
 mod topology;
+mod touched;
 
 use std::fmt;
 use std::pin::pin;
@@ -19,14 +23,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
+use ::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use self::calls::{Ask, End};
 use self::lane::Lane;
+use self::merge::Merge;
 use self::reply::Reader;
 use self::script::Script;
 use self::topology::{Shared, Source};
+use self::touched::Touched;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::lag::Lag;
 use crate::{
@@ -34,8 +41,6 @@ use crate::{
     ScopeLimits, Settle, Settled, UsageLines,
 };
 
-/// Renewals in one script call; a longer list is cut so that no call holds the server for long.
-const RENEWALS_PER_CALL: usize = 256;
 /// Time for a new connection, apart from any call's deadline: a handshake may take longer than a decision.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest a call waits past its deadline because this process is starved.
@@ -50,6 +55,8 @@ pub struct RedisOptions {
     pub lanes: usize,
     /// What a meter that is not there means.
     pub cold_start: ColdStart,
+    /// Whether calls under the same limits travel as one where they would queue up. Off only to measure.
+    pub merge: bool,
 }
 
 /// What a meter that is not there means: never used, or lost with the data set it was in.
@@ -66,26 +73,35 @@ pub enum ColdStart {
 
 impl Default for RedisOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_millis(50), lanes: 2, cold_start: ColdStart::default() }
+        Self { deadline: Duration::from_millis(50), lanes: 2, cold_start: ColdStart::default(), merge: true }
     }
 }
 
 /// Limits shared through Redis: one server, a primary that Sentinels know, or a Cluster.
 pub struct RedisLimiter {
+    inner: Arc<Inner>,
+    acquires: Arc<Merge<Ask<'static>>>,
+    settles: Arc<Merge<End<'static>>>,
+    merge: bool,
+    monitor: JoinHandle<()>,
+}
+
+/// What sends calls.
+struct Inner {
     lanes: Vec<Lane>,
     /// Whether keys of different tags are on different servers.
     is_cluster: bool,
     next: AtomicUsize,
     deadline: Duration,
     lag: Arc<Lag>,
-    monitor: JoinHandle<()>,
+    touched: Touched,
 }
 
 impl RedisLimiter {
     /// Connects and checks that the server answers.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, Error> {
         let limiter = Self::open(url, options)?;
-        tokio::time::timeout(CONNECT_TIMEOUT, limiter.lanes[0].connected())
+        tokio::time::timeout(CONNECT_TIMEOUT, limiter.inner.lanes[0].connected())
             .await
             .map_err(|_| Error::Timeout(CONNECT_TIMEOUT))??;
         Ok(limiter)
@@ -104,15 +120,25 @@ impl RedisLimiter {
             let lag = lag.clone();
             async move { lag.run().await }
         });
-        Ok(Self {
+        let inner = Arc::new(Inner {
             lag,
-            monitor,
             is_cluster: source.is_cluster(),
             lanes: (0..lanes).map(|_| Lane::start(source.clone(), options.cold_start)).collect(),
             next: AtomicUsize::new(0),
             deadline: options.deadline,
-        })
+            touched: Touched::default(),
+        });
+        let (acquires, settles) = (Ask::merge(&inner), End::merge(&inner));
+        Ok(Self { inner, acquires, settles, merge: options.merge, monitor })
     }
+
+    /// Admissions and settlements so far that travelled with another one under the same limits.
+    pub fn merged_calls(&self) -> u64 {
+        self.acquires.merged() + self.settles.merged()
+    }
+}
+
+impl Inner {
 
     /// The next lane in turn that is not known to be down, or the next one at all.
     fn lane(&self) -> &Lane {
@@ -122,22 +148,28 @@ impl RedisLimiter {
     }
 
     /// Runs a script. Dropping the future leaves the outcome unknown, like a timeout.
-    async fn run(&self, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
+    async fn run(&self, script: &Script, keys: &[&Key], args: &script::Args) -> Result<Vec<i64>, Error> {
         if self.is_cluster && !split::is_whole(keys.iter().copied()) {
             return Err(Error::Invalid("keys of several slots in one call"));
         }
         let lane = self.lane();
+        let answer = self.in_time(run_on(lane, script, keys, args)).await;
+        answer.unwrap_or_else(|| {
+            lane.timed_out();
+            Err(Error::Timeout(self.deadline))
+        })
+    }
+
+    /// What comes within the deadline. While it is this process that is slow, an answer may lie unread in its socket
+    /// and is waited for.
+    async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Option<T> {
         let asked = Instant::now();
-        let mut call = pin!(run_on(lane, script, keys, args));
+        let mut answer = pin!(answer);
         loop {
-            match tokio::time::timeout(self.deadline, &mut call).await {
-                Ok(result) => return result,
-                // It is this process that is slow: the answer may lie unread in its socket.
+            match tokio::time::timeout(self.deadline, &mut answer).await {
+                Ok(answer) => return Some(answer),
                 Err(_) if self.lag.starved() && asked.elapsed() < STARVED_MAX => {}
-                Err(_) => {
-                    lane.timed_out();
-                    return Err(Error::Timeout(self.deadline));
-                }
+                Err(_) => return None,
             }
         }
     }
@@ -149,7 +181,12 @@ impl Drop for RedisLimiter {
     }
 }
 
-async fn run_on(lane: &Lane, script: &Script, keys: &[&Key], args: &[Vec<u8>]) -> Result<Vec<i64>, Error> {
+async fn run_on(
+    lane: &Lane,
+    script: &Script,
+    keys: &[&Key],
+    args: &script::Args,
+) -> Result<Vec<i64>, Error> {
     let mut connection = lane.connected().await?;
     match eval(&mut connection.link, connection.birth, script, keys, args).await {
         Ok(reply) => {
@@ -171,32 +208,34 @@ async fn eval(
     birth: u64,
     script: &Script,
     keys: &[&Key],
-    args: &[Vec<u8>],
+    args: &script::Args,
 ) -> Result<Vec<i64>, RedisError> {
     let command = |name: &str, body: &str| {
-        let mut command = Cmd::with_capacity(4 + keys.len() + args.len(), 64 * (3 + keys.len()));
+        let mut command =
+            Cmd::with_capacity(4 + keys.len() + args.len(), 64 * (3 + keys.len()) + args.bytes());
         command.arg(name).arg(body).arg(keys.len());
         for key in keys {
             command.arg(key.as_str());
         }
-        for arg in args {
-            command.arg(arg.as_slice());
+        for arg in args.parts() {
+            command.arg(arg);
         }
         command.arg(birth);
         command
     };
-    let result = command("EVALSHA", script.hash()).query_async(link).await;
+    let mut result = command("EVALSHA", script.hash()).query_async::<Value>(link).await;
     if matches!(&result, Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)) {
-        return command("EVAL", script.text()).query_async(link).await;
+        result = command("EVAL", script.text()).query_async(link).await;
     }
-    result
+    reply::numbers(result?)
 }
 
 /// When the data set behind a connection was born.
 async fn birth(link: &mut Shared) -> Result<u64, Error> {
     let key = Key::birth();
     let keys = [&key];
-    let asked = eval(link, 0, &script::BIRTH, &keys, &[]);
+    let none = script::Args::default();
+    let asked = eval(link, 0, &script::BIRTH, &keys, &none);
     let reply =
         tokio::time::timeout(CONNECT_TIMEOUT, asked).await.map_err(|_| Error::Timeout(CONNECT_TIMEOUT))?;
     let reply = reply.map_err(|error| classify_connect(&error))?;
@@ -252,135 +291,9 @@ fn fault_of(error: &RedisError) -> Option<Fault> {
 impl fmt::Debug for RedisLimiter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLimiter")
-            .field("lanes", &self.lanes.len())
-            .field("deadline", &self.deadline)
+            .field("lanes", &self.inner.lanes.len())
+            .field("deadline", &self.inner.deadline)
             .finish_non_exhaustive()
-    }
-}
-
-/// One script call each: all keys share a slot, or there is but one server.
-impl RedisLimiter {
-    async fn acquire_raw(
-        &self,
-        call: &Acquire,
-        reservation: &Key,
-        life: Duration,
-    ) -> Result<Vec<i64>, Error> {
-        let mut keys = vec![reservation];
-        keys.extend(call.scopes.iter().map(|scope| &scope.record));
-        keys.extend(call.scopes.iter().map(|scope| &scope.leases));
-        keys.extend(call.candidates.iter().map(|candidate| &candidate.leases));
-        let mut args = script::Args::default();
-        args.id(call.id).int(us(call.lease_ttl)).int(ms(life));
-        args.int(call.scopes.len() as u64).int(call.candidates.len() as u64);
-        for scope in &call.scopes {
-            args.int(u64::from(scope.mode == crate::Mode::Shadow)).scope(scope, call::reserved(call));
-        }
-        for candidate in &call.candidates {
-            args.int(u64::from(candidate.max_concurrency));
-        }
-        self.run(&script::ACQUIRE, &keys, &args.0).await
-    }
-
-    async fn move_whole(
-        &self,
-        id: ReservationId,
-        from: Option<&Key>,
-        candidates: &[Candidate],
-        lease_ttl: Duration,
-    ) -> Result<Option<usize>, Error> {
-        let keys: Vec<&Key> = candidates.iter().map(|candidate| &candidate.leases).chain(from).collect();
-        if keys.is_empty() {
-            return Ok(None);
-        }
-        let mut args = script::Args::default();
-        args.id(id).int(us(lease_ttl)).int(candidates.len() as u64);
-        for candidate in candidates {
-            args.int(u64::from(candidate.max_concurrency));
-        }
-        let reply = self.run(&script::MOVE_SLOT, &keys, &args.0).await?;
-        Reader::new(&reply).index(candidates.len())
-    }
-
-    async fn settle_whole(&self, call: &Settle, reservation: &Key, life: Duration) -> Result<Settled, Error> {
-        let mut keys = vec![reservation];
-        keys.extend(call.scopes.iter().map(|scope| &scope.record));
-        keys.extend(call.scopes.iter().map(|scope| &scope.leases));
-        keys.extend(&call.slot);
-        keys.extend(call.usage.as_ref().map(|usage| &usage.record));
-        let mut args = script::Args::default();
-        args.id(call.id).int(ms(life)).int(call.scopes.len() as u64);
-        args.int(u64::from(call.slot.is_some())).usage(call.usage.as_ref());
-        for scope in &call.scopes {
-            args.scope(scope, call::spent(&call.actual));
-        }
-        let reply = self.run(&script::SETTLE, &keys, &args.0).await?;
-        Reader::new(&reply).settled(&call.scopes)
-    }
-
-    async fn renew_whole(
-        &self,
-        renewals: &[Renewal],
-        lease_ttl: Duration,
-    ) -> Result<Vec<ReservationId>, Error> {
-        let mut lost = Vec::new();
-        for batch in renewals.chunks(RENEWALS_PER_CALL) {
-            let records: Vec<_> =
-                batch.iter().map(|renewal| Key::reservations_near(&renewal.leases, renewal.id)).collect();
-            let mut keys = Vec::new();
-            let mut args = script::Args::default();
-            args.int(us(lease_ttl)).int(ms(RESERVATION_LIFE)).int(batch.len() as u64);
-            for (renewal, records) in batch.iter().zip(&records) {
-                keys.extend(renewal.leases.iter().chain(records));
-                args.id(renewal.id).int(renewal.leases.len() as u64).int(records.len() as u64);
-            }
-            let reply = self.run(&script::RENEW, &keys, &args.0).await?;
-            lost.extend(
-                batch.iter().zip(reply).filter(|(_, gone)| *gone != 0).map(|(renewal, _)| renewal.id),
-            );
-        }
-        Ok(lost)
-    }
-
-    async fn release_whole(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
-        let keys: Vec<&Key> = leases.iter().collect();
-        let mut args = script::Args::default();
-        args.id(id);
-        self.run(&script::RELEASE, &keys, &args.0).await.map(drop)
-    }
-
-    async fn charge_whole(&self, charges: &[Charge]) -> Result<Decision, Error> {
-        let keys: Vec<&Key> = charges.iter().map(|charge| &charge.record).collect();
-        let mut args = script::Args::default();
-        args.int(charges.len() as u64);
-        for charge in charges {
-            args.charge(charge);
-        }
-        let reply = self.run(&script::CHARGE, &keys, &args.0).await?;
-        Reader::new(&reply).charged(charges)
-    }
-
-    async fn peek_whole(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
-        let keys: Vec<&Key> =
-            scopes.iter().map(|s| &s.record).chain(scopes.iter().map(|s| &s.leases)).collect();
-        let mut args = script::Args::default();
-        args.int(scopes.len() as u64);
-        for scope in scopes {
-            args.scope(scope, |_, _| 0.0);
-        }
-        let reply = self.run(&script::PEEK, &keys, &args.0).await?;
-        Reader::new(&reply).peeked(scopes)
-    }
-
-    async fn usage_whole(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
-        let keys: Vec<&Key> = records.iter().collect();
-        let reply = self.run(&script::USAGE, &keys, &[]).await?;
-        Reader::new(&reply).usage(records.len())
-    }
-
-    /// Whether a call over these keys has to be split.
-    fn splits<'a>(&self, keys: impl Iterator<Item = &'a Key>) -> bool {
-        self.is_cluster && !split::is_whole(keys)
     }
 }
 
@@ -464,12 +377,4 @@ impl Limiter for RedisLimiter {
         }
         self.usage_whole(records).await
     }
-}
-
-fn us(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

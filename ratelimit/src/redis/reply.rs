@@ -1,12 +1,28 @@
-//! What the scripts answer: flat arrays of integers.
+//! What the scripts answer: whole numbers, as an array of integers or, where there are many, as one string of doubles.
 
 use std::time::Duration;
+
+use ::redis::{RedisError, Value};
 
 use crate::call::blank_limits;
 use crate::{
     Charge, Decision, Error, FOREVER, Fault, LimitState, Outcome, ScopeLimits, Settled, Tally, UsageLines,
     Verdict, What,
 };
+
+/// The numbers of a reply in either form.
+pub(super) fn numbers(reply: Value) -> Result<Vec<i64>, RedisError> {
+    match reply {
+        // Whole and below 2^53, so nothing is lost.
+        Value::BulkString(bytes) => Ok(bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|bytes| f64::from_le_bytes(*bytes) as i64)
+            .collect()),
+        other => Ok(::redis::from_redis_value(other)?),
+    }
+}
 
 /// Reads a reply from front to back; a missing number is an error, not a default.
 pub(crate) struct Reader<'a> {

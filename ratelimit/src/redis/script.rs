@@ -2,12 +2,16 @@
 
 use std::sync::LazyLock;
 
-use crate::budget::Terms;
-use crate::call::{added, lines, needed};
-use crate::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX};
-use crate::{Bucket, Charge, ChargeRule, Kind, ReservationId, ScopeLimits, Usage};
+use smallvec::SmallVec;
 
+use crate::budget::Terms;
+use crate::call::{added, needed};
+use crate::{Charge, ChargeRule, Kind, ReservationId, ScopeLimits};
+
+/// What scripts share, put in where it is used: a call makes every function of its script anew.
 const METER: &str = include_str!("../scripts/meter.lua");
+const LEASES: &str = include_str!("../scripts/leases.lua");
+const RESERVATION: &str = include_str!("../scripts/reservation.lua");
 
 /// A script's text and the hash the server knows it by.
 pub(crate) struct Script {
@@ -15,29 +19,28 @@ pub(crate) struct Script {
     hash: String,
 }
 
-pub(crate) static ACQUIRE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/acquire.lua")));
-pub(crate) static SETTLE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/settle.lua")));
-pub(crate) static RENEW: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/renew.lua")));
-pub(crate) static MOVE_SLOT: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/move_slot.lua")));
-pub(crate) static RELEASE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/release.lua")));
-pub(crate) static CHARGE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/charge.lua")));
-pub(crate) static BIRTH: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/birth.lua")));
-pub(crate) static USAGE: LazyLock<Script> =
-    LazyLock::new(|| Script::new(include_str!("../scripts/usage.lua")));
-pub(crate) static PEEK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("../scripts/peek.lua")));
+macro_rules! script {
+    ($name:ident, $file:literal, $($part:ident),*) => {
+        pub(crate) static $name: LazyLock<Script> =
+            LazyLock::new(|| Script::new(include_str!(concat!("../scripts/", $file)), &[$($part),*]));
+    };
+}
+
+script!(ACQUIRE, "acquire.lua", METER, LEASES, RESERVATION);
+script!(SETTLE, "settle.lua", METER, LEASES, RESERVATION);
+script!(RENEW, "renew.lua", METER, LEASES, RESERVATION);
+script!(MOVE_SLOT, "move_slot.lua", METER, LEASES);
+script!(RELEASE, "release.lua",);
+script!(CHARGE, "charge.lua", METER);
+script!(BIRTH, "birth.lua", METER);
+script!(USAGE, "usage.lua",);
+script!(PEEK, "peek.lua", METER, LEASES);
 
 impl Script {
-    fn new(source: &str) -> Self {
+    fn new(source: &str, parts: &[&str]) -> Self {
         // The first line holds the flags and must stay first.
         let (flags, body) = source.split_once('\n').unwrap_or((source, ""));
-        let text = format!("{flags}\n{METER}{body}");
+        let text = format!("{flags}\n{}{body}", parts.concat());
         let hash = ::redis::Script::new(&text).get_hash().to_owned();
         Self { text, hash }
     }
@@ -51,49 +54,83 @@ impl Script {
     }
 }
 
-/// Arguments in the order the scripts read them; every number is whole and below 2^53.
+/// Arguments in the order the scripts read them: all numbers in one, as little-endian doubles, which a script takes
+/// apart in a few steps; then texts. Every number is whole and below 2^53.
 #[derive(Default)]
-pub(crate) struct Args(pub(crate) Vec<Vec<u8>>);
+pub(crate) struct Args {
+    numbers: Vec<u8>,
+    texts: Vec<u8>,
+    /// Where each text ends.
+    ends: SmallVec<[usize; 8]>,
+}
 
 impl Args {
-    pub(crate) fn id(&mut self, id: ReservationId) -> &mut Self {
-        self.0.push(id.simple().to_string().into_bytes());
+    /// The arguments as they are sent.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let texts = starts.zip(&self.ends).map(|(from, to)| &self.texts[from..*to]);
+        std::iter::once(self.numbers.as_slice()).chain(texts)
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        1 + self.ends.len()
+    }
+
+    /// Their size, bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.numbers.len() + self.texts.len()
+    }
+
+    pub(crate) fn number(&mut self, value: f64) -> &mut Self {
+        self.numbers.extend_from_slice(&value.to_le_bytes());
         self
     }
 
     pub(crate) fn int(&mut self, value: u64) -> &mut Self {
-        self.0.push(value.to_string().into_bytes());
+        self.number(value as f64)
+    }
+
+    pub(crate) fn flag(&mut self, value: bool) -> &mut Self {
+        self.number(f64::from(u8::from(value)))
+    }
+
+    pub(crate) fn id(&mut self, id: ReservationId) -> &mut Self {
+        let mut hex = [0; uuid::fmt::Simple::LENGTH];
+        self.texts.extend_from_slice(id.simple().encode_lower(&mut hex).as_bytes());
+        self.ends.push(self.texts.len());
         self
     }
 
-    fn none(&mut self) -> &mut Self {
-        self.0.push(b"-1".to_vec());
+    /// A text.
+    pub(crate) fn word(&mut self, text: &str) -> &mut Self {
+        self.texts.extend_from_slice(text.as_bytes());
+        self.ends.push(self.texts.len());
         self
     }
 
-    /// Concurrency, number of buckets, and each bucket with its amount.
-    pub(crate) fn scope(&mut self, scope: &ScopeLimits, amount: impl Fn(Kind, &Bucket) -> f64) -> &mut Self {
-        match scope.concurrency {
-            Some(limit) => self.int(u64::from(limit)),
-            None => self.none(),
-        };
-        let lines = lines(scope, amount);
-        self.int(lines.len() as u64);
-        for line in lines {
-            self.int(line.kind as u64 + 1).int(line.terms.cap as u64).int(line.amount as u64);
-            self.int(line.terms.num as u64).int(line.terms.den as u64);
+    /// A number as text.
+    pub(crate) fn text(&mut self, value: u64) -> &mut Self {
+        use std::io::Write as _;
+        // Writing to memory does not fail.
+        let _ = write!(self.texts, "{value}");
+        self.ends.push(self.texts.len());
+        self
+    }
+
+    /// The concurrency of a scope; less than zero when it has none.
+    pub(crate) fn concurrency(&mut self, scope: &ScopeLimits) -> &mut Self {
+        self.number(scope.concurrency.map_or(-1.0, f64::from))
+    }
+
+    /// How many buckets a scope has, and each of them.
+    pub(crate) fn buckets(&mut self, scope: &ScopeLimits) -> &mut Self {
+        self.int(scope.buckets.iter().flatten().count() as u64);
+        for kind in Kind::ALL {
+            let Some(bucket) = &scope.buckets[kind as usize] else { continue };
+            let terms = Terms::of(kind, bucket);
+            self.int(kind as u64 + 1).number(terms.cap).number(terms.num).number(terms.den);
         }
-        self
-    }
-
-    /// How long the record is kept, and the line; 0 for nothing to note.
-    pub(crate) fn usage(&mut self, usage: Option<&Usage>) -> &mut Self {
-        let Some(usage) = usage else { return self.int(0) };
-        self.int(u64::try_from(USAGE_LIFE.as_millis()).unwrap_or(u64::MAX));
-        self.0.push(usage.model.as_bytes().to_vec());
-        self.int(USAGE_MODELS_MAX as u64);
-        self.0.push(OTHER_MODELS.into());
-        self.0.extend(usage.tally.to_array().map(|amount| amount.to_string().into_bytes()));
         self
     }
 
@@ -105,8 +142,26 @@ impl Args {
             ChargeRule::Always => 1,
             ChargeRule::Note => 2,
         };
-        self.int(rule).int(charge.kind as u64 + 1).int(terms.cap as u64).int(needed(charge) as u64);
-        self.0.push((added(charge) as i64).to_string().into_bytes());
-        self.int(terms.num as u64).int(terms.den as u64)
+        self.int(rule).int(charge.kind as u64 + 1).number(terms.cap).number(needed(charge));
+        self.number(added(charge)).number(terms.num).number(terms.den)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_travel_in_one_argument_before_the_texts() {
+        let mut args = Args::default();
+        args.int(3).text(600).id(ReservationId::from_u128(7)).flag(true).number(-1.0);
+        let parts: Vec<&[u8]> = args.parts().collect();
+        let numbers: Vec<f64> = parts[0]
+            .chunks_exact(8)
+            .map(|bytes| f64::from_le_bytes(bytes.try_into().expect("eight")))
+            .collect();
+        assert_eq!(numbers, [3.0, 1.0, -1.0]);
+        assert_eq!(parts[1..], [&b"600"[..], b"00000000000000000000000000000007"]);
+        assert_eq!((args.len(), args.bytes()), (3, 24 + 3 + 32));
     }
 }

@@ -1,104 +1,190 @@
 #!lua
--- Decides every limit of a request and takes a slot at the first candidate that has one.
--- KEYS   reservation; n scope records; n scope lease sets; m candidate lease sets
--- ARGV   id, lease ttl us, reservation life ms (0 judges and writes nothing), n, m;
---        per scope: shadow 0|1, concurrency (-1 none), buckets, then per bucket kind 1-5, capacity, cost,
---        num, den; per candidate: maximum. Amounts in micro-units, rates as num/den per us.
--- reply  outcome (0 granted, 1 limited, 2 no slot, 3 granted before), slot from 0 or -1, wait us or -1 never, now us;
---        per limit: verdict (0 fits, 1 wait, 2 never), wait us, remaining, reset us or -1 never
+-- Decides requests that are under the same limits, one after the other: every limit of each, and a slot at its first
+-- candidate that has one.
+-- KEYS   n scope records; a reservation per request; n scope lease sets; m candidates' lease sets
+-- ARGV   numbers, as doubles: lease ttl us, n, m, requests; per scope: shadow 0|1, concurrency (-1 none), touch 0|1,
+--        buckets, then per bucket kind 1-5, capacity, num, den; per candidate's lease set: touch 0|1;
+--        per request: cost of every bucket, candidates, then per candidate: lease set from 1, maximum.
+--        Amounts in micro-units, rates as num/den per us;
+--        reservation life ms (0 judges and writes nothing); per request: id
+-- reply  doubles, per request: outcome (0 granted, 1 limited, 2 no slot, 3 granted before), candidate from 0 or -1,
+--        wait us or -1 never, now us; per limit: verdict (0 fits, 1 wait, 2 never), wait us, remaining, reset us or
+--        -1 never
 -- Atomic because a refusal by any limit must leave all of them as they were: nothing is written before every
 -- read is done. A granted id seen again gets the stored grant and pays nothing.
-local id, ttl, keep = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local n, m, at = tonumber(ARGV[4]), tonumber(ARGV[5]), 5
+local numbers, keep, first_id = ARGV[1], ARGV[2], 2
+local ttl, n, m, requests, at = get('<dddd', numbers)
 local now = clock()
-local held = read_reservation(KEYS[1])
-local scopes, refused, never, wait = {}, false, false, 0
+local got = redis.call('MGET', unpack(KEYS, 1, n + requests))
+local leases, slots = n + requests, 2 * n + requests
 
-local function refuse(verdict, after)
-  refused = true
-  if verdict == 2 then never = true end
-  wait = max(wait, after)
-end
-
+local scopes, meters, count = {}, {}, 0
 for s = 1, n do
-  local scope = { shadow = ARGV[at + 1] == '1', limit = tonumber(ARGV[at + 2]), leases = KEYS[1 + n + s] }
-  local count = tonumber(ARGV[at + 3])
-  scope.meters = read_meters(KEYS[1 + s], count, at + 3)
-  at = at + 3 + 5 * count
-  for _, b in ipairs(scope.meters) do
-    if held then
-      b.amount, b.verdict, b.wait = 0, 0, 0
-    else
-      b.verdict, b.wait = judge(b, b.amount, now)
-      if b.verdict ~= 0 and not scope.shadow then refuse(b.verdict, b.wait) end
-    end
+  local shadow, limit, touch, buckets
+  shadow, limit, touch, buckets, at = get('<dddd', numbers, at)
+  local raw
+  if buckets > 0 then raw = read_record(KEYS[s], got[s]) end
+  local from = count + 1
+  for _ = 1, buckets do
+    local kind, cap, num, den
+    kind, cap, num, den, at = get('<dddd', numbers, at)
+    count = count + 1
+    meters[count] = meter(raw, kind, cap, num, den, now)
   end
-  if scope.limit >= 0 then
-    scope.live, scope.verdict, scope.wait = live(scope.leases, now), 0, 0
-    if not held and scope.live >= scope.limit then
-      local after = lease_wait(scope.leases, scope.live, scope.limit, now)
-      scope.verdict, scope.wait = after and 1 or 2, after or 0
-      if not scope.shadow then refuse(scope.verdict, scope.wait) end
-    end
+  local scope = { from = from, to = count, enforced = shadow == 0, limit = limit, touch = touch == 1, raw = raw }
+  if limit >= 0 then
+    scope.live, scope.taken = live(KEYS[leases + s], now), {}
+    scope.before = scope.live
   end
   scopes[s] = scope
 end
+local touched = m > 0 and { get('<' .. ('d'):rep(m), numbers, at) } or {}
+at = at + 8 * m
 
-local first, slot, outcome = 1 + 2 * n, -1, 0
-if held then
-  wait = 0
-  outcome = 3
-  if held[2] == 2 then outcome, wait = 1, -1 end
-  for c = 1, m do
-    if KEYS[first + c] == held[3] then slot = c - 1 end
+-- The leases of a candidate, counted when first asked for. Without what has expired only where that matters.
+local places = {}
+local function room(c, limit)
+  local place = places[c]
+  if not place then
+    place = { live = redis.call('ZCARD', KEYS[slots + c]), all = true, taken = {} }
+    place.before, places[c] = place.live, place
   end
-elseif refused then
-  outcome = 1
-  if never then wait = -1 end
-elseif m > 0 then
-  local soonest
-  for c = 1, m do
-    local limit = tonumber(ARGV[at + c])
-    local count = live(KEYS[first + c], now)
-    if count < limit then
-      slot = c - 1
-      break
-    end
-    local after = lease_wait(KEYS[first + c], count, limit, now)
-    if after then soonest = min(soonest or after, after) end
+  if place.all and place.live >= limit then
+    local counted = live(KEYS[slots + c], now)
+    place.live, place.before, place.all = counted + place.live - place.before, counted, false
   end
-  if slot < 0 then outcome, wait = 2, soonest or ttl end
+  return place, place.live < limit
 end
 
-if outcome == 0 and keep ~= '0' then
-  local reservation = { VERSION, 0, slot >= 0 and KEYS[first + 1 + slot] or '' }
-  for s, scope in ipairs(scopes) do
-    local reserved, changed = { KEYS[1 + s], 0, 0, 0, 0, 0 }, false
-    for _, b in ipairs(scope.meters) do
-      local before = level_at(b, now)
-      apply(b, b.amount, now)
-      if b.amount > 0 then
-        reserved[1 + b.kind], changed = b.level - before, true
+-- Time until there is one place more under `limit`; nil when it is closed. Places taken by this call are in no set yet.
+local function opens(key, before, count, limit)
+  if limit == 0 then return nil end
+  local nth = count - limit
+  local after = before > 0 and lease_wait(key, min(nth, before - 1) + limit, limit, now) or 1
+  return nth < before and after or max(after, ttl)
+end
+
+local score = int(now + ttl)
+local shape = '<' .. ('d'):rep(count + 1)
+local replies, reservations, changed = {}, {}, {}
+for r = 1, requests do
+  local id, held = ARGV[first_id + r], read_reservation(got[n + r])
+  local costs = { get(shape, numbers, at) }
+  local candidates = costs[count + 1]
+  at = costs[count + 2]
+  local verdicts, waits, refused, never, wait = {}, {}, false, false, 0
+  for s = 1, n do
+    local scope = scopes[s]
+    for i = scope.from, scope.to do
+      local verdict, after = 0, 0
+      if not held then
+        verdict, after = judge(meters[i], costs[i], now)
+        if verdict ~= 0 and scope.enforced then
+          refused, never, wait = true, never or verdict == 2, max(wait, after)
+        end
+      end
+      verdicts[i], waits[i] = verdict, after
+    end
+    if scope.limit >= 0 then
+      scope.verdict, scope.wait = 0, 0
+      if not held and scope.live >= scope.limit then
+        local after = opens(KEYS[leases + s], scope.before, scope.live, scope.limit)
+        scope.verdict, scope.wait = after and 1 or 2, after or 0
+        if scope.enforced then
+          refused, never, wait = true, never or not after, max(wait, scope.wait)
+        end
       end
     end
-    if changed then write_record(KEYS[1 + s], scope.meters, now) end
-    if scope.limit >= 0 then
-      take_lease(scope.leases, id, now, ttl)
-      scope.live = scope.live + 1
-    end
-    reservation[3 + s] = reserved
   end
-  if slot >= 0 then take_lease(KEYS[first + 1 + slot], id, now, ttl) end
-  redis.call('SET', KEYS[1], cmsgpack.pack(reservation), 'PX', keep)
+
+  local slot, outcome, taken = -1, 0
+  if held then
+    wait = 0
+    outcome = 3
+    if held[2] == 2 then outcome, wait = 1, -1 end
+    for c = 1, candidates do
+      if KEYS[slots + get('<d', numbers, at + 16 * (c - 1))] == held[3] then slot = c - 1 end
+    end
+  elseif refused then
+    outcome = 1
+    if never then wait = -1 end
+  elseif candidates > 0 then
+    local soonest
+    for c = 1, candidates do
+      local which, limit = get('<dd', numbers, at + 16 * (c - 1))
+      local place, free = room(which, limit)
+      if free then
+        slot, taken = c - 1, which
+        break
+      end
+      local after = opens(KEYS[slots + which], place.before, place.live, limit)
+      if after then soonest = min(soonest or after, after) end
+    end
+    if slot < 0 then outcome, wait = 2, soonest or ttl end
+  end
+  at = at + 16 * candidates
+
+  if outcome == 0 and keep ~= '0' then
+    local reservation = { 2, 0, taken and KEYS[slots + taken] or '' }
+    local size = 3
+    for s = 1, n do
+      local scope, kinds = scopes[s], 0
+      local head = size
+      size = size + 3
+      for i = scope.from, scope.to do
+        if costs[i] > 0 then
+          local b = meters[i]
+          local before = b.now
+          apply(b, costs[i], now)
+          reservation[size + 1], reservation[size + 2] = b.kind, b.level - before
+          kinds, size = kinds + 1, size + 2
+        end
+      end
+      reservation[head + 1], reservation[head + 2], reservation[head + 3] = KEYS[s], scope.limit >= 0 and 1 or 0, kinds
+      if kinds > 0 then changed[s] = true end
+      if scope.limit >= 0 then
+        local ids = scope.taken
+        ids[#ids + 1], ids[#ids + 2] = score, id
+        scope.live = scope.live + 1
+      end
+    end
+    if taken then
+      local place = places[taken]
+      local ids = place.taken
+      ids[#ids + 1], ids[#ids + 2] = score, id
+      place.live = place.live + 1
+    end
+    reservations[r] = cmsgpack.pack(reservation)
+  end
+
+  local out, size = { outcome, slot, wait, now }, 4
+  for s = 1, n do
+    local scope = scopes[s]
+    for i = scope.from, scope.to do
+      local left, empty = standing(meters[i], now)
+      out[size + 1], out[size + 2], out[size + 3], out[size + 4] = verdicts[i], waits[i], left, empty
+      size = size + 4
+    end
+    if scope.limit >= 0 then
+      out[size + 1], out[size + 2], out[size + 3] = scope.verdict, scope.wait, max(scope.limit - scope.live, 0)
+      out[size + 4] = 0
+      size = size + 4
+    end
+  end
+  replies[r] = put('<' .. ('d'):rep(size), unpack(out))
 end
 
-local out = { outcome, slot, wait, now }
-for _, scope in ipairs(scopes) do
-  for _, b in ipairs(scope.meters) do
-    report(out, b.verdict, b.wait, remaining(b, now), reset(b, now))
-  end
-  if scope.limit >= 0 then
-    report(out, scope.verdict, scope.wait, max(scope.limit - scope.live, 0), 0)
+for s = 1, n do
+  local scope = scopes[s]
+  if changed[s] then write_record(KEYS[s], scope.raw, meters, scope.from, scope.to, now) end
+  if scope.taken and scope.taken[1] then
+    take_leases(KEYS[leases + s], scope.taken, scope.before, scope.touch, ttl, now)
   end
 end
-return out
+for c, place in pairs(places) do
+  if place.taken[1] then
+    take_leases(KEYS[slots + c], place.taken, place.before, touched[c] == 1, ttl, now)
+  end
+end
+for r, reservation in pairs(reservations) do redis.call('SET', KEYS[n + r], reservation, 'PX', keep) end
+return table.concat(replies)

@@ -14,7 +14,7 @@ for _, key in ipairs(KEYS) do
     put(#name)
     for b = 1, #name do put(name:byte(b)) end
     local version, requests, input, output, money = struct.unpack('<Bdddd', lines[l + 1])
-    if version ~= VERSION then error({ err = 'WRONGTYPE usage of another version' }) end
+    if version ~= 1 then error({ err = 'WRONGTYPE usage of another version' }) end
     put(requests)
     put(input)
     put(output)
