@@ -61,6 +61,9 @@ pub(crate) struct LimiterArgs {
     /// Rounds over the modes and over the gateways
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20), value_name = "N")]
     rounds: u32,
+    /// Only the decisions, without the gateways
+    #[arg(long)]
+    decisions_only: bool,
 }
 
 /// How decisions are asked for.
@@ -71,15 +74,27 @@ struct Asking {
     lanes: usize,
     tenants: u64,
     models: u64,
+    merge: bool,
 }
 
-const MODES: [Asking; 3] = [
+const MODES: [Asking; 5] = [
     // One at a time: each command travels alone.
-    Asking { name: "unbatched", callers: 1, lanes: 1, tenants: TENANTS, models: MODELS },
+    Asking { name: "unbatched", callers: 1, lanes: 1, tenants: TENANTS, models: MODELS, merge: false },
     // Whatever waits on a connection travels together.
-    Asking { name: "pipelined", callers: CALLERS, lanes: 2, tenants: TENANTS, models: MODELS },
+    Asking { name: "pipelined", callers: CALLERS, lanes: 2, tenants: TENANTS, models: MODELS, merge: false },
     // The same when everybody is under the same limits: one tenant, one model.
-    Asking { name: "pipelined_one_tenant", callers: CALLERS, lanes: 2, tenants: 1, models: 1 },
+    Asking { name: "pipelined_one_tenant", callers: CALLERS, lanes: 2, tenants: 1, models: 1, merge: false },
+    // That, and calls under the same limits are merged into one.
+    Asking { name: "merged", callers: CALLERS, lanes: 2, tenants: 1, models: 1, merge: true },
+    // Merging where there is little to merge: what it costs or gains.
+    Asking {
+        name: "merged_many_tenants",
+        callers: CALLERS,
+        lanes: 2,
+        tenants: TENANTS,
+        models: MODELS,
+        merge: true,
+    },
 ];
 
 /// What one round of a mode found.
@@ -103,8 +118,10 @@ pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
         }
     }
     let mut rows: Vec<Row> = MODES.iter().zip(&rounds).map(|(mode, found)| mode_row(mode, found)).collect();
-    progress("limiter: what admission adds at the gateway");
-    rows.extend(added(args, &redis, directory.path()).await?);
+    if !args.decisions_only {
+        progress("limiter: what admission adds at the gateway");
+        rows.extend(added(args, &redis, directory.path()).await?);
+    }
     let notes = vec![
         "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's, then settle; p50 and p99 \
          are of the acquire alone"
@@ -139,7 +156,8 @@ fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
 }
 
 async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
-    let options = RedisOptions { deadline: DEADLINE, lanes: mode.lanes, ..RedisOptions::default() };
+    let options =
+        RedisOptions { deadline: DEADLINE, lanes: mode.lanes, merge: mode.merge, ..RedisOptions::default() };
     let limiter = Arc::new(RedisLimiter::connect(&redis.url(), options).await?);
     // Loads the scripts.
     decide(&limiter, &call(0, 0)).await?;

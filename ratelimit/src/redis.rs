@@ -139,7 +139,6 @@ impl RedisLimiter {
 }
 
 impl Inner {
-
     /// The next lane in turn that is not known to be down, or the next one at all.
     fn lane(&self) -> &Lane {
         let (before, from) =
@@ -181,12 +180,7 @@ impl Drop for RedisLimiter {
     }
 }
 
-async fn run_on(
-    lane: &Lane,
-    script: &Script,
-    keys: &[&Key],
-    args: &script::Args,
-) -> Result<Vec<i64>, Error> {
+async fn run_on(lane: &Lane, script: &Script, keys: &[&Key], args: &script::Args) -> Result<Vec<i64>, Error> {
     let mut connection = lane.connected().await?;
     match eval(&mut connection.link, connection.birth, script, keys, args).await {
         Ok(reply) => {

@@ -14,12 +14,9 @@ use crate::{
 pub(super) fn numbers(reply: Value) -> Result<Vec<i64>, RedisError> {
     match reply {
         // Whole and below 2^53, so nothing is lost.
-        Value::BulkString(bytes) => Ok(bytes
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|bytes| f64::from_le_bytes(*bytes) as i64)
-            .collect()),
+        Value::BulkString(bytes) => {
+            Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as i64).collect())
+        }
         other => Ok(::redis::from_redis_value(other)?),
     }
 }

@@ -184,3 +184,108 @@ async fn lua_and_rust_give_the_same_bits() {
     let got: Vec<f64> = got.iter().map(|text| text.parse().expect("a number")).collect();
     assert_eq!(got, expected);
 }
+
+/// What a version before this one has written is read, and written anew in the present form.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_and_reservations_of_version_one_are_read() {
+    let world = World::redis().await;
+    let mut raw = world.server().raw().await;
+    let mut scopes: Scopes =
+        smallvec![limited("acme", Kind::Tokens, bucket(100, 0, Duration::from_secs(3600)))];
+    scopes[0].concurrency = Some(2);
+    let old = tokens(scopes.clone(), 40);
+    let write = "
+        local now = redis.call('TIME')
+        now = now[1] * 1000000 + now[2]
+        redis.call('SET', KEYS[1], struct.pack('<Bdddddddddd', 1, 0, 0, 70000000, now, 0, 0, 0, 0, 0, 0), 'PX', 60000)
+        redis.call('ZADD', KEYS[3], string.format('%.0f', now + 30000000), ARGV[1])
+        local held = { 1, 0, '', { KEYS[1], 0, 40000000, 0, 0, 0 } }
+        redis.call('SET', KEYS[2], cmsgpack.pack(held), 'PX', 60000)";
+    let reservation = Key::reservation_of(&scopes, old.id);
+    let mut command = ::redis::cmd("EVAL");
+    command.arg(write).arg(3).arg(scopes[0].record.as_str()).arg(reservation.as_str());
+    command.arg(scopes[0].leases.as_str()).arg(old.id.simple().to_string());
+    command.exec_async(&mut raw).await.expect("written");
+    let stand = async |what: &str, expected: [u64; 2]| {
+        let left: Vec<u64> = world.peek(&scopes).await.iter().map(|limit| limit.remaining).collect();
+        assert_eq!(left, expected, "{what}");
+    };
+    stand("as it was", [30, 1]).await;
+    assert!(granted(&world.acquire(&old).await), "granted before");
+    stand("and pays nothing", [30, 1]).await;
+    let new = tokens(scopes.clone(), 5);
+    assert!(granted(&world.acquire(&new).await));
+    stand("a new one beside it", [25, 0]).await;
+    assert!(world.settle(&old, Cost::of_request(10, 0, 0), None).await.applied);
+    stand("what it did not use is back", [55, 1]).await;
+    assert!(!world.settle(&old, Cost::of_request(10, 0, 0), None).await.applied);
+    assert!(world.settle(&new, Cost::default(), None).await.applied);
+    stand("and of the new one", [60, 2]).await;
+}
+
+/// Many at once under the same limits travel together; each gets the answer it would have got alone, in its turn.
+#[tokio::test]
+async fn merged_calls_are_decided_one_after_the_other() {
+    let world = World::redis().await;
+    let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 1, ..RedisOptions::default() };
+    let merging = RedisLimiter::connect(&world.server().url, options).await.expect("connect");
+    let memory = World::memory();
+    let mut tenant = limited("acme", Kind::Tokens, bucket(2_000, 0, Duration::from_secs(60)));
+    tenant.concurrency = Some(90);
+    let mut everything = limited("zenith", Kind::Requests, bucket(120, 0, Duration::from_secs(60)));
+    everything.buckets[Kind::Spend as usize] = bucket(1_000_000, 0, Duration::from_secs(60));
+    let scopes: Scopes = smallvec![tenant, everything];
+    let calls: Vec<Acquire> = (0..200u64)
+        .map(|n| Acquire {
+            cost: Cost::of_request(n % 37, n % 11, n * 97 % 12_000),
+            candidates: vec![candidate("a", 30), candidate(if n % 3 == 0 { "b" } else { "c" }, 25)],
+            ..call(scopes.clone())
+        })
+        .collect();
+    // A reply in no hurry: all that can be merged is.
+    let mut raw = world.server().raw().await;
+    ::redis::cmd("CLIENT").arg("PAUSE").arg(100).exec_async(&mut raw).await.expect("pause");
+    let merged = futures_util::future::join_all(calls.iter().map(|call| merging.acquire(call))).await;
+    assert!(merging.merged_calls() > 100, "{}", merging.merged_calls());
+    let outcome = |decision: &Decision| match decision.outcome {
+        Outcome::NoSlot { .. } => Outcome::NoSlot { wait: Duration::ZERO },
+        Outcome::Limited { wait } => Outcome::Limited { wait: wait.map(|_| Duration::ZERO) },
+        granted => granted,
+    };
+    let told = |limits: &[LimitState]| -> Vec<_> {
+        limits.iter().map(|l| (l.what, l.remaining, std::mem::discriminant(&l.verdict))).collect()
+    };
+    let mut open = Vec::new();
+    for (call, merged) in calls.iter().zip(merged) {
+        let (alone, merged) = (memory.acquire(call).await, merged.expect("decided"));
+        assert_eq!(
+            (outcome(&alone), told(&alone.limits)),
+            (outcome(&merged), told(&merged.limits)),
+            "{call:?}"
+        );
+        if let Outcome::Granted { slot: Some(slot) } = merged.outcome {
+            open.push((call, Some(call.candidates[slot].leases.clone())));
+        }
+    }
+    assert!(open.len() > 40 && open.len() < 120, "{}", open.len());
+    let ends: Vec<Settle> = open
+        .iter()
+        .enumerate()
+        .map(|(n, (call, slot))| Settle {
+            id: call.id,
+            actual: Cost::of_request(n as u64 % 50, 3, n as u64),
+            scopes: scopes.clone(),
+            slot: slot.clone(),
+        })
+        .collect();
+    let before = merging.merged_calls();
+    let settled = futures_util::future::join_all(ends.iter().map(|end| merging.settle(end))).await;
+    assert!(merging.merged_calls() > before);
+    for (end, settled) in ends.iter().zip(settled) {
+        assert!(memory.limiter.settle(end).await.expect("settled").applied);
+        assert!(settled.expect("settled").applied);
+    }
+    assert_eq!(told(&world.peek(&scopes).await), told(&memory.peek(&scopes).await));
+    let again = merging.acquire(&call(scopes.clone())).await.expect("decided");
+    assert!(granted(&again));
+}
