@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use weir_ratelimit::denials::Denials;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{
@@ -51,6 +52,8 @@ pub struct Ledger {
     pub limiter: Fallback<AnyLimiter>,
     /// Who waits for them.
     pub waiting: Waiting,
+    /// Refusals that need not be asked for again.
+    pub denials: Denials,
     /// What requests will probably cost.
     pub estimates: Estimates,
     metrics: Metrics,
@@ -99,6 +102,7 @@ impl Ledger {
         let ledger = Arc::new(Self {
             limiter,
             waiting: Waiting::default(),
+            denials: Denials::default(),
             estimates: Estimates::default(),
             metrics,
             queue: sender,
@@ -208,6 +212,8 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
         };
         match done {
             Ok(()) => {
+                // First, so that those who are woken ask the store.
+                ledger.denials.given_back(job.released());
                 ledger.waiting.released(job.released());
                 return;
             }

@@ -70,7 +70,7 @@ pub struct PaidProbeLabels {
 pub struct LimiterLabels {
     /// "granted", "limited", "no_slot" or "error".
     pub outcome: &'static str,
-    /// Who decided: "store", or "local" while the store was away.
+    /// Who decided: "store", "memory" for a refusal that was known, or "local" while the store was away.
     pub by: &'static str,
 }
 
@@ -108,6 +108,8 @@ pub struct Metrics {
     pub queue_ahead: Histogram,
     /// Requests in queues.
     pub waiting: Gauge,
+    /// Admissions and settlements that travelled to the store with another one.
+    pub merged: Gauge,
     /// Settlements that could not be made.
     pub settlements_lost: Counter,
     /// Steps charged while a stream ran on beyond its reservation.
@@ -164,6 +166,7 @@ impl Metrics {
             wait: Family::new_with_constructor(seconds),
             queue_ahead: Histogram::new(QUEUE_BUCKETS),
             waiting: Gauge::default(),
+            merged: Gauge::default(),
             settlements_lost: Counter::default(),
             settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
@@ -205,6 +208,11 @@ impl Metrics {
             m.queue_ahead.clone(),
         );
         r.register("limit_waiting", "Requests in queues for a limit or a slot", m.waiting.clone());
+        r.register(
+            "limiter_merged_calls",
+            "Admissions and settlements so far that travelled to the store with another one under the same limits",
+            m.merged.clone(),
+        );
         r.register("settlements_lost", "Settlements that could not be made", m.settlements_lost.clone());
         r.register("leases_lost", "Leases that ran out under a live request", m.leases_lost.clone());
         r.register("connections", "Open client connections", m.connections.clone());

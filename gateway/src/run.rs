@@ -233,6 +233,7 @@ async fn watch(
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
+        metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
         metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },

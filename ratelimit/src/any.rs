@@ -19,6 +19,16 @@ pub enum AnyLimiter {
     Redis(Arc<RedisLimiter>),
 }
 
+impl AnyLimiter {
+    /// Admissions and settlements so far that travelled to the store with another one.
+    pub fn merged_calls(&self) -> u64 {
+        match self {
+            AnyLimiter::Memory(_) => 0,
+            AnyLimiter::Redis(limiter) => limiter.merged_calls(),
+        }
+    }
+}
+
 impl From<MemoryLimiter> for AnyLimiter {
     fn from(limiter: MemoryLimiter) -> Self {
         AnyLimiter::Memory(Arc::new(limiter))

@@ -27,6 +27,7 @@ pub mod any;
 pub mod breaker;
 pub mod budget;
 mod call;
+pub mod denials;
 pub mod error;
 pub mod fallback;
 pub mod key;

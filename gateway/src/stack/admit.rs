@@ -162,7 +162,19 @@ impl Call<'_> {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
         let mut admission = Admission::prepare(ledger, call.scopes.clone(), call.cost, self.subject(model));
         call.id = admission.id;
-        let decision = ledger.limiter.acquire(&call).await;
+        let known = ledger.denials.answer(&call);
+        let by_memory = known.is_some();
+        let decision = match known {
+            Some(refusal) => Ok(refusal),
+            None => {
+                let before = ledger.denials.before(&call);
+                let decision = ledger.limiter.acquire(&call).await;
+                if let Ok(decision) = &decision {
+                    ledger.denials.note(&call, decision, &before);
+                }
+                decision
+            }
+        };
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
             Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
@@ -170,7 +182,11 @@ impl Call<'_> {
             Err(_) => "error",
         };
         let metrics = &self.gateway.metrics;
-        let by = if decision.as_ref().is_ok_and(|d| d.degraded) { "local" } else { "store" };
+        let by = match &decision {
+            _ if by_memory => "memory",
+            Ok(decision) if decision.degraded => "local",
+            _ => "store",
+        };
         metrics.limiter.get_or_create(&LimiterLabels { outcome, by }).inc();
         metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
         let decision = decision.map_err(|error| {

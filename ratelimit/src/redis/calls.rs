@@ -228,7 +228,7 @@ impl Inner {
                 args.number(call::spent(&call.actual)(kind, bucket));
             }
             args.int(call.slot.as_ref().map_or(0, |slot| places.of(slot))).id(call.id);
-            for usage in &call.usage {
+            if let Some(usage) = &call.usage {
                 for amount in usage.tally.to_array() {
                     args.number(amount as f64);
                 }

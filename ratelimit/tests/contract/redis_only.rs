@@ -276,6 +276,7 @@ async fn merged_calls_are_decided_one_after_the_other() {
             actual: Cost::of_request(n as u64 % 50, 3, n as u64),
             scopes: scopes.clone(),
             slot: slot.clone(),
+            usage: None,
         })
         .collect();
     let before = merging.merged_calls();
