@@ -2,14 +2,19 @@
 //!
 //! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`].
 
+mod departures;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
+pub(crate) use self::departures::Departures;
+use self::departures::Leaving;
 use crate::health::Regions;
 use crate::verdicts::{Verdicts, gateway};
 
@@ -20,6 +25,8 @@ pub(crate) type Loads = BTreeMap<String, u32>;
 const BACKENDS_MAX: usize = 10_000;
 /// Most probe results taken from one report; a gateway has fewer probes under way.
 const RESULTS_MAX: usize = 10_000;
+/// Gateways that free what one that is gone left behind: more than one, for the case that it goes too.
+const CLEANERS: usize = 3;
 /// The time constant of the paces shown to people.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
@@ -28,6 +35,7 @@ const PACE_TAU: Duration = Duration::from_secs(10);
 pub(crate) struct Fleet {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
+    departures: watch::Sender<Departures>,
     verdicts: Verdicts,
 }
 
@@ -35,6 +43,7 @@ pub(crate) struct Fleet {
 struct Reports {
     by_gateway: BTreeMap<String, Report>,
     streams: u64,
+    leaving: Leaving,
     paces: BTreeMap<String, Pace>,
 }
 
@@ -95,7 +104,12 @@ pub(crate) struct Reporter {
 
 impl Fleet {
     pub(crate) fn new(verdicts: Verdicts) -> Self {
-        Self { reports: Arc::default(), loads: watch::Sender::default(), verdicts }
+        Self {
+            reports: Arc::default(),
+            loads: watch::Sender::default(),
+            departures: watch::Sender::default(),
+            verdicts,
+        }
     }
 
     fn reports(&self) -> MutexGuard<'_, Reports> {
@@ -116,9 +130,13 @@ impl Fleet {
             backends: BTreeMap::new(),
             at: Instant::now(),
         };
-        reports.by_gateway.insert(first.gateway_id.clone(), report);
+        let before = reports.by_gateway.insert(first.gateway_id.clone(), report);
+        let replaced = before.map(|report| report.incarnation).filter(|old| *old != first.incarnation);
+        let mut gone = reports.leaving.back(&first.gateway_id, &first.incarnation);
+        gone.extend(replaced);
         self.assign(&reports);
         drop(reports);
+        self.depart(gone);
         // Wakes those who count gateways.
         self.loads.send_modify(|_| {});
         Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream }
@@ -148,6 +166,41 @@ impl Fleet {
         let reports = self.reports();
         let row = |report: &Report| (report.backends.get(backend).map_or(0, |(n, _)| *n), report.at);
         reports.by_gateway.iter().map(|(id, report)| (id.clone(), row(report))).collect()
+    }
+
+    /// Who is gone, and every change of it.
+    pub(crate) fn departures(&self) -> watch::Receiver<Departures> {
+        self.departures.subscribe()
+    }
+
+    /// Whether a gateway is among those that free what others leave behind.
+    pub(crate) fn cleans_up(&self, gateway: &str) -> bool {
+        self.reports().by_gateway.keys().take(CLEANERS).any(|id| id == gateway)
+    }
+
+    fn depart(&self, incarnations: Vec<String>) {
+        if !incarnations.is_empty() {
+            tracing::info!(?incarnations, "gateways are gone; others free what they held");
+            self.departures.send_modify(|departures| departures.add(incarnations));
+        }
+    }
+
+    /// Finds out who does not come back, until `stop`. One that is still `connected` for its configuration is not gone.
+    pub(crate) async fn run(self, connected: impl Fn(&str) -> bool, stop: CancellationToken) {
+        let mut changes = self.loads();
+        loop {
+            let (gone, due) = {
+                let mut reports = self.reports();
+                let gone = reports.leaving.gone(&connected);
+                (gone, reports.leaving.due())
+            };
+            self.depart(gone);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+            }
+        }
     }
 
     /// How fast a backend serves.
@@ -235,7 +288,9 @@ impl Drop for Reporter {
     fn drop(&mut self) {
         let mut reports = self.fleet.reports();
         if reports.by_gateway.get(&self.gateway).is_some_and(|own| own.stream == self.stream) {
-            reports.by_gateway.remove(&self.gateway);
+            if let Some(report) = reports.by_gateway.remove(&self.gateway) {
+                reports.leaving.left(&self.gateway, report.incarnation);
+            }
             self.fleet.sum(&reports);
             self.fleet.assign(&reports);
             self.fleet.loads.send_modify(|_| {});
@@ -271,5 +326,40 @@ mod tests {
         assert_eq!(fleet.loads().borrow().get("b"), Some(&5));
         drop(reporter);
         assert!(fleet.loads().borrow().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_come_back_is_gone_and_who_does_is_not() {
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None));
+        let (stop, mut departures) = (CancellationToken::new(), fleet.departures());
+        let connected = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let held = connected.clone();
+        let running = tokio::spawn(
+            fleet.clone().run(move |_| held.load(std::sync::atomic::Ordering::Relaxed), stop.clone()),
+        );
+        let of = |id: &str, incarnation: &str| v1::StreamReportsRequest {
+            gateway_id: id.into(),
+            incarnation: incarnation.into(),
+            ..report(0, 0)
+        };
+        // Its stream breaks and it returns.
+        drop(fleet.join(&of("a", "a1")));
+        let stays = fleet.join(&of("a", "a1"));
+        // Still there for its configuration.
+        drop(fleet.join(&of("b", "b1")));
+        tokio::time::sleep(departures::GRACE * 10).await;
+        assert_eq!(departures.borrow_and_update().last(), 0);
+        connected.store(false, std::sync::atomic::Ordering::Relaxed);
+        departures.changed().await.expect("open");
+        assert_eq!(departures.borrow_and_update().after(0), ["b1"]);
+        // Another process under the same name: at once, and the one before it is gone for good.
+        let again = fleet.join(&of("a", "a2"));
+        assert_eq!(departures.borrow_and_update().after(1), ["a1"]);
+        drop((stays, again));
+        let _third = fleet.join(&of("a", "a3"));
+        assert_eq!(departures.borrow_and_update().after(1), ["a1", "a2"]);
+        assert!(fleet.cleans_up("a") && !fleet.cleans_up("b"));
+        stop.cancel();
+        running.await.expect("ended");
     }
 }

@@ -120,6 +120,9 @@ impl ControlPlane {
         verdicts.configure(&catalog.state());
         let prober = Prober::new(verdicts.clone());
         shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
+        let registry = shared.registry.clone();
+        let connected = move |id: &str| registry.connected().iter().any(|gateway| gateway == id);
+        shared.tasks.spawn(shared.fleet.clone().run(connected, follow_stop.clone()));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
         undo.disarm();

@@ -18,7 +18,8 @@ use weir_ratelimit::denials::Denials;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{
-    AnyLimiter, Candidate, Cost, Fallback, Key, Kind, Limiter, Renewal, Scopes, Settle, Tally, Trouble, Usage,
+    AnyLimiter, Candidate, Cost, Fallback, Holder, Key, Kind, Limiter, Renewal, Scopes, Settle, Tally,
+    Trouble, Usage,
 };
 
 use crate::calendar;
@@ -57,6 +58,7 @@ pub struct Ledger {
     /// What requests will probably cost.
     pub estimates: Estimates,
     metrics: Metrics,
+    holder: Holder,
     queue: mpsc::Sender<Job>,
     leases: Mutex<OpenLeases>,
 }
@@ -95,8 +97,13 @@ impl Job {
 }
 
 impl Ledger {
-    /// A ledger and the worker that must be run for it. Needs a tokio runtime.
-    pub fn new(limiter: AnyLimiter, gateways: LiveGateways, metrics: Metrics) -> (Arc<Self>, LedgerWorker) {
+    /// A ledger and the worker that must be run for it; its leases bear the mark of `holder`. Needs a tokio runtime.
+    pub fn new(
+        limiter: AnyLimiter,
+        holder: Holder,
+        gateways: LiveGateways,
+        metrics: Metrics,
+    ) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let limiter = Fallback::new(limiter, gateways);
         let ledger = Arc::new(Self {
@@ -105,6 +112,7 @@ impl Ledger {
             denials: Denials::default(),
             estimates: Estimates::default(),
             metrics,
+            holder,
             queue: sender,
             leases: Mutex::default(),
         });
@@ -284,7 +292,7 @@ impl Admission {
     pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Subject) -> Self {
         Self {
             ledger: ledger.clone(),
-            id: Uuid::now_v7(),
+            id: ledger.holder.id(),
             day: calendar::day_of(SystemTime::now()),
             noted: Tally::default(),
             scopes,

@@ -21,6 +21,7 @@ pub mod live;
 pub mod metrics;
 pub mod probe;
 pub mod read;
+pub mod reap;
 pub mod refusal;
 pub mod report;
 pub mod runtime_state;

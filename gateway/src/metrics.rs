@@ -83,6 +83,13 @@ pub struct WaitLabels {
     pub priority: &'static str,
 }
 
+/// Of a gateway that the control plane said was gone.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct GoneLabels {
+    /// "freed": its leases are; "lives": it says in the limit store that it does; "unknown": the store did not answer.
+    pub outcome: &'static str,
+}
+
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -116,6 +123,10 @@ pub struct Metrics {
     pub settlement_steps: Counter,
     /// Leases that ran out under a live request.
     pub leases_lost: Counter,
+    /// Gateways that the control plane said were gone.
+    pub gateways_gone: Family<GoneLabels, Counter>,
+    /// Leases freed of gateways that were gone.
+    pub leases_reaped: Counter,
     /// Leases that were taken again under a live request.
     pub leases_retaken: Counter,
     /// Open client connections.
@@ -170,6 +181,8 @@ impl Metrics {
             settlements_lost: Counter::default(),
             settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
+            gateways_gone: Family::default(),
+            leases_reaped: Counter::default(),
             leases_retaken: Counter::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
@@ -195,6 +208,12 @@ impl Metrics {
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("leases_reaped", "Leases freed of gateways that were gone", m.leases_reaped.clone());
+        r.register(
+            "gateways_gone",
+            "Gateways the control plane said were gone, by what came of it",
+            m.gateways_gone.clone(),
+        );
         r.register("leases_retaken", "Leases taken again under a live request", m.leases_retaken.clone());
         r.register(
             "settlement_steps",

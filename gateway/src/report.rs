@@ -18,16 +18,17 @@ use weir_proto::v1::{
 
 use self::said::Said;
 use crate::live::Live;
+use crate::reap::Gone;
 
 /// Between two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Follows the report lane until `shutdown`, on a connection of its own.
-pub async fn run(live: Arc<Live>, identity: Identity, link: Link, shutdown: CancellationToken) {
+pub async fn run(live: Arc<Live>, gone: Gone, identity: Identity, link: Link, shutdown: CancellationToken) {
     let mut backoff = Backoff::default();
     loop {
         let ended = tokio::select! {
-            ended = follow(&live, &identity, &link, &mut backoff) => ended,
+            ended = follow(&live, &gone, &identity, &link, &mut backoff) => ended,
             () = shutdown.cancelled() => return,
         };
         live.probes().away();
@@ -41,7 +42,13 @@ pub async fn run(live: Arc<Live>, identity: Identity, link: Link, shutdown: Canc
     }
 }
 
-async fn follow(live: &Live, identity: &Identity, link: &Link, backoff: &mut Backoff) -> Result<(), String> {
+async fn follow(
+    live: &Live,
+    gone: &Gone,
+    identity: &Identity,
+    link: &Link,
+    backoff: &mut Backoff,
+) -> Result<(), String> {
     let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
     let mut client = ReportServiceClient::new(channel);
     // Room for one: a report that cannot go yet is replaced by the next, which says the newer thing.
@@ -62,6 +69,7 @@ async fn follow(live: &Live, identity: &Identity, link: &Link, backoff: &mut Bac
                     backoff.reset();
                     live.probes().heard();
                     said.note(&message);
+                    message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
                     take(live, &message);
                 }
                 None => return Ok(()),

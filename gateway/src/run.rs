@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::v1::SubscriberRole;
-use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::{AnyLimiter, Holder};
 use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
@@ -22,6 +22,7 @@ use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
+use crate::reap::Reaper;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
 use crate::weights::Weights;
@@ -150,7 +151,9 @@ pub async fn start(
         let live = live.clone();
         Arc::new(move || live.live_gateways())
     };
-    let (ledger, worker) = Ledger::new(limiter, gateways, metrics.clone());
+    let holder = Holder::of(&identity.incarnation);
+    let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
+    let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
     let gateway =
         Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
@@ -162,7 +165,8 @@ pub async fn start(
     let drained = CancellationToken::new();
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), metrics.clone()).run(drained.clone()));
-    tasks.spawn(report::run(live.clone(), identity, control_plane, drained.clone()));
+    tasks.spawn(report::run(live.clone(), gone, identity, control_plane, drained.clone()));
+    tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(watch(
         live.clone(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::memory::MemoryLimiter;
 use crate::redis::RedisLimiter;
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Key, LimitState, Limiter, Renewal, ReservationId,
+    Acquire, Candidate, Charge, Decision, Error, Holder, Key, LimitState, Limiter, Renewal, ReservationId,
     ScopeLimits, Settle, Settled, UsageLines,
 };
 
@@ -80,6 +80,13 @@ impl Limiter for AnyLimiter {
         match self {
             AnyLimiter::Memory(limiter) => limiter.release(id, leases).await,
             AnyLimiter::Redis(limiter) => limiter.release(id, leases).await,
+        }
+    }
+
+    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.reap(holder, leases).await,
+            AnyLimiter::Redis(limiter) => limiter.reap(holder, leases).await,
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use crate::budget::{self, Terms};
+use crate::holder::REAP_SETS_MAX;
 use crate::usage::USAGE_RECORDS_MAX;
 use crate::{
     Acquire, Bucket, Candidate, Charge, Cost, Error, FOREVER, Key, Kind, LimitState, MAX_CANDIDATES,
@@ -126,6 +127,13 @@ fn check_bucket(kind: Kind, bucket: &Bucket) -> Result<(), Error> {
     }
     if bucket.period < Duration::from_millis(1) || bucket.period > PERIOD_MAX {
         return Err(Error::Invalid("period out of range"));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_reap(leases: &[Key]) -> Result<(), Error> {
+    if leases.len() > REAP_SETS_MAX {
+        return Err(Error::Invalid("too many lease sets"));
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ use self::local::{Local, Pending, leases_of};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Outcome, Renewal,
+    Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Outcome, Renewal,
     ReservationId, ScopeLimits, Settle, Settled, Trouble, UsageLines, WithoutStore,
 };
 
@@ -448,6 +448,15 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         let room = inner.defer(&mut inner.local(), Pending::Release(id, leases.into()));
         inner.wake.notify_one();
         if room { Ok(()) } else { Err(no_room()) }
+    }
+
+    /// Only the store knows who holds what there, and who lives.
+    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
+        let inner = &self.inner;
+        if !inner.is_closed() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        inner.store.reap(holder, leases).await
     }
 
     /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.

@@ -136,6 +136,11 @@ impl Key {
         build(format_args!("weir:{{o:{}}}:s", digest(&all)))
     }
 
+    /// The lease set of the holders that live.
+    pub(crate) fn roll() -> Key {
+        build(format_args!("weir:{{g}}:roll"))
+    }
+
     /// When the data set was born.
     pub(crate) fn birth() -> Key {
         build(format_args!("weir:{{g}}:birth"))

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 use self::store::State;
 use crate::budget::Meter;
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Key, Kind, LimitState, Limiter, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled, UsageLines, call,
+    Acquire, Candidate, Charge, Decision, Error, Holder, Key, Kind, LimitState, Limiter, Renewal,
+    ReservationId, ScopeLimits, Settle, Settled, UsageLines, call,
 };
 
 /// Limits of one process.
@@ -164,6 +164,12 @@ impl Limiter for MemoryLimiter {
     async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
         self.free(id, leases);
         Ok(())
+    }
+
+    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
+        call::check_reap(leases)?;
+        let (mut state, now) = self.enter();
+        Ok(state.reap(holder, leases, now))
     }
 
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {

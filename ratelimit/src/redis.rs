@@ -37,8 +37,8 @@ use self::touched::Touched;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::lag::Lag;
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Fault, Key, LimitState, Limiter, Renewal, ReservationId,
-    ScopeLimits, Settle, Settled, UsageLines,
+    Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Renewal,
+    ReservationId, ScopeLimits, Settle, Settled, UsageLines,
 };
 
 /// Time for a new connection, apart from any call's deadline: a handshake may take longer than a decision.
@@ -346,6 +346,15 @@ impl Limiter for RedisLimiter {
             return self.release_split(id, leases).await;
         }
         self.release_whole(id, leases).await
+    }
+
+    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
+        call::check_reap(leases)?;
+        let roll = Key::roll();
+        if self.splits(std::iter::once(&roll).chain(leases)) {
+            return self.reap_split(holder, &roll, leases).await;
+        }
+        self.reap_whole(holder, Some(&roll), leases).await
     }
 
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {

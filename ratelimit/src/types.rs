@@ -6,8 +6,8 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use uuid::Uuid;
 
-use crate::Error;
 use crate::usage::{Usage, UsageLines};
+use crate::{Error, Holder};
 
 /// What a bucket counts. The discriminant is the position inside a record and on the wire to the scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -347,6 +347,11 @@ pub trait Limiter: Send + Sync {
     ) -> impl Future<Output = Result<Vec<ReservationId>, Error>> + Send;
     /// Frees leases without settling.
     fn release(&self, id: ReservationId, leases: &[Key]) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Frees every lease that a holder which is gone took in these sets, at most
+    /// [`crate::holder::REAP_SETS_MAX`]; how many. `None` when it says itself that it lives: then nothing is freed.
+    /// Idempotent. One that lives all the same finds its leases lost, and may take them again.
+    fn reap(&self, holder: Holder, leases: &[Key])
+    -> impl Future<Output = Result<Option<u64>, Error>> + Send;
     /// Decides and charges for good, in one atomic call. One limit per charge in the answer, whose `scope` is the
     /// charge's index. A call of unknown outcome may have charged.
     fn charge(&self, charges: &[Charge]) -> impl Future<Output = Result<Decision, Error>> + Send;

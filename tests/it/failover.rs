@@ -1,10 +1,12 @@
 //! One backend fails: nobody notices, as long as nothing was sent.
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 use mock_llm::{Config, ErrorInStream, ErrorStatus, Faults, Hang, HangAt};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
+use weir_tests::client::Client;
 use weir_tests::cluster::{Resources, gateway, mock};
+use weir_tests::eventually;
 
 fn millis(ms: i32) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds: 0, nanos: ms * 1_000_000 })
@@ -162,4 +164,47 @@ async fn requests_that_begin_alike_go_to_one_backend_from_every_gateway() {
         used |= 1 << hit[0];
     }
     assert_eq!(used, 0b111, "different beginnings spread");
+}
+
+/// It was answered 503 at once, although the pool's queue lets a request wait for a slot.
+#[tokio::test]
+async fn a_retry_that_finds_every_slot_taken_waits_for_one() {
+    let end = CancellationToken::new();
+    let slow = || Config { slots: 4096, decode_tokens_per_s: 50.0, output_tokens: 100_000, ..config() };
+    let mocks = [mock(slow(), &end).await, mock(slow(), &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    for (i, mock) in mocks.iter().enumerate() {
+        let one_slot = v1::BackendSpec {
+            pool: "chat".into(),
+            url: format!("http://{}", mock.address),
+            models: [("gpt-4.1".to_owned(), String::new())].into(),
+            max_concurrency: Some(1),
+            ..Default::default()
+        };
+        resources.put(&format!("b{i}"), Spec::Backend(one_slot));
+    }
+    let queue =
+        v1::Queue { max_waiting: 10, max_wait: Some(prost_types::Duration { seconds: 60, nanos: 0 }) };
+    resources.put("chat", Spec::Pool(v1::PoolSpec { queue: Some(queue), ..Default::default() }));
+    let gw = gateway(&resources, None).await;
+    let endless = r#"{"model":"gpt-4.1","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
+    let stream = gw.client.send(Method::POST, "/v1/chat/completions", endless).await;
+    assert_eq!(stream.status(), StatusCode::OK);
+    let taken = usize::from(mocks[1].handle.counters().in_flight == 1);
+    let error = ErrorStatus { status: 500, probability: 1.0, retry_after_s: None };
+    let other = &mocks[1 - taken].handle;
+    other.set_faults(Faults { error_status: Some(error), ..Faults::default() }).expect("valid");
+    let client = gw.client.clone();
+    let short = CHAT.replace(r#""messages""#, r#""max_tokens":2,"messages""#);
+    let retried = tokio::spawn(async move { client.chat(&short).await });
+    let ops = Client::new(gw.running.ops_address, "");
+    eventually("the retry waits", || async {
+        let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await.json();
+        other.counters().requests == 1 && page["waiting"] == 1
+    })
+    .await;
+    drop(stream);
+    let answer = retried.await.expect("answered");
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(other.counters().requests, 1, "it was served by the slot that came free");
 }

@@ -1,10 +1,13 @@
 //! Redis, a control plane and gateways as processes: what holds when one of them dies.
 
+use std::net::SocketAddr;
+
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use mock_llm::Config;
-use tokio::task::JoinSet;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
 use weir_tests::cluster::{Mock, mock};
@@ -81,12 +84,74 @@ async fn a_killed_gateway_frees_its_leases_and_nobody_elses() {
     assert_eq!(stack.redis.standing("acme").await.leases, 3);
     assert_eq!(other.chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS, "every lease is taken");
     stack.gateways[0].kill().await;
+    let (killed, before) = (stack.redis.now().await, stack.redis.leases("acme").await);
     eventually("the dead gateway's leases are free", || async {
         stack.redis.standing("acme").await.leases == 1
     })
     .await;
+    let (freed, left) = (stack.redis.now().await, stack.redis.leases("acme").await);
+    eprintln!("leases of a killed gateway were free after {} ms", (freed - killed) / 1000);
+    for (id, runs_out) in before.iter().filter(|(id, _)| !left.contains_key(*id)) {
+        assert!(*runs_out > freed, "{id} was freed and did not run out");
+    }
     assert_eq!(other.chat(CHAT).await.status, StatusCode::OK);
     ours.frame().await.expect("the other gateway's stream runs on").expect("whole");
+}
+
+/// A way to the control plane that can be cut.
+struct Way {
+    address: SocketAddr,
+    open: JoinHandle<()>,
+}
+
+impl Way {
+    async fn to(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let open = tokio::spawn(async move {
+            let mut ways = JoinSet::new();
+            while let Ok((mut from, _)) = listener.accept().await {
+                ways.spawn(async move {
+                    let mut to = TcpStream::connect(target).await?;
+                    tokio::io::copy_bidirectional(&mut from, &mut to).await
+                });
+            }
+        });
+        Self { address, open }
+    }
+
+    fn cut(&self) {
+        self.open.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_only_lost_its_control_plane_keeps_its_leases() {
+    let mock = backend(50.0).await;
+    let mut stack = Stack::start(1, &manifest(&mock, 3, "", "limits: { concurrency: 3 }")).await;
+    let way = Way::to(stack.control_plane.text("grpc").parse().expect("an address")).await;
+    let alone = stack.gateway_by(1, &way.address.to_string()).await;
+    let client = stack.client_of(&alone);
+    let (_first, mut second) = (open(&client).await, open(&client).await);
+    let held = stack.redis.leases("acme").await;
+    assert_eq!(held.len(), 2);
+    way.cut();
+    let ops = Client::new(stack.gateways[0].text("ops").parse().expect("an address"), "");
+    eventually("the other gateway was told and found out that it lives", || async {
+        let page = ops.ask(Method::GET, "/metrics", "").await;
+        page.text().contains(r#"weir_gateways_gone_total{outcome="lives"} 1"#)
+    })
+    .await;
+    let now = stack.redis.leases("acme").await;
+    assert!(held.keys().eq(now.keys()), "{held:?} were held and {now:?} are");
+    let own = Client::new(alone.text("ops").parse().expect("an address"), "");
+    let page = own.ask(Method::GET, "/metrics", "").await;
+    assert!(page.text().contains("weir_leases_lost_total 0"), "{}", page.text());
+    second.frame().await.expect("its streams run on").expect("whole");
+    // Once it is dead, nothing protects it.
+    let mut alone = alone;
+    alone.kill().await;
+    stack.gateways[0].kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

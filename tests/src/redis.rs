@@ -1,5 +1,6 @@
 //! A `redis-server` of a test's own.
 
+use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -86,6 +87,29 @@ impl Redis {
             tokens: TOKENS - left(What::Bucket(Kind::Tokens)),
             leases: u64::from(LEASES) - left(What::Concurrency),
         }
+    }
+
+    /// What a command of redis-cli prints.
+    pub async fn cli(&self, args: &[&str]) -> String {
+        let port = self.port.to_string();
+        let done = Command::new("redis-cli").args(["-p", &port]).args(args).output().await;
+        let done = done.expect("redis-cli comes with redis-server");
+        String::from_utf8(done.stdout).expect("UTF-8")
+    }
+
+    /// The leases of a tenant's requests: id, and when each runs out, microseconds of the server's clock.
+    pub async fn leases(&self, tenant: &str) -> BTreeMap<String, u64> {
+        let (_, leases) = scope_keys(Scope::Tenant(tenant));
+        let printed = self.cli(&["ZRANGE", leases.as_str(), "0", "-1", "WITHSCORES"]).await;
+        let lines: Vec<&str> = printed.lines().collect();
+        lines.chunks_exact(2).map(|pair| (pair[0].to_owned(), pair[1].parse().expect("a score"))).collect()
+    }
+
+    /// Its clock, microseconds.
+    pub async fn now(&self) -> u64 {
+        let printed = self.cli(&["TIME"]).await;
+        let mut parts = printed.lines().map(|part| part.parse::<u64>().expect("a number"));
+        parts.next().expect("seconds") * 1_000_000 + parts.next().expect("microseconds")
     }
 
     /// Forgets everything it holds.

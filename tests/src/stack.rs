@@ -47,8 +47,13 @@ impl Stack {
 
     /// Starts gateway `k`, with the copy on disk that an earlier gateway `k` left.
     pub async fn gateway(&self, k: usize) -> Process {
+        self.gateway_by(k, self.control_plane.text("grpc")).await
+    }
+
+    /// The same, which finds the control plane at another address.
+    pub async fn gateway_by(&self, k: usize, control_plane: &str) -> Process {
         let copy = self.data.path().join(format!("gateway-{k}"));
-        let control_plane = format!("http://{}", self.control_plane.text("grpc"));
+        let control_plane = format!("http://{control_plane}");
         let token_file = self.token_file();
         let redis = self.redis.url();
         let id = format!("gateway-{k}");

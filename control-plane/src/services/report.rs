@@ -51,6 +51,8 @@ struct Told {
     assignments: Arc<ProbeAssignments>,
     /// Orders up to this one.
     serial: u64,
+    /// Departures up to this one.
+    departure: u64,
 }
 
 impl Told {
@@ -82,6 +84,8 @@ async fn serve(
     let (mut healths, mut duties) = (shared.verdicts.healths(), shared.verdicts.duties());
     // What was ordered before this stream was there is answered or given up by now.
     let mut told = Told { serial: duties.borrow_and_update().serial(), ..Told::default() };
+    let mut departures = shared.fleet.departures();
+    told.departure = departures.borrow_and_update().last();
     let reporter = shared.fleet.join(&first);
     reporter.report(&first);
     let mut loads = shared.fleet.loads();
@@ -101,11 +105,16 @@ async fn serve(
                     live: live(&shared),
                     assignments: told.assignments.clone(),
                     serial: told.serial,
+                    departure: told.departure,
                 };
-                let (now, answer) = {
+                let (mut now, mut answer) = {
                     let duties = duties.borrow_and_update();
                     difference(&told, now, &duties, &own, &shared.verdicts)
                 };
+                if shared.fleet.cleans_up(&first.gateway_id) {
+                    answer.gone_incarnations = departures.borrow_and_update().after(told.departure);
+                }
+                now.departure = departures.borrow().last();
                 permit.send(Ok(answer));
                 told = now;
                 urgent = false;
@@ -132,6 +141,10 @@ async fn serve(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 load_changed |= *loads.borrow_and_update() != told.loads;
                 urgent |= live(&shared) != told.live;
+            }
+            changed = departures.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                urgent = true;
             }
             changed = gateways.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
@@ -174,6 +187,7 @@ fn difference(
         live_gateways: now.live,
         assignments: (assigned != told.assignments).then(|| (*assigned).clone()),
         orders: orders.map(order).collect(),
+        gone_incarnations: Vec::new(),
     };
     now.assignments = assigned;
     now.serial = duties.serial().max(told.serial);

@@ -35,6 +35,13 @@ impl Leases {
         }
     }
 
+    /// How many were removed.
+    pub(super) fn remove_all(&mut self, which: impl Fn(ReservationId) -> bool) -> u64 {
+        let gone: Vec<ReservationId> = self.by_id.keys().copied().filter(|id| which(*id)).collect();
+        gone.iter().for_each(|id| self.remove(*id));
+        gone.len() as u64
+    }
+
     pub(super) fn holds(&self, id: ReservationId) -> bool {
         self.by_id.contains_key(&id)
     }

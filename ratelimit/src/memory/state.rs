@@ -8,8 +8,8 @@ use crate::call::{
     self, Line, RESERVATION_LIFE, TOMBSTONE_LIFE, blank_limits, lines, reserved, reset, spent,
 };
 use crate::{
-    Acquire, Candidate, Decision, Key, Kind, LimitState, Mode, Outcome, Renewal, ReservationId, ScopeLimits,
-    Settle, Settled, Verdict, What,
+    Acquire, Candidate, Decision, Holder, Key, Kind, LimitState, Mode, Outcome, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, Verdict, What,
 };
 
 /// What one scope came to before anything is written.
@@ -182,6 +182,20 @@ impl State {
 
     pub(super) fn release(&mut self, id: ReservationId, leases: &[Key]) {
         leases.iter().for_each(|key| self.drop_lease(key, id));
+    }
+
+    /// `None` when the holder lives.
+    pub(super) fn reap(&mut self, holder: Holder, leases: &[Key], now: u64) -> Option<u64> {
+        if self.live(&Key::roll(), now).holds(holder.on_roll()) {
+            return None;
+        }
+        let mut freed = 0;
+        for key in leases {
+            if let Some(set) = self.leases.get_mut(key) {
+                freed += set.remove_all(|id| holder.took(id));
+            }
+        }
+        Some(freed)
     }
 
     pub(super) fn peek(&mut self, scopes: &[ScopeLimits], now: u64) -> Vec<LimitState> {

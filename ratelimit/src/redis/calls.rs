@@ -13,8 +13,8 @@ use super::{Inner, RedisLimiter, script};
 use crate::call::{self, RESERVATION_LIFE};
 use crate::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX};
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Key, Kind, LimitState, Renewal, ReservationId, ScopeLimits,
-    Settle, Settled, Trouble, UsageLines,
+    Acquire, Candidate, Charge, Decision, Error, Holder, Key, Kind, LimitState, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, Trouble, UsageLines,
 };
 
 /// Renewals in one script call; a longer list is cut so that no call holds the server for long.
@@ -347,6 +347,25 @@ impl RedisLimiter {
         let mut args = script::Args::default();
         args.id(id);
         self.inner.run(&script::RELEASE, &keys, &args).await.map(drop)
+    }
+
+    /// With the roll among the keys or without it; `None` when the holder is on it.
+    pub(super) async fn reap_whole(
+        &self,
+        holder: Holder,
+        roll: Option<&Key>,
+        leases: &[Key],
+    ) -> Result<Option<u64>, Error> {
+        let keys: Vec<&Key> = roll.into_iter().chain(leases).collect();
+        let mut args = script::Args::default();
+        args.word(&holder.mark());
+        match roll {
+            Some(_) => args.id(holder.on_roll()),
+            None => args.word(""),
+        };
+        let reply = self.inner.run(&script::REAP, &keys, &args).await?;
+        let freed = reply.first().ok_or_else(super::reply::malformed)?;
+        Ok(u64::try_from(*freed).ok())
     }
 
     pub(super) async fn charge_whole(&self, charges: &[Charge]) -> Result<Decision, Error> {

@@ -31,6 +31,7 @@ script!(SETTLE, "settle.lua", METER, LEASES, RESERVATION);
 script!(RENEW, "renew.lua", METER, LEASES, RESERVATION);
 script!(MOVE_SLOT, "move_slot.lua", METER, LEASES);
 script!(RELEASE, "release.lua",);
+script!(REAP, "reap.lua", METER);
 script!(CHARGE, "charge.lua", METER);
 script!(BIRTH, "birth.lua", METER);
 script!(USAGE, "usage.lua",);

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::{RedisLimiter, reply};
 use crate::call::{RESERVATION_LIFE, TOMBSTONE_LIFE};
 use crate::{
-    Acquire, Candidate, Charge, ChargeRule, Cost, Decision, Error, Key, LimitState, Outcome, Renewal,
+    Acquire, Candidate, Charge, ChargeRule, Cost, Decision, Error, Holder, Key, LimitState, Outcome, Renewal,
     ReservationId, ScopeLimits, Scopes, Settle, Settled, UsageLines, Verdict,
 };
 
@@ -239,6 +239,23 @@ impl RedisLimiter {
             self.release_whole(id, std::slice::from_ref(key)).await?;
         }
         Ok(())
+    }
+
+    /// The roll is looked at first, then each slot. One that says that it lives in between finds its leases lost.
+    pub(super) async fn reap_split(
+        &self,
+        holder: Holder,
+        roll: &Key,
+        leases: &[Key],
+    ) -> Result<Option<u64>, Error> {
+        if self.reap_whole(holder, Some(roll), &[]).await?.is_none() {
+            return Ok(None);
+        }
+        let mut freed = 0;
+        for same_slot in leases.chunk_by(|a, b| a.tag() == b.tag()) {
+            freed += self.reap_whole(holder, None, same_slot).await?.unwrap_or(0);
+        }
+        Ok(Some(freed))
     }
 
     /// Judges every slot first and writes then. Where somebody else was faster in between, what was written is given

@@ -145,3 +145,39 @@ pub(crate) async fn shadow_concurrency_admits(world: World) {
     assert!(granted(&over));
     assert!(matches!(over.limits[0].verdict, Verdict::Wait(_)));
 }
+
+/// What a process held is freed once it is gone, and nothing of another; one that says that it lives loses nothing.
+pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
+    let (gone, other) = (Holder::of("gone"), Holder::of("other"));
+    let mut scopes = in_flight(10);
+    let mut model = scope("x");
+    (model.record, model.leases) = scope_keys(Scope::Model("m"));
+    scopes.push(ScopeLimits { concurrency: Some(10), ..model });
+    let take = |holder: Holder| Acquire {
+        id: holder.id(),
+        candidates: vec![candidate("b", 10)],
+        ..call(scopes.clone())
+    };
+    for holder in [gone, gone, other, gone] {
+        assert!(granted(&world.acquire(&take(holder)).await));
+    }
+    let sets: Vec<Key> = scopes
+        .iter()
+        .map(|s| s.leases.clone())
+        .chain([Key::backend_slots("b"), Key::backend_slots("c")])
+        .collect();
+    let left = async || world.peek(&scopes).await.iter().map(|limit| limit.remaining).collect::<Vec<_>>();
+    holder::beat(&world.limiter, gone).await.expect("beat");
+    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(None), "it lives");
+    assert_eq!(left().await, [6, 6]);
+    world.pass(holder::ROLL_LIFE).await;
+    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(Some(9)));
+    assert_eq!(left().await, [9, 9]);
+    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(Some(0)), "asked again");
+    holder::beat(&world.limiter, other).await.expect("beat");
+    holder::leave(&world.limiter, other).await.expect("leave");
+    assert_eq!(world.limiter.reap(other, &sets[..1]).await, Ok(Some(1)));
+    assert_eq!(left().await, [10, 9]);
+    let many = vec![sets[0].clone(); holder::REAP_SETS_MAX + 1];
+    assert!(matches!(world.limiter.reap(gone, &many).await, Err(Error::Invalid(_))));
+}

@@ -1,0 +1,161 @@
+//! Freeing what a gateway held that is gone.
+//!
+//! The control plane sees a gateway go and tells a few others; each of them frees the leases that bear the mark of the
+//! one that is gone, in every lease set of its configuration. The control plane may be wrong: a gateway it has lost may
+//! go on serving. So each gateway says in the limit store every second that it lives, and there nothing of a gateway
+//! that lives is freed. What is freed wrongly all the same, its renewal finds lost and takes again.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use weir_ratelimit::holder::{self, REAP_SETS_MAX, ROLL_LIFE};
+use weir_ratelimit::{Holder, Key, Limiter};
+
+use crate::account::Ledger;
+use crate::live::Live;
+use crate::metrics::{GoneLabels, Metrics};
+use crate::snapshot::{LEASE_TTL, ScopeEntry, Snapshot};
+
+/// Between two beats; three may be late before the store takes a gateway for dead.
+const BEAT: Duration = Duration::from_millis(900);
+/// Between two looks at a gateway that is said to be gone.
+const AGAIN: Duration = Duration::from_millis(250);
+/// One that still says so after this time lives. Well above the time its last beat counts.
+const LIVES: Duration = Duration::from_secs(2 * ROLL_LIFE.as_secs());
+/// Gateways that may wait to be looked at; leases of more run out by themselves.
+const QUEUE: usize = 256;
+
+/// Where the report lane hands in who is gone.
+#[derive(Debug, Clone)]
+pub struct Gone(mpsc::Sender<String>);
+
+impl Gone {
+    /// The gateway of this incarnation is gone, says the control plane.
+    pub fn tell(&self, incarnation: &str) {
+        // Without room its leases run out by themselves.
+        let _ = self.0.try_send(incarnation.to_owned());
+    }
+}
+
+/// Beats and frees; must be run.
+#[derive(Debug)]
+pub struct Reaper {
+    live: Arc<Live>,
+    ledger: Arc<Ledger>,
+    metrics: Metrics,
+    own: Holder,
+    gone: mpsc::Receiver<String>,
+}
+
+impl Reaper {
+    /// Of the gateway whose leases bear the mark of `own`.
+    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics, own: Holder) -> (Gone, Self) {
+        let (sender, gone) = mpsc::channel(QUEUE);
+        (Gone(sender), Self { live, ledger, metrics, own, gone })
+    }
+
+    /// Runs until `shutdown`, and says then that this gateway has ended.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut looking = JoinSet::new();
+        let mut known = HashSet::new();
+        let mut beats = tokio::time::interval(BEAT);
+        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Around the breaker: a beat decides nothing, and a store that is away does not hear it.
+        let store = self.ledger.limiter.store();
+        loop {
+            tokio::select! {
+                _ = beats.tick() => {
+                    if let Err(error) = holder::beat(store, self.own).await {
+                        tracing::debug!(%error, "the limit store does not hear that this gateway lives");
+                    }
+                }
+                Some(incarnation) = self.gone.recv(), if looking.len() < QUEUE => {
+                    let holder = Holder::of(&incarnation);
+                    if holder != self.own && known.insert(holder) {
+                        let (live, ledger) = (self.live.clone(), self.ledger.clone());
+                        looking.spawn(async move { (holder, incarnation, look(&live, &ledger, holder).await) });
+                    }
+                }
+                Some(Ok((holder, incarnation, outcome))) = looking.join_next(), if !looking.is_empty() => {
+                    known.remove(&holder);
+                    self.note(&incarnation, &outcome);
+                }
+                () = shutdown.cancelled() => break,
+            }
+        }
+        looking.shutdown().await;
+        if let Err(error) = holder::leave(store, self.own).await {
+            tracing::debug!(%error, "the limit store learns by silence that this gateway has ended");
+        }
+    }
+
+    fn note(&self, incarnation: &str, outcome: &Outcome) {
+        let label = match outcome {
+            Outcome::Freed(leases) => {
+                self.metrics.leases_reaped.inc_by(*leases);
+                tracing::info!(incarnation, leases, "freed the leases of a gateway that is gone");
+                "freed"
+            }
+            Outcome::Lives => {
+                tracing::info!(incarnation, "a gateway has lost its control plane and goes on serving");
+                "lives"
+            }
+            Outcome::Unknown(reason) => {
+                tracing::warn!(incarnation, reason, "leases of a gateway that is gone run out by themselves");
+                "unknown"
+            }
+        };
+        self.metrics.gateways_gone.get_or_create(&GoneLabels { outcome: label }).inc();
+    }
+}
+
+#[derive(Debug)]
+enum Outcome {
+    Freed(u64),
+    Lives,
+    Unknown(String),
+}
+
+/// Asks until the store knows: first its last beat has to run out.
+async fn look(live: &Live, ledger: &Ledger, holder: Holder) -> Outcome {
+    let began = tokio::time::Instant::now();
+    loop {
+        let tried = reap(live, ledger, holder).await;
+        match tried {
+            Ok(Some(leases)) => return Outcome::Freed(leases),
+            Ok(None) if began.elapsed() >= LIVES => return Outcome::Lives,
+            Err(error) if began.elapsed() >= LEASE_TTL => return Outcome::Unknown(error.to_string()),
+            Ok(None) | Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    }
+}
+
+async fn reap(live: &Live, ledger: &Ledger, holder: Holder) -> Result<Option<u64>, weir_ratelimit::Error> {
+    let sets = lease_sets(&live.snapshot());
+    let mut freed = 0;
+    for sets in sets.chunks(REAP_SETS_MAX) {
+        match ledger.limiter.reap(holder, sets).await? {
+            Some(leases) => freed += leases,
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(freed))
+}
+
+/// Every lease set that a request of this configuration may be in; those of one slot next to each other.
+fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
+    let keys =
+        snapshot.keys.values().flat_map(|key| [key.scope.as_ref(), key.tenant.scope.as_ref()]).flatten();
+    let models = snapshot.models_by_name.values().filter_map(|model| model.scope.as_ref());
+    let scopes = keys.chain(models).chain(snapshot.tenant_models.values()).chain(&snapshot.global);
+    let limited = scopes.filter(|entry: &&ScopeEntry| entry.limits.concurrency.is_some());
+    let sets: BTreeSet<Key> = limited
+        .map(|entry| entry.limits.leases.clone())
+        .chain(snapshot.backends.values().map(|backend| backend.slots.clone()))
+        .collect();
+    sets.into_iter().collect()
+}
