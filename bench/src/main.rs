@@ -7,6 +7,7 @@
 mod accuracy;
 mod balance;
 mod failover;
+mod fanout;
 mod fleet;
 mod guide_table;
 mod limiter;
@@ -55,6 +56,8 @@ enum Bench {
     Balance(balance::BalanceArgs),
     /// How long until a broken backend is left alone, and what clients notice
     Failover(failover::FailoverArgs),
+    /// How long until every gateway of a large fleet has a change, and what that costs the control plane
+    Fanout(fanout::FanoutArgs),
     /// A part of a bench, started by the bench itself
     #[command(hide = true)]
     Role {
@@ -90,6 +93,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::GuideTable(args) => guide_table::run(&args).await,
             Bench::Balance(args) => Ok(balance::run(&args, machine::describe())),
             Bench::Failover(args) => failover::run(&args).await,
+            Bench::Fanout(args) => fanout::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }
     };

@@ -3,7 +3,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -26,6 +26,22 @@ pub(crate) enum Role {
     Gateway(Box<weir_gateway::config::Config>),
     /// A simulated LLM server.
     Mock(MockArgs),
+    /// A control plane with a file store.
+    ControlPlane(ControlPlaneArgs),
+}
+
+/// A control plane on loopback.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ControlPlaneArgs {
+    /// Where its gRPC services listen.
+    #[arg(long)]
+    listen: SocketAddr,
+    /// Where its pages are.
+    #[arg(long)]
+    http_listen: SocketAddr,
+    /// The file of its store; the token is beside it.
+    #[arg(long)]
+    store: PathBuf,
 }
 
 /// A simulated LLM server on a free port.
@@ -71,6 +87,18 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
                 let server = mock_llm::Server::bind(("127.0.0.1", args.port), mock_config(args)).await?;
                 say(&json!({ "clients": server.local_addr() }))?;
                 server.run(shutdown).await;
+            }
+            Role::ControlPlane(args) => {
+                weir_runtime::init_logs("error").map_err(anyhow::Error::msg)?;
+                let config = weir_control_plane::Config {
+                    listen: args.listen,
+                    http_listen: args.http_listen,
+                    store: weir_control_plane::StoreConfig::File(args.store),
+                    ..Default::default()
+                };
+                let running = weir_control_plane::ControlPlane::start(config, shutdown).await?;
+                say(&json!({ "grpc": running.grpc_addr, "http": running.http_addr }))?;
+                running.join.await.context("the control plane panicked")??;
             }
         }
         Ok(())
@@ -187,6 +215,39 @@ impl Gateway {
             bail!("{} is not ready after {READY_TIMEOUT:?}: {}", args.id, gateway.process.log_tail());
         }
         Ok(gateway)
+    }
+}
+
+/// A control plane in a process of its own.
+#[derive(Debug)]
+pub(crate) struct ControlPlaneProcess {
+    /// Where admin, discovery and reports are.
+    pub(crate) grpc: SocketAddr,
+    /// Where its pages are.
+    pub(crate) http: SocketAddr,
+    /// Opens everything.
+    pub(crate) token: String,
+    /// Itself.
+    pub(crate) process: Process,
+}
+
+impl ControlPlaneProcess {
+    /// Starts one with the store in a directory: at these addresses (gRPC, pages) or on free ports.
+    pub(crate) async fn start(
+        addresses: Option<(SocketAddr, SocketAddr)>,
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let free = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (grpc, http) = addresses.unwrap_or((free, free));
+        let mut command = this_binary("control-plane")?;
+        command.args(["--listen", &grpc.to_string(), "--http-listen", &http.to_string()]);
+        command.arg("--store").arg(directory.join("control-plane/store.redb"));
+        let mut process = Process::start("control-plane", command, directory)?;
+        let line = process.line().await?;
+        let token = std::fs::read_to_string(directory.join("control-plane/admin.token"))
+            .context("the control plane's token")?;
+        let (grpc, http) = (address(&line, "grpc")?, address(&line, "http")?);
+        Ok(Self { grpc, http, token: token.trim().to_owned(), process })
     }
 }
 

@@ -1,21 +1,22 @@
 //! What gateways see, gathered: the latest value wins, and what a gateway said goes when its stream ends.
 //!
-//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`].
+//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`]. A report costs what it says, not
+//! what all gateways together have said: with a thousand of them, a thousand reports come every second.
 
 mod departures;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
 pub(crate) use self::departures::Departures;
 use self::departures::Leaving;
-use crate::health::Regions;
+use crate::presence::{Presence, Present};
 use crate::verdicts::{Verdicts, gateway};
 
 /// In flight over all gateways, by backend.
@@ -27,6 +28,8 @@ const BACKENDS_MAX: usize = 10_000;
 const RESULTS_MAX: usize = 10_000;
 /// Gateways that free what one that is gone left behind: more than one, for the case that it goes too.
 const CLEANERS: usize = 3;
+/// Loads are published this often at most.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
 /// The time constant of the paces shown to people.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
@@ -35,13 +38,18 @@ const PACE_TAU: Duration = Duration::from_secs(10);
 pub(crate) struct Fleet {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
+    /// Told when a load has changed that is not published.
+    changed: Arc<Notify>,
     departures: watch::Sender<Departures>,
     verdicts: Verdicts,
+    presence: Presence,
 }
 
 #[derive(Debug, Default)]
 struct Reports {
     by_gateway: BTreeMap<String, Report>,
+    /// In flight over all gateways, by backend; nothing where that is nothing.
+    in_flight: BTreeMap<String, u64>,
     streams: u64,
     leaving: Leaving,
     paces: BTreeMap<String, Pace>,
@@ -52,8 +60,6 @@ struct Report {
     stream: u64,
     incarnation: String,
     sequence: u64,
-    region: String,
-    probes: bool,
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
     /// When the last report came.
@@ -100,16 +106,34 @@ pub(crate) struct Reporter {
     fleet: Fleet,
     gateway: String,
     stream: u64,
+    _present: Present,
 }
 
 impl Fleet {
-    pub(crate) fn new(verdicts: Verdicts) -> Self {
+    pub(crate) fn new(verdicts: Verdicts, presence: Presence) -> Self {
         Self {
             reports: Arc::default(),
             loads: watch::Sender::default(),
+            changed: Arc::default(),
             departures: watch::Sender::default(),
             verdicts,
+            presence,
         }
+    }
+
+    fn publish(&self) {
+        let reports = self.reports();
+        let clamped =
+            |(backend, n): (&String, &u64)| (backend.clone(), u32::try_from(*n).unwrap_or(u32::MAX));
+        let loads: Loads = reports.in_flight.iter().map(clamped).collect();
+        drop(reports);
+        self.loads.send_if_modified(|old| {
+            let changed = **old != loads;
+            if changed {
+                *old = Arc::new(loads);
+            }
+            changed
+        });
     }
 
     fn reports(&self) -> MutexGuard<'_, Reports> {
@@ -125,33 +149,21 @@ impl Fleet {
             stream,
             incarnation: first.incarnation.clone(),
             sequence: 0,
-            region: first.region.clone(),
-            probes: first.probes,
             backends: BTreeMap::new(),
             at: Instant::now(),
         };
-        let before = reports.by_gateway.insert(first.gateway_id.clone(), report);
-        let replaced = before.map(|report| report.incarnation).filter(|old| *old != first.incarnation);
         let mut gone = reports.leaving.back(&first.gateway_id, &first.incarnation);
-        gone.extend(replaced);
-        self.assign(&reports);
+        if let Some(old) = reports.by_gateway.insert(first.gateway_id.clone(), report) {
+            reports.forget(&old);
+            gone.extend(Some(old.incarnation).filter(|old| *old != first.incarnation));
+        }
         drop(reports);
         self.depart(gone);
-        // Wakes those who count gateways.
-        self.loads.send_modify(|_| {});
-        Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream }
-    }
-
-    /// Those that probe take part in the assignments.
-    fn assign(&self, reports: &Reports) {
-        let able = reports.by_gateway.iter().filter(|(_, report)| report.probes);
-        let gateways: Regions = able.map(|(id, report)| (gateway(id), report.region.clone())).collect();
-        self.verdicts.set_gateways(gateways);
-    }
-
-    /// The ids of those that report.
-    pub(crate) fn reporting(&self) -> BTreeSet<String> {
-        self.reports().by_gateway.keys().cloned().collect()
+        let (id, region) = (gateway(&first.gateway_id), first.region.clone());
+        self.verdicts.set_gateway(id, first.probes.then_some(region));
+        self.changed.notify_one();
+        let present = self.presence.enter(&first.gateway_id);
+        Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present }
     }
 
     /// The gateways that keep away from a backend.
@@ -185,9 +197,9 @@ impl Fleet {
         }
     }
 
-    /// Finds out who does not come back, until `stop`. One that is still `connected` for its configuration is not gone.
+    /// Publishes loads, a change after a silence at once, and finds out who does not come back, until `stop`. One that is
+    /// still `connected` for its configuration is not gone.
     pub(crate) async fn run(self, connected: impl Fn(&str) -> bool, stop: CancellationToken) {
-        let mut changes = self.loads();
         loop {
             let (gone, due) = {
                 let mut reports = self.reports();
@@ -197,7 +209,10 @@ impl Fleet {
             self.depart(gone);
             tokio::select! {
                 () = stop.cancelled() => return,
-                changed = changes.changed() => if changed.is_err() { return },
+                () = self.changed.notified() => {
+                    self.publish();
+                    sleep(PUBLISH_INTERVAL).await;
+                }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
         }
@@ -212,24 +227,33 @@ impl Fleet {
     pub(crate) fn loads(&self) -> watch::Receiver<Arc<Loads>> {
         self.loads.subscribe()
     }
-
-    fn sum(&self, reports: &Reports) {
-        let mut loads = Loads::new();
-        for (backend, (in_flight, _)) in reports.by_gateway.values().flat_map(|report| &report.backends) {
-            let sum = loads.entry(backend.clone()).or_default();
-            *sum = sum.saturating_add(*in_flight);
-        }
-        self.loads.send_if_modified(|old| {
-            let changed = **old != loads;
-            if changed {
-                *old = Arc::new(loads);
-            }
-            changed
-        });
-    }
 }
 
 impl Reports {
+    /// One gateway has so many in flight where it had so many before. True: that changes the sum.
+    fn moved(&mut self, backend: &str, before: u32, now: u32) -> bool {
+        if before == now {
+            return false;
+        }
+        let sum = match self.in_flight.get_mut(backend) {
+            Some(sum) => sum,
+            None => self.in_flight.entry(backend.to_owned()).or_default(),
+        };
+        // What is taken away was added before.
+        *sum = (*sum + u64::from(now)).saturating_sub(before.into());
+        if *sum == 0 {
+            self.in_flight.remove(backend);
+        }
+        true
+    }
+
+    /// Takes away what a gateway said.
+    fn forget(&mut self, report: &Report) {
+        for (backend, (in_flight, _)) in &report.backends {
+            self.moved(backend, *in_flight, 0);
+        }
+    }
+
     fn learn(&mut self, backend: &v1::BackendReport) {
         if !self.paces.contains_key(&backend.backend) && self.paces.len() >= BACKENDS_MAX {
             return;
@@ -269,16 +293,27 @@ impl Reporter {
         }
         own.sequence = report.sequence;
         own.at = Instant::now();
+        // Taken out for as long as the sums are changed beside it.
+        let mut known = std::mem::take(&mut own.backends);
+        let mut changed = false;
         for backend in &report.backends {
-            if own.backends.len() < BACKENDS_MAX || own.backends.contains_key(&backend.backend) {
-                own.backends.insert(backend.backend.clone(), (backend.in_flight, backend.ejected));
-            }
-        }
-        for backend in &report.backends {
+            let now = (backend.in_flight, backend.ejected);
+            let room = known.len() < BACKENDS_MAX;
+            let before = match known.get_mut(&backend.backend) {
+                Some(before) => std::mem::replace(before, now),
+                None if room => known.insert(backend.backend.clone(), now).unwrap_or_default(),
+                None => continue,
+            };
+            changed |= reports.moved(&backend.backend, before.0, now.0);
             reports.learn(backend);
         }
-        self.fleet.sum(&reports);
+        if let Some(own) = reports.by_gateway.get_mut(&self.gateway) {
+            own.backends = known;
+        }
         drop(reports);
+        if changed {
+            self.fleet.changed.notify_one();
+        }
         self.fleet.verdicts.report(&gateway(&self.gateway), report);
         true
     }
@@ -287,14 +322,16 @@ impl Reporter {
 impl Drop for Reporter {
     fn drop(&mut self) {
         let mut reports = self.fleet.reports();
-        if reports.by_gateway.get(&self.gateway).is_some_and(|own| own.stream == self.stream) {
-            if let Some(report) = reports.by_gateway.remove(&self.gateway) {
-                reports.leaving.left(&self.gateway, report.incarnation);
-            }
-            self.fleet.sum(&reports);
-            self.fleet.assign(&reports);
-            self.fleet.loads.send_modify(|_| {});
+        if reports.by_gateway.get(&self.gateway).is_none_or(|own| own.stream != self.stream) {
+            return;
         }
+        if let Some(own) = reports.by_gateway.remove(&self.gateway) {
+            reports.forget(&own);
+            reports.leaving.left(&self.gateway, own.incarnation);
+        }
+        drop(reports);
+        self.fleet.verdicts.set_gateway(gateway(&self.gateway), None);
+        self.fleet.changed.notify_one();
     }
 }
 
@@ -315,7 +352,7 @@ mod tests {
 
     #[tokio::test]
     async fn late_reports_are_dropped_and_data_goes_with_the_stream() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None));
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None), Presence::default());
         let old = fleet.join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) });
         let reporter = fleet.join(&report(0, 0));
         assert!(!old.report(&report(9, 9)), "a replaced stream");
@@ -323,14 +360,16 @@ mod tests {
         assert!(reporter.report(&report(2, 5)));
         assert!(!reporter.report(&report(1, 7)), "an older sequence");
         assert!(!reporter.report(&v1::StreamReportsRequest { incarnation: "x".into(), ..report(3, 7) }));
+        fleet.publish();
         assert_eq!(fleet.loads().borrow().get("b"), Some(&5));
         drop(reporter);
+        fleet.publish();
         assert!(fleet.loads().borrow().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_does_not_come_back_is_gone_and_who_does_is_not() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None));
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None), Presence::default());
         let (stop, mut departures) = (CancellationToken::new(), fleet.departures());
         let connected = Arc::new(std::sync::atomic::AtomicBool::new(true));
         let held = connected.clone();

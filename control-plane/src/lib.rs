@@ -13,6 +13,7 @@ mod fleet;
 mod health;
 mod metrics;
 mod model;
+mod presence;
 mod probe;
 mod publish;
 mod registry;

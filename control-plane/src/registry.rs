@@ -138,12 +138,24 @@ impl Registry {
         connected.map(|(_, entry)| (entry.gateway.id.clone(), since(entry))).collect()
     }
 
-    /// The ids of the gateways connected.
-    pub(crate) fn connected(&self) -> Vec<String> {
+    /// Whether a gateway is connected.
+    pub(crate) fn is_connected(&self, gateway: &str) -> bool {
         let gateways = self.gateways();
-        let connected =
-            gateways.by_id.iter().filter(|((limit_service, _), e)| !limit_service && e.gateway.connected);
-        connected.map(|(_, entry)| entry.gateway.id.clone()).collect()
+        gateways.by_id.get(&(false, gateway.to_owned())).is_some_and(|entry| entry.gateway.connected)
+    }
+
+    /// How many gateways are connected, and the oldest revision that one of the subscribers connected is at.
+    pub(crate) fn connected(&self) -> (usize, Option<u64>) {
+        let gateways = self.gateways();
+        let connected = || gateways.by_id.iter().filter(|(_, entry)| entry.gateway.connected);
+        let gateway_count = connected().filter(|((limit_service, _), _)| !limit_service).count();
+        (gateway_count, connected().map(|(_, entry)| entry.gateway.applied_revision).min())
+    }
+
+    /// Whether somebody connected has yet to answer a revision.
+    pub(crate) fn is_pending(&self, revision: u64) -> bool {
+        let gateways = self.gateways();
+        gateways.by_id.values().any(|entry| entry.gateway.connected && entry.is_pending(revision))
     }
 
     /// Who of those connected is at a revision, who is not there yet, and who took it but for what it refused.
@@ -161,10 +173,10 @@ impl Registry {
             let gateway_id = entry.gateway.id.clone();
             if entry.gateway.applied_revision >= revision {
                 *applied += 1;
-            } else if entry.answered >= revision && !entry.gateway.errors.is_empty() {
-                out.refused.push(v1::GatewayRefusal { gateway_id, errors: entry.gateway.errors.clone() });
-            } else {
+            } else if entry.is_pending(revision) {
                 out.pending.push(gateway_id);
+            } else {
+                out.refused.push(v1::GatewayRefusal { gateway_id, errors: entry.gateway.errors.clone() });
             }
         }
         out
@@ -177,6 +189,12 @@ impl Registry {
 }
 
 impl Entry {
+    /// It is not at a revision, nor has it refused something of it.
+    fn is_pending(&self, revision: u64) -> bool {
+        let refused = self.answered >= revision && !self.gateway.errors.is_empty();
+        self.gateway.applied_revision < revision && !refused
+    }
+
     fn sync(&self, revision: u64) -> SyncState {
         match () {
             () if !self.gateway.connected => SyncState::Gone,
@@ -297,7 +315,7 @@ mod tests {
         let role = v1::SubscriberRole::LimitService.into();
         let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2);
         assert!(!gateway.replaced.is_cancelled());
-        assert_eq!(registry.connected(), ["g"], "a limit service takes no share of a gateway");
+        assert_eq!(registry.connected(), (1, Some(2)), "a limit service is not counted as a gateway");
         let applied = registry.applied(3);
         assert_eq!((applied.applied, applied.connected), (1, 1));
         assert_eq!((applied.limit_services_applied, applied.limit_services_connected), (0, 1));

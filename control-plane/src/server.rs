@@ -26,6 +26,7 @@ use crate::catalog::Catalog;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::model::{Edit, plan};
+use crate::presence::Presence;
 use crate::probe::Prober;
 use crate::publish::{Differences, publish};
 use crate::registry::Registry;
@@ -46,6 +47,8 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that wait to be accepted: every gateway of a large fleet may come back in the same moment.
 const BACKLOG: u32 = 4096;
+/// Gauges are this fresh.
+const MEASURE_INTERVAL: Duration = Duration::from_millis(100);
 /// Watches at once.
 const WATCHES_MAX: usize = 256;
 /// What the health service knows: the whole, and each service.
@@ -95,12 +98,14 @@ impl ControlPlane {
         let authority = Authority::new(Arc::clone(&catalog), &admin_token, config.gateway_token.as_ref());
         let metrics: Arc<Metrics> = Arc::default();
         let verdicts = Verdicts::new(Arc::clone(&metrics), config.store.beside("health.json"));
+        let presence = Presence::default();
         let shared = Shared {
             catalog: Arc::clone(&catalog),
             snapshots: snapshots.subscribe(),
             differences: Differences::default(),
             registry: Registry::default(),
-            fleet: Fleet::new(verdicts.clone()),
+            fleet: Fleet::new(verdicts.clone(), presence.clone()),
+            presence,
             verdicts: verdicts.clone(),
             metrics,
             authority,
@@ -121,7 +126,7 @@ impl ControlPlane {
         let prober = Prober::new(verdicts.clone());
         shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
         let registry = shared.registry.clone();
-        let connected = move |id: &str| registry.connected().iter().any(|gateway| gateway == id);
+        let connected = move |id: &str| registry.is_connected(id);
         shared.tasks.spawn(shared.fleet.clone().run(connected, follow_stop.clone()));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
@@ -200,11 +205,13 @@ async fn measure(shared: Shared, stop: CancellationToken) {
     loop {
         let revision = states.borrow_and_update().revision;
         gateways.borrow_and_update();
-        let connected: Vec<_> = shared.registry.list(revision).into_iter().filter(|g| g.connected).collect();
-        let lag = connected.iter().map(|g| revision.saturating_sub(g.applied_revision)).max();
+        let (connected, furthest_behind) = shared.registry.connected();
+        let lag = furthest_behind.map(|applied| revision.saturating_sub(applied));
         shared.metrics.revision.set(number(revision));
-        shared.metrics.gateways.set(number(shared.registry.connected().len() as u64));
+        shared.metrics.gateways.set(number(connected as u64));
         shared.metrics.applied_lag.set(number(lag.unwrap_or_default()));
+        // A thousand answers to one change are one look.
+        tokio::time::sleep(MEASURE_INTERVAL).await;
         tokio::select! {
             () = stop.cancelled() => return,
             changed = states.changed() => if changed.is_err() { return },

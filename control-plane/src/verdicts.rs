@@ -197,12 +197,16 @@ impl Verdicts {
         });
     }
 
-    /// The gateways that carry out probes.
-    pub(crate) fn set_gateways(&self, gateways: Regions) {
+    /// A gateway of a region carries out probes; without a region it does not, or is gone.
+    pub(crate) fn set_gateway(&self, vantage: Vantage, region: Option<String>) {
         let now = self.now();
         let mut machine = self.machine();
-        let due = machine.gathered.as_ref().map_or(now + GATHER, |(_, due)| *due);
-        machine.gathered = Some((gateways, due));
+        let Machine { cluster, gathered, .. } = &mut *machine;
+        let (gateways, _) = gathered.get_or_insert_with(|| (cluster.gateways().clone(), now + GATHER));
+        match region {
+            Some(region) => gateways.insert(vantage, region),
+            None => gateways.remove(&vantage),
+        };
         drop(machine);
         self.inner.wake.notify_one();
     }

@@ -130,6 +130,11 @@ impl Cluster {
     }
 
     /// Takes over which gateways probe.
+    pub(crate) fn gateways(&self) -> &Regions {
+        &self.gateways
+    }
+
+    /// See [`Self::gateways`].
     pub(crate) fn set_gateways(&mut self, gateways: Regions) {
         if gateways != self.gateways {
             self.gateways = gateways;

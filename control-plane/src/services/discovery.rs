@@ -118,6 +118,8 @@ async fn serve(
     let differs = session.held.is(&snapshot) && session.differs(&snapshot);
     let applied = if known && !differs { session.held.revision } else { 0 };
     let connection = shared.registry.connect(&hello, &session.held, applied);
+    let limit_service = hello.role() == v1::SubscriberRole::LimitService;
+    let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
     let replaced = connection.replaced.clone();
     tracing::info!(
         gateway = hello.gateway_id,

@@ -21,6 +21,7 @@ use crate::catalog::{self, Catalog};
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::model::Refusal;
+use crate::presence::Presence;
 use crate::publish::{Differences, Snapshot};
 use crate::registry::Registry;
 use crate::store;
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub(crate) snapshots: watch::Receiver<Snapshot>,
     pub(crate) differences: Differences,
     pub(crate) registry: Registry,
+    pub(crate) presence: Presence,
     pub(crate) fleet: Fleet,
     pub(crate) verdicts: Verdicts,
     pub(crate) metrics: Arc<Metrics>,

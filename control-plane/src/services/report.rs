@@ -1,7 +1,6 @@
 //! The report lane: takes in what gateways see, tells each what all of them see. The latest value wins: while a
 //! gateway does not read, nothing queues up, and then it gets what differs from what it last got.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 /// Answers that may lie unread; the latest value wins.
 const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Loads change all the time; verdicts do not wait for this.
+/// Loads change all the time, and how many gateways there are changes with each that comes; verdicts do not wait for this.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
 
 /// See the module.
@@ -89,7 +88,7 @@ async fn serve(
     let reporter = shared.fleet.join(&first);
     reporter.report(&first);
     let mut loads = shared.fleet.loads();
-    let mut gateways = shared.registry.watch();
+    let mut live = shared.presence.count();
     // At first the whole picture, whatever it is.
     let (mut urgent, mut load_changed) = (true, true);
     let mut load_due = Instant::now();
@@ -102,7 +101,7 @@ async fn serve(
                     healths: healths.borrow_and_update().clone(),
                     // Loads ride along with a verdict when they are due, never earlier.
                     loads: if load_ready { loads.borrow_and_update().clone() } else { told.loads.clone() },
-                    live: live(&shared),
+                    live: if load_ready { *live.borrow_and_update() } else { told.live },
                     assignments: told.assignments.clone(),
                     serial: told.serial,
                     departure: told.departure,
@@ -137,29 +136,23 @@ async fn serve(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 urgent |= told.misses(&duties.borrow_and_update(), &own);
             }
-            changed = loads.changed() => {
+            // Once there is something to say, more of it wakes nobody: of a thousand streams each would wake a thousand times
+            // a second.
+            changed = loads.changed(), if !load_changed => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                load_changed |= *loads.borrow_and_update() != told.loads;
-                urgent |= live(&shared) != told.live;
+                load_changed = *loads.borrow_and_update() != told.loads;
             }
             changed = departures.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent = true;
+                urgent |= shared.fleet.cleans_up(&first.gateway_id);
             }
-            changed = gateways.changed() => {
+            changed = live.changed(), if !load_changed => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent |= live(&shared) != told.live;
+                load_changed = *live.borrow_and_update() != told.live;
             }
             () = sleep_until(load_due), if load_changed && !load_ready => {}
         }
     }
-}
-
-/// Gateways that are connected on either lane.
-fn live(shared: &Shared) -> u32 {
-    let mut ids: BTreeSet<String> = shared.fleet.reporting();
-    ids.extend(shared.registry.connected());
-    u32::try_from(ids.len()).unwrap_or(u32::MAX)
 }
 
 /// What a gateway does not know yet, and what it will know then.

@@ -114,8 +114,7 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
         let (start, mut changes) = (Instant::now(), self.0.registry.watch());
         loop {
             changes.borrow_and_update();
-            let applied = self.0.registry.applied(request.revision);
-            let changed = !applied.pending.is_empty()
+            let changed = self.0.registry.is_pending(request.revision)
                 && tokio::select! {
                     // On stopping the answer says how far it came.
                     () = self.0.stop.cancelled() => false,
@@ -124,6 +123,7 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
                     }
                 };
             if !changed {
+                let applied = self.0.registry.applied(request.revision);
                 let elapsed = prost_types::Duration::try_from(start.elapsed()).ok();
                 return Ok(v1::WaitAppliedResponse { elapsed, ..applied });
             }

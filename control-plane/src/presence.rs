@@ -1,0 +1,75 @@
+//! How many gateways there are: those with a stream on either lane, each counted once.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+/// The gateways that are there. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Presence {
+    /// Open streams by gateway.
+    streams: Arc<Mutex<BTreeMap<String, usize>>>,
+    count: watch::Sender<u32>,
+}
+
+/// One open stream of a gateway; dropping it ends that.
+#[derive(Debug)]
+pub(crate) struct Present {
+    presence: Presence,
+    gateway: String,
+}
+
+impl Presence {
+    fn streams(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A gateway opened a stream.
+    pub(crate) fn enter(&self, gateway: &str) -> Present {
+        let mut streams = self.streams();
+        *streams.entry(gateway.to_owned()).or_default() += 1;
+        self.tell(&streams);
+        Present { presence: self.clone(), gateway: gateway.to_owned() }
+    }
+
+    /// How many there are, and every change of it.
+    pub(crate) fn count(&self) -> watch::Receiver<u32> {
+        self.count.subscribe()
+    }
+
+    fn tell(&self, streams: &BTreeMap<String, usize>) {
+        let now = u32::try_from(streams.len()).unwrap_or(u32::MAX);
+        self.count.send_if_modified(|count| std::mem::replace(count, now) != now);
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        let mut streams = self.presence.streams();
+        if let Some(open) = streams.get_mut(&self.gateway) {
+            *open -= 1;
+            if *open == 0 {
+                streams.remove(&self.gateway);
+            }
+        }
+        self.presence.tell(&streams);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gateway_with_two_streams_is_one_until_both_are_gone() {
+        let presence = Presence::default();
+        let count = presence.count();
+        let (config, report, other) = (presence.enter("g"), presence.enter("g"), presence.enter("h"));
+        assert_eq!(*count.borrow(), 2);
+        drop(config);
+        assert_eq!(*count.borrow(), 2);
+        drop((report, other));
+        assert_eq!(*count.borrow(), 0);
+    }
+}
