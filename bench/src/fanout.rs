@@ -265,7 +265,11 @@ impl Scene {
             match applied.map(tonic::Response::into_inner) {
                 Ok(applied) if applied.applied == all => return Ok(()),
                 Ok(applied) if start.elapsed() > PATIENCE => {
-                    anyhow::bail!("{} of {all} gateways are there after {PATIENCE:?}", applied.applied)
+                    anyhow::bail!(
+                        "{} of {all} gateways are there after {PATIENCE:?}; streams ended: {:?}",
+                        applied.applied,
+                        self.fleet.errors()
+                    )
                 }
                 Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 Err(status) if start.elapsed() > PATIENCE => anyhow::bail!("wait applied: {status}"),

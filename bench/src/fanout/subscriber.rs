@@ -59,6 +59,8 @@ struct Gateway {
     versions: BTreeMap<(i32, String), String>,
     /// Revisions and when they were reached.
     reached: VecDeque<(u64, Instant)>,
+    /// Why a stream of it ended last.
+    error: Option<String>,
     /// When its configuration stream was opened last.
     connected: Option<Instant>,
     /// What it was told of backends: the state, and how long after the verdict.
@@ -170,6 +172,15 @@ impl Fleet {
         self.reading().filter_map(|gateway| Some(gateway.connected?.duration_since(start))).collect()
     }
 
+    /// Why streams ended, with how many gateways that happened to last.
+    pub(super) fn errors(&self) -> BTreeMap<String, usize> {
+        let mut errors = BTreeMap::new();
+        for error in self.reading().filter_map(|gateway| gateway.error.clone()) {
+            *errors.entry(error).or_default() += 1;
+        }
+        errors
+    }
+
     /// All must hold the same.
     pub(super) fn check_held(&self, revision: u64) -> anyhow::Result<()> {
         let first = self.board.gateway(0).versions.clone();
@@ -214,8 +225,10 @@ async fn again(board: Arc<Board>, i: usize, lane: Lane) {
             Lane::Config => config(&board, i, &mut backoff).await,
             Lane::Report => report(&board, i, &mut backoff).await,
         };
-        // A stream that ends is what the bench brings about; one that never comes back fails it.
-        drop(ended);
+        // A stream that ends is what the bench brings about; one that never comes back fails it, and then says why.
+        if let Err(error) = ended {
+            board.gateway(i).error = Some(format!("{error:#}"));
+        }
         tokio::time::sleep(backoff.next_pause()).await;
     }
 }

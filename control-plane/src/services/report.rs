@@ -9,7 +9,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
-use weir_proto::v1::{FleetLoad, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse};
+use weir_proto::v1::{
+    self, FleetLoad, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse,
+};
 
 use super::Shared;
 use crate::auth::Caller;
@@ -22,6 +24,10 @@ const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Loads change all the time, and how many gateways there are changes with each that comes; verdicts do not wait for this.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
+/// Of a large fleet each gateway is told less often, so that all together are told so often a second.
+const LOADS_PER_SECOND: f64 = 2000.0;
+/// But never less often than that: a picture of the loads is not to be older than their reports.
+const LOAD_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -119,7 +125,7 @@ async fn serve(
                 urgent = false;
                 if load_ready {
                     load_changed = false;
-                    load_due = Instant::now() + LOAD_INTERVAL;
+                    load_due = Instant::now() + load_interval(told.live);
                 }
             }
             said = inbound.message() => match said? {
@@ -130,7 +136,8 @@ async fn serve(
             },
             changed = healths.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent = true;
+                urgent |= is_urgent(&told.healths, &healths.borrow_and_update());
+                load_changed = true;
             }
             changed = duties.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
@@ -153,6 +160,20 @@ async fn serve(
             () = sleep_until(load_due), if load_changed && !load_ready => {}
         }
     }
+}
+
+/// Between two times a gateway is told the loads, in a fleet of so many.
+fn load_interval(live: u32) -> Duration {
+    Duration::from_secs_f64(f64::from(live) / LOADS_PER_SECOND).clamp(LOAD_INTERVAL, LOAD_INTERVAL_MAX)
+}
+
+/// Whether verdicts differ in how backends are used. That one is suspected, and why, can wait for the next loads: on a
+/// large fleet the push would otherwise be still under way when the verdict itself follows.
+fn is_urgent(told: &Healths, now: &Healths) -> bool {
+    let used = |health: &v1::BackendHealth| {
+        (health.state, health.factor, health.overridden, health.stale, health.ramp)
+    };
+    now.iter().any(|(name, health)| told.get(name).is_none_or(|told| used(told) != used(health)))
 }
 
 /// What a gateway does not know yet, and what it will know then.
@@ -190,6 +211,24 @@ fn difference(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_suspicion_waits_and_a_verdict_does_not() {
+        let health = |suspect: bool, state: v1::HealthState| {
+            let health = v1::BackendHealth { suspect, state: state.into(), ..Default::default() };
+            Healths::from([("b".to_owned(), health)])
+        };
+        let told = health(false, v1::HealthState::Healthy);
+        assert!(!is_urgent(&told, &health(true, v1::HealthState::Healthy)));
+        assert!(is_urgent(&told, &health(true, v1::HealthState::Unhealthy)));
+        assert!(is_urgent(&Healths::new(), &told), "a backend nobody was told of");
+    }
+
+    #[test]
+    fn a_large_fleet_is_told_its_load_less_often_but_every_second() {
+        let millis = |live| load_interval(live).as_millis();
+        assert_eq!([millis(3), millis(1000), millis(1600), millis(9000)], [500, 500, 800, 1000]);
+    }
 
     #[tokio::test]
     async fn a_load_that_nobody_reports_any_more_is_zero() {
