@@ -388,7 +388,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             return Err(no_room());
         }
         inner.wake.notify_one();
-        Ok(Settled { applied: false, limits: Vec::new() })
+        Ok(Settled { applied: false, limits: Vec::new(), now_us: 0 })
     }
 
     async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {

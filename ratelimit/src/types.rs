@@ -280,6 +280,8 @@ pub struct Settled {
     pub applied: bool,
     /// The limits afterwards, for response headers of the next answer.
     pub limits: Vec<LimitState>,
+    /// The store's time of the settlement, like [`Decision::now_us`]; zero when it waits for the store.
+    pub now_us: u64,
 }
 
 /// A debit or credit that is final: nothing is remembered that could be settled, and a repeated call charges again.

@@ -134,7 +134,7 @@ impl State {
         if let Some(stage) = ended {
             self.write_reservation(key, Reservation { stage, slot, reserved: Vec::new(), expires }, now);
         }
-        Settled { applied: stage == Some(Stage::Open), limits: self.peek(&call.scopes, now) }
+        Settled { applied: stage == Some(Stage::Open), limits: self.peek(&call.scopes, now), now_us: now }
     }
 
     pub(super) fn move_slot(

@@ -46,8 +46,8 @@ impl<'a> Reader<'a> {
 
     pub(crate) fn settled(mut self, scopes: &[ScopeLimits]) -> Result<Settled, Error> {
         let applied = self.int()? == 1;
-        self.int()?;
-        Ok(Settled { applied, limits: self.limits(scopes)? })
+        let now_us = self.unsigned()?;
+        Ok(Settled { applied, limits: self.limits(scopes)?, now_us })
     }
 
     pub(crate) fn peeked(mut self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {

@@ -165,7 +165,7 @@ impl RedisLimiter {
 
     pub(super) async fn settle_split(&self, call: &Settle) -> Result<Settled, Error> {
         let mut limits = Vec::new();
-        let mut applied = false;
+        let (mut applied, mut now_us) = (false, 0);
         let mut usage = call.usage.clone();
         for group in &groups(&call.scopes) {
             // In the slot of the group that remembers the reservation, where there is one.
@@ -173,6 +173,7 @@ impl RedisLimiter {
             let part = Settle { scopes: pick(&call.scopes, group), slot: None, usage, ..call.clone() };
             let settled = self.settle_group(&part, &group.tag, TOMBSTONE_LIFE).await?;
             applied |= settled.applied;
+            now_us = now_us.max(settled.now_us);
             place(&mut limits, group, settled.limits);
         }
         if let Some(slot) = &call.slot {
@@ -184,7 +185,7 @@ impl RedisLimiter {
             let part = Settle { scopes: Scopes::new(), slot: None, usage: Some(usage), ..call.clone() };
             self.settle_group(&part, &tag, TOMBSTONE_LIFE).await?;
         }
-        Ok(Settled { applied, limits: in_order(limits) })
+        Ok(Settled { applied, limits: in_order(limits), now_us })
     }
 
     pub(super) async fn move_split(

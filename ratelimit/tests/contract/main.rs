@@ -2,9 +2,11 @@
 
 mod buckets;
 mod charges;
+mod clock;
 mod cluster;
 mod harness;
 mod leases;
+mod model;
 mod outages;
 mod properties;
 mod redis_only;

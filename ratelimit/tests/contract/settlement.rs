@@ -114,3 +114,17 @@ pub(crate) async fn credit_never_goes_below_empty(world: World) {
     assert!(granted(&world.acquire(&tokens(frozen.clone(), 100)).await));
     assert!(!granted(&world.acquire(&tokens(frozen, 1)).await));
 }
+
+/// P10 of docs/pains.md: each settlement renewed the counter's expiry, so under steady traffic nothing was ever
+/// forgotten. Ten tokens a second are allowed and nine are used, for an hour.
+#[tokio::test(start_paused = true)]
+async fn p10_steady_traffic_does_not_keep_a_limit_used_up() {
+    let world = World::memory();
+    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(600, 600, Duration::from_secs(60)))];
+    for second in 0..3600 {
+        let call = Acquire { estimated: true, ..tokens(scopes.clone(), 20) };
+        assert!(granted(&world.acquire(&call).await), "refused in second {second}");
+        world.settle(&call, Cost::of_request(9, 0, 0), None).await;
+        tokio::time::advance(Duration::from_secs(1)).await;
+    }
+}
