@@ -227,7 +227,7 @@ impl<L: Limiter> Inner<L> {
         let mut local = lock(&self.local);
         if !local.is_engaged() {
             let held = lock(&self.held);
-            local.engage(held.iter().map(|(id, (leases, _))| (id, leases)));
+            local.engage(held.iter().map(|(id, (leases, _))| (id, leases)), self.now_us());
             self.engaged.store(true, Ordering::Relaxed);
         }
         local

@@ -69,7 +69,8 @@ pub(super) struct Local {
     bases: HashMap<Key, Base>,
     usage: HashMap<(Key, Arc<str>), Noted>,
     pub(super) pending: VecDeque<Pending>,
-    engaged: bool,
+    /// Since when something is decided here, microseconds, and the leases this process held of the store then.
+    engaged: Option<(f64, HashMap<Key, u32>)>,
 }
 
 impl Local {
@@ -81,13 +82,13 @@ impl Local {
             bases: HashMap::new(),
             usage: HashMap::new(),
             pending: VecDeque::new(),
-            engaged: false,
+            engaged: None,
         }
     }
 
     /// Whether anything was decided here since the last [`Local::reset`].
     pub(super) fn is_engaged(&self) -> bool {
-        self.engaged
+        self.engaged.is_some()
     }
 
     /// Whether the store has been told everything.
@@ -100,10 +101,36 @@ impl Local {
     pub(super) fn engage<'a>(
         &mut self,
         held: impl Iterator<Item = (&'a ReservationId, &'a SmallVec<[Key; 4]>)>,
+        now: f64,
     ) {
-        if !std::mem::replace(&mut self.engaged, true) {
-            held.for_each(|(id, leases)| self.limiter.hold(*id, leases, HELD_LIFE));
+        if self.engaged.is_some() {
+            return;
         }
+        let mut own: HashMap<Key, u32> = HashMap::new();
+        for (id, leases) in held {
+            self.limiter.hold(*id, leases, HELD_LIFE);
+            for key in leases {
+                *own.entry(key.clone()).or_default() += 1;
+            }
+        }
+        self.engaged = Some((now, own));
+    }
+
+    /// This process's part of a number of requests in flight; see [`share::at_first`].
+    fn at_once(
+        &self,
+        whole: &ScopeLimits,
+        life: Duration,
+        gateways: u32,
+        seen: &Seen,
+        now: f64,
+    ) -> Option<u32> {
+        let (since, own) = self.engaged.as_ref()?;
+        if now - since >= life.as_micros() as f64 {
+            return None;
+        }
+        let own = own.get(&whole.leases).copied().unwrap_or(0);
+        Some(share::at_first(whole.concurrency?, gateways, own, seen.in_flight(&whole.leases)?))
     }
 
     pub(super) fn decide(
@@ -115,8 +142,10 @@ impl Local {
         error: &Error,
         unknown: bool,
     ) -> Result<Decision, Error> {
-        let share = share::call(call, gateways);
-        for (whole, share) in call.scopes.iter().zip(&share.scopes) {
+        let mut share = share::call(call, gateways);
+        for (whole, share) in call.scopes.iter().zip(&mut share.scopes) {
+            share.concurrency =
+                self.at_once(whole, call.lease_ttl, gateways, seen, now).or(share.concurrency);
             self.base(whole, share, gateways, seen, now).ok_or_else(|| error.clone())?;
         }
         let mut decision = self.limiter.decide(&share)?;

@@ -1,4 +1,4 @@
-//! What this process last saw of the cluster's meters.
+//! What this process last saw of the cluster's meters and of its requests in flight.
 //!
 //! Without the store a gateway starts its share from there and not from empty: a limit that was used up when the
 //! store went away is used up for everybody.
@@ -19,15 +19,27 @@ struct Sight {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Seen(Mutex<HashMap<Key, [Option<Sight>; Kind::COUNT]>>);
+pub(super) struct Seen(Mutex<Sights>);
+
+#[derive(Debug, Default)]
+struct Sights {
+    records: HashMap<Key, [Option<Sight>; Kind::COUNT]>,
+    /// Requests in flight by the key of their leases.
+    in_flight: HashMap<Key, u32>,
+}
 
 impl Seen {
     /// What an answer of the store says about its scopes at `now`, microseconds of this process.
     pub(super) fn note(&self, scopes: &[ScopeLimits], limits: &[LimitState], now: f64) {
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Sights { records: seen, in_flight } = &mut *sights;
         for limit in limits {
-            let What::Bucket(kind) = limit.what else { continue };
             let Some(scope) = scopes.get(limit.scope) else { continue };
+            let What::Bucket(kind) = limit.what else {
+                let live = limit.limit.saturating_sub(limit.remaining);
+                note_in_flight(in_flight, &scope.leases, u32::try_from(live).unwrap_or(u32::MAX));
+                continue;
+            };
             let Some(bucket) = scope.buckets[kind as usize] else { continue };
             let terms = Terms::of(kind, &bucket);
             let mut level = limit.limit.saturating_sub(limit.remaining) as f64 * terms.unit;
@@ -53,7 +65,25 @@ impl Seen {
     /// The level of a meter at `now`, micro-units; zero when it was never seen.
     pub(super) fn level(&self, record: &Key, kind: Kind, now: f64) -> f64 {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let sight = seen.get(record).and_then(|kinds| kinds[kind as usize]);
+        let sight = seen.records.get(record).and_then(|kinds| kinds[kind as usize]);
         sight.map_or(0.0, |sight| sight.meter.level_at(&sight.terms, now))
+    }
+
+    /// How many requests the whole cluster had in flight; `None` when that was never seen.
+    pub(super) fn in_flight(&self, leases: &Key) -> Option<u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).in_flight.get(leases).copied()
+    }
+}
+
+fn note_in_flight(seen: &mut HashMap<Key, u32>, leases: &Key, live: u32) {
+    if let Some(known) = seen.get_mut(leases) {
+        *known = live;
+        return;
+    }
+    if seen.len() >= RECORDS_MAX {
+        seen.retain(|_, live| *live > 0);
+    }
+    if seen.len() < RECORDS_MAX {
+        seen.insert(leases.clone(), live);
     }
 }

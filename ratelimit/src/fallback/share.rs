@@ -14,12 +14,26 @@ pub(super) fn bucket(whole: &Bucket, gateways: u32) -> Bucket {
     }
 }
 
+/// Like a bucket's: rounded down, so that a backend is never sent more than it can hold, and at least one.
+fn at_once(whole: u32, gateways: u32) -> u32 {
+    (whole / gateways).max(u32::from(whole > 0))
+}
+
+/// What a gateway may have in flight at first, with so many of its own when the store went away and so many in the whole
+/// cluster. Who has less than its share waits for those with more to come down to theirs: until a lease's time has
+/// passed it may add its part of what was free, and no more. One is always allowed.
+pub(super) fn at_first(whole: u32, gateways: u32, own: u32, in_flight: u32) -> u32 {
+    let free = whole.saturating_sub(in_flight) / gateways;
+    let share = at_once(whole, gateways);
+    own.saturating_add(free).max(1).min(share)
+}
+
 pub(super) fn scope(whole: &ScopeLimits, gateways: u32) -> ScopeLimits {
     let mut share = whole.clone();
     for bucket in share.buckets.iter_mut().flatten() {
         *bucket = self::bucket(bucket, gateways);
     }
-    share.concurrency = whole.concurrency.map(|most| most.div_ceil(gateways));
+    share.concurrency = whole.concurrency.map(|most| at_once(most, gateways));
     if whole.without_store == WithoutStore::Open {
         // Counted all the same: it is charged when the store is back.
         share.mode = Mode::Shadow;
@@ -30,7 +44,7 @@ pub(super) fn scope(whole: &ScopeLimits, gateways: u32) -> ScopeLimits {
 pub(super) fn candidates(whole: &[Candidate], gateways: u32) -> Vec<Candidate> {
     let share = |c: &Candidate| Candidate {
         leases: c.leases.clone(),
-        max_concurrency: c.max_concurrency.div_ceil(gateways),
+        max_concurrency: at_once(c.max_concurrency, gateways),
     };
     whole.iter().map(share).collect()
 }
@@ -61,6 +75,24 @@ mod tests {
     use crate::budget::Terms;
 
     proptest! {
+        #[test]
+        fn shares_of_what_is_in_flight_add_up_to_the_limit(most in 0u32..10_000, gateways in 1u32..50) {
+            let together = at_once(most, gateways) * gateways;
+            prop_assert!(together <= most.max(gateways) && (together > 0) == (most > 0));
+        }
+
+        /// However unevenly the requests in flight are spread, no more are let in than there is room for.
+        #[test]
+        fn what_is_added_at_first_fits_beside_what_there_is(
+            whole in 1u32..1000, own in prop::collection::vec(0u32..50, 1..20)
+        ) {
+            let gateways = own.len() as u32;
+            let in_flight: u32 = own.iter().sum();
+            let after = own.iter().map(|own| (*own).max(at_first(whole, gateways, *own, in_flight)));
+            let idle = own.iter().filter(|own| **own == 0).count() as u32;
+            prop_assert!(after.sum::<u32>() <= whole.max(in_flight) + idle);
+        }
+
         /// What all gateways may take together in any time is what the whole limit allows, and a unit each.
         #[test]
         fn shares_add_up_to_the_limit(
