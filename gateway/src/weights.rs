@@ -40,6 +40,9 @@ impl Collector for Weights {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let snapshot = self.0.snapshot();
         let gateways = self.0.live_gateways();
+        let known = "Gateways that share the limits, this one included, as far as it knows";
+        let family = encoder.encode_descriptor("weir_live_gateways", known, None, MetricType::Gauge)?;
+        ConstGauge::new(i64::from(gateways)).encode(family)?;
         let backends = || snapshot.backends.values();
         let one = |backend| [("backend", backend), ("", "")];
         gauges(

@@ -7,6 +7,7 @@ mod errors;
 mod failover;
 mod health;
 mod limits;
+mod pains;
 mod processes;
 mod ratelimit;
 mod stack;

@@ -21,6 +21,11 @@ use crate::client::Client;
 /// The API key that every cluster accepts.
 pub const KEY: &str = "weir_test_key";
 
+/// How a key is known to gateways.
+pub fn digest(key: &str) -> Vec<u8> {
+    Sha256::digest(key).to_vec()
+}
+
 /// A simulated backend.
 #[derive(Debug)]
 pub struct Mock {
@@ -66,11 +71,7 @@ impl Resources {
         }
         resources.put("gpt-4.1", Spec::Model(v1::ModelSpec { pool: "chat".into(), ..Default::default() }));
         resources.put("acme", Spec::Tenant(v1::TenantSpec::default()));
-        let digest = v1::KeyDigest {
-            sha256: Sha256::digest(KEY).to_vec(),
-            prefix: "weir_test".into(),
-            expire_time: None,
-        };
+        let digest = v1::KeyDigest { sha256: digest(KEY), prefix: "weir_test".into(), expire_time: None };
         let key = v1::ApiKeySpec { tenant: "acme".into(), digests: vec![digest], ..Default::default() };
         resources.put("acme-key", Spec::ApiKey(key));
         resources

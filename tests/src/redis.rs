@@ -52,6 +52,11 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
+    /// The process, to signal.
+    pub fn child(&self) -> &Child {
+        &self.child
+    }
+
     /// What a tenant's requests stand at: tokens used and not yet drained, and leases held.
     pub async fn standing(&self, tenant: &str) -> Standing {
         // Neither is ever reached here; what is left of them tells what was taken. A rate of one a minute: looking
