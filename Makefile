@@ -50,7 +50,7 @@ tools:
 	elif command -v brew >/dev/null; then brew install -q redis; \
 	else echo "make: install redis-server 7 and try again" >&2; exit 1; fi
 
-# Every bench, one after the other, on an otherwise quiet machine; about 15 minutes. Tables on stdout.
+# Every bench, one after the other, on an otherwise quiet machine; about 20 minutes. Tables on stdout.
 bench: tools
-	@for name in proxy guide-table limiter accuracy; do \
+	@for name in proxy guide-table limiter accuracy outage; do \
 		cargo run --release --locked -q -p weir-bench -- $$name || exit 1; done

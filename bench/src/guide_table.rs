@@ -232,7 +232,8 @@ async fn measure(step: &Step, args: &GuideTableArgs) -> anyhow::Result<Measured>
 }
 
 async fn gateway(plane: &ControlPlane, resources: &Resources, directory: &Path) -> anyhow::Result<Gateway> {
-    let args = GatewayArgs { id: "gateway".into(), control_plane: Some(plane.access()), redis: None };
+    let args =
+        GatewayArgs { id: "gateway".into(), control_plane: Some(plane.access()), ..GatewayArgs::default() };
     Gateway::start(&args, resources, directory).await
 }
 

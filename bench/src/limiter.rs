@@ -239,7 +239,7 @@ async fn added(args: &LimiterArgs, redis: &Redis, directory: &Path) -> anyhow::R
     let mock = MockArgs { model: "fast".into(), slots: 100_000, ..MockArgs::default() };
     let mock = Mock::start("mock", &mock, directory).await?;
     let start = async |id: &str, redis: Option<String>, resources: &Resources| {
-        let args = GatewayArgs { id: id.into(), redis, control_plane: None };
+        let args = GatewayArgs { id: id.into(), redis, ..GatewayArgs::default() };
         Gateway::start(&args, resources, directory).await
     };
     let mut without = Resources::basic();

@@ -13,6 +13,7 @@ mod guide_table;
 mod limiter;
 mod load;
 mod machine;
+mod outage;
 mod process;
 mod proxies;
 mod proxy;
@@ -22,6 +23,7 @@ mod resources;
 mod rng;
 mod roles;
 mod stats;
+mod store;
 
 use std::process::ExitCode;
 
@@ -52,6 +54,8 @@ enum Bench {
     Limiter(limiter::LimiterArgs),
     /// Whether limits hold to the request over four gateways while things break
     Accuracy(accuracy::AccuracyArgs),
+    /// What clients notice while Redis is away under load, and whether limits hold meanwhile
+    Outage(outage::OutageArgs),
     /// Which balancing policy keeps requests from waiting, simulated with the gateway's own code
     Balance(balance::BalanceArgs),
     /// How long until a broken backend is left alone, and what clients notice
@@ -90,6 +94,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Proxy(args) => proxy::run(&args).await,
             Bench::Limiter(args) => limiter::run(&args).await,
             Bench::Accuracy(args) => accuracy::run(&args).await,
+            Bench::Outage(args) => outage::run(&args).await,
             Bench::GuideTable(args) => guide_table::run(&args).await,
             Bench::Balance(args) => Ok(balance::run(&args, machine::describe())),
             Bench::Failover(args) => failover::run(&args).await,

@@ -94,6 +94,12 @@ impl Process {
         kill_process(self.pid, signal).with_context(|| format!("signal {}", self.name))
     }
 
+    /// Returns once it has ended by itself.
+    pub(crate) async fn ended(&mut self) -> anyhow::Result<()> {
+        let ended = tokio::time::timeout(START_TIMEOUT, self.child.wait()).await;
+        ended.with_context(|| format!("{} does not end", self.name))?.map(drop).context("wait for a process")
+    }
+
     /// Ends it now, without letting it say goodbye.
     pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill().await.with_context(|| format!("kill {}", self.name))

@@ -1,15 +1,15 @@
-//! A `redis-server` of a bench's own, on a free port, with nothing on disk.
+//! A `redis-server` of a bench's own, on a free port.
 
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::bail;
-use tokio::net::TcpStream;
+use anyhow::{Context as _, bail};
+use redis::FromRedisValue;
 use tokio::process::Command;
 
 use crate::process::{Process, Usage, free_port, installed};
 
-/// It listens this long after its start.
+/// It answers this long after its start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A server that ends with the bench.
@@ -22,49 +22,72 @@ pub(crate) struct Redis {
 }
 
 impl Redis {
-    /// Starts one and waits until it takes connections.
+    /// Starts one with nothing on disk and waits until it answers.
     pub(crate) async fn start(directory: &Path) -> anyhow::Result<Self> {
         Self::start_on(free_port()?, directory).await
     }
 
     /// The same on a given port.
     pub(crate) async fn start_on(port: u16, directory: &Path) -> anyhow::Result<Self> {
+        Self::start_with(port, directory, &[]).await
+    }
+
+    /// The same with these settings besides.
+    pub(crate) async fn start_with(port: u16, directory: &Path, settings: &[&str]) -> anyhow::Result<Self> {
+        let mut command = Command::new("redis-server");
+        command.args(["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"]);
+        command.args(settings);
+        Self::run(port, command, directory).await
+    }
+
+    /// One that watches others, by its configuration file.
+    pub(crate) async fn start_sentinel(file: &Path, directory: &Path) -> anyhow::Result<Self> {
+        let mut command = Command::new("redis-server");
+        command.arg(file).arg("--sentinel");
+        Self::run(free_port()?, command, directory).await
+    }
+
+    async fn run(port: u16, mut command: Command, directory: &Path) -> anyhow::Result<Self> {
         if !installed("redis-server") {
             bail!("redis-server is not installed: run `make tools`, or apt-get install redis-server");
         }
-        let mut command = Command::new("redis-server");
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
-        command.args(["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"]);
         let redis = Self { process: Process::start(&format!("redis-{port}"), command, directory)?, port };
-        let listens = async {
-            while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+        let answers = async {
+            while redis.ask::<String>(&["PING"]).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        if tokio::time::timeout(START_TIMEOUT, listens).await.is_err() {
-            bail!("redis-server does not listen on port {port}: {}", redis.process.log_tail());
+        if tokio::time::timeout(START_TIMEOUT, answers).await.is_err() {
+            bail!("redis-server does not answer on port {port}: {}", redis.process.log_tail());
         }
         Ok(redis)
     }
 
-    /// Its address.
-    pub(crate) fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+    /// Its host and port.
+    pub(crate) fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 
-    /// Asks it something whose answer is short.
-    pub(crate) async fn command(&self, words: &[&str]) -> anyhow::Result<String> {
+    /// Its address.
+    pub(crate) fn url(&self) -> String {
+        format!("redis://{}", self.host())
+    }
+
+    /// Asks it something, on a connection of the question's own.
+    pub(crate) async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> anyhow::Result<T> {
         let client = redis::Client::open(self.url())?;
         let mut connection = client.get_multiplexed_async_connection().await?;
         let mut command = redis::Cmd::new();
         for word in words {
             command.arg(word);
         }
-        let answer: redis::Value = command.query_async(&mut connection).await?;
-        Ok(match answer {
-            redis::Value::Int(number) => number.to_string(),
-            other => redis::from_redis_value(other)?,
-        })
+        command.query_async(&mut connection).await.with_context(|| format!("{} {words:?}", self.host()))
+    }
+
+    /// Tells it to do something.
+    pub(crate) async fn tell(&self, words: &[&str]) -> anyhow::Result<()> {
+        self.ask::<redis::Value>(words).await.map(drop)
     }
 
     /// What it has used.

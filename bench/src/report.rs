@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
 
 /// More columns than this are printed as lines.
-const COLUMNS_MAX: usize = 10;
+const COLUMNS_MAX: usize = 11;
 
 /// For whom to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -57,6 +57,10 @@ impl Row {
 }
 
 impl Row {
+    fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.0.iter().map(|(name, _)| *name)
+    }
+
     fn cell(&self, name: &str) -> String {
         match self.0.iter().find(|(n, _)| *n == name).map(|(_, value)| value) {
             None | Some(Value::Null) => "-".to_owned(),
@@ -87,7 +91,9 @@ impl Report {
             Output::Json => writeln!(out, "{}", self.json())?,
             Output::Table => {
                 writeln!(out, "\n{}\n{}", self.bench, self.machine_line())?;
-                writeln!(out, "{}", self.table())?;
+                for table in self.tables() {
+                    writeln!(out, "{table}\n")?;
+                }
                 for note in &self.notes {
                     writeln!(out, "- {note}")?;
                 }
@@ -117,30 +123,30 @@ impl Report {
         machine.iter().map(|(name, value)| format!("{name}: {}", text(value))).collect::<Vec<_>>().join(", ")
     }
 
-    /// One line per row; when that would be too wide to read, one column per row.
-    fn table(&self) -> Table {
-        let mut names: Vec<&'static str> = Vec::new();
-        for (name, _) in self.rows.iter().flat_map(|row| &row.0) {
-            if !names.contains(name) {
-                names.push(name);
-            }
-        }
-        let title = |name: &str| name.replace('_', " ");
-        let mut lines: Vec<Vec<String>> = vec![names.iter().map(|name| title(name)).collect()];
-        lines.extend(self.rows.iter().map(|row| names.iter().map(|name| row.cell(name)).collect()));
-        if names.len() > COLUMNS_MAX {
-            lines = transposed(&lines);
-        }
-        let mut table = Table::new();
-        table.load_style(presets::ASCII_MARKDOWN);
-        let mut lines = lines.into_iter();
-        table.set_header(lines.next().unwrap_or_default());
-        table.add_rows(lines);
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        table
+    /// Rows of the same figures make a table.
+    fn tables(&self) -> Vec<Table> {
+        self.rows.chunk_by(|a, b| a.names().eq(b.names())).map(table).collect()
     }
+}
+
+/// One line per row; when that would be too wide to read, one column per row.
+fn table(rows: &[Row]) -> Table {
+    let names: Vec<&'static str> = rows.iter().take(1).flat_map(Row::names).collect();
+    let title = |name: &str| name.replace('_', " ");
+    let mut lines: Vec<Vec<String>> = vec![names.iter().map(|name| title(name)).collect()];
+    lines.extend(rows.iter().map(|row| names.iter().map(|name| row.cell(name)).collect()));
+    if names.len() > COLUMNS_MAX {
+        lines = transposed(&lines);
+    }
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    let mut lines = lines.into_iter();
+    table.set_header(lines.next().unwrap_or_default());
+    table.add_rows(lines);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 fn transposed(lines: &[Vec<String>]) -> Vec<Vec<String>> {
@@ -170,7 +176,8 @@ mod tests {
         let json = report.json();
         assert_eq!(json["rows"][0]["added_p50_us"], 12.3);
         assert_eq!(json["rows"][1]["added_p50_us"], Value::Null);
-        let table = report.table().to_string();
+        let [table] = report.tables().try_into().expect("rows of the same figures");
+        let table = table.to_string();
         assert!(table.contains("added p50 us") && table.contains("12.3"), "{table}");
         let wide = vec![vec!["target".into(), "a".into()], vec!["weir".into(), "1".into()]];
         assert_eq!(transposed(&wide), [["target", "weir"], ["a", "1"]]);

@@ -11,6 +11,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
+use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::redis::{ColdStart, RedisLimiter, RedisOptions};
 
 use crate::load::{self, Connection};
 use crate::process::Process;
@@ -23,7 +25,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug, Subcommand)]
 pub(crate) enum Role {
     /// A gateway.
-    Gateway(Box<weir_gateway::config::Config>),
+    Gateway(Box<GatewayRole>),
     /// A simulated LLM server.
     Mock(MockArgs),
     /// A control plane with a file store.
@@ -42,6 +44,16 @@ pub(crate) struct ControlPlaneArgs {
     /// The file of its store; the token is beside it.
     #[arg(long)]
     store: PathBuf,
+}
+
+/// A gateway, and what is not one of its settings.
+#[derive(Debug, Args)]
+pub(crate) struct GatewayRole {
+    #[command(flatten)]
+    config: weir_gateway::config::Config,
+    /// A meter that is not in Redis counts as full when the data set was born.
+    #[arg(long)]
+    strict: bool,
 }
 
 /// A simulated LLM server on a free port.
@@ -77,9 +89,18 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
         let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
         tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
         match role {
-            Role::Gateway(config) => {
+            Role::Gateway(role) => {
+                let GatewayRole { config, strict } = *role;
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
-                let running = weir_gateway::start(*config, None, shutdown, hurry).await?;
+                let limiter = match (&config.redis, strict) {
+                    (Some(url), true) => {
+                        let options =
+                            RedisOptions { cold_start: ColdStart::Strict, ..RedisOptions::default() };
+                        Some(AnyLimiter::from(RedisLimiter::connect(url, options).await?))
+                    }
+                    _ => None,
+                };
+                let running = weir_gateway::start(config, limiter, shutdown, hurry).await?;
                 say(&json!({ "clients": running.address, "ops": running.ops_address }))?;
                 running.ended().await?;
             }
@@ -167,6 +188,8 @@ pub(crate) struct GatewayArgs {
     pub(crate) redis: Option<String>,
     /// The control plane and the token for it; without one the gateway serves its copy on disk.
     pub(crate) control_plane: Option<(SocketAddr, String)>,
+    /// Whether a meter that is not in Redis counts as full when the data set was born.
+    pub(crate) strict: bool,
 }
 
 /// A gateway in a process of its own.
@@ -197,6 +220,9 @@ impl Gateway {
         command.arg("--data-dir").arg(&data);
         if let Some(url) = &args.redis {
             command.args(["--redis", url]);
+        }
+        if args.strict {
+            command.arg("--strict");
         }
         // The discard port: nothing answers there.
         let (plane, token) =

@@ -14,6 +14,9 @@ use crate::rng::Rng;
 
 use super::oracle::Span;
 
+/// The code of a refusal for want of a slot.
+const NO_SLOT: &str = "overloaded";
+
 /// Who asks for what: a tenant's key, and how often its requests come, out of a hundred.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caller {
@@ -36,10 +39,19 @@ pub(crate) enum End {
     Answered,
     /// Refused with 429: the scope's kind, its name, and what was limited.
     Limited(String, String, String),
-    /// Refused with another status and this code, such as 503 when all slots are taken.
+    /// Refused because every slot of the model was taken.
+    NoSlot,
+    /// Answered with another status and this code.
     Failed(u16, String),
     /// Cut, or not answered in time: whether it was admitted is not known.
     Unknown,
+}
+
+impl End {
+    /// Whether the request was refused, and so charged nothing. Any other may have been charged.
+    pub(crate) const fn is_refusal(&self) -> bool {
+        matches!(self, End::Limited(..) | End::NoSlot)
+    }
 }
 
 /// One request as its client saw it; times in microseconds since the start.
@@ -81,15 +93,19 @@ pub(crate) struct Plan<'a> {
     pub(crate) prompt_tokens: u64,
 }
 
-/// Sends what is planned and waits for the last end.
-pub(crate) async fn drive(gateways: &[SocketAddr], plan: Plan<'_>) -> anyhow::Result<Vec<Record>> {
+/// Sends what is planned and waits for the last end. The records count from `started`, which is now or was before.
+pub(crate) async fn drive(
+    gateways: &[SocketAddr],
+    plan: Plan<'_>,
+    started: Instant,
+) -> anyhow::Result<Vec<Record>> {
     let mut rng = Rng::new(plan.seed, 0);
     let gateways: Arc<[SocketAddr]> = gateways.into();
     let mut tasks = JoinSet::new();
     let mut records = Vec::new();
     let mut pacer = Pacer::start(plan.per_second)?;
-    let started = Instant::now();
-    while pacer.next().await? < started + plan.length {
+    let end = Instant::now() + plan.length;
+    while pacer.next().await? < end {
         let caller = pick(plan.callers, &mut rng);
         let tokens = rng.between(caller.tokens.0, caller.tokens.1);
         let model = caller.models[rng.between(0, caller.models.len() as u64 - 1) as usize];
@@ -170,6 +186,8 @@ fn refusal(status: u16, body: &str) -> End {
     let error = &body["error"];
     if status == 429 && error["scope"].is_object() {
         End::Limited(text(&error["scope"]["kind"]), text(&error["scope"]["name"]), text(&error["kind"]))
+    } else if status == 503 && error["code"] == NO_SLOT {
+        End::NoSlot
     } else {
         End::Failed(status, text(&error["code"]))
     }

@@ -54,6 +54,26 @@ impl Envelope {
         worst
     }
 
+    /// What fits at a moment, if each of these was charged as late as it can have been and nothing else was.
+    pub(crate) fn room(&self, admitted: &[(Span, u64)], at_us: u64) -> u64 {
+        let mut charges: Vec<(u64, u64)> = admitted
+            .iter()
+            .filter(|(span, _)| span.until_us <= at_us)
+            .map(|(s, c)| (s.until_us, *c))
+            .collect();
+        charges.sort_unstable();
+        // In sixty-millionths of a unit, so that nothing is rounded.
+        let (mut level, mut since) = (0_u128, 0_u64);
+        let drained = |from: u64, to: u64| u128::from(self.per_minute) * u128::from(to.saturating_sub(from));
+        for (at, cost) in charges {
+            level = level.saturating_sub(drained(since, at)) + u128::from(cost) * MINUTE_US;
+            since = at;
+        }
+        level = level.saturating_sub(drained(since, at_us));
+        let room = (u128::from(self.capacity) * MINUTE_US).saturating_sub(level).div_ceil(MINUTE_US);
+        u64::try_from(room).unwrap_or(u64::MAX)
+    }
+
     /// Whether a refusal of `cost` was certainly wrong, by more than `slack` units.
     /// `maybe` is everything that may have been admitted.
     pub(crate) fn refused_wrongly(
@@ -108,6 +128,14 @@ mod tests {
         // Five seconds later five more fit, and the sixth and seventh do not.
         admitted.extend((0..7).map(|n| (at(5 * SECOND + n, 5 * SECOND + n + 100), 1)));
         assert_eq!(TEN.over_admission(&admitted), 2);
+    }
+
+    #[test]
+    fn room_is_what_has_drained() {
+        let admitted: Vec<_> = (0..10).map(|n| (at(n, n), 1)).collect();
+        assert_eq!(TEN.room(&admitted[..4], 10), 6 + 1, "rounded up");
+        assert_eq!(TEN.room(&admitted, 5 * SECOND), 5);
+        assert_eq!(TEN.room(&admitted, 60 * SECOND), 10);
     }
 
     #[test]

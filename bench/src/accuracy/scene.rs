@@ -1,266 +1,171 @@
-//! What `accuracy` runs: the limits, the processes under them, and what happens to those.
+//! What `accuracy` runs: the processes under the limits, and what happens to them.
 
-use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use prost_types::Duration as Wire;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
-use weir_proto::v1::{self, resource::Spec};
-use weir_ratelimit::{Key, scope_keys};
+use weir_ratelimit::Limiter as _;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 
-use super::driver::{Caller, End, Record, key};
-use super::oracle::Envelope;
+use super::books::Books;
+use super::driver::Record;
+use super::event::Event;
+use super::judge::Outage;
+use super::limits::{CROWD_MODEL, FREE, GATEWAYS, LEASES_MAX, Limit, MODELS, Scope, places, resources};
 use crate::fleet::ControlPlane;
-use crate::redis_server::Redis;
-use crate::resources::{Resources, backend};
+use crate::load::micros;
 use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs};
+use crate::store::{Store, Topology};
 
-const GATEWAYS: usize = 4;
-/// Tokens per second of an answer: a stream lasts some tenths of a second.
+/// Tokens per second of an answer: a stream lasts some tenths of a second, or some seconds.
 const TOKENS_PER_S: f64 = 150.0;
+/// For so long Redis is stopped.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Gateways that decide alone are looked at so often, and believed to have ended after so long.
+const LOOK: Duration = Duration::from_millis(200);
+const QUIET: Duration = Duration::from_secs(2);
+/// The data set of a strict scene is older than any of its meters takes to drain.
+const AGE_S: u64 = 3600;
+const BIRTH: &str = "weir:{g}:birth";
 
-/// Tenant `c` alone uses `m3`, so that the server's count of requests at the same time is its own.
-const MODELS: [&str; 3] = ["m1", "m2", CROWD_MODEL];
-const CROWD_MODEL: &str = "m3";
-/// Slots of every backend.
-const SLOTS: u32 = 40;
-
-/// Who asks.
-pub(crate) const CALLERS: [Caller; 3] = [
-    Caller { tenant: "a", percent: 45, tokens: (10, 40), streams: 30, models: &["m1", "m2"] },
-    Caller { tenant: "b", percent: 40, tokens: (10, 60), streams: 30, models: &["m1", "m2"] },
-    Caller { tenant: "c", percent: 15, tokens: (40, 120), streams: 100, models: &[CROWD_MODEL] },
-];
-
-/// What is limited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Scope {
-    Global,
-    Tenant(&'static str),
-    Model(&'static str),
-    /// The slots of a backend, which is called after its model.
-    Backend(&'static str),
-}
-
-/// How it is counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Counted {
-    Requests,
-    Tokens,
-    InFlight,
-}
-
-/// One limit of the scene.
+/// What is to run.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limit {
-    pub(crate) scope: Scope,
-    counted: Counted,
-    /// Per minute, and the capacity too; at once for what is in flight.
-    pub(crate) most: u64,
-}
-
-/// Each is far exceeded by the load.
-pub(crate) const LIMITS: [Limit; 7] = [
-    Limit { scope: Scope::Tenant("a"), counted: Counted::Requests, most: 240 },
-    Limit { scope: Scope::Tenant("b"), counted: Counted::Tokens, most: 9000 },
-    Limit { scope: Scope::Model("m2"), counted: Counted::Requests, most: 180 },
-    Limit { scope: Scope::Global, counted: Counted::Requests, most: 480 },
-    Limit { scope: Scope::Tenant("c"), counted: Counted::InFlight, most: 6 },
-    Limit { scope: Scope::Backend("m1"), counted: Counted::InFlight, most: SLOTS as u64 },
-    Limit { scope: Scope::Backend("m2"), counted: Counted::InFlight, most: SLOTS as u64 },
-];
-
-impl fmt::Display for Limit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.scope {
-            Scope::Global => f.write_str("global")?,
-            Scope::Tenant(name) => write!(f, "tenant {name}")?,
-            Scope::Model(name) => write!(f, "model {name}")?,
-            Scope::Backend(name) => write!(f, "backend {name}")?,
-        }
-        f.write_str(match self.counted {
-            Counted::Requests => " requests",
-            Counted::Tokens => " tokens",
-            Counted::InFlight => " in flight",
-        })
-    }
-}
-
-impl Limit {
-    /// Capacity and rate; `None` for what is in flight.
-    pub(crate) fn envelope(&self) -> Option<Envelope> {
-        let envelope = Envelope { capacity: self.most, per_minute: self.most };
-        (self.counted != Counted::InFlight).then_some(envelope)
-    }
-
-    pub(crate) fn counts_tokens(&self) -> bool {
-        self.counted == Counted::Tokens
-    }
-
-    /// Whether a request is under it.
-    pub(crate) fn covers(&self, record: &Record) -> bool {
-        match self.scope {
-            Scope::Global => true,
-            Scope::Tenant(name) => record.tenant == name,
-            Scope::Model(name) | Scope::Backend(name) => record.model == name,
-        }
-    }
-
-    /// What a request costs it.
-    pub(crate) fn cost(&self, record: &Record) -> u64 {
-        match self.counted {
-            Counted::Requests | Counted::InFlight => 1,
-            Counted::Tokens => record.prompt_tokens + record.tokens,
-        }
-    }
-
-    /// Whether it is the limit that a request was refused by.
-    pub(crate) fn refused(&self, record: &Record) -> bool {
-        let End::Limited(scope, name, what) = &record.end else { return false };
-        let counted = match self.counted {
-            Counted::Requests => "requests",
-            Counted::Tokens => "tokens",
-            Counted::InFlight => "concurrency",
-        };
-        let same = match self.scope {
-            Scope::Global => scope == "global",
-            Scope::Tenant(tenant) => scope == "tenant" && name == tenant,
-            Scope::Model(model) => scope == "model" && name == model,
-            Scope::Backend(_) => false,
-        };
-        same && what == counted
-    }
-
-    /// Where its leases are.
-    fn leases(&self) -> Option<Key> {
-        match self.scope {
-            _ if self.counted != Counted::InFlight => None,
-            Scope::Global => Some(scope_keys(weir_ratelimit::Scope::Global).1),
-            Scope::Tenant(name) => Some(scope_keys(weir_ratelimit::Scope::Tenant(name)).1),
-            Scope::Model(name) => Some(scope_keys(weir_ratelimit::Scope::Model(name)).1),
-            Scope::Backend(name) => Some(Key::backend_slots(name)),
-        }
-    }
-
-    fn rates(&self) -> v1::Rates {
-        let most = Some(self.most);
-        // Refused at once: who waits is decided later, and the oracle knows less about when.
-        let mut rates =
-            v1::Rates { burst_multiplier: Some(1.0), max_wait: Some(Wire::default()), ..Default::default() };
-        match self.counted {
-            Counted::Requests => rates.requests_per_minute = most,
-            Counted::Tokens => rates.tokens_per_minute = most,
-            Counted::InFlight => rates.concurrency = u32::try_from(self.most).ok(),
-        }
-        rates
-    }
-}
-
-/// What happens in the middle of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Event {
-    Quiet,
-    GatewayKilled,
-    ScriptFlush,
-    RedisRestartedEmpty,
-    RedisPaused,
-}
-
-impl Event {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Quiet, Self::GatewayKilled, Self::ScriptFlush, Self::RedisRestartedEmpty, Self::RedisPaused];
-
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Quiet => "quiet",
-            Self::GatewayKilled => "gateway_killed",
-            Self::ScriptFlush => "script_flush",
-            Self::RedisRestartedEmpty => "redis_restarted_empty",
-            Self::RedisPaused => "redis_paused_2s",
-        }
-    }
-
-    /// Whether Redis is away for a while.
-    pub(crate) const fn is_outage(self) -> bool {
-        matches!(self, Self::RedisRestartedEmpty | Self::RedisPaused)
-    }
+pub(crate) struct Setup {
+    pub(crate) topology: Topology,
+    /// Whether a meter that is not in the store counts as full when the data set was born.
+    pub(crate) strict: bool,
+    pub(crate) limits: &'static [Limit],
+    /// Slots of every backend.
+    pub(crate) slots: u32,
 }
 
 /// Everything that runs in one scenario.
 pub(crate) struct Scene {
     pub(crate) gateways: Vec<Gateway>,
-    mocks: Vec<Mock>,
-    redis: Redis,
+    pub(crate) store: Store,
+    mocks: Vec<(&'static str, Mock)>,
     control_plane: ControlPlane,
     directory: PathBuf,
+    setup: Setup,
 }
 
 impl Scene {
-    pub(crate) async fn start(directory: &Path) -> anyhow::Result<Self> {
-        let redis = Redis::start(directory).await?;
-        let mut mocks = Vec::new();
-        for model in MODELS {
-            let args = MockArgs {
-                model: model.into(),
-                slots: 10_000,
-                decode_tokens_per_s: TOKENS_PER_S,
-                ..MockArgs::default()
-            };
-            mocks.push(Mock::start(&format!("mock-{model}"), &args, directory).await?);
+    pub(crate) async fn start(directory: &Path, setup: Setup) -> anyhow::Result<Self> {
+        let store = Store::start(setup.topology, directory).await?;
+        if setup.strict {
+            let birth = redis_now_us(&store).await?.saturating_sub(AGE_S * 1_000_000);
+            store.first().tell(&["SET", BIRTH, &birth.to_string()]).await?;
         }
-        let resources = resources(&mocks);
+        let mut mocks = Vec::new();
+        for model in MODELS.into_iter().chain([FREE]) {
+            let decode_tokens_per_s = if model == FREE { 0.0 } else { TOKENS_PER_S };
+            let args =
+                MockArgs { model: model.into(), slots: 10_000, decode_tokens_per_s, ..MockArgs::default() };
+            mocks.push((model, Mock::start(&format!("mock-{model}"), &args, directory).await?));
+        }
+        let addresses: Vec<_> = mocks.iter().map(|(model, mock)| (*model, mock.address)).collect();
+        let resources = resources(&addresses, setup.limits, setup.slots);
         let control_plane = ControlPlane::start(&resources).await?;
         let mut gateways = Vec::new();
         for k in 0..GATEWAYS {
             let args = GatewayArgs {
                 id: format!("gateway-{k}"),
-                redis: Some(redis.url()),
+                redis: Some(store.url()),
                 control_plane: Some(control_plane.access()),
+                strict: setup.strict,
             };
             gateways.push(Gateway::start(&args, &resources, directory).await?);
         }
         // The control plane tells every gateway how many there are, within its report interval.
         sleep(Duration::from_secs(2)).await;
-        Ok(Self { gateways, mocks, redis, control_plane, directory: directory.to_owned() })
+        Ok(Self { gateways, store, mocks, control_plane, directory: directory.to_owned(), setup })
+    }
+
+    /// Where the gateways serve clients.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        self.gateways.iter().map(|gateway| gateway.address).collect()
+    }
+
+    /// The server of a model.
+    pub(crate) fn mock(&self, model: &str) -> anyhow::Result<&Mock> {
+        let found = self.mocks.iter().find(|(of, _)| *of == model);
+        found.map(|(_, mock)| mock).with_context(|| format!("no server of {model}"))
     }
 
     /// Tokens of the prompt as the servers count them.
     pub(crate) async fn prompt_tokens(&self) -> anyhow::Result<u64> {
-        let request = crate::load::chat("none", MODELS[0], 1, false);
-        let mut connection = crate::load::Connection::open(self.mocks[0].address).await?;
+        let request = crate::load::chat("none", FREE, 1, false);
+        let mut connection = crate::load::Connection::open(self.mock(FREE)?.address).await?;
         let (_, body) = connection.call_for_body(&request).await?;
         let body: serde_json::Value = serde_json::from_str(&body)?;
         body["usage"]["prompt_tokens"].as_u64().with_context(|| format!("no usage in {body}"))
     }
 
-    /// Lets it happen `after` so long; says for how long Redis was away.
-    pub(crate) async fn happen(&mut self, event: Event, after: Duration) -> anyhow::Result<Duration> {
+    /// Lets it happen `after` so long; says when the store was away, if it was. Times count from `started`.
+    pub(crate) async fn happen(
+        &mut self,
+        event: Event,
+        after: Duration,
+        started: Instant,
+    ) -> anyhow::Result<Option<Outage>> {
         sleep(after).await;
-        let began = Instant::now();
+        let began_us = micros(started.elapsed());
         match event {
-            Event::Quiet => return Ok(Duration::ZERO),
+            Event::Quiet => return Ok(None),
             Event::GatewayKilled => {
                 self.gateways[0].process.kill().await?;
-                return Ok(Duration::ZERO);
+                return Ok(None);
             }
             Event::ScriptFlush => {
-                self.redis.command(&["SCRIPT", "FLUSH"]).await?;
-                return Ok(Duration::ZERO);
+                self.store.first().tell(&["SCRIPT", "FLUSH"]).await?;
+                return Ok(None);
             }
-            Event::RedisRestartedEmpty => {
-                self.redis.process.kill().await?;
-                self.redis = Redis::start_on(self.redis.port, &self.directory).await?;
+            Event::SlotMigration => {
+                for key in places(self.setup.limits) {
+                    self.store.migrate(&key).await?;
+                }
+                return Ok(None);
             }
-            Event::RedisPaused => {
-                self.redis.process.signal(Signal::STOP)?;
-                sleep(Duration::from_secs(2)).await;
-                self.redis.process.signal(Signal::CONT)?;
+            Event::RedisRestartedEmpty | Event::RedisRestartedEmptyStrict => {
+                self.store.crash().await?;
+                self.start_again().await?;
+            }
+            Event::RedisPaused => self.pause(PAUSE).await?,
+            Event::Failover => {
+                self.store.crash().await?;
+                self.store.failed_over().await?;
             }
         }
-        Ok(began.elapsed())
+        let back_us = micros(started.elapsed());
+        Ok(Some(Outage { began_us, back_us, over_us: self.decided_together(started).await }))
+    }
+
+    /// Starts the one server of the store again.
+    pub(crate) async fn start_again(&mut self) -> anyhow::Result<()> {
+        self.store.restart(self.setup.topology, &self.directory).await
+    }
+
+    /// Stops the store for so long; it keeps its connections and says nothing.
+    pub(crate) async fn pause(&self, length: Duration) -> anyhow::Result<()> {
+        self.store.first().process.signal(Signal::STOP)?;
+        sleep(length).await;
+        self.store.first().process.signal(Signal::CONT)
+    }
+
+    /// Returns when no gateway decides alone any more; says when the last one did.
+    pub(crate) async fn decided_together(&self, started: Instant) -> u64 {
+        let (mut sum, mut last) = (self.decided_alone().await, Instant::now());
+        while last.elapsed() < QUIET {
+            sleep(LOOK).await;
+            let now = self.decided_alone().await;
+            if now != sum {
+                (sum, last) = (now, Instant::now());
+            }
+        }
+        micros(last.saturating_duration_since(started))
     }
 
     /// Decisions that gateways made without Redis, on their share of the limits.
@@ -269,12 +174,19 @@ impl Scene {
         for gateway in &self.gateways {
             // One that was killed tells nothing.
             let page = crate::roles::fetch(gateway.ops, "/metrics").await.unwrap_or_default();
-            let errors = page
+            let alone = page
                 .lines()
                 .filter(|l| l.starts_with("weir_limiter_calls_total") && l.contains("by=\"local\""));
-            sum += errors.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>();
+            sum += alone.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum::<u64>();
         }
         sum
+    }
+
+    /// When the data set that is there now was born, in the time of the records; `None` before they began.
+    pub(crate) async fn born_us(&self, started: Instant) -> anyhow::Result<Option<u64>> {
+        let born: u64 = self.store.first().ask(&["GET", BIRTH]).await?;
+        let age = redis_now_us(&self.store).await?.saturating_sub(born);
+        Ok(micros(started.elapsed()).checked_sub(age))
     }
 
     /// The most requests its server ever had at the same time.
@@ -283,23 +195,45 @@ impl Scene {
             Scope::Backend(model) | Scope::Model(model) => model,
             Scope::Tenant(_) | Scope::Global => CROWD_MODEL,
         };
-        let at = MODELS.iter().position(|m| *m == model).context("a model of the scene")?;
-        self.mocks[at].stats().await?["max_in_flight"].as_u64().context("a counter of the mock")
+        self.mock(model)?.stats().await?["max_in_flight"].as_u64().context("a counter of the mock")
+    }
+
+    /// The account that settlements keep, as `weir usage` shows it, and what servers billed meanwhile. Settlements are
+    /// not waited for by anybody, so both are looked at until they agree, or `patience` is over.
+    pub(crate) async fn books(&self, records: &[Record], patience: Duration) -> anyhow::Result<Books> {
+        let deadline = Instant::now() + patience;
+        let mut billed = Vec::new();
+        for model in MODELS {
+            let stats = self.mock(model)?.stats().await?;
+            let count = |name: &str| stats[name].as_u64().with_context(|| format!("{name} of a server"));
+            billed.push((model, count("prompt_tokens")? + count("generation_tokens")?));
+        }
+        // The first may have been killed.
+        let gateway = self.gateways.last().context("a gateway")?;
+        loop {
+            let page = crate::roles::fetch(gateway.ops, "/usage?by=tenant,model").await;
+            let books = Books::read(&page.unwrap_or_default(), billed.clone(), records);
+            if books.agree(self.setup.limits) || Instant::now() >= deadline {
+                return Ok(books);
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// Leases that are still counted when none is held any more, after at most `patience`.
-    pub(crate) async fn leaked_leases(&mut self, patience: Duration) -> anyhow::Result<Vec<(Scope, u64)>> {
-        const LIVE: &str = "local t = redis.call('TIME'); \
-                            return redis.call('ZCOUNT', KEYS[1], t[1] * 1000000 + t[2], '+inf')";
+    pub(crate) async fn leaked_leases(&self, patience: Duration) -> anyhow::Result<Vec<(Scope, u64)>> {
+        let options = RedisOptions { deadline: Duration::from_secs(2), ..RedisOptions::default() };
+        let limiter = RedisLimiter::connect(&self.store.url(), options).await?;
         let deadline = Instant::now() + patience;
         loop {
             let mut leaked = Vec::new();
-            for limit in &LIMITS {
-                let Some(key) = limit.leases() else { continue };
-                let live = self.redis.command(&["EVAL", LIVE, "1", key.as_str()]).await?;
-                let live: u64 = live.parse().with_context(|| format!("ZCOUNT answered {live}"))?;
-                if live > 0 {
-                    leaked.push((limit.scope, live));
+            for limit in self.setup.limits {
+                let Some(scope) = limit.leases() else { continue };
+                let states = limiter.peek(std::slice::from_ref(&scope)).await?;
+                let left = states.first().context("a limit was asked for")?.remaining;
+                let held = u64::from(LEASES_MAX).saturating_sub(left);
+                if held > 0 {
+                    leaked.push((limit.scope, held));
                 }
             }
             if leaked.is_empty() || Instant::now() >= deadline {
@@ -315,21 +249,7 @@ impl Scene {
     }
 }
 
-fn resources(mocks: &[Mock]) -> Resources {
-    let mut resources = Resources::default();
-    let rates = |scope: Scope| LIMITS.iter().find(|l| l.scope == scope).map(Limit::rates);
-    for (model, mock) in MODELS.iter().zip(mocks) {
-        let queue = Some(v1::Queue { max_wait: Some(Wire::default()), ..Default::default() });
-        resources.put(model, Spec::Pool(v1::PoolSpec { queue, ..Default::default() }));
-        resources.put(model, Spec::Backend(backend(model, model, mock.address, SLOTS)));
-        let limits = rates(Scope::Model(model));
-        resources
-            .put(model, Spec::Model(v1::ModelSpec { pool: (*model).into(), limits, ..Default::default() }));
-    }
-    for caller in CALLERS {
-        resources.tenant(caller.tenant, &key(caller.tenant), rates(Scope::Tenant(caller.tenant)));
-    }
-    let rates = rates(Scope::Global);
-    resources.put("everything", Spec::Limit(v1::LimitSpec { selector: None, rates }));
-    resources
+async fn redis_now_us(store: &Store) -> anyhow::Result<u64> {
+    let (seconds, micros): (u64, u64) = store.first().ask(&["TIME"]).await?;
+    Ok(seconds * 1_000_000 + micros)
 }

@@ -1,0 +1,231 @@
+//! Where the limits of a bench are kept: one `redis-server`, a primary that a Sentinel watches, or a Cluster.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rustix::process::Signal;
+use tokio::time::{Instant, sleep};
+use weir_ratelimit::Key;
+
+use crate::process::free_port;
+use crate::redis_server::Redis;
+
+/// Primaries of a Cluster.
+const NODES: usize = 3;
+/// Slots of any Cluster.
+const SLOTS: usize = 16_384;
+/// Servers that are to find each other have this long.
+const MEET_TIMEOUT: Duration = Duration::from_secs(30);
+/// The name by which a Sentinel knows the primary.
+const SERVICE: &str = "weir";
+/// A Sentinel takes a silent primary for dead after this.
+const DOWN_AFTER: Duration = Duration::from_millis(300);
+/// Keys that move in one step.
+const MOVED_AT_ONCE: &str = "100";
+
+/// Servers that hold one data set.
+#[derive(Debug)]
+pub(crate) enum Store {
+    /// One server.
+    One(Redis),
+    /// A primary, its replica, and the Sentinel that makes the one of the other.
+    Sentinel { primary: Redis, replica: Redis, sentinel: Redis },
+    /// Primaries with a third of the slots each.
+    Cluster(Vec<Redis>),
+}
+
+/// Which of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Topology {
+    /// One server.
+    One,
+    /// One server that writes its data to disk when it is told to end.
+    Durable,
+    /// A primary and a replica.
+    Sentinel,
+    /// Three primaries.
+    Cluster,
+}
+
+impl Store {
+    /// Starts the servers and waits until they know each other.
+    pub(crate) async fn start(topology: Topology, directory: &Path) -> anyhow::Result<Self> {
+        match topology {
+            Topology::One => Ok(Self::One(Redis::start(directory).await?)),
+            Topology::Durable => Ok(Self::One(durable(free_port()?, directory).await?)),
+            Topology::Sentinel => watched(directory).await,
+            Topology::Cluster => cluster(directory).await,
+        }
+    }
+
+    /// The address for gateways.
+    pub(crate) fn url(&self) -> String {
+        match self {
+            Self::One(redis) => redis.url(),
+            Self::Sentinel { sentinel, .. } => format!("redis+sentinel://{}/{SERVICE}", sentinel.host()),
+            Self::Cluster(nodes) => {
+                let hosts: Vec<String> = nodes.iter().map(Redis::host).collect();
+                format!("redis+cluster://{}", hosts.join(","))
+            }
+        }
+    }
+
+    /// The server that is asked, stopped and killed first.
+    pub(crate) fn first(&self) -> &Redis {
+        match self {
+            Self::One(redis) | Self::Sentinel { primary: redis, .. } => redis,
+            Self::Cluster(nodes) => &nodes[0],
+        }
+    }
+
+    /// Ends the first server as a crash does.
+    pub(crate) async fn crash(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::One(redis) | Self::Sentinel { primary: redis, .. } => redis.process.kill().await,
+            Self::Cluster(nodes) => nodes[0].process.kill().await,
+        }
+    }
+
+    /// Lets the one server end in good order and returns once it has.
+    pub(crate) async fn shut_down(&mut self) -> anyhow::Result<()> {
+        let Self::One(redis) = self else { bail!("only a single server is shut down") };
+        redis.process.signal(Signal::TERM)?;
+        redis.process.ended().await
+    }
+
+    /// A new server where the one server was: with what it wrote to disk, or empty.
+    pub(crate) async fn restart(&mut self, topology: Topology, directory: &Path) -> anyhow::Result<()> {
+        let Self::One(redis) = self else { bail!("only a single server is started again") };
+        *redis = match topology {
+            Topology::Durable => durable(redis.port, directory).await?,
+            _ => Redis::start_on(redis.port, directory).await?,
+        };
+        Ok(())
+    }
+
+    /// Returns once the replica is the primary.
+    pub(crate) async fn failed_over(&self) -> anyhow::Result<()> {
+        let Self::Sentinel { replica, sentinel, .. } = self else { bail!("nothing fails over here") };
+        let port = replica.port.to_string();
+        within("the replica is the primary", async || {
+            let primary: Vec<String> =
+                sentinel.ask(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE]).await?;
+            let role: String = replica.ask(&["INFO", "replication"]).await?;
+            Ok(primary.get(1) == Some(&port) && role.contains("role:master"))
+        })
+        .await
+    }
+
+    /// Moves the slot of a key to the next node with all that is in it, as an operator's tool would.
+    pub(crate) async fn migrate(&self, key: &Key) -> anyhow::Result<()> {
+        let Self::Cluster(nodes) = self else { bail!("no slot moves here") };
+        let slot: usize = nodes[0].ask(&["CLUSTER", "KEYSLOT", key.as_str()]).await?;
+        let mut ids: Vec<String> = Vec::new();
+        for node in nodes {
+            ids.push(node.ask(&["CLUSTER", "MYID"]).await?);
+        }
+        let from = (0..NODES).find(|n| range(*n).contains(&slot)).context("a slot has an owner")?;
+        let to = (from + 1) % NODES;
+        let (source, target, slot) = (&nodes[from], &nodes[to], slot.to_string());
+        target.tell(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]).await?;
+        source.tell(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]).await?;
+        loop {
+            let keys: Vec<String> = source.ask(&["CLUSTER", "GETKEYSINSLOT", &slot, MOVED_AT_ONCE]).await?;
+            if keys.is_empty() {
+                break;
+            }
+            let port = target.port.to_string();
+            let mut migrate = vec!["MIGRATE", "127.0.0.1", &port, "", "0", "5000", "KEYS"];
+            migrate.extend(keys.iter().map(String::as_str));
+            source.tell(&migrate).await?;
+        }
+        for node in [target, source] {
+            node.tell(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What it holds is on disk once it has ended in good order.
+async fn durable(port: u16, directory: &Path) -> anyhow::Result<Redis> {
+    let path = directory.to_str().context("a path in UTF-8")?;
+    Redis::start_with(port, directory, &["--dir", path, "--save", "3600 1"]).await
+}
+
+async fn watched(directory: &Path) -> anyhow::Result<Store> {
+    let (first, second) = (directory.join("primary"), directory.join("replica"));
+    for path in [&first, &second] {
+        std::fs::create_dir(path)?;
+    }
+    let dir = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
+    let (first, second) = (dir(&first)?, dir(&second)?);
+    // The replica copies at once; by default the primary waits five seconds for more of them.
+    let settings = ["--repl-diskless-sync-delay", "0", "--dir", &first];
+    let primary = Redis::start_with(free_port()?, directory, &settings).await?;
+    let port = primary.port.to_string();
+    let settings = ["--repl-diskless-sync-delay", "0", "--dir", &second, "--replicaof", "127.0.0.1", &port];
+    let replica = Redis::start_with(free_port()?, directory, &settings).await?;
+    let file = directory.join("sentinel.conf");
+    let configuration = format!(
+        "sentinel monitor {SERVICE} 127.0.0.1 {port} 1\nsentinel down-after-milliseconds {SERVICE} {}\n\
+         sentinel failover-timeout {SERVICE} 3000\n",
+        DOWN_AFTER.as_millis()
+    );
+    std::fs::write(&file, configuration)?;
+    let sentinel = Redis::start_sentinel(&file, directory).await?;
+    within("the replica follows, and the Sentinel knows it", async || {
+        let linked: String = replica.ask(&["INFO", "replication"]).await?;
+        let known: String = sentinel.ask(&["INFO", "sentinel"]).await?;
+        Ok(linked.contains("master_link_status:up")
+            && known.contains("status=ok,")
+            && known.contains("slaves=1"))
+    })
+    .await?;
+    Ok(Store::Sentinel { primary, replica, sentinel })
+}
+
+fn range(node: usize) -> std::ops::Range<usize> {
+    node * SLOTS / NODES..(node + 1) * SLOTS / NODES
+}
+
+async fn cluster(directory: &Path) -> anyhow::Result<Store> {
+    let mut nodes: Vec<(Redis, String)> = Vec::new();
+    for n in 0..NODES {
+        let own = directory.join(format!("node-{n}"));
+        std::fs::create_dir(&own)?;
+        // By default the bus is 10000 above the port, which may not exist.
+        let bus = free_port()?.to_string();
+        let dir = own.to_str().context("a path in UTF-8")?;
+        let settings = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--dir", dir];
+        nodes.push((Redis::start_with(free_port()?, directory, &settings).await?, bus));
+    }
+    for (n, (node, _)) in nodes.iter().enumerate() {
+        let (from, to) = (range(n).start.to_string(), (range(n).end - 1).to_string());
+        node.tell(&["CLUSTER", "ADDSLOTSRANGE", &from, &to]).await?;
+        for (other, bus) in &nodes[..n] {
+            node.tell(&["CLUSTER", "MEET", "127.0.0.1", &other.port.to_string(), bus]).await?;
+        }
+    }
+    let nodes: Vec<Redis> = nodes.into_iter().map(|(node, _)| node).collect();
+    for node in &nodes {
+        within("the nodes are a cluster", async || {
+            let info: String = node.ask(&["CLUSTER", "INFO"]).await?;
+            let all = format!("cluster_known_nodes:{NODES}");
+            Ok(info.contains("cluster_state:ok") && info.contains(&all))
+        })
+        .await?;
+    }
+    Ok(Store::Cluster(nodes))
+}
+
+async fn within(what: &str, holds: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let since = Instant::now();
+    while !holds().await.unwrap_or(false) {
+        if since.elapsed() > MEET_TIMEOUT {
+            bail!("not within {MEET_TIMEOUT:?}: {what}");
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
