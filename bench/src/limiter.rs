@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_proto::v1::{self, resource::Spec};
+use weir_ratelimit::ahead::Ahead;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{
     Acquire, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits, Scopes, Settle,
@@ -39,6 +40,8 @@ const TENANTS: u64 = 1000;
 const MODELS: u64 = 10;
 /// Callers at once where calls travel together.
 const CALLERS: usize = 256;
+/// Before anything counts: scripts are loaded, and demand is known.
+const WARM_UP: Duration = Duration::from_millis(700);
 /// A call that takes longer than this fails the bench; far above what any takes.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// What a request is expected to cost, and what it came to.
@@ -74,27 +77,41 @@ struct Asking {
     lanes: usize,
     tenants: u64,
     models: u64,
+    /// Whether calls under the same limits travel as one.
     merge: bool,
+    /// Whether quota is taken ahead.
+    ahead: bool,
+    /// Whether the request is also under limits of concurrency: a tenant's and a backend's.
+    leases: bool,
 }
 
-const MODES: [Asking; 5] = [
-    // One at a time: each command travels alone.
-    Asking { name: "unbatched", callers: 1, lanes: 1, tenants: TENANTS, models: MODELS, merge: false },
-    // Whatever waits on a connection travels together.
-    Asking { name: "pipelined", callers: CALLERS, lanes: 2, tenants: TENANTS, models: MODELS, merge: false },
-    // The same when everybody is under the same limits: one tenant, one model.
-    Asking { name: "pipelined_one_tenant", callers: CALLERS, lanes: 2, tenants: 1, models: 1, merge: false },
-    // That, and calls under the same limits are merged into one.
-    Asking { name: "merged", callers: CALLERS, lanes: 2, tenants: 1, models: 1, merge: true },
-    // Merging where there is little to merge: what it costs or gains.
-    Asking {
-        name: "merged_many_tenants",
-        callers: CALLERS,
-        lanes: 2,
-        tenants: TENANTS,
-        models: MODELS,
-        merge: true,
-    },
+/// Each command travels alone, one at a time.
+const UNBATCHED: Asking = Asking {
+    name: "unbatched",
+    callers: 1,
+    lanes: 1,
+    tenants: TENANTS,
+    models: MODELS,
+    merge: false,
+    ahead: false,
+    leases: true,
+};
+/// Whatever waits on a connection travels together.
+const PIPELINED: Asking = Asking { name: "pipelined", callers: CALLERS, lanes: 2, ..UNBATCHED };
+/// The same when everybody is under the same limits: one tenant, one model.
+const ONE_TENANT: Asking = Asking { name: "pipelined_one_tenant", tenants: 1, models: 1, ..PIPELINED };
+
+const MODES: [Asking; 7] = [
+    UNBATCHED,
+    PIPELINED,
+    ONE_TENANT,
+    Asking { name: "merged", merge: true, ..ONE_TENANT },
+    // Merging where there is little to merge.
+    Asking { name: "merged_many_tenants", merge: true, ..PIPELINED },
+    // All six buckets taken ahead; leases are always the store's.
+    Asking { name: "prefetched_with_leases", merge: true, ahead: true, ..ONE_TENANT },
+    // Hot limits without concurrency: no call to the store per request.
+    Asking { name: "prefetched", merge: true, ahead: true, leases: false, ..ONE_TENANT },
 ];
 
 /// What one round of a mode found.
@@ -123,8 +140,9 @@ pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
         rows.extend(added(args, &redis, directory.path()).await?);
     }
     let notes = vec![
-        "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's, then settle; p50 and p99 \
-         are of the acquire alone"
+        "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's (not in prefetched), then \
+         settle; p50 and p99 are of the acquire alone. pipelined_one_tenant and merged differ in merging alone, merged \
+         and prefetched_with_leases in quota taken ahead alone"
             .into(),
         "decisions per redis core: 1 000 000 / redis_cpu_us_per_decision. decisions_per_s is what one client thread \
          and Redis reached together on this machine."
@@ -158,36 +176,39 @@ fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
 async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
     let options =
         RedisOptions { deadline: DEADLINE, lanes: mode.lanes, merge: mode.merge, ..RedisOptions::default() };
-    let limiter = Arc::new(RedisLimiter::connect(&redis.url(), options).await?);
-    // Loads the scripts.
-    decide(&limiter, &call(0, 0)).await?;
-    let cpu_before = redis.usage().cpu_s;
-    let started = Instant::now();
+    let limiter = Arc::new(Ahead::new(RedisLimiter::connect(&redis.url(), options).await?));
+    let started = Instant::now() + WARM_UP;
     let mut callers = JoinSet::new();
     for caller in 0..mode.callers {
         let (limiter, mut rng) = (limiter.clone(), Rng::new(7, caller as u64));
         callers.spawn(async move {
             let mut latency = load::latencies();
             while started.elapsed() < length {
-                let call = call(rng.between(1, mode.tenants), rng.between(1, mode.models));
+                let call = call(rng.between(1, mode.tenants), rng.between(1, mode.models), &mode);
                 let asked = decide(&limiter, &call).await?;
-                latency.saturating_record(load::micros(asked));
+                if Instant::now() >= started {
+                    latency.saturating_record(load::micros(asked));
+                }
+                // A decision from quota waits for nothing.
+                tokio::task::yield_now().await;
             }
             anyhow::Ok(latency)
         });
     }
+    tokio::time::sleep_until(started).await;
+    let (cpu_before, since) = (redis.usage().cpu_s, Instant::now());
     let mut latency_us = load::latencies();
     while let Some(done) = callers.join_next().await {
         let _ = latency_us.add(done.context("a caller panicked")??);
     }
-    let elapsed = started.elapsed().as_secs_f64();
+    let elapsed = since.elapsed().as_secs_f64();
     let cpu_us = (redis.usage().cpu_s - cpu_before) * 1e6;
     let decisions = latency_us.len().max(1) as f64;
     Ok(Measured { per_s: decisions / elapsed, redis_cpu_us: cpu_us / decisions, latency_us })
 }
 
 /// One full decision; says how long the admission took.
-async fn decide(limiter: &RedisLimiter, call: &Acquire) -> anyhow::Result<Duration> {
+async fn decide(limiter: &Ahead<RedisLimiter>, call: &Acquire) -> anyhow::Result<Duration> {
     let asked = Instant::now();
     let decision = limiter.acquire(call).await?;
     let took = asked.elapsed();
@@ -198,12 +219,12 @@ async fn decide(limiter: &RedisLimiter, call: &Acquire) -> anyhow::Result<Durati
     Ok(took)
 }
 
-fn call(tenant: u64, model: u64) -> Acquire {
+fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     let (tenant, model) = (format!("t{tenant}"), format!("m{model}"));
     let scopes: Scopes = [
-        scope(Scope::Tenant(&tenant), Some(100_000)),
-        scope(Scope::Model(&model), None),
-        scope(Scope::Global, None),
+        scope(Scope::Tenant(&tenant), mode.leases.then_some(100_000), mode.ahead),
+        scope(Scope::Model(&model), None, mode.ahead),
+        scope(Scope::Global, None, mode.ahead),
     ]
     .into_iter()
     .collect();
@@ -213,17 +234,20 @@ fn call(tenant: u64, model: u64) -> Acquire {
         cost: RESERVED,
         estimated: false,
         scopes,
-        candidates: vec![backend],
+        candidates: if mode.leases { vec![backend] } else { Vec::new() },
         lease_ttl: LEASE_TTL,
     }
 }
 
-/// Requests and tokens, so wide that they never refuse.
-fn scope(scope: Scope<'_>, concurrency: Option<u32>) -> ScopeLimits {
+/// Requests and tokens, so wide that they never refuse; a tenth of them set aside where quota is taken ahead.
+fn scope(scope: Scope<'_>, concurrency: Option<u32>, ahead: bool) -> ScopeLimits {
     let (record, leases) = scope_keys(scope);
-    let mut buckets = [None; Kind::COUNT];
+    let (mut buckets, mut prefetch) = ([None; Kind::COUNT], [0; Kind::COUNT]);
+    let aside = if ahead { Bucket::MAX_UNITS / 10 } else { 0 };
     for kind in [Kind::Requests, Kind::Tokens] {
-        buckets[kind as usize] = Some(Bucket::per_minute(Bucket::MAX_UNITS, 1.0));
+        let whole = Bucket::per_minute(Bucket::MAX_UNITS, 1.0);
+        buckets[kind as usize] = Some(Bucket { capacity: whole.capacity - aside, ..whole });
+        prefetch[kind as usize] = aside;
     }
     ScopeLimits {
         record,
@@ -232,6 +256,7 @@ fn scope(scope: Scope<'_>, concurrency: Option<u32>) -> ScopeLimits {
         concurrency,
         mode: Mode::Enforce,
         without_store: weir_ratelimit::WithoutStore::Closed,
+        prefetch,
     }
 }
 

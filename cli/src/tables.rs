@@ -171,6 +171,9 @@ fn rates(rates: Option<&v1::Rates>) -> String {
     if let Some(wait) = r.max_wait.and_then(|d| std::time::Duration::try_from(d).ok()) {
         parts.push(format!("wait {}", format_duration(wait)));
     }
+    if let Some(percent) = r.prefetch_percent.filter(|percent| *percent > 0) {
+        parts.push(format!("{percent} % ahead"));
+    }
     if r.shadow {
         parts.push("shadow".to_owned());
     }

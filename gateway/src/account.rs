@@ -157,6 +157,9 @@ impl LedgerWorker {
         }
         while tasks.join_next().await.is_some() {}
         let untold = self.ledger.limiter.flush(FLUSH_MAX).await;
+        if tokio::time::timeout(FLUSH_MAX, self.ledger.limiter.store().flush()).await.is_err() {
+            tracing::warn!("the limit store was not told all that was settled out of quota");
+        }
         self.ledger.metrics.settlements_lost.inc_by(untold as u64);
     }
 }

@@ -62,6 +62,7 @@ pub fn scope(entry: &ScopeEntry, budget: &Budget, now: SystemTime) -> ScopeEntry
         concurrency: None,
         mode: entry.limits.mode,
         without_store: entry.limits.without_store,
+        prefetch: Default::default(),
     };
     ScopeEntry {
         limits,

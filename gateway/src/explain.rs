@@ -243,6 +243,7 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, U
                 concurrency: Some(backend.spec.max_concurrency),
                 mode: Mode::Enforce,
                 without_store: weir_ratelimit::WithoutStore::LocalShare,
+                prefetch: Default::default(),
             })
             .collect();
         let states = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;

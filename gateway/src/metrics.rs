@@ -74,6 +74,13 @@ pub struct LimiterLabels {
     pub by: &'static str,
 }
 
+/// Of what a limit counts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabels {
+    /// "requests", "tokens", "input_tokens", "output_tokens" or "spend".
+    pub kind: &'static str,
+}
+
 /// Of a request that waited for a limit or a slot.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct WaitLabels {
@@ -117,6 +124,10 @@ pub struct Metrics {
     pub waiting: Gauge,
     /// Admissions and settlements that travelled to the store with another one.
     pub merged: Gauge,
+    /// Units taken ahead and not yet used.
+    pub ahead: Family<KindLabels, Gauge>,
+    /// Scopes of admissions decided from quota taken ahead.
+    pub from_quota: Gauge,
     /// Settlements that could not be made.
     pub settlements_lost: Counter,
     /// Steps charged while a stream ran on beyond its reservation.
@@ -178,6 +189,8 @@ impl Metrics {
             queue_ahead: Histogram::new(QUEUE_BUCKETS),
             waiting: Gauge::default(),
             merged: Gauge::default(),
+            ahead: Family::default(),
+            from_quota: Gauge::default(),
             settlements_lost: Counter::default(),
             settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
@@ -231,6 +244,12 @@ impl Metrics {
             "limiter_merged_calls",
             "Admissions and settlements so far that travelled to the store with another one under the same limits",
             m.merged.clone(),
+        );
+        r.register("limit_prefetched_units", "Units taken ahead of limits and not yet used", m.ahead.clone());
+        r.register(
+            "limit_prefetched_decisions",
+            "Scopes of admissions so far that were decided from quota taken ahead",
+            m.from_quota.clone(),
         );
         r.register("settlements_lost", "Settlements that could not be made", m.settlements_lost.clone());
         r.register("leases_lost", "Leases that ran out under a live request", m.leases_lost.clone());

@@ -13,14 +13,14 @@ use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_ratelimit::{AnyLimiter, Holder};
+use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
 use crate::config::Config;
 use crate::intake::BodyMemory;
 use crate::live::Live;
-use crate::metrics::Metrics;
+use crate::metrics::{KindLabels, Metrics};
 use crate::probe::Prober;
 use crate::reap::Reaper;
 use crate::stack::Gateway;
@@ -238,6 +238,12 @@ async fn watch(
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
         metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
+        let ahead = ledger.limiter.store().ahead();
+        metrics.from_quota.set(ahead.decided.try_into().unwrap_or(i64::MAX));
+        for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
+            let of_kind = metrics.ahead.get_or_create(&KindLabels { kind: kind.name() });
+            of_kind.set(held.try_into().unwrap_or(i64::MAX));
+        }
         metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::ahead::{self, Ahead};
 use crate::memory::MemoryLimiter;
 use crate::redis::RedisLimiter;
 use crate::{
@@ -15,8 +16,8 @@ use crate::{
 pub enum AnyLimiter {
     /// Inside this process.
     Memory(Arc<MemoryLimiter>),
-    /// Shared through Redis.
-    Redis(Arc<RedisLimiter>),
+    /// Shared through Redis, with quota taken ahead where limits say so.
+    Redis(Arc<Ahead<RedisLimiter>>),
 }
 
 impl AnyLimiter {
@@ -24,7 +25,23 @@ impl AnyLimiter {
     pub fn merged_calls(&self) -> u64 {
         match self {
             AnyLimiter::Memory(_) => 0,
-            AnyLimiter::Redis(limiter) => limiter.merged_calls(),
+            AnyLimiter::Redis(limiter) => limiter.store().merged_calls(),
+        }
+    }
+
+    /// What is taken ahead.
+    pub fn ahead(&self) -> ahead::Status {
+        match self {
+            AnyLimiter::Memory(_) => ahead::Status::default(),
+            AnyLimiter::Redis(limiter) => limiter.status(),
+        }
+    }
+
+    /// Tells the store what was settled out of quota; for the end of a process.
+    pub async fn flush(&self) {
+        match self {
+            AnyLimiter::Memory(_) => {}
+            AnyLimiter::Redis(limiter) => limiter.flush().await,
         }
     }
 }
@@ -37,7 +54,7 @@ impl From<MemoryLimiter> for AnyLimiter {
 
 impl From<RedisLimiter> for AnyLimiter {
     fn from(limiter: RedisLimiter) -> Self {
-        AnyLimiter::Redis(Arc::new(limiter))
+        AnyLimiter::Redis(Arc::new(Ahead::new(limiter)))
     }
 }
 

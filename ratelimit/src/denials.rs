@@ -245,6 +245,7 @@ mod tests {
             concurrency,
             mode: Mode::Enforce,
             without_store: WithoutStore::LocalShare,
+            prefetch: Default::default(),
         };
         for (kind, capacity, rate) in buckets {
             let period = Duration::from_secs(60);

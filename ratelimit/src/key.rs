@@ -141,6 +141,11 @@ impl Key {
         build(format_args!("weir:{{g}}:roll"))
     }
 
+    /// What all processes have taken ahead of a scope lately.
+    pub(crate) fn ahead(of: &Key) -> Key {
+        build(format_args!("{}:a", of.0))
+    }
+
     /// When the data set was born.
     pub(crate) fn birth() -> Key {
         build(format_args!("weir:{{g}}:birth"))

@@ -23,6 +23,7 @@
 //!
 //! [`memory::MemoryLimiter`] and [`redis::RedisLimiter`] keep the same contract; one suite proves both.
 
+pub mod ahead;
 pub mod any;
 pub mod breaker;
 pub mod budget;

@@ -9,11 +9,12 @@ use crate::{Bucket, Kind, Mode, Scope, ScopeLimits, WithoutStore, scope_keys};
 
 /// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
 pub fn tightest(a: &ScopeLimits, mut b: ScopeLimits) -> ScopeLimits {
-    for (mine, other) in b.buckets.iter_mut().zip(a.buckets) {
-        *mine = match (*mine, other) {
-            (Some(x), Some(y)) if (y.capacity, y.rate) < (x.capacity, x.rate) => Some(y),
+    let others = a.buckets.into_iter().zip(a.prefetch);
+    for ((mine, aside), other) in b.buckets.iter_mut().zip(&mut b.prefetch).zip(others) {
+        (*mine, *aside) = match (*mine, other) {
+            (Some(x), (Some(y), aside)) if (y.capacity, y.rate) < (x.capacity, x.rate) => (Some(y), aside),
             (None, other) => other,
-            (mine, _) => mine,
+            (mine, _) => (mine, *aside),
         };
     }
     b.concurrency = match (a.concurrency, b.concurrency) {
@@ -29,22 +30,29 @@ pub fn tightest(a: &ScopeLimits, mut b: ScopeLimits) -> ScopeLimits {
 /// The limits of a scope with these rates.
 pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
     let (record, leases) = scope_keys(scope);
-    let mut buckets = [None; Kind::COUNT];
+    let (mut buckets, mut prefetch) = ([None; Kind::COUNT], [0; Kind::COUNT]);
+    let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
     for (kind, rate) in [
         (Kind::Requests, rates.requests_per_minute),
         (Kind::Tokens, rates.tokens_per_minute),
         (Kind::InputTokens, rates.input_tokens_per_minute),
         (Kind::OutputTokens, rates.output_tokens_per_minute),
     ] {
-        buckets[kind as usize] = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier));
+        let Some(mut bucket) = rate.map(|r| Bucket::per_minute(r, rates.burst_multiplier)) else { continue };
+        let aside = bucket.capacity / 100 * u64::from(rates.prefetch_percent)
+            + bucket.capacity % 100 * u64::from(rates.prefetch_percent) / 100;
+        if mode == Mode::Enforce && aside > 1 {
+            prefetch[kind as usize] = aside;
+            bucket.capacity -= aside;
+        }
+        buckets[kind as usize] = Some(bucket);
     }
-    let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
     let without_store = match rates.without_store {
         resource::WithoutStore::LocalShare => WithoutStore::LocalShare,
         resource::WithoutStore::Open => WithoutStore::Open,
         resource::WithoutStore::Closed => WithoutStore::Closed,
     };
-    ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store }
+    ScopeLimits { record, leases, buckets, concurrency: rates.concurrency, mode, without_store, prefetch }
 }
 
 /// How long a request may wait for a limit. What callers share and cannot plan for is waited for where the limit does

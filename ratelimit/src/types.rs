@@ -141,6 +141,9 @@ pub struct ScopeLimits {
     pub mode: Mode,
     /// What these limits do while the store is away.
     pub without_store: WithoutStore,
+    /// Units of each kind that are set aside for quota taken ahead ([`crate::ahead`]), on top of `buckets`: the capacity
+    /// of the limit is that of its bucket and this. Zero for every kind takes nothing ahead.
+    pub prefetch: [u64; Kind::COUNT],
 }
 
 /// A place a request may be sent to: the leases of one backend.

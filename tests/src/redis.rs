@@ -73,6 +73,7 @@ impl Redis {
             concurrency: Some(LEASES),
             mode: Mode::Enforce,
             without_store: weir_ratelimit::WithoutStore::LocalShare,
+            prefetch: Default::default(),
         };
         let connect =
             || async { RedisLimiter::connect(&self.url(), Default::default()).await.expect("there") };

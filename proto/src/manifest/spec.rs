@@ -147,6 +147,7 @@ mirror! {
         without_store: WithoutStore,
         shadow: bool,
         budget: Option<Budget>,
+        prefetch_percent: Option<u32>,
     }
     Budget of Budget {
         micro_dollars: u64,

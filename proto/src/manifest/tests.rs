@@ -21,6 +21,7 @@ fn rates() -> Option<v1::Rates> {
         without_store: v1::WithoutStore::Closed.into(),
         shadow: true,
         budget: Some(v1::Budget { micro_dollars: 5_000_000, period: v1::BudgetPeriod::Week.into() }),
+        prefetch_percent: Some(10),
     })
 }
 

@@ -377,7 +377,15 @@ mod tests {
             let (record, leases) = scope_keys(scope);
             let buckets = [None; Kind::COUNT];
             let (mode, without_store) = (Mode::Enforce, WithoutStore::LocalShare);
-            ScopeLimits { record, leases, buckets, concurrency: None, mode, without_store }
+            ScopeLimits {
+                record,
+                leases,
+                buckets,
+                concurrency: None,
+                mode,
+                without_store,
+                prefetch: [0; Kind::COUNT],
+            }
         };
         let scopes = [
             of(Scope::Global),

@@ -49,6 +49,7 @@ fn scope(concurrency: Option<u32>) -> ScopeLimits {
         concurrency,
         mode: Mode::Enforce,
         without_store,
+        prefetch: Default::default(),
     }
 }
 

@@ -345,6 +345,7 @@ pub(crate) fn scope(tenant: &str) -> ScopeLimits {
         concurrency: None,
         mode: Mode::Enforce,
         without_store: WithoutStore::LocalShare,
+        prefetch: Default::default(),
     }
 }
 

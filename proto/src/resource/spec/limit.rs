@@ -74,6 +74,8 @@ pub struct Rates {
     pub shadow: bool,
     /// Money per period.
     pub budget: Option<Budget>,
+    /// Per cent of the capacity that is set aside for quota taken ahead: 0.
+    pub prefetch_percent: u32,
 }
 
 impl Default for Rates {
@@ -89,6 +91,7 @@ impl Default for Rates {
             without_store: WithoutStore::default(),
             shadow: false,
             budget: None,
+            prefetch_percent: 0,
         }
     }
 }
@@ -96,6 +99,8 @@ impl Default for Rates {
 impl Rates {
     /// The default of [`Rates::burst_multiplier`].
     pub const BURST_MULTIPLIER: f64 = 5.0;
+    /// The largest [`Rates::prefetch_percent`]: a limit is mostly decided by its store.
+    pub const PREFETCH_PERCENT_MAX: u32 = 50;
     /// The largest rate and capacity, units: what a script's double holds exactly in micro-units (2^53).
     pub const MAX_UNITS: u64 = 9_000_000_000;
 
@@ -149,6 +154,12 @@ impl Rates {
             budget: Budget::judge(&format!("{path}.budget"), w.budget.as_ref(), check),
             without_store,
             shadow: w.shadow,
+            prefetch_percent: check.range(
+                &format!("{path}.prefetch_percent"),
+                w.prefetch_percent.unwrap_or(0),
+                0,
+                Self::PREFETCH_PERCENT_MAX,
+            ),
         })
     }
 }
