@@ -104,6 +104,13 @@ enum Stage {
     Settled,
 }
 
+impl State {
+    /// The store's time, as far as it is known.
+    fn clock(&self, now: Instant) -> u64 {
+        self.clock.map_or(0, |(us, at)| us + now.saturating_duration_since(at).as_micros() as u64)
+    }
+}
+
 impl<L: Limiter + 'static> Ahead<L> {
     /// Starts the background task; needs a tokio runtime.
     pub fn new(store: L) -> Self {
@@ -376,14 +383,18 @@ impl<L: Limiter + 'static> Limiter for Ahead<L> {
         let scopes = rest(&call.scopes, &partly.took);
         let alone = scopes.is_empty() && call.slot.is_none();
         let first = partly.stage == Stage::Open;
-        let mut settled = Settled { applied: first, limits: Vec::new() };
+        let mut settled = Settled { applied: first, limits: Vec::new(), now_us: 0 };
         // Usage is the store's also where nothing else is: it recognises the id.
         if !alone || call.usage.is_some() {
             let of_rest = inner.store.settle(&Settle { scopes, ..call.clone() }).await?;
             settled.applied = of_rest.applied || (alone && first);
             settled.limits = of_rest.limits;
+            settled.now_us = of_rest.now_us;
         }
         let mut state = inner.state();
+        if settled.now_us == 0 {
+            settled.now_us = state.clock(Instant::now());
+        }
         settled.limits = whole_limits(&state, &call.scopes, &partly.took, &settled.limits, Instant::now());
         if alone {
             // The store knows nothing of it; a second settlement is recognised here, for a while.

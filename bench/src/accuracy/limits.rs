@@ -169,6 +169,7 @@ impl Limit {
             concurrency: Some(LEASES_MAX),
             mode: Mode::Enforce,
             without_store: WithoutStore::LocalShare,
+            prefetch: Default::default(),
         })
     }
 

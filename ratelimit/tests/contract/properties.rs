@@ -150,6 +150,7 @@ impl Case {
                     concurrency: limits.concurrency,
                     mode: if limits.shadow { Mode::Shadow } else { Mode::Enforce },
                     without_store: WithoutStore::LocalShare,
+                    prefetch: Default::default(),
                 }
             })
             .collect()

@@ -74,6 +74,7 @@ async fn p15_a_slot_nobody_renews_runs_out_under_steady_traffic() {
         concurrency: Some(2),
         mode: Mode::Enforce,
         without_store: WithoutStore::LocalShare,
+        prefetch: Default::default(),
     };
     let call = |lease_ttl| Acquire {
         id: ReservationId::now_v7(),
