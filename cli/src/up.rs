@@ -122,6 +122,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             gateway_token_file: None,
             gateway_token: Some(control_plane.admin_token.clone()),
             redis: None,
+            cold_start: Default::default(),
             data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
             id: Some(format!("gateway-{k}")),
             region: String::new(),

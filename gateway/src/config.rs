@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use weir_ratelimit::redis::ColdStart;
 use weir_runtime::Secret;
 
 use crate::server::Bounds;
@@ -41,6 +42,11 @@ pub struct Config {
     /// redis+cluster://host:6379,...; rediss for TLS. Without it limits hold for this process alone.
     #[arg(long, env = "WEIR_REDIS", value_name = "URL", hide_env_values = true)]
     pub redis: Option<String>,
+    /// What a limit's meter that is not in Redis means. burst: it was never used. strict: it may have been lost with an
+    /// older data set, so it was full when this data set was born: a Redis that lost its data grants no burst, and a new
+    /// one none at first either.
+    #[arg(long, env = "WEIR_COLD_START", value_enum, default_value_t = ColdStart::Burst)]
+    pub cold_start: ColdStart,
     /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.
     #[arg(long, env = "WEIR_DATA_DIR", value_name = "PATH")]
     pub data_dir: Option<PathBuf>,

@@ -134,6 +134,14 @@ pub struct Metrics {
     pub settlement_steps: Counter,
     /// Leases that ran out under a live request.
     pub leases_lost: Counter,
+    /// 1 while the limit store does not decide.
+    pub limit_store_away: Gauge,
+    /// Times it went away.
+    pub limit_store_outages: Counter,
+    /// What it has not been told of what was decided without it.
+    pub limit_store_untold: Gauge,
+    /// What it will never be told.
+    pub limit_store_lost: Counter,
     /// Gateways that the control plane said were gone.
     pub gateways_gone: Family<GoneLabels, Counter>,
     /// Leases freed of gateways that were gone.
@@ -194,6 +202,10 @@ impl Metrics {
             settlements_lost: Counter::default(),
             settlement_steps: Counter::default(),
             leases_lost: Counter::default(),
+            limit_store_away: Gauge::default(),
+            limit_store_outages: Counter::default(),
+            limit_store_untold: Gauge::default(),
+            limit_store_lost: Counter::default(),
             gateways_gone: Family::default(),
             leases_reaped: Counter::default(),
             leases_retaken: Counter::default(),
@@ -221,6 +233,18 @@ impl Metrics {
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("limit_store_away", "1 while the limit store does not decide", m.limit_store_away.clone());
+        r.register("limit_store_outages", "Times the limit store went away", m.limit_store_outages.clone());
+        r.register(
+            "limit_store_untold",
+            "Settlements, releases and lines of usage that wait for the limit store",
+            m.limit_store_untold.clone(),
+        );
+        r.register(
+            "limit_store_lost",
+            "Settlements, releases and lines of usage that the limit store will never be told",
+            m.limit_store_lost.clone(),
+        );
         r.register("leases_reaped", "Leases freed of gateways that were gone", m.leases_reaped.clone());
         r.register(
             "gateways_gone",

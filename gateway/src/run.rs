@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::v1::SubscriberRole;
+use weir_ratelimit::breaker::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
@@ -124,7 +125,7 @@ pub async fn start(
         (None, Some(url)) => {
             // Waited for a little, so that a gateway counts with the others from its first request; not for long,
             // since one that starts while Redis is away serves its share of the limits.
-            let options = RedisOptions::default();
+            let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };
             AnyLimiter::from(match RedisLimiter::connect(url, options).await {
                 Ok(redis) => redis,
                 Err(error) => {
@@ -223,6 +224,7 @@ async fn watch(
     drained: CancellationToken,
 ) {
     let mut revisions = live.revisions();
+    let (mut outages, mut lost) = (0, 0);
     loop {
         let state = if shutdown.is_cancelled() {
             Err("draining".to_owned())
@@ -244,6 +246,12 @@ async fn watch(
             let of_kind = metrics.ahead.get_or_create(&KindLabels { kind: kind.name() });
             of_kind.set(held.try_into().unwrap_or(i64::MAX));
         }
+        let store = ledger.limiter.status();
+        metrics.limit_store_away.set(i64::from(store.phase != Phase::Closed));
+        metrics.limit_store_untold.set(store.pending.try_into().unwrap_or(i64::MAX));
+        metrics.limit_store_outages.inc_by(store.opened - outages);
+        metrics.limit_store_lost.inc_by(store.lost - lost);
+        (outages, lost) = (store.opened, store.lost);
         metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },

@@ -60,7 +60,7 @@ pub struct RedisOptions {
 }
 
 /// What a meter that is not there means: never used, or lost with the data set it was in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum ColdStart {
     /// It is empty. A store that lost its data grants every limit's burst once more.
     #[default]

@@ -10,6 +10,7 @@ mod limits;
 mod pains;
 mod processes;
 mod ratelimit;
+mod redis_tls;
 mod stack;
 mod streaming;
 mod tls;

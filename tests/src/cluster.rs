@@ -106,6 +106,7 @@ pub fn gateway_config(data: &Path) -> Config {
         gateway_token_file: None,
         gateway_token: None,
         redis: None,
+        cold_start: Default::default(),
         data_dir: Some(data.to_owned()),
         id: None,
         region: String::new(),

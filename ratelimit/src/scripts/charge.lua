@@ -30,6 +30,8 @@ end
 
 local function load(c, record)
   c.level, c.ts = record[2 * c.kind - 1], record[2 * c.kind]
+  -- Lost with an older data set for all we know, as in meter().
+  if not raws[c.key] and c.ts == 0 and BIRTH > 0 and c.num > 0 then c.level, c.ts = c.cap, BIRTH end
   c.now = c.level
   if c.level > 0 then c.now = max(c.level - drained(now - c.ts, c.num, c.den), 0) end
 end

@@ -8,6 +8,8 @@ use clap::Parser;
 use weir_proto::resource::Resource;
 use weir_runtime::Secret;
 
+use crate::redis::ColdStart;
+
 /// Shorter tokens could be guessed.
 const TOKEN_MIN_CHARS: usize = 16;
 
@@ -64,6 +66,11 @@ pub struct Config {
     #[arg(long, env = "WEIR_REDIS_DEADLINE_MS", default_value_t = 50, value_name = "MS",
           value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub redis_deadline_ms: u64,
+    /// What a limit's meter that is not in Redis means. burst: it was never used. strict: it may have been lost with an
+    /// older data set, so it was full when this data set was born: a Redis that lost its data grants no burst, and a new
+    /// one none at first either.
+    #[arg(long, env = "WEIR_COLD_START", value_enum, default_value_t = ColdStart::Burst)]
+    pub cold_start: ColdStart,
     /// Seconds for which new calls are still taken after SIGTERM, so that load balancers can notice.
     #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
     pub pre_stop_s: u64,
@@ -94,6 +101,7 @@ impl Default for Config {
             region: String::new(),
             strict_zero_hits: false,
             redis_deadline_ms: 50,
+            cold_start: ColdStart::Burst,
             pre_stop_s: 2,
             drain_s: 10,
             log: "info".into(),

@@ -3,20 +3,26 @@
 //! A caller that goes away while its acquire is decided knows the id and settles with nothing used; until then the
 //! reservation stands, since its caller may have taken it for granted.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use smallvec::SmallVec;
 use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 use weir_proto::v1;
 use weir_proto::v1::limit_service_server::LimitService;
 
 use super::metrics::Metrics;
 use super::wire::{Check, duration, limit_states, refusal};
+use crate::waiting::{Patience, Priority, Waiting};
 use crate::{Acquire, AnyLimiter, Limiter, Outcome, Renewal, Settle};
 
 /// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Native {
     pub(super) limiter: AnyLimiter,
+    pub(super) waiting: Arc<Waiting>,
     pub(super) metrics: Metrics,
 }
 
@@ -40,8 +46,17 @@ impl Native {
         answer.map(Response::new)
     }
 
-    async fn do_acquire(&self, request: v1::AcquireRequest) -> Result<v1::AcquireResponse, Status> {
+    /// Decides, and waits in turn where the caller lets it; `until` is the caller's deadline.
+    async fn do_acquire(
+        &self,
+        request: v1::AcquireRequest,
+        until: Option<Instant>,
+    ) -> Result<v1::AcquireResponse, Status> {
         let mut check = Check::default();
+        let max_wait = check.max_wait(request.max_wait);
+        // Who shares what is scarce: the first tenant named, and all who name none together.
+        let tenant = request.scopes.iter().filter_map(|s| s.scope.as_ref()).find(|s| !s.tenant.is_empty());
+        let tenant: Arc<str> = tenant.map_or("", |scope| scope.tenant.as_str()).into();
         let call = Acquire {
             id: check.id("reservation_id", &request.reservation_id),
             cost: check.cost("cost", request.cost),
@@ -51,7 +66,22 @@ impl Native {
             lease_ttl: check.lease_ttl(request.lease_ttl),
         };
         let call = check.finish(call)?;
-        let decision = self.limiter.acquire(&call).await.map_err(|e| refusal(&e))?;
+        let deadline = Instant::now() + max_wait;
+        let patience = Patience {
+            tenant,
+            priority: Priority::Normal,
+            deadline: until.map_or(deadline, |until| until.min(deadline)),
+            scopes: call.scopes.iter().map(|_| max_wait).collect(),
+            slots: None,
+            bytes: 0,
+        };
+        let decision = match max_wait.is_zero() {
+            true => self.limiter.acquire(&call).await.map_err(|e| refusal(&e))?,
+            false => {
+                let ask = async || self.limiter.acquire(&call).await.map(|decision| (decision, ()));
+                self.waiting.acquire(&call, &patience, ask).await.map_err(|e| refusal(&e))?.decision
+            }
+        };
         let (granted, wait) = match decision.outcome {
             Outcome::Granted { .. } => (true, None),
             Outcome::Limited { wait } => (false, wait),
@@ -72,6 +102,7 @@ impl Native {
         };
         let call = check.finish(call)?;
         let settled = self.limiter.settle(&call).await.map_err(|e| refusal(&e))?;
+        self.waiting.released(call.scopes.iter().flat_map(|scope| [&scope.record, &scope.leases]));
         Ok(v1::SettleResponse { applied: settled.applied, limits: limit_states(&settled.limits) })
     }
 
@@ -93,6 +124,7 @@ impl Native {
         let leases = check.lease_sets(&request.scopes);
         let id = check.finish(id)?;
         self.limiter.release(id, &leases).await.map_err(|e| refusal(&e))?;
+        self.waiting.released(&leases);
         Ok(v1::ReleaseResponse {})
     }
 
@@ -111,7 +143,10 @@ impl LimitService for Native {
         &self,
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
-        self.counted("acquire", self.do_acquire(request.into_inner()), |a| !a.granted).await
+        let until = deadline(request.metadata());
+        // Large, with its place in a queue; on the heap it is moved once.
+        let decided = Box::pin(self.do_acquire(request.into_inner(), until));
+        self.counted("acquire", decided, |a| !a.granted).await
     }
 
     async fn settle(
@@ -134,5 +169,44 @@ impl LimitService for Native {
 
     async fn peek(&self, request: Request<v1::PeekRequest>) -> Result<Response<v1::PeekResponse>, Status> {
         self.counted("peek", self.do_peek(request.into_inner()), |_| false).await
+    }
+}
+
+/// Time for an answer on its way to the caller.
+const MARGIN: Duration = Duration::from_millis(5);
+
+/// When the caller gives up, by its `grpc-timeout`: at most eight digits and a unit.
+fn deadline(metadata: &MetadataMap) -> Option<Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    let timeout = match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    };
+    Some(Instant::now() + timeout.saturating_sub(MARGIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_callers_deadline_is_read_from_its_timeout() {
+        let left = |text: &'static str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", tonic::metadata::MetadataValue::from_static(text));
+            deadline(&metadata).map(|at| at - Instant::now())
+        };
+        assert_eq!(left("1S"), Some(Duration::from_millis(995)));
+        assert_eq!((left("99999999H").is_some(), left("1n")), (true, Some(Duration::ZERO)));
+        for wrong in ["", "S", "1", "1X", "123456789m", "-1S"] {
+            assert_eq!(left(wrong), None, "{wrong}");
+        }
     }
 }

@@ -115,8 +115,12 @@ pub async fn start(
         strict_zero_hits: config.strict_zero_hits,
     })
     .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let native = LimitServiceServer::new(Native { limiter: limiter.clone(), metrics: metrics.clone() })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let native = LimitServiceServer::new(Native {
+        limiter: limiter.clone(),
+        waiting: Arc::default(),
+        metrics: metrics.clone(),
+    })
+    .max_decoding_message_size(MESSAGE_BYTES_MAX);
 
     let tasks = TaskTracker::new();
     // The operations port outlives the calls.
@@ -184,7 +188,7 @@ fn open(config: &Config) -> Result<AnyLimiter, StartError> {
         return Ok(MemoryLimiter::new().into());
     };
     let deadline = Duration::from_millis(config.redis_deadline_ms);
-    let options = RedisOptions { deadline, ..RedisOptions::default() };
+    let options = RedisOptions { deadline, cold_start: config.cold_start, ..RedisOptions::default() };
     let redis = RedisLimiter::open(url, options).map_err(|e| StartError::Config(format!("--redis: {e}")))?;
     Ok(redis.into())
 }

@@ -18,6 +18,8 @@ const RENEWALS_MAX: usize = 1000;
 const LEASE_DEFAULT: Duration = Duration::from_secs(15);
 const LEASE_MIN: Duration = Duration::from_secs(1);
 const LEASE_MAX: Duration = Duration::from_secs(3600);
+/// Longest wait of an acquire.
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Everything that is wrong with a request so far.
 #[derive(Default)]
@@ -54,6 +56,17 @@ impl Check {
             _ => {
                 self.wrong("lease_ttl", format!("must be {LEASE_MIN:?} to {LEASE_MAX:?}"));
                 LEASE_DEFAULT
+            }
+        }
+    }
+
+    pub(super) fn max_wait(&mut self, wire: Option<prost_types::Duration>) -> Duration {
+        let Some(wire) = wire else { return Duration::ZERO };
+        match Duration::try_from(wire) {
+            Ok(wait) if wait <= WAIT_MAX => wait,
+            _ => {
+                self.wrong("max_wait", format!("must be at most {WAIT_MAX:?}"));
+                Duration::ZERO
             }
         }
     }

@@ -187,6 +187,16 @@ async fn a_lost_data_set_hands_out_no_burst_when_strict() {
         |rate, period| -> Scopes { smallvec![limited("acme", Kind::Requests, bucket(100, rate, period))] };
     let slow = of(100, Duration::from_secs(3600));
     assert!(!granted(&limiter.acquire(&call(slow.clone())).await.expect("decided")), "full at birth");
+    let charge = Charge {
+        record: Key::tenant("charged"),
+        kind: Kind::Requests,
+        bucket: bucket(100, 100, Duration::from_secs(3600)).expect("some"),
+        needed: 1,
+        added: 1,
+        rule: ChargeRule::AllOrNothing,
+    };
+    let charges = std::slice::from_ref(&charge);
+    assert!(!granted(&limiter.charge(charges).await.expect("decided")), "for charges too");
     let fast = of(100_000, Duration::from_secs(1));
     until("drained since birth", async || limiter.peek(&fast).await.expect("peek")[0].remaining == 100).await;
     assert!(granted(&limiter.acquire(&call(fast.clone())).await.expect("decided")));
@@ -202,6 +212,7 @@ async fn a_lost_data_set_hands_out_no_burst_when_strict() {
     let burst = RedisOptions { cold_start: ColdStart::Burst, ..strict };
     let lenient = RedisLimiter::connect(&server.url, burst).await.expect("connect");
     assert!(granted(&lenient.acquire(&call(slow)).await.expect("decided")));
+    assert!(granted(&lenient.charge(charges).await.expect("decided")));
 }
 
 #[test]

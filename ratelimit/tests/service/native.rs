@@ -47,7 +47,7 @@ macro_rules! over_both {
 
 over_both! {
     what_was_reserved_is_settled_and_shown, a_refusal_says_which_limit_and_when, a_repeated_id_pays_once,
-    leases_are_renewed_released_and_lost, every_mistake_is_told_with_its_field,
+    who_may_wait_is_served_in_turn, leases_are_renewed_released_and_lost, every_mistake_is_told_with_its_field,
 }
 
 async fn what_was_reserved_is_settled_and_shown(service: Service) {
@@ -83,6 +83,37 @@ async fn a_refusal_says_which_limit_and_when(service: Service) {
     assert_eq!((answer.limits[1].scope, answer.limits[0].remaining), (1, 99), "nothing of it was written");
     let never = client.acquire(acquire(vec![roomy, tight], 61)).await.expect("decided").into_inner();
     assert!(!never.granted && never.wait.is_none());
+}
+
+async fn who_may_wait_is_served_in_turn(service: Service) {
+    let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    let scopes = vec![tenant("acme", rates(|r| r.concurrency = Some(1)))];
+    let holds = acquire(scopes.clone(), 0);
+    assert!(service.native().acquire(holds.clone()).await.expect("decided").into_inner().granted);
+    let refused = service.native().acquire(acquire(scopes.clone(), 0)).await.expect("decided").into_inner();
+    assert!(!refused.granted, "who may not wait is told at once");
+    let waits = v1::AcquireRequest { max_wait: seconds(60), ..acquire(scopes.clone(), 0) };
+    let mut client = service.native();
+    let waiting = tokio::spawn(async move { client.acquire(waits).await.expect("decided").into_inner() });
+    let mut hasty =
+        tonic::Request::new(v1::AcquireRequest { max_wait: seconds(60), ..acquire(scopes.clone(), 0) });
+    hasty.set_timeout(std::time::Duration::from_millis(300));
+    let hasty = service.native().acquire(hasty).await;
+    assert!(hasty.is_err() || !hasty.expect("decided").into_inner().granted, "its own deadline is kept");
+    assert!(!waiting.is_finished());
+    let end =
+        v1::SettleRequest { reservation_id: holds.reservation_id, actual: None, scopes: scopes.clone() };
+    let end = v1::SettleRequest { actual: Some(v1::Cost { requests: 1, ..Default::default() }), ..end };
+    service.native().settle(end).await.expect("settled");
+    assert!(waiting.await.expect("answered").granted, "the slot that came free is taken");
+    // What cannot fit in time is refused at once, with the time it would take.
+    let slow = vec![tenant("slow", rates(|r| r.requests_per_minute = Some(1)))];
+    assert!(service.native().acquire(acquire(slow.clone(), 0)).await.expect("decided").into_inner().granted);
+    let hopeless = v1::AcquireRequest { max_wait: seconds(5), ..acquire(slow, 0) };
+    let answer = service.native().acquire(hopeless).await.expect("decided").into_inner();
+    assert!(!answer.granted && answer.wait.expect("a wait").seconds > 30, "{answer:?}");
+    let wrong = v1::AcquireRequest { max_wait: seconds(61), ..acquire(scopes, 0) };
+    assert_eq!(service.native().acquire(wrong).await.expect_err("too long").code(), Code::InvalidArgument);
 }
 
 async fn a_repeated_id_pays_once(service: Service) {
@@ -136,6 +167,7 @@ async fn every_mistake_is_told_with_its_field(service: Service) {
             scoped(selector("b", "", ""), Some(fine)),
         ],
         lease_ttl: Some(prost_types::Duration { seconds: 7200, nanos: 0 }),
+        max_wait: None,
     };
     let status = client.acquire(request).await.expect_err("refused");
     assert_eq!(status.code(), Code::InvalidArgument);
