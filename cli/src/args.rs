@@ -11,8 +11,8 @@ use weir_proto::resource::Name;
 use weir_proto::{manifest, v1};
 
 pub use groups::{
-    AuditArgs, BackupArgs, DrainArgs, GatewayCommand, KnownEntry, Reference, RoleName, RollbackArgs,
-    TokenCommand, UsageArgs, UsageBy, WatchArgs,
+    AuditArgs, BackupArgs, ContextCommand, DrainArgs, GatewayCommand, KnownEntry, ProbeArgs, Reference,
+    RoleName, RollbackArgs, TierName, TokenCommand, UsageArgs, UsageBy, WatchArgs,
 };
 
 /// Manages a Weir cluster: resources, keys, gateways.
@@ -43,6 +43,12 @@ pub struct Cli {
     /// Private key (PEM) of that certificate
     #[arg(long = "key", id = "key", global = true, env = "WEIR_KEY", value_name = "FILE", requires = "cert")]
     pub key: Option<PathBuf>,
+    /// Cluster to speak to, of those made by weir context set; without it the one in use. Whoever names a server uses none
+    #[arg(long, global = true, env = "WEIR_CONTEXT", value_name = "NAME")]
+    pub context: Option<String>,
+    /// The variable that holds the token, when it is another than WEIR_TOKEN: of a context.
+    #[arg(skip)]
+    pub token_env: Option<String>,
     /// Form of the results
     #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
@@ -187,6 +193,8 @@ pub enum Command {
         /// Its name
         backend: String,
     },
+    /// Have a backend looked at now by those who look at it anyway, and show what each saw; exits with 1 unless all is well
+    Probe(ProbeArgs),
     /// Show what happened to the health of backends, pools and gateways lately
     Events {
         /// Only of this backend, pool or gateway
@@ -201,7 +209,11 @@ pub enum Command {
     /// Make resources of another gateway's configuration; prints them and changes nothing
     #[command(subcommand)]
     Import(ImportCommand),
+    /// Show, choose and make contexts: named clusters, each with where its token is
+    #[command(subcommand)]
+    Context(ContextCommand),
     /// Print a completion script for a shell
+    #[command(visible_alias = "completion")]
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
@@ -243,6 +255,9 @@ pub struct FileArgs {
     /// Allow that a pool loses more than half of its backends
     #[arg(long)]
     pub allow_mass_removal: bool,
+    /// Take over resources that belong to another set
+    #[arg(long)]
+    pub take_over: bool,
 }
 
 /// The arguments of apply.
@@ -341,6 +356,8 @@ pub enum LimitsCommand {
 pub enum OutputFormat {
     /// Columns for people
     Table,
+    /// More columns
+    Wide,
     /// One JSON value
     Json,
     /// Documents as apply reads them, for resources; otherwise as json

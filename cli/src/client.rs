@@ -45,7 +45,7 @@ impl Client {
     /// Connects; tries a second time after a moment, since a control plane may be restarting.
     pub(crate) async fn connect(cli: &Cli) -> Result<Self, Error> {
         let server = cli.server.as_str().to_owned();
-        let token = token(cli.token_file.as_deref())?;
+        let token = token(cli.token_file.as_deref(), cli.token_env.as_deref())?;
         let unreachable = |error: &(dyn std::error::Error + 'static)| Error::Unreachable {
             server: server.clone(),
             reason: deepest(error),
@@ -158,17 +158,21 @@ pub(crate) fn request_id() -> String {
     uuid::Uuid::now_v7().to_string()
 }
 
-/// The authorization header, from the file or the environment; `None` without either.
-fn token(file: Option<&Path>) -> Result<Option<MetadataValue<Ascii>>, Error> {
+/// The authorization header, from the file or a variable of the environment; `None` without either.
+fn token(file: Option<&Path>, variable: Option<&str>) -> Result<Option<MetadataValue<Ascii>>, Error> {
     let (text, origin) = match file {
         Some(path) => {
             let text = std::fs::read_to_string(path)
                 .map_err(|source| Error::File { path: path.display().to_string(), source })?;
             (text, "--token-file")
         }
-        None => match std::env::var("WEIR_TOKEN") {
-            Ok(text) => (text, "WEIR_TOKEN"),
-            Err(_) => return Ok(None),
+        None => match (std::env::var(variable.unwrap_or("WEIR_TOKEN")), variable) {
+            (Ok(text), _) => (text, "the environment"),
+            (Err(_), Some(variable)) => {
+                let missing = format!("the context's token is in the variable {variable}, which is not set");
+                return Err(Error::Setting(missing));
+            }
+            (Err(_), None) => return Ok(None),
         },
     };
     let text = text.trim();

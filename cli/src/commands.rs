@@ -5,6 +5,7 @@ mod backend;
 mod backends;
 mod backup;
 mod check;
+mod context;
 mod delete;
 mod drain;
 mod edit;
@@ -16,6 +17,7 @@ mod history;
 mod import;
 mod key;
 mod limits;
+mod probe;
 mod token;
 mod usage;
 mod wait;
@@ -100,6 +102,8 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Gateway(command) => return gateways::one(cli, io, command).await,
         Command::Backends => backends::backends(cli, io).await?,
         Command::Why { backend } => backends::why(cli, io, backend).await?,
+        Command::Probe(args) => probe::probe(cli, io, args).await?,
+        Command::Context(command) => context::context(cli, io, command)?,
         Command::Events { subject } => backends::events(cli, io, subject.as_deref()).await?,
     }
     Ok(exit::DONE)

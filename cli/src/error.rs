@@ -87,6 +87,16 @@ pub enum Error {
     /// The audit log is not what was written.
     #[error("the audit log is not whole: {0}; restore a backup, and find out who wrote to the store's file")]
     AuditBroken(String),
+    /// A probe on demand found something.
+    #[error("backend {backend}: {failed} looks did not pass, {silent} of those asked did not answer in time")]
+    Probed {
+        /// The backend.
+        backend: String,
+        /// Looks that saw something wrong.
+        failed: usize,
+        /// Vantage points that were silent.
+        silent: usize,
+    },
     /// A check found something.
     #[error("{0} of the checks found something")]
     Check(usize),
@@ -138,6 +148,7 @@ impl Error {
             | Self::Undrained(..)
             | Self::AuditBroken(_)
             | Self::Check(_)
+            | Self::Probed { .. }
             | Self::Write { .. } => exit::FAILED,
             Self::Answer(_) | Self::Unhealthy { .. } | Self::Pending | Self::Print(_) => exit::FAILED,
         }

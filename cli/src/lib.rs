@@ -9,6 +9,7 @@
 mod args;
 mod client;
 mod commands;
+mod contexts;
 mod error;
 mod import;
 mod output;
@@ -18,13 +19,26 @@ mod up;
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::{CommandFactory as _, FromArgMatches as _};
+
 pub use args::{
-    ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, DrainArgs, FileArgs, GatewayCommand,
-    KeyCommand, Kind, KnownEntry, OutputFormat, Reference, RoleName, RollbackArgs, Server, TokenCommand,
-    UsageArgs, UsageBy, WaitArgs, WatchArgs,
+    ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, ContextCommand, DrainArgs, FileArgs,
+    GatewayCommand, KeyCommand, Kind, KnownEntry, OutputFormat, ProbeArgs, Reference, RoleName, RollbackArgs,
+    Server, TierName, TokenCommand, UsageArgs, UsageBy, WaitArgs, WatchArgs,
 };
 pub use error::Error;
 pub use up::UpArgs;
+
+/// The arguments of the process, with what the context in use adds to them. Wrong usage, and questions such as
+/// `--help`, end the process.
+pub fn arguments() -> Result<Cli, Error> {
+    let matches = Cli::command().get_matches();
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if !matches!(cli.command, Command::Context(_) | Command::Up(_)) {
+        contexts::fill(&mut cli, &matches)?;
+    }
+    Ok(cli)
+}
 
 /// Does what the arguments say, on the process's own streams.
 pub async fn run(cli: Cli) -> ExitCode {

@@ -2,10 +2,14 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    let cli = weir::Cli::parse();
+    let cli = match weir::arguments() {
+        Ok(cli) => cli,
+        Err(error) => {
+            eprintln!("weir: {error}");
+            return ExitCode::from(error.exit_code());
+        }
+    };
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(weir::run(cli)),
         Err(error) => {

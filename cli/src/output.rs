@@ -25,6 +25,7 @@ impl Io<'_> {
     ) -> Result<(), Error> {
         let text = match self.format {
             OutputFormat::Table => tables::resources(kind, resources),
+            OutputFormat::Wide => tables::resources_wide(kind, resources),
             OutputFormat::Json => manifest::to_json_with_status(resources),
             OutputFormat::Yaml => manifest::to_yaml_with_status(resources),
         };
@@ -38,11 +39,16 @@ impl Io<'_> {
         value: impl FnOnce() -> Value,
     ) -> Result<(), Error> {
         match self.format {
-            OutputFormat::Table => self.out.write_all(text().as_bytes())?,
+            OutputFormat::Table | OutputFormat::Wide => self.out.write_all(text().as_bytes())?,
             // YAML includes JSON.
             OutputFormat::Json | OutputFormat::Yaml => writeln!(self.out, "{:#}", value())?,
         }
         Ok(())
+    }
+
+    /// Whether columns are wanted, and whether more of them.
+    pub(crate) fn wide(&self) -> bool {
+        self.format == OutputFormat::Wide
     }
 
     /// Says something to the person.

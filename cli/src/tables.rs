@@ -22,6 +22,22 @@ pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
 
 /// The columns of a kind.
 pub(crate) fn resources(kind: v1::ResourceKind, resources: &[v1::Resource]) -> String {
+    columns(kind, resources, &[], |_| Vec::new())
+}
+
+/// The same, with what the system says of each.
+pub(crate) fn resources_wide(kind: v1::ResourceKind, resources: &[v1::Resource]) -> String {
+    columns(kind, resources, &["SET", "ETAG", "CREATED", "UPDATED"], |r| {
+        vec![text(&r.apply_set), text(&r.etag), time(r.create_time.as_ref()), time(r.update_time.as_ref())]
+    })
+}
+
+fn columns(
+    kind: v1::ResourceKind,
+    resources: &[v1::Resource],
+    more: &[&'static str],
+    cells_of_more: impl Fn(&v1::Resource) -> Vec<String>,
+) -> String {
     use v1::ResourceKind as K;
     let header: &[&str] = match kind {
         K::Pool => &["NAME", "POLICY", "REGIONS", "REVISION"],
@@ -39,9 +55,10 @@ pub(crate) fn resources(kind: v1::ResourceKind, resources: &[v1::Resource]) -> S
         let mut row = vec![r.name.clone()];
         row.extend(r.spec.as_ref().map(cells).unwrap_or_default());
         row.push(r.revision.to_string());
+        row.extend(cells_of_more(r));
         row
     });
-    table(header, rows.collect())
+    table(&[header, more].concat(), rows.collect())
 }
 
 /// What is between name and revision.

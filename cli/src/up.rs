@@ -318,6 +318,7 @@ impl Started {
                 "ops": urls(&self.ops),
                 "admin": format!("http://{}", self.admin),
                 "control_plane": format!("http://{}", self.control_plane_http),
+                "page": self.page(),
                 "api_key": self.api_key.expose(),
                 "admin_token": self.admin_token.expose(),
             });
@@ -326,6 +327,11 @@ impl Started {
             io.out.write_all(self.text().as_bytes())?;
         }
         Ok(io.out.flush()?)
+    }
+
+    /// The live page. The token is in the fragment, which browsers send to nobody.
+    fn page(&self) -> String {
+        format!("http://{}/#token={}", self.control_plane_http, self.admin_token.expose())
     }
 
     fn text(&self) -> String {
@@ -340,6 +346,7 @@ impl Started {
             self.admin, self.control_plane_http
         );
         let _ = writeln!(text, "  API key         {}", self.api_key.expose());
+        let _ = writeln!(text, "\nWatch it:\n\n  {}", self.page());
         let _ = writeln!(text, "\nAsk it something:\n");
         let model = self.model.as_deref().unwrap_or("MODEL");
         if let Some(gateway) = self.gateways.first() {

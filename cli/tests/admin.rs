@@ -231,6 +231,23 @@ impl AdminService for Fake {
         let event = v1::HealthEvent { number: 1, subject, kind: "alarm".into(), ..Default::default() };
         Ok(Response::new(v1::ListHealthEventsResponse { events: vec![event] }))
     }
+    async fn probe_backend(&self, r: Request<v1::ProbeBackendRequest>) -> Answer<v1::ProbeBackendResponse> {
+        let backend = self.enter(r, |_, _| ())?.backend;
+        let look = v1::probe_backend_response::Look {
+            vantage: "gateway-0".into(),
+            tier: v1::ProbeTier::Liveness.into(),
+            outcome: v1::ProbeOutcome::Timeout.into(),
+            detail: "no answer within 2 s".into(),
+            latency: None,
+        };
+        let health =
+            v1::BackendHealth { state: v1::HealthState::Healthy.into(), backend, ..Default::default() };
+        Ok(Response::new(v1::ProbeBackendResponse {
+            looks: vec![look],
+            pending: vec!["gateway-1".into()],
+            status: Some(v1::BackendStatus { health: Some(health), ..Default::default() }),
+        }))
+    }
     async fn wait_applied(&self, r: Request<v1::WaitAppliedRequest>) -> Answer<v1::WaitAppliedResponse> {
         self.enter(r, |_, r| assert_eq!(r.revision, 7))?;
         let pending = self.0.lock().expect("not poisoned").pending.clone();
@@ -446,4 +463,33 @@ async fn why_names_the_rule_the_votes_and_the_way_back() {
     let (_, out, _) = weir(address, "-o json events chat").await;
     let events: serde_json::Value = serde_json::from_str(&out).expect("JSON");
     assert_eq!((&events[0]["kind"], &events[0]["subject"]), (&"alarm".into(), &"chat".into()));
+}
+
+#[tokio::test]
+async fn a_probe_shows_what_each_saw_and_fails_unless_all_is_well() {
+    let (_, at) = start(State::default()).await;
+    let (code, out, err) = weir(at, "probe sgp-1").await;
+    let table = "VANTAGE    TIER      SAW                AFTER  DETAIL\n\
+                 gateway-0  liveness  timeout            -      no answer within 2 s\n\
+                 gateway-1  -         no answer in time  -      -\n\
+                 backend sgp-1 is healthy: -\n";
+    assert_eq!((code, out.as_str()), (1, table));
+    assert!(
+        err.contains("backend sgp-1: 1 looks did not pass, 1 of those asked did not answer in time"),
+        "{err}"
+    );
+    let (code, out, _) = weir(at, "probe sgp-1 -o json").await;
+    assert!(code == 1 && out.contains(r#""outcome": "timeout""#) && out.contains("gateway-1"), "{out}");
+}
+
+#[tokio::test]
+async fn wide_shows_more_of_each() {
+    let (_, at) = start(State::default()).await;
+    let (code, out, _) = weir(at, "list tenants -o wide").await;
+    assert!(
+        code == 0 && out.starts_with("NAME    DISPLAY NAME  MODELS  LIMITS  REVISION  SET  ETAG"),
+        "{out}"
+    );
+    assert!(weir(at, "gateways -o wide").await.1.contains("INCARNATION"));
+    assert!(weir(at, "backends -o wide").await.1.contains("READINESS BY"));
 }

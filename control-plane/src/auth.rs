@@ -77,7 +77,7 @@ pub(crate) fn needs(path: &str) -> Option<Role> {
             | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit" | "GetOperation"
             | "WaitOperation" | "GetGatewayConfig" | "WhoAmI" => Role::Viewer,
             // What an operator may update is narrowed in the call itself.
-            "UpdateResource" | "Drain" => Role::Operator,
+            "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
             "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {
                 Role::Editor
             }
@@ -154,6 +154,35 @@ impl Authority {
             return Ok(Caller::fixed("gateway", Role::Gateway));
         }
         stored(&self.catalog.state(), &digest, SystemTime::now())
+    }
+
+    /// Who calls a method, by its path, if its role allows that.
+    pub(crate) fn authorise(
+        &self,
+        metadata: &MetadataMap,
+        peer: Option<&Identity>,
+        path: &str,
+    ) -> Result<Caller, Status> {
+        let caller = self.identify(metadata, peer)?;
+        // A method that nobody has thought about is nobody's.
+        let needed = needs(path).ok_or_else(|| Status::unimplemented("there is no such method"))?;
+        if opens(caller.role, needed) {
+            return Ok(caller);
+        }
+        let method = path.rsplit('/').next().unwrap_or_default();
+        tracing::warn!(
+            target: "weir::audit",
+            actor = &*caller.name,
+            role = role_name(caller.role),
+            method,
+            "refused: the role does not allow this"
+        );
+        Err(Status::permission_denied(format!(
+            "{method} needs the role {}, and {} is {}",
+            role_name(needed),
+            caller.name,
+            role_name(caller.role)
+        )))
     }
 
     /// Whether what a caller proved still holds; streams ask now and then.

@@ -1,7 +1,8 @@
 //! What gateways see, gathered: the latest value wins, and what a gateway said goes when its stream ends.
 //!
-//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`]. A report costs what it says, not
-//! what all gateways together have said: with a thousand of them, a thousand reports come every second.
+//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`], figures for people to the
+//! [`Trends`]. A report costs what it says, not what all gateways together have said: with a thousand of them, a thousand
+//! reports come every second.
 
 mod departures;
 
@@ -17,6 +18,7 @@ use weir_proto::v1;
 pub(crate) use self::departures::Departures;
 use self::departures::Leaving;
 use crate::presence::{Presence, Present};
+use crate::trends::Trends;
 use crate::verdicts::{Verdicts, gateway};
 
 /// In flight over all gateways, by backend.
@@ -43,6 +45,7 @@ pub(crate) struct Fleet {
     departures: watch::Sender<Departures>,
     verdicts: Verdicts,
     presence: Presence,
+    trends: Trends,
 }
 
 #[derive(Debug, Default)]
@@ -118,6 +121,7 @@ impl Fleet {
             departures: watch::Sender::default(),
             verdicts,
             presence,
+            trends: Trends::default(),
         }
     }
 
@@ -138,6 +142,11 @@ impl Fleet {
 
     fn reports(&self) -> MutexGuard<'_, Reports> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last minutes in figures.
+    pub(crate) const fn trends(&self) -> &Trends {
+        &self.trends
     }
 
     /// A gateway's stream begins with its first report; an older stream of the same gateway has no say any more.
@@ -314,6 +323,7 @@ impl Reporter {
         if changed {
             self.fleet.changed.notify_one();
         }
+        self.fleet.trends.report(&self.gateway, report);
         self.fleet.verdicts.report(&gateway(&self.gateway), report);
         true
     }
@@ -329,6 +339,7 @@ impl Drop for Reporter {
             reports.forget(&own);
             reports.leaving.left(&self.gateway, own.incarnation);
         }
+        self.fleet.trends.left(&self.gateway);
         drop(reports);
         self.fleet.verdicts.set_gateway(gateway(&self.gateway), None);
         self.fleet.changed.notify_one();

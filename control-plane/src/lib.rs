@@ -13,6 +13,7 @@ mod fleet;
 mod health;
 mod metrics;
 mod model;
+mod page;
 mod presence;
 mod probe;
 mod publish;
@@ -22,6 +23,7 @@ mod services;
 pub mod store;
 mod tls;
 mod tree;
+mod trends;
 mod verdicts;
 
 pub use server::{Config, ControlPlane, Error, Running, StoreConfig};

@@ -20,7 +20,7 @@ use crate::encoding::short_hash;
 use crate::store::{Batch, Range, Write};
 use crate::tree::canonical;
 
-pub(crate) use edit::{apply_edits, update_edit};
+pub(crate) use edit::{BOOTSTRAP_SET, apply_edits, update_edit};
 pub(crate) use plan::{Edit, Options, Plan, TokenStep, plan};
 
 /// Where everything but the audit log is.
@@ -315,6 +315,8 @@ pub(crate) enum Refusal {
         "pool {pool} would lose {lost} of its {before} backends; if that is meant, delete or apply with allow_mass_removal"
     )]
     MassRemoval { pool: String, lost: usize, before: usize },
+    #[error("{}to take them over into {set}, apply with take_over", owned(.conflicts))]
+    OtherSets { conflicts: Vec<(Key, String)>, set: String },
     #[error("{0}")]
     Precondition(String),
 }
@@ -323,6 +325,20 @@ impl Refusal {
     pub(crate) fn invalid(path: &str, message: impl Into<String>) -> Self {
         Self::Invalid(vec![Violation { path: path.into(), message: message.into() }])
     }
+}
+
+/// Whose the first few are, and how many more there are.
+fn owned(conflicts: &[(Key, String)]) -> String {
+    const SHOWN: usize = 5;
+    let mut text: String = conflicts
+        .iter()
+        .take(SHOWN)
+        .map(|(key, owner)| format!("{key} belongs to the set {owner}; "))
+        .collect();
+    if conflicts.len() > SHOWN {
+        text.push_str(&format!("and {} more; ", conflicts.len() - SHOWN));
+    }
+    text
 }
 
 /// The first few, and how many more.

@@ -19,13 +19,14 @@ use weir_proto::v1;
 use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
-use weir_runtime::{Readiness, Secret, ServerTls, serve_ops};
+use weir_runtime::{Readiness, Secret, ServerTls, serve_ops_with};
 
 use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
-use crate::model::{Edit, plan};
+use crate::model::{BOOTSTRAP_SET, Edit, plan};
+use crate::page::{self, Feed};
 use crate::presence::Presence;
 use crate::probe::Prober;
 use crate::publish::{Differences, publish};
@@ -51,11 +52,11 @@ const BACKLOG: u32 = 4096;
 const MEASURE_INTERVAL: Duration = Duration::from_millis(100);
 /// Watches at once.
 const WATCHES_MAX: usize = 256;
+/// Probes on demand at once.
+const PROBES_MAX: usize = 16;
 /// What the health service knows: the whole, and each service.
 const HEALTH_NAMES: [&str; 4] =
     ["", "weir.v1.AdminService", "weir.v1.DiscoveryService", "weir.v1.ReportService"];
-/// The set that the first resources belong to.
-const BOOTSTRAP_SET: &str = "bootstrap";
 
 /// The control plane.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ pub struct ControlPlane;
 pub struct Running {
     /// Where admin, discovery and report services listen.
     pub grpc_addr: SocketAddr,
-    /// Where `/livez`, `/readyz` and `/metrics` are.
+    /// Where the live page is, and `/livez`, `/readyz` and `/metrics`.
     pub http_addr: SocketAddr,
     /// The admin token given, or the one made.
     pub admin_token: Secret,
@@ -111,6 +112,7 @@ impl ControlPlane {
             authority,
             initial_syncs: Arc::new(Semaphore::new(initial_syncs())),
             watches: Arc::new(Semaphore::new(WATCHES_MAX)),
+            probes: Arc::new(Semaphore::new(PROBES_MAX)),
             tasks,
             stop: shutdown.clone(),
         };
@@ -130,8 +132,10 @@ impl ControlPlane {
         shared.tasks.spawn(shared.fleet.clone().run(connected, follow_stop.clone()));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
+        let feed: Arc<Feed> = Arc::default();
+        shared.tasks.spawn(feed.clone().run(shared.clone(), follow_stop.clone()));
         undo.disarm();
-        let serve = serve(shared, tls, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
         Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
     }
 }
@@ -222,6 +226,7 @@ async fn measure(shared: Shared, stop: CancellationToken) {
 
 async fn serve(
     shared: Shared,
+    feed: Arc<Feed>,
     tls: Option<ServerTls>,
     loopback: bool,
     grpc: TcpListener,
@@ -249,6 +254,7 @@ async fn serve(
     let discovery = DiscoveryServiceServer::new(Discovery(shared.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let pages = page::routes(shared.clone(), feed);
     let reports = ReportServiceServer::new(Reports(shared));
     let incoming = ReceiverStream::new(accept(grpc, tls, &tasks, shutdown.clone()));
     let stopping = {
@@ -270,7 +276,7 @@ async fn serve(
         .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised))
         .add_service(Gated::new(reports, authority, Reach::Authorised))
         .serve_with_incoming_shutdown(incoming, stopping);
-    let ops = serve_ops(http, readiness.clone(), Arc::new(registry), shutdown.clone());
+    let ops = serve_ops_with(http, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
     readiness.set(Ok(()));
     let ended = {
         let both = async { tokio::join!(server, ops) };

@@ -6,12 +6,12 @@
 mod checkpoint;
 pub(crate) mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, Spec};
@@ -28,6 +28,17 @@ pub(crate) type Healths = BTreeMap<String, v1::BackendHealth>;
 const GATHER: Duration = Duration::from_millis(50);
 /// Between two checkpoints at least.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Looks that wait for those who asked for one; who is further behind misses some.
+const LOOKS_KEPT: usize = 1024;
+
+/// What one vantage point saw.
+#[derive(Debug, Clone)]
+pub(crate) struct Look {
+    pub(crate) vantage: Vantage,
+    pub(crate) backend: String,
+    pub(crate) seen: Observation,
+}
 
 /// Who looks at what.
 #[derive(Debug, Clone, Default)]
@@ -67,6 +78,8 @@ struct Inner {
     origin_wall: SystemTime,
     healths: watch::Sender<Arc<Healths>>,
     duties: watch::Sender<Arc<Duties>>,
+    /// Every look there is, for those who asked for one.
+    looks: broadcast::Sender<Arc<Look>>,
     /// Told when the next tick may be due earlier than was thought.
     wake: Notify,
     metrics: Arc<Metrics>,
@@ -97,6 +110,7 @@ impl Verdicts {
             origin_wall: SystemTime::now(),
             healths: watch::Sender::default(),
             duties: watch::Sender::default(),
+            looks: broadcast::Sender::new(LOOKS_KEPT),
             wake: Notify::new(),
             metrics,
             checkpoint,
@@ -237,8 +251,26 @@ impl Verdicts {
             if machine.cluster.case(backend).is_some() {
                 self.inner.metrics.probed(backend, seen.tier, seen.outcome);
                 machine.cluster.observe(vantage, backend, seen, now);
+                if self.inner.looks.receiver_count() > 0 {
+                    let (vantage, backend) = (vantage.clone(), backend.to_owned());
+                    // Nobody listens any more: nobody misses it.
+                    let _ = self.inner.looks.send(Arc::new(Look { vantage, backend, seen: seen.clone() }));
+                }
             }
         });
+    }
+
+    /// Has a backend looked at now. Who was asked, and every look from then on; `None` for one that nobody looks at.
+    pub(crate) fn look(
+        &self,
+        backend: &str,
+        tier: Tier,
+    ) -> Option<(BTreeSet<Vantage>, broadcast::Receiver<Arc<Look>>)> {
+        let looks = self.inner.looks.subscribe();
+        let asked = self.with(|machine, _| {
+            machine.cluster.case(backend).is_some().then(|| machine.cluster.look(backend, tier))
+        })?;
+        Some((asked, looks))
     }
 
     /// Takes in a whole report: its probes, then its requests.

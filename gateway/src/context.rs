@@ -58,6 +58,7 @@ impl RequestContext {
     /// A request arrived.
     pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, peer: Option<IpAddr>) -> Box<Self> {
         metrics.in_flight.inc();
+        metrics.pulse.began();
         let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
             let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&id.len());
             fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
@@ -124,7 +125,9 @@ impl Drop for RequestContext {
         );
         let m = &self.metrics;
         m.in_flight.dec();
+        m.pulse.ended(status, code);
         if let Some((input, output, source)) = self.tokens {
+            m.pulse.tokens(input, output);
             for (direction, count) in [("input", input), ("output", output)] {
                 let labels = TokenLabels { model: model.clone(), direction, source };
                 m.tokens.get_or_create(&labels).inc_by(count);

@@ -20,6 +20,7 @@ pub mod intake;
 pub mod live;
 pub mod metrics;
 pub mod probe;
+pub mod pulse;
 pub mod read;
 pub mod reap;
 pub mod refusal;

@@ -1,11 +1,15 @@
 //! Every metric of a gateway: name, help and labels. Labels come from configured names only.
 
+use std::sync::Arc;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+
+use crate::pulse::Pulse;
 
 /// Of a finished request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -100,6 +104,8 @@ pub struct GoneLabels {
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
+    /// What the report lane tells of all this.
+    pub pulse: Arc<Pulse>,
     /// Finished requests.
     pub requests: Family<RequestLabels, Counter>,
     /// Requests under way.
@@ -185,6 +191,7 @@ impl Metrics {
     /// Registers every metric.
     pub fn new(registry: &mut Registry) -> Self {
         let m = Self {
+            pulse: Arc::default(),
             requests: Family::default(),
             in_flight: Gauge::default(),
             duration: Family::new_with_constructor(seconds),

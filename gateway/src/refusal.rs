@@ -79,7 +79,8 @@ pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: S
     })
 }
 
-const fn kind_name(what: What) -> &'static str {
+/// The name of what was limited.
+pub(crate) const fn kind_name(what: What) -> &'static str {
     match what {
         What::Bucket(kind) => kind.name(),
         What::Concurrency => "concurrency",

@@ -18,17 +18,26 @@ use weir_proto::v1::{
 
 use self::said::Said;
 use crate::live::Live;
+use crate::pulse::Pulse;
 use crate::reap::Gone;
 
 /// Between two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Follows the report lane until `shutdown`, on a connection of its own.
-pub async fn run(live: Arc<Live>, gone: Gone, identity: Identity, link: Link, shutdown: CancellationToken) {
+pub async fn run(
+    live: Arc<Live>,
+    pulse: Arc<Pulse>,
+    gone: Gone,
+    identity: Identity,
+    link: Link,
+    shutdown: CancellationToken,
+) {
+    let own = Own { live: &live, pulse: &pulse, gone: &gone, identity: &identity };
     let mut backoff = Backoff::default();
     loop {
         let ended = tokio::select! {
-            ended = follow(&live, &gone, &identity, &link, &mut backoff) => ended,
+            ended = follow(own, &link, &mut backoff) => ended,
             () = shutdown.cancelled() => return,
         };
         live.probes().away();
@@ -42,20 +51,24 @@ pub async fn run(live: Arc<Live>, gone: Gone, identity: Identity, link: Link, sh
     }
 }
 
-async fn follow(
-    live: &Live,
-    gone: &Gone,
-    identity: &Identity,
-    link: &Link,
-    backoff: &mut Backoff,
-) -> Result<(), String> {
+/// What reports are made of.
+#[derive(Clone, Copy)]
+struct Own<'a> {
+    live: &'a Live,
+    pulse: &'a Pulse,
+    gone: &'a Gone,
+    identity: &'a Identity,
+}
+
+async fn follow(own: Own<'_>, link: &Link, backoff: &mut Backoff) -> Result<(), String> {
+    let Own { live, gone, identity, .. } = own;
     let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
     let mut client = ReportServiceClient::new(channel);
     // Room for one: a report that cannot go yet is replaced by the next, which says the newer thing.
     let (up, reports) = mpsc::channel(1);
     // Zero is what was never reported.
     let mut sequence = 1;
-    let first = report(live, identity, sequence);
+    let first = report(own, sequence);
     up.try_send(first).map_err(|_| "no room for the first report".to_owned())?;
     let request = identity.request(ReceiverStream::new(reports))?;
     let mut stream = client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
@@ -75,21 +88,21 @@ async fn follow(
                 None => return Ok(()),
             },
             Ok(()) = revisions.changed() => take(live, &said.again(live)),
-            _ = ticks.tick() => say(live, identity, &up, &mut sequence),
-            () = live.probes().hurry() => say(live, identity, &up, &mut sequence),
+            _ = ticks.tick() => say(own, &up, &mut sequence),
+            () = live.probes().hurry() => say(own, &up, &mut sequence),
         }
     }
 }
 
 /// Reports, if the last report has gone: what is not said now is said by the next.
-fn say(live: &Live, identity: &Identity, up: &mpsc::Sender<StreamReportsRequest>, sequence: &mut u64) {
+fn say(own: Own<'_>, up: &mpsc::Sender<StreamReportsRequest>, sequence: &mut u64) {
     if let Ok(permit) = up.try_reserve() {
         *sequence += 1;
-        permit.send(report(live, identity, *sequence));
+        permit.send(report(own, *sequence));
     }
 }
 
-fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsRequest {
+fn report(Own { live, pulse, identity, .. }: Own<'_>, sequence: u64) -> StreamReportsRequest {
     let snapshot = live.snapshot();
     let backends = snapshot.backends.values().map(|backend| {
         let counts = backend.runtime.take_counts();
@@ -109,6 +122,7 @@ fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsReque
             ejected,
             output_tokens: tokens,
             decode_time: prost_types::Duration::try_from(decode).ok(),
+            first_byte_counts: backend.runtime.take_first_byte_counts(),
         }
     });
     StreamReportsRequest {
@@ -119,6 +133,8 @@ fn report(live: &Live, identity: &Identity, sequence: u64) -> StreamReportsReque
         region: identity.region.clone(),
         probes: true,
         results: live.probes().take_results(),
+        traffic: Some(pulse.take_traffic()),
+        limits: pulse.take_limits(),
     }
 }
 

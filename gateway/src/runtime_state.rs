@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use weir_proto::latency;
 use weir_proto::v1::HealthState;
 
 use crate::balance::{RAMP, health_factor};
@@ -37,6 +38,7 @@ pub struct BackendRuntime {
     totals: TotalCounts,
     first_bytes: AtomicU64,
     first_byte_us: AtomicU64,
+    first_byte_counts: [AtomicU32; latency::INTERVALS],
     decoded_tokens: AtomicU64,
     decoded_us: AtomicU64,
 }
@@ -120,6 +122,7 @@ impl Default for BackendRuntime {
             totals: TotalCounts::default(),
             first_bytes: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
+            first_byte_counts: std::array::from_fn(|_| AtomicU32::new(0)),
             decoded_tokens: AtomicU64::new(0),
             decoded_us: AtomicU64::new(0),
         }
@@ -147,6 +150,7 @@ impl BackendRuntime {
     pub fn note_first_byte(&self, took: Duration) {
         self.first_bytes.fetch_add(1, Ordering::Relaxed);
         self.first_byte_us.fetch_add(micros(took), Ordering::Relaxed);
+        self.first_byte_counts[latency::interval(took)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// A stream ended well: so many tokens, so long after its first byte.
@@ -163,6 +167,14 @@ impl BackendRuntime {
         let count = self.first_bytes.swap(0, Ordering::Relaxed);
         let sum = self.first_byte_us.swap(0, Ordering::Relaxed);
         sum.checked_div(count).map(Duration::from_micros)
+    }
+
+    /// How many first bytes came within each of [`latency`]'s intervals since the last call, without trailing zeros.
+    pub fn take_first_byte_counts(&self) -> Vec<u32> {
+        let mut counts: Vec<u32> =
+            self.first_byte_counts.iter().map(|count| count.swap(0, Ordering::Relaxed)).collect();
+        counts.truncate(counts.iter().rposition(|count| *count > 0).map_or(0, |last| last + 1));
+        counts
     }
 
     /// Output tokens of streams that ended since the last call, and how long they took from their first bytes on.

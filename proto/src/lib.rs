@@ -4,9 +4,11 @@
 //! * [`envoy`]: the wire contract of Envoy's rate limit service.
 //! * [`resource`]: the same resources as values that hold only what is valid: defaults filled in, durations as
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
+//! * [`latency`]: the intervals in which latencies are counted.
 //! * [`status`]: gRPC errors that name the fields that are wrong.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
 
+pub mod latency;
 pub mod manifest;
 pub mod resource;
 pub mod status;

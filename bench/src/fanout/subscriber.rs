@@ -410,6 +410,7 @@ impl Reporting<'_> {
             probes: true,
             backends,
             results,
+            ..Default::default()
         };
         self.out.send(report).await.context("the stream ended")
     }

@@ -8,7 +8,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use weir_proto::resource::Name;
 use weir_proto::v1;
 
-use super::{Kind, WaitArgs, duration, health_url, name, positive};
+use super::{Kind, WaitArgs, duration, health_url, name, positive, wait};
+use crate::contexts;
 
 /// A resource, as KIND/NAME.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -235,4 +236,70 @@ impl UsageBy {
 pub struct BackupArgs {
     /// The file; refused when it is there already
     pub file: PathBuf,
+}
+
+/// How deep to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TierName {
+    /// Whether the server answers; costs nothing
+    Liveness,
+    /// Whether the model answers; costs one token
+    Readiness,
+    /// How fast it answers; may cost some hundred tokens
+    Deep,
+}
+
+impl TierName {
+    /// As the contract has it.
+    pub const fn tier(self) -> v1::ProbeTier {
+        match self {
+            Self::Liveness => v1::ProbeTier::Liveness,
+            Self::Readiness => v1::ProbeTier::Readiness,
+            Self::Deep => v1::ProbeTier::Deep,
+        }
+    }
+}
+
+/// A backend to look at.
+#[derive(Debug, Clone, Args)]
+pub struct ProbeArgs {
+    /// Its name
+    pub backend: String,
+    /// How deep
+    #[arg(long, value_enum, default_value_t = TierName::Liveness)]
+    pub tier: TierName,
+    /// How long to wait for the answers, at most 60s
+    #[arg(long, value_parser = wait, default_value = "10s", value_name = "DURATION")]
+    pub wait: Duration,
+}
+
+/// What to do with contexts.
+#[derive(Debug, Clone, Subcommand)]
+pub enum ContextCommand {
+    /// Show all contexts, and which one is in use
+    List,
+    /// Speak to this cluster from now on
+    Use {
+        /// Its name
+        #[arg(value_parser = contexts::name)]
+        name: String,
+    },
+    /// Make or replace a context of --server, --token-file, --ca, --cert and --key as given
+    Set {
+        /// Its name
+        #[arg(value_parser = contexts::name)]
+        name: String,
+        /// The variable that holds its token, where it is in no file
+        #[arg(long, value_name = "VARIABLE", conflicts_with = "token_file")]
+        token_env: Option<String>,
+        /// Speak to it from now on
+        #[arg(long = "use")]
+        switch: bool,
+    },
+    /// Forget a context
+    Delete {
+        /// Its name
+        #[arg(value_parser = contexts::name)]
+        name: String,
+    },
 }

@@ -42,6 +42,7 @@ fn request(args: &FileArgs, validate_only: bool) -> Result<v1::ApplyRequest, Err
         validate_only,
         allow_mass_removal: args.allow_mass_removal,
         request_id: request_id(),
+        take_over: args.take_over,
     })
 }
 

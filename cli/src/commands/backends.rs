@@ -15,7 +15,11 @@ use crate::tables;
 pub(super) async fn backends(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
     let backends = read(&client).await?;
-    io.result(|| table(&backends), || Value::Array(backends.iter().map(status_value).collect()))
+    let wide = io.wide();
+    io.result(
+        || if wide { table_wide(&backends) } else { table(&backends) },
+        || Value::Array(backends.iter().map(status_value).collect()),
+    )
 }
 
 pub(super) async fn why(cli: &Cli, io: &mut Io<'_>, backend: &str) -> Result<(), Error> {
@@ -68,6 +72,53 @@ pub(super) fn table(backends: &[v1::BackendStatus]) -> String {
         "FIRST BYTE",
         "TOKENS/S",
         "PROBED BY",
+        "EJECTED BY",
+        "SINCE",
+        "REASON",
+    ];
+    tables::table(&header, rows.collect())
+}
+
+/// The same, with what deep probes read and who makes them.
+fn table_wide(backends: &[v1::BackendStatus]) -> String {
+    let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |s| format!("{:.0}%", s * 100.0));
+    let rows = backends.iter().map(|b| {
+        let health = b.health.clone().unwrap_or_default();
+        vec![
+            b.backend.clone(),
+            b.pool.clone(),
+            state_text(b, &health),
+            or_dash(&health.rule),
+            b.weight.to_string(),
+            format!("{:.1}", b.effective_weight),
+            format!("{}/{}", b.in_flight, b.max_concurrency),
+            millis(b.first_byte_mean.as_ref()),
+            b.tokens_per_second.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.0}")),
+            share(b.cache_used),
+            b.queue.map_or_else(|| "-".to_owned(), |queue| queue.to_string()),
+            list(&probers(b, v1::ProbeTier::Liveness)),
+            list(&probers(b, v1::ProbeTier::Readiness)),
+            list(&probers(b, v1::ProbeTier::Deep)),
+            list(&b.ejected_by),
+            time(health.since.as_ref()),
+            or_dash(&health.reason),
+        ]
+    });
+    let header = [
+        "BACKEND",
+        "POOL",
+        "HEALTH",
+        "RULE",
+        "WEIGHT",
+        "EFFECTIVE",
+        "IN FLIGHT",
+        "FIRST BYTE",
+        "TOKENS/S",
+        "CACHE",
+        "QUEUE",
+        "LIVENESS BY",
+        "READINESS BY",
+        "DEEP BY",
         "EJECTED BY",
         "SINCE",
         "REASON",
@@ -218,7 +269,7 @@ fn event_value(event: &v1::HealthEvent) -> Value {
     })
 }
 
-fn millis(duration: Option<&prost_types::Duration>) -> String {
+pub(super) fn millis(duration: Option<&prost_types::Duration>) -> String {
     let duration = duration.and_then(|d| Duration::try_from(*d).ok());
     duration.map_or_else(|| "-".to_owned(), |d| format!("{} ms", d.as_millis()))
 }
@@ -227,11 +278,11 @@ fn list(items: &[String]) -> String {
     or_dash(&items.join(","))
 }
 
-fn or_dash(text: &str) -> String {
+pub(super) fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
-const fn tier_name(tier: v1::ProbeTier) -> &'static str {
+pub(super) const fn tier_name(tier: v1::ProbeTier) -> &'static str {
     match tier {
         v1::ProbeTier::Unspecified => "unspecified",
         v1::ProbeTier::Liveness => "liveness",
@@ -240,7 +291,7 @@ const fn tier_name(tier: v1::ProbeTier) -> &'static str {
     }
 }
 
-const fn health_name(state: v1::HealthState) -> &'static str {
+pub(super) const fn health_name(state: v1::HealthState) -> &'static str {
     match state {
         v1::HealthState::Unspecified | v1::HealthState::Unknown => "unknown",
         v1::HealthState::Healthy => "healthy",

@@ -14,7 +14,8 @@ use crate::tables;
 pub(super) async fn gateways(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
     let answer = read(&client).await?;
-    io.result(|| text(&answer), || value(&answer))
+    let wide = io.wide();
+    io.result(|| text(&answer, wide), || value(&answer))
 }
 
 pub(super) async fn read(client: &Client) -> Result<v1::ListGatewaysResponse, Error> {
@@ -114,10 +115,10 @@ const fn sync(state: v1::SyncState) -> &'static str {
     }
 }
 
-fn text(answer: &v1::ListGatewaysResponse) -> String {
+fn text(answer: &v1::ListGatewaysResponse, wide: bool) -> String {
     let rows = answer.gateways.iter().map(|g| {
         let behind = answer.revision.saturating_sub(g.applied_revision);
-        vec![
+        let mut row = vec![
             g.id.clone(),
             role(g).to_owned(),
             if g.region.is_empty() { "-".to_owned() } else { g.region.clone() },
@@ -126,9 +127,17 @@ fn text(answer: &v1::ListGatewaysResponse) -> String {
             behind.to_string(),
             ago(g.last_seen_time.as_ref()),
             g.build.clone(),
-        ]
+        ];
+        if wide {
+            let unanswered = g.unanswered_since.as_ref();
+            row.extend([g.incarnation.clone(), g.errors.len().to_string(), ago(unanswered)]);
+        }
+        row
     });
-    let header = ["GATEWAY", "ROLE", "REGION", "STATE", "REVISION", "BEHIND", "AGE", "BUILD"];
+    let mut header = vec!["GATEWAY", "ROLE", "REGION", "STATE", "REVISION", "BEHIND", "AGE", "BUILD"];
+    if wide {
+        header.extend(["INCARNATION", "REFUSES", "UNANSWERED FOR"]);
+    }
     let mut text = tables::table(&header, rows.collect());
     for gateway in &answer.gateways {
         for error in &gateway.errors {

@@ -48,7 +48,7 @@ pub(super) async fn describe(
 ) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
     let resource = read(&client, kind, name).await?;
-    if io.format != OutputFormat::Table {
+    if !matches!(io.format, OutputFormat::Table | OutputFormat::Wide) {
         return io.resources(kind, &[resource]);
     }
     io.out.write_all(manifest::to_yaml_with_status(&[resource]).as_bytes())?;

@@ -21,7 +21,11 @@ pub(super) async fn watch(cli: &Cli, io: &mut Io<'_>, args: &WatchArgs) -> Resul
     while let Some(message) = client.heard(stream.message().await)? {
         match message.message {
             Some(Message::Event(event)) => {
-                let line = if io.format == OutputFormat::Table { text(&event) } else { value(&event) };
+                let line = if matches!(io.format, OutputFormat::Table | OutputFormat::Wide) {
+                    text(&event)
+                } else {
+                    value(&event)
+                };
                 io.out.write_all(line.as_bytes())?;
                 io.out.flush()?;
             }

@@ -11,7 +11,7 @@ use tonic::codegen::Service;
 use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 
-use super::{Authority, Caller, needs, opens, role_name};
+use super::{Authority, Caller};
 use crate::tls::Peer;
 
 /// Who can reach a service.
@@ -42,27 +42,7 @@ impl<S> Gated<S> {
         }
         let metadata = MetadataMap::from_headers(request.headers().clone());
         let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.as_ref());
-        let caller = self.authority.identify(&metadata, peer)?;
-        let path = request.uri().path();
-        // A method that nobody has thought about is nobody's.
-        let needed = needs(path).ok_or_else(|| Status::unimplemented("there is no such method"))?;
-        if opens(caller.role, needed) {
-            return Ok(Some(caller));
-        }
-        let method = path.rsplit('/').next().unwrap_or_default();
-        tracing::warn!(
-            target: "weir::audit",
-            actor = &*caller.name,
-            role = role_name(caller.role),
-            method,
-            "refused: the role does not allow this"
-        );
-        Err(Status::permission_denied(format!(
-            "{method} needs the role {}, and {} is {}",
-            role_name(needed),
-            caller.name,
-            role_name(caller.role)
-        )))
+        self.authority.authorise(&metadata, peer, request.uri().path()).map(Some)
     }
 }
 

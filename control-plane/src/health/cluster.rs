@@ -227,14 +227,26 @@ impl Cluster {
         if asked.is_empty() {
             return;
         }
+        self.order(backend, tier, asked.into_iter().collect());
+    }
+
+    /// Has those who look at a backend anyway look now, whatever is thought of it; says who they are.
+    pub(crate) fn look(&mut self, backend: &str, tier: Tier) -> BTreeSet<Vantage> {
+        let vantages: BTreeSet<Vantage> = self
+            .probers
+            .get(backend)
+            .map(|probers| probers.of(tier).iter().cloned().collect())
+            .unwrap_or_default();
+        if !vantages.is_empty() {
+            self.order(backend, tier, vantages.clone());
+        }
+        vantages
+    }
+
+    fn order(&mut self, backend: &str, tier: Tier, vantages: BTreeSet<Vantage>) {
         self.last_order += 1;
         self.generation += 1;
-        self.orders.push(Order {
-            serial: self.last_order,
-            backend: backend.to_owned(),
-            tier,
-            vantages: asked.into_iter().collect(),
-        });
+        self.orders.push(Order { serial: self.last_order, backend: backend.to_owned(), tier, vantages });
     }
 
     /// Whether anybody lost its vote.

@@ -80,10 +80,30 @@ fn masked(
     v1::Resource::decode(&*whole.encode()).map(|resource| resource.spec).map_err(|e| unreadable(&e))
 }
 
-/// The edits of an apply: every resource given, marked with its set, and the deletion of what the set had besides.
-pub(crate) fn apply_edits(state: &State, given: &[v1::Resource], set: &str, prune: bool) -> Vec<Edit> {
+/// The set of the resources that a store began with. Whoever applies one of them first has it.
+pub(crate) const BOOTSTRAP_SET: &str = "bootstrap";
+
+/// The edits of an apply: every resource given, marked with its set, and the deletion of what the set had besides. What
+/// belongs to another set is refused unless it is to be taken over: two sets would overwrite each other in turn.
+pub(crate) fn apply_edits(
+    state: &State,
+    given: &[v1::Resource],
+    set: &str,
+    prune: bool,
+    take_over: bool,
+) -> Result<Vec<Edit>, Refusal> {
     let keys: std::collections::BTreeSet<Key> =
         given.iter().map(|resource| Key::new(kind_of(resource), &resource.name)).collect();
+    if !take_over {
+        let owner = |key: &Key| state.get(key).map_or("", |stored| stored.wire.apply_set.as_str());
+        let owned = keys.iter().map(|key| (key, owner(key)));
+        let others = owned.filter(|(_, owner)| !["", set, BOOTSTRAP_SET].contains(owner));
+        let conflicts: Vec<(Key, String)> =
+            others.map(|(key, owner)| (key.clone(), owner.to_owned())).collect();
+        if !conflicts.is_empty() {
+            return Err(Refusal::OtherSets { conflicts, set: set.to_owned() });
+        }
+    }
     let put = |resource: &v1::Resource| {
         Edit::Put(Box::new(v1::Resource { apply_set: set.to_owned(), ..resource.clone() }))
     };
@@ -96,5 +116,5 @@ pub(crate) fn apply_edits(state: &State, given: &[v1::Resource], set: &str, prun
             .map(|(key, _)| Edit::Delete(key.clone()));
         edits.extend(gone);
     }
-    edits
+    Ok(edits)
 }

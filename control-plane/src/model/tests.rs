@@ -132,10 +132,23 @@ fn pruning_takes_only_what_is_of_the_set() {
     let mut mine = pool("mine");
     mine.apply_set = "s".into();
     let state = state(&[mine, pool("single"), v1::Resource { apply_set: "t".into(), ..pool("theirs") }]);
-    let edits = apply_edits(&state, &[pool("new")], "s", true);
+    let edits = apply_edits(&state, &[pool("new")], "s", true, false).unwrap();
     let plan = plan(&state, edits, Options::default()).unwrap();
     let steps: Vec<_> = plan.steps.iter().map(|s| (&*s.key.name, s.action)).collect();
     assert_eq!(steps, [("new", v1::ChangeAction::Create), ("mine", v1::ChangeAction::Delete)]);
+}
+
+#[test]
+fn what_is_of_another_set_is_taken_over_only_when_that_is_meant() {
+    let of = |set: &str, name: &str| v1::Resource { apply_set: set.into(), ..pool(name) };
+    let state = state(&[of("theirs", "a"), of("", "b"), of("bootstrap", "c"), of("mine", "d")]);
+    let free = ["b", "c", "d", "new"].map(pool);
+    assert_eq!(apply_edits(&state, &free, "mine", true, false).unwrap().len(), 4);
+    let all = ["a", "b"].map(pool);
+    let refused = apply_edits(&state, &all, "mine", false, false).unwrap_err().to_string();
+    let said = "pool a belongs to the set theirs; to take them over into mine, apply with take_over";
+    assert_eq!(refused, said);
+    assert_eq!(apply_edits(&state, &all, "mine", false, true).unwrap().len(), 2);
 }
 
 #[test]

@@ -36,7 +36,7 @@ impl StoreConfig {
 pub struct Config {
     /// Where the gRPC services listen: 127.0.0.1:7070.
     pub listen: SocketAddr,
-    /// Where the operations pages listen: 127.0.0.1:7080.
+    /// Where the live page and the operations pages listen: 127.0.0.1:7080.
     pub http_listen: SocketAddr,
     /// Where resources are kept.
     pub store: StoreConfig,

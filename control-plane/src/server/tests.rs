@@ -4,6 +4,7 @@ mod access;
 mod admin;
 mod audit;
 mod gateways;
+mod page;
 mod probing;
 mod random;
 mod tls;

@@ -5,6 +5,7 @@ mod backup;
 mod calls;
 mod health;
 mod operations;
+mod probe;
 mod tokens;
 mod view;
 mod watch;
@@ -90,6 +91,7 @@ methods! {
     list_gateways, "ListGateways", ListGatewaysRequest -> ListGatewaysResponse;
     list_backend_status, "ListBackendStatus", ListBackendStatusRequest -> ListBackendStatusResponse;
     explain_backend, "ExplainBackend", ExplainBackendRequest -> ExplainBackendResponse;
+    probe_backend, "ProbeBackend", ProbeBackendRequest -> ProbeBackendResponse;
     list_health_events, "ListHealthEvents", ListHealthEventsRequest -> ListHealthEventsResponse;
     wait_applied, "WaitApplied", WaitAppliedRequest -> WaitAppliedResponse;
     history, "History", HistoryRequest -> HistoryResponse;

@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) initial_syncs: Arc<Semaphore>,
     /// Places for those who watch.
     pub(crate) watches: Arc<Semaphore>,
+    /// Places for probes on demand.
+    pub(crate) probes: Arc<Semaphore>,
     /// Streams are tasks of their own; the end waits for them.
     pub(crate) tasks: TaskTracker,
     /// Ends every stream.
@@ -103,6 +105,7 @@ impl From<Refusal> for Status {
             Refusal::EtagMismatch { .. } => (Code::Aborted, "ETAG_MISMATCH"),
             Refusal::Referred { .. } => (Code::FailedPrecondition, "REFERRED_TO"),
             Refusal::MassRemoval { .. } => (Code::FailedPrecondition, "MASS_REMOVAL"),
+            Refusal::OtherSets { .. } => (Code::FailedPrecondition, "OTHER_SET"),
             Refusal::Precondition(_) => (Code::FailedPrecondition, "PRECONDITION"),
         };
         with_reason(code, message, reason)

@@ -23,7 +23,7 @@ pub(crate) const fn tier(tier: Tier) -> v1::ProbeTier {
     }
 }
 
-const fn tier_of(wire: v1::ProbeTier) -> Option<Tier> {
+pub(crate) const fn tier_of(wire: v1::ProbeTier) -> Option<Tier> {
     match wire {
         v1::ProbeTier::Unspecified => None,
         v1::ProbeTier::Liveness => Some(Tier::Liveness),
@@ -32,7 +32,7 @@ const fn tier_of(wire: v1::ProbeTier) -> Option<Tier> {
     }
 }
 
-const fn outcome(outcome: Outcome) -> v1::ProbeOutcome {
+pub(crate) const fn outcome(outcome: Outcome) -> v1::ProbeOutcome {
     use v1::ProbeOutcome as W;
     match outcome {
         Outcome::Pass => W::Pass,

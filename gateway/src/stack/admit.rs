@@ -73,6 +73,7 @@ impl Call<'_> {
             metrics.wait.get_or_create(&labels).observe(waited.as_secs_f64());
             metrics.queue_ahead.observe(ahead as f64);
         }
+        metrics.pulse.decided(&entries, &decision);
         if let Some(context) = slot {
             context.limits = refusal::shown(&decision);
         }

@@ -101,3 +101,86 @@ async fn the_operations_pages_answer() {
     }
     plane.stop().await;
 }
+
+#[tokio::test]
+async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
+    let well = Arc::new(AtomicBool::new(true));
+    let addr = server(well.clone()).await;
+    let plane =
+        Plane::memory(vec![quick_pool(), model("m", "p"), backend("b", "p", "m", &format!("http://{addr}"))])
+            .await;
+    let mut admin = plane.admin().await;
+    let ask = |tier: v1::ProbeTier| v1::ProbeBackendRequest {
+        backend: "b".into(),
+        tier: tier.into(),
+        timeout: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
+    };
+    let alone = admin.probe_backend(ask(v1::ProbeTier::Unspecified)).await.unwrap().into_inner();
+    let seen: Vec<_> = alone.looks.iter().map(|look| (look.vantage.as_str(), look.outcome())).collect();
+    assert_eq!((seen[0], alone.pending.len()), (("control-plane", v1::ProbeOutcome::Pass), 0));
+    assert_eq!(alone.status.unwrap().backend, "b");
+    let nobody = admin.probe_backend(ask(v1::ProbeTier::Readiness)).await.unwrap_err();
+    assert_eq!(nobody.code(), Code::FailedPrecondition, "{nobody}");
+
+    // A gateway that is there is asked, and answers as it does of its own.
+    let mut reports = ReportServiceClient::with_interceptor(plane.channel().await, Bearer(GATEWAY));
+    let (said, requests) = mpsc::channel(4);
+    let report = |sequence| v1::StreamReportsRequest {
+        gateway_id: "g".into(),
+        sequence,
+        probes: true,
+        ..Default::default()
+    };
+    said.send(report(1)).await.unwrap();
+    let mut heard = reports.stream_reports(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    soon(async {
+        while !heard
+            .message()
+            .await
+            .unwrap()
+            .unwrap()
+            .assignments
+            .is_some_and(|all| !all.assignments.is_empty())
+        {}
+    })
+    .await;
+    let asked = tokio::spawn({
+        let (mut admin, request) = (admin.clone(), ask(v1::ProbeTier::Readiness));
+        async move { admin.probe_backend(request).await.unwrap().into_inner() }
+    });
+    soon(async {
+        while !heard
+            .message()
+            .await
+            .unwrap()
+            .unwrap()
+            .orders
+            .iter()
+            .any(|o| o.tier() == v1::ProbeTier::Readiness)
+        {}
+    })
+    .await;
+    let result = v1::ProbeResult {
+        backend: "b".into(),
+        tier: v1::ProbeTier::Readiness.into(),
+        outcome: v1::ProbeOutcome::WrongModel.into(),
+        detail: "another model answers".into(),
+        ..Default::default()
+    };
+    said.send(v1::StreamReportsRequest { results: vec![result], ..report(2) }).await.unwrap();
+    let answer = soon(asked).await.unwrap();
+    let look = &answer.looks[0];
+    let saw = (look.vantage.as_str(), look.outcome(), look.detail.as_str());
+    assert_eq!(saw, ("g", v1::ProbeOutcome::WrongModel, "another model answers"));
+
+    // Who does not answer in time is named.
+    let soon_over = v1::ProbeBackendRequest {
+        timeout: Some(prost_types::Duration { seconds: 0, nanos: 50_000_000 }),
+        ..ask(v1::ProbeTier::Readiness)
+    };
+    let answer = admin.probe_backend(soon_over).await.unwrap().into_inner();
+    assert_eq!((answer.looks.len(), answer.pending), (0, vec!["g".to_owned()]));
+    let nowhere = v1::ProbeBackendRequest { backend: "nowhere".into(), ..ask(v1::ProbeTier::Liveness) };
+    assert_eq!(admin.probe_backend(nowhere).await.unwrap_err().code(), Code::NotFound);
+    plane.stop().await;
+}

@@ -151,7 +151,7 @@ impl Handle<v1::ApplyRequest> for Admin {
             return Err(invalid("apply_set", "must be at most 63 bytes"));
         }
         let plan = |state: &State| {
-            let edits = apply_edits(state, &request.resources, set, request.prune);
+            let edits = apply_edits(state, &request.resources, set, request.prune, request.take_over)?;
             plan(state, edits, options(request.allow_mass_removal, true))
         };
         let answer = |plan: &Plan, state: &State| v1::ApplyResponse {

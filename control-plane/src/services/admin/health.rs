@@ -19,7 +19,7 @@ impl Handle<v1::ListBackendStatusRequest> for Admin {
 
 impl Admin {
     /// A backend as the cluster sees it.
-    fn status(&self, stored: &Stored) -> Option<v1::BackendStatus> {
+    pub(crate) fn status(&self, stored: &Stored) -> Option<v1::BackendStatus> {
         let Spec::Backend(spec) = &stored.checked.spec else { return None };
         let (shared, name) = (&self.0, &stored.wire.name);
         let health =

@@ -1,0 +1,241 @@
+//! Contexts: named clusters, so that nobody types addresses and token files. Kept in one file that only its owner reads.
+//! A token is never in it: a context says where the token is.
+//!
+//! A context is used as a whole or not at all. Who names a server, by flag or variable, uses none: the token of one
+//! cluster must never go to another.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use serde_json::{Value, json};
+
+use crate::args::{Cli, Server};
+use crate::error::Error;
+
+/// Longest name of a context.
+const NAME_MAX: usize = 63;
+
+/// One cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Context {
+    pub(crate) server: String,
+    pub(crate) token: Option<TokenRef>,
+    pub(crate) ca: Option<PathBuf>,
+    pub(crate) cert: Option<PathBuf>,
+    pub(crate) key: Option<PathBuf>,
+}
+
+/// Where a token is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TokenRef {
+    /// In a file.
+    File(PathBuf),
+    /// In a variable of the environment.
+    Env(String),
+}
+
+impl std::fmt::Display for TokenRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Env(name) => write!(f, "env:{name}"),
+        }
+    }
+}
+
+impl FromStr for TokenRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || "must be file:PATH or env:NAME; a token itself is never kept here".to_owned();
+        match text.split_once(':') {
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("env", name))
+                if !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') =>
+            {
+                Ok(Self::Env(name.to_owned()))
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+/// All there are, and the one in use.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Contexts {
+    pub(crate) current: Option<String>,
+    pub(crate) all: BTreeMap<String, Context>,
+}
+
+/// Where they are: `WEIR_CONFIG`, or `weir/contexts.json` where the user's configuration is.
+pub(crate) fn path() -> Result<PathBuf, Error> {
+    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || var("HOME").map(|home| home.join(".config"));
+    var("WEIR_CONFIG")
+        .or_else(|| Some(var("XDG_CONFIG_HOME").or_else(home)?.join("weir/contexts.json")))
+        .ok_or_else(|| Error::Setting("there is no home directory; set WEIR_CONFIG to a file".to_owned()))
+}
+
+/// Fills in what neither flags nor variables say.
+///
+/// # Errors
+/// When a context is named that is not there, or the file cannot be read.
+pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
+    let given = matches.value_source("server").is_some_and(|source| source != ValueSource::DefaultValue);
+    if cli.context.is_none() && given {
+        return Ok(());
+    }
+    let contexts = match path() {
+        Ok(path) => Contexts::read(&path)?,
+        // Without a home there is no context, which matters only to those who ask for one.
+        Err(_) if cli.context.is_none() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let Some(name) = cli.context.as_ref().or(contexts.current.as_ref()) else { return Ok(()) };
+    if given {
+        return Err(Error::Setting(
+            "--context and a server of its own (--server, WEIR_SERVER) exclude each other".into(),
+        ));
+    }
+    let context = contexts.all.get(name).ok_or_else(|| {
+        Error::Setting(format!("there is no context {name}; weir context list shows those there are"))
+    })?;
+    cli.server = Server::from_str(&context.server).map_err(Error::Setting)?;
+    // What the person says now counts more than what was noted once.
+    if cli.token_file.is_none() && std::env::var_os("WEIR_TOKEN").is_none() {
+        match &context.token {
+            Some(TokenRef::File(path)) => cli.token_file = Some(path.clone()),
+            Some(TokenRef::Env(name)) => cli.token_env = Some(name.clone()),
+            None => {}
+        }
+    }
+    cli.ca = cli.ca.take().or_else(|| context.ca.clone());
+    if cli.cert.is_none() && cli.key.is_none() {
+        (cli.cert, cli.key) = (context.cert.clone(), context.key.clone());
+    }
+    Ok(())
+}
+
+impl Contexts {
+    /// None when there is no file.
+    pub(crate) fn read(path: &Path) -> Result<Self, Error> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text)
+                .ok_or_else(|| Error::Setting(format!("{} is not a file of contexts", path.display()))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(Error::File { path: path.display().to_string(), source }),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let value: Value = serde_json::from_str(text).ok()?;
+        let path = |value: &Value, field: &str| value.get(field).and_then(Value::as_str).map(PathBuf::from);
+        let mut all = BTreeMap::new();
+        for (name, value) in value.get("contexts")?.as_object()? {
+            let token = value.get("token").and_then(Value::as_str).map(str::parse).transpose().ok()?;
+            let context = Context {
+                server: value.get("server")?.as_str()?.to_owned(),
+                token,
+                ca: path(value, "ca"),
+                cert: path(value, "cert"),
+                key: path(value, "key"),
+            };
+            all.insert(name.clone(), context);
+        }
+        let current = value.get("current").and_then(Value::as_str).map(str::to_owned);
+        Some(Self { current, all })
+    }
+
+    /// As the file has it, and `-o json`.
+    pub(crate) fn value(&self) -> Value {
+        let rows = self.all.iter().map(|(name, context)| {
+            let mut row = json!({ "server": context.server });
+            let mut add = |field: &str, value: Option<String>| {
+                if let Some(value) = value {
+                    row[field] = value.into();
+                }
+            };
+            let text = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+            add("token", context.token.as_ref().map(ToString::to_string));
+            add("ca", text(&context.ca));
+            add("cert", text(&context.cert));
+            add("key", text(&context.key));
+            (name.clone(), row)
+        });
+        json!({ "current": self.current, "contexts": rows.collect::<serde_json::Map<_, _>>() })
+    }
+
+    /// Replaces the file in one step; only its owner can read it.
+    pub(crate) fn write(&self, path: &Path) -> Result<(), Error> {
+        let failed = |source| Error::Write { path: path.display().to_string(), source };
+        let directory =
+            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(directory).map_err(failed)?;
+        // A temporary file is made with mode 0600, and keeps it.
+        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
+        writeln!(file, "{:#}", self.value()).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(path).map_err(|e| failed(e.error))?;
+        Ok(())
+    }
+}
+
+/// A name that can be typed and printed.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    let fits = (1..=NAME_MAX).contains(&text.len());
+    if fits && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+        return Ok(text.to_owned());
+    }
+    Err("must be 1 to 63 letters, digits, '-', '_' or '.'".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use clap::{CommandFactory as _, FromArgMatches as _};
+
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again_and_only_its_owner_reads_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("deep/contexts.json");
+        assert_eq!(Contexts::read(&path).expect("none"), Contexts::default());
+        let context = Context {
+            server: "https://weir.example:7070".into(),
+            token: Some(TokenRef::File("/run/secrets/token".into())),
+            ca: Some("/etc/ca.pem".into()),
+            cert: None,
+            key: None,
+        };
+        let contexts = Contexts { current: Some("prod".into()), all: [("prod".to_owned(), context)].into() };
+        contexts.write(&path).expect("written");
+        assert_eq!(Contexts::read(&path).expect("read"), contexts);
+        let mode = std::fs::metadata(&path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::write(&path, "{").expect("written");
+        assert!(Contexts::read(&path).is_err());
+    }
+
+    #[test]
+    fn a_token_is_a_reference() {
+        assert_eq!("env:PROD_TOKEN".parse(), Ok(TokenRef::Env("PROD_TOKEN".into())));
+        for wrong in ["s3cr3t", "file:", "env:", "env:A B", "vault:x"] {
+            assert!(wrong.parse::<TokenRef>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn who_names_a_server_uses_no_context() {
+        let matches =
+            Cli::command().try_get_matches_from(["weir", "whoami", "--server", "h:1"]).expect("valid");
+        let mut cli = Cli::from_arg_matches(&matches).expect("valid");
+        fill(&mut cli, &matches).expect("nothing to do");
+        assert_eq!((cli.server.as_str(), cli.token_file, cli.token_env), ("http://h:1", None, None));
+    }
+}

@@ -1,0 +1,72 @@
+//! Probe now: those who look at a backend anyway look at once, and the caller is told what each saw.
+
+use std::sync::Arc;
+
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, timeout_at};
+use tonic::Status;
+use weir_proto::v1::{self, ResourceKind, probe_backend_response};
+
+use super::view::wait_limit;
+use super::{Admin, Handle};
+use crate::health::Tier;
+use crate::model::{Key, Refusal};
+use crate::verdicts::{Look, view};
+
+/// Looks in one answer at most.
+const LOOKS_MAX: usize = 64;
+
+impl Handle<v1::ProbeBackendRequest> for Admin {
+    type Answer = v1::ProbeBackendResponse;
+
+    async fn do_call(&self, request: v1::ProbeBackendRequest) -> Result<Self::Answer, Status> {
+        let deadline = Instant::now() + wait_limit(request.timeout)?;
+        let tier = view::tier_of(request.tier()).unwrap_or(Tier::Liveness);
+        let key = Key::new(ResourceKind::Backend, &request.backend);
+        let name = request.backend.as_str();
+        if self.0.catalog.state().get(&key).is_none() {
+            return Err(Refusal::NotFound(key).into());
+        }
+        let _place = self.0.probes.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted("too many backends are being probed on demand; try again in a moment")
+        })?;
+        let (mut pending, mut heard) = self.0.verdicts.look(name, tier).ok_or_else(|| {
+            Refusal::Precondition(format!("{key} is disabled, so nobody looks at it; enable it first"))
+        })?;
+        if pending.is_empty() {
+            let why = "no gateway is connected, and the control plane looks at liveness only";
+            return Err(Refusal::Precondition(why.to_owned()).into());
+        }
+        let mut looks = Vec::new();
+        while !pending.is_empty() && looks.len() < LOOKS_MAX {
+            let look = tokio::select! {
+                () = self.0.stop.cancelled() => break,
+                look = timeout_at(deadline, heard.recv()) => look,
+            };
+            match look {
+                Ok(Ok(look)) if look.backend == name && look.seen.tier == tier => {
+                    pending.remove(&look.vantage);
+                    looks.push(told(&look));
+                }
+                Ok(Ok(_) | Err(RecvError::Lagged(_))) => {}
+                Ok(Err(RecvError::Closed)) | Err(_) => break,
+            }
+        }
+        let state = self.0.catalog.state();
+        Ok(v1::ProbeBackendResponse {
+            looks,
+            pending: pending.iter().map(ToString::to_string).collect(),
+            status: state.get(&key).and_then(|stored| self.status(stored)),
+        })
+    }
+}
+
+fn told(look: &Arc<Look>) -> probe_backend_response::Look {
+    probe_backend_response::Look {
+        vantage: look.vantage.to_string(),
+        tier: view::tier(look.seen.tier).into(),
+        outcome: view::outcome(look.seen.outcome).into(),
+        detail: look.seen.detail.clone(),
+        latency: look.seen.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
+    }
+}
