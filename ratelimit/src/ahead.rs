@@ -329,7 +329,8 @@ impl<L: Limiter + 'static> Limiter for Ahead<L> {
         if scopes.is_empty() && call.candidates.is_empty() {
             return Ok(inner.whole(call, &partly.took, None));
         }
-        let part = Acquire { scopes, ..call.clone() };
+        // On the heap: futures that hold a call each would grow with every layer.
+        let part = Box::new(Acquire { scopes, ..call.clone() });
         match inner.store.acquire(&part).await {
             Ok(decision) => {
                 let whole = inner.whole(call, &partly.took, Some(decision));
@@ -386,7 +387,8 @@ impl<L: Limiter + 'static> Limiter for Ahead<L> {
         let mut settled = Settled { applied: first, limits: Vec::new(), now_us: 0 };
         // Usage is the store's also where nothing else is: it recognises the id.
         if !alone || call.usage.is_some() {
-            let of_rest = inner.store.settle(&Settle { scopes, ..call.clone() }).await?;
+            let part = Box::new(Settle { scopes, ..call.clone() });
+            let of_rest = inner.store.settle(&part).await?;
             settled.applied = of_rest.applied || (alone && first);
             settled.limits = of_rest.limits;
             settled.now_us = of_rest.now_us;

@@ -169,7 +169,8 @@ impl Call<'_> {
             Some(refusal) => Ok(refusal),
             None => {
                 let before = ledger.denials.before(&call);
-                let decision = ledger.limiter.acquire(&call).await;
+                // On the heap: the request's future would hold all layers of the limiter.
+                let decision = Box::pin(ledger.limiter.acquire(&call)).await;
                 if let Ok(decision) = &decision {
                     ledger.denials.note(&call, decision, &before);
                 }

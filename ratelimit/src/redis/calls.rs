@@ -1,7 +1,7 @@
 //! One script call each: all keys share a slot, or there is but one server.
 
-use std::borrow::Cow;
 use std::hash::Hash;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,17 +20,34 @@ use crate::{
 /// Renewals in one script call; a longer list is cut so that no call holds the server for long.
 const RENEWALS_PER_CALL: usize = 256;
 
+/// What a caller lends, or what has to wait without its caller. Small, since futures hold it.
+pub(super) enum Held<'a, T> {
+    Lent(&'a T),
+    Own(Box<T>),
+}
+
+impl<T> Deref for Held<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        match self {
+            Held::Lent(lent) => lent,
+            Held::Own(own) => own,
+        }
+    }
+}
+
 /// An admission and where its reservation is kept.
 pub(super) struct Ask<'a> {
-    call: Cow<'a, Acquire>,
-    reservation: Cow<'a, Key>,
+    call: Held<'a, Acquire>,
+    reservation: Held<'a, Key>,
     life: Duration,
 }
 
 /// A settlement and where its reservation is kept.
 pub(super) struct End<'a> {
-    call: Cow<'a, Settle>,
-    reservation: Cow<'a, Key>,
+    call: Held<'a, Settle>,
+    reservation: Held<'a, Key>,
     life: Duration,
 }
 
@@ -63,9 +80,9 @@ impl<'a> Ask<'a> {
         (Under(&self.call.scopes), self.call.lease_ttl, self.life, self.reservation.tag(), place)
     }
 
-    fn into_owned(self) -> Ask<'static> {
-        let (call, reservation) = (self.call.into_owned(), self.reservation.into_owned());
-        Ask { call: Cow::Owned(call), reservation: Cow::Owned(reservation), life: self.life }
+    fn to_own(&self) -> Ask<'static> {
+        let (call, reservation) = (Box::new((*self.call).clone()), Box::new((*self.reservation).clone()));
+        Ask { call: Held::Own(call), reservation: Held::Own(reservation), life: self.life }
     }
 }
 
@@ -97,9 +114,9 @@ impl<'a> End<'a> {
         (Under(&self.call.scopes), self.life, self.reservation.tag(), place.map(Key::as_str), usage)
     }
 
-    fn into_owned(self) -> End<'static> {
-        let (call, reservation) = (self.call.into_owned(), self.reservation.into_owned());
-        End { call: Cow::Owned(call), reservation: Cow::Owned(reservation), life: self.life }
+    fn to_own(&self) -> End<'static> {
+        let (call, reservation) = (Box::new((*self.call).clone()), Box::new((*self.reservation).clone()));
+        End { call: Held::Own(call), reservation: Held::Own(reservation), life: self.life }
     }
 }
 
@@ -255,14 +272,12 @@ impl RedisLimiter {
         reservation: &Key,
         life: Duration,
     ) -> Result<Vec<i64>, Error> {
-        let ask = Ask { call: Cow::Borrowed(call), reservation: Cow::Borrowed(reservation), life };
+        let ask = Ask { call: Held::Lent(call), reservation: Held::Lent(reservation), life };
         if !self.merge {
             return self.inner.acquire_many(&[ask]).await;
         }
         let alike = self.acquires.alike(&ask.alike());
-        match self.acquires.enter(alike, call.id, || {
-            Ask { call: ask.call.clone(), reservation: ask.reservation.clone(), life }.into_owned()
-        }) {
+        match self.acquires.enter(alike, call.id, || ask.to_own()) {
             Entered::Now(_ticket) => self.inner.acquire_many(&[ask]).await,
             Entered::Later(reply) => self.later(reply).await,
         }
@@ -274,12 +289,10 @@ impl RedisLimiter {
         reservation: &Key,
         life: Duration,
     ) -> Result<Settled, Error> {
-        let end = End { call: Cow::Borrowed(call), reservation: Cow::Borrowed(reservation), life };
+        let end = End { call: Held::Lent(call), reservation: Held::Lent(reservation), life };
         let reply = if self.merge {
             let alike = self.settles.alike(&end.alike());
-            match self.settles.enter(alike, call.id, || {
-                End { call: end.call.clone(), reservation: end.reservation.clone(), life }.into_owned()
-            }) {
+            match self.settles.enter(alike, call.id, || end.to_own()) {
                 Entered::Now(_ticket) => self.inner.settle_many(&[end]).await?,
                 Entered::Later(reply) => self.later(reply).await?,
             }

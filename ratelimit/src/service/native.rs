@@ -153,7 +153,8 @@ impl LimitService for Native {
         &self,
         request: Request<v1::SettleRequest>,
     ) -> Result<Response<v1::SettleResponse>, Status> {
-        self.counted("settle", self.do_settle(request.into_inner()), |_| false).await
+        let settled = Box::pin(self.do_settle(request.into_inner()));
+        self.counted("settle", settled, |_| false).await
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {

@@ -250,7 +250,7 @@ async fn merged_calls_are_decided_one_after_the_other() {
     let outcome = |decision: &Decision| match decision.outcome {
         Outcome::NoSlot { .. } => Outcome::NoSlot { wait: Duration::ZERO },
         Outcome::Limited { wait } => Outcome::Limited { wait: wait.map(|_| Duration::ZERO) },
-        granted => granted,
+        granted @ Outcome::Granted { .. } => granted,
     };
     let told = |limits: &[LimitState]| -> Vec<_> {
         limits.iter().map(|l| (l.what, l.remaining, std::mem::discriminant(&l.verdict))).collect()
