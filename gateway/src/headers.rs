@@ -44,6 +44,13 @@ const WITHHELD: [&str; 17] = [
     "x-request-id",
 ];
 
+/// Says how long a request waited in queues for a limit or a slot, in `x-weir-wait-ms`; nothing when it did not.
+pub fn write_wait(headers: &mut HeaderMap, waited: Duration) {
+    if !waited.is_zero() {
+        headers.insert("x-weir-wait-ms", HeaderValue::from(millis(waited)));
+    }
+}
+
 /// The headers of a request to a backend. The backend's own credential is added by the caller.
 pub fn to_backend(client: &HeaderMap) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(FORWARDED.len() + 4);

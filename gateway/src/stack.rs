@@ -79,6 +79,7 @@ pub async fn handle(
             let mut response = refusal_of(&error);
             if let Some(context) = &slot {
                 headers::write_limits(response.headers_mut(), &context.limits);
+                headers::write_wait(response.headers_mut(), context.waited);
             }
             response
         }
@@ -337,6 +338,7 @@ impl Call<'_> {
         let Won { answer, target, in_flight } = won;
         let mut context = slot.take().ok_or(GatewayError::Internal)?;
         context.note_first_byte();
+        let waited = context.waited;
         let request_id =
             HeaderValue::try_from(context.request_id.as_str()).map_err(|_| GatewayError::Internal)?;
         let prompt_tokens = self.prompt_tokens(&target.model);
@@ -369,6 +371,7 @@ impl Call<'_> {
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
                 refusal::write_limits(response.headers_mut(), &decision);
+                headers::write_wait(response.headers_mut(), waited);
                 Ok(response)
             }
             Answer::Stream { headers, first, rest } => {
@@ -383,6 +386,7 @@ impl Call<'_> {
                 // nginx and its like hold streams back unless told not to.
                 client_headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
                 refusal::write_limits(&mut client_headers, &decision);
+                headers::write_wait(&mut client_headers, waited);
                 let end = StreamEnd { admission, prompt_tokens, target, in_flight, context };
                 let stream = StreamBody::new(first, rest, Rewriter::new(plan), clocks, end);
                 let mut response = Response::new(Body::Stream(Box::pin(stream)));

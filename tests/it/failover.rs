@@ -190,6 +190,7 @@ async fn a_retry_that_finds_every_slot_taken_waits_for_one() {
     let endless = r#"{"model":"gpt-4.1","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
     let stream = gw.client.send(Method::POST, "/v1/chat/completions", endless).await;
     assert_eq!(stream.status(), StatusCode::OK);
+    assert!(!stream.headers().contains_key("x-weir-wait-ms"), "it did not wait");
     let taken = usize::from(mocks[1].handle.counters().in_flight == 1);
     let error = ErrorStatus { status: 500, probability: 1.0, retry_after_s: None };
     let other = &mocks[1 - taken].handle;
@@ -206,5 +207,7 @@ async fn a_retry_that_finds_every_slot_taken_waits_for_one() {
     drop(stream);
     let answer = retried.await.expect("answered");
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let waited = answer.headers["x-weir-wait-ms"].to_str().expect("text").parse::<u64>();
+    assert!(waited.is_ok_and(|ms| ms > 0), "{:?}", answer.headers);
     assert_eq!(other.counters().requests, 1, "it was served by the slot that came free");
 }
