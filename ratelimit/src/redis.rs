@@ -3,7 +3,7 @@
 //! A call goes to one of a few multiplexed connections (a lane each); whatever waits on a connection travels
 //! together, so callers pipeline each other without knowing. Scripts go by hash; a server that forgot them
 //! (restart, failover, flush) is sent the text once, by the call that noticed. Admissions, and settlements, under the
-//! same limits are merged into one call where they would queue up ([`merge`]). Every call has a deadline, after
+//! same limits are merged into one call where they would queue up. Every call has a deadline, after
 //! which its outcome is unknown; ids make a retry harmless.
 //!
 //! Needs Redis 7: scripts that free or credit are flagged to run even when memory is full.
