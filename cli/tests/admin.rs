@@ -491,5 +491,4 @@ async fn wide_shows_more_of_each() {
         "{out}"
     );
     assert!(weir(at, "gateways -o wide").await.1.contains("INCARNATION"));
-    assert!(weir(at, "backends -o wide").await.1.contains("READINESS BY"));
 }
