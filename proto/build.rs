@@ -16,6 +16,7 @@ const FILES: [&str; 7] = [
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=weir");
     println!("cargo::rerun-if-changed=envoy");
+    println!("cargo::rerun-if-changed=etcd");
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_imports(true).include_source_info(true).open_files(FILES)?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
@@ -23,5 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .bytes(".weir.v1.VersionedResource.body")
         .compile_fds(compiler.file_descriptor_set())?;
+    // Apart from the others: it is spoken to etcd, and served to nobody.
+    let mut etcd = protox::Compiler::new(["etcd"])?;
+    etcd.open_file("rpc.proto")?;
+    tonic_prost_build::configure().build_server(false).bytes(".").compile_fds(etcd.file_descriptor_set())?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`v1`]: what `weir/v1/*.proto` generates, nothing added.
 //! * [`envoy`]: the wire contract of Envoy's rate limit service.
+//! * [`etcd`]: the part of etcd's API that the control plane's store speaks.
 //! * [`resource`]: the same resources as values that hold only what is valid: defaults filled in, durations as
 //!   [`std::time::Duration`], names parsed. [`resource::Resource::try_from`] is the only judge of a wire resource.
 //! * [`latency`]: the intervals in which latencies are counted.
@@ -62,6 +63,18 @@ pub mod envoy {
             tonic::include_proto!("envoy.r#type.v3");
         }
     }
+}
+
+pub mod etcd {
+    //! Generated from `etcd/rpc.proto`.
+    #![allow(
+        missing_docs,
+        clippy::all,
+        clippy::pedantic,
+        unreachable_pub,
+        reason = "generated; documented in etcd's own files"
+    )]
+    tonic::include_proto!("etcdserverpb");
 }
 
 /// The compiled descriptors of every file, for gRPC reflection.

@@ -12,6 +12,7 @@ mod processes;
 mod ratelimit;
 mod redis_tls;
 mod stack;
+mod store;
 mod streaming;
 mod tls;
 mod usage;

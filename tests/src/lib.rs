@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod etcd;
 pub mod gate;
 pub mod limits;
 pub mod plane;

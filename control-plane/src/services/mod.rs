@@ -125,8 +125,19 @@ impl From<catalog::Error> for Status {
             catalog::Error::Store(store::Error::Conflict(_)) => {
                 with_reason(Code::Aborted, message, "CONFLICT")
             }
-            catalog::Error::Store(store::Error::Full) => {
+            catalog::Error::Store(store::Error::Full(_)) => {
                 with_reason(Code::ResourceExhausted, message, "STORE_FULL")
+            }
+            catalog::Error::Store(store::Error::TooLarge) => {
+                with_reason(Code::FailedPrecondition, message, "STORE_TOO_LARGE")
+            }
+            catalog::Error::Store(store::Error::Away { .. }) => {
+                tracing::error!(error = message, "a change failed");
+                with_reason(
+                    Code::Unavailable,
+                    "the store does not answer; see the control plane's log".into(),
+                    "STORE_AWAY",
+                )
             }
             catalog::Error::Store(_) => {
                 // The text may name paths of this machine; it is for the operator's log.

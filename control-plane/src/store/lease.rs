@@ -42,4 +42,12 @@ impl Leases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), grant);
         Ok(fencing)
     }
+
+    /// Ends it, if this holder has it.
+    pub(super) fn release(&self, name: &str, holder: &str) {
+        let mut grants = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if grants.get(name).is_some_and(|grant| grant.holder == holder) {
+            grants.remove(name);
+        }
+    }
 }

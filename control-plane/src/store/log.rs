@@ -17,6 +17,8 @@ struct Kept {
     /// The revision before the oldest batch.
     base: u64,
     batches: VecDeque<Arc<Batch>>,
+    /// Rises when the past is forgotten, which is no matter of revisions alone: they may have gone back.
+    generation: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -27,7 +29,7 @@ pub(super) struct Log {
 
 impl Log {
     pub(super) fn new(revision: u64) -> Self {
-        let kept = Kept { base: revision, batches: VecDeque::new() };
+        let kept = Kept { base: revision, batches: VecDeque::new(), generation: 0 };
         Self { kept: Arc::new(Mutex::new(kept)), newest: watch::Sender::new(revision) }
     }
 
@@ -50,16 +52,21 @@ impl Log {
         let mut kept = lock(&self.kept);
         kept.batches.clear();
         kept.base = revision;
+        kept.generation += 1;
         drop(kept);
         self.newest.send_replace(revision);
     }
 
     pub(super) fn watch(&self, from: u64) -> Result<Watch, Error> {
-        let base = lock(&self.kept).base;
+        let newest = self.newest.subscribe();
+        let kept = lock(&self.kept);
+        let (base, generation) = (kept.base, kept.generation);
+        drop(kept);
+        // It may be ahead: what was read from the store is newer than what has come in here.
         if from < base {
             return Err(Error::Compacted { from, oldest: base });
         }
-        Ok(Watch { cursor: from, newest: self.newest.subscribe(), log: Arc::clone(&self.kept) })
+        Ok(Watch { cursor: from, generation, newest, log: Arc::clone(&self.kept) })
     }
 }
 
@@ -71,6 +78,7 @@ fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
 #[derive(Debug)]
 pub struct Watch {
     cursor: u64,
+    generation: u64,
     newest: watch::Receiver<u64>,
     log: Arc<Mutex<Kept>>,
 }
@@ -82,7 +90,7 @@ impl Watch {
             self.newest.borrow_and_update();
             {
                 let kept = lock(&self.log);
-                if self.cursor < kept.base {
+                if self.cursor < kept.base || self.generation != kept.generation {
                     return Err(Error::Compacted { from: self.cursor, oldest: kept.base });
                 }
                 // Revisions are consecutive, so the position follows from the number.

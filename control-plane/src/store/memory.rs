@@ -108,4 +108,9 @@ impl Store for MemoryStore {
         }
         .boxed()
     }
+
+    fn release(&self, name: &str, holder: &str) -> Answer<'_, ()> {
+        self.leases.release(name, holder);
+        std::future::ready(Ok(())).boxed()
+    }
 }

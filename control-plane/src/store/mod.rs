@@ -3,18 +3,17 @@
 //! * [`Store::transact`] compares key revisions, then writes; all of it or nothing. Acknowledged means durable.
 //! * [`Store::range`] reads a prefix at the current revision.
 //! * [`Store::watch`] follows the revisions after a given one, each once and in order.
-//! * [`Store::lease`] elects a holder; its fencing number rises with every grant.
+//! * [`Store::lease`] elects a holder, until [`Store::release`]; its fencing number rises with every grant.
 //!
 //! The revision is one counter for the whole store and rises by one with every transaction. The epoch is made with
 //! the store: another epoch means another history.
 
 pub(crate) mod backup;
+mod etcd;
 mod lease;
 mod log;
 mod memory;
 mod redb;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -23,6 +22,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+pub use etcd::{EtcdConfig, EtcdStore};
 pub use log::Watch;
 pub use memory::MemoryStore;
 pub use redb::FileStore;
@@ -145,11 +145,25 @@ pub enum Error {
         /// What went wrong.
         reason: String,
     },
-    /// There is no room for the change; nothing was written, and what is there can be read.
+    /// There is no room for the change; nothing was written, and what is there can be read. Says what to do.
+    #[error("{0}, and changes work again; until then the store can only be read")]
+    Full(&'static str),
+    /// The change is larger than the store takes at once; nothing was written.
     #[error(
-        "the disk of the store is full: make room, and changes work again; until then it can only be read"
+        "the change is larger than etcd takes at once (1.5 MiB by default, with what the audit log keeps of it): make \
+         it in parts, or raise etcd's --max-request-bytes"
     )]
-    Full,
+    TooLarge,
+    /// It cannot be reached.
+    #[error(
+        "etcd at {at} does not answer: {reason}; see that a majority of its members run, and that --store names them"
+    )]
+    Away {
+        /// Its endpoints.
+        at: String,
+        /// What went wrong with the last one asked.
+        reason: String,
+    },
     /// A backup cannot be restored.
     #[error("cannot restore {path}: {reason}")]
     Restore {
@@ -177,4 +191,6 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Asks for the lease of a name, or renews it: who has it keeps its fencing number for another `ttl`. Who comes after
     /// its end gets a higher one. [`Error::Held`] while somebody else has it.
     fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease>;
+    /// Gives a lease back before its end, so that nobody has to wait for it. Nothing when the holder does not have it.
+    fn release(&self, name: &str, holder: &str) -> Answer<'_, ()>;
 }

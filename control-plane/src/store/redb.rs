@@ -28,6 +28,8 @@ const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters"
 /// Texts: the epoch.
 const TEXTS: TableDefinition<'_, &str, &str> = TableDefinition::new("texts");
 
+const NO_ROOM: &str = "the disk of the store is full: make room";
+
 /// Keeps everything in one file.
 #[derive(Debug, Clone)]
 pub struct FileStore {
@@ -98,7 +100,7 @@ impl FileStore {
                 "the store {} holds something already; move it away first",
                 path.display()
             ))),
-            Err(Failure::Database(e)) if is_full(&e) => Err(Error::Full),
+            Err(Failure::Database(e)) if is_full(&e) => Err(Error::Full(NO_ROOM)),
             Err(Failure::Database(e)) => Err(Error::Failed(e.to_string())),
             Err(Failure::Closed) => Err(refused("the new store cannot be opened".into())),
         }
@@ -112,7 +114,7 @@ impl FileStore {
         match tokio::task::spawn_blocking(move || work(&inner)).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(Failure::Conflict(key))) => Err(Error::Conflict(key)),
-            Ok(Err(Failure::Database(e))) if is_full(&e) => Err(Error::Full),
+            Ok(Err(Failure::Database(e))) if is_full(&e) => Err(Error::Full(NO_ROOM)),
             Ok(Err(Failure::Database(e))) => Err(Error::Failed(e.to_string())),
             Ok(Err(Failure::Closed)) => Err(Error::Failed("its file cannot be opened".into())),
             Err(e) => Err(Error::Failed(e.to_string())),
@@ -293,6 +295,11 @@ impl Store for FileStore {
             Ok(Lease { fencing: self.inner.leases.grant(&name, &holder, ttl, next)? })
         }
         .boxed()
+    }
+
+    fn release(&self, name: &str, holder: &str) -> Answer<'_, ()> {
+        self.inner.leases.release(name, holder);
+        std::future::ready(Ok(())).boxed()
     }
 }
 

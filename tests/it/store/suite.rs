@@ -1,32 +1,34 @@
-//! One suite for every store.
+//! What every store has to do, whatever it keeps things in.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::*;
+use bytes::Bytes;
+use weir_control_plane::store::{Compare, Entry, Error, Store, Transaction, Write};
 
 const WRITERS: u32 = 64;
 
-fn put(key: &str, value: &str) -> Write {
+pub(super) fn put(key: &str, value: &str) -> Write {
     Write::Put(key.into(), Bytes::copy_from_slice(value.as_bytes()))
 }
 
-fn transaction(compares: &[(&str, u64)], writes: Vec<Write>) -> Transaction {
+pub(super) fn transaction(compares: &[(&str, u64)], writes: Vec<Write>) -> Transaction {
     let compares =
         compares.iter().map(|(key, revision)| Compare { key: (*key).into(), revision: *revision }).collect();
     Transaction { compares, writes }
 }
 
-async fn conforms(store: Arc<dyn Store>) {
+pub(super) async fn conforms(store: Arc<dyn Store>) {
     compare_and_set(&*store).await;
+    the_last_write_of_a_key_counts(&*store).await;
     range_is_by_prefix_with_revisions(&*store).await;
     watch_is_in_order_and_once(&*store).await;
     writers_are_linearizable(store.clone()).await;
     watches_see_every_revision_once_across_reconnects(store.clone()).await;
-    compacted_when_too_old(&*store).await;
     leases_are_fenced(&*store).await;
 }
 
-async fn lease(store: &dyn Store, holder: &str, ttl: Duration) -> Result<u64, Error> {
+pub(super) async fn lease(store: &dyn Store, holder: &str, ttl: Duration) -> Result<u64, Error> {
     store.lease("aggregator", holder, ttl).await.map(|lease| lease.fencing)
 }
 
@@ -47,6 +49,15 @@ async fn leases_are_fenced(store: &dyn Store) {
     };
     assert!(second > first, "the old holder is fenced off");
     assert!(matches!(lease(store, "a", SHORT).await, Err(Error::Held(_))), "and has lost it");
+    store.release("aggregator", "a").await.unwrap();
+    assert!(
+        matches!(lease(store, "a", SHORT).await, Err(Error::Held(_))),
+        "nobody gives back another's lease"
+    );
+    store.release("aggregator", "b").await.unwrap();
+    let third = lease(store, "a", LONG).await.unwrap();
+    assert!(third > second, "what is given back is free at once, under a new number");
+    store.release("aggregator", "a").await.unwrap();
 }
 
 async fn compare_and_set(store: &dyn Store) {
@@ -56,6 +67,15 @@ async fn compare_and_set(store: &dyn Store) {
     assert_eq!(store.range("a/").await.unwrap().entries.len(), 1, "a refused transaction writes nothing");
     let second = store.transact(transaction(&[("a/1", first)], vec![put("a/1", "y")])).await.unwrap();
     assert_eq!(second, first + 1);
+}
+
+async fn the_last_write_of_a_key_counts(store: &dyn Store) {
+    let writes = vec![Write::Delete("twice".into()), put("twice", "1"), put("twice", "2")];
+    store.transact(transaction(&[], writes)).await.unwrap();
+    assert_eq!(store.range("twice").await.unwrap().entries[0].value, "2");
+    let writes = vec![put("twice", "3"), Write::Delete("twice".into())];
+    store.transact(transaction(&[], writes)).await.unwrap();
+    assert!(store.range("twice").await.unwrap().entries.is_empty());
 }
 
 async fn range_is_by_prefix_with_revisions(store: &dyn Store) {
@@ -147,87 +167,4 @@ async fn writers_are_linearizable(store: Arc<dyn Store>) {
         task.await.unwrap();
     }
     assert_eq!(store.range("counter").await.unwrap().entries[0].value, WRITERS.to_string());
-}
-
-async fn compacted_when_too_old(store: &dyn Store) {
-    let from = store.range("").await.unwrap().revision;
-    let mut watch = store.watch(from).unwrap();
-    // Only the memory store is fast enough to be flooded; a file has the same log.
-    if format!("{store:?}").starts_with("MemoryStore") {
-        for _ in 0..5000 {
-            store.transact(transaction(&[], vec![put("flood", "x")])).await.unwrap();
-        }
-        assert!(matches!(watch.next().await, Err(Error::Compacted { .. })));
-        assert!(matches!(store.watch(from), Err(Error::Compacted { .. })));
-    }
-}
-
-#[tokio::test]
-async fn memory_conforms() {
-    conforms(Arc::new(MemoryStore::default())).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn file_conforms_and_keeps_everything() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("made/for/it/store.redb");
-    let store = Arc::new(FileStore::open(&path).unwrap());
-    conforms(store.clone()).await;
-    assert!(matches!(FileStore::open(&path), Err(Error::Locked(_))), "a second holder is told so");
-    let before = store.range("").await.unwrap();
-    let fencing = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
-    drop(store);
-
-    let store = FileStore::open(&path).unwrap();
-    let after = store.range("").await.unwrap();
-    assert_eq!((after.revision, &after.epoch), (before.revision, &before.epoch));
-    assert_eq!(after.entries, before.entries);
-    // The file has one process at a time, so leases end with theirs; their numbers go on.
-    assert!(lease(&store, "c", Duration::from_secs(60)).await.unwrap() > fencing);
-    assert!(matches!(store.watch(0), Err(Error::Compacted { .. })));
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&path), 0o600);
-        assert_eq!(mode(path.parent().unwrap()), 0o700);
-    }
-}
-
-/// A file that ends too early, at any length, is opened with all that was acknowledged, or refused with its path.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_torn_tail_loses_nothing_acknowledged_or_is_refused() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("store.redb");
-    let store = FileStore::open(&path).unwrap();
-    for i in 0..50 {
-        store.transact(transaction(&[], vec![put(&format!("k{i}"), "v")])).await.unwrap();
-    }
-    // A copy taken while the store is open is what a power cut leaves.
-    let whole = std::fs::read(&path).unwrap();
-    drop(store);
-    let (mut opened, mut refused) = (0, 0);
-    for part in 0..=32 {
-        let torn = directory.path().join(format!("torn-{part}.redb"));
-        let length = whole.len() * part / 32;
-        std::fs::write(&torn, &whole[..length]).unwrap();
-        // An empty file is a new store: nothing was ever acknowledged by it.
-        if length == 0 {
-            continue;
-        }
-        match FileStore::open(&torn) {
-            Ok(store) => match store.range("k").await {
-                Ok(range) => {
-                    assert_eq!((range.entries.len(), range.revision), (50, 50), "at {length} bytes");
-                    opened += 1;
-                }
-                Err(_) => refused += 1,
-            },
-            Err(e) => {
-                assert!(e.to_string().contains("torn-"), "{e}");
-                refused += 1;
-            }
-        }
-    }
-    assert!(opened >= 1 && refused >= 1, "{opened} opened, {refused} refused");
 }

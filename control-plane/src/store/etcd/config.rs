@@ -1,0 +1,86 @@
+//! Where etcd is and how it is spoken to.
+
+use std::path::PathBuf;
+
+use weir_runtime::Secret;
+
+/// Keys begin with this when nothing else is said.
+const PREFIX: &str = "/weir";
+const FORM: &str = "etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX], or etcds:// for TLS";
+
+/// An etcd cluster and the place of a store in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdConfig {
+    /// `http://HOST:PORT` or `https://HOST:PORT` of each member; any of them may answer.
+    pub endpoints: Vec<String>,
+    /// What every key begins with: one etcd may hold several stores. Begins with a slash and does not end with one.
+    pub prefix: String,
+    /// As whom to speak to an etcd with authentication.
+    pub user: Option<String>,
+    /// That user's password.
+    pub password: Option<Secret>,
+    /// Who signs the members' certificates (PEM). `None`: who the system trusts.
+    pub ca: Option<PathBuf>,
+    /// Certificate and key (PEM) of this process, where etcd asks for one.
+    pub own: Option<(PathBuf, PathBuf)>,
+}
+
+impl EtcdConfig {
+    /// Reads `etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX]`; `etcds` stands for TLS. The error says what is wrong.
+    pub fn parse(url: &str) -> Result<Self, String> {
+        let (scheme, rest) = match url.split_once("://") {
+            Some(("etcd", rest)) => ("http", rest),
+            Some(("etcds", rest)) => ("https", rest),
+            _ => return Err(format!("'{url}' is not a store; it is written {FORM}")),
+        };
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (user, hosts) = match authority.rsplit_once('@') {
+            Some((user, _)) if user.contains(':') => {
+                return Err(
+                    "a password does not belong into the URL, where others read it; give it in a file, with \
+                            --store-password-file"
+                        .into(),
+                );
+            }
+            Some((user, hosts)) if !user.is_empty() => (Some(user.to_owned()), hosts),
+            Some(_) => return Err(format!("'{url}' has no user before the @; it is written {FORM}")),
+            None => (None, authority),
+        };
+        let endpoint = |host: &str| match host.rsplit_once(':') {
+            Some((name, port)) if !name.is_empty() && port.parse::<u16>().is_ok() => {
+                Ok(format!("{scheme}://{host}"))
+            }
+            _ => Err(format!("'{host}' is not HOST:PORT; a store is written {FORM}")),
+        };
+        let endpoints = hosts.split(',').map(endpoint).collect::<Result<Vec<_>, _>>()?;
+        let path = path.trim_matches('/');
+        let prefix = if path.is_empty() { PREFIX.to_owned() } else { format!("/{path}") };
+        Ok(Self { endpoints, prefix, user, password: None, ca: None, own: None })
+    }
+
+    /// The endpoints, for people.
+    pub(super) fn names(&self) -> String {
+        self.endpoints.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_names_members_user_and_prefix_and_is_refused_with_its_form() {
+        let one = EtcdConfig::parse("etcd://a:2379").unwrap();
+        assert_eq!((one.endpoints, one.prefix.as_str()), (vec!["http://a:2379".to_owned()], "/weir"));
+        let all = EtcdConfig::parse("etcds://weir@a:1,[::1]:2/teams/one/").unwrap();
+        assert_eq!(all.endpoints, ["https://a:1", "https://[::1]:2"]);
+        assert_eq!((all.prefix.as_str(), all.user.as_deref()), ("/teams/one", Some("weir")));
+        for wrong in
+            ["a:2379", "etcd://", "etcd://a", "etcd://a:b", "etcd://a:1,", "etcd://@a:1", "http://a:1"]
+        {
+            assert!(EtcdConfig::parse(wrong).unwrap_err().contains("etcd://[USER@]"), "{wrong}");
+        }
+        let refused = EtcdConfig::parse("etcd://weir:canary@a:1").unwrap_err();
+        assert!(refused.contains("--store-password-file") && !refused.contains("canary"), "{refused}");
+    }
+}
