@@ -22,15 +22,15 @@ pub use groups::{
 #[derive(Debug, Clone, Parser)]
 #[command(name = "weir", version = weir_runtime::version(), propagate_version = true, disable_help_subcommand = true)]
 pub struct Cli {
-    /// Address of the control plane
+    /// Address of the control plane; of several with one store all, with commas between: the first that answers is asked
     #[arg(
         long,
         global = true,
         env = "WEIR_SERVER",
         default_value = "http://127.0.0.1:7070",
-        value_name = "URL"
+        value_name = "URL[,URL...]"
     )]
-    pub server: Server,
+    pub server: Servers,
     /// File with the token of the control plane; takes precedence over WEIR_TOKEN
     #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
@@ -386,30 +386,42 @@ impl FromStr for Kind {
     }
 }
 
-/// The address of the control plane; http is meant when it names no scheme.
+/// The addresses of the control planes, at least one; http is meant where no scheme is named.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Server(String);
+pub struct Servers(Vec<String>);
 
-impl Server {
-    /// The address with its scheme.
-    pub fn as_str(&self) -> &str {
+impl Servers {
+    /// The addresses with their schemes.
+    pub fn all(&self) -> &[String] {
         &self.0
     }
 }
 
-impl FromStr for Server {
+impl std::fmt::Display for Servers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(","))
+    }
+}
+
+impl FromStr for Servers {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-        match full.parse::<http::Uri>() {
-            Ok(uri)
-                if matches!(uri.scheme_str(), Some("http" | "https"))
-                    && uri.authority().is_some_and(|a| !a.as_str().contains('@')) =>
-            {
-                Ok(Self(full))
-            }
-            _ => Err("must be an address such as http://127.0.0.1:7070".to_owned()),
+        text.split(',').map(|one| server(one.trim())).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+fn server(text: &str) -> Result<String, String> {
+    let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+    match full.parse::<http::Uri>() {
+        Ok(uri)
+            if matches!(uri.scheme_str(), Some("http" | "https"))
+                && uri.authority().is_some_and(|a| !a.as_str().contains('@')) =>
+        {
+            Ok(full)
+        }
+        _ => {
+            Err("must be an address such as http://127.0.0.1:7070, or several with commas between".to_owned())
         }
     }
 }

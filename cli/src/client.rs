@@ -1,9 +1,10 @@
-//! One connection to the control plane: the token on every call, a deadline, one retry.
+//! A connection to a control plane: the token on every call, a deadline, a retry, at the next one where there are several.
 
 use std::error::Error as _;
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tonic::metadata::{Ascii, MetadataValue};
@@ -29,7 +30,10 @@ pub(crate) enum Retry {
 
 /// The admin service.
 pub(crate) struct Client {
-    stub: AdminServiceClient<Channel>,
+    /// The one that answers, and its place among them all.
+    current: Mutex<(usize, AdminServiceClient<Channel>)>,
+    endpoints: Vec<Endpoint>,
+    /// All of them, for people.
     server: String,
     token: Option<MetadataValue<Ascii>>,
     timeout: Duration,
@@ -42,41 +46,37 @@ impl fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects; tries a second time after a moment, since a control plane may be restarting.
+    /// Connects to the first that answers; tries a second time after a moment, since a control plane may be restarting.
     pub(crate) async fn connect(cli: &Cli) -> Result<Self, Error> {
-        let server = cli.server.as_str().to_owned();
+        let server = cli.server.all().join(", ");
         let token = token(cli.token_file.as_deref(), cli.token_env.as_deref())?;
+        let endpoints =
+            cli.server.all().iter().map(|url| endpoint(cli, url)).collect::<Result<Vec<_>, _>>()?;
         let unreachable = |error: &(dyn std::error::Error + 'static)| Error::Unreachable {
             server: server.clone(),
             reason: deepest(error),
         };
-        let mut endpoint = Endpoint::from_shared(server.clone())
-            .map_err(|e| unreachable(&e))?
-            .connect_timeout(cli.timeout)
-            .user_agent(concat!("weir/", env!("CARGO_PKG_VERSION")))
-            .map_err(|e| unreachable(&e))?;
-        if server.starts_with("https://") {
-            let read = |path: &Path| {
-                std::fs::read(path).map_err(|source| Error::File { path: path.display().to_string(), source })
-            };
-            let mut tls = match &cli.ca {
-                Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
-                None => ClientTlsConfig::new().with_native_roots(),
-            };
-            if let (Some(cert), Some(key)) = (&cli.cert, &cli.key) {
-                tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
-            }
-            endpoint = endpoint.tls_config(tls).map_err(|e| unreachable(&e))?;
-        }
-        let channel = match endpoint.connect().await {
-            Ok(channel) => channel,
+        let current = match first(&endpoints, 0).await {
+            Ok(found) => found,
             Err(_) => {
                 tokio::time::sleep(RETRY_PAUSE).await;
-                endpoint.connect().await.map_err(|e| unreachable(&e))?
+                first(&endpoints, 0).await.map_err(|e| unreachable(&e))?
             }
         };
-        let stub = AdminServiceClient::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
-        Ok(Self { stub, server, token, timeout: cli.timeout })
+        Ok(Self { current: Mutex::new(current), endpoints, server, token, timeout: cli.timeout })
+    }
+
+    fn current(&self) -> (usize, AdminServiceClient<Channel>) {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Goes on with the next one that answers; with the same when none does.
+    async fn move_on(&self, from: usize) {
+        if self.endpoints.len() > 1
+            && let Ok(found) = first(&self.endpoints, from + 1).await
+        {
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = found;
+        }
     }
 
     /// Calls with the ordinary deadline.
@@ -102,18 +102,20 @@ impl Client {
         F: Fn(AdminServiceClient<Channel>, Request<Q>) -> Fut,
         Fut: Future<Output = Result<Response<A>, Status>>,
     {
-        let mut tries = if retry == Retry::Once { 2 } else { 1 };
+        let mut tries = if retry == Retry::Once { 1 + self.endpoints.len() } else { 1 };
         loop {
             tries -= 1;
+            let (at, stub) = self.current();
             let mut request = Request::new(message.clone());
             if let Some(token) = &self.token {
                 request.metadata_mut().insert("authorization", token.clone());
             }
-            let answer = tokio::time::timeout(timeout, method(self.stub.clone(), request)).await;
+            let answer = tokio::time::timeout(timeout, method(stub, request)).await;
             match answer {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) if status.code() == Code::Unavailable && tries > 0 => {
                     tokio::time::sleep(RETRY_PAUSE).await;
+                    self.move_on(at).await;
                 }
                 Ok(Err(status)) => return Err(self.refused(status)),
                 Err(_) => {
@@ -149,6 +151,51 @@ impl Client {
                 Error::Unreachable { server, reason: deepest(cause) }
             }
             _ => Error::Refused { server, status: Box::new(status) },
+        }
+    }
+}
+
+fn endpoint(cli: &Cli, url: &str) -> Result<Endpoint, Error> {
+    let unusable = |error: &(dyn std::error::Error + 'static)| Error::Unreachable {
+        server: url.to_owned(),
+        reason: deepest(error),
+    };
+    let endpoint = Endpoint::from_shared(url.to_owned())
+        .map_err(|e| unusable(&e))?
+        .connect_timeout(cli.timeout)
+        .user_agent(concat!("weir/", env!("CARGO_PKG_VERSION")))
+        .map_err(|e| unusable(&e))?;
+    if !url.starts_with("https://") {
+        return Ok(endpoint);
+    }
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|source| Error::File { path: path.display().to_string(), source })
+    };
+    let mut tls = match &cli.ca {
+        Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    if let (Some(cert), Some(key)) = (&cli.cert, &cli.key) {
+        tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+    }
+    endpoint.tls_config(tls).map_err(|e| unusable(&e))
+}
+
+/// The first that can be connected to, beginning with this one; the error of the last tried when there is none.
+async fn first(
+    endpoints: &[Endpoint],
+    from: usize,
+) -> Result<(usize, AdminServiceClient<Channel>), tonic::transport::Error> {
+    let mut tried = 1;
+    loop {
+        let at = (from + tried - 1) % endpoints.len();
+        match endpoints[at].connect().await {
+            Ok(channel) => {
+                let stub = AdminServiceClient::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
+                return Ok((at, stub));
+            }
+            Err(error) if tried == endpoints.len() => return Err(error),
+            Err(_) => tried += 1,
         }
     }
 }

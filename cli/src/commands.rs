@@ -88,11 +88,15 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
             let who = token::who_am_i(&client).await?;
             let role = token::role(who.role());
             io.result(
-                || format!("{} with the role {role}, at revision {}\n", who.name, who.revision),
+                || {
+                    // Of one alone it goes without saying; this is for several.
+                    let leads = if who.leads { "" } else { "; this control plane does not lead" };
+                    format!("{} with the role {role}, at revision {}{leads}\n", who.name, who.revision)
+                },
                 || {
                     serde_json::json!({
                         "name": who.name, "role": role, "build": who.build,
-                        "store_epoch": who.store_epoch, "revision": who.revision,
+                        "store_epoch": who.store_epoch, "revision": who.revision, "leads": who.leads,
                     })
                 },
             )?;

@@ -13,7 +13,7 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use serde_json::{Value, json};
 
-use crate::args::{Cli, Server};
+use crate::args::{Cli, Servers};
 use crate::error::Error;
 
 /// Longest name of a context.
@@ -104,7 +104,7 @@ pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
     let context = contexts.all.get(name).ok_or_else(|| {
         Error::Setting(format!("there is no context {name}; weir context list shows those there are"))
     })?;
-    cli.server = Server::from_str(&context.server).map_err(Error::Setting)?;
+    cli.server = Servers::from_str(&context.server).map_err(Error::Setting)?;
     // What the person says now counts more than what was noted once.
     if cli.token_file.is_none() && std::env::var_os("WEIR_TOKEN").is_none() {
         match &context.token {
@@ -236,6 +236,9 @@ mod tests {
             Cli::command().try_get_matches_from(["weir", "whoami", "--server", "h:1"]).expect("valid");
         let mut cli = Cli::from_arg_matches(&matches).expect("valid");
         fill(&mut cli, &matches).expect("nothing to do");
-        assert_eq!((cli.server.as_str(), cli.token_file, cli.token_env), ("http://h:1", None, None));
+        assert_eq!(
+            (cli.server.to_string(), cli.token_file, cli.token_env),
+            ("http://h:1".to_owned(), None, None)
+        );
     }
 }

@@ -24,7 +24,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 pub use args::{
     ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, ContextCommand, DrainArgs, FileArgs,
     GatewayCommand, KeyCommand, Kind, KnownEntry, OutputFormat, ProbeArgs, Reference, RoleName, RollbackArgs,
-    Server, TierName, TokenCommand, UsageArgs, UsageBy, WaitArgs, WatchArgs,
+    Servers, TierName, TokenCommand, UsageArgs, UsageBy, WaitArgs, WatchArgs,
 };
 pub use error::Error;
 pub use up::UpArgs;

@@ -350,6 +350,11 @@ impl Drop for Reporter {
 mod tests {
     use super::*;
 
+    /// One that leads.
+    fn alone() -> crate::leader::Leads {
+        watch::Sender::new(Some(1)).subscribe()
+    }
+
     fn report(sequence: u64, in_flight: u32) -> v1::StreamReportsRequest {
         let backend = v1::BackendReport { backend: "b".into(), in_flight, ..Default::default() };
         v1::StreamReportsRequest {
@@ -363,7 +368,7 @@ mod tests {
 
     #[tokio::test]
     async fn late_reports_are_dropped_and_data_goes_with_the_stream() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None), Presence::default());
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None, alone()), Presence::default());
         let old = fleet.join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) });
         let reporter = fleet.join(&report(0, 0));
         assert!(!old.report(&report(9, 9)), "a replaced stream");
@@ -380,7 +385,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_does_not_come_back_is_gone_and_who_does_is_not() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None), Presence::default());
+        let fleet = Fleet::new(Verdicts::new(Arc::default(), None, alone()), Presence::default());
         let (stop, mut departures) = (CancellationToken::new(), fleet.departures());
         let connected = Arc::new(std::sync::atomic::AtomicBool::new(true));
         let held = connected.clone();

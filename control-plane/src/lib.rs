@@ -11,6 +11,7 @@ mod catalog;
 mod encoding;
 mod fleet;
 mod health;
+mod leader;
 mod metrics;
 mod model;
 mod page;

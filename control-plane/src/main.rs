@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
-use weir_control_plane::store::FileStore;
+use weir_control_plane::store::{EtcdConfig, EtcdStore, FileStore};
 use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
 use weir_runtime::{Secret, exit, init_logs, shutdown_on_signals};
@@ -27,6 +27,22 @@ struct Args {
     /// Keep resources in memory only; they are gone with the process.
     #[arg(long, env = "WEIR_STORE_IN_MEMORY")]
     store_in_memory: bool,
+    /// Keep resources in etcd, for several control planes: etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX], etcds:// for TLS.
+    /// Without it they are in a file of the data directory, for one control plane.
+    #[arg(long, env = "WEIR_STORE", value_name = "URL", conflicts_with = "store_in_memory", value_parser = EtcdConfig::parse)]
+    store: Option<EtcdConfig>,
+    /// A file with the password of etcd's user. Also as WEIR_STORE_PASSWORD.
+    #[arg(long, env = "WEIR_STORE_PASSWORD_FILE", value_name = "FILE", requires = "store")]
+    store_password_file: Option<PathBuf>,
+    /// Who signs etcd's certificates (PEM); without it, who the system trusts.
+    #[arg(long, env = "WEIR_STORE_CA", value_name = "FILE", requires = "store")]
+    store_ca: Option<PathBuf>,
+    /// Certificate (PEM) to show to etcd.
+    #[arg(long, env = "WEIR_STORE_CERT", value_name = "FILE", requires = "store_key")]
+    store_cert: Option<PathBuf>,
+    /// Private key (PEM) of that certificate.
+    #[arg(long, env = "WEIR_STORE_KEY", value_name = "FILE", requires = "store_cert")]
+    store_key: Option<PathBuf>,
     /// Resources to start with, as `weir apply` reads them. Taken when the store has never held any, else ignored.
     #[arg(long, env = "WEIR_BOOTSTRAP", value_name = "FILE")]
     bootstrap: Option<PathBuf>,
@@ -59,6 +75,7 @@ fn main() -> ExitCode {
     if let Err(message) = init_logs(&args.log) {
         return failed(exit::CONFIG, &message);
     }
+    let restore = args.restore.clone();
     let config = match config(args) {
         Ok(config) => config,
         Err(message) => return failed(exit::CONFIG, &message),
@@ -67,13 +84,22 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(e) => return failed(exit::FAILED, &e.to_string()),
     };
-    match runtime.block_on(run(config)) {
+    match runtime.block_on(run(config, restore)) {
         Ok(()) => ExitCode::from(exit::DONE),
         Err(e) => failed(e.exit_code(), &e.to_string()),
     }
 }
 
-async fn run(config: Config) -> Result<(), weir_control_plane::Error> {
+async fn run(config: Config, restore: Option<PathBuf>) -> Result<(), weir_control_plane::Error> {
+    if let Some(from) = restore {
+        let revision = match &config.store {
+            StoreConfig::File(path) => FileStore::restore(path, &from)?,
+            StoreConfig::Etcd { etcd, .. } => EtcdStore::restore(etcd.clone(), &from).await?,
+            // Refused with the arguments.
+            StoreConfig::Memory => 0,
+        };
+        tracing::info!(revision, from = %from.display(), "the store is restored");
+    }
     let failed = |e: &dyn std::fmt::Display| weir_control_plane::Error::Failed(e.to_string());
     let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
     let mut running = ControlPlane::start(config, shutdown.clone()).await?;
@@ -88,13 +114,17 @@ async fn run(config: Config) -> Result<(), weir_control_plane::Error> {
 fn config(args: Args) -> Result<Config, String> {
     let store = if args.store_in_memory {
         StoreConfig::Memory
+    } else if let Some(etcd) = args.store {
+        let etcd = EtcdConfig {
+            password: token("store-password-file", args.store_password_file, "WEIR_STORE_PASSWORD")?,
+            ca: args.store_ca,
+            own: args.store_cert.zip(args.store_key),
+            ..etcd
+        };
+        StoreConfig::Etcd { etcd, data_dir: args.data_dir }
     } else {
         StoreConfig::File(args.data_dir.join("store.redb"))
     };
-    if let (Some(from), StoreConfig::File(path)) = (&args.restore, &store) {
-        let revision = FileStore::restore(path, from).map_err(|e| format!("--restore: {e}"))?;
-        tracing::info!(revision, from = %from.display(), "the store is restored");
-    }
     Ok(Config {
         listen: args.listen,
         http_listen: args.http_listen,
@@ -119,7 +149,7 @@ fn bootstrap(path: &Path) -> Result<Vec<v1::Resource>, String> {
     manifest::parse(&text, &name).map_err(|e| format!("--bootstrap: {e}"))
 }
 
-/// A token from its file or its variable. It is no flag: those are seen in the list of processes.
+/// A token or a password from its file or its variable. It is no flag: those are seen in the list of processes.
 fn token(flag: &str, file: Option<PathBuf>, variable: &str) -> Result<Option<Secret>, String> {
     let text = match file {
         Some(path) => {

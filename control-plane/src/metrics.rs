@@ -52,6 +52,8 @@ struct HealthEvent {
 pub(crate) struct Metrics {
     pub(crate) revision: Gauge,
     pub(crate) gateways: Gauge,
+    /// Whether this control plane leads.
+    pub(crate) leads: Gauge,
     /// How many revisions the connected gateway that is furthest behind has yet to acknowledge.
     pub(crate) applied_lag: Gauge,
     deltas: Counter,
@@ -78,6 +80,11 @@ impl Metrics {
             "weir_connected_gateways",
             "Gateways with a configuration stream",
             self.gateways.clone(),
+        );
+        registry.register(
+            "weir_control_plane_leads",
+            "1 while this control plane leads: its verdicts and assignments are followed",
+            self.leads.clone(),
         );
         registry.register(
             "weir_applied_lag_revisions",

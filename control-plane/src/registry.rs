@@ -43,6 +43,8 @@ struct Entry {
     answers: VecDeque<(u64, Instant)>,
     stale: bool,
     stream: u64,
+    /// It follows another control plane, and says here what it holds.
+    observer: bool,
     /// Ends the stream when another one of the same gateway takes over.
     replaced: CancellationToken,
     left: Option<Instant>,
@@ -68,8 +70,14 @@ impl Registry {
     }
 
     /// A gateway opened a stream. The newest stream of an id wins: an older one is a process that is gone, or a
-    /// connection whose end nobody noticed yet.
-    pub(crate) fn connect(&self, hello: &v1::Hello, held: &Held, applied_revision: u64) -> Connection {
+    /// connection whose end nobody noticed yet. But one that only observes has nothing to say beside the one of the same
+    /// process that is followed here: `None`.
+    pub(crate) fn connect(
+        &self,
+        hello: &v1::Hello,
+        held: &Held,
+        applied_revision: u64,
+    ) -> Option<Connection> {
         let replaced = CancellationToken::new();
         let mut gateways = self.gateways();
         gateways.streams += 1;
@@ -81,6 +89,12 @@ impl Registry {
             v1::SubscriberRole::LimitService => v1::SubscriberRole::LimitService,
         };
         let id = (role == v1::SubscriberRole::LimitService, hello.gateway_id.clone());
+        let follows = |entry: &Entry| {
+            !entry.observer && entry.left.is_none() && entry.gateway.incarnation == hello.incarnation
+        };
+        if hello.observer && gateways.by_id.get(&id).is_some_and(follows) {
+            return None;
+        }
         let gateway = v1::Gateway {
             id: hello.gateway_id.clone(),
             incarnation: hello.incarnation.clone(),
@@ -101,6 +115,7 @@ impl Registry {
             answers: VecDeque::from([(applied_revision, Instant::now())]),
             stale: false,
             stream,
+            observer: hello.observer,
             replaced: replaced.clone(),
             left: None,
         };
@@ -109,7 +124,7 @@ impl Registry {
         }
         drop(gateways);
         self.changed();
-        Connection { registry: self.clone(), id, stream, replaced }
+        Some(Connection { registry: self.clone(), id, stream, replaced })
     }
 
     /// Every gateway connected now or within the last hour, by id, against the newest revision.
@@ -283,8 +298,8 @@ mod tests {
     async fn the_newest_stream_wins_and_who_left_is_forgotten_after_an_hour() {
         let registry = Registry::default();
         let held = Held::default();
-        let first = registry.connect(&hello("1"), &held, 3);
-        let second = registry.connect(&hello("2"), &held, 4);
+        let first = registry.connect(&hello("1"), &held, 3).unwrap();
+        let second = registry.connect(&hello("2"), &held, 4).unwrap();
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
         first.acknowledged(9, &held);
         drop(first);
@@ -308,12 +323,28 @@ mod tests {
     }
 
     #[test]
+    fn who_follows_another_control_plane_is_counted_once_and_gives_way_to_its_own_stream() {
+        let registry = Registry::default();
+        let held = Held::default();
+        let observer = v1::Hello { observer: true, ..hello("1") };
+        let observing = registry.connect(&observer, &held, 3).unwrap();
+        observing.acknowledged(4, &held);
+        assert_eq!((registry.applied(4).applied, registry.applied(4).connected), (1, 1));
+        let following = registry.connect(&hello("1"), &held, 4).unwrap();
+        assert!(observing.replaced.is_cancelled());
+        assert!(registry.connect(&observer, &held, 4).is_none());
+        assert_eq!(registry.applied(4).connected, 1);
+        drop(following);
+        assert!(registry.connect(&observer, &held, 4).is_some(), "it moved on");
+    }
+
+    #[test]
     fn limit_services_are_counted_apart_from_gateways_of_the_same_name() {
         let registry = Registry::default();
         let held = Held::default();
-        let gateway = registry.connect(&hello("1"), &held, 3);
+        let gateway = registry.connect(&hello("1"), &held, 3).unwrap();
         let role = v1::SubscriberRole::LimitService.into();
-        let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2);
+        let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2).unwrap();
         assert!(!gateway.replaced.is_cancelled());
         assert_eq!(registry.connected(), (1, Some(2)), "a limit service is not counted as a gateway");
         let applied = registry.applied(3);

@@ -24,6 +24,7 @@ use weir_runtime::{Readiness, Secret, ServerTls, serve_ops_with};
 use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
+use crate::leader::Candidate;
 use crate::metrics::Metrics;
 use crate::model::{BOOTSTRAP_SET, Edit, plan};
 use crate::page::{self, Feed};
@@ -35,7 +36,7 @@ use crate::services::Shared;
 use crate::services::admin::{self, Admin};
 use crate::services::discovery::Discovery;
 use crate::services::report::Reports;
-use crate::store::{FileStore, MemoryStore, Store};
+use crate::store::{EtcdStore, FileStore, MemoryStore, Store};
 use crate::tls::{TlsConfig, accept};
 use crate::verdicts::Verdicts;
 pub use config::{Config, Error, StoreConfig};
@@ -79,7 +80,8 @@ impl ControlPlane {
     /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
         let admin_token = config.check()?;
-        let catalog = Arc::new(Catalog::load(open(&config.store).await?).await?);
+        let store = open(&config.store).await?;
+        let catalog = Arc::new(Catalog::load(Arc::clone(&store)).await?);
         let follow_stop = CancellationToken::new();
         // On any way out but the last, the store is let go of.
         let undo = follow_stop.clone().drop_guard();
@@ -98,7 +100,10 @@ impl ControlPlane {
         let snapshots = watch::Sender::new(catalog.state());
         let authority = Authority::new(Arc::clone(&catalog), &admin_token, config.gateway_token.as_ref());
         let metrics: Arc<Metrics> = Arc::default();
-        let verdicts = Verdicts::new(Arc::clone(&metrics), config.store.beside("health.json"));
+        let name = format!("control-plane-{}", uuid::Uuid::new_v4().simple());
+        let mut candidate = Candidate::new(store, name, Arc::clone(&metrics));
+        let leads = candidate.leads();
+        let verdicts = Verdicts::new(Arc::clone(&metrics), config.store.beside("health.json"), leads.clone());
         let presence = Presence::default();
         let shared = Shared {
             catalog: Arc::clone(&catalog),
@@ -108,6 +113,7 @@ impl ControlPlane {
             fleet: Fleet::new(verdicts.clone(), presence.clone()),
             presence,
             verdicts: verdicts.clone(),
+            leads,
             metrics,
             authority,
             initial_syncs: Arc::new(Semaphore::new(initial_syncs())),
@@ -125,6 +131,9 @@ impl ControlPlane {
         shared.tasks.spawn(publish(catalog.subscribe(), snapshots, follow_stop.clone()));
         // Before anybody can ask: what was known before a restart is known from the first moment.
         verdicts.configure(&catalog.state());
+        // Where it is alone, it leads before anybody is told anything.
+        candidate.ask().await;
+        shared.tasks.spawn(candidate.run(follow_stop.clone()));
         let prober = Prober::new(verdicts.clone());
         shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
         let registry = shared.registry.clone();
@@ -148,6 +157,7 @@ async fn open(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
             let opened = tokio::task::spawn_blocking(move || FileStore::open(Path::new(&path))).await;
             Ok(Arc::new(opened.map_err(|e| Error::Failed(e.to_string()))??))
         }
+        StoreConfig::Etcd { etcd, .. } => Ok(Arc::new(EtcdStore::open(etcd.clone()).await?)),
     }
 }
 

@@ -18,6 +18,7 @@ use weir_proto::resource::{AdminState, Spec};
 use weir_proto::v1::{self, ResourceKind};
 
 use crate::health::{self, Cluster, Moment, Observation, Order, Regions, Target, Tier, Vantage};
+use crate::leader::Leads;
 use crate::metrics::Metrics;
 use crate::model::{Key, State};
 
@@ -83,6 +84,8 @@ struct Inner {
     /// Told when the next tick may be due earlier than was thought.
     wake: Notify,
     metrics: Arc<Metrics>,
+    /// Of several control planes that see the same, one says so.
+    leads: Leads,
     /// Where the states are kept over a restart.
     checkpoint: Option<PathBuf>,
 }
@@ -101,7 +104,7 @@ struct Machine {
 
 impl Verdicts {
     /// Starts from what the checkpoint holds, if there is one.
-    pub(crate) fn new(metrics: Arc<Metrics>, checkpoint: Option<PathBuf>) -> Self {
+    pub(crate) fn new(metrics: Arc<Metrics>, checkpoint: Option<PathBuf>, leads: Leads) -> Self {
         let saved = checkpoint.as_deref().map(checkpoint::read).unwrap_or_default();
         let machine = Machine { saved, ..Machine::default() };
         let inner = Inner {
@@ -113,6 +116,7 @@ impl Verdicts {
             looks: broadcast::Sender::new(LOOKS_KEPT),
             wake: Notify::new(),
             metrics,
+            leads,
             checkpoint,
         };
         Self { inner: Arc::new(inner) }
@@ -156,7 +160,11 @@ impl Verdicts {
             self.inner.metrics.health_event(kind);
             // What is well needs nobody's attention.
             let state = machine.cluster.case(subject).map(|case| case.state);
+            let leads = self.inner.leads.borrow().is_some();
             match kind {
+                _ if !leads => {
+                    tracing::debug!(subject, kind, message, "health, as one that does not lead sees it")
+                }
                 "state" if matches!(state, Some(health::State::Healthy | health::State::Recovering)) => {
                     tracing::info!(subject, kind, message, "health");
                 }

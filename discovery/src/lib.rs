@@ -4,6 +4,7 @@
 //! the copy on [`Disk`], and while the control plane is away what is [`Held`] stays in force.
 
 mod held;
+mod observe;
 mod subscribe;
 
 pub use held::{DeltaError, Disk, Held, Refused};

@@ -2,9 +2,12 @@
 //! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -19,13 +22,14 @@ use weir_proto::v1::{
 };
 
 use crate::held::{Disk, Held, Refused};
+use crate::observe::{self, Standing};
 
 /// Longest pause between two tries to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(15);
 /// First pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A control plane that says nothing for so long (three heartbeats) is taken for dead.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Largest message: a full synchronisation of some ten thousand resources.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
@@ -74,7 +78,7 @@ impl Identity {
     }
 }
 
-/// Where the control plane is, how it is known, and as whom this process is known to it.
+/// Where a control plane is, how it is known, and as whom this process is known to it.
 #[derive(Debug, Clone)]
 pub struct Link {
     url: String,
@@ -83,14 +87,34 @@ pub struct Link {
 }
 
 impl Link {
-    /// The control plane at a URL. For https: who signs its certificate (`None`: who the system trusts), and this
-    /// process's own certificate and key.
-    pub fn new(url: &str, ca: Option<PathBuf>, own: Option<(PathBuf, PathBuf)>) -> Result<Self, String> {
+    /// The control planes at URLs with commas between them: all of one store. For https: who signs their certificates
+    /// (`None`: who the system trusts), and this process's own certificate and key.
+    pub fn all(
+        urls: &str,
+        ca: Option<PathBuf>,
+        own: Option<(PathBuf, PathBuf)>,
+    ) -> Result<Vec<Self>, String> {
+        let mut links: Vec<Self> = Vec::new();
+        for url in urls.split(',').map(str::trim) {
+            if links.iter().any(|link| link.url == url) {
+                return Err(format!("control plane address '{url}' is given twice"));
+            }
+            links.push(Self::new(url, ca.clone(), own.clone())?);
+        }
+        Ok(links)
+    }
+
+    fn new(url: &str, ca: Option<PathBuf>, own: Option<(PathBuf, PathBuf)>) -> Result<Self, String> {
         let link = Self { url: url.to_owned(), ca, own };
         if (link.ca.is_some() || link.own.is_some()) && !url.starts_with("https://") {
             return Err(format!("certificates are for https, and the control plane address is '{url}'"));
         }
         link.endpoint().map(|_| link)
+    }
+
+    /// Its address.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// A channel with bounds on connecting and silence. The files are read each time, so that the next connection uses
@@ -142,16 +166,31 @@ impl Backoff {
 #[derive(Debug)]
 pub struct Subscriber<A> {
     owner: A,
-    identity: Identity,
-    link: Link,
+    identity: Arc<Identity>,
+    /// All of one store. One is followed, the others are told what is held.
+    links: Vec<Link>,
+    /// The one that is followed, or tried.
+    followed: watch::Sender<usize>,
+    standing: watch::Sender<Standing>,
     disk: Option<Disk>,
     held: Held,
 }
 
 impl<A: Apply> Subscriber<A> {
-    /// Loads the disk copy (blocks briefly) and puts it in force.
-    pub fn new(owner: A, identity: Identity, link: Link, disk: Option<Disk>) -> Self {
-        let mut subscriber = Self { owner, identity, link, disk, held: Held::default() };
+    /// Loads the disk copy (blocks briefly) and puts it in force. There has to be a link.
+    pub fn new(owner: A, identity: Identity, links: Vec<Link>, disk: Option<Disk>) -> Self {
+        // Spread over the control planes, each always at the same one while it is there.
+        let bytes = Sha256::digest(identity.id.as_bytes());
+        let first = bytes.first().map_or(0, |byte| usize::from(*byte)) % links.len().max(1);
+        let mut subscriber = Self {
+            owner,
+            identity: Arc::new(identity),
+            links,
+            followed: watch::Sender::new(first),
+            standing: watch::Sender::default(),
+            disk,
+            held: Held::default(),
+        };
         if let Some(held) = subscriber.disk.as_ref().and_then(Disk::load) {
             let revision = held.revision;
             let refused = subscriber.enforce(held);
@@ -160,15 +199,31 @@ impl<A: Apply> Subscriber<A> {
         subscriber
     }
 
-    /// Follows the control plane until `shutdown`.
+    /// Follows a control plane, and another one when it is gone, until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut backoff = Backoff::default();
+        self.stand(&[]);
+        // Ends with this task.
+        let mut observers = JoinSet::new();
+        if self.links.len() > 1 {
+            for (at, link) in self.links.iter().enumerate() {
+                let (standing, followed) = (self.standing.subscribe(), self.followed.subscribe());
+                observers.spawn(observe::run(
+                    at,
+                    link.clone(),
+                    Arc::clone(&self.identity),
+                    standing,
+                    followed,
+                ));
+            }
+        }
         loop {
             let ended = tokio::select! {
                 ended = self.follow(&mut backoff) => ended,
                 () = shutdown.cancelled() => return,
             };
             self.owner.connected(false);
+            self.followed.send_modify(|at| *at = (*at + 1) % self.links.len().max(1));
             let pause = backoff.next_pause();
             let reason = ended.err().unwrap_or_else(|| "the stream ended".into());
             tracing::warn!(
@@ -185,21 +240,12 @@ impl<A: Apply> Subscriber<A> {
     }
 
     async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), String> {
-        let channel: Channel = self.link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
+        let link = &self.links[*self.followed.borrow()];
+        let channel: Channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
         let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
         // One delta is in flight at a time, so two answers never wait.
         let (up, messages) = mpsc::channel(2);
-        let hello = Up::Hello(Hello {
-            gateway_id: self.identity.id.clone(),
-            role: self.identity.role.into(),
-            incarnation: self.identity.incarnation.clone(),
-            region: self.identity.region.clone(),
-            build: weir_runtime::version().to_owned(),
-            store_epoch: self.held.epoch.clone(),
-            store_revision: self.held.revision,
-            held: self.held.versions(),
-        });
-        send(&up, hello).await?;
+        send(&up, Up::Hello(self.hello())).await?;
         let request = self.identity.request(ReceiverStream::new(messages))?;
         let mut stream =
             client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
@@ -216,6 +262,27 @@ impl<A: Apply> Subscriber<A> {
         }
     }
 
+    fn hello(&self) -> Hello {
+        Hello {
+            gateway_id: self.identity.id.clone(),
+            role: self.identity.role.into(),
+            incarnation: self.identity.incarnation.clone(),
+            region: self.identity.region.clone(),
+            build: weir_runtime::version().to_owned(),
+            store_epoch: self.held.epoch.clone(),
+            store_revision: self.held.revision,
+            held: self.held.versions(),
+            observer: false,
+        }
+    }
+
+    /// Says to the control planes that are not followed what is held by now.
+    fn stand(&self, errors: &[ResourceError]) {
+        if self.links.len() > 1 {
+            self.standing.send_replace(Standing { hello: self.hello(), errors: errors.to_vec() });
+        }
+    }
+
     async fn apply(&mut self, delta: Delta) -> Up {
         let nonce = delta.nonce;
         let next = match self.held.after(&delta) {
@@ -223,10 +290,9 @@ impl<A: Apply> Subscriber<A> {
             Err(error) => {
                 tracing::error!(%error, "configuration refused whole");
                 self.owner.refused(1);
-                return Up::Nack(Nack {
-                    nonce,
-                    errors: vec![ResourceError { resource: None, message: error.to_string() }],
-                });
+                let errors = vec![ResourceError { resource: None, message: error.to_string() }];
+                self.stand(&errors);
+                return Up::Nack(Nack { nonce, errors });
             }
         };
         let refused = self.enforce_or_keep(next, &delta);
@@ -238,14 +304,13 @@ impl<A: Apply> Subscriber<A> {
             refused = refused.len(),
             "configuration applied"
         );
-        if refused.is_empty() {
-            return Up::Ack(Ack { nonce });
-        }
         let errors = refused.into_iter().map(|r| ResourceError {
             resource: Some(ResourceRef { kind: r.kind as i32, name: r.name }),
             message: r.message,
         });
-        Up::Nack(Nack { nonce, errors: errors.collect() })
+        let errors: Vec<_> = errors.collect();
+        self.stand(&errors);
+        if errors.is_empty() { Up::Ack(Ack { nonce }) } else { Up::Nack(Nack { nonce, errors }) }
     }
 
     /// Puts a delta's resources in force. Of a changed resource that cannot be used, the version that was held stays.

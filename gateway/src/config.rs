@@ -20,8 +20,13 @@ pub struct Config {
     /// Address for operations: /livez, /readyz, /metrics.
     #[arg(long, env = "WEIR_OPS_LISTEN", default_value = "127.0.0.1:9100")]
     pub ops_listen: SocketAddr,
-    /// The control plane.
-    #[arg(long, env = "WEIR_CONTROL_PLANE", default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    /// The control plane; where several share a store, all of them with commas between: http://a:7070,http://b:7070.
+    #[arg(
+        long,
+        env = "WEIR_CONTROL_PLANE",
+        default_value = "http://127.0.0.1:7070",
+        value_name = "URL[,URL...]"
+    )]
     pub control_plane: String,
     /// Who signs the control plane's certificate (PEM), for an address with https; without it, who the system trusts.
     #[arg(long, env = "WEIR_CONTROL_PLANE_CA", value_name = "PATH")]

@@ -1,21 +1,27 @@
-//! The report lane: what this gateway sees goes up about once a second, what all of them see comes down.
+//! The report lanes: what this gateway sees goes up about once a second to every control plane, what all gateways see
+//! comes down from the one that leads.
 //!
-//! The latest value wins in both directions. Without the lane the last verdicts stay in force.
+//! Every control plane takes in the same, so any of them can lead from one moment to the next; a number that rises with
+//! every election tells the one that leads from one that thinks it still does. The latest value wins in both
+//! directions. Without a lane the last verdicts stay in force.
 
+mod lane;
+mod leader;
+mod outgoing;
 mod said;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use weir_discovery::{Backoff, Identity, Link, error_chain};
-use weir_proto::v1::report_service_client::ReportServiceClient;
-use weir_proto::v1::{
-    BackendHealth, BackendReport, HealthState, StreamReportsRequest, StreamReportsResponse,
-};
+use weir_discovery::{Identity, Link};
+use weir_proto::v1::{BackendHealth, BackendReport, HealthState, StreamReportsResponse};
 
+use self::lane::{Lane, News};
+use self::leader::Leader;
+use self::outgoing::{Outgoing, Seen};
 use self::said::Said;
 use crate::live::Live;
 use crate::pulse::Pulse;
@@ -23,121 +29,112 @@ use crate::reap::Gone;
 
 /// Between two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// News of the lanes that wait to be taken in; a lane waits when there is no room.
+const NEWS: usize = 16;
 
-/// Follows the report lane until `shutdown`, on a connection of its own.
+/// Follows the report lanes until `shutdown`, each on a connection of its own.
 pub async fn run(
     live: Arc<Live>,
     pulse: Arc<Pulse>,
     gone: Gone,
     identity: Identity,
-    link: Link,
+    links: Vec<Link>,
     shutdown: CancellationToken,
 ) {
-    let own = Own { live: &live, pulse: &pulse, gone: &gone, identity: &identity };
-    let mut backoff = Backoff::default();
-    loop {
-        let ended = tokio::select! {
-            ended = follow(own, &link, &mut backoff) => ended,
-            () = shutdown.cancelled() => return,
-        };
-        live.probes().away();
-        tracing::debug!(reason = ended.err(), "report lane away; the last verdicts stay");
-        // Verdicts keep, loads do not: they are wrong within seconds.
-        live.snapshot().backends.values().for_each(|backend| backend.runtime.set_fleet(None));
-        tokio::select! {
-            () = tokio::time::sleep(backoff.next_pause()) => {}
-            () = shutdown.cancelled() => return,
-        }
+    let (identity, (say, mut news)) = (Arc::new(identity), mpsc::channel(NEWS));
+    let mut lanes = JoinSet::new();
+    let outgoing: Vec<_> = links.iter().map(|_| Arc::new(Outgoing::default())).collect();
+    for (at, (link, outgoing)) in links.into_iter().zip(&outgoing).enumerate() {
+        let (live, identity, say) = (Arc::clone(&live), Arc::clone(&identity), say.clone());
+        let lane = Lane { at, live, identity, link, outgoing: Arc::clone(outgoing), news: say };
+        lanes.spawn(lane.run());
     }
-}
-
-/// What reports are made of.
-#[derive(Clone, Copy)]
-struct Own<'a> {
-    live: &'a Live,
-    pulse: &'a Pulse,
-    gone: &'a Gone,
-    identity: &'a Identity,
-}
-
-async fn follow(own: Own<'_>, link: &Link, backoff: &mut Backoff) -> Result<(), String> {
-    let Own { live, gone, identity, .. } = own;
-    let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
-    let mut client = ReportServiceClient::new(channel);
-    // Room for one: a report that cannot go yet is replaced by the next, which says the newer thing.
-    let (up, reports) = mpsc::channel(1);
-    // Zero is what was never reported.
-    let mut sequence = 1;
-    let first = report(own, sequence);
-    up.try_send(first).map_err(|_| "no room for the first report".to_owned())?;
-    let request = identity.request(ReceiverStream::new(reports))?;
-    let mut stream = client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut said, mut revisions) = (Said::default(), live.revisions());
+    let (mut said, mut revisions, mut leader) = (Said::default(), live.revisions(), Leader::default());
     loop {
         tokio::select! {
-            message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
-                Some(message) => {
-                    backoff.reset();
-                    live.probes().heard();
-                    said.note(&message);
-                    message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
-                    take(live, &message);
+            // Lanes end with the set.
+            () = shutdown.cancelled() => return,
+            Some((at, news)) = news.recv() => match news {
+                News::Open => report(&live, &pulse, &outgoing),
+                News::Said(message) => {
+                    let before = leader.lane();
+                    if leader.heard(at, message.leadership.as_ref()) {
+                        live.probes().heard();
+                        said.note(&message);
+                        message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
+                        take(&live, &message);
+                    } else if before == Some(at) {
+                        away(&live);
+                    }
                 }
-                None => return Ok(()),
+                News::Closed => if leader.gone(at) {
+                    away(&live);
+                },
             },
-            Ok(()) = revisions.changed() => take(live, &said.again(live)),
-            _ = ticks.tick() => say(own, &up, &mut sequence),
-            () = live.probes().hurry() => say(own, &up, &mut sequence),
+            Ok(()) = revisions.changed() => take(&live, &said.again(&live)),
+            _ = ticks.tick() => report(&live, &pulse, &outgoing),
+            () = live.probes().hurry() => report(&live, &pulse, &outgoing),
         }
     }
 }
 
-/// Reports, if the last report has gone: what is not said now is said by the next.
-fn say(own: Own<'_>, up: &mpsc::Sender<StreamReportsRequest>, sequence: &mut u64) {
-    if let Ok(permit) = up.try_reserve() {
-        *sequence += 1;
-        permit.send(report(own, *sequence));
+/// Nobody leads, as far as is known here: verdicts keep, loads do not, since they are wrong within seconds.
+fn away(live: &Live) {
+    live.probes().away();
+    live.snapshot().backends.values().for_each(|backend| backend.runtime.set_fleet(None));
+}
+
+/// Hands what was seen since the last time to every lane that is open. Without any it goes on being counted.
+fn report(live: &Live, pulse: &Pulse, outgoing: &[Arc<Outgoing>]) {
+    if !outgoing.iter().any(|lane| lane.is_open()) {
+        return;
+    }
+    let seen = Seen {
+        backends: backends(live, true),
+        results: live.probes().take_results(),
+        traffic: Some(pulse.take_traffic()),
+        limits: pulse.take_limits(),
+    };
+    for lane in outgoing {
+        lane.add(&seen);
     }
 }
 
-fn report(Own { live, pulse, identity, .. }: Own<'_>, sequence: u64) -> StreamReportsRequest {
+/// The backends as they stand, with what was counted of them or without.
+fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
     let snapshot = live.snapshot();
     let backends = snapshot.backends.values().map(|backend| {
+        let ejected =
+            snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
+        let standing = BackendReport {
+            backend: backend.name.to_string(),
+            in_flight: backend.runtime.report_in_flight(),
+            ejected,
+            ..BackendReport::default()
+        };
+        if !counted {
+            return standing;
+        }
         let counts = backend.runtime.take_counts();
         let mean = backend.runtime.take_first_byte_mean();
         let (tokens, decode) = backend.runtime.take_decoded();
-        let ejected =
-            snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
         BackendReport {
-            backend: backend.name.to_string(),
-            in_flight: backend.runtime.report_in_flight(),
             successes: counts.successes,
             connect_failures: counts.connect_failures,
             server_errors: counts.server_errors,
             timeouts: counts.timeouts,
             busy: counts.busy,
             first_byte_mean: mean.and_then(|mean| prost_types::Duration::try_from(mean).ok()),
-            ejected,
             output_tokens: tokens,
             decode_time: prost_types::Duration::try_from(decode).ok(),
             first_byte_counts: backend.runtime.take_first_byte_counts(),
+            ..standing
         }
     });
-    StreamReportsRequest {
-        gateway_id: identity.id.clone(),
-        incarnation: identity.incarnation.clone(),
-        sequence,
-        backends: backends.collect(),
-        region: identity.region.clone(),
-        probes: true,
-        results: live.probes().take_results(),
-        traffic: Some(pulse.take_traffic()),
-        limits: pulse.take_limits(),
-    }
+    backends.collect()
 }
-
 fn take(live: &Live, message: &StreamReportsResponse) {
     if message.live_gateways > 0 {
         live.set_live_gateways(message.live_gateways);

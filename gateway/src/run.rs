@@ -108,7 +108,7 @@ pub async fn start(
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
-    let control_plane = Link::new(&config.control_plane, config.control_plane_ca.clone(), own)
+    let control_planes = Link::all(&config.control_plane, config.control_plane_ca.clone(), own)
         .map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
     let tls = match (&config.tls_cert, &config.tls_key) {
         (Some(certificate), Some(key)) => Some(
@@ -159,7 +159,7 @@ pub async fn start(
     let gateway =
         Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
-    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_plane.clone(), disk);
+    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
 
     let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
@@ -171,7 +171,7 @@ pub async fn start(
         metrics.pulse.clone(),
         gone,
         identity,
-        control_plane,
+        control_planes,
         drained.clone(),
     ));
     tasks.spawn(reaper.run(drained.clone()));

@@ -12,7 +12,8 @@ use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_runtime::Secret;
 use weir_tests::client::Client;
 use weir_tests::cluster::{KEY, Mock, Resources, mock};
-use weir_tests::plane::{ADMIN_TOKEN, Admin, Plane, start};
+use weir_tests::etcd::Etcd;
+use weir_tests::plane::{ADMIN_TOKEN, Admin, Plane, start, start_on};
 use weir_tests::{eventually, process};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -49,17 +50,12 @@ async fn audit_problem(admin: &mut Admin) -> String {
 }
 
 /// Writers that go on until the process is killed under them; what each was told is done has to be there afterwards.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn kill_9_among_writes_loses_nothing_acknowledged() {
-    // 10 000 in all with WEIR_TEST_WRITES=10000; fewer keep the suite quick.
-    let given = std::env::var("WEIR_TEST_WRITES").ok().and_then(|n| n.parse().ok());
-    let wanted: usize = given.unwrap_or(600);
-    let data = tempfile::tempdir().expect("a directory");
+async fn kill_among_writes(wanted: usize, start: impl AsyncFn() -> Plane) {
     let mut acknowledged: BTreeMap<String, u64> = BTreeMap::new();
     let (mut done, mut round) = (0, 0);
     while done < wanted {
         round += 1;
-        let plane = start("127.0.0.1:0", data.path(), None).await;
+        let plane = start().await;
         let (told, mut answers) = tokio::sync::mpsc::channel(64);
         let admin = plane.admin().await;
         let writers: Vec<_> = (0..16)
@@ -94,7 +90,7 @@ async fn kill_9_among_writes_loses_nothing_acknowledged() {
         for writer in writers {
             writer.await.expect("ends");
         }
-        let plane = start("127.0.0.1:0", data.path(), None).await;
+        let plane = start().await;
         let mut admin = plane.admin().await;
         for (name, n) in &mut acknowledged {
             let found: u64 = word(&mut admin, name).await.expect("there").parse().expect("a number");
@@ -106,6 +102,24 @@ async fn kill_9_among_writes_loses_nothing_acknowledged() {
         plane.kill().await;
     }
     println!("{done} acknowledged writes in {round} rounds");
+}
+
+/// How many writes: half a minute's on a busy machine of two cores; WEIR_TEST_WRITES makes it fewer or more.
+fn writes() -> usize {
+    std::env::var("WEIR_TEST_WRITES").ok().and_then(|n| n.parse().ok()).unwrap_or(10_000)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_9_among_writes_loses_nothing_acknowledged() {
+    let data = tempfile::tempdir().expect("a directory");
+    kill_among_writes(writes(), async || start("127.0.0.1:0", data.path(), None).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_9_among_writes_into_etcd_loses_nothing_acknowledged() {
+    let (data, etcd) = (tempfile::tempdir().expect("a directory"), Etcd::start(1).await);
+    let store = etcd.url("weir");
+    kill_among_writes(writes(), async || start_on("127.0.0.1:0", data.path(), &store).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -189,17 +203,13 @@ async fn listed(admin: &mut Admin) -> v1::Gateway {
     all.into_iter().find(|g| g.id == "g").unwrap_or_default()
 }
 
-fn address(plane: &Plane) -> String {
-    plane.url.trim_start_matches("http://").to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_control_plane_that_comes_back_with_an_empty_store_takes_no_backend_away_and_an_alarm_is_raised() {
     let (data, end) = (tempfile::tempdir().expect("a directory"), CancellationToken::new());
     // One backend only: even that pool is not emptied.
     let mocks = [mock(served(), &end).await];
     let (plane, admin, gateway) = cluster(data.path(), &mocks).await;
-    let listen = address(&plane);
+    let listen = plane.address();
     drop(admin);
     plane.kill().await;
     let plane = start(&listen, &data.path().join("empty"), None).await;
@@ -235,7 +245,7 @@ async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_no
     let (data, end) = (tempfile::tempdir().expect("a directory"), CancellationToken::new());
     let mocks = [mock(served(), &end).await, mock(served(), &end).await];
     let (plane, _, gateway) = cluster(data.path(), &mocks).await;
-    let listen = address(&plane);
+    let listen = plane.address();
     let revision = gateway.running.live.snapshot().revision;
     plane.kill().await;
     eventually("it is noticed", || async { !gateway.running.live.is_connected() }).await;

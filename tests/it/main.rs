@@ -6,6 +6,7 @@ mod envoy;
 mod errors;
 mod failover;
 mod health;
+mod high_availability;
 mod limits;
 mod pains;
 mod processes;

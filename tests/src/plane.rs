@@ -10,6 +10,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
+use weir_proto::v1::WhoAmIRequest;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
 
 use crate::process::command;
@@ -43,6 +44,16 @@ pub struct Plane {
 /// Starts a control plane on this address with its store in a directory. `limit_kib` bounds the size of every file it
 /// writes: to it, a disk that is full.
 pub async fn start(listen: &str, data: &Path, limit_kib: Option<u64>) -> Plane {
+    start_with(listen, data, limit_kib, &[]).await
+}
+
+/// The same with its store in etcd, at a URL as `--store` takes it.
+pub async fn start_on(listen: &str, data: &Path, store: &str) -> Plane {
+    start_with(listen, data, None, &["--store", store]).await
+}
+
+/// The same with more arguments.
+pub async fn start_with(listen: &str, data: &Path, limit_kib: Option<u64>, more: &[&str]) -> Plane {
     let mut command = command("weir-control-plane");
     if let Some(kib) = limit_kib {
         // The shell sets the limit and ignores the signal that goes with it, so that writing fails instead.
@@ -54,6 +65,7 @@ pub async fn start(listen: &str, data: &Path, limit_kib: Option<u64>) -> Plane {
     command
         .args(["--listen", listen, "--http-listen", "127.0.0.1:0", "--data-dir"])
         .arg(data)
+        .args(more)
         .env("WEIR_ADMIN_TOKEN", ADMIN_TOKEN)
         .stderr(Stdio::piped());
     let mut child = command.spawn().expect("starts");
@@ -70,7 +82,25 @@ pub async fn start(listen: &str, data: &Path, limit_kib: Option<u64>) -> Plane {
     Plane { child, url }
 }
 
+/// A client of the control plane at a URL, which need not be there yet.
+pub fn admin_at(url: &str) -> Admin {
+    let channel = Endpoint::from_shared(url.to_owned()).expect("a URL").connect_lazy();
+    let value = format!("Bearer {ADMIN_TOKEN}").parse().expect("a header");
+    AdminServiceClient::with_interceptor(channel, Bearer(value))
+}
+
 impl Plane {
+    /// Where its gRPC services are, as `--listen` takes it.
+    pub fn address(&self) -> String {
+        self.url.trim_start_matches("http://").to_owned()
+    }
+
+    /// Whether it leads.
+    pub async fn leads(&self) -> bool {
+        let answer = self.admin().await.who_am_i(WhoAmIRequest {}).await;
+        answer.expect("answers").into_inner().leads
+    }
+
     /// A client of it.
     pub async fn admin(&self) -> Admin {
         let channel = Endpoint::from_shared(self.url.clone()).expect("a URL").connect().await.expect("there");

@@ -265,6 +265,7 @@ async fn config(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
             store_revision: gateway.revision,
             held: held.collect(),
             role: v1::SubscriberRole::Gateway.into(),
+            observer: false,
         }
     };
     let say = |message: Up| up.send(v1::StreamConfigRequest { message: Some(message) });

@@ -45,8 +45,8 @@ fn kinds_have_singular_plural_and_short_forms() {
 
 #[test]
 fn global_flags_may_follow_the_command() {
-    let cli = parse("weir get be sgp-1 -o yaml --server h:7070 --timeout 250ms").expect("valid");
-    assert_eq!(cli.server.as_str(), "http://h:7070");
+    let cli = parse("weir get be sgp-1 -o yaml --server h:7070,https://i:1 --timeout 250ms").expect("valid");
+    assert_eq!(cli.server.all(), ["http://h:7070", "https://i:1"]);
     assert_eq!((cli.output, cli.timeout), (OutputFormat::Yaml, Duration::from_millis(250)));
 }
 

@@ -25,7 +25,7 @@ pub(super) fn context(cli: &Cli, io: &mut Io<'_>, command: &ContextCommand) -> R
                 |path: &std::path::PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let file = cli.token_file.as_ref().map(|path| TokenRef::File(absolute(path)));
             let context = Context {
-                server: cli.server.as_str().to_owned(),
+                server: cli.server.to_string(),
                 token: token_env.clone().map(TokenRef::Env).or(file),
                 ca: cli.ca.as_ref().map(absolute),
                 cert: cli.cert.as_ref().map(absolute),
@@ -38,7 +38,7 @@ pub(super) fn context(cli: &Cli, io: &mut Io<'_>, command: &ContextCommand) -> R
             }
             contexts.write(&path)?;
             let now = if contexts.current.as_ref() == Some(name) { "; commands go there now" } else { "" };
-            io.note(&format!("context {name} is {}{now}", cli.server.as_str()))?;
+            io.note(&format!("context {name} is {}{now}", cli.server))?;
         }
         ContextCommand::Delete { name } => {
             contexts.all.remove(name).ok_or_else(|| unknown(name))?;

@@ -9,7 +9,7 @@ use weir_runtime::{Secret, exit};
 
 use crate::auth::TOKEN_MIN_CHARS;
 use crate::encoding::base64url;
-use crate::store;
+use crate::store::{self, EtcdConfig};
 use crate::tls::TlsConfig;
 
 /// Where resources are kept.
@@ -19,6 +19,13 @@ pub enum StoreConfig {
     Memory,
     /// In one file; its directory is the data directory.
     File(PathBuf),
+    /// In etcd, shared with other control planes.
+    Etcd {
+        /// Where.
+        etcd: EtcdConfig,
+        /// What this process keeps for itself.
+        data_dir: PathBuf,
+    },
 }
 
 impl StoreConfig {
@@ -27,6 +34,7 @@ impl StoreConfig {
         match self {
             Self::Memory => None,
             Self::File(path) => Some(path.with_file_name(name)),
+            Self::Etcd { data_dir, .. } => Some(data_dir.join(name)),
         }
     }
 }
@@ -96,8 +104,12 @@ impl Error {
     /// The exit code of a process that ends with this error.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Store(store::Error::Open { .. }) => exit::CONFIG,
-            Self::Bind { .. } | Self::Store(store::Error::Locked(_)) => exit::UNAVAILABLE,
+            Self::Config(_) | Self::Store(store::Error::Open { .. } | store::Error::Restore { .. }) => {
+                exit::CONFIG
+            }
+            Self::Bind { .. } | Self::Store(store::Error::Locked(_) | store::Error::Away { .. }) => {
+                exit::UNAVAILABLE
+            }
             Self::Store(_) | Self::Failed(_) => exit::FAILED,
         }
     }
@@ -121,6 +133,10 @@ impl Config {
             }
         }
         match &self.store {
+            StoreConfig::Etcd { .. } => Err(Error::Config(
+                "admin-token: must be set where the store is etcd: every control plane needs the same one"
+                    .into(),
+            )),
             StoreConfig::Memory => new_token(),
             StoreConfig::File(path) => kept_token(&path.with_file_name("admin.token")),
         }

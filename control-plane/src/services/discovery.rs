@@ -1,5 +1,6 @@
 //! The configuration lane: one task per gateway, one delta at a time.
 
+mod observer;
 mod session;
 
 use std::sync::Arc;
@@ -94,6 +95,9 @@ async fn serve(
     let mut snapshots = shared.snapshots.clone();
     let mut snapshot = snapshots.borrow_and_update().clone();
     let session = Session::new(Held::of(&hello), shared.differences.clone());
+    if hello.observer {
+        return observer::serve(shared, caller, hello, inbound, outbox).await;
+    }
     let known = session.held.epoch == snapshot.epoch;
     if known && session.held.revision > snapshot.revision {
         tracing::warn!(
@@ -118,6 +122,7 @@ async fn serve(
     let differs = session.held.is(&snapshot) && session.differs(&snapshot);
     let applied = if known && !differs { session.held.revision } else { 0 };
     let connection = shared.registry.connect(&hello, &session.held, applied);
+    let connection = connection.ok_or_else(|| Status::aborted("another stream of this gateway is here"))?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
     let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
     let replaced = connection.replaced.clone();
@@ -171,6 +176,15 @@ async fn serve(
     }
 }
 
+/// Says that the control plane lives, when there is room.
+fn heartbeat(outbox: &Outbox, store_revision: u64) {
+    let heartbeat = v1::Heartbeat { store_revision, time: Some(SystemTime::now().into()) };
+    if outbox.capacity() > 1 {
+        let response = StreamConfigResponse { message: Some(Say::Heartbeat(heartbeat)) };
+        let _ = outbox.try_send(Ok(response));
+    }
+}
+
 /// The age at which a stream ends: drawn from a range, so that those that came together do not go together.
 fn age_limit() -> Result<Duration, Status> {
     let mut random = [0_u8; 2];
@@ -209,7 +223,9 @@ impl Stream {
                 (nack.nonce, vec![whole])
             }
             Some(Said::Nack(nack)) => (nack.nonce, nack.errors),
-            Some(Said::Hello(_)) => return Err(Status::invalid_argument("hello is said once")),
+            Some(Said::Hello(_) | Said::Applied(_)) => {
+                return Err(Status::invalid_argument("hello is said once, and applied by observers"));
+            }
             None => return Err(Status::invalid_argument("a message is needed")),
         };
         match self.session.answered(nonce, errors) {
@@ -238,14 +254,7 @@ impl Stream {
     }
 
     fn heartbeat(&self) {
-        let heartbeat = v1::Heartbeat {
-            store_revision: self.session.held.revision,
-            time: Some(SystemTime::now().into()),
-        };
-        if self.outbox.capacity() > 1 {
-            let response = StreamConfigResponse { message: Some(Say::Heartbeat(heartbeat)) };
-            let _ = self.outbox.try_send(Ok(response));
-        }
+        heartbeat(&self.outbox, self.session.held.revision);
     }
 
     fn late(&mut self) -> Result<(), Status> {

@@ -19,6 +19,7 @@ use weir_proto::status::{self, with_reason};
 use crate::auth::{Authority, Caller};
 use crate::catalog::{self, Catalog};
 use crate::fleet::Fleet;
+use crate::leader::Leads;
 use crate::metrics::Metrics;
 use crate::model::Refusal;
 use crate::presence::Presence;
@@ -37,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) presence: Presence,
     pub(crate) fleet: Fleet,
     pub(crate) verdicts: Verdicts,
+    /// Whether this control plane speaks for all.
+    pub(crate) leads: Leads,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) authority: Authority,
     /// Places for gateways that take everything at once.

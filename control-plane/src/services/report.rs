@@ -1,5 +1,7 @@
 //! The report lane: takes in what gateways see, tells each what all of them see. The latest value wins: while a
 //! gateway does not read, nothing queues up, and then it gets what differs from what it last got.
+//!
+//! Of several control planes only the one that leads tells; the others say that they do not lead, and take in.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{
-    self, FleetLoad, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse,
+    self, FleetLoad, Leadership, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse,
 };
 
 use super::Shared;
@@ -95,14 +97,26 @@ async fn serve(
     reporter.report(&first);
     let mut loads = shared.fleet.loads();
     let mut live = shared.presence.count();
+    let mut leads = shared.leads.clone();
+    let mut leading = *leads.borrow_and_update();
+    let mut leadership = Some(claim(&shared, leading));
     // At first the whole picture, whatever it is.
     let (mut urgent, mut load_changed) = (true, true);
     let mut load_due = Instant::now();
     loop {
         let load_ready = load_changed && load_due <= Instant::now();
         tokio::select! {
-            permit = outbox.reserve(), if urgent || load_ready => {
+            permit = outbox.reserve(), if leadership.is_some() || leading.is_some() && (urgent || load_ready) => {
                 let permit = permit.map_err(|_| Status::cancelled("the stream is closed"))?;
+                // Perhaps it was waited for longer than the lease.
+                if *leads.borrow() != leading {
+                    continue;
+                }
+                if leading.is_none() {
+                    let leadership = leadership.take();
+                    permit.send(Ok(StreamReportsResponse { leadership, ..Default::default() }));
+                    continue;
+                }
                 let now = Told {
                     healths: healths.borrow_and_update().clone(),
                     // Loads ride along with a verdict when they are due, never earlier.
@@ -120,7 +134,7 @@ async fn serve(
                     answer.gone_incarnations = departures.borrow_and_update().after(told.departure);
                 }
                 now.departure = departures.borrow().last();
-                permit.send(Ok(answer));
+                permit.send(Ok(StreamReportsResponse { leadership: leadership.take(), ..answer }));
                 told = now;
                 urgent = false;
                 if load_ready {
@@ -134,6 +148,16 @@ async fn serve(
                     reporter.report(&report);
                 }
             },
+            changed = leads.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                leading = *leads.borrow_and_update();
+                leadership = Some(claim(&shared, leading));
+                // What another one said since is not known here: the whole picture again, and all departures of this
+                // stream's time, since the one that led may have gone with one of them.
+                let serial = duties.borrow_and_update().serial();
+                told = Told { serial, departure: told.departure, ..Told::default() };
+                (urgent, load_changed, load_due) = (true, true, Instant::now());
+            }
             changed = healths.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 urgent |= is_urgent(&told.healths, &healths.borrow_and_update());
@@ -176,6 +200,11 @@ fn is_urgent(told: &Healths, now: &Healths) -> bool {
     now.iter().any(|(name, health)| told.get(name).is_none_or(|told| used(told) != used(health)))
 }
 
+fn claim(shared: &Shared, leading: Option<u64>) -> Leadership {
+    let store_epoch = shared.catalog.state().epoch.to_string();
+    Leadership { store_epoch, fencing: leading.unwrap_or_default() }
+}
+
 /// What a gateway does not know yet, and what it will know then.
 fn difference(
     told: &Told,
@@ -202,6 +231,7 @@ fn difference(
         assignments: (assigned != told.assignments).then(|| (*assigned).clone()),
         orders: orders.map(order).collect(),
         gone_incarnations: Vec::new(),
+        leadership: None,
     };
     now.assignments = assigned;
     now.serial = duties.serial().max(told.serial);
@@ -238,7 +268,8 @@ mod tests {
         let told = Told { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..Told::default() };
         let now = Told { loads: loads(&[("a", 1), ("b", 5)]), ..Told::default() };
         let load = |name: &str, in_flight| FleetLoad { backend: name.into(), in_flight };
-        let verdicts = Verdicts::new(Arc::default(), None);
+        let verdicts =
+            Verdicts::new(Arc::default(), None, tokio::sync::watch::Sender::new(Some(1)).subscribe());
         let (_, answer) = difference(&told, now, &Duties::default(), &gateway("g"), &verdicts);
         assert_eq!(answer.load, [load("b", 5), load("c", 0)]);
     }

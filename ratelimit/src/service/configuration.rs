@@ -75,7 +75,8 @@ pub(super) fn open(
         }
         return Ok((configuration, None));
     };
-    let link = Link::new(url, None, None).map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
+    let links =
+        Link::all(url, None, None).map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let incarnation = uuid::Uuid::now_v7().to_string();
@@ -86,5 +87,5 @@ pub(super) fn open(
         region: config.region.clone(),
         token: config.control_plane_token().map_err(StartError::Config)?,
     };
-    Ok((configuration, Some(Subscriber::new(publisher, identity, link, disk))))
+    Ok((configuration, Some(Subscriber::new(publisher, identity, links, disk))))
 }

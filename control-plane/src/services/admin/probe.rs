@@ -27,6 +27,12 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
         if self.0.catalog.state().get(&key).is_none() {
             return Err(Refusal::NotFound(key).into());
         }
+        if self.0.leads.borrow().is_none() {
+            // The command asks the next one.
+            return Err(Status::unavailable(
+                "this control plane does not lead, and gateways look when the one that leads says so; ask that one",
+            ));
+        }
         let _place = self.0.probes.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted("too many backends are being probed on demand; try again in a moment")
         })?;

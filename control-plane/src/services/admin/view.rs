@@ -190,6 +190,7 @@ impl Handle<v1::WhoAmIRequest> for Admin {
             build: weir_runtime::version().to_owned(),
             store_epoch: state.epoch.to_string(),
             revision: state.revision,
+            leads: self.0.leads.borrow().is_some(),
         })
     }
 }

@@ -1,0 +1,80 @@
+//! A subscriber that follows another control plane: it is sent nothing but heartbeats, and says what it holds.
+
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tonic::{Status, Streaming};
+use weir_proto::v1::stream_config_request::Message as Said;
+use weir_proto::v1::{self, StreamConfigRequest};
+
+use super::{HEARTBEAT, Outbox, age_limit, heartbeat};
+use crate::auth::Caller;
+use crate::publish::{Held, Snapshot, versions};
+use crate::services::Shared;
+
+/// Serves it to its end.
+pub(super) async fn serve(
+    shared: Shared,
+    caller: Caller,
+    hello: v1::Hello,
+    mut inbound: Streaming<StreamConfigRequest>,
+    outbox: Outbox,
+) -> Result<(), Status> {
+    let mut snapshots = shared.snapshots.clone();
+    let mut snapshot = snapshots.borrow_and_update().clone();
+    let mut held = Held::of(&hello);
+    let applied = if held.epoch == snapshot.epoch { held.revision } else { 0 };
+    let connection = shared.registry.connect(&hello, &held, applied);
+    let connection = connection.ok_or_else(|| Status::aborted("it is followed here"))?;
+    let limit_service = hello.role() == v1::SubscriberRole::LimitService;
+    let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
+    tracing::debug!(gateway = hello.gateway_id, "observed: it follows another control plane");
+    let mut beat = interval(HEARTBEAT);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    beat.reset();
+    let ends = Instant::now() + age_limit()?;
+    // Whether it holds all of its revision.
+    let mut whole = true;
+    loop {
+        if whole {
+            share(&mut held, &snapshot);
+        }
+        tokio::select! {
+            () = connection.replaced.cancelled() => {
+                return Err(Status::aborted("another stream of this gateway took over"));
+            }
+            said = inbound.message() => match said?.map(|said| said.message) {
+                None => return Ok(()),
+                Some(Some(Said::Applied(applied))) => {
+                    held.epoch = applied.store_epoch.as_str().into();
+                    held.revision = applied.store_revision;
+                    whole = applied.errors.is_empty();
+                    if whole {
+                        share(&mut held, &snapshot);
+                        let revision = if held.epoch == snapshot.epoch { held.revision } else { 0 };
+                        connection.acknowledged(revision, &held);
+                    } else {
+                        // What it refused is of the newest change, which it stays before.
+                        let revision = snapshot.revision.max(held.revision);
+                        connection.refused(&applied.errors, revision, &held);
+                    }
+                }
+                Some(_) => return Err(Status::invalid_argument("an observer says hello once, then applied")),
+            },
+            changed = snapshots.changed() => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                snapshot = snapshots.borrow_and_update().clone();
+            }
+            _ = beat.tick() => {
+                shared.authority.still(&caller)?;
+                heartbeat(&outbox, held.revision);
+            }
+            () = sleep_until(ends) => return Ok(()),
+        }
+    }
+}
+
+/// Who applied all of a revision holds what is in it.
+fn share(held: &mut Held, snapshot: &Snapshot) {
+    if held.is(snapshot) {
+        held.versions = versions(snapshot, held.role).clone();
+    }
+}

@@ -1,0 +1,99 @@
+//! Where there are several control planes a subscriber follows one and tells the others what it holds, so that each of
+//! them can say what all subscribers hold without asking another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
+use weir_proto::v1::stream_config_request::Message as Up;
+use weir_proto::v1::{Applied, Hello, ResourceError, StreamConfigRequest};
+
+use crate::subscribe::{Backoff, Identity, Link, SILENCE_MAX, error_chain};
+
+/// Between two words about what is held: changes in between are merged.
+const TELL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What a subscriber holds, as it tells it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Standing {
+    /// As Hello says it.
+    pub(crate) hello: Hello,
+    /// What of it was refused.
+    pub(crate) errors: Vec<ResourceError>,
+}
+
+/// Tells one control plane what is held for as long as another one is followed. Never ends by itself.
+pub(crate) async fn run(
+    at: usize,
+    link: Link,
+    identity: Arc<Identity>,
+    mut standing: watch::Receiver<Standing>,
+    mut followed: watch::Receiver<usize>,
+) {
+    let mut backoff = Backoff::default();
+    loop {
+        if followed.wait_for(|followed| *followed != at).await.is_err() {
+            return;
+        }
+        let ended = tokio::select! {
+            ended = tell(&link, &identity, &mut standing, &mut backoff) => ended,
+            followed = followed.wait_for(|followed| *followed == at) => match followed {
+                Ok(_) => continue,
+                Err(_) => return,
+            },
+        };
+        tracing::debug!(reason = ended.err(), at, "a control plane that is not followed is away");
+        tokio::time::sleep(backoff.next_pause()).await;
+    }
+}
+
+async fn tell(
+    link: &Link,
+    identity: &Identity,
+    standing: &mut watch::Receiver<Standing>,
+    backoff: &mut Backoff,
+) -> Result<(), String> {
+    let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
+    let mut client = DiscoveryServiceClient::new(channel);
+    let (up, messages) = mpsc::channel(2);
+    let said = standing.borrow_and_update().clone();
+    send(&up, Up::Hello(Hello { observer: true, ..said.hello.clone() })).await?;
+    if !said.errors.is_empty() {
+        send(&up, applied(said)).await?;
+    }
+    let request = identity.request(ReceiverStream::new(messages))?;
+    let mut stream = client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+    loop {
+        tokio::select! {
+            heard = tokio::time::timeout(SILENCE_MAX, stream.message()) => {
+                match heard.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))? {
+                    // Nothing but heartbeats comes here.
+                    Ok(Some(_)) => backoff.reset(),
+                    Ok(None) => return Ok(()),
+                    Err(status) => return Err(status.message().to_owned()),
+                }
+            }
+            changed = standing.changed() => {
+                changed.map_err(|_| "the subscriber ended".to_owned())?;
+                tokio::time::sleep(TELL_INTERVAL).await;
+                let said = standing.borrow_and_update().clone();
+                send(&up, applied(said)).await?;
+            }
+        }
+    }
+}
+
+fn applied(standing: Standing) -> Up {
+    Up::Applied(Applied {
+        store_epoch: standing.hello.store_epoch,
+        store_revision: standing.hello.store_revision,
+        errors: standing.errors,
+    })
+}
+
+async fn send(up: &mpsc::Sender<StreamConfigRequest>, message: Up) -> Result<(), String> {
+    let sent = up.send(StreamConfigRequest { message: Some(message) }).await;
+    sent.map_err(|_| "the stream ended".to_owned())
+}
