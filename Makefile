@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .PHONY: test-envoy test-page test-sdk test check fmt tools build bench
 
-# Runs every test. Installs redis-server by the system's package manager when it is missing.
+# Runs every test. Installs what the tests need by the system's package manager: see tools.
 test: tools build
 	cargo test --workspace --locked
 
@@ -52,16 +52,21 @@ check:
 fmt:
 	cargo fmt --all
 
-# The one thing the tests need that cargo does not bring.
+# What the tests need that cargo does not bring: redis-server, etcd, and on Linux libfaketime.
 tools:
-	@command -v redis-server >/dev/null && exit 0; \
-	echo "make: redis-server is missing; installing it with the system's package manager"; \
+	@redis= ; etcd= ; clock= ; \
+	command -v redis-server >/dev/null || redis=yes; \
+	command -v etcd >/dev/null || etcd=yes; \
+	[ "$$(uname)" != Linux ] || [ -n "$$(find /usr/lib /usr/lib64 -name libfaketimeMT.so.1 2>/dev/null | head -n 1)" ] || clock=yes; \
+	[ -z "$$redis$$etcd$$clock" ] && exit 0; \
+	echo "make: $${redis:+redis-server }$${etcd:+etcd }$${clock:+libfaketime }missing; installing with the system's package manager"; \
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	if command -v apt-get >/dev/null; then $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends redis-server; \
-	elif command -v dnf >/dev/null; then $$sudo dnf install -y -q redis; \
-	elif command -v apk >/dev/null; then $$sudo apk add -q redis; \
-	elif command -v brew >/dev/null; then brew install -q redis; \
-	else echo "make: install redis-server 7 and try again" >&2; exit 1; fi
+	if command -v apt-get >/dev/null; then $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends \
+		$${redis:+redis-server} $${etcd:+etcd-server} $${clock:+libfaketime}; \
+	elif command -v dnf >/dev/null; then $$sudo dnf install -y -q $${redis:+redis} $${etcd:+etcd} $${clock:+libfaketime}; \
+	elif command -v apk >/dev/null; then $$sudo apk add -q $${redis:+redis} $${etcd:+etcd} $${clock:+libfaketime}; \
+	elif command -v brew >/dev/null; then brew install -q $${redis:+redis} $${etcd:+etcd}; \
+	else echo "make: install redis-server 7, etcd 3.4 or newer and libfaketime, and try again" >&2; exit 1; fi
 
 # Every bench, one after the other, on an otherwise quiet machine; about 20 minutes. Tables on stdout.
 bench: tools

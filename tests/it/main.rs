@@ -1,6 +1,8 @@
 //! The product from outside.
 
 mod budgets;
+#[cfg(target_os = "linux")]
+mod clock;
 mod control_plane;
 mod envoy;
 mod errors;
