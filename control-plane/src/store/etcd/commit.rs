@@ -65,7 +65,13 @@ impl Inner {
             let revision = before.revision + 1;
             let id = uuid::Uuid::now_v7().to_string();
             let request = self.request(&before, &writes, revision, &id);
-            let done = self.client.txn(request).await?;
+            let done = match self.client.txn(request).await {
+                // The write that goes over the quota is refused or carried out, and answered like this either way.
+                Err(full @ Error::Full(_)) => {
+                    return if self.was_made(revision, &id).await? { Ok(revision) } else { Err(full) };
+                }
+                done => done?,
+            };
             if done.answer.succeeded {
                 let modified = done.answer.header.map_or(0, |header| header.revision);
                 *slot = Some(after(before, &writes, revision, modified));
