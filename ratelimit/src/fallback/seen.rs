@@ -9,6 +9,9 @@ use std::sync::{Mutex, PoisonError};
 use crate::budget::{Meter, Terms};
 use crate::{FOREVER, Key, Kind, LimitState, ScopeLimits, What};
 
+/// What drained so shortly before is taken for used by others: of a limit that is used up it was, and their requests show
+/// here only with the next answer. Microseconds.
+const FRESH_US: f64 = 1e6;
 /// Records remembered; past that the empty ones are forgotten, and new ones are not taken in.
 const RECORDS_MAX: usize = 65_536;
 
@@ -62,11 +65,11 @@ impl Seen {
         }
     }
 
-    /// The level of a meter at `now`, micro-units; zero when it was never seen.
+    /// The level of a meter at `now` at the most, micro-units; zero when it was never seen.
     pub(super) fn level(&self, record: &Key, kind: Kind, now: f64) -> f64 {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let sight = seen.records.get(record).and_then(|kinds| kinds[kind as usize]);
-        sight.map_or(0.0, |sight| sight.meter.level_at(&sight.terms, now))
+        sight.map_or(0.0, |sight| sight.meter.level_at(&sight.terms, now - FRESH_US))
     }
 
     /// How many requests the whole cluster had in flight; `None` when that was never seen.
@@ -85,5 +88,40 @@ fn note_in_flight(seen: &mut HashMap<Key, u32>, leases: &Key, live: u32) {
     }
     if seen.len() < RECORDS_MAX {
         seen.insert(leases.clone(), live);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{Bucket, Mode, Scope, Verdict, WithoutStore, scope_keys};
+
+    #[test]
+    fn what_drained_within_a_second_is_taken_for_used_by_others() {
+        let (record, leases) = scope_keys(Scope::Global);
+        let mut buckets = [None; Kind::COUNT];
+        buckets[0] = Some(Bucket { capacity: 60, rate: 60, period: Duration::from_secs(60) });
+        let scope = ScopeLimits {
+            record: record.clone(),
+            leases,
+            buckets,
+            concurrency: None,
+            mode: Mode::Enforce,
+            without_store: WithoutStore::LocalShare,
+        };
+        let used_up = LimitState {
+            scope: 0,
+            what: What::Bucket(Kind::Requests),
+            verdict: Verdict::Fits,
+            limit: 60,
+            remaining: 0,
+            reset: Duration::from_secs(60),
+        };
+        let seen = Seen::default();
+        seen.note(std::slice::from_ref(&scope), &[used_up], 5e6);
+        let level = |now| seen.level(&record, Kind::Requests, now) / 1e6;
+        assert_eq!((level(5e6), level(6e6), level(9e6)), (60.0, 60.0, 57.0));
     }
 }
