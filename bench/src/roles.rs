@@ -11,8 +11,6 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
-use weir_ratelimit::AnyLimiter;
-use weir_ratelimit::redis::{ColdStart, RedisLimiter, RedisOptions};
 
 use crate::load::{self, Connection};
 use crate::process::Process;
@@ -25,7 +23,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug, Subcommand)]
 pub(crate) enum Role {
     /// A gateway.
-    Gateway(Box<GatewayRole>),
+    Gateway(Box<weir_gateway::config::Config>),
     /// A simulated LLM server.
     Mock(MockArgs),
     /// A control plane with a file store.
@@ -44,16 +42,6 @@ pub(crate) struct ControlPlaneArgs {
     /// The file of its store; the token is beside it.
     #[arg(long)]
     store: PathBuf,
-}
-
-/// A gateway, and what is not one of its settings.
-#[derive(Debug, Args)]
-pub(crate) struct GatewayRole {
-    #[command(flatten)]
-    config: weir_gateway::config::Config,
-    /// A meter that is not in Redis counts as full when the data set was born.
-    #[arg(long)]
-    strict: bool,
 }
 
 /// A simulated LLM server on a free port.
@@ -89,18 +77,9 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
         let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
         tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
         match role {
-            Role::Gateway(role) => {
-                let GatewayRole { config, strict } = *role;
+            Role::Gateway(config) => {
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
-                let limiter = match (&config.redis, strict) {
-                    (Some(url), true) => {
-                        let options =
-                            RedisOptions { cold_start: ColdStart::Strict, ..RedisOptions::default() };
-                        Some(AnyLimiter::from(RedisLimiter::connect(url, options).await?))
-                    }
-                    _ => None,
-                };
-                let running = weir_gateway::start(config, limiter, shutdown, hurry).await?;
+                let running = weir_gateway::start(*config, None, shutdown, hurry).await?;
                 say(&json!({ "clients": running.address, "ops": running.ops_address }))?;
                 running.ended().await?;
             }
@@ -222,7 +201,7 @@ impl Gateway {
             command.args(["--redis", url]);
         }
         if args.strict {
-            command.arg("--strict");
+            command.args(["--cold-start", "strict"]);
         }
         // The discard port: nothing answers there.
         let (plane, token) =

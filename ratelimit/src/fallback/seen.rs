@@ -110,6 +110,7 @@ mod tests {
             concurrency: None,
             mode: Mode::Enforce,
             without_store: WithoutStore::LocalShare,
+            prefetch: Default::default(),
         };
         let used_up = LimitState {
             scope: 0,
