@@ -68,7 +68,7 @@ tools:
 	elif command -v brew >/dev/null; then brew install -q $${redis:+redis} $${etcd:+etcd}; \
 	else echo "make: install redis-server 7, etcd 3.4 or newer and libfaketime, and try again" >&2; exit 1; fi
 
-# Every bench, one after the other, on an otherwise quiet machine; about 20 minutes. Tables on stdout.
+# Every bench, one after the other, on an otherwise quiet machine; about an hour, most of it failover and partition. Tables on stdout.
 bench: tools
-	@for name in proxy guide-table limiter accuracy outage; do \
+	@for name in proxy guide-table limiter accuracy outage balance shares partition failover; do \
 		cargo run --release --locked -q -p weir-bench -- $$name || exit 1; done

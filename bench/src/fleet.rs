@@ -1,8 +1,10 @@
-//! A control plane inside the bench: its work is small, and what is measured runs in processes of its own.
+//! A control plane inside the bench, on a thread of its own: neither the load generator nor its own neighbours make it
+//! late.
 
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
+use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use weir_control_plane::{Config, StoreConfig};
@@ -16,6 +18,8 @@ pub(crate) struct ControlPlane {
     token: String,
     shutdown: CancellationToken,
     join: JoinHandle<Result<(), weir_control_plane::Error>>,
+    /// `None` once it has ended.
+    runtime: Option<Runtime>,
 }
 
 impl ControlPlane {
@@ -30,9 +34,13 @@ impl ControlPlane {
             ..Config::default()
         };
         let shutdown = CancellationToken::new();
-        let running = weir_control_plane::ControlPlane::start(config, shutdown.clone()).await?;
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let (token, config) = (shutdown.clone(), config);
+        let start =
+            runtime.spawn(async move { weir_control_plane::ControlPlane::start(config, token).await });
+        let running = start.await.context("the control plane panicked")??;
         let token = running.admin_token.expose().to_owned();
-        Ok(Self { address: running.grpc_addr, token, shutdown, join: running.join })
+        Ok(Self { address: running.grpc_addr, token, shutdown, join: running.join, runtime: Some(runtime) })
     }
 
     /// Its address and the token that opens it.
@@ -41,8 +49,17 @@ impl ControlPlane {
     }
 
     /// Ends it.
-    pub(crate) async fn end(self) -> anyhow::Result<()> {
+    pub(crate) async fn end(mut self) -> anyhow::Result<()> {
         self.shutdown.cancel();
-        self.join.await.context("the control plane panicked")?.context("the control plane failed")
+        (&mut self.join).await.context("the control plane panicked")?.context("the control plane failed")
+    }
+}
+
+impl Drop for ControlPlane {
+    fn drop(&mut self) {
+        // Not to be waited for here: this may be a thread that serves others.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }

@@ -228,7 +228,7 @@ fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     ]
     .into_iter()
     .collect();
-    let backend = Candidate { leases: Key::backend_slots(&model), max_concurrency: 100_000 };
+    let backend = Candidate { leases: Key::backend_slots(&model), max_concurrency: 100_000, bound: None };
     Acquire {
         id: Uuid::now_v7(),
         cost: RESERVED,

@@ -14,6 +14,7 @@ mod limiter;
 mod load;
 mod machine;
 mod outage;
+mod partition;
 mod process;
 mod proxies;
 mod proxy;
@@ -22,6 +23,7 @@ mod report;
 mod resources;
 mod rng;
 mod roles;
+mod shares;
 mod stats;
 mod store;
 
@@ -62,6 +64,10 @@ enum Bench {
     Failover(failover::FailoverArgs),
     /// How long until every gateway of a large fleet has a change, and what that costs the control plane
     Fanout(fanout::FanoutArgs),
+    /// Whether a backend that only some gateways can reach stays in use for the others
+    Partition(partition::PartitionArgs),
+    /// Whether backends get their configured shares, their slots, and no needless probes
+    Shares(shares::SharesArgs),
     /// A part of a bench, started by the bench itself
     #[command(hide = true)]
     Role {
@@ -99,6 +105,8 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Balance(args) => Ok(balance::run(&args, machine::describe())),
             Bench::Failover(args) => failover::run(&args).await,
             Bench::Fanout(args) => fanout::run(&args).await,
+            Bench::Partition(args) => partition::run(&args).await,
+            Bench::Shares(args) => shares::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }
     };

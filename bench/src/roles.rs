@@ -169,6 +169,8 @@ pub(crate) struct GatewayArgs {
     pub(crate) control_plane: Option<(SocketAddr, String)>,
     /// Whether a meter that is not in Redis counts as full when the data set was born.
     pub(crate) strict: bool,
+    /// Variables of its environment, such as credentials.
+    pub(crate) env: Vec<(String, String)>,
 }
 
 /// A gateway in a process of its own.
@@ -208,6 +210,7 @@ impl Gateway {
             args.control_plane.clone().unwrap_or((([127, 0, 0, 1], 9).into(), String::new()));
         command.args(["--control-plane", &format!("http://{plane}")]);
         command.env("WEIR_GATEWAY_TOKEN", token);
+        command.envs(args.env.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start(&args.id, command, directory)?;
         let line = process.line().await?;
         let gateway = Self { address: address(&line, "clients")?, ops: address(&line, "ops")?, process };

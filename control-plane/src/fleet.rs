@@ -5,8 +5,9 @@
 //! reports come every second.
 
 mod departures;
+mod pace;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,12 +18,17 @@ use weir_proto::v1;
 
 pub(crate) use self::departures::Departures;
 use self::departures::Leaving;
+pub(crate) use self::pace::Told as ToldSpeeds;
+use self::pace::{Paces, Seen, Speeds};
 use crate::presence::{Presence, Present};
 use crate::trends::Trends;
 use crate::verdicts::{Verdicts, gateway};
 
 /// In flight over all gateways, by backend.
 pub(crate) type Loads = BTreeMap<String, u32>;
+
+/// What requests of the whole fleet came to since the start, by backend.
+pub(crate) type Traffic = BTreeMap<String, v1::FleetTraffic>;
 
 /// Most backends one gateway may report on; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
@@ -32,6 +38,8 @@ const RESULTS_MAX: usize = 10_000;
 const CLEANERS: usize = 3;
 /// Loads are published this often at most.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
+/// What is new on how backends serve is said no more often.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 /// The time constant of the paces shown to people.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
@@ -43,6 +51,8 @@ pub(crate) struct Fleet {
     /// Told when a load has changed that is not published.
     changed: Arc<Notify>,
     departures: watch::Sender<Departures>,
+    /// Told when there is something new on how backends serve.
+    served: watch::Sender<()>,
     verdicts: Verdicts,
     presence: Presence,
     trends: Trends,
@@ -56,6 +66,10 @@ struct Reports {
     streams: u64,
     leaving: Leaving,
     paces: BTreeMap<String, Pace>,
+    speeds: Paces,
+    traffic: Traffic,
+    /// When it was last said that there is something new on how backends serve.
+    told_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -65,6 +79,8 @@ struct Report {
     sequence: u64,
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
+    /// How fast it saw backends serve.
+    seen: Seen,
     /// When the last report came.
     at: Instant,
 }
@@ -119,6 +135,7 @@ impl Fleet {
             loads: watch::Sender::default(),
             changed: Arc::default(),
             departures: watch::Sender::default(),
+            served: watch::Sender::default(),
             verdicts,
             presence,
             trends: Trends::default(),
@@ -159,6 +176,7 @@ impl Fleet {
             incarnation: first.incarnation.clone(),
             sequence: 0,
             backends: BTreeMap::new(),
+            seen: Seen::default(),
             at: Instant::now(),
         };
         let mut gone = reports.leaving.back(&first.gateway_id, &first.incarnation);
@@ -232,6 +250,26 @@ impl Fleet {
         self.reports().paces.get(backend).copied().unwrap_or_default()
     }
 
+    /// Told when there is something new on how backends serve.
+    pub(crate) fn served(&self) -> watch::Receiver<()> {
+        self.served.subscribe()
+    }
+
+    /// How fast all gateways but one saw backends serve.
+    pub(crate) fn speeds_without(&self, gateway: &str) -> Speeds {
+        let mut reports = self.reports();
+        let Reports { by_gateway, speeds, .. } = &mut *reports;
+        speeds.refresh(by_gateway.values_mut().map(|report| &mut report.seen));
+        by_gateway.get(gateway).map(|own| speeds.without(&own.seen)).unwrap_or_default()
+    }
+
+    /// What requests of the fleet came to at these backends.
+    pub(crate) fn traffic_at(&self, backends: &BTreeSet<&str>) -> Traffic {
+        let reports = self.reports();
+        let known = backends.iter().filter_map(|name| reports.traffic.get_key_value(*name));
+        known.map(|(name, traffic)| (name.clone(), traffic.clone())).collect()
+    }
+
     /// In flight per backend, and every change of it.
     pub(crate) fn loads(&self) -> watch::Receiver<Arc<Loads>> {
         self.loads.subscribe()
@@ -261,6 +299,41 @@ impl Reports {
         for (backend, (in_flight, _)) in &report.backends {
             self.moved(backend, *in_flight, 0);
         }
+    }
+
+    /// Whether those who are told how backends serve are to be woken: of many reports that come together, once.
+    fn is_news_due(&mut self, report: &v1::StreamReportsRequest) -> bool {
+        let now = Instant::now();
+        let says =
+            report.backends.iter().any(|b| b.successes > 0 || b.timed_answers > 0 || !b.speeds.is_empty());
+        let due = says && self.told_at.is_none_or(|at| now - at >= TELL_EVERY);
+        if due {
+            self.told_at = Some(now);
+        }
+        due
+    }
+
+    /// Adds what requests came to.
+    fn count(&mut self, backend: &v1::BackendReport) {
+        let bad = [backend.connect_failures, backend.server_errors, backend.timeouts, backend.busy];
+        let bad = bad.into_iter().fold(0, u64::saturating_add);
+        let silent = backend.successes == 0 && bad == 0 && backend.timed_answers == 0;
+        if silent || (!self.traffic.contains_key(&backend.backend) && self.traffic.len() >= BACKENDS_MAX) {
+            return;
+        }
+        let sum = self.traffic.entry(backend.backend.clone()).or_insert_with(|| v1::FleetTraffic {
+            backend: backend.backend.clone(),
+            ..v1::FleetTraffic::default()
+        });
+        let duration = |wire: Option<prost_types::Duration>| {
+            wire.and_then(|wire| Duration::try_from(wire).ok()).unwrap_or_default()
+        };
+        let decode = duration(sum.decode_time).saturating_add(duration(backend.decode_time));
+        sum.good = sum.good.saturating_add(backend.successes);
+        sum.bad = sum.bad.saturating_add(bad);
+        sum.answers = sum.answers.saturating_add(backend.timed_answers);
+        sum.output_tokens = sum.output_tokens.saturating_add(backend.output_tokens);
+        sum.decode_time = prost_types::Duration::try_from(decode).ok();
     }
 
     fn learn(&mut self, backend: &v1::BackendReport) {
@@ -314,12 +387,18 @@ impl Reporter {
                 None => continue,
             };
             changed |= reports.moved(&backend.backend, before.0, now.0);
+            reports.count(backend);
             reports.learn(backend);
         }
         if let Some(own) = reports.by_gateway.get_mut(&self.gateway) {
             own.backends = known;
+            own.seen.report(report.backends.iter().map(|backend| (&backend.backend, &backend.speeds)));
         }
+        let news = reports.is_news_due(report);
         drop(reports);
+        if news {
+            self.fleet.served.send_replace(());
+        }
         if changed {
             self.fleet.changed.notify_one();
         }
@@ -356,7 +435,16 @@ mod tests {
     }
 
     fn report(sequence: u64, in_flight: u32) -> v1::StreamReportsRequest {
-        let backend = v1::BackendReport { backend: "b".into(), in_flight, ..Default::default() };
+        let backend = v1::BackendReport {
+            backend: "b".into(),
+            in_flight,
+            successes: 4,
+            connect_failures: 1,
+            server_errors: 1,
+            timeouts: 1,
+            busy: 1,
+            ..Default::default()
+        };
         v1::StreamReportsRequest {
             gateway_id: "g".into(),
             incarnation: "i".into(),
@@ -378,6 +466,10 @@ mod tests {
         assert!(!reporter.report(&v1::StreamReportsRequest { incarnation: "x".into(), ..report(3, 7) }));
         fleet.publish();
         assert_eq!(fleet.loads().borrow().get("b"), Some(&5));
+        assert_eq!(
+            fleet.traffic_at(&["b", "c"].into()).values().map(|t| (t.good, t.bad)).collect::<Vec<_>>(),
+            [(4, 4)]
+        );
         drop(reporter);
         fleet.publish();
         assert!(fleet.loads().borrow().is_empty());

@@ -196,7 +196,7 @@ async fn renew(ledger: Arc<Ledger>) {
 /// so that nobody is let in beside it. The next ones wait until the count has come down.
 async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
     for key in &leases {
-        let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX }];
+        let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX, bound: None }];
         match ledger.limiter.move_slot(id, None, &place, LEASE_TTL).await {
             Ok(_) => ledger.metrics.leases_retaken.inc(),
             // The next renewal finds it lost again.

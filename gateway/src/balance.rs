@@ -25,5 +25,5 @@ pub use self::eject::{EjectConfig, Ejector, Standing};
 pub use self::patience::{Patience, PatienceConfig};
 pub use self::retry::{RetryBudget, RetryConfig};
 pub use self::schedule::{Order, Scheduler};
-pub use self::speed::{Measure, Sample, Speeds};
+pub use self::speed::{Measure, Pace, Sample, Speeds};
 pub use self::weight::{Effective, RAMP, Trust, View, health_factor};

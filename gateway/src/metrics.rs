@@ -62,6 +62,15 @@ pub struct ProbeLabels {
     pub outcome: &'static str,
 }
 
+/// Of probes that were not made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct NeedlessProbeLabels {
+    /// The backend.
+    pub backend: String,
+    /// "readiness" or "deep".
+    pub tier: &'static str,
+}
+
 /// Of probes that cost tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PaidProbeLabels {
@@ -168,8 +177,12 @@ pub struct Metrics {
     pub control_plane_connected: Gauge,
     /// Resources that this gateway refuses.
     pub config_refused: Gauge,
+    /// From the control plane's decision until a verdict was in force here; between hosts also what their clocks differ.
+    pub verdict_delay: Histogram,
     /// Probes made by this gateway.
     pub probes: Family<ProbeLabels, Counter>,
+    /// Probes whose tokens were saved, since requests said as much.
+    pub probes_needless: Family<NeedlessProbeLabels, Counter>,
     /// Output tokens that probes cost, as far as backends say.
     pub probe_tokens: Family<PaidProbeLabels, Counter>,
     /// Probes left out since the budget was spent.
@@ -181,6 +194,7 @@ const REQUEST_BUCKETS: [f64; 16] =
 const LIMITER_BUCKETS: [f64; 10] =
     [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05];
 
+const VERDICT_BUCKETS: [f64; 10] = [0.001, 0.002, 0.003, 0.005, 0.007_5, 0.01, 0.025, 0.05, 0.25, 1.0];
 const QUEUE_BUCKETS: [f64; 8] = [0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0];
 
 fn seconds() -> Histogram {
@@ -223,7 +237,9 @@ impl Metrics {
             config_age: Gauge::default(),
             control_plane_connected: Gauge::default(),
             config_refused: Gauge::default(),
+            verdict_delay: Histogram::new(VERDICT_BUCKETS),
             probes: Family::default(),
+            probes_needless: Family::default(),
             probe_tokens: Family::default(),
             probes_over_budget: Family::default(),
         };
@@ -307,7 +323,17 @@ impl Metrics {
             "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
             m.config_refused.clone(),
         );
+        r.register(
+            "verdict_delay_seconds",
+            "From the control plane's decision until a changed verdict was in force here",
+            m.verdict_delay.clone(),
+        );
         r.register("gateway_probes", "Probes made by this gateway", m.probes.clone());
+        r.register(
+            "probes_needless",
+            "Probes whose tokens were saved, since requests of the fleet said as much",
+            m.probes_needless.clone(),
+        );
         r.register("probe_tokens", "Output tokens that probes cost", m.probe_tokens.clone());
         r.register(
             "probes_over_budget",

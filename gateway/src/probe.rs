@@ -27,10 +27,10 @@ use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
 use self::budget::Budget;
 use self::judge::Seen;
 use self::lane::Orders;
-use self::look::{DEEP_REQUESTS, Depth, Looked};
+use self::look::{Ask, DEEP_REQUESTS, Depth, Known, Looked};
 use self::schedule::{End, Key, Schedule};
 use crate::live::Live;
-use crate::metrics::{Metrics, PaidProbeLabels, ProbeLabels};
+use crate::metrics::{Metrics, NeedlessProbeLabels, PaidProbeLabels, ProbeLabels};
 use crate::snapshot::{BackendEntry, ModelEntry, Snapshot};
 
 /// Looks at once; what a large assignment may take of a gateway.
@@ -41,8 +41,10 @@ const ALONE_AFTER: Duration = Duration::from_secs(60);
 const ALONE_AT_START: Duration = Duration::from_secs(5);
 /// Alone, the intervals are longer: now every gateway looks at every backend.
 const ALONE_SLOWER: u32 = 2;
-/// Successful requests since the last readiness probe that make another needless.
+/// Successful requests of the fleet since the last readiness probe that make another needless...
 const PROOF: u64 = 3;
+/// ...unless more than one in so many failed: from 5 % on a backend is degraded, and looked at.
+const FAULTS_OF_GOOD: u64 = 20;
 /// Answers since the last deep probe that say how fast a backend is.
 const RATE_ANSWERS: u64 = 20;
 /// A backend with more of its slots in use than this is not measured: that would measure contention, and add to it.
@@ -57,10 +59,10 @@ pub struct Prober {
     metrics: Metrics,
     schedule: Schedule,
     budget: Budget,
-    /// (Backend, what it knows the model by) -> what it calls itself.
-    known: BTreeMap<(String, String), String>,
+    /// (Backend, what it knows the model by) -> what was found out about that.
+    known: BTreeMap<(String, String), Known>,
     /// What requests had come to when a tier was last looked at.
-    before: BTreeMap<Key, Totals>,
+    before: BTreeMap<Key, Counted>,
     /// Whose model's turn it is; one that failed keeps it.
     turns: BTreeMap<String, usize>,
     /// Failures and passes in a row, while alone.
@@ -82,12 +84,48 @@ pub struct Totals {
     pub decode_us: u64,
 }
 
+/// What requests came to, and whose.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    totals: Totals,
+    /// Of the whole fleet; of this gateway alone otherwise.
+    fleet: bool,
+}
+
+impl Counted {
+    fn now(entry: &BackendEntry) -> Self {
+        let fleet = entry.runtime.fleet_totals();
+        Self { totals: fleet.unwrap_or_else(|| entry.runtime.totals()), fleet: fleet.is_some() }
+    }
+
+    /// What came since `before`. Nothing, if that counted something else or another control plane counts.
+    fn since(&self, before: Option<Self>) -> Totals {
+        let (now, Some(Self { totals: old, .. })) = (self.totals, before.filter(|b| b.fleet == self.fleet))
+        else {
+            return Totals::default();
+        };
+        let since = |now: u64, old: u64| now.checked_sub(old);
+        let all = || {
+            Some(Totals {
+                good: since(now.good, old.good)?,
+                bad: since(now.bad, old.bad)?,
+                answers: since(now.answers, old.answers)?,
+                tokens: since(now.tokens, old.tokens)?,
+                decode_us: since(now.decode_us, old.decode_us)?,
+            })
+        };
+        all().unwrap_or_default()
+    }
+}
+
 /// A look that ended.
 struct Done {
     key: Key,
     entry: Arc<BackendEntry>,
     model: Option<String>,
     looked: Looked,
+    /// The backend was asked; not when its requests said enough.
+    made: bool,
 }
 
 impl Prober {
@@ -158,7 +196,12 @@ impl Prober {
             let known = assignments.filter(|a| a.tier() != ProbeTier::Unspecified && enabled(&a.backend));
             known.map(|a| ((a.backend.clone(), a.tier()), (a.turn, a.turns))).collect()
         };
-        self.schedule.assign(&assigned, now);
+        let slower = if alone { ALONE_SLOWER } else { 1 };
+        let interval = |key: &Key| {
+            let pool = snapshot.backends.get(key.0.as_str()).and_then(|b| snapshot.pools.get(&b.spec.pool));
+            schedule::interval(&pool.map(|pool| pool.spec.health).unwrap_or_default(), key.1) * slower
+        };
+        self.schedule.assign(&assigned, interval, (now, unix()));
         let names: BTreeSet<String> = snapshot.backends.keys().map(ToString::to_string).collect();
         self.schedule.retain(&names);
         self.budget.retain(|name| names.contains(name));
@@ -176,7 +219,9 @@ impl Prober {
                 continue;
             };
             match self.plan(&snapshot, &key, &entry, now) {
-                Plan::Known(looked) => self.finished(Done { key, entry, model: None, looked: *looked }),
+                Plan::Known(looked) => {
+                    self.finished(Done { key, entry, model: None, looked: *looked, made: false })
+                }
                 Plan::Skip => {
                     let profile = self.profile(&snapshot, &entry);
                     self.schedule.finished(&key, End::Good, &profile, (now, unix()), crate::random_unit());
@@ -184,19 +229,19 @@ impl Prober {
                 Plan::Liveness(limit) => {
                     looks.spawn(async move {
                         let looked = look::liveness(entry.clone(), limit).await;
-                        Done { key, entry, model: None, looked }
+                        Done { key, entry, model: None, looked, made: true }
                     });
                 }
                 Plan::Readiness { model, known, limit } => {
                     looks.spawn(async move {
                         let looked = look::readiness(entry.clone(), model.clone(), known, limit).await;
-                        Done { key, entry, model: Some(model), looked }
+                        Done { key, entry, model: Some(model), looked, made: true }
                     });
                 }
                 Plan::Deep(depth) => {
                     looks.spawn(async move {
                         let looked = look::deep(entry.clone(), depth).await;
-                        Done { key, entry, model: None, looked }
+                        Done { key, entry, model: None, looked, made: true }
                     });
                 }
             }
@@ -205,8 +250,8 @@ impl Prober {
 
     fn plan(&mut self, snapshot: &Snapshot, key: &Key, entry: &Arc<BackendEntry>, now: Instant) -> Plan {
         let profile = self.profile(snapshot, entry);
-        let totals = entry.runtime.totals();
-        let before = self.before.insert(key.clone(), totals);
+        let counted = Counted::now(entry);
+        let since = counted.since(self.before.insert(key.clone(), counted));
         if key.1 == ProbeTier::Liveness {
             return Plan::Liveness(profile.timeout);
         }
@@ -214,9 +259,9 @@ impl Prober {
         let turn = self.turns.entry(key.0.clone()).or_default();
         let Some((model, name)) = models.get(*turn % models.len().max(1)) else { return Plan::Skip };
         let limit = model.spec.health_timeout.unwrap_or(PAID_TIMEOUT_MIN.max(profile.timeout));
-        let before = before.unwrap_or(totals);
         if key.1 == ProbeTier::Readiness {
-            if totals.good - before.good >= PROOF && totals.bad == before.bad {
+            if since.good >= PROOF && since.bad * FAULTS_OF_GOOD <= since.good {
+                self.needless(key);
                 let seen = Seen::new(ProbeOutcome::Pass, "requests succeed");
                 return Plan::Known(Box::new(seen.into()));
             }
@@ -224,15 +269,19 @@ impl Prober {
                 self.over_budget(&key.0);
                 return Plan::Skip;
             }
-            let known = self.known.get(&(key.0.clone(), name.clone())).cloned();
+            let known = self.known.get(&(key.0.clone(), name.clone())).cloned().unwrap_or_default();
             return Plan::Readiness { model: name.clone(), known, limit };
         }
-        let (answers, tokens) = (totals.answers - before.answers, totals.tokens - before.tokens);
-        let seconds = (totals.decode_us - before.decode_us) as f64 / 1e6;
-        let known_rate = (answers >= RATE_ANSWERS && seconds > 0.0).then(|| tokens as f64 / seconds);
+        let seconds = since.decode_us as f64 / 1e6;
+        let known_rate =
+            (since.answers >= RATE_ANSWERS && seconds > 0.0).then(|| since.tokens as f64 / seconds);
+        if known_rate.is_some() {
+            self.needless(key);
+        }
         let busy = f64::from(entry.runtime.in_flight()) > IDLE_SHARE * f64::from(entry.spec.max_concurrency);
         let well = entry.runtime.health() != HealthState::Unhealthy;
-        let measure = known_rate.is_none() && !busy && well;
+        let ask = self.known.get(&(key.0.clone(), name.clone())).and_then(|known| known.ask);
+        let measure = known_rate.is_none() && !busy && well && ask != Some(Ask::Embedding);
         let paid = measure && self.budget.take(&key.0, DEEP_REQUESTS, profile.paid_probes_per_hour, now);
         if measure && !paid {
             self.over_budget(&key.0);
@@ -243,6 +292,11 @@ impl Prober {
             models: models.iter().map(|(_, name)| name.clone()).collect(),
             limit,
         })
+    }
+
+    fn needless(&self, key: &Key) {
+        let labels = NeedlessProbeLabels { backend: key.0.clone(), tier: tier_name(key.1) };
+        self.metrics.probes_needless.get_or_create(&labels).inc();
     }
 
     fn over_budget(&self, backend: &str) {
@@ -261,7 +315,7 @@ impl Prober {
     }
 
     fn finished(&mut self, done: Done) {
-        let Done { key, entry, model, looked } = done;
+        let Done { key, entry, model, looked, made } = done;
         let snapshot = self.live.snapshot();
         let profile = self.profile(&snapshot, &entry);
         let end = match looked.seen.outcome {
@@ -278,12 +332,11 @@ impl Prober {
         {
             return;
         }
-        let labels = ProbeLabels {
-            backend: key.0.clone(),
-            tier: tier_name(key.1),
-            outcome: outcome_name(looked.seen.outcome),
-        };
-        self.metrics.probes.get_or_create(&labels).inc();
+        if made {
+            let (tier, outcome) = (tier_name(key.1), outcome_name(looked.seen.outcome));
+            let labels = ProbeLabels { backend: key.0.clone(), tier, outcome };
+            self.metrics.probes.get_or_create(&labels).inc();
+        }
         if looked.tokens > 0 {
             let labels = PaidProbeLabels { backend: key.0.clone() };
             self.metrics.probe_tokens.get_or_create(&labels).inc_by(looked.tokens);
@@ -292,9 +345,9 @@ impl Prober {
             if end == End::Good {
                 *self.turns.entry(key.0.clone()).or_default() += 1;
             }
-            if let Some(named) = &looked.named {
-                self.known.insert((key.0.clone(), model), named.clone());
-            }
+            let known = self.known.entry((key.0.clone(), model)).or_default();
+            known.named = looked.named.clone().or(known.named.take());
+            known.ask = looked.ask.or(known.ask);
         }
         if key.1 == ProbeTier::Liveness && end == End::Bad {
             // What only this gateway sees is its own problem: it keeps away, whatever the cluster says.
@@ -339,7 +392,7 @@ enum Plan {
     Liveness(Duration),
     Readiness {
         model: String,
-        known: Option<String>,
+        known: Known,
         limit: Duration,
     },
     Deep(Depth),

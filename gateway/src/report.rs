@@ -8,22 +8,25 @@
 mod lane;
 mod leader;
 mod outgoing;
+mod pace;
 mod said;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_discovery::{Identity, Link};
-use weir_proto::v1::{BackendHealth, BackendReport, HealthState, StreamReportsResponse};
+use weir_proto::v1::{BackendHealth, BackendReport, FleetTraffic, HealthState, StreamReportsResponse};
 
 use self::lane::{Lane, News};
 use self::leader::Leader;
 use self::outgoing::{Outgoing, Seen};
 use self::said::Said;
 use crate::live::Live;
+use crate::metrics::Metrics;
+use crate::probe::Totals;
 use crate::pulse::Pulse;
 use crate::reap::Gone;
 
@@ -35,7 +38,7 @@ const NEWS: usize = 16;
 /// Follows the report lanes until `shutdown`, each on a connection of its own.
 pub async fn run(
     live: Arc<Live>,
-    pulse: Arc<Pulse>,
+    metrics: Metrics,
     gone: Gone,
     identity: Identity,
     links: Vec<Link>,
@@ -57,14 +60,17 @@ pub async fn run(
             // Lanes end with the set.
             () = shutdown.cancelled() => return,
             Some((at, news)) = news.recv() => match news {
-                News::Open => report(&live, &pulse, &outgoing),
+                News::Open => report(&live, &metrics.pulse, &outgoing),
                 News::Said(message) => {
                     let before = leader.lane();
                     if leader.heard(at, message.leadership.as_ref()) {
                         live.probes().heard();
+                        let decided = said.decided(&message);
                         said.note(&message);
                         message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
                         take(&live, &message);
+                        let delays = decided.iter().filter_map(|at| SystemTime::now().duration_since(*at).ok());
+                        delays.for_each(|delay| metrics.verdict_delay.observe(delay.as_secs_f64()));
                     } else if before == Some(at) {
                         away(&live);
                     }
@@ -74,16 +80,22 @@ pub async fn run(
                 },
             },
             Ok(()) = revisions.changed() => take(&live, &said.again(&live)),
-            _ = ticks.tick() => report(&live, &pulse, &outgoing),
-            () = live.probes().hurry() => report(&live, &pulse, &outgoing),
+            _ = ticks.tick() => report(&live, &metrics.pulse, &outgoing),
+            () = live.probes().hurry() => report(&live, &metrics.pulse, &outgoing),
         }
     }
 }
 
-/// Nobody leads, as far as is known here: verdicts keep, loads do not, since they are wrong within seconds.
+/// Nobody leads, as far as is known here: verdicts keep; loads, speeds and counts do not, since they are wrong within
+/// seconds.
 fn away(live: &Live) {
     live.probes().away();
-    live.snapshot().backends.values().for_each(|backend| backend.runtime.set_fleet(None));
+    let snapshot = live.snapshot();
+    for backend in snapshot.backends.values() {
+        backend.runtime.set_fleet(None);
+        backend.runtime.set_fleet_totals(None);
+    }
+    snapshot.pools.values().for_each(|pool| pool.runtime.forget_others());
 }
 
 /// Hands what was seen since the last time to every lane that is open. Without any it goes on being counted.
@@ -105,6 +117,7 @@ fn report(live: &Live, pulse: &Pulse, outgoing: &[Arc<Outgoing>]) {
 /// The backends as they stand, with what was counted of them or without.
 fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
     let snapshot = live.snapshot();
+    let mut speeds = pace::seen(&snapshot);
     let backends = snapshot.backends.values().map(|backend| {
         let ejected =
             snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
@@ -112,6 +125,7 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
             backend: backend.name.to_string(),
             in_flight: backend.runtime.report_in_flight(),
             ejected,
+            speeds: speeds.remove(&backend.id).unwrap_or_default(),
             ..BackendReport::default()
         };
         if !counted {
@@ -119,7 +133,7 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
         }
         let counts = backend.runtime.take_counts();
         let mean = backend.runtime.take_first_byte_mean();
-        let (tokens, decode) = backend.runtime.take_decoded();
+        let (answers, tokens, decode) = backend.runtime.take_decoded();
         BackendReport {
             successes: counts.successes,
             connect_failures: counts.connect_failures,
@@ -130,11 +144,13 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
             output_tokens: tokens,
             decode_time: prost_types::Duration::try_from(decode).ok(),
             first_byte_counts: backend.runtime.take_first_byte_counts(),
+            timed_answers: answers,
             ..standing
         }
     });
     backends.collect()
 }
+
 fn take(live: &Live, message: &StreamReportsResponse) {
     if message.live_gateways > 0 {
         live.set_live_gateways(message.live_gateways);
@@ -147,6 +163,14 @@ fn take(live: &Live, message: &StreamReportsResponse) {
     for load in &message.load {
         if let Some(backend) = snapshot.backends.get(load.backend.as_str()) {
             backend.runtime.set_fleet(Some(load.in_flight));
+        }
+    }
+    for speed in &message.speeds {
+        pace::take(&snapshot, speed);
+    }
+    for traffic in &message.traffic {
+        if let Some(backend) = snapshot.backends.get(traffic.backend.as_str()) {
+            backend.runtime.set_fleet_totals(Some(totals(traffic)));
         }
     }
     for health in &message.health {
@@ -164,6 +188,17 @@ fn take(live: &Live, message: &StreamReportsResponse) {
             let takes = duration(health.ramp).unwrap_or(crate::balance::RAMP);
             backend.runtime.set_health_since(state, duration(health.ramp_elapsed).unwrap_or_default(), takes);
         }
+    }
+}
+
+fn totals(traffic: &FleetTraffic) -> Totals {
+    let decode = traffic.decode_time.and_then(|wire| Duration::try_from(wire).ok()).unwrap_or_default();
+    Totals {
+        good: traffic.good,
+        bad: traffic.bad,
+        answers: traffic.answers,
+        tokens: traffic.output_tokens,
+        decode_us: u64::try_from(decode.as_micros()).unwrap_or(u64::MAX),
     }
 }
 

@@ -166,14 +166,7 @@ pub async fn start(
     let drained = CancellationToken::new();
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), metrics.clone()).run(drained.clone()));
-    tasks.spawn(report::run(
-        live.clone(),
-        metrics.pulse.clone(),
-        gone,
-        identity,
-        control_planes,
-        drained.clone(),
-    ));
+    tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(watch(

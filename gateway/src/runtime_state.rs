@@ -41,6 +41,9 @@ pub struct BackendRuntime {
     first_byte_counts: [AtomicU32; latency::INTERVALS],
     decoded_tokens: AtomicU64,
     decoded_us: AtomicU64,
+    decoded_answers: AtomicU64,
+    /// What requests of the whole fleet came to, while the report lane says it.
+    fleet_totals: Mutex<Option<Totals>>,
 }
 
 /// A slow start: when it began, and how long it takes.
@@ -125,6 +128,8 @@ impl Default for BackendRuntime {
             first_byte_counts: std::array::from_fn(|_| AtomicU32::new(0)),
             decoded_tokens: AtomicU64::new(0),
             decoded_us: AtomicU64::new(0),
+            decoded_answers: AtomicU64::new(0),
+            fleet_totals: Mutex::new(None),
         }
     }
 }
@@ -160,6 +165,7 @@ impl BackendRuntime {
         self.totals.decode_us.fetch_add(micros(took), Ordering::Relaxed);
         self.decoded_tokens.fetch_add(tokens, Ordering::Relaxed);
         self.decoded_us.fetch_add(micros(took), Ordering::Relaxed);
+        self.decoded_answers.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The mean time to the first byte since the last call; `None` without any.
@@ -177,10 +183,21 @@ impl BackendRuntime {
         counts
     }
 
-    /// Output tokens of streams that ended since the last call, and how long they took from their first bytes on.
-    pub fn take_decoded(&self) -> (u64, Duration) {
+    /// Streams that ended since the last call, their output tokens, and how long they took from their first bytes on.
+    pub fn take_decoded(&self) -> (u64, u64, Duration) {
+        let answers = self.decoded_answers.swap(0, Ordering::Relaxed);
         let tokens = self.decoded_tokens.swap(0, Ordering::Relaxed);
-        (tokens, Duration::from_micros(self.decoded_us.swap(0, Ordering::Relaxed)))
+        (answers, tokens, Duration::from_micros(self.decoded_us.swap(0, Ordering::Relaxed)))
+    }
+
+    /// Takes over what requests of the whole fleet came to; `None`: nobody says it any more.
+    pub fn set_fleet_totals(&self, totals: Option<Totals>) {
+        *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner) = totals;
+    }
+
+    /// See [`Self::set_fleet_totals`].
+    pub fn fleet_totals(&self) -> Option<Totals> {
+        *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What requests came to since the start.

@@ -88,8 +88,7 @@ impl Target {
         self.count(attempt);
         let runtime = &self.model.pool.runtime;
         if self.began.is_none() && matches!(attempt, Attempt::Timeout | Attempt::Overtaken) {
-            let waited = self.sent.elapsed();
-            runtime.waited(&self.model.name, self.backend.id, self.stream, self.prompt_tokens, waited);
+            runtime.waited(&self.model.name, self.backend.id, self.stream);
         }
         runtime.failed(&self.model.name, &self.backend, attempt, &self.sample(0), retry_after);
     }

@@ -268,6 +268,7 @@ pub(crate) fn candidates(model: &ModelEntry, places: &[Place]) -> Vec<Candidate>
     let candidate = |place: &Place| Candidate {
         leases: model.backends[place.index].0.slots.clone(),
         max_concurrency: place.slots,
+        bound: place.bound,
     };
     places.iter().take(weir_ratelimit::MAX_CANDIDATES).map(candidate).collect()
 }
@@ -278,7 +279,7 @@ pub(crate) fn others(places: &[Place], chosen: usize) -> Vec<Place> {
     for place in places.iter().filter(|place| place.index != places[chosen].index) {
         match left.iter_mut().find(|seen| seen.index == place.index) {
             Some(seen) => seen.slots = seen.slots.max(place.slots),
-            None => left.push(*place),
+            None => left.push(Place { bound: None, ..*place }),
         }
     }
     left
@@ -286,12 +287,16 @@ pub(crate) fn others(places: &[Place], chosen: usize) -> Vec<Place> {
 
 #[cfg(test)]
 mod tests {
+    use weir_ratelimit::Bound;
+
     use super::*;
 
     #[test]
     fn what_is_left_names_each_backend_once_with_all_its_slots() {
-        let place = |index, slots| Place { index, slots };
-        let places = [place(2, 3), place(0, 3), place(1, 3), place(1, 50), place(0, 50), place(2, 50)];
+        let place = |index, slots| Place { index, slots, bound: None };
+        let bounded =
+            |index| Place { bound: Some(Bound { millionths: 400_000, estimate: 3 }), ..place(index, 50) };
+        let places = [bounded(2), bounded(0), bounded(1), place(1, 50), place(0, 50), place(2, 50)];
         assert_eq!(others(&places, 0), [place(0, 50), place(1, 50)]);
         assert_eq!(others(&places, 3), [place(2, 50), place(0, 50)]);
     }

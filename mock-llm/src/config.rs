@@ -52,6 +52,8 @@ pub struct Config {
     pub chunk_bytes: usize,
     /// Numbers in an embedding when the request does not say, 1 to 16 384.
     pub embedding_dimensions: usize,
+    /// Models that embed alone: other endpoints answer them 400, as vLLM does.
+    pub embeds_only: bool,
     /// Connections open at once, 1 to 100 000; further ones wait in the listener's backlog.
     pub connections_max: usize,
     /// How long open answers may go on after shutdown was asked for, at most 1 hour. Then they are cut.
@@ -77,6 +79,7 @@ impl Default for Config {
             output_tokens: 64,
             chunk_bytes: 0,
             embedding_dimensions: 256,
+            embeds_only: false,
             connections_max: 10_000,
             drain: Duration::from_secs(5),
             faults: Faults::default(),

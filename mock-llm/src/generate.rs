@@ -50,6 +50,10 @@ pub(crate) async fn generate(
     drop(body);
     let known = shared.config.models.iter().position(|name| *name == request.model);
     let Some(model) = known else { return Err(ApiError::UnknownModel(request.model)) };
+    if shared.config.embeds_only && endpoint != Endpoint::Embeddings {
+        let message = "the model does not support this API; it embeds";
+        return Err(ApiError::Invalid { param: "model", message });
+    }
     let measured = request.measured(endpoint)?;
     let answer = answer(shared, endpoint, &request, &head.headers, &drawn, measured.tokens(), id)?;
     let embedding = embedding(shared, &request)?;

@@ -64,6 +64,9 @@ struct Args {
     /// Numbers in an embedding when the request does not say
     #[arg(long, env = "MOCK_LLM_EMBEDDING_DIMENSIONS", default_value_t = Config::default().embedding_dimensions)]
     embedding_dimensions: usize,
+    /// Serve models that embed alone: other endpoints answer 400
+    #[arg(long, env = "MOCK_LLM_EMBEDS_ONLY")]
+    embeds_only: bool,
     /// Connections open at once
     #[arg(long, env = "MOCK_LLM_CONNECTIONS_MAX", default_value_t = Config::default().connections_max)]
     connections_max: usize,
@@ -91,6 +94,7 @@ impl From<Args> for Config {
             output_tokens: args.output_tokens,
             chunk_bytes: args.chunk_bytes,
             embedding_dimensions: args.embedding_dimensions,
+            embeds_only: args.embeds_only,
             connections_max: args.connections_max,
             drain: args.drain,
             faults: args.faults,

@@ -55,7 +55,7 @@ impl Holder {
 /// # Errors
 /// Those of the store; then it counts as living as long as it last said.
 pub async fn beat(limiter: &impl Limiter, holder: Holder) -> Result<(), Error> {
-    let roll = [Candidate { leases: Key::roll(), max_concurrency: u32::MAX }];
+    let roll = [Candidate { leases: Key::roll(), max_concurrency: u32::MAX, bound: None }];
     limiter.move_slot(holder.on_roll(), None, &roll, ROLL_LIFE).await.map(drop)
 }
 

@@ -153,6 +153,35 @@ pub struct Candidate {
     pub leases: Key,
     /// The most requests the whole cluster may have in flight there. Zero is closed.
     pub max_concurrency: u32,
+    /// A bound besides, relative to what the others have.
+    pub bound: Option<Bound>,
+}
+
+/// Bounds a candidate's part of what all candidates of the call have in flight, the request itself included. Rounded up
+/// to whole requests, one at least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bound {
+    /// The largest part, in millionths; more than the whole bounds nothing.
+    pub millionths: u32,
+    /// The most requests in flight as the caller knows it: where candidates lie on several nodes and no call sees all of
+    /// them, this holds instead.
+    pub estimate: u32,
+}
+
+impl Bound {
+    /// The most requests a candidate may have while all of them together have so many.
+    pub(crate) fn of(self, present: usize) -> u32 {
+        let part = u64::from(self.millionths).saturating_mul(present as u64 + 1).div_ceil(1_000_000);
+        u32::try_from(part).unwrap_or(u32::MAX).max(1)
+    }
+}
+
+impl Candidate {
+    /// The candidate for a call that does not see the others.
+    pub(crate) fn apart(&self) -> Self {
+        let estimate = self.bound.map_or(u32::MAX, |bound| bound.estimate);
+        Self { leases: self.leases.clone(), max_concurrency: self.max_concurrency.min(estimate), bound: None }
+    }
 }
 
 /// The id of a reservation, of its leases and of every retry of the same call.

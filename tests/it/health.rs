@@ -35,10 +35,14 @@ struct World {
 
 impl World {
     async fn start(gateways: usize, backends: usize) -> Self {
+        Self::with(gateways, backends, Config::default()).await
+    }
+
+    async fn with(gateways: usize, backends: usize, config: Config) -> Self {
         let end = CancellationToken::new();
         let mut gates = Vec::new();
         for _ in 0..backends {
-            let config = Config { models: vec!["gpt-4.1".into()], ..Config::default() };
+            let config = Config { models: vec!["gpt-4.1".into()], ..config.clone() };
             gates.push(Gate::start(mock(config, &end).await.address, &end).await);
         }
         let stack = Stack::start(gateways, &manifest(&gates)).await;
@@ -134,8 +138,19 @@ async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
     assert_eq!(world.falls("b1").await, 0);
 }
 
+/// How often what is repeated is repeated: once, or as `WEIR_TEST_TRIALS` says.
+fn trials() -> usize {
+    std::env::var("WEIR_TEST_TRIALS").map_or(1, |text| text.parse().expect("a number of trials"))
+}
+
 #[tokio::test]
 async fn all_failing_readiness_keeps_serving_with_an_alarm_and_all_disabled_is_a_503() {
+    for _ in 0..trials() {
+        all_fail_and_are_then_disabled().await;
+    }
+}
+
+async fn all_fail_and_are_then_disabled() {
     let world = World::start(2, 3).await;
     for gate in &world.gates {
         gate.set("*", Door::NotReady);
@@ -159,6 +174,38 @@ async fn all_failing_readiness_keeps_serving_with_an_alarm_and_all_disabled_is_a
             (StatusCode::SERVICE_UNAVAILABLE, "no_backend_available")
         );
     }
+}
+
+#[tokio::test]
+async fn p40_health_checks_outlive_changes_of_configuration() {
+    let world = World::start(2, 2).await;
+    for weight in ["10", "90", "100"] {
+        world.stack.weir(&["weight", "b0", weight]).await;
+    }
+    world.gates[0].set("*", Door::Broken);
+    world.until(0, "unhealthy").await;
+    world.stack.weir(&["weight", "b1", "50"]).await;
+    world.gates[0].set("*", Door::Open);
+    world.until(0, "healthy").await;
+    assert_eq!(world.falls("b1").await, 0);
+}
+
+#[tokio::test]
+async fn a_model_that_embeds_alone_is_asked_for_an_embedding() {
+    let world = World::with(2, 1, Config { embeds_only: true, ..Config::default() }).await;
+    let detail = async || {
+        let why = world.json(&["why", "b0"]).await;
+        let votes = why["votes"].as_array().expect("votes").clone();
+        votes
+            .iter()
+            .filter(|vote| vote["tier"] == "readiness")
+            .map(|vote| vote["detail"].clone())
+            .collect::<Vec<_>>()
+    };
+    eventually("it is asked for one", async || detail().await.iter().any(|d| d == "embedded one input"))
+        .await;
+    world.gates[0].set("*", Door::NotReady);
+    world.until(0, "unhealthy").await;
 }
 
 #[tokio::test]

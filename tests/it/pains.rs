@@ -1,6 +1,7 @@
 //! What users of other gateways complain about, each as a scenario that must not happen here. `docs/pains.md` tells
 //! where each complaint was made, and which of them other tests answer.
 
+mod health;
 mod limits;
 mod slots;
 mod store;

@@ -76,6 +76,7 @@ impl Scene {
                 redis: Some(store.url()),
                 control_plane: Some(control_plane.access()),
                 strict: setup.strict,
+                ..GatewayArgs::default()
             };
             gateways.push(Gateway::start(&args, &resources, directory).await?);
         }

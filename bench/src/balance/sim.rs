@@ -1,11 +1,12 @@
 //! One run: arrivals, gateways with the real balancing code and stale reports, engines.
 
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use weir_gateway::balance::{
-    Balancer, ChooseConfig, EjectConfig, Ejector, Measure, Places, Policy, Sample, Standing, Trust, View,
+    Balancer, ChooseConfig, EjectConfig, Ejector, Measure, Pace, Places, Policy, Sample, Standing, Trust,
+    View,
 };
 
 use super::backend::{Engine, SLOTS, Soonest, full_rate, share};
@@ -317,16 +318,22 @@ impl Sim {
     /// Takes the first place that has a slot, as the limiter's script does. False: there is none.
     fn place(&mut self, request: usize) -> bool {
         let places = self.order(request);
-        let free = |p: &&weir_gateway::balance::Place| self.present(p.index) < p.slots as usize;
+        let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>();
+        let free = |p: &&weir_gateway::balance::Place| {
+            let bound = p
+                .bound
+                .map_or(u64::MAX, |b| (u64::from(b.millionths) * (all as u64 + 1)).div_ceil(1_000_000));
+            let present = self.present(p.index) as u64;
+            present < u64::from(p.slots).min(bound.max(1))
+        };
         let Some(place) = places.iter().find(free).copied() else { return false };
         let gateway = &mut self.gateways[self.requests[request].gateway];
         if place.index != places[0].index {
             gateway.balancer.reassign(places[0].index as u64 + 1, place.index as u64 + 1);
             gateway.ejector.abandon_probe(&places[0].index);
         }
-        if (place.slots as usize) < SLOTS {
-            let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>() as f64 + 1.0;
-            let bound = (BOUND * all / SPEEDS.len() as f64).ceil();
+        if place.bound.is_some() {
+            let bound = (BOUND * (all as f64 + 1.0) / SPEEDS.len() as f64).ceil();
             self.out.affine += 1;
             self.out.over_bound += u64::from(self.present(place.index) as f64 + 1.0 > bound);
         }
@@ -431,14 +438,46 @@ impl Sim {
         self.ask(number);
     }
 
-    /// Every gateway hears what the others have.
+    /// Every gateway hears what the others have, and how fast they saw engines serve.
     fn report(&mut self) {
+        self.report_speeds();
         let all: Vec<u32> =
             (0..SPEEDS.len()).map(|e| self.gateways.iter().map(|g| g.local[e]).sum()).collect();
         for gateway in &mut self.gateways {
             gateway.elsewhere = all.iter().zip(&gateway.local).map(|(all, own)| all - own).collect();
         }
         self.at(self.now + self.scenario.report_s, Event::Report);
+    }
+
+    /// As the control plane does: the sum of all, less what the gateway itself said.
+    fn report_speeds(&mut self) {
+        let now = self.instant();
+        let paces = |gateway: &Gateway| -> HashMap<u64, Pace> {
+            let paces = gateway.balancer.speeds.paces(now);
+            paces.filter(|(_, m, _)| *m == Measure::Whole).map(|(id, _, pace)| (id, pace)).collect()
+        };
+        let all: Vec<HashMap<u64, Pace>> = self.gateways.iter().map(paces).collect();
+        let sums = |pace: &Pace| {
+            let square = pace.variance + pace.mean * pace.mean;
+            [pace.count, pace.count * pace.mean, pace.count * square]
+        };
+        let mut total: HashMap<u64, [f64; 3]> = HashMap::new();
+        for (id, pace) in all.iter().flatten() {
+            let sum = total.entry(*id).or_default();
+            sum.iter_mut().zip(sums(pace)).for_each(|(sum, own)| *sum += own);
+        }
+        for (gateway, own) in self.gateways.iter_mut().zip(&all) {
+            for (id, sum) in &total {
+                let own = own.get(id).map_or([0.0; 3], sums);
+                let [count, values, squares] = [0, 1, 2].map(|i| sum[i] - own[i]);
+                if count > 0.1 {
+                    let mean = values / count;
+                    let variance = (squares / count - mean * mean).max(0.0);
+                    let pace = Pace { count, mean, variance };
+                    gateway.balancer.speeds.set_others(*id, Measure::Whole, pace, now);
+                }
+            }
+        }
     }
 
     /// The head of a gateway's queue asks for a slot, and those behind it as long as there are any.

@@ -1,7 +1,9 @@
 //! A TCP relay that can go dark: it accepts nothing and passes nothing on, as a network does that drops every packet
-//! without a word.
+//! without a word. For all, or for those callers whose credential is named.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -12,20 +14,36 @@ use tokio::task::JoinSet;
 /// Bytes passed on at once.
 const BUFFER_BYTES: usize = 16 << 10;
 
+/// Before a caller's credential on the wire.
+const AUTHORIZATION: &[u8] = b"authorization: Bearer ";
+
+/// For whom the relay is dark.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Dark {
+    all: bool,
+    callers: BTreeSet<String>,
+}
+
+impl Dark {
+    fn for_caller(&self, caller: &OnceLock<String>) -> bool {
+        self.all || caller.get().is_some_and(|caller| self.callers.contains(caller))
+    }
+}
+
 /// A relay to one server; it ends when dropped.
 #[derive(Debug)]
-pub(super) struct Relay {
-    pub(super) address: SocketAddr,
-    dark: watch::Sender<bool>,
+pub(crate) struct Relay {
+    pub(crate) address: SocketAddr,
+    dark: watch::Sender<Dark>,
     _task: JoinSet<()>,
 }
 
 impl Relay {
     /// Starts one.
-    pub(super) async fn start(to: SocketAddr) -> anyhow::Result<Self> {
+    pub(crate) async fn start(to: SocketAddr) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("the relay's port")?;
         let address = listener.local_addr().context("the relay's port")?;
-        let (dark, watched) = watch::channel(false);
+        let (dark, watched) = watch::channel(Dark::default());
         let mut task = JoinSet::new();
         task.spawn(serve(listener, to, watched));
         Ok(Self { address, dark, _task: task })
@@ -33,14 +51,19 @@ impl Relay {
 
     /// Goes dark, or passes on again what was held up.
     pub(super) fn set_dark(&self, dark: bool) {
-        self.dark.send_replace(dark);
+        self.dark.send_replace(Dark { all: dark, ..Dark::default() });
+    }
+
+    /// Goes dark for these callers alone, by the credentials they send.
+    pub(crate) fn cut_off(&self, callers: BTreeSet<String>) {
+        self.dark.send_replace(Dark { all: false, callers });
     }
 }
 
-async fn serve(listener: TcpListener, to: SocketAddr, mut dark: watch::Receiver<bool>) {
+async fn serve(listener: TcpListener, to: SocketAddr, mut dark: watch::Receiver<Dark>) {
     let mut connections = JoinSet::new();
     loop {
-        if dark.wait_for(|dark| !dark).await.is_err() {
+        if dark.wait_for(|dark| !dark.all).await.is_err() {
             return;
         }
         tokio::select! {
@@ -54,31 +77,65 @@ async fn serve(listener: TcpListener, to: SocketAddr, mut dark: watch::Receiver<
     }
 }
 
-async fn pass(client: TcpStream, to: SocketAddr, dark: watch::Receiver<bool>) {
+async fn pass(client: TcpStream, to: SocketAddr, dark: watch::Receiver<Dark>) {
     let Ok(server) = TcpStream::connect(to).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+    // Known with the first request; a server says nothing before.
+    let caller = Arc::new(OnceLock::new());
     // When one side ends, so does the other.
     tokio::select! {
-        () = pump(from_client, to_server, dark.clone()) => {}
-        () = pump(from_server, to_client, dark) => {}
+        () = pump(from_client, to_server, dark.clone(), &caller) => {}
+        () = pump(from_server, to_client, dark, &caller) => {}
     }
 }
 
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-    mut dark: watch::Receiver<bool>,
+    mut dark: watch::Receiver<Dark>,
+    caller: &OnceLock<String>,
 ) {
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         let Ok(length) = from.read(&mut buffer).await else { return };
+        if caller.get().is_none()
+            && let Some(name) = credential(&buffer[..length])
+        {
+            // Both directions may find it only once.
+            let _ = caller.set(name);
+        }
         // Also the end of a connection goes unheard.
-        if dark.wait_for(|dark| !dark).await.is_err() || length == 0 {
+        if dark.wait_for(|dark| !dark.for_caller(caller)).await.is_err() || length == 0 {
             return;
         }
         if to.write_all(&buffer[..length]).await.is_err() {
             return;
         }
+    }
+}
+
+/// The credential that a request carries.
+fn credential(head: &[u8]) -> Option<String> {
+    let at = head.windows(AUTHORIZATION.len()).position(|w| w.eq_ignore_ascii_case(AUTHORIZATION))?;
+    let rest = &head[at + AUTHORIZATION.len()..];
+    let end = rest.iter().position(|byte| *byte == b'\r')?;
+    String::from_utf8(rest[..end].to_vec()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callers_are_known_by_what_they_send() {
+        let head = b"HEAD /health HTTP/1.1\r\nhost: b\r\nauthorization: Bearer g1\r\n\r\n";
+        let caller = OnceLock::new();
+        assert_eq!(credential(head).as_deref(), Some("g1"));
+        assert_eq!(credential(b"HEAD / HTTP/1.1\r\n\r\n"), None);
+        let dark = Dark { all: false, callers: ["g1".to_owned()].into() };
+        assert!(!dark.for_caller(&caller));
+        caller.set("g1".to_owned()).expect("once");
+        assert!(dark.for_caller(&caller) && !Dark::default().for_caller(&caller));
     }
 }

@@ -64,7 +64,7 @@ pub(super) struct Scene {
 }
 
 /// How one gateway sees the backend that fails.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Sight {
     /// It keeps away on its own evidence.
     pub(super) ejected: bool,
@@ -74,6 +74,62 @@ pub(super) struct Sight {
     pub(super) answers: u64,
     /// Attempts at any backend.
     pub(super) attempts: u64,
+    /// It was told that the backend is healthy.
+    pub(super) healthy: bool,
+    /// What its health leaves of its weight here.
+    pub(super) health_factor: f64,
+    /// How long verdicts took to be in force here.
+    pub(super) pushes: Pushes,
+}
+
+/// How long verdicts took from their decision until they were in force: a histogram of a gateway's metrics.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Pushes {
+    pub(super) count: u64,
+    /// (Upper edge in seconds, how many took no longer); by edge.
+    buckets: Vec<(f64, u64)>,
+}
+
+impl Pushes {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.count += other.count;
+        for (edge, count) in &other.buckets {
+            match self.buckets.iter_mut().find(|(own, _)| own == edge) {
+                Some((_, own)) => *own += count,
+                None => self.buckets.push((*edge, *count)),
+            }
+        }
+        self.buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+
+    /// What came since an earlier look.
+    pub(super) fn since(&self, before: &Self) -> Self {
+        let old =
+            |edge: f64| before.buckets.iter().find(|(own, _)| *own == edge).map_or(0, |(_, count)| *count);
+        let buckets = self.buckets.iter().map(|(edge, count)| (*edge, count.saturating_sub(old(*edge))));
+        Self { count: self.count.saturating_sub(before.count), buckets: buckets.collect() }
+    }
+
+    /// How many took no longer than so many seconds, which must be an edge.
+    pub(super) fn within(&self, seconds: f64) -> u64 {
+        self.buckets.iter().find(|(edge, _)| *edge >= seconds).map_or(0, |(_, count)| *count)
+    }
+
+    /// The upper edge of the bucket that the slowest fell in; infinite above the last.
+    pub(super) fn slowest_ms(&self) -> f64 {
+        let edge = self.buckets.iter().find(|(_, count)| *count == self.count).map(|(edge, _)| *edge);
+        edge.unwrap_or(f64::INFINITY) * 1e3
+    }
+
+    fn read(&mut self, name: &str, value: f64) {
+        if name.ends_with("_count") {
+            self.count = value as u64;
+        } else if let Some((_, rest)) = name.split_once("le=\"")
+            && let Some(edge) = rest.split('"').next().and_then(|edge| edge.parse().ok())
+        {
+            self.buckets.push((edge, value as u64));
+        }
+    }
 }
 
 fn mock_args(port: u16) -> MockArgs {
@@ -209,6 +265,11 @@ fn sight(page: &str) -> Sight {
             sight.ejected = value > 0.0;
         } else if of_victim && name.starts_with("weir_backend_state") && value > 0.0 {
             sight.unhealthy = name.contains("state=\"unhealthy\"");
+            sight.healthy = name.contains("state=\"healthy\"");
+        } else if of_victim && name.starts_with("weir_backend_health_factor") {
+            sight.health_factor = value;
+        } else if name.starts_with("weir_verdict_delay_seconds") {
+            sight.pushes.read(name, value);
         }
     }
     sight

@@ -14,7 +14,7 @@ use hdrhistogram::Histogram;
 
 pub(crate) use closed::closed;
 pub(crate) use connection::{Answer, Connection};
-pub(crate) use open::open;
+pub(crate) use open::{open, open_until};
 pub(crate) use pacer::Pacer;
 
 /// A request is given up after this and counts as failed.

@@ -9,11 +9,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::{Connection, Outcome, Pacer, call};
 
 /// Connections at most; requests that find none free wait, and their latency runs.
 const CONNECTIONS_MAX: usize = 256;
+
+/// A connection that was not used for so long is not used again: a server may be closing it at this moment, and a request
+/// that meets that says nothing about the server.
+const IDLE_MAX: Duration = Duration::from_secs(5);
 
 /// What the requests of one load share.
 struct Shared {
@@ -23,7 +28,8 @@ struct Shared {
 }
 
 struct State {
-    idle: Vec<Connection>,
+    /// With when they were last used.
+    idle: Vec<(Connection, Instant)>,
     busy: usize,
     waiting: VecDeque<Instant>,
     outcome: Outcome,
@@ -42,6 +48,17 @@ pub(crate) async fn open(
     per_second: f64,
     duration: Duration,
 ) -> std::io::Result<Outcome> {
+    open_until(address, request, per_second, duration, &CancellationToken::new()).await
+}
+
+/// The same, for as long as nobody says that it is enough.
+pub(crate) async fn open_until(
+    address: SocketAddr,
+    request: &Bytes,
+    per_second: f64,
+    duration: Duration,
+    enough: &CancellationToken,
+) -> std::io::Result<Outcome> {
     let state = State { idle: Vec::new(), busy: 0, waiting: VecDeque::new(), outcome: Outcome::new() };
     let shared = Arc::new(Shared { address, request: request.clone(), state: Mutex::new(state) });
     let mut tasks = JoinSet::new();
@@ -49,7 +66,7 @@ pub(crate) async fn open(
     let started = Instant::now();
     loop {
         let due = pacer.next().await?;
-        if due > started + duration {
+        if due > started + duration || enough.is_cancelled() {
             break;
         }
         while tasks.try_join_next().is_some() {}
@@ -61,7 +78,12 @@ pub(crate) async fn open(
             }
             state.busy += 1;
             // The one used last: its caches are warm, and the number of connections stays what the load needs.
-            state.idle.pop()
+            let last = state.idle.pop();
+            if last.as_ref().is_some_and(|(_, used)| used.elapsed() > IDLE_MAX) {
+                // And all below it are older.
+                state.idle.clear();
+            }
+            last.filter(|(_, used)| used.elapsed() <= IDLE_MAX).map(|(connection, _)| connection)
         };
         tasks.spawn(serve(shared.clone(), connection, due));
     }
@@ -81,7 +103,7 @@ async fn serve(shared: Arc<Shared>, mut connection: Option<Connection>, mut due:
             Some(next) => due = next,
             None => {
                 state.busy -= 1;
-                state.idle.extend(connection);
+                state.idle.extend(connection.map(|connection| (connection, Instant::now())));
                 return;
             }
         }

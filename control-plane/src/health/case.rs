@@ -57,8 +57,8 @@ pub(crate) struct Case {
     pub(crate) suspicions: [Option<Suspicion>; 2],
     /// Who was outvoted, and until when its failures open no new suspicion.
     acquitted: BTreeMap<(Tier, Vantage), Moment>,
-    /// A gateway's own requests fail.
-    alleged: Option<(Vantage, Tier)>,
+    /// A gateway's own requests fail; by [`JUDGING`].
+    alleged: [Option<Vantage>; 2],
     /// Steps of damping, and since when the last one is being forgiven.
     damping: u32,
     forgiving_since: Moment,
@@ -86,7 +86,7 @@ impl Case {
             signs: Signs::default(),
             suspicions: [None, None],
             acquitted: BTreeMap::new(),
-            alleged: None,
+            alleged: [None, None],
             damping: 0,
             forgiving_since: now,
             hold_until: Moment::ZERO,
@@ -147,8 +147,9 @@ impl Case {
         }
         let broken = failures >= PASSIVE_FAILURES && passive.successes == 0;
         if broken || passive.ejected || (failures > 0 && self.signs.is_failing(now)) {
+            // Liveness costs nothing and tells soonest; a completion is asked for where connections are not the trouble.
             let reached = passive.connect_failures * 2 <= failures;
-            self.alleged = Some((vantage.clone(), if reached { Tier::Readiness } else { Tier::Liveness }));
+            self.alleged = [Some(vantage.clone()), reached.then(|| vantage.clone())];
         }
     }
 
@@ -167,7 +168,7 @@ impl Case {
         self.forgive(now);
         if self.state == State::Unhealthy {
             self.suspicions = [None, None];
-            self.alleged = None;
+            self.alleged = [None, None];
             self.recover(now, context, &mut actions);
         } else {
             for (i, tier) in JUDGING.into_iter().enumerate() {
@@ -288,7 +289,7 @@ impl Case {
         self.damping = self.damping.saturating_add(1).min(16);
         (self.hold_until, self.fell_at, self.refused) = (now + hold, now, refused);
         self.suspicions = [None, None];
-        self.alleged = None;
+        self.alleged = [None, None];
         self.rechecked = [None, None];
         let rule = if relapse { Rule::Relapse } else { rule };
         self.become_(State::Unhealthy, rule, detail, now, actions);
@@ -378,9 +379,9 @@ impl Case {
             .filter(|(_, vote)| !(vote.last.is_good() || quiet && vote.last == Outcome::Loading))
             .find(|(vantage, _)| !self.acquitted.contains_key(&(tier, (*vantage).clone())))
             .map(|(vantage, vote)| (vantage.clone(), vote.at, vote.detail.clone()));
-        let alleged = self.alleged.take_if(|(_, at)| *at == tier);
+        let alleged = index(tier).and_then(|i| self.alleged[i].take());
         failing.or_else(|| {
-            let (vantage, _) = alleged?;
+            let vantage = alleged?;
             if context.observers.is_isolated(&vantage, now)
                 || self.acquitted.contains_key(&(tier, vantage.clone()))
             {

@@ -3,6 +3,7 @@
 //!
 //! Of several control planes only the one that leads tells; the others say that they do not lead, and take in.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{
-    self, FleetLoad, Leadership, ProbeAssignments, ProbeOrder, StreamReportsRequest, StreamReportsResponse,
+    self, FleetLoad, FleetTraffic, Leadership, ProbeAssignments, ProbeOrder, ProbeTier, StreamReportsRequest,
+    StreamReportsResponse,
 };
 
 use super::Shared;
 use crate::auth::Caller;
-use crate::fleet::Loads;
+use crate::fleet::{Loads, ToldSpeeds, Traffic};
 use crate::health::Vantage;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
@@ -54,6 +56,8 @@ impl ReportService for Reports {
 struct Told {
     healths: Arc<Healths>,
     loads: Arc<Loads>,
+    speeds: ToldSpeeds,
+    traffic: Traffic,
     live: u32,
     assignments: Arc<ProbeAssignments>,
     /// Orders up to this one.
@@ -95,7 +99,7 @@ async fn serve(
     told.departure = departures.borrow_and_update().last();
     let reporter = shared.fleet.join(&first);
     reporter.report(&first);
-    let mut loads = shared.fleet.loads();
+    let (mut loads, mut served) = (shared.fleet.loads(), shared.fleet.served());
     let mut live = shared.presence.count();
     let mut leads = shared.leads.clone();
     let mut leading = *leads.borrow_and_update();
@@ -119,9 +123,11 @@ async fn serve(
                 }
                 let now = Told {
                     healths: healths.borrow_and_update().clone(),
-                    // Loads ride along with a verdict when they are due, never earlier.
+                    // Loads and speeds ride along with a verdict when they are due, never earlier.
                     loads: if load_ready { loads.borrow_and_update().clone() } else { told.loads.clone() },
                     live: if load_ready { *live.borrow_and_update() } else { told.live },
+                    speeds: ToldSpeeds::default(),
+                    traffic: Traffic::default(),
                     assignments: told.assignments.clone(),
                     serial: told.serial,
                     departure: told.departure,
@@ -134,7 +140,19 @@ async fn serve(
                     answer.gone_incarnations = departures.borrow_and_update().after(told.departure);
                 }
                 now.departure = departures.borrow().last();
-                permit.send(Ok(StreamReportsResponse { leadership: leadership.take(), ..answer }));
+                (now.speeds, now.traffic) = (told.speeds, told.traffic);
+                if load_ready {
+                    answer.speeds = now.speeds.news(&shared.fleet.speeds_without(&first.gateway_id));
+                    let traffic = shared.fleet.traffic_at(&paid(&now.assignments));
+                    let news = |(name, traffic): &(&String, &FleetTraffic)| now.traffic.get(*name) != Some(traffic);
+                    answer.traffic = traffic.iter().filter(news).map(|(_, traffic)| traffic.clone()).collect();
+                    now.traffic = traffic;
+                }
+                answer.leadership = leadership.take();
+                let nothing = StreamReportsResponse { live_gateways: told.live, ..StreamReportsResponse::default() };
+                if answer != nothing {
+                    permit.send(Ok(answer));
+                }
                 told = now;
                 urgent = false;
                 if load_ready {
@@ -173,6 +191,10 @@ async fn serve(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 load_changed = *loads.borrow_and_update() != told.loads;
             }
+            changed = served.changed(), if !load_changed => {
+                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                load_changed = true;
+            }
             changed = departures.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 urgent |= shared.fleet.cleans_up(&first.gateway_id);
@@ -205,6 +227,12 @@ fn claim(shared: &Shared, leading: Option<u64>) -> Leadership {
     Leadership { store_epoch, fencing: leading.unwrap_or_default() }
 }
 
+/// The backends that a gateway asks for tokens: it leaves that out where requests of the fleet say as much.
+fn paid(assignments: &ProbeAssignments) -> BTreeSet<&str> {
+    let paid = assignments.assignments.iter().filter(|a| a.tier() != ProbeTier::Liveness);
+    paid.map(|a| a.backend.as_str()).collect()
+}
+
 /// What a gateway does not know yet, and what it will know then.
 fn difference(
     told: &Told,
@@ -230,8 +258,7 @@ fn difference(
         live_gateways: now.live,
         assignments: (assigned != told.assignments).then(|| (*assigned).clone()),
         orders: orders.map(order).collect(),
-        gone_incarnations: Vec::new(),
-        leadership: None,
+        ..StreamReportsResponse::default()
     };
     now.assignments = assigned;
     now.serial = duties.serial().max(told.serial);

@@ -2,6 +2,7 @@
 //! cache of the prefix is used. Bounded: a popular prefix spreads over as many backends as its load needs.
 
 use smallvec::SmallVec;
+use weir_ratelimit::Bound;
 
 use super::View;
 
@@ -40,14 +41,16 @@ pub(super) fn rendezvous(prefix: u64, views: &[View]) -> SmallVec<[usize; 8]> {
     ranked.into_iter().map(|(_, index)| index).collect()
 }
 
-/// The most requests each of `views` may have for one more to go there because of its prefix: `bound` times its share
-/// of all of them by weight, at least one, at most its slots.
-pub(super) fn bounds(views: &[View], bound: f64) -> SmallVec<[u32; 8]> {
+/// The part of all requests that each of `views` may have for one more to go there because of its prefix: `bound` times
+/// its share by weight. The limiter holds it by its own counts; the estimate is for where it cannot, and as old as the
+/// report of the others' requests.
+pub(super) fn bounds(views: &[View], bound: f64) -> SmallVec<[Bound; 8]> {
     let weights: f64 = views.iter().map(View::capacity).sum();
     let requests: f64 = views.iter().map(|view| view.in_flight).sum::<f64>() + 1.0;
     let of = |view: &View| {
         let share = if weights > 0.0 { view.capacity() / weights } else { 1.0 / views.len() as f64 };
-        ((bound * requests * share).ceil().max(1.0) as u32).min(view.max_concurrency)
+        let estimate = (bound * requests * share).ceil().max(1.0) as u32;
+        Bound { millionths: (bound * share * 1e6) as u32, estimate: estimate.min(view.max_concurrency) }
     };
     views.iter().map(of).collect()
 }
@@ -84,9 +87,10 @@ mod tests {
     fn bounds_follow_weights_and_what_is_in_flight() {
         let busy = |id, in_flight| View { in_flight, ..idle(id) };
         let views = [busy(1, 30.0), busy(2, 9.0), busy(3, 0.0)];
-        assert_eq!(bounds(&views, 1.25).as_slice(), [17, 17, 17]);
-        assert_eq!(bounds(&views[2..], 1.25).as_slice(), [2]);
+        let bound = |millionths, estimate| Bound { millionths, estimate };
+        assert_eq!(bounds(&views, 1.25).as_slice(), [bound(416_666, 17); 3]);
+        assert_eq!(bounds(&views[2..], 1.25).as_slice(), [bound(1_250_000, 2)]);
         let few = View { max_concurrency: 4, ..busy(1, 40.0) };
-        assert_eq!(bounds(&[few], 1.25).as_slice(), [4], "never more than its slots");
+        assert_eq!(bounds(&[few], 1.25)[0].estimate, 4, "never more than its slots");
     }
 }

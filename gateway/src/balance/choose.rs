@@ -10,6 +10,7 @@
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
+use weir_ratelimit::Bound;
 
 use super::{Effective, Patience, Sample, Scheduler, Speeds, Trust, View, affinity, schedule};
 
@@ -56,9 +57,11 @@ pub struct Place {
     pub index: usize,
     /// The most requests the cluster may have there for this place to be taken.
     pub slots: u32,
+    /// A bound besides, relative to what all places have.
+    pub bound: Option<Bound>,
 }
 
-/// Places in order of preference. A backend can stand in it twice, first with fewer slots.
+/// Places in order of preference. A backend can stand in it twice, first with a bound.
 pub type Places = SmallVec<[Place; 8]>;
 
 /// What is remembered between choices for one model.
@@ -191,7 +194,10 @@ impl Balancer {
         let bounds = affinity::bounds(&near, bound);
         let preferred = affinity::rendezvous(prefix, &near);
         // First within the bounds, which the limiter holds exactly; then wherever there is a slot.
-        let bound = preferred.into_iter().map(|at| Place { index: members[at], slots: bounds[at] });
+        let bound = preferred.into_iter().map(|at| {
+            let open = all_slots(views, members[at]);
+            Place { bound: Some(bounds[at]), ..open }
+        });
         bound.chain(open).collect()
     }
 }
@@ -199,7 +205,7 @@ impl Balancer {
 type Indices = SmallVec<[usize; 8]>;
 
 fn all_slots(views: &[View], index: usize) -> Place {
-    Place { index, slots: views[index].max_concurrency }
+    Place { index, slots: views[index].max_concurrency, bound: None }
 }
 
 fn by_weight(views: &[View], members: &[usize], uniform: &mut impl FnMut() -> f64) -> Indices {

@@ -1,10 +1,11 @@
 //! How long a backend may stay silent before another is tried as well.
 //!
 //! The time is learned: twice the 99th percentile of the time to the first byte, per unit of prompt, of the backend
-//! itself, or of the model while the backend is too little known. What was given up enters as the time it was waited
-//! for, so patience with a backend that has become slow for good grows until it is not doubted any more.
+//! itself, or of the model while the backend is too little known. Only answers teach it. Once it was waited for in vain
+//! there is twice as much patience until the next answer, so that one that has become slower shows how slow; never more,
+//! since each request it is tried with waits that long: one that is stuck must not cost its callers ever longer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -13,6 +14,8 @@ use super::speed::prompt_work;
 
 /// Times the usual 99th percentile.
 const MARGIN: f64 = 2.0;
+/// Times that, after it was waited for in vain.
+const STRAINED: f64 = 2.0;
 /// Requests (weighted by age) after which a percentile is believed.
 const SAMPLES_MIN: f64 = 10.0;
 /// Half of what was seen is forgotten after this.
@@ -77,20 +80,29 @@ impl Histogram {
 #[derive(Debug, Default)]
 pub struct Patience {
     by_id: HashMap<(u64, bool), Histogram>,
+    /// Those last waited for in vain.
+    strained: HashSet<(u64, bool)>,
     all: [Option<Histogram>; 2],
 }
 
 impl Patience {
-    /// The first byte was there, or was given up, after `took`.
+    /// The first byte was there after `took`.
     pub fn add(&mut self, id: u64, stream: bool, prompt_tokens: u64, took: Duration, now: Instant) {
+        self.strained.remove(&(id, stream));
         let seconds = took.as_secs_f64() / prompt_work(prompt_tokens);
         self.by_id.entry((id, stream)).or_insert_with(|| Histogram::new(now)).add(seconds, now);
         self.all[usize::from(stream)].get_or_insert_with(|| Histogram::new(now)).add(seconds, now);
     }
 
+    /// It was waited for a first byte in vain.
+    pub fn waited(&mut self, id: u64, stream: bool) {
+        self.strained.insert((id, stream));
+    }
+
     /// Forgets backends that are gone.
     pub fn retain(&mut self, mut keep: impl FnMut(u64) -> bool) {
         self.by_id.retain(|(id, _), _| keep(*id));
+        self.strained.retain(|(id, _)| keep(*id));
     }
 
     /// How long to wait for the first byte of `id` before another backend is tried as well.
@@ -98,7 +110,8 @@ impl Patience {
         let own = self.by_id.get(&(id, stream)).and_then(Histogram::p99);
         let usual = own.or_else(|| self.all[usize::from(stream)].as_ref().and_then(Histogram::p99));
         let learned = usual.map(|p99| Duration::from_secs_f64(MARGIN * p99 * prompt_work(prompt_tokens)));
-        learned.unwrap_or(config.initial).max(config.floor)
+        let patience = learned.unwrap_or(config.initial).max(config.floor);
+        if self.strained.contains(&(id, stream)) { patience.mul_f64(STRAINED) } else { patience }
     }
 }
 
@@ -135,6 +148,21 @@ mod tests {
         let long = patience.with(1, true, 256 * 19, &CONFIG);
         assert!((10 * usual).abs_diff(long) < MS, "{long:?}");
         assert_eq!(patience.with(1, true, 0, &PatienceConfig { floor: 3000 * MS, ..CONFIG }), 3000 * MS);
+    }
+
+    #[test]
+    fn one_that_is_stuck_is_given_twice_the_time_and_never_more() {
+        let (mut patience, now) = (Patience::default(), Instant::now());
+        for _ in 0..100 {
+            patience.add(1, false, 0, 100 * MS, now);
+        }
+        let usual = patience.with(1, false, 0, &CONFIG);
+        for _ in 0..100 {
+            patience.waited(1, false);
+            assert_eq!(patience.with(1, false, 0, &CONFIG), 2 * usual);
+        }
+        patience.add(1, false, 0, 100 * MS, now);
+        assert_eq!(patience.with(1, false, 0, &CONFIG), usual, "it answered");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! - Averages forget by time, not by count; a backend nobody has used for a while is average again, and is tried.
 //! - A difference counts only as far as chance does not explain it: equal backends keep their configured shares.
 //! - A failure is entered as slow, never as fast.
+//! - What other gateways saw counts like what this one saw: with many of them each alone sees too little.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -23,6 +24,8 @@ const BAND: f64 = 0.05;
 const ERRORS: f64 = 2.0;
 /// Samples (weighted by age) an average needs before it is compared.
 const SAMPLES_MIN: f64 = 3.0;
+/// An average of less than this says nothing any more and is not told to anybody.
+const COUNT_MIN: f64 = 0.1;
 /// A failure counts as at least so many times the pool's median: the inverse of the lowest factor.
 const FAILURE: f64 = 1.0 / FACTOR_MIN;
 /// Prompt tokens that cost about as much as starting a request at all.
@@ -43,6 +46,11 @@ pub enum Measure {
     Whole,
 }
 
+impl Measure {
+    /// All of them, in their order.
+    pub const ALL: [Self; 3] = [Self::FirstByte, Self::Decode, Self::Whole];
+}
+
 /// One measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sample {
@@ -59,6 +67,17 @@ pub struct Sample {
 /// Units of work before the first byte.
 pub(super) fn prompt_work(prompt_tokens: u64) -> f64 {
     1.0 + prompt_tokens as f64 / PROMPT_UNIT
+}
+
+/// An average as gateways tell each other. A measurement weighs less the older it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pace {
+    /// The weights of the measurements, summed.
+    pub count: f64,
+    /// Seconds per unit of work.
+    pub mean: f64,
+    /// Of single measurements, squared.
+    pub variance: f64,
 }
 
 impl Sample {
@@ -97,6 +116,25 @@ impl Average {
         self.variance = (1.0 - share) * (self.variance + off * off * share);
     }
 
+    /// As it is now; `None` when next to nothing is left of it.
+    fn pace(&self, now: Instant) -> Option<Pace> {
+        let pace = Pace { count: self.count(now), mean: self.mean, variance: self.variance };
+        (pace.count >= COUNT_MIN).then_some(pace)
+    }
+
+    /// What both saw.
+    fn with(&self, other: &Self, now: Instant) -> Self {
+        let (own, others) = (self.count(now), other.count(now));
+        let count = own + others;
+        if count <= 0.0 {
+            return *self;
+        }
+        let mean = (self.mean * own + other.mean * others) / count;
+        let off = |average: &Self| average.variance + (average.mean - mean).powi(2);
+        let variance = (off(self) * own + off(other) * others) / count;
+        Self { mean, variance, count, at: Some(now) }
+    }
+
     /// Standard error of the mean, relative to it.
     fn error(&self, now: Instant) -> f64 {
         let count = self.count(now).max(f64::MIN_POSITIVE);
@@ -106,8 +144,18 @@ impl Average {
 
 #[derive(Debug, Default)]
 struct Speed {
+    /// What this gateway saw.
     averages: [Average; 3],
+    /// What all others saw, as they last said.
+    others: [Average; 3],
     factor: Option<f64>,
+}
+
+impl Speed {
+    /// What is known of one measure.
+    fn known(&self, measure: usize, now: Instant) -> Average {
+        self.averages[measure].with(&self.others[measure], now)
+    }
 }
 
 /// The speeds of a model's backends.
@@ -137,6 +185,29 @@ impl Speeds {
         average.add(value.max(median * FAILURE), now);
     }
 
+    /// What this gateway saw, to be told to the others.
+    pub fn paces(&self, now: Instant) -> impl Iterator<Item = (u64, Measure, Pace)> {
+        self.by_id.iter().flat_map(move |(id, speed)| {
+            let paces = Measure::ALL.into_iter().zip(&speed.averages);
+            paces.filter_map(move |(measure, average)| Some((*id, measure, average.pace(now)?)))
+        })
+    }
+
+    /// Takes over what all other gateways saw, in place of what they said before.
+    pub fn set_others(&mut self, id: u64, measure: Measure, pace: Pace, now: Instant) {
+        let sane = [pace.count, pace.mean, pace.variance].iter().all(|n| n.is_finite() && *n >= 0.0);
+        if sane {
+            let Pace { count, mean, variance } = pace;
+            let of = &mut self.by_id.entry(id).or_default().others[measure as usize];
+            *of = Average { mean, variance, count, at: Some(now) };
+        }
+    }
+
+    /// Nobody says any more what others see.
+    pub fn forget_others(&mut self) {
+        self.by_id.values_mut().for_each(|speed| speed.others = Default::default());
+    }
+
     /// Forgets backends that are gone.
     pub fn retain(&mut self, mut keep: impl FnMut(u64) -> bool) {
         self.by_id.retain(|id, _| keep(*id));
@@ -150,7 +221,7 @@ impl Speeds {
         self.computed = Some(now);
         for measure in 0..self.medians.len() {
             let mut means: SmallVec<[f64; 16]> = SmallVec::new();
-            let averages = self.by_id.values().map(|speed| speed.averages[measure]);
+            let averages = self.by_id.values().map(|speed| speed.known(measure, now));
             means.extend(averages.filter(|a| a.count(now) >= SAMPLES_MIN).map(|a| a.mean));
             means.sort_by(f64::total_cmp);
             let middle = means.len() / 2;
@@ -162,7 +233,8 @@ impl Speeds {
         }
         let medians = self.medians;
         for speed in self.by_id.values_mut() {
-            let slowness = medians.iter().zip(&speed.averages).filter_map(|(median, average)| {
+            let known = [0, 1, 2].map(|measure| speed.known(measure, now));
+            let slowness = medians.iter().zip(&known).filter_map(|(median, average)| {
                 let known = average.count(now) >= SAMPLES_MIN;
                 let band = BAND + ERRORS * average.error(now);
                 median.filter(|m| known && *m > 0.0).map(|median| shrink(average.mean / median, band))
@@ -245,6 +317,32 @@ mod tests {
         let [good, _, failing] = factors(&mut speeds, now);
         assert_eq!(good, 1.0);
         assert!(failing < 0.5, "{failing}");
+    }
+
+    #[test]
+    fn what_other_gateways_saw_counts_as_if_it_had_been_seen_here() {
+        let now = Instant::now();
+        let (mut alone, mut others, mut both) = (Speeds::default(), Speeds::default(), Speeds::default());
+        for i in 0..12 {
+            for (id, ms) in [(1, 100), (2, 100), (3, 300)] {
+                let sample = whole(ms + i % 4, 0);
+                both.add(id, &sample, now);
+                // This gateway saw one request of each, which says nothing.
+                (if i == 0 { &mut alone } else { &mut others }).add(id, &sample, now);
+            }
+        }
+        assert_eq!(factors(&mut alone, now), [1.0; 3]);
+        for (id, measure, pace) in others.paces(now) {
+            alone.set_others(id, measure, pace, now);
+        }
+        let (merged, seen) = (factors(&mut alone, now), factors(&mut both, now));
+        assert!(merged.iter().zip(seen).all(|(a, b)| (a - b).abs() < 1e-9), "{merged:?} {seen:?}");
+        assert!(merged[2] < 0.5);
+        alone.set_others(1, Measure::Whole, Pace { count: f64::NAN, mean: 1.0, variance: 0.0 }, now);
+        assert_eq!(factors(&mut alone, now), merged, "nonsense is not taken in");
+        alone.forget_others();
+        assert_eq!(factors(&mut alone, now), [1.0; 3]);
+        assert!(others.paces(now + 10 * TAU).next().is_none(), "what is long past is not told");
     }
 
     #[test]

@@ -51,7 +51,10 @@ pub(super) fn completion(
     known: Option<&str>,
 ) -> (Seen, Option<String>) {
     match status.as_u16() {
-        200 => answer(body, asked, known),
+        200 => match answer(body) {
+            Ok(answer) => named(&answer, asked, known, "completed one token"),
+            Err(text) => (Seen::new(ProbeOutcome::BadAnswer, text), None),
+        },
         // The model is there and minds the form of the question: reasoning models want more than one token, others
         // another name for the bound, embedding models no chat at all.
         400 | 422 if !says_missing(body) => (
@@ -69,24 +72,61 @@ pub(super) fn completion(
     }
 }
 
-/// A 200: it must hold an answer, of the model asked for. Returns the name it calls itself by.
-fn answer(body: &[u8], asked: &str, known: Option<&str>) -> (Seen, Option<String>) {
-    let bad = |text: &str| (Seen::new(ProbeOutcome::BadAnswer, text), None);
-    let Ok(answer) = serde_json::from_slice::<Value>(body) else { return bad("a 200 that is not JSON") };
-    if answer.get("error").is_some_and(|error| !error.is_null()) {
-        return bad("an error inside a 200");
+/// An embedding of one input; see [`completion`].
+pub(super) fn embedding(
+    status: StatusCode,
+    retry_after: bool,
+    body: &[u8],
+    asked: &str,
+    known: Option<&str>,
+) -> (Seen, Option<String>) {
+    if status != StatusCode::OK {
+        return match status.as_u16() {
+            400 | 404 | 422 if says_missing(body) => {
+                (Seen::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None)
+            }
+            _ => (refusal(status, retry_after, body), None),
+        };
     }
-    let Some(choice) = answer["choices"].get(0) else { return bad("a 200 without choices") };
+    let vector = |answer: &Value| {
+        let vector = &answer["data"][0]["embedding"];
+        // Numbers, or base64 of them.
+        vector.as_array().is_some_and(|v| !v.is_empty()) || vector.as_str().is_some_and(|v| !v.is_empty())
+    };
+    match json(body) {
+        Ok(answer) if vector(&answer) => named(&answer, asked, known, "embedded one input"),
+        Ok(_) => (Seen::new(ProbeOutcome::BadAnswer, "a 200 without an embedding"), None),
+        Err(text) => (Seen::new(ProbeOutcome::BadAnswer, text), None),
+    }
+}
+
+fn json(body: &[u8]) -> Result<Value, &'static str> {
+    let answer = serde_json::from_slice::<Value>(body).map_err(|_| "a 200 that is not JSON")?;
+    match answer.get("error").is_some_and(|error| !error.is_null()) {
+        true => Err("an error inside a 200"),
+        false => Ok(answer),
+    }
+}
+
+/// A 200 to a question: it must hold an answer.
+fn answer(body: &[u8]) -> Result<Value, &'static str> {
+    let answer = json(body)?;
+    let choice = answer["choices"].get(0).ok_or("a 200 without choices")?;
     let ended = choice["finish_reason"].is_string();
     let wrote = choice["message"]["content"].as_str().is_some_and(|text| !text.is_empty());
-    if !ended && !wrote {
-        return bad("a completion without a token and without an end");
+    match ended || wrote {
+        true => Ok(answer),
+        false => Err("a completion without a token and without an end"),
     }
+}
+
+/// A good answer: it must be of the model asked for. Returns the name that it calls itself by.
+fn named(answer: &Value, asked: &str, known: Option<&str>, what: &str) -> (Seen, Option<String>) {
     let Some(named) = answer["model"].as_str().filter(|name| !name.is_empty()) else {
-        return (Seen::new(ProbeOutcome::Pass, "completed one token"), None);
+        return (Seen::new(ProbeOutcome::Pass, what), None);
     };
     if is_same_model(asked, named) {
-        return (Seen::new(ProbeOutcome::Pass, "completed one token"), Some(asked.to_owned()));
+        return (Seen::new(ProbeOutcome::Pass, what), Some(asked.to_owned()));
     }
     // Some servers call their models by file or by nothing of use. What they said first is what they are called; one
     // that says something else later has another model loaded.
@@ -94,9 +134,7 @@ fn answer(body: &[u8], asked: &str, known: Option<&str>) -> (Seen, Option<String
         Some(known) if known != named => {
             (Seen::new(ProbeOutcome::WrongModel, "another model answers than before"), None)
         }
-        _ => {
-            (Seen::new(ProbeOutcome::Pass, "completed one token, under another name"), Some(named.to_owned()))
-        }
+        _ => (Seen::new(ProbeOutcome::Pass, format!("{what}, under another name")), Some(named.to_owned())),
     }
 }
 
@@ -216,5 +254,32 @@ mod tests {
         for code in [400, 403, 500, 502, 503] {
             assert!(liveness(StatusCode::from_u16(code).unwrap()).is_none(), "{code}");
         }
+    }
+
+    #[test]
+    fn an_embedding_must_hold_one_of_the_model_asked_for() {
+        let judged = |status: u16, body: &str| {
+            embedding(StatusCode::from_u16(status).unwrap(), false, body.as_bytes(), "bge-m3", Some("bge-m3"))
+                .0
+                .outcome
+        };
+        for good in [
+            r#"{"model":"bge-m3","data":[{"embedding":[0.1]}]}"#,
+            r#"{"model":"BAAI/bge-m3","data":[{"embedding":"AAAA"}]}"#,
+            r#"{"data":[{"embedding":[0.1]}]}"#,
+        ] {
+            assert_eq!(judged(200, good), ProbeOutcome::Pass, "{good}");
+        }
+        for bad in
+            [r#"{"data":[]}"#, r#"{"data":[{"embedding":[]}]}"#, "no JSON", r#"{"error":{"message":"x"}}"#]
+        {
+            assert_eq!(judged(200, bad), ProbeOutcome::BadAnswer, "{bad}");
+        }
+        assert_eq!(
+            judged(200, r#"{"model":"other","data":[{"embedding":[0.1]}]}"#),
+            ProbeOutcome::WrongModel
+        );
+        assert_eq!(judged(404, r#"{"error":"model not found"}"#), ProbeOutcome::WrongModel);
+        assert_eq!((judged(500, ""), judged(429, "")), (ProbeOutcome::Status, ProbeOutcome::Busy));
     }
 }

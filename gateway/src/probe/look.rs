@@ -30,6 +30,25 @@ pub(super) struct Reading {
     pub(super) queue: Option<u64>,
 }
 
+/// What a model is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Ask {
+    /// A completion.
+    #[default]
+    Chat,
+    /// An embedding: it takes no chat.
+    Embedding,
+}
+
+/// What earlier looks found out about a model at a backend.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Known {
+    /// What it calls itself.
+    pub(super) named: Option<String>,
+    /// What to ask it for; `None` while that is not known.
+    pub(super) ask: Option<Ask>,
+}
+
 /// What one look came to.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Looked {
@@ -37,6 +56,8 @@ pub(super) struct Looked {
     pub(super) latency: Option<Duration>,
     /// The name the model goes by, when the answer said it.
     pub(super) named: Option<String>,
+    /// What the model is to be asked for from now on, when this told.
+    pub(super) ask: Option<Ask>,
     pub(super) reading: Reading,
     /// Tokens it cost, as far as the answers said.
     pub(super) tokens: u64,
@@ -44,7 +65,7 @@ pub(super) struct Looked {
 
 impl From<Seen> for Looked {
     fn from(seen: Seen) -> Self {
-        Self { seen, latency: None, named: None, reading: Reading::default(), tokens: 0 }
+        Self { seen, latency: None, named: None, ask: None, reading: Reading::default(), tokens: 0 }
     }
 }
 
@@ -142,25 +163,65 @@ fn question(model: &str, tokens: u32) -> Bytes {
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// One token of a model.
+const EMBEDDINGS: &str = "/v1/embeddings";
+
+/// One input, which no cache has seen.
+fn input(model: &str) -> Bytes {
+    let nonce = uuid::Uuid::new_v4().simple();
+    serde_json::json!({ "model": model, "input": nonce.to_string() }).to_string().into()
+}
+
+/// One token of a model, or one embedding of a model that takes no chat. Which of the two is found out once.
 pub(super) async fn readiness(
     backend: Arc<BackendEntry>,
     model: String,
-    known: Option<String>,
+    known: Known,
     limit: Duration,
 ) -> Looked {
+    if known.ask == Some(Ask::Embedding) {
+        return embed(&backend, &model, &known, limit).await;
+    }
+    let (chat, took_chat) = complete(&backend, &model, &known, limit).await;
+    if took_chat || known.ask == Some(Ask::Chat) || chat.seen.outcome != ProbeOutcome::Pass {
+        return chat;
+    }
+    let embedded = embed(&backend, &model, &known, limit).await;
+    if embedded.ask == Some(Ask::Embedding) { embedded } else { Looked { ask: Some(Ask::Chat), ..chat } }
+}
+
+/// A completion of one token, and whether there was one.
+async fn complete(backend: &BackendEntry, model: &str, known: &Known, limit: Duration) -> (Looked, bool) {
     let began = Instant::now();
-    let asked = ask(&backend, Method::POST, CHAT, question(&model, 1), ANSWER_MAX_BYTES);
+    let asked = ask(backend, Method::POST, CHAT, question(model, 1), ANSWER_MAX_BYTES);
+    let answer = match timeout(limit, asked).await {
+        Err(_) => return (late(limit).into(), false),
+        Ok(Err(seen)) => return (seen.into(), false),
+        Ok(Ok(answer)) => answer,
+    };
+    let named = known.named.as_deref();
+    let (seen, named) = judge::completion(answer.status, answer.retry_after, &answer.body, model, named);
+    let completed = seen.outcome == ProbeOutcome::Pass && answer.status.is_success();
+    let tokens = judge::tokens_written(&answer.body).unwrap_or_default();
+    let ask = completed.then_some(Ask::Chat);
+    (
+        Looked { latency: completed.then(|| began.elapsed()), named, ask, tokens, ..Looked::from(seen) },
+        completed,
+    )
+}
+
+async fn embed(backend: &BackendEntry, model: &str, known: &Known, limit: Duration) -> Looked {
+    let began = Instant::now();
+    let asked = ask(backend, Method::POST, EMBEDDINGS, input(model), ANSWER_MAX_BYTES);
     let answer = match timeout(limit, asked).await {
         Err(_) => return late(limit).into(),
         Ok(Err(seen)) => return seen.into(),
         Ok(Ok(answer)) => answer,
     };
-    let (seen, named) =
-        judge::completion(answer.status, answer.retry_after, &answer.body, &model, known.as_deref());
-    let latency = (seen.outcome == ProbeOutcome::Pass && answer.status.is_success()).then(|| began.elapsed());
-    let tokens = judge::tokens_written(&answer.body).unwrap_or_default();
-    Looked { latency, named, tokens, ..Looked::from(seen) }
+    let named = known.named.as_deref();
+    let (seen, named) = judge::embedding(answer.status, answer.retry_after, &answer.body, model, named);
+    let embedded = seen.outcome == ProbeOutcome::Pass && answer.status.is_success();
+    let ask = embedded.then_some(Ask::Embedding);
+    Looked { latency: embedded.then(|| began.elapsed()), named, ask, ..Looked::from(seen) }
 }
 
 /// What a deep probe is to find out.

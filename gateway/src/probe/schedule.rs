@@ -13,8 +13,8 @@ pub(super) const AGAIN: Duration = Duration::from_millis(500);
 const LOOKS: u32 = 2;
 /// The first deep probe waits so long: a start is not the time to measure anything.
 const DEEP_FIRST: Duration = Duration::from_secs(15);
-/// A turn that is nearer than this share of the interval is the one just taken.
-const SAME_TURN: f64 = 0.2;
+/// A turn that is nearer than this share of the interval is the one just taken: a clock was set back a little.
+const SAME_TURN: f64 = 0.05;
 /// Turns are spread by this share of the interval, so that probes of many backends do not march in step.
 const JITTER: f64 = 0.05;
 
@@ -45,10 +45,13 @@ struct Task {
     /// Whose turn ours is among how many; `None`: we do not look regularly.
     turn: Option<(u32, u32)>,
     due: Option<Instant>,
-    /// Looks that follow at once.
+    /// Looks that follow the one that is due, whether it has been answered or not: one that waits for an answer in
+    /// vain must not hold up the next.
     extra: u32,
     failing: u32,
-    in_flight: bool,
+    in_flight: u32,
+    /// Some of these were ordered.
+    ordered: u32,
 }
 
 /// How a look ended, as far as the schedule minds.
@@ -67,30 +70,44 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// Takes over what is assigned. What is new is looked at at once, deeply a little later.
-    pub(super) fn assign(&mut self, assigned: &BTreeMap<Key, (u32, u32)>, now: Instant) {
+    /// Takes over what is assigned. What is new is looked at at once, deeply a little later; whoever got another turn
+    /// takes it from this interval on, or nobody would look while turns are given anew.
+    pub(super) fn assign(
+        &mut self,
+        assigned: &BTreeMap<Key, (u32, u32)>,
+        interval: impl Fn(&Key) -> Duration,
+        (now, unix): (Instant, Duration),
+    ) {
         for (key, task) in &mut self.tasks {
-            task.turn = assigned.get(key).copied();
-            if task.turn.is_none() && task.extra == 0 {
-                task.due = None;
+            let before = std::mem::replace(&mut task.turn, assigned.get(key).copied());
+            match task.turn {
+                None if task.ordered == 0 => task.due = None,
+                Some(turn) if before.is_some_and(|before| before != turn) => {
+                    let next = now + until_turn(interval(key), turn, unix, 0.0);
+                    task.due = task.due.map(|due| due.min(next));
+                }
+                _ => {}
             }
         }
         for (key, turn) in assigned {
             let task = self.tasks.entry(key.clone()).or_default();
             task.turn = Some(*turn);
             let wait = if key.1 == ProbeTier::Deep { DEEP_FIRST } else { Duration::ZERO };
-            task.due.get_or_insert(now + wait);
+            // What is under way is given its next turn when it ends.
+            if task.in_flight == 0 {
+                task.due.get_or_insert(now + wait);
+            }
         }
-        self.tasks.retain(|_, task| task.turn.is_some() || task.due.is_some() || task.in_flight);
+        self.tasks.retain(|_, task| task.turn.is_some() || task.due.is_some() || task.in_flight > 0);
     }
 
     /// Looks now.
     pub(super) fn order(&mut self, key: Key, now: Instant) {
         let looks = if key.1 == ProbeTier::Liveness { LOOKS } else { 1 };
-        let task = self.tasks.entry(key).or_default();
         // One that is under way was begun before it was asked for.
-        task.extra = looks - u32::from(!task.in_flight);
-        task.due = Some(now);
+        let task = self.tasks.entry(key).or_default();
+        (task.extra, task.due) = (looks - 1, Some(now));
+        task.ordered = task.in_flight + looks;
     }
 
     /// Forgets backends that are gone.
@@ -100,10 +117,12 @@ impl Schedule {
 
     /// Takes what is due, at most so many.
     pub(super) fn take_due(&mut self, now: Instant, most: usize) -> Vec<Key> {
-        let due = |task: &Task| !task.in_flight && task.due.is_some_and(|due| due <= now);
+        let due = |task: &Task| task.due.is_some_and(|due| due <= now);
         let mut taken = Vec::new();
         for (key, task) in self.tasks.iter_mut().filter(|(_, task)| due(task)).take(most) {
-            task.in_flight = true;
+            task.in_flight += 1;
+            task.due = (task.extra > 0).then_some(now + AGAIN);
+            task.extra = task.extra.saturating_sub(1);
             taken.push(key.clone());
         }
         taken
@@ -119,21 +138,23 @@ impl Schedule {
         jitter: f64,
     ) -> bool {
         let Some(task) = self.tasks.get_mut(key) else { return false };
-        task.in_flight = false;
+        task.in_flight = task.in_flight.saturating_sub(1);
         let before = task.failing;
         task.failing = if end == End::Good { 0 } else { before.saturating_add(1) };
+        let asked = task.ordered > 0;
+        task.ordered = task.ordered.saturating_sub(1);
         // After a first failure it looks again at once; one that keeps failing gets its regular turns. Deep probes
         // never condemn, so they need no second look.
         let again = end == End::Bad && key.1 != ProbeTier::Deep && (1..=LOOKS).contains(&task.failing);
-        let asked = task.extra > 0;
-        task.due = if asked || again {
-            task.extra = task.extra.saturating_sub(1);
-            Some(now + AGAIN)
-        } else {
-            task.turn.map(|turn| now + until_turn(interval(profile, key.1), turn, unix, jitter))
-        };
+        if task.in_flight == 0 && task.due.is_none() {
+            task.due = if again && !asked {
+                Some(now + AGAIN)
+            } else {
+                task.turn.map(|turn| now + until_turn(interval(profile, key.1), turn, unix, jitter))
+            };
+        }
         let news = asked || end != End::Good || before > 0;
-        if task.due.is_none() {
+        if task.due.is_none() && task.in_flight == 0 {
             self.tasks.remove(key);
         }
         news
@@ -141,7 +162,7 @@ impl Schedule {
 
     /// When the next look is due.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.tasks.values().filter(|task| !task.in_flight).filter_map(|task| task.due).min()
+        self.tasks.values().filter_map(|task| task.due).min()
     }
 }
 
@@ -151,6 +172,11 @@ mod tests {
 
     fn key(tier: ProbeTier) -> Key {
         ("b".into(), tier)
+    }
+
+    fn assign(schedule: &mut Schedule, assigned: &BTreeMap<Key, (u32, u32)>, now: Instant) {
+        let profile = HealthProfile::default();
+        schedule.assign(assigned, |key| interval(&profile, key.1), (now, Duration::from_secs(1_000_000)));
     }
 
     fn assigned(tier: ProbeTier, turn: (u32, u32)) -> BTreeMap<Key, (u32, u32)> {
@@ -178,7 +204,7 @@ mod tests {
             [(ProbeTier::Liveness, 720), (ProbeTier::Readiness, 120), (ProbeTier::Deep, 12)]
         {
             let (mut schedule, start) = (Schedule::default(), Instant::now());
-            schedule.assign(&assigned(tier, (1, 3)), start);
+            assign(&mut schedule, &assigned(tier, (1, 3)), start);
             let (mut looks, mut jitter) = (0_i32, 0.0);
             while let Some(now) = schedule.next().filter(|next| *next < start + Duration::from_secs(3600)) {
                 for key in schedule.take_due(now, 10) {
@@ -197,7 +223,7 @@ mod tests {
     fn a_first_failure_is_looked_at_again_at_once_and_a_lasting_one_in_its_turn() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let profile = HealthProfile::default();
-        schedule.assign(&assigned(ProbeTier::Liveness, (0, 1)), now);
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
         let mut waits = Vec::new();
         let mut at = now;
         for _ in 0..4 {
@@ -240,13 +266,58 @@ mod tests {
     }
 
     #[test]
+    fn a_look_that_waits_in_vain_does_not_hold_up_the_next() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 3)), now);
+        let liveness = key(ProbeTier::Liveness);
+        assert_eq!(schedule.take_due(now, 10).len(), 1, "a regular look that hangs");
+        schedule.order(liveness.clone(), now + AGAIN);
+        assert_eq!(schedule.take_due(now + AGAIN, 10).len(), 1);
+        assert_eq!(schedule.take_due(now + 2 * AGAIN, 10).len(), 1);
+        assert_eq!(schedule.next(), None, "three are under way, and no more are wanted");
+        for late in 4..7 {
+            let at = (now + late * AGAIN, Duration::ZERO);
+            assert!(schedule.finished(&liveness, End::Bad, &HealthProfile::default(), at, 0.0));
+        }
+        assert!(schedule.next().is_some_and(|next| next > now + 6 * AGAIN), "back to its turn");
+    }
+
+    #[test]
+    fn what_is_under_way_is_not_begun_again_by_being_assigned_still() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
+        let all = assigned(ProbeTier::Liveness, (0, 1));
+        assign(&mut schedule, &all, now);
+        assert_eq!(schedule.take_due(now, 10).len(), 1);
+        assign(&mut schedule, &all, now);
+        assert_eq!(schedule.next(), None);
+        schedule.finished(&liveness, End::Good, &profile, (now, Duration::from_secs(1_000_000)), 0.0);
+        assign(&mut schedule, &all, now);
+        assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
+    }
+
+    #[test]
+    fn another_turn_is_taken_at_once_and_never_puts_a_look_off() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
+        schedule.take_due(now, 10);
+        schedule.finished(&liveness, End::Good, &profile, (now, Duration::from_secs(1_000_000)), 0.0);
+        assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (1, 3)), now);
+        assert_eq!(schedule.next().map(|next| (next - now).as_millis()), Some(1666));
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (2, 3)), now);
+        assert_eq!(schedule.next().map(|next| (next - now).as_millis()), Some(1666));
+    }
+
+    #[test]
     fn what_is_taken_away_is_no_longer_looked_at() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
-        schedule.assign(&assigned(ProbeTier::Deep, (0, 1)), now);
+        assign(&mut schedule, &assigned(ProbeTier::Deep, (0, 1)), now);
         assert_eq!(schedule.next(), Some(now + DEEP_FIRST));
-        schedule.assign(&BTreeMap::new(), now);
+        assign(&mut schedule, &BTreeMap::new(), now);
         assert_eq!(schedule.next(), None);
-        schedule.assign(&assigned(ProbeTier::Deep, (0, 1)), now);
+        assign(&mut schedule, &assigned(ProbeTier::Deep, (0, 1)), now);
         schedule.retain(&BTreeSet::new());
         assert_eq!(schedule.next(), None);
     }

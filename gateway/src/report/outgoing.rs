@@ -144,6 +144,7 @@ fn merge(old: &BackendReport, new: &BackendReport) -> BackendReport {
         first_byte_mean: new.first_byte_mean.or(old.first_byte_mean),
         output_tokens: old.output_tokens + new.output_tokens,
         decode_time: sum(old.decode_time, new.decode_time),
+        timed_answers: old.timed_answers + new.timed_answers,
         first_byte_counts,
         ..new.clone()
     }

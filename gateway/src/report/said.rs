@@ -4,6 +4,7 @@
 //! once. So it is kept, and taken in again whenever the configuration has changed.
 
 use std::collections::BTreeMap;
+use std::time::SystemTime;
 
 use weir_proto::v1::{BackendHealth, FleetLoad, StreamReportsResponse};
 
@@ -32,6 +33,17 @@ impl Said {
                 self.load.insert(load.backend.clone(), load.in_flight);
             }
         }
+    }
+
+    /// When the changes of state that a message brings were decided, by the control plane's clock. What it says of a
+    /// backend for the first time is part of the picture and of any age.
+    pub(super) fn decided(&self, message: &StreamReportsResponse) -> Vec<SystemTime> {
+        let changed = message.health.iter().filter(|health| {
+            self.health
+                .get(&health.backend)
+                .is_some_and(|old| old.state != health.state && old.since != health.since)
+        });
+        changed.filter_map(|health| SystemTime::try_from(health.since?).ok()).collect()
     }
 
     /// All of it as one message; loads only of backends of which none is known, since the others have newer ones.
@@ -66,6 +78,9 @@ mod tests {
             ..StreamReportsResponse::default()
         };
         said.note(&verdict(HealthState::Unknown));
+        let mut later = verdict(HealthState::Unhealthy);
+        later.health[0].since = Some(prost_types::Timestamp { seconds: 7, nanos: 0 });
+        assert_eq!(said.decided(&later), [SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(7)]);
         said.note(&verdict(HealthState::Healthy));
         said.note(&StreamReportsResponse::default());
         let again = said.again(&Live::default());

@@ -11,8 +11,8 @@ use weir_proto::v1::HealthState;
 
 use super::Attempt;
 use crate::balance::{
-    Balancer, ChooseConfig, Effective, EjectConfig, Ejector, PatienceConfig, Places, Policy, RetryBudget,
-    RetryConfig, Sample, Standing, Trust, View, is_panic,
+    Balancer, ChooseConfig, Effective, EjectConfig, Ejector, Measure, Pace, PatienceConfig, Places, Policy,
+    RetryBudget, RetryConfig, Sample, Standing, Trust, View, is_panic,
 };
 use crate::snapshot::{BackendEntry, ModelEntry};
 
@@ -170,11 +170,9 @@ impl PoolRuntime {
         }
     }
 
-    /// It was waited for a first byte for so long in vain.
-    pub fn waited(&self, model: &Name, backend: u64, stream: bool, prompt_tokens: u64, took: Duration) {
-        let (mut inner, now) = (self.inner(), Instant::now());
-        let balancer = inner.balancers.entry(model.clone()).or_default();
-        balancer.patience.add(backend, stream, prompt_tokens, took, now);
+    /// It was waited for a first byte in vain.
+    pub fn waited(&self, model: &Name, backend: u64, stream: bool) {
+        self.inner().balancers.entry(model.clone()).or_default().patience.waited(backend, stream);
     }
 
     /// How long to wait for the first byte before another backend is tried as well; `None` is until it times out.
@@ -195,6 +193,27 @@ impl PoolRuntime {
             let seconds = until.saturating_duration_since(now).as_secs_f64();
             tracing::warn!(%backend, last = "probe", seconds, "ejected locally");
         }
+    }
+
+    /// How fast backends serve, as this gateway saw, by backend id, with the model's name.
+    pub fn paces(&self) -> Vec<(Name, u64, Measure, Pace)> {
+        let (inner, now) = (self.inner(), Instant::now());
+        let of = |(model, balancer): (&Name, &Balancer)| {
+            let paces = balancer.speeds.paces(now);
+            paces.map(|(id, measure, pace)| (model.clone(), id, measure, pace)).collect::<Vec<_>>()
+        };
+        inner.balancers.iter().flat_map(of).collect()
+    }
+
+    /// Takes over how fast all other gateways saw a backend serve a model.
+    pub fn set_others(&self, model: &Name, backend: u64, measure: Measure, pace: Pace) {
+        let (mut inner, now) = (self.inner(), Instant::now());
+        inner.balancers.entry(model.clone()).or_default().speeds.set_others(backend, measure, pace, now);
+    }
+
+    /// Nobody says any more what other gateways see.
+    pub fn forget_others(&self) {
+        self.inner().balancers.values_mut().for_each(|balancer| balancer.speeds.forget_others());
     }
 
     /// Whether this gateway keeps away from a backend.

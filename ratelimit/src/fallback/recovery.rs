@@ -149,7 +149,7 @@ async fn take<L: Limiter>(
     leases: Key,
     life: Duration,
 ) -> Result<(), Error> {
-    let room = Candidate { leases, max_concurrency: u32::MAX };
+    let room = Candidate { leases, max_concurrency: u32::MAX, bound: None };
     passable(inner, inner.store.move_slot(id, None, std::slice::from_ref(&room), life).await.map(drop))
 }
 
@@ -214,7 +214,7 @@ async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant
     let scopes = call.scopes.clone();
     leases.extend(scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone()));
     call.scopes.iter_mut().for_each(|scope| scope.mode = Mode::Shadow);
-    let room = |leases| Candidate { leases, max_concurrency: u32::MAX };
+    let room = |leases| Candidate { leases, max_concurrency: u32::MAX, bound: None };
     call.candidates = grant.slot.map(room).into_iter().collect();
     passable(&inner, inner.store.acquire(&call).await.map(drop))?;
     taken_over(&inner, id, &leases, call.lease_ttl, &scopes);

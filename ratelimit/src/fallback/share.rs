@@ -1,6 +1,6 @@
 //! A call as one gateway may decide it alone: pure.
 
-use crate::{Acquire, Bucket, Candidate, Mode, ScopeLimits, WithoutStore};
+use crate::{Acquire, Bound, Bucket, Candidate, Mode, ScopeLimits, WithoutStore};
 
 /// The limit over the gateways there are. The sum over all of them is the limit, but for one unit each: a share is
 /// never less than one, so that a small limit still works everywhere.
@@ -45,6 +45,7 @@ pub(super) fn candidates(whole: &[Candidate], gateways: u32) -> Vec<Candidate> {
     let share = |c: &Candidate| Candidate {
         leases: c.leases.clone(),
         max_concurrency: at_once(c.max_concurrency, gateways),
+        bound: c.bound.map(|bound| Bound { estimate: bound.estimate.div_ceil(gateways), ..bound }),
     };
     whole.iter().map(share).collect()
 }

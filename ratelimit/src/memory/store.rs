@@ -192,11 +192,29 @@ impl State {
         id: Option<ReservationId>,
         now: u64,
     ) -> Option<usize> {
+        let bounded = candidates.iter().any(|candidate| candidate.bound.is_some());
+        let present = if bounded { self.present(candidates, id, now) } else { 0 };
         candidates.iter().position(|candidate| {
+            let most =
+                candidate.bound.map_or(u32::MAX, |bound| bound.of(present)).min(candidate.max_concurrency);
             let set = self.live(&candidate.leases, now);
             let own = usize::from(id.is_some_and(|id| set.holds(id)));
-            set.len() - own < candidate.max_concurrency as usize
+            set.len() - own < most as usize
         })
+    }
+
+    /// What all candidates have in flight, each counted once, without what `id` itself holds.
+    fn present(&mut self, candidates: &[Candidate], id: Option<ReservationId>, now: u64) -> usize {
+        let mut seen: Vec<&Key> = Vec::new();
+        let mut present = 0;
+        for candidate in candidates {
+            if !seen.contains(&&candidate.leases) {
+                seen.push(&candidate.leases);
+                let set = self.live(&candidate.leases, now);
+                present += set.len() - usize::from(id.is_some_and(|id| set.holds(id)));
+            }
+        }
+        present
     }
 
     pub(super) fn slot_wait(&mut self, candidates: &[Candidate], ttl: Duration, now: u64) -> Duration {

@@ -202,6 +202,7 @@ impl Inner {
             args.int(call.candidates.len() as u64);
             for candidate in &call.candidates {
                 args.int(places.of(&candidate.leases)).number(f64::from(candidate.max_concurrency));
+                args.int(candidate.bound.map_or(0, |bound| u64::from(bound.millionths)));
             }
             args.id(call.id);
         }

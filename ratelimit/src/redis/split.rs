@@ -136,7 +136,7 @@ impl RedisLimiter {
         candidate: &Candidate,
         life: Duration,
     ) -> Result<(Decision, bool), Error> {
-        let part = of_group(call, Scopes::new(), vec![candidate.clone()]);
+        let part = of_group(call, Scopes::new(), vec![candidate.apart()]);
         self.ask_group(&part, candidate.leases.tag(), life).await
     }
 

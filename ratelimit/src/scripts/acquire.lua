@@ -4,7 +4,8 @@
 -- KEYS   n scope records; a reservation per request; n scope lease sets; m candidates' lease sets
 -- ARGV   numbers, as doubles: lease ttl us, n, m, requests; per scope: shadow 0|1, concurrency (-1 none), touch 0|1,
 --        buckets, then per bucket kind 1-5, capacity, num, den; per candidate's lease set: touch 0|1;
---        per request: cost of every bucket, candidates, then per candidate: lease set from 1, maximum.
+--        per request: cost of every bucket, candidates, then per candidate: lease set from 1, maximum, largest part
+--        of what all candidates have in millionths (0 unbounded).
 --        Amounts in micro-units, rates as num/den per us;
 --        reservation life ms (0 judges and writes nothing); per request: id
 -- reply  doubles, per request: outcome (0 granted, 1 limited, 2 no slot, 3 granted before), candidate from 0 or -1,
@@ -56,6 +57,18 @@ local function room(c, limit)
   return place, place.live < limit
 end
 
+-- What the candidates of a request have in flight, each counted once.
+local function present(candidates, at)
+  local sum, seen = 0, {}
+  for c = 1, candidates do
+    local which = get('<d', numbers, at + 24 * (c - 1))
+    if not seen[which] then
+      seen[which], sum = true, sum + room(which, 0).live
+    end
+  end
+  return sum
+end
+
 -- Time until there is one place more under `limit`; nil when it is closed. Places taken by this call are in no set yet.
 local function opens(key, before, count, limit)
   if limit == 0 then return nil end
@@ -103,15 +116,19 @@ for r = 1, requests do
     outcome = 3
     if held[2] == 2 then outcome, wait = 1, -1 end
     for c = 1, candidates do
-      if KEYS[slots + get('<d', numbers, at + 16 * (c - 1))] == held[3] then slot = c - 1 end
+      if KEYS[slots + get('<d', numbers, at + 24 * (c - 1))] == held[3] then slot = c - 1 end
     end
   elseif refused then
     outcome = 1
     if never then wait = -1 end
   elseif candidates > 0 then
-    local soonest
+    local soonest, all
     for c = 1, candidates do
-      local which, limit = get('<dd', numbers, at + 16 * (c - 1))
+      local which, limit, part = get('<ddd', numbers, at + 24 * (c - 1))
+      if part > 0 then
+        all = all or present(candidates, at)
+        limit = min(limit, max(1, ceil(part * (all + 1) / 1000000)))
+      end
       local place, free = room(which, limit)
       if free then
         slot, taken = c - 1, which
@@ -122,7 +139,7 @@ for r = 1, requests do
     end
     if slot < 0 then outcome, wait = 2, soonest or ttl end
   end
-  at = at + 16 * candidates
+  at = at + 24 * candidates
 
   if outcome == 0 and keep ~= '0' then
     local reservation = { 2, 0, taken and KEYS[slots + taken] or '' }

@@ -111,7 +111,7 @@ impl Process {
 }
 
 fn slot(max_concurrency: u32) -> Vec<Candidate> {
-    vec![Candidate { leases: Key::backend_slots("b"), max_concurrency }]
+    vec![Candidate { leases: Key::backend_slots("b"), max_concurrency, bound: None }]
 }
 
 #[tokio::test(start_paused = true)]

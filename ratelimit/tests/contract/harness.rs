@@ -43,6 +43,11 @@ impl World {
         self.server.is_none() && self.cluster.is_none()
     }
 
+    /// Candidates lie in different slots, and no call sees all of them.
+    pub(crate) fn is_split(&self) -> bool {
+        self.cluster.is_some()
+    }
+
     pub(crate) fn server(&self) -> &Server {
         self.server.as_ref().expect("a case for Redis")
     }
@@ -374,7 +379,7 @@ pub(crate) fn tokens(scopes: Scopes, tokens: u64) -> Acquire {
 }
 
 pub(crate) fn candidate(name: &str, max_concurrency: u32) -> Candidate {
-    Candidate { leases: Key::backend_slots(name), max_concurrency }
+    Candidate { leases: Key::backend_slots(name), max_concurrency, bound: None }
 }
 
 pub(crate) fn granted(decision: &Decision) -> bool {

@@ -181,3 +181,27 @@ pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
     let many = vec![sets[0].clone(); holder::REAP_SETS_MAX + 1];
     assert!(matches!(world.limiter.reap(gone, &many).await, Err(Error::Invalid(_))));
 }
+
+pub(crate) async fn a_part_of_what_all_have_is_bounded_by_live_counts(world: World) {
+    let part = |millionths| Some(Bound { millionths, estimate: 2 });
+    // As prefix affinity asks: first within the bound, then wherever there is a slot.
+    let ask = |first: &str, then: &str| Acquire {
+        candidates: vec![
+            Candidate { bound: part(500_000), ..candidate(first, 10) },
+            candidate(then, 10),
+            candidate(first, 10),
+        ],
+        ..call(Scopes::new())
+    };
+    let mut taken = Vec::new();
+    for _ in 0..6 {
+        let decision = world.acquire(&ask("bounded", "other")).await;
+        let Outcome::Granted { slot: Some(slot) } = decision.outcome else { panic!("{decision:?}") };
+        taken.push(slot);
+    }
+    // Of all, this one included: 1 of 1, 1 of 2, 2 of 3, 2 of 4, 3 of 5, 3 of 6 are at most half, rounded up.
+    let by_live_counts = vec![0, 1, 0, 1, 0, 1];
+    // Where no call sees all candidates, the caller's estimate holds.
+    let by_estimate = vec![0, 0, 1, 1, 1, 1];
+    assert!(taken == by_live_counts || (world.is_split() && taken == by_estimate), "{taken:?}");
+}

@@ -96,8 +96,9 @@ fn affinity_gives_the_same_answer_on_every_gateway_and_stays_within_its_bound() 
     let b = two.order(&config, &views, Some(42), now, uniform(2));
     let preferred = |places: &Places| places[..8].iter().map(|p| p.index).collect::<Vec<_>>();
     assert_eq!(preferred(&a), preferred(&b));
-    assert!(a[..8].iter().all(|p| p.slots == 11), "1.25 x 65 / 8: {a:?}");
-    assert!(a[8..].iter().all(|p| p.slots == 50) && a.len() == 16);
+    let bound = weir_ratelimit::Bound { millionths: 156_250, estimate: 11 };
+    assert!(a[..8].iter().all(|p| p.bound == Some(bound)), "1.25 / 8, and of 65: {a:?}");
+    assert!(a[8..].iter().all(|p| p.bound.is_none()) && a.len() == 16 && a.iter().all(|p| p.slots == 50));
     let spread: std::collections::BTreeSet<usize> =
         (0..100).map(|p| one.order(&config, &views, Some(p), now, uniform(1))[0].index).collect();
     assert_eq!(spread.len(), 8);

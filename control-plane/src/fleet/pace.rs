@@ -1,0 +1,220 @@
+//! How fast backends serve, over the whole fleet: each gateway is told what all the others saw.
+//!
+//! Gateways report averages that forget with time, all of them and each time anew, so the latest of each is added up
+//! and what a gateway that has gone saw goes with it. What a gateway reported itself is taken off again: it knows that
+//! better and sooner.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
+
+/// Backend, model, measure.
+pub(crate) type PaceKey = (String, String, i32);
+/// What one gateway saw, or what a gateway was told.
+pub(crate) type Speeds = BTreeMap<PaceKey, Average>;
+
+/// Most averages of one gateway; more than any configuration has.
+const SPEEDS_MAX: usize = 30_000;
+/// How fast averages forget: as in the gateways.
+const TAU: Duration = Duration::from_secs(10);
+/// Sums are not older than this: as old as the reports they are made of.
+const REFRESH: Duration = Duration::from_secs(1);
+/// Less than this says nothing.
+const COUNT_MIN: f64 = 0.1;
+/// What has changed by less than this share is not told again.
+const NEWS: f64 = 0.02;
+/// The same for how much an average rests on: that only bounds what chance explains.
+const NEWS_COUNT: f64 = 0.25;
+
+/// An average in which a measurement weighs less the older it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Average {
+    count: f64,
+    mean: f64,
+    variance: f64,
+}
+
+impl Average {
+    /// Worth telling a gateway that was told `before` so long ago, and has been forgetting it since.
+    fn is_news(&self, before: Option<(Self, Duration)>) -> bool {
+        let far = |now: f64, old: f64, share: f64| (now - old).abs() > share * old.abs();
+        before.is_none_or(|(old, age)| {
+            far(self.mean, old.mean, NEWS)
+                || far(self.variance.sqrt(), old.variance.sqrt(), NEWS_COUNT)
+                || far(self.count, Sum::of(&old, age).count, NEWS_COUNT)
+        })
+    }
+
+    /// For the wire.
+    fn wire(&self, (backend, model, measure): &PaceKey) -> FleetSpeed {
+        let Self { count, mean, variance } = *self;
+        let speed = ModelSpeed { model: model.clone(), measure: *measure, count, mean, variance };
+        FleetSpeed { backend: backend.clone(), speed: Some(speed) }
+    }
+}
+
+/// What a gateway was told, and when.
+#[derive(Debug, Default)]
+pub(crate) struct Told(BTreeMap<PaceKey, (Average, Instant)>);
+
+impl Told {
+    /// What is new to it, which it then knows. What is gone fades there by itself.
+    pub(crate) fn news(&mut self, speeds: &Speeds) -> Vec<FleetSpeed> {
+        let now = Instant::now();
+        self.0.retain(|key, _| speeds.contains_key(key));
+        let mut news = Vec::new();
+        for (key, speed) in speeds {
+            if speed.is_news(self.0.get(key).map(|(old, at)| (*old, now - *at))) {
+                news.push(speed.wire(key));
+                self.0.insert(key.clone(), (*speed, now));
+            }
+        }
+        news
+    }
+}
+
+/// Weights, weighted values, weighted squares: what can be added and taken off.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sum {
+    count: f64,
+    values: f64,
+    squares: f64,
+}
+
+impl Sum {
+    fn of(average: &Average, age: Duration) -> Self {
+        let count = average.count * (-age.as_secs_f64() / TAU.as_secs_f64()).exp();
+        let squares = count * (average.variance + average.mean * average.mean);
+        Self { count, values: count * average.mean, squares }
+    }
+
+    fn plus(self, other: Self, sign: f64) -> Self {
+        Self {
+            count: self.count + sign * other.count,
+            values: self.values + sign * other.values,
+            squares: self.squares + sign * other.squares,
+        }
+    }
+
+    fn average(&self) -> Option<Average> {
+        if self.count < COUNT_MIN {
+            return None;
+        }
+        let mean = self.values / self.count;
+        // Rounding may leave a little less than nothing.
+        Some(Average {
+            count: self.count,
+            mean,
+            variance: (self.squares / self.count - mean * mean).max(0.0),
+        })
+    }
+}
+
+/// What one gateway saw, and what of it is in the sums.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Seen {
+    speeds: Arc<Speeds>,
+    at: Option<Instant>,
+    counted: BTreeMap<PaceKey, Sum>,
+}
+
+impl Seen {
+    /// A gateway's report.
+    pub(super) fn report<'a>(&mut self, backends: impl Iterator<Item = (&'a String, &'a Vec<ModelSpeed>)>) {
+        let speeds = backends.flat_map(|(backend, speeds)| speeds.iter().map(move |speed| (backend, speed)));
+        let sane = |speed: &ModelSpeed| {
+            [speed.count, speed.mean, speed.variance].iter().all(|n| n.is_finite() && *n >= 0.0)
+        };
+        let known =
+            speeds.filter(|(_, s)| s.measure() != SpeedMeasure::Unspecified && sane(s)).take(SPEEDS_MAX);
+        let average = |s: &ModelSpeed| Average { count: s.count, mean: s.mean, variance: s.variance };
+        let speeds: Speeds =
+            known.map(|(backend, s)| ((backend.clone(), s.model.clone(), s.measure), average(s))).collect();
+        (self.speeds, self.at) = (Arc::new(speeds), Some(Instant::now()));
+    }
+}
+
+/// The sums over all gateways.
+#[derive(Debug, Default)]
+pub(super) struct Paces {
+    sums: BTreeMap<PaceKey, Sum>,
+    at: Option<Instant>,
+}
+
+impl Paces {
+    /// Adds up anew what gateways saw, unless that was done just now.
+    pub(super) fn refresh<'a>(&mut self, gateways: impl Iterator<Item = &'a mut Seen>) {
+        let now = Instant::now();
+        if self.at.is_some_and(|at| now - at < REFRESH) {
+            return;
+        }
+        self.at = Some(now);
+        self.sums.clear();
+        for seen in gateways {
+            let age = seen.at.map_or(Duration::ZERO, |at| now - at);
+            seen.counted = seen.speeds.iter().map(|(key, own)| (key.clone(), Sum::of(own, age))).collect();
+            for (key, own) in &seen.counted {
+                let sum = self.sums.entry(key.clone()).or_default();
+                *sum = sum.plus(*own, 1.0);
+            }
+        }
+    }
+
+    /// What all but one saw.
+    pub(super) fn without(&self, own: &Seen) -> Speeds {
+        let others = self.sums.iter().filter_map(|(key, sum)| {
+            let sum = own.counted.get(key).map_or(*sum, |own| sum.plus(*own, -1.0));
+            Some((key.clone(), sum.average()?))
+        });
+        others.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(count: f64, mean: f64, variance: f64) -> Seen {
+        let speed =
+            ModelSpeed { model: "m".into(), measure: SpeedMeasure::Whole.into(), count, mean, variance };
+        let mut seen = Seen::default();
+        seen.report([(&"b".to_owned(), &vec![speed])].into_iter());
+        seen
+    }
+
+    fn close(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-9
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_is_told_what_all_others_saw() {
+        let mut all = [seen(10.0, 1.0, 0.0), seen(30.0, 2.0, 0.5), seen(f64::NAN, 1.0, 0.0)];
+        let mut paces = Paces::default();
+        paces.refresh(all.iter_mut());
+        let told = |paces: &Paces, to: &Seen| paces.without(to).into_values().next();
+        let Average { count, mean, variance } = told(&paces, &all[2]).unwrap();
+        assert!(close(count, 40.0) && close(mean, 1.75) && close(variance, 0.5625), "{mean} {variance}");
+        let first = told(&paces, &all[0]).unwrap();
+        assert!(
+            close(first.count, 30.0) && close(first.mean, 2.0) && close(first.variance, 0.5),
+            "{first:?}"
+        );
+        // Nothing new comes: what was seen fades, and its mean stays.
+        tokio::time::advance(TAU).await;
+        paces.refresh(all.iter_mut());
+        let faded = told(&paces, &all[0]).unwrap();
+        assert!(close(faded.count, 30.0 / std::f64::consts::E) && close(faded.mean, 2.0), "{faded:?}");
+        let mut known = Told::default();
+        assert_eq!(known.news(&paces.without(&all[0])).len(), 1);
+        assert_eq!(known.news(&paces.without(&all[0])).len(), 0, "it was told just now");
+        tokio::time::advance(TAU / 2).await;
+        let as_before = paces.without(&all[0]);
+        assert_eq!(known.news(&as_before).len(), 1, "there it has faded, here it was seen again");
+        tokio::time::advance(10 * TAU).await;
+        paces.refresh(all.iter_mut());
+        assert_eq!(told(&paces, &all[0]), None, "next to nothing is nothing");
+    }
+}
