@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn table_and_json_show_the_same_figures() {
         let row = Row::default().text("target", "weir").figure("added_p50_us", 12.346, 1).count("errors", 0);
-        let empty = Row::default().text("target", "nginx").figure("added_p50_us", None, 1);
+        let empty = Row::default().text("target", "nginx").figure("added_p50_us", None, 1).count("errors", 0);
         let report = Report {
             bench: "proxy",
             machine: json!({"cores": 2}),

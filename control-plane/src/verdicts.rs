@@ -254,18 +254,21 @@ impl Verdicts {
 
     /// Takes in one look.
     pub(crate) fn observe(&self, vantage: &Vantage, backend: &str, seen: &Observation) {
-        self.with(|machine, now| {
+        let known = self.with(|machine, now| {
             // Only of backends there are: the name comes from outside.
-            if machine.cluster.case(backend).is_some() {
+            let known = machine.cluster.case(backend).is_some();
+            if known {
                 self.inner.metrics.probed(backend, seen.tier, seen.outcome);
                 machine.cluster.observe(vantage, backend, seen, now);
-                if self.inner.looks.receiver_count() > 0 {
-                    let (vantage, backend) = (vantage.clone(), backend.to_owned());
-                    // Nobody listens any more: nobody misses it.
-                    let _ = self.inner.looks.send(Arc::new(Look { vantage, backend, seen: seen.clone() }));
-                }
             }
+            known
         });
+        // Who waits for looks finds the verdict they made published.
+        if known && self.inner.looks.receiver_count() > 0 {
+            let (vantage, backend) = (vantage.clone(), backend.to_owned());
+            // Nobody listens any more: nobody misses it.
+            let _ = self.inner.looks.send(Arc::new(Look { vantage, backend, seen: seen.clone() }));
+        }
     }
 
     /// Has a backend looked at now. Who was asked, and every look from then on; `None` for one that nobody looks at.
