@@ -208,7 +208,9 @@ pub(crate) fn resources(mocks: &[(&str, SocketAddr)], limits: &[Limit], slots: u
     let rates = |scope: Scope| limits.iter().find(|l| l.scope == scope).map(Limit::rates);
     for (model, address) in mocks {
         let queue = Some(v1::Queue { max_wait: Some(Wire::default()), ..Default::default() });
-        resources.put(model, Spec::Pool(v1::PoolSpec { queue, ..Default::default() }));
+        // Probes ask for tokens too, and would be counted with the requests of tenants.
+        let health = Some(v1::HealthProfile { paid_probes_per_hour: Some(0), ..Default::default() });
+        resources.put(model, Spec::Pool(v1::PoolSpec { queue, health, ..Default::default() }));
         resources.put(model, Spec::Backend(backend(model, model, *address, slots)));
         let limits = limits.iter().find(|l| l.scope.is_model(model)).map(Limit::rates);
         resources
