@@ -2,6 +2,7 @@
 
 mod budgets;
 #[cfg(target_os = "linux")]
+mod canary;
 mod clock;
 mod control_plane;
 mod envoy;

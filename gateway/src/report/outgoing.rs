@@ -71,7 +71,7 @@ impl Outgoing {
         waiting.results.drain(..surplus);
         waiting.traffic = match (waiting.traffic.take(), &seen.traffic) {
             (Some(old), Some(new)) => Some(add_up(&old, new)),
-            (old, new) => new.clone().or(old),
+            (old, new) => new.or(old),
         };
         let old = std::mem::replace(&mut waiting.limits, seen.limits.clone());
         for limit in &mut waiting.limits {
