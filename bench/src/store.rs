@@ -28,11 +28,19 @@ const MOVED_AT_ONCE: &str = "100";
 #[derive(Debug)]
 pub(crate) enum Store {
     /// One server.
-    One(Redis),
+    One(Box<Redis>),
     /// A primary, its replica, and the Sentinel that makes the one of the other.
-    Sentinel { primary: Redis, replica: Redis, sentinel: Redis },
+    Sentinel(Box<Failover>),
     /// Primaries with a third of the slots each.
     Cluster(Vec<Redis>),
+}
+
+/// See [`Store::Sentinel`].
+#[derive(Debug)]
+pub(crate) struct Failover {
+    primary: Redis,
+    replica: Redis,
+    sentinel: Redis,
 }
 
 /// Which of them.
@@ -52,8 +60,8 @@ impl Store {
     /// Starts the servers and waits until they know each other.
     pub(crate) async fn start(topology: Topology, directory: &Path) -> anyhow::Result<Self> {
         match topology {
-            Topology::One => Ok(Self::One(Redis::start(directory).await?)),
-            Topology::Durable => Ok(Self::One(durable(free_port()?, directory).await?)),
+            Topology::One => Ok(Self::One(Box::new(Redis::start(directory).await?))),
+            Topology::Durable => Ok(Self::One(Box::new(durable(free_port()?, directory).await?))),
             Topology::Sentinel => watched(directory).await,
             Topology::Cluster => cluster(directory).await,
         }
@@ -63,7 +71,7 @@ impl Store {
     pub(crate) fn url(&self) -> String {
         match self {
             Self::One(redis) => redis.url(),
-            Self::Sentinel { sentinel, .. } => format!("redis+sentinel://{}/{SERVICE}", sentinel.host()),
+            Self::Sentinel(all) => format!("redis+sentinel://{}/{SERVICE}", all.sentinel.host()),
             Self::Cluster(nodes) => {
                 let hosts: Vec<String> = nodes.iter().map(Redis::host).collect();
                 format!("redis+cluster://{}", hosts.join(","))
@@ -74,7 +82,8 @@ impl Store {
     /// The server that is asked, stopped and killed first.
     pub(crate) fn first(&self) -> &Redis {
         match self {
-            Self::One(redis) | Self::Sentinel { primary: redis, .. } => redis,
+            Self::One(redis) => redis,
+            Self::Sentinel(all) => &all.primary,
             Self::Cluster(nodes) => &nodes[0],
         }
     }
@@ -82,7 +91,8 @@ impl Store {
     /// Ends the first server as a crash does.
     pub(crate) async fn crash(&mut self) -> anyhow::Result<()> {
         match self {
-            Self::One(redis) | Self::Sentinel { primary: redis, .. } => redis.process.kill().await,
+            Self::One(redis) => redis.process.kill().await,
+            Self::Sentinel(all) => all.primary.process.kill().await,
             Self::Cluster(nodes) => nodes[0].process.kill().await,
         }
     }
@@ -97,7 +107,7 @@ impl Store {
     /// A new server where the one server was: with what it wrote to disk, or empty.
     pub(crate) async fn restart(&mut self, topology: Topology, directory: &Path) -> anyhow::Result<()> {
         let Self::One(redis) = self else { bail!("only a single server is started again") };
-        *redis = match topology {
+        **redis = match topology {
             Topology::Durable => durable(redis.port, directory).await?,
             _ => Redis::start_on(redis.port, directory).await?,
         };
@@ -106,7 +116,8 @@ impl Store {
 
     /// Returns once the replica is the primary.
     pub(crate) async fn failed_over(&self) -> anyhow::Result<()> {
-        let Self::Sentinel { replica, sentinel, .. } = self else { bail!("nothing fails over here") };
+        let Self::Sentinel(all) = self else { bail!("nothing fails over here") };
+        let Failover { replica, sentinel, .. } = &**all;
         let port = replica.port.to_string();
         within("the replica is the primary", async || {
             let primary: Vec<String> =
@@ -182,7 +193,7 @@ async fn watched(directory: &Path) -> anyhow::Result<Store> {
             && known.contains("slaves=1"))
     })
     .await?;
-    Ok(Store::Sentinel { primary, replica, sentinel })
+    Ok(Store::Sentinel(Box::new(Failover { primary, replica, sentinel })))
 }
 
 fn range(node: usize) -> std::ops::Range<usize> {

@@ -167,8 +167,11 @@ impl<C: Send + 'static> Drop for Ticket<C> {
 mod tests {
     use super::*;
 
-    fn recorder() -> (Arc<Merge<u32>>, Arc<Mutex<Vec<Vec<u32>>>>) {
-        let sent: Arc<Mutex<Vec<Vec<u32>>>> = Arc::default();
+    /// What was sent together.
+    type Sent = Arc<Mutex<Vec<Vec<u32>>>>;
+
+    fn recorder() -> (Arc<Merge<u32>>, Sent) {
+        let sent = Sent::default();
         let log = sent.clone();
         let merge = Merge::new(move |calls: Vec<u32>| {
             log.lock().expect("log").push(calls.clone());

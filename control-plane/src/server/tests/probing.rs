@@ -134,14 +134,9 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
     said.send(report(1)).await.unwrap();
     let mut heard = reports.stream_reports(ReceiverStream::new(requests)).await.unwrap().into_inner();
     soon(async {
-        while !heard
-            .message()
-            .await
-            .unwrap()
-            .unwrap()
-            .assignments
-            .is_some_and(|all| !all.assignments.is_empty())
-        {}
+        while heard.message().await.unwrap().unwrap().assignments.is_none_or(|all| all.assignments.is_empty())
+        {
+        }
     })
     .await;
     let asked = tokio::spawn({
