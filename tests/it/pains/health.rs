@@ -107,7 +107,8 @@ async fn p34_counts_in_flight_come_back_to_nothing_and_no_backend_draws_nearly_a
     }
     for (mock, before) in mocks.iter().zip(before) {
         let drawn = mock.handle.counters().requests - before;
-        assert!((2..=20).contains(&drawn), "{drawn} of 30 went to one of three");
+        // How the rest is split goes by the speeds each showed under the load before.
+        assert!(drawn <= 20, "{drawn} of 30 went to one of three");
     }
 }
 
