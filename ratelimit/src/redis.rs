@@ -35,6 +35,7 @@ use self::script::Script;
 use self::topology::{Shared, Source};
 use self::touched::Touched;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
+use crate::data_set::{DataSet, DataSetsLost};
 use crate::lag::Lag;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Renewal,
@@ -95,6 +96,7 @@ struct Inner {
     deadline: Duration,
     lag: Arc<Lag>,
     touched: Touched,
+    data_set: Arc<DataSet>,
 }
 
 impl RedisLimiter {
@@ -120,10 +122,13 @@ impl RedisLimiter {
             let lag = lag.clone();
             async move { lag.run().await }
         });
+        let data_set = Arc::new(DataSet::default());
+        let lane = |_| Lane::start(source.clone(), options.cold_start, data_set.clone());
         let inner = Arc::new(Inner {
             lag,
             is_cluster: source.is_cluster(),
-            lanes: (0..lanes).map(|_| Lane::start(source.clone(), options.cold_start)).collect(),
+            lanes: (0..lanes).map(lane).collect(),
+            data_set: data_set.clone(),
             next: AtomicUsize::new(0),
             deadline: options.deadline,
             touched: Touched::default(),
@@ -224,7 +229,7 @@ async fn eval(
     reply::numbers(result?)
 }
 
-/// When the data set behind a connection was born.
+/// When the data set behind a connection was born; of a Cluster, that of the shard of one key.
 async fn birth(link: &mut Shared) -> Result<u64, Error> {
     let key = Key::birth();
     let keys = [&key];
@@ -292,6 +297,10 @@ impl fmt::Debug for RedisLimiter {
 }
 
 impl Limiter for RedisLimiter {
+    fn data_sets_lost(&self) -> Option<DataSetsLost> {
+        Some(self.inner.data_set.lost())
+    }
+
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         call::check_acquire(call)?;
         let reservation = Key::reservation_of(&call.scopes, call.id);
