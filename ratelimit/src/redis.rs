@@ -11,6 +11,7 @@
 mod calls;
 mod lane;
 mod merge;
+mod refused;
 mod reply;
 mod script;
 mod split;
@@ -30,6 +31,7 @@ use tokio::time::Instant;
 use self::calls::{Ask, End};
 use self::lane::Lane;
 use self::merge::Merge;
+use self::refused::Refused;
 use self::reply::Reader;
 use self::script::Script;
 use self::topology::{Shared, Source};
@@ -84,6 +86,7 @@ pub struct RedisLimiter {
     acquires: Arc<Merge<Ask<'static>>>,
     settles: Arc<Merge<End<'static>>>,
     merge: bool,
+    refused: Refused,
     monitor: JoinHandle<()>,
 }
 
@@ -134,7 +137,7 @@ impl RedisLimiter {
             touched: Touched::default(),
         });
         let (acquires, settles) = (Ask::merge(&inner), End::merge(&inner));
-        Ok(Self { inner, acquires, settles, merge: options.merge, monitor })
+        Ok(Self { inner, acquires, settles, merge: options.merge, refused: Refused::default(), monitor })
     }
 
     /// Admissions and settlements so far that travelled with another one under the same limits.
