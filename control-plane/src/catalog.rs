@@ -299,6 +299,47 @@ fn forgotten(state: &State) -> BTreeSet<Arc<str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::tests::tenant;
+    use crate::model::{Edit, Options, plan};
+
+    impl Answer for () {
+        fn set_revision(&mut self, _revision: u64) {}
+    }
+
+    /// A catalog of this store that follows it, until the token is dropped.
+    async fn catalog(store: &Arc<dyn Store>) -> (Arc<Catalog>, tokio_util::sync::DropGuard) {
+        let (catalog, stop) =
+            (Arc::new(Catalog::load(store.clone()).await.unwrap()), CancellationToken::new());
+        let (following, end) = (catalog.clone(), stop.clone());
+        tokio::spawn(async move { following.follow(end).await });
+        (catalog, stop.drop_guard())
+    }
+
+    async fn write(catalog: &Catalog, name: &str) {
+        let actor = Actor { name: "a".into(), role: v1::Role::Admin, method: "Apply" };
+        let call = Call { request_id: String::new(), digest: [0; 32], validate_only: false, actor };
+        let edit = || vec![Edit::Put(Box::new(tenant(name)))];
+        catalog.commit(&call, |state| plan(state, edit(), Options::default()), |_, _| ()).await.unwrap();
+    }
+
+    /// The log is read after the state: what others write meanwhile comes again, as a batch.
+    #[tokio::test]
+    async fn what_is_written_while_the_log_is_read_is_in_it_once() {
+        let store: Arc<dyn Store> = Arc::new(crate::store::MemoryStore::default());
+        let (writer, _end) = catalog(&store).await;
+        write(&writer, "before").await;
+        let newest = read(&*store).await.unwrap().audit.sequence;
+        write(&writer, "meanwhile").await;
+        let recent = log::Recent::load(&*store, newest).await.unwrap();
+        let batch = store.watch(newest).unwrap().next().await.unwrap();
+        let own = Catalog { recent, ..Catalog::load(store.clone()).await.unwrap() };
+        own.state.send_replace(Arc::new(State::default()));
+        own.take(&batch).unwrap();
+        own.state.send_replace(writer.state());
+        let log = own.records_after(0, 10).await.unwrap();
+        let sequences: Vec<u64> = log.iter().map(|logged| logged.record.sequence).collect();
+        assert_eq!(sequences, [1, 2]);
+    }
 
     #[test]
     fn request_ids_are_bounded_in_age_and_number() {

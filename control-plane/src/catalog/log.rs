@@ -22,13 +22,16 @@ impl Recent {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The records of the last chunks of the log.
+    /// The records of the last chunks of the log, up to the newest of the state that was read: those that came after it
+    /// come with the batches that follow.
     pub(super) async fn load(store: &dyn Store, newest: u64) -> Result<Self, store::Error> {
         let recent = Self::default();
         let from = (newest / CHUNK).saturating_sub(RECENT_MAX as u64 / CHUNK);
         for chunk in from..=newest / CHUNK {
             for logged in read_chunk(store, chunk * CHUNK).await? {
-                recent.push_shared(logged);
+                if logged.record.sequence <= newest {
+                    recent.push_shared(logged);
+                }
             }
         }
         Ok(recent)
