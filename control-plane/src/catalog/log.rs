@@ -140,10 +140,7 @@ impl Catalog {
 
     /// The newest record at or before a revision.
     pub(crate) async fn sequence_at(&self, revision: u64) -> Result<u64, Error> {
-        let state = self.state();
-        if revision > state.revision {
-            return Err(Error::Ahead { asked: revision, newest: state.revision });
-        }
+        let state = self.state_at(revision).await?;
         let (mut before, mut oldest) = (state.audit.sequence + 1, state.head);
         loop {
             let records = self.records_before(before, CHUNK as usize).await?;
@@ -166,10 +163,7 @@ impl Catalog {
 
     /// The resources as they were at a revision: the present ones with later records undone.
     pub(crate) async fn at(&self, revision: u64) -> Result<Arc<State>, Error> {
-        let now = self.state();
-        if revision > now.revision {
-            return Err(Error::Ahead { asked: revision, newest: now.revision });
-        }
+        let now = self.state_at(revision).await?;
         if revision >= now.head {
             return Ok(now);
         }
