@@ -234,6 +234,10 @@ impl Stream {
                 self.shared.metrics.acks.inc();
                 self.connection.acknowledged(revision, &self.session.held);
             }
+            Answered::Still { errors, revision } => {
+                self.shared.metrics.acks.inc();
+                self.connection.refused(&errors, revision, &self.session.held);
+            }
             Answered::Refused { errors, revision, whole } => {
                 for error in &errors {
                     let resource = error.resource.as_ref().and_then(Key::of_ref);
