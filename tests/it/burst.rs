@@ -110,11 +110,18 @@ async fn of_ten_thousand_changes_each_gateway_is_sent_a_few_deltas_and_memory_st
     }
     let gateways: Vec<_> =
         (0..GATEWAYS).map(|k| gateway(&format!("g{k}"), &plane.url, data.path())).collect();
+    // They are let in a few at a time, and those who do not answer keep nobody out.
+    let all = (0..SILENT).map(|k| {
+        let plane = plane.url.clone();
+        tokio::spawn(async move { silent(&format!("silent-{k}"), &plane).await })
+    });
     let mut silent_ones = Vec::new();
-    for k in 0..SILENT {
-        silent_ones.push(silent(&format!("silent-{k}"), &plane.url).await);
+    for one in all.collect::<Vec<_>>() {
+        let one = tokio::time::timeout(Duration::from_secs(60), one).await;
+        silent_ones.push(one.expect("it is let in").expect("it is sent everything"));
     }
-    for gateway in &gateways {
+    let fresh = gateway("fresh", &plane.url, data.path());
+    for gateway in gateways.iter().chain([&fresh]) {
         eventually("every gateway is in sync", async || gateway.deltas.load(Ordering::Relaxed) > 0).await;
     }
     let pid = plane.child.id().expect("it runs");
