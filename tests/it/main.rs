@@ -1,6 +1,9 @@
 //! The product from outside.
 
+mod apply;
 mod budgets;
+#[cfg(target_os = "linux")]
+mod burst;
 #[cfg(target_os = "linux")]
 mod canary;
 mod clock;
