@@ -5,6 +5,8 @@
 //! waits: it hands the settlement to the [`Ledger`]'s worker over a bounded channel and counts what does not fit
 //! (those reservations stand at what was reserved, and their leases run out).
 
+mod slot;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -22,6 +24,7 @@ use weir_ratelimit::{
     Trouble, Usage,
 };
 
+pub use self::slot::SlotLease;
 use crate::calendar;
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
