@@ -121,6 +121,11 @@ impl<L: Limiter + 'static> Fallback<L> {
         &self.inner.store
     }
 
+    /// How many gateways share the limits now, this one included.
+    pub fn gateways(&self) -> u32 {
+        self.inner.gateways()
+    }
+
     /// How it stands.
     pub fn status(&self) -> Status {
         Status {

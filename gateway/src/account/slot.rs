@@ -103,7 +103,7 @@ impl SlotLease {
 impl Drop for SlotLease {
     fn drop(&mut self) {
         if self.taken {
-            self.ledger.leases().remove(&self.id);
+            self.ledger.leases().remove(self.id);
             // Without room in the queue it runs out.
             let _ = self.ledger.queue.try_send(Job::Release(self.id, self.place.leases.clone()));
         }
