@@ -5,7 +5,9 @@
 //! waits: it hands the settlement to the [`Ledger`]'s worker over a bounded channel and counts what does not fit
 //! (those reservations stand at what was reserved, and their leases run out).
 
-use std::collections::HashMap;
+mod open;
+mod slot;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -22,6 +24,8 @@ use weir_ratelimit::{
     Trouble, Usage,
 };
 
+use self::open::OpenLeases;
+pub use self::slot::SlotLease;
 use crate::calendar;
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
@@ -42,9 +46,6 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// Reservation -> the leases it holds.
-type OpenLeases = HashMap<Uuid, SmallVec<[Key; 4]>>;
 
 /// Owns what is reserved and not yet settled.
 #[derive(Debug)]
@@ -83,15 +84,22 @@ enum Job {
 type Credit = bool;
 
 impl Job {
-    /// What has room again afterwards.
-    fn released(&self) -> SmallVec<[&Key; 8]> {
+    /// The lease sets that have a place more afterwards.
+    fn leases(&self) -> SmallVec<[&Key; 4]> {
         match self {
-            Job::Settle(settle, credit) => {
+            Job::Settle(settle, _) => {
                 let leases = settle.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
-                let records = settle.scopes.iter().filter(|_| *credit).map(|s| &s.record);
-                leases.chain(records).chain(&settle.slot).collect()
+                leases.chain(&settle.slot).collect()
             }
             Job::Release(_, slot) => smallvec::smallvec![slot],
+        }
+    }
+
+    /// The buckets that have more room afterwards.
+    fn records(&self) -> SmallVec<[&Key; 4]> {
+        match self {
+            Job::Settle(settle, true) => settle.scopes.iter().map(|s| &s.record).collect(),
+            Job::Settle(_, false) | Job::Release(..) => SmallVec::new(),
         }
     }
 }
@@ -121,6 +129,12 @@ impl Ledger {
 
     fn leases(&self) -> MutexGuard<'_, OpenLeases> {
         lock(&self.leases)
+    }
+
+    /// The store has freed a lease: somebody who waits, here or at another gateway, has a place.
+    fn gave_back(&self, key: &Key) {
+        let held = self.leases().at(key);
+        self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
     /// Requests that hold leases now.
@@ -166,7 +180,7 @@ impl LedgerWorker {
 
 async fn renew(ledger: Arc<Ledger>) {
     let renewals: Vec<Renewal> =
-        ledger.leases().iter().map(|(id, leases)| Renewal { id: *id, leases: leases.clone() }).collect();
+        ledger.leases().iter().map(|(id, leases)| Renewal { id, leases: leases.clone() }).collect();
     if renewals.is_empty() {
         return;
     }
@@ -175,7 +189,7 @@ async fn renew(ledger: Arc<Ledger>) {
             // A request that ended meanwhile has released its own; only those still open have lost one.
             let lost: Vec<(Uuid, SmallVec<[Key; 4]>)> = {
                 let open = ledger.leases();
-                lost.iter().filter_map(|id| Some((*id, open.get(id)?.clone()))).collect()
+                lost.iter().filter_map(|id| Some((*id, open.get(*id)?.clone()))).collect()
             };
             if !lost.is_empty() {
                 ledger.metrics.leases_lost.inc_by(lost.len() as u64);
@@ -207,7 +221,7 @@ async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
         };
     }
     // It may have ended meanwhile, before its leases were taken again.
-    let ended = !ledger.leases().contains_key(&id);
+    let ended = ledger.leases().get(id).is_none();
     if ended && let Err(error) = ledger.limiter.release(id, &leases).await {
         tracing::debug!(%error, reservation = %id, "a lease of an ended request runs out by itself");
     }
@@ -224,8 +238,10 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
         match done {
             Ok(()) => {
                 // First, so that those who are woken ask the store.
-                ledger.denials.given_back(job.released());
-                ledger.waiting.released(job.released());
+                let (leases, records) = (job.leases(), job.records());
+                ledger.denials.given_back(leases.iter().chain(&records).copied());
+                ledger.waiting.released(records);
+                leases.into_iter().for_each(|key| ledger.gave_back(key));
                 return;
             }
             Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {
@@ -339,7 +355,7 @@ impl Admission {
     pub fn moved(&mut self, from: &Key) {
         self.slots.retain(|slot| slot != from);
         self.enter();
-        self.ledger.waiting.released([from]);
+        self.ledger.gave_back(from);
     }
 
     /// This slot is not needed any more, while the request goes on.
@@ -355,7 +371,7 @@ impl Admission {
         let concurrency = self.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone());
         let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
         if leases.is_empty() {
-            self.ledger.leases().remove(&self.id);
+            self.ledger.leases().remove(self.id);
         } else {
             self.ledger.leases().insert(self.id, leases);
         }
@@ -419,7 +435,7 @@ impl Drop for Admission {
             let slot = self.slots[1].clone();
             self.release(&slot);
         }
-        self.ledger.leases().remove(&self.id);
+        self.ledger.leases().remove(self.id);
         let mut actual = self.actual;
         actual.0.iter_mut().zip(self.stepped.0).for_each(|(all, charged)| *all = all.saturating_sub(charged));
         let usage = self.usage(&self.actual);

@@ -11,6 +11,7 @@ mod control_plane;
 mod envoy;
 mod errors;
 mod failover;
+mod hard_slots;
 mod health;
 mod high_availability;
 mod limits;

@@ -359,7 +359,7 @@ fn coming_and_going_gains_a_tenant_nothing() {
         priority: Priority::Normal,
         cost: Cost::of_request(1, 0, 0),
         bytes: 0,
-        slots: vec![],
+        places: vec![],
         handle: (),
     };
     let many: Vec<u64> = (0..10).map(|_| queues.join(&id, entry("a"), 100, 0).unwrap()).collect();

@@ -126,16 +126,21 @@ impl<'a> Wait<'a> {
         let now = Instant::now();
         let handle = Arc::new(Notify::new());
         let Patience { tenant, priority, bytes, .. } = self.patience;
-        let slots = match &id {
-            QueueId::Slots(_) => self.call.candidates.iter().map(|c| c.leases.clone()).collect(),
-            QueueId::Limit(_) => Vec::new(),
+        let places = match &id {
+            QueueId::Slots(_) => {
+                self.call.candidates.iter().map(|c| (c.leases.clone(), c.max_concurrency)).collect()
+            }
+            QueueId::Limit(key) => {
+                let scope = self.call.scopes.iter().find(|scope| scope.leases == *key);
+                scope.and_then(|scope| Some((key.clone(), scope.concurrency?))).into_iter().collect()
+            }
         };
         let entry = Entry {
             tenant: tenant.clone(),
             priority: *priority,
             cost: self.call.cost,
             bytes: *bytes,
-            slots,
+            places,
             handle: handle.clone(),
         };
         let mut queues = self.waiting.queues();
