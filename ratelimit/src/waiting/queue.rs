@@ -41,8 +41,8 @@ pub struct Entry<H> {
     pub cost: Cost,
     /// What it keeps in memory while it waits.
     pub bytes: u64,
-    /// The slots it could use, for a queue of slots.
-    pub slots: Vec<Key>,
+    /// What else has room for it when it is released: the slots of a queue of slots, and other accounts.
+    pub wakes: Vec<Key>,
     /// How it is woken.
     pub handle: H,
 }
@@ -87,7 +87,7 @@ struct Waiter<H> {
     number: u64,
     cost: Cost,
     bytes: u64,
-    slots: Vec<Key>,
+    wakes: Vec<Key>,
     due: u64,
     handle: H,
 }
@@ -204,8 +204,8 @@ impl<H: Clone> Queues<H> {
         if flow.waiters.is_empty() {
             flow.clock = flow.clock.max(clock);
         }
-        let Entry { cost, bytes: held, slots, handle, .. } = entry;
-        flow.waiters.push_back(Waiter { number, cost, bytes: held, slots, due, handle });
+        let Entry { cost, bytes: held, wakes, handle, .. } = entry;
+        flow.waiters.push_back(Waiter { number, cost, bytes: held, wakes, due, handle });
         self.len += 1;
         self.bytes = bytes;
         Ok(number)
@@ -224,11 +224,11 @@ impl<H: Clone> Queues<H> {
     /// The head was refused and is due again at that moment, or at once if what it waits for was released since
     /// `seen`.
     pub fn postpone(&mut self, id: &QueueId, number: u64, due: u64, seen: u64, note: Option<Note>) {
-        let mut slots = Vec::new();
+        let mut wakes = Vec::new();
         if let Some(waiter) = self.queues.get_mut(id).and_then(|queue| queue.find(number)) {
-            slots.clone_from(&waiter.slots);
+            wakes.clone_from(&waiter.wakes);
         }
-        let due = if self.released_since(seen, id, &slots) { 0 } else { due };
+        let due = if self.released_since(seen, id, &wakes) { 0 } else { due };
         if let Some(queue) = self.queues.get_mut(id) {
             queue.note = note.or(queue.note);
             if let Some(waiter) = queue.find(number) {
@@ -273,9 +273,9 @@ impl<H: Clone> Queues<H> {
                 head.due = 0;
                 woken.push(head.handle.clone());
             }
-            for (id, queue) in &mut self.queues {
-                if let (QueueId::Slots(_), Some(head)) = (id, queue.head_mut())
-                    && head.slots.contains(key)
+            for queue in self.queues.values_mut() {
+                if let Some(head) = queue.head_mut()
+                    && head.wakes.contains(key)
                 {
                     head.due = 0;
                     woken.push(head.handle.clone());
@@ -287,16 +287,14 @@ impl<H: Clone> Queues<H> {
 
     /// Whether what a queue waits for was released after the first `seen` releases. Says yes when it is too long ago
     /// to know.
-    pub fn released_since(&self, seen: u64, id: &QueueId, slots: &[Key]) -> bool {
+    pub fn released_since(&self, seen: u64, id: &QueueId, wakes: &[Key]) -> bool {
         let missed = self.releases.saturating_sub(seen);
         let Ok(missed) = usize::try_from(missed) else { return true };
         if missed > self.released.len() {
             return true;
         }
-        self.released.iter().rev().take(missed).any(|key| match id {
-            QueueId::Limit(waited) => waited == key,
-            QueueId::Slots(_) => slots.contains(key),
-        })
+        let waited = |key: &Key| matches!(id, QueueId::Limit(waited) if waited == key);
+        self.released.iter().rev().take(missed).any(|key| waited(key) || wakes.contains(key))
     }
 }
 
