@@ -330,3 +330,6 @@ fn debit(actual: Cost, scopes: &[ScopeLimits]) -> Settle {
 fn minus(a: &Cost, b: &Cost) -> Cost {
     Cost(std::array::from_fn(|kind| a.0[kind].saturating_sub(b.0[kind])))
 }
+
+#[cfg(test)]
+mod tests;
