@@ -33,6 +33,7 @@ use tokio::time::Instant;
 
 use self::quota::Quota;
 use crate::call::{self, reserved, spent};
+use crate::data_set::DataSetsLost;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Holder, Key, Kind, LimitState, Limiter, MAX_CHARGES, Mode,
     Outcome, Renewal, ReservationId, ScopeLimits, Scopes, Settle, Settled, Trouble, UsageLines, budget,
@@ -317,6 +318,10 @@ fn whole_limits(
 }
 
 impl<L: Limiter + 'static> Limiter for Ahead<L> {
+    fn data_sets_lost(&self) -> Option<DataSetsLost> {
+        self.inner.store.data_sets_lost()
+    }
+
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         let inner = &self.inner;
         if !call.scopes.iter().any(has_quota) {

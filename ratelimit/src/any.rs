@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::ahead::{self, Ahead};
+use crate::data_set::DataSetsLost;
 use crate::memory::MemoryLimiter;
 use crate::redis::RedisLimiter;
 use crate::{
@@ -59,6 +60,13 @@ impl From<RedisLimiter> for AnyLimiter {
 }
 
 impl Limiter for AnyLimiter {
+    fn data_sets_lost(&self) -> Option<DataSetsLost> {
+        match self {
+            AnyLimiter::Memory(limiter) => limiter.data_sets_lost(),
+            AnyLimiter::Redis(limiter) => limiter.data_sets_lost(),
+        }
+    }
+
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         match self {
             AnyLimiter::Memory(limiter) => limiter.acquire(call).await,

@@ -98,6 +98,11 @@ impl Breaker {
         true
     }
 
+    /// The store has lost what it knew: it is told before it is asked again, as after an outage.
+    pub fn lost(&mut self, now: Duration) {
+        *self = Self { phase: Phase::Open, due: now, ..Self::default() };
+    }
+
     /// Starts a new window when the last is over; true when it did.
     pub fn roll(&mut self, now: Duration) -> bool {
         let over = now.saturating_sub(self.window) >= WINDOW;
@@ -191,5 +196,7 @@ mod tests {
         breaker.close(now);
         assert_eq!(breaker.phase(), Phase::Closed);
         assert!(GRACE > PROBE_MAX, "every gateway probes within the grace");
+        breaker.lost(now);
+        assert_eq!((breaker.phase(), breaker.due()), (Phase::Open, now), "asked at once whether it serves");
     }
 }

@@ -9,6 +9,9 @@
 //! leases, and the rest of each local meter as one charge. A gateway's meter drains at its share of the rate from its
 //! share of the level, so the shares' meters together are never below the meter one store would have had.
 //!
+//! **A store that forgot is an outage.** One that comes back empty within milliseconds has lost every lease. Until the
+//! gateways have counted theirs again, the grace of any return, each decides alone.
+//!
 //! **Nobody waits for a dead store.** Once the [`Breaker`] is open only the background asks; see there.
 
 mod local;
@@ -30,6 +33,7 @@ use tokio::time::Instant;
 use self::local::{Local, Pending, leases_of};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
+use crate::data_set::DataSetsLost;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Outcome, Renewal,
     ReservationId, ScopeLimits, Settle, Settled, Trouble, UsageLines, WithoutStore,
@@ -69,6 +73,9 @@ struct Inner<L> {
     gateways: LiveGateways,
     epoch: Instant,
     breaker: Mutex<Breaker>,
+    /// Data sets of the store's that were lost, and how many of them this process has heard of.
+    data_sets_lost: Option<DataSetsLost>,
+    heard_of: AtomicU64,
     /// The breaker's phase, and whether it holds evidence: what every request reads without a lock.
     phase: AtomicU8,
     suspicious: AtomicBool,
@@ -94,7 +101,10 @@ impl<L: Limiter + 'static> Fallback<L> {
     /// Starts the background task; needs a tokio runtime.
     pub fn new(store: L, gateways: LiveGateways) -> Self {
         let epoch = Instant::now();
+        let data_sets_lost = store.data_sets_lost();
         let inner = Arc::new(Inner {
+            heard_of: AtomicU64::new(data_sets_lost.as_ref().map_or(0, |lost| *lost.borrow())),
+            data_sets_lost,
             store,
             gateways,
             epoch,
@@ -183,6 +193,31 @@ impl<L: Limiter> Inner<L> {
         if self.suspicious.swap(false, Ordering::Relaxed) {
             lock(&self.breaker).answered();
         }
+    }
+
+    /// How many data sets the store has lost.
+    fn lost_sets(&self) -> u64 {
+        self.data_sets_lost.as_ref().map_or(0, |lost| *lost.borrow())
+    }
+
+    /// Whether the store has lost what it knew since this was asked last; then it is not asked for a while.
+    fn hear_of_loss(&self) -> bool {
+        let lost = self.lost_sets();
+        if self.heard_of.swap(lost, Ordering::Relaxed) == lost {
+            return false;
+        }
+        {
+            let mut breaker = lock(&self.breaker);
+            if breaker.phase() == Phase::Closed {
+                self.opened.fetch_add(1, Ordering::Relaxed);
+            }
+            breaker.lost(self.now());
+            self.publish(breaker.phase());
+        }
+        lock(&self.reason).0 = Error::Unreachable("it has lost its data".into());
+        tracing::warn!("the limit store has lost its data; leases are counted again before it is asked");
+        self.wake.notify_one();
+        true
     }
 
     /// Evidence against the store.
@@ -291,11 +326,18 @@ fn no_room() -> Error {
 impl<L: Limiter + 'static> Limiter for Fallback<L> {
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         let inner = &self.inner;
+        inner.hear_of_loss();
         if !inner.is_closed() {
             let error = lock(&inner.reason).0.clone();
             return inner.decide(call, not_sent(error));
         }
+        let lost_sets = inner.lost_sets();
         match inner.ask(call).await {
+            // By a data set that knows nothing of what is in flight; what it granted is undone or taken over.
+            Ok(_) if inner.lost_sets() != lost_sets => {
+                inner.hear_of_loss();
+                inner.decide(call, Error::Lost)
+            }
             Ok(decision) => {
                 inner.answered();
                 inner.seen.note(&call.scopes, &decision.limits, inner.now_us());

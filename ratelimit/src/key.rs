@@ -169,8 +169,8 @@ impl Key {
         build(format_args!("{}:a", of.0))
     }
 
-    /// When the data set was born.
-    pub(crate) fn birth() -> Key {
+    /// The mark of a data set: when it was born. One key, kept for ever.
+    pub fn birth() -> Key {
         build(format_args!("weir:{{g}}:birth"))
     }
 

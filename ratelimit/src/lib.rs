@@ -28,6 +28,7 @@ pub mod any;
 pub mod breaker;
 pub mod budget;
 mod call;
+pub mod data_set;
 pub mod denials;
 pub mod error;
 pub mod fallback;

@@ -11,6 +11,7 @@
 mod calls;
 mod lane;
 mod merge;
+mod refused;
 mod reply;
 mod script;
 mod split;
@@ -30,11 +31,13 @@ use tokio::time::Instant;
 use self::calls::{Ask, End};
 use self::lane::Lane;
 use self::merge::Merge;
+use self::refused::Refused;
 use self::reply::Reader;
 use self::script::Script;
 use self::topology::{Shared, Source};
 use self::touched::Touched;
 use crate::call::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
+use crate::data_set::{DataSet, DataSetsLost};
 use crate::lag::Lag;
 use crate::{
     Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Renewal,
@@ -83,6 +86,7 @@ pub struct RedisLimiter {
     acquires: Arc<Merge<Ask<'static>>>,
     settles: Arc<Merge<End<'static>>>,
     merge: bool,
+    refused: Refused,
     monitor: JoinHandle<()>,
 }
 
@@ -95,6 +99,7 @@ struct Inner {
     deadline: Duration,
     lag: Arc<Lag>,
     touched: Touched,
+    data_set: Arc<DataSet>,
 }
 
 impl RedisLimiter {
@@ -120,16 +125,19 @@ impl RedisLimiter {
             let lag = lag.clone();
             async move { lag.run().await }
         });
+        let data_set = Arc::new(DataSet::default());
+        let lane = |_| Lane::start(source.clone(), options.cold_start, data_set.clone());
         let inner = Arc::new(Inner {
             lag,
             is_cluster: source.is_cluster(),
-            lanes: (0..lanes).map(|_| Lane::start(source.clone(), options.cold_start)).collect(),
+            lanes: (0..lanes).map(lane).collect(),
+            data_set: data_set.clone(),
             next: AtomicUsize::new(0),
             deadline: options.deadline,
             touched: Touched::default(),
         });
         let (acquires, settles) = (Ask::merge(&inner), End::merge(&inner));
-        Ok(Self { inner, acquires, settles, merge: options.merge, monitor })
+        Ok(Self { inner, acquires, settles, merge: options.merge, refused: Refused::default(), monitor })
     }
 
     /// Admissions and settlements so far that travelled with another one under the same limits.
@@ -224,7 +232,7 @@ async fn eval(
     reply::numbers(result?)
 }
 
-/// When the data set behind a connection was born.
+/// When the data set behind a connection was born; of a Cluster, that of the shard of one key.
 async fn birth(link: &mut Shared) -> Result<u64, Error> {
     let key = Key::birth();
     let keys = [&key];
@@ -292,6 +300,10 @@ impl fmt::Debug for RedisLimiter {
 }
 
 impl Limiter for RedisLimiter {
+    fn data_sets_lost(&self) -> Option<DataSetsLost> {
+        Some(self.inner.data_set.lost())
+    }
+
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         call::check_acquire(call)?;
         let reservation = Key::reservation_of(&call.scopes, call.id);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use uuid::Uuid;
 
+use crate::data_set::DataSetsLost;
 use crate::usage::{Usage, UsageLines};
 use crate::{Error, Holder};
 
@@ -360,6 +361,10 @@ pub struct Renewal {
 /// The contract; see the crate documentation. Futures may be dropped at any await: an acquire whose caller is
 /// gone must be cancelled by its id.
 pub trait Limiter: Send + Sync {
+    /// Tells when the store has lost all it knew, leases included, where it can tell.
+    fn data_sets_lost(&self) -> Option<DataSetsLost> {
+        None
+    }
     /// Decides every limit and takes a slot, in one atomic call.
     fn acquire(&self, call: &Acquire) -> impl Future<Output = Result<Decision, Error>> + Send;
     /// Moves a reservation's slot: releases `from` (if any) and takes the first free candidate. Used by retries.

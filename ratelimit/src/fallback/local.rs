@@ -320,7 +320,8 @@ impl Local {
                 let known = base.known[kind as usize].level_at(&terms, now);
                 let level = meters[kind as usize].level_at(&terms, now);
                 let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
-                let owed = ((level - known - waits) / terms.unit).ceil().max(0.0);
+                // The part of a unit stays owed: rounded up each time, it would grow to whole units that nobody used.
+                let owed = ((level - known - waits) / terms.unit).floor().max(0.0);
                 cost.0[kind as usize] = owed as u64;
                 if owed > 0.0 {
                     base.known[kind as usize] = Meter { level: known + owed * terms.unit, ts: now };

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use super::local::{Grant, Pending};
 use super::{Inner, lock, waits};
 use crate::breaker::Phase;
+use crate::data_set::DataSetsLost;
 use crate::{
     Acquire, Candidate, Cost, Error, Key, Kind, Limiter, Mode, ReservationId, ScopeLimits, Settle, Trouble,
 };
@@ -26,6 +27,9 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
     let inner = &inner;
     let mut told_leases = true;
     loop {
+        if inner.hear_of_loss() {
+            told_leases = false;
+        }
         let (phase, due) = {
             let breaker = lock(&inner.breaker);
             (breaker.phase(), breaker.due())
@@ -42,7 +46,11 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
                         reset_if_clear(inner);
                     }
                 } else {
-                    inner.wake.notified().await;
+                    let mut lost = inner.data_sets_lost.clone();
+                    tokio::select! {
+                        () = inner.wake.notified() => {}
+                        () = another_lost(&mut lost, inner.heard_of.load(Ordering::Relaxed)) => {}
+                    }
                 }
             }
             Phase::Open => {
@@ -73,6 +81,17 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
     }
 }
 
+/// Returns when more data sets are lost than this many; never where the store cannot tell.
+async fn another_lost(lost: &mut Option<DataSetsLost>, heard_of: u64) {
+    let more = match lost {
+        Some(lost) => lost.wait_for(|lost| *lost != heard_of).await.is_ok(),
+        None => false,
+    };
+    if !more {
+        std::future::pending::<()>().await;
+    }
+}
+
 fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
     let jitter = f64::from(ReservationId::new_v4().as_u128() as u8) / 255.0;
     let mut breaker = lock(&inner.breaker);
@@ -84,6 +103,10 @@ fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
 async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
     {
         let mut breaker = lock(&inner.breaker);
+        if breaker.phase() != Phase::Returning {
+            // It has lost its data since.
+            return;
+        }
         breaker.close(inner.now());
         inner.suspicious.store(false, Ordering::Relaxed);
         inner.publish(breaker.phase());

@@ -4,6 +4,7 @@
 //! way callers wait (up to their deadline); once an attempt has failed they fail at once until the next one
 //! succeeds. Attempts back off, so a server that is down sees a few per second, whatever the load.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::time::Instant;
 use super::ColdStart;
 use super::topology::{Shared, Source};
 use crate::Error;
+use crate::data_set::DataSet;
 
 /// Calls in a row without an answer after which a connection is taken for dead.
 const TIMEOUTS_MAX: u32 = 8;
@@ -24,6 +26,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A connection that lasted this long counts as good: the next failure starts with no backoff.
 const SETTLED_AFTER: Duration = Duration::from_secs(5);
+/// How often a connection is looked at that nobody may use just now: whether it lives, and to which data set. Shorter
+/// than the grace in which gateways count their leases again after a loss; see [`crate::breaker`].
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A shared connection.
 #[derive(Clone)]
@@ -54,10 +59,11 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn start(source: Source, cold_start: ColdStart) -> Self {
+    pub(super) fn start(source: Source, cold_start: ColdStart, data_set: Arc<DataSet>) -> Self {
         let (publish, state) = watch::channel(State::Connecting);
         let (complaints, complained) = mpsc::channel(4);
-        let keeper = tokio::spawn(keep(source, cold_start, publish, complained));
+        let connector = Connector { source, cold_start, data_set };
+        let keeper = tokio::spawn(keep(connector, publish, complained));
         Self {
             state,
             complaints,
@@ -130,25 +136,14 @@ impl State {
 }
 
 /// Runs until the lane is dropped.
-async fn keep(
-    source: Source,
-    cold_start: ColdStart,
-    publish: watch::Sender<State>,
-    mut complained: mpsc::Receiver<u64>,
-) {
+async fn keep(connector: Connector, publish: watch::Sender<State>, mut complained: mpsc::Receiver<u64>) {
     let mut backoff = Duration::ZERO;
     for generation in 0.. {
         let since = Instant::now();
-        match connect(&source, cold_start, generation).await {
+        match connector.connect(generation).await {
             Ok(link) => {
-                publish.send_replace(State::Ready(link));
-                loop {
-                    match complained.recv().await {
-                        Some(about) if about == generation => break,
-                        Some(_) => {}
-                        None => return,
-                    }
-                }
+                publish.send_replace(State::Ready(link.clone()));
+                connector.watch(link, &publish, &mut complained).await;
                 tracing::warn!("connection to the limit store lost");
                 if since.elapsed() > SETTLED_AFTER {
                     backoff = Duration::ZERO;
@@ -172,13 +167,70 @@ async fn keep(
     }
 }
 
-async fn connect(source: &Source, cold_start: ColdStart, generation: u64) -> Result<Link, Error> {
-    let mut link = source.connect().await?;
-    let birth = match cold_start {
-        ColdStart::Burst => 0,
-        ColdStart::Strict => super::birth(&mut link).await?,
-    };
-    Ok(Link { link, birth, generation })
+/// Makes the connections of a lane.
+struct Connector {
+    source: Source,
+    cold_start: ColdStart,
+    data_set: Arc<DataSet>,
+}
+
+impl Connector {
+    async fn connect(&self, generation: u64) -> Result<Link, Error> {
+        let mut link = self.source.connect().await?;
+        let birth = match super::birth(&mut link).await {
+            Ok(birth) => birth,
+            // It says so to whoever asks for a decision; of a Cluster, the other shards may serve.
+            Err(error) if self.cold_start == ColdStart::Burst && self.is_usable(&error) => 0,
+            Err(error) => return Err(error),
+        };
+        // Before anybody can use the connection: who asks for a decision must know that leases are lost.
+        self.data_set.found(birth);
+        Ok(Link { link, birth: self.birth_for_scripts(birth), generation })
+    }
+
+    /// Whether a connection may be of use although this happened on it.
+    fn is_usable(&self, error: &Error) -> bool {
+        self.source.is_cluster() || !matches!(error, Error::Unreachable(_) | Error::Lost)
+    }
+
+    fn birth_for_scripts(&self, birth: u64) -> u64 {
+        if self.cold_start == ColdStart::Strict { birth } else { 0 }
+    }
+
+    /// Until the connection is of no more use, or nobody wants it.
+    async fn watch(
+        &self,
+        mut link: Link,
+        publish: &watch::Sender<State>,
+        complained: &mut mpsc::Receiver<u64>,
+    ) {
+        loop {
+            let mut connection = link.link.clone();
+            let look = async {
+                tokio::time::sleep(LOOK_EVERY).await;
+                super::birth(&mut connection).await
+            };
+            tokio::select! {
+                complaint = complained.recv() => match complaint {
+                    Some(about) if about != link.generation => {}
+                    _ => return,
+                },
+                looked = look => match looked {
+                    Ok(birth) => {
+                        self.data_set.found(birth);
+                        let birth = self.birth_for_scripts(birth);
+                        if birth != link.birth {
+                            link.birth = birth;
+                            publish.send_replace(State::Ready(link.clone()));
+                        }
+                    }
+                    // Where it is slow or does not serve, calls say so.
+                    Err(error) if self.is_usable(&error) => {}
+                    Err(_) => return,
+                },
+            }
+        }
+    }
 }
 
 /// Between three quarters and all of it, so that gateways do not come back in step.

@@ -1,7 +1,8 @@
 //! Calls whose keys live in several slots of a Cluster: one script call per slot, in a fixed order.
 //!
-//! Groups go from the most selective scope to the widest: tenant, model, account, everything, then the candidate backends one
-//! by one. A refusal undoes the groups that had granted, exactly: what they charged is credited, their leases and
+//! Groups go from the most selective scope to the widest: tenant, model, account, everything, then the candidate backends
+//! one by one; but those that refused lately come first, and backends that were full lately are looked at before anything
+//! is charged. A refusal undoes the groups that had granted, exactly: what they charged is credited, their leases and
 //! records are removed. So no limit is ever exceeded, and all that can be seen from outside is a charge that stands
 //! for the moment between grant and undoing. Each group is idempotent by the reservation's id, and so is the whole.
 
@@ -81,7 +82,11 @@ fn of_group(call: &Acquire, scopes: Scopes, candidates: Vec<Candidate>) -> Acqui
 
 impl RedisLimiter {
     pub(super) async fn acquire_split(&self, call: &Acquire) -> Result<Decision, Error> {
-        let groups = groups(&call.scopes);
+        let mut groups = groups(&call.scopes);
+        groups.sort_by_key(|group| !self.refused.lately(&group.tag));
+        if let Some(refusal) = self.refused_for_slots(call, &groups).await? {
+            return Ok(refusal);
+        }
         let mut limits = Vec::new();
         let (mut now_us, mut again) = (0, false);
         for (n, group) in groups.iter().enumerate() {
@@ -91,6 +96,7 @@ impl RedisLimiter {
             now_us = now_us.max(decision.now_us);
             place(&mut limits, group, decision.limits);
             let Outcome::Limited { mut wait } = decision.outcome else { continue };
+            self.refused.note(&group.tag);
             self.undo(call, &groups[..n], &mut limits).await?;
             for group in &groups[n + 1..] {
                 let part = of_group(call, pick(&call.scopes, group), Vec::new());
@@ -120,7 +126,10 @@ impl RedisLimiter {
                 Outcome::Granted { .. } => {
                     return Ok(decided(Outcome::Granted { slot: Some(at) }, limits, now_us));
                 }
-                Outcome::NoSlot { wait } => soonest = Some(soonest.map_or(wait, |s: Duration| s.min(wait))),
+                Outcome::NoSlot { wait } => {
+                    self.refused.note(candidate.leases.tag());
+                    soonest = Some(soonest.map_or(wait, |s: Duration| s.min(wait)));
+                }
                 // Settled before it was ever granted.
                 Outcome::Limited { wait } => return Ok(decided(Outcome::Limited { wait }, limits, now_us)),
             }
@@ -128,6 +137,36 @@ impl RedisLimiter {
         self.undo(call, &groups, &mut limits).await?;
         let wait = soonest.unwrap_or(call.lease_ttl);
         Ok(decided(Outcome::NoSlot { wait }, limits, now_us))
+    }
+
+    /// The refusal of a call whose candidates were all full lately and still are; charges nothing.
+    async fn refused_for_slots(&self, call: &Acquire, groups: &[Group]) -> Result<Option<Decision>, Error> {
+        let lately = |candidate: &Candidate| self.refused.lately(candidate.leases.tag());
+        if call.candidates.is_empty() || !call.candidates.iter().all(lately) {
+            return Ok(None);
+        }
+        let mut soonest = call.lease_ttl;
+        for candidate in &call.candidates {
+            match self.ask_slot(call, candidate, Duration::ZERO).await?.0.outcome {
+                Outcome::NoSlot { wait } => soonest = soonest.min(wait),
+                Outcome::Granted { .. } | Outcome::Limited { .. } => return Ok(None),
+            }
+        }
+        let (mut limits, mut now_us, mut outcome) = (Vec::new(), 0, Outcome::NoSlot { wait: soonest });
+        for group in groups {
+            let part = of_group(call, pick(&call.scopes, group), Vec::new());
+            let (looked, _) = self.ask_group(&part, &group.tag, Duration::ZERO).await?;
+            now_us = now_us.max(looked.now_us);
+            place(&mut limits, group, looked.limits);
+            if let Outcome::Limited { wait } = looked.outcome {
+                let wait = match outcome {
+                    Outcome::Limited { wait: known } => known.zip(wait).map(|(a, b)| a.max(b)),
+                    _ => wait,
+                };
+                outcome = Outcome::Limited { wait };
+            }
+        }
+        Ok(Some(decided(outcome, limits, now_us)))
     }
 
     async fn ask_slot(

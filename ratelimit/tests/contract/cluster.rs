@@ -111,6 +111,49 @@ async fn a_refusal_in_a_later_slot_is_compensated_exactly() {
     assert_eq!(stand, [0, 95, 95]);
 }
 
+/// What the servers wrote so far, in changes.
+async fn changes(cluster: &Cluster) -> u64 {
+    let mut sum = 0;
+    for node in &cluster.nodes {
+        let info = text(node, &["INFO", "persistence"]).await;
+        let line = info.lines().find_map(|line| line.strip_prefix("rdb_changes_since_last_save:"));
+        sum += line.expect("changes").trim().parse::<u64>().expect("a number");
+    }
+    sum
+}
+
+/// Nobody is refused by the charge of a request that is refused itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_refused_lately_refuses_before_anything_is_charged() {
+    let cluster = Arc::new(Cluster::start().await);
+    let world = World::cluster(&cluster).await;
+    let mut everything = scope("any");
+    (everything.record, everything.leases) = scope_keys(Scope::Global);
+    everything.buckets[Kind::Requests as usize] = bucket(5, 0, MINUTE);
+    let tenant = limited("acme", Kind::Requests, bucket(100, 0, MINUTE));
+    let by_limit = || call(smallvec![everything.clone(), tenant.clone()]);
+    let by_slots = || Acquire { candidates: vec![candidate("a", 1)], ..call(smallvec![tenant.clone()]) };
+    let refused = async |call: Acquire, times: usize| {
+        for _ in 0..times {
+            assert!(!granted(&world.acquire(&call).await));
+        }
+    };
+    for _ in 0..5 {
+        assert!(granted(&world.acquire(&by_limit()).await));
+    }
+    let holder = by_slots();
+    assert!(granted(&world.acquire(&holder).await));
+    refused(by_limit(), 1).await;
+    refused(by_slots(), 1).await;
+    let before = changes(&cluster).await;
+    refused(by_limit(), 20).await;
+    refused(by_slots(), 20).await;
+    assert_eq!(changes(&cluster).await, before, "refused, and nothing was written");
+    assert!(granted(&world.acquire(&holder).await), "who holds the slot is granted again");
+    let stand: Vec<u64> = world.peek(&by_limit().scopes).await.iter().map(|limit| limit.remaining).collect();
+    assert_eq!(stand, [0, 94]);
+}
+
 /// The primary is stopped for good; Sentinel makes its replica the primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_by_sentinel_is_followed() {

@@ -122,13 +122,14 @@ impl World {
         ::redis::cmd("FLUSHALL").exec_async(&mut raw).await.expect("flush");
     }
 
-    /// Every key but the harness's own probes, as the store would dump it; empty for memory.
+    /// Every key but the harness's own probes and the mark of the data set, as the store would dump it; empty for memory.
     pub(crate) async fn dump(&self) -> BTreeMap<String, Vec<u8>> {
         let mut all = BTreeMap::new();
         if let Some(server) = &self.server {
             let mut raw = server.raw().await;
             let keys: Vec<String> = ::redis::cmd("KEYS").arg("*").query_async(&mut raw).await.expect("keys");
-            for key in keys.into_iter().filter(|key| !key.starts_with("weir:{g}:r:")) {
+            let own = |key: &String| key == Key::birth().as_str() || key.starts_with("weir:{g}:r:");
+            for key in keys.into_iter().filter(|key| !own(key)) {
                 let dump: Option<Vec<u8>> =
                     ::redis::cmd("DUMP").arg(&key).query_async(&mut raw).await.expect("dump");
                 all.insert(key, dump.unwrap_or_default());

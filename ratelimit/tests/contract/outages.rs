@@ -278,6 +278,56 @@ async fn leases_of_running_requests_outlive_an_outage() {
     .await;
 }
 
+/// Six of six in flight, four of them held by a gateway that asks nothing.
+async fn full_house(server: &Server) -> (Arc<Fallback<RedisLimiter>>, Arc<Fallback<RedisLimiter>>, Scopes) {
+    let (idle, busy) = (gateway(server, 2).await, gateway(server, 2).await);
+    let mut limits = scope("acme");
+    limits.concurrency = Some(6);
+    let scopes: Scopes = smallvec![limits];
+    assert_eq!(admitted(&idle, &scopes, 4).await.len(), 4);
+    assert_eq!(admitted(&busy, &scopes, 5).await.len(), 2);
+    (idle, busy, scopes)
+}
+
+async fn free_slots(server: &Server, scopes: &Scopes) -> u64 {
+    server.limiter().await.peek(scopes).await.expect("peek")[0].remaining
+}
+
+/// Nobody asks and nobody renews: the loss is found all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_of_a_lost_data_set_are_counted_again() {
+    let server = Server::start().await;
+    let (idle, busy, scopes) = full_house(&server).await;
+    ::redis::cmd("FLUSHALL").exec_async(&mut server.raw().await).await.expect("flushed");
+    eventually("counted again", async || free_slots(&server, &scopes).await == 0).await;
+    for gateway in [&idle, &busy] {
+        returns(gateway).await;
+        assert_eq!(gateway.status().opened, 1);
+        assert_eq!(admitted(gateway, &scopes, 1).await.len(), 0, "six are in flight");
+    }
+}
+
+/// A store that is back empty before three calls have failed is no outage by its errors.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_back_empty_at_once_lets_nobody_in_beside_what_is_in_flight() {
+    let mut server = Server::start().await;
+    let (idle, busy, scopes) = full_house(&server).await;
+    server.kill();
+    server.restart().await;
+    let mut more = 0;
+    for _ in 0..2000 {
+        more += admitted(&busy, &scopes, 1).await.len();
+        let status = idle.status();
+        if status.opened > 0 && status.phase == Phase::Closed && busy.status().phase == Phase::Closed {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!((idle.status().opened, free_slots(&server, &scopes).await), (1, 0), "counted again");
+    more += admitted(&busy, &scopes, 5).await.len() + admitted(&idle, &scopes, 5).await.len();
+    assert_eq!(more, 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_limit_does_what_it_says_for_an_outage() {
     let mut server = Server::start().await;
