@@ -1,5 +1,7 @@
 //! Order, fairness, bounds and wake-ups, with time paused and the limiter in memory.
 
+mod alternatives;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
