@@ -38,10 +38,18 @@ pub struct Cli {
     #[arg(long, global = true, env = "WEIR_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// Certificate (PEM) to show instead of a token
-    #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "key")]
+    #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
     pub cert: Option<PathBuf>,
     /// Private key (PEM) of that certificate
-    #[arg(long = "key", id = "key", global = true, env = "WEIR_KEY", value_name = "FILE", requires = "cert")]
+    // Not --key: that is an API key's name, and one id with two types panics when it is read.
+    #[arg(
+        long = "cert-key",
+        id = "cert_key",
+        global = true,
+        env = "WEIR_KEY",
+        value_name = "FILE",
+        requires = "cert"
+    )]
     pub key: Option<PathBuf>,
     /// Cluster to speak to, of those made by weir context set; without it the one in use. Whoever names a server uses none
     #[arg(long, global = true, env = "WEIR_CONTEXT", value_name = "NAME")]

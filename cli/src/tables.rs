@@ -41,11 +41,13 @@ fn columns(
     use v1::ResourceKind as K;
     let header: &[&str] = match kind {
         K::Pool => &["NAME", "POLICY", "REGIONS", "REVISION"],
-        K::Backend => &["NAME", "POOL", "REGION", "WEIGHT", "CONCURRENCY", "STATE", "URL", "REVISION"],
+        K::Backend => {
+            &["NAME", "POOL", "REGION", "WEIGHT", "CONCURRENCY", "STATE", "URL", "ACCOUNT", "REVISION"]
+        }
         K::Model => &["NAME", "CLIENT NAME", "POOL", "FALLBACKS", "LIMITS", "REVISION"],
         K::Tenant => &["NAME", "DISPLAY NAME", "MODELS", "LIMITS", "REVISION"],
         K::ApiKey => &["NAME", "TENANT", "KEY", "STATE", "EXPIRES", "MODELS", "REVISION"],
-        K::Limit => &["NAME", "TENANT", "MODEL", "KEY", "LIMITS", "REVISION"],
+        K::Limit => &["NAME", "TENANT", "MODEL", "KEY", "ACCOUNT", "LIMITS", "REVISION"],
         K::DescriptorRule => {
             &["NAME", "DOMAIN", "DESCRIPTOR", "LIMIT", "CONSUMES", "COUNTS", "MODE", "REVISION"]
         }
@@ -84,6 +86,7 @@ fn cells(spec: &Spec) -> Vec<String> {
             s.max_concurrency.unwrap_or(50).to_string(),
             state(s.admin_state()).to_owned(),
             s.url.clone(),
+            text(&s.account),
         ],
         Spec::Model(s) => {
             vec![text(&s.client_name), s.pool.clone(), list(&s.fallbacks, "-"), rates(s.limits.as_ref())]
@@ -110,6 +113,7 @@ fn cells(spec: &Spec) -> Vec<String> {
                 list(&[scope.tenant], "all"),
                 list(&[scope.model], "all"),
                 list(&[scope.api_key], "all"),
+                text(&scope.account),
                 rates(s.rates.as_ref()),
             ]
         }
@@ -221,7 +225,7 @@ mod tests {
     const TEXT: &str = "
 kind: backend
 name: sgp-1
-spec: {pool: chat, url: 'http://10.0.0.5:8000', region: sgp, admin_state: draining, models: {m: }}
+spec: {pool: chat, url: 'http://10.0.0.5:8000', region: sgp, admin_state: draining, models: {m: }, account: x}
 ---
 kind: backend
 name: fra-1
@@ -245,14 +249,14 @@ spec:
         let all = manifest::parse(TEXT, "t").expect("valid");
         assert_eq!(
             resources(v1::ResourceKind::Backend, &all[..2]),
-            "NAME   POOL  REGION  WEIGHT  CONCURRENCY  STATE     URL                   REVISION\n\
-             sgp-1  chat  sgp     100     50           draining  http://10.0.0.5:8000  0\n\
-             fra-1  chat  -       0       50           active    http://10.0.0.6:8000  0\n"
+            "NAME   POOL  REGION  WEIGHT  CONCURRENCY  STATE     URL                   ACCOUNT  REVISION\n\
+             sgp-1  chat  sgp     100     50           draining  http://10.0.0.5:8000  x        0\n\
+             fra-1  chat  -       0       50           active    http://10.0.0.6:8000  -        0\n"
         );
         assert_eq!(
             resources(v1::ResourceKind::Limit, &all[2..3]),
-            "NAME  TENANT  MODEL  KEY  LIMITS                          REVISION\n\
-             all   all     all    all  2000 req/min, wait 30s, shadow  0\n"
+            "NAME  TENANT  MODEL  KEY  ACCOUNT  LIMITS                          REVISION\n\
+             all   all     all    all  -        2000 req/min, wait 30s, shadow  0\n"
         );
         assert_eq!(
             resources(v1::ResourceKind::DescriptorRule, &all[3..]),

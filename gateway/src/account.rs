@@ -4,12 +4,19 @@
 //! request ends the admission: it is settled with what was used by then, and dropping it is enough. `Drop` never
 //! waits: it hands the settlement to the [`Ledger`]'s worker over a bounded channel and counts what does not fit
 //! (those reservations stand at what was reserved, and their leases run out).
+//!
+//! Where a provider's account is limited, each try at it has a reservation there: the first one's is part of the
+//! request's own, a later one's is an admission of its own ([`Admission::ask`]). The account that answered is settled
+//! with what was used; one whose try failed or was overtaken stands at what was reserved, since providers count failed
+//! requests too (OpenAI: "unsuccessful requests contribute to your per-minute limit",
+//! <https://platform.openai.com/docs/guides/rate-limits>).
 
+mod admission;
 mod open;
 mod slot;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use smallvec::SmallVec;
@@ -19,14 +26,11 @@ use uuid::Uuid;
 use weir_ratelimit::denials::Denials;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{
-    AnyLimiter, Candidate, Cost, Fallback, Holder, Key, Kind, Limiter, Renewal, Scopes, Settle, Tally,
-    Trouble, Usage,
-};
+use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Renewal, Settle, Trouble};
 
+pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
 use self::open::OpenLeases;
 pub use self::slot::SlotLease;
-use crate::calendar;
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
@@ -74,11 +78,15 @@ pub struct LedgerWorker {
 /// What an admission hands to the worker.
 #[derive(Debug)]
 enum Job {
-    /// It ended. With a credit, less was used than reserved: somebody who waits for a bucket may fit then.
-    Settle(Box<Settle>, Credit),
-    /// It goes on without this slot.
+    /// It ended; each is made after the one before it, and once, however often it is tried. With a credit, less was
+    /// used than reserved: somebody who waits for a bucket may fit then.
+    Settle(Settles, Credit),
+    /// It goes on without this slot, or this lease of an account.
     Release(Uuid, Key),
 }
+
+/// Settlements that belong together.
+type Settles = SmallVec<[Box<Settle>; 1]>;
 
 /// Whether a settlement gives something back.
 type Credit = bool;
@@ -87,9 +95,10 @@ impl Job {
     /// The lease sets that have a place more afterwards.
     fn leases(&self) -> SmallVec<[&Key; 4]> {
         match self {
-            Job::Settle(settle, _) => {
-                let leases = settle.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
-                leases.chain(&settle.slot).collect()
+            Job::Settle(settles, _) => {
+                let scopes = settles.iter().flat_map(|settle| &settle.scopes);
+                let leases = scopes.filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
+                leases.chain(settles.iter().filter_map(|settle| settle.slot.as_ref())).collect()
             }
             Job::Release(_, slot) => smallvec::smallvec![slot],
         }
@@ -98,7 +107,9 @@ impl Job {
     /// The buckets that have more room afterwards.
     fn records(&self) -> SmallVec<[&Key; 4]> {
         match self {
-            Job::Settle(settle, true) => settle.scopes.iter().map(|s| &s.record).collect(),
+            Job::Settle(settles, true) => {
+                settles.iter().flat_map(|settle| &settle.scopes).map(|s| &s.record).collect()
+            }
             Job::Settle(_, false) | Job::Release(..) => SmallVec::new(),
         }
     }
@@ -232,7 +243,7 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
     let mut pause = Duration::from_millis(20);
     for attempt in 1..=TRIES {
         let done = match &job {
-            Job::Settle(settle, _) => limiter.settle(settle).await.map(|_| ()),
+            Job::Settle(settles, _) => settle_all(&ledger, settles).await,
             Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
         };
         match done {
@@ -251,9 +262,10 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
             }
             Err(error) => {
                 match &job {
-                    Job::Settle(settle, _) => {
+                    Job::Settle(settles, _) => {
                         ledger.metrics.settlements_lost.inc();
-                        tracing::error!(%error, reservation = %settle.id, "settlement lost: the reservation stands");
+                        let id = settles.last().map(|settle| settle.id).unwrap_or_default();
+                        tracing::error!(%error, reservation = %id, "settlement lost: the reservation stands");
                     }
                     Job::Release(id, _) => {
                         tracing::warn!(%error, reservation = %id, "a slot was not given back; its lease runs out");
@@ -265,186 +277,9 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
     }
 }
 
-/// Tokens that a stream may be ahead of what it was charged for. What it generates beyond its reservation is charged
-/// in steps of this size, so that a long answer weighs on its limits while it runs.
-pub const STEP_TOKENS: u64 = 256;
-
-/// Whom and what an admission is for.
-#[derive(Debug, Clone)]
-pub struct Subject {
-    /// The tenant's name.
-    pub tenant: Arc<str>,
-    /// The model's name.
-    pub model: Arc<str>,
-    /// Bytes of the prompt; `None` when they say little about its tokens.
-    pub prompt_bytes: Option<u64>,
-    /// Answers asked for, at least one.
-    pub choices: u32,
-}
-
-/// A reservation and its leases, from before it is asked for to the end of the request.
-#[derive(Debug)]
-pub struct Admission {
-    ledger: Arc<Ledger>,
-    /// The reservation.
-    pub id: Uuid,
-    /// What the request is under.
-    pub scopes: Scopes,
-    /// What was reserved.
-    pub reserved: Cost,
-    actual: Cost,
-    /// What was charged beyond the reservation while the answer streamed.
-    stepped: Cost,
-    /// Its day in the account of who used what: that of its admission.
-    day: u64,
-    /// What that account has of it.
-    noted: Tally,
-    subject: Subject,
-    /// One, or two while a silent backend is not waited for alone.
-    slots: SmallVec<[Key; 2]>,
-    armed: bool,
-}
-
-impl Admission {
-    /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
-    /// away while the limiter is asked leaves nothing behind.
-    pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Subject) -> Self {
-        Self {
-            ledger: ledger.clone(),
-            id: ledger.holder.id(),
-            day: calendar::day_of(SystemTime::now()),
-            noted: Tally::default(),
-            scopes,
-            reserved,
-            actual: Cost::default(),
-            stepped: Cost::default(),
-            subject,
-            slots: SmallVec::new(),
-            armed: true,
-        }
+async fn settle_all(ledger: &Ledger, settles: &[Box<Settle>]) -> Result<(), weir_ratelimit::Error> {
+    for settle in settles {
+        ledger.limiter.settle(settle).await?;
     }
-
-    /// Whose it is.
-    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
-        &self.ledger
-    }
-
-    /// Who decides and settles.
-    pub fn limiter(&self) -> &Fallback<AnyLimiter> {
-        &self.ledger.limiter
-    }
-
-    /// Refused: nothing was written, nothing is to be settled.
-    pub fn refused(&mut self) {
-        self.armed = false;
-    }
-
-    /// Granted, with the slot of this backend.
-    pub fn granted(&mut self, slot: Option<Key>) {
-        self.slots = slot.into_iter().collect();
-        self.enter();
-    }
-
-    /// A slot of another backend was taken as well.
-    pub fn took(&mut self, slot: Key) {
-        self.slots.push(slot);
-        self.enter();
-    }
-
-    /// This slot is held no more: the limiter has freed it.
-    pub fn moved(&mut self, from: &Key) {
-        self.slots.retain(|slot| slot != from);
-        self.enter();
-        self.ledger.gave_back(from);
-    }
-
-    /// This slot is not needed any more, while the request goes on.
-    pub fn release(&mut self, slot: &Key) {
-        self.slots.retain(|held| held != slot);
-        self.enter();
-        // Without room in the queue its lease runs out.
-        let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
-    }
-
-    /// Says to the ledger which leases to renew.
-    fn enter(&self) {
-        let concurrency = self.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone());
-        let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
-        if leases.is_empty() {
-            self.ledger.leases().remove(self.id);
-        } else {
-            self.ledger.leases().insert(self.id, leases);
-        }
-    }
-
-    /// What the request has used so far: what is settled if it ends now.
-    pub fn used(&mut self, actual: Cost) {
-        self.actual = actual;
-    }
-
-    /// A stream has used so much by now. What goes beyond the reservation by a whole step is charged at once, under an
-    /// id of its own; the settlement charges the rest.
-    pub fn streamed(&mut self, so_far: Cost) {
-        let mut step = Cost::default();
-        for (kind, step) in step.0.iter_mut().enumerate().skip(1) {
-            let charged = self.reserved.0[kind].saturating_add(self.stepped.0[kind]);
-            *step = so_far.0[kind].saturating_sub(charged);
-        }
-        if step.get(Kind::Tokens) < STEP_TOKENS {
-            return;
-        }
-        let mut scopes = self.scopes.clone();
-        scopes.iter_mut().for_each(|scope| scope.concurrency = None);
-        let usage = self.usage(&so_far);
-        let noted = usage.as_ref().map_or(self.noted, |usage| self.noted.plus(usage.tally));
-        let settle = Settle { id: Uuid::now_v7(), actual: step, scopes, slot: None, usage };
-        let job = Job::Settle(Box::new(settle), false);
-        // Without room the next step, or the settlement, charges this one too.
-        if self.ledger.queue.try_send(job).is_ok() {
-            self.ledger.metrics.settlement_steps.inc();
-            self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
-            self.noted = noted;
-        }
-    }
-
-    /// By how much the account of who used what differs from this.
-    fn usage(&self, used: &Cost) -> Option<Usage> {
-        let tally = Tally::of(used).minus(self.noted);
-        let record = || Key::usage(&self.subject.tenant, &calendar::label(self.day));
-        (!tally.is_zero()).then(|| Usage { record: record(), model: self.subject.model.clone(), tally })
-    }
-
-    /// What the provider counted of a whole answer: the next estimates follow it.
-    pub fn learn(&self, prompt: Option<u64>, completion: Option<u64>) {
-        let Subject { tenant, model, prompt_bytes, choices } = &self.subject;
-        if let (Some(bytes), Some(tokens)) = (prompt_bytes, prompt) {
-            self.ledger.estimates.learn_prompt(model, *bytes, tokens);
-        }
-        if let Some(tokens) = completion {
-            self.ledger.estimates.learn_output(tenant, model, tokens.div_ceil(u64::from(*choices).max(1)));
-        }
-    }
-}
-
-impl Drop for Admission {
-    fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        while self.slots.len() > 1 {
-            let slot = self.slots[1].clone();
-            self.release(&slot);
-        }
-        self.ledger.leases().remove(self.id);
-        let mut actual = self.actual;
-        actual.0.iter_mut().zip(self.stepped.0).for_each(|(all, charged)| *all = all.saturating_sub(charged));
-        let usage = self.usage(&self.actual);
-        let (scopes, slot) = (std::mem::take(&mut self.scopes), self.slots.pop());
-        let settle = Settle { id: self.id, actual, scopes, slot, usage };
-        let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
-        let job = Job::Settle(Box::new(settle), credit);
-        if self.ledger.queue.try_send(job).is_err() {
-            self.ledger.metrics.settlements_lost.inc();
-        }
-    }
+    Ok(())
 }

@@ -3,7 +3,8 @@
 //! Invariants:
 //! - [`GatewayError::facts`] is one total match: status, code, label, blame and retry verdict of a failure stand
 //!   together and nowhere else.
-//! - 429 only ever means the caller's own limit; trouble of ours or of a backend is 5xx, with a time to come back.
+//! - 429 only ever means a limit that an operator set, the caller's own or one it shares; trouble of ours or of a
+//!   backend is 5xx, with a time to come back.
 //! - Messages are for clients: no key, address or upstream body is in them, and what the client sent is escaped and
 //!   cut. A key that is missing, wrong, expired or revoked gives the same answer, as does a model that is unknown or
 //!   not allowed.
@@ -51,6 +52,14 @@ pub struct Refusal {
     pub needs: u64,
     /// The time until this request would fit; `None` when it never will.
     pub wait: Option<Duration>,
+}
+
+impl Refusal {
+    /// Whether the limit is that of a provider's account: not the caller's own, and how it stands is not the caller's
+    /// to know.
+    fn is_of_account(&self) -> bool {
+        matches!(self.scope_kind, "account" | "account_model")
+    }
 }
 
 /// Why a request failed.
@@ -175,12 +184,23 @@ impl GatewayError {
                     retry_after: Some(wait),
                     ..client(429, "insufficient_quota", "budget_spent", refusal.message())
                 },
+                Some(wait) if refusal.is_of_account() => ErrorFacts {
+                    kind: if refusal.what == "requests" { "requests" } else { "tokens" },
+                    retry_after: Some(wait),
+                    // What the caller did is fine, so its fallbacks are tried; what is left is a limit with a time.
+                    blame: Blame::Gateway,
+                    ..client(429, "rate_limit_exceeded", "account_limited", refusal.message())
+                },
                 Some(wait) => ErrorFacts {
                     kind: if refusal.what == "requests" { "requests" } else { "tokens" },
                     retry_after: Some(wait),
                     ..client(429, "rate_limit_exceeded", "limited", refusal.message())
                 },
                 // Clients try a 429 again, which cannot help here: the request, or the limit, has to change.
+                None if refusal.is_of_account() && refusal.limit == 0 => ErrorFacts {
+                    blame: Blame::Gateway,
+                    ..client(403, "limit_closed", "account_closed", refusal.message())
+                },
                 None if refusal.needs > refusal.limit && refusal.limit > 0 => {
                     client(400, "request_exceeds_limit", "exceeds_limit", refusal.message())
                 }
@@ -247,8 +267,10 @@ impl GatewayError {
         if let Self::Limited(refusal) = self {
             error["scope"] = json!({ "kind": refusal.scope_kind, "name": echo(&refusal.scope) });
             error["kind"] = Value::from(refusal.what);
-            error["limit"] = Value::from(refusal.limit);
-            error["remaining"] = Value::from(refusal.remaining);
+            if !refusal.is_of_account() {
+                error["limit"] = Value::from(refusal.limit);
+                error["remaining"] = Value::from(refusal.remaining);
+            }
             error["retry_after_ms"] = refusal.wait.map_or(Value::Null, |wait| Value::from(millis(wait)));
         }
         json!({ "error": error })
@@ -266,6 +288,9 @@ impl Refusal {
             }
             None => "It lets nothing more pass.".to_owned(),
         };
+        if self.is_of_account() {
+            return format!("Rate limit reached for {what} of {scope_kind} '{scope}'. {advice}");
+        }
         format!(
             "Rate limit reached for {what} of {scope_kind} '{scope}': limit {limit}, remaining {remaining}. {advice}"
         )

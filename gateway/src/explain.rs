@@ -14,7 +14,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde_json::{Value, json};
 use weir_proto::resource::{AdminState, Name};
-use weir_ratelimit::{FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What};
+use weir_ratelimit::{
+    Cost, FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What,
+};
 
 use crate::account::Ledger;
 use crate::headers::millis;
@@ -121,29 +123,65 @@ pub async fn explain(live: &Live, ledger: &Ledger, question: &Question) -> Resul
     let budgets: Vec<ScopeEntry> =
         own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
     let entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
-    let scopes: Vec<ScopeLimits> = entries.iter().map(|e| e.limits.clone()).collect();
-    let limits = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
-    let rows: Vec<Row> = limits
-        .iter()
-        .filter_map(|limit| {
-            let entry = entries.get(limit.scope)?;
-            let needs = match limit.what {
-                What::Bucket(kind) => cost.get(kind),
-                What::Concurrency => 1,
-            };
-            Some(Row::of(entry, limit, needs, now))
-        })
-        .collect();
+    let mut rows = rows(ledger, &entries, &cost, now).await?;
+    let mut refusing = worst(&rows);
+    let mut accounts = Vec::new();
+    for account in model.accounts.iter() {
+        let entries: Vec<&ScopeEntry> = account.scopes.iter().collect();
+        let of_account = self::rows(ledger, &entries, &cost, now).await?;
+        accounts.push(worst(&of_account));
+        rows.extend(of_account);
+    }
+    if refusing.is_none() {
+        refusing = refused_by_accounts(&model, &accounts);
+    }
     let backends = slots(ledger, &model).await?;
-    let refusing = rows.iter().filter(|row| row.refuses()).max_by_key(|row| row.wait_ms.unwrap_or(u64::MAX));
     Ok(json!({
         "key": key.name.as_str(), "tenant": key.tenant.name.as_str(), "model": model.name.as_str(),
         "allowed": key.allows(&model.name), "input_tokens": input, "output_tokens": output,
         "waiting": ledger.waiting.len(),
-        "refuses": refusing.map(Row::label),
+        "refuses": refusing.map(|(label, _)| label),
         "limits": rows.iter().map(Row::value).collect::<Vec<_>>(),
         "backends": backends,
     }))
+}
+
+async fn rows<'a>(
+    ledger: &Ledger,
+    entries: &[&'a ScopeEntry],
+    cost: &Cost,
+    now: SystemTime,
+) -> Result<Vec<Row<'a>>, Unanswered> {
+    let scopes: Vec<ScopeLimits> = entries.iter().map(|e| e.limits.clone()).collect();
+    let limits = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
+    let row = |limit: &LimitState| {
+        let entry = entries.get(limit.scope)?;
+        let needs = match limit.what {
+            What::Bucket(kind) => cost.get(kind),
+            What::Concurrency => 1,
+        };
+        Some(Row::of(entry, limit, needs, now))
+    };
+    Ok(limits.iter().filter_map(row).collect())
+}
+
+/// A limit that refuses, and for how long, milliseconds.
+type Refusing = (String, u64);
+
+/// The limit that refuses for longest.
+fn worst(rows: &[Row<'_>]) -> Option<Refusing> {
+    let refusing = rows.iter().filter(|row| row.refuses());
+    let refusing = refusing.map(|row| (row.label(), row.wait_ms.unwrap_or(u64::MAX)));
+    refusing.max_by_key(|(_, wait_ms)| *wait_ms)
+}
+
+/// The limit of the account that fits soonest, when the account of every backend in use refuses.
+fn refused_by_accounts(model: &ModelEntry, accounts: &[Option<Refusing>]) -> Option<Refusing> {
+    let backends = model.backends.iter().enumerate();
+    let in_use = backends.filter(|(_, (backend, _))| backend.spec.admin_state == AdminState::Active);
+    let refusing: Option<Vec<&Refusing>> =
+        in_use.map(|(at, _)| accounts.get(model.accounts.of(at)?)?.as_ref()).collect();
+    refusing?.into_iter().min_by_key(|(_, wait_ms)| *wait_ms).cloned()
 }
 
 /// One limit as it stands.
@@ -251,6 +289,7 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, U
             rows.push(json!({
                 "backend": backend.name.as_str(), "slots": state.limit, "free": state.remaining,
                 "active": backend.spec.admin_state == AdminState::Active,
+                "account": backend.spec.account.as_ref().map(Name::as_str),
             }));
         }
     }

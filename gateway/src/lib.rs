@@ -36,6 +36,7 @@ pub mod upstream;
 pub mod usage;
 
 mod calendar;
+mod groups;
 mod run;
 mod tries;
 mod weights;

@@ -150,7 +150,10 @@ async fn reap(live: &Live, ledger: &Ledger, holder: Holder) -> Result<Option<u64
 fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
     let keys =
         snapshot.keys.values().flat_map(|key| [key.scope.as_ref(), key.tenant.scope.as_ref()]).flatten();
-    let models = snapshot.models_by_name.values().filter_map(|model| model.scope.as_ref());
+    let models = snapshot.models_by_name.values().flat_map(|model| {
+        let accounts = model.accounts.iter().flat_map(|account| &account.scopes);
+        model.scope.iter().chain(accounts)
+    });
     let scopes = keys.chain(models).chain(snapshot.tenant_models.values()).chain(&snapshot.global);
     let limited = scopes.filter(|entry: &&ScopeEntry| entry.limits.concurrency.is_some());
     let sets: BTreeSet<Key> = limited

@@ -5,9 +5,11 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
+use crate::balance::Place;
 use crate::error::{GatewayError, Refusal};
+use crate::groups::Groups;
 use crate::headers::{self, LimitKind, ShownLimits};
-use crate::snapshot::ScopeEntry;
+use crate::snapshot::{Accounts, ScopeEntry};
 
 /// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
 /// holds less. A bucket of nothing fits nothing, whatever was guessed.
@@ -26,6 +28,29 @@ pub fn never_fits(entries: &[&ScopeEntry], reserved: &Cost, least: &Cost) -> Opt
         needs: least.get(kind),
         wait: None,
     }))
+}
+
+/// The backends by account, without accounts that could never take the request.
+///
+/// # Errors
+/// The refusal of the first account when none is left.
+pub(crate) fn usable_accounts(
+    accounts: &Accounts,
+    places: &[Place],
+    own: usize,
+    reserved: &Cost,
+    least: &Cost,
+) -> Result<Groups, GatewayError> {
+    let never = |account: usize| {
+        let entries: Vec<&ScopeEntry> = accounts[account].scopes.iter().collect();
+        never_fits(&entries, reserved, least)
+    };
+    let groups = Groups::of(accounts, places, own, |account| never(account).is_none());
+    if !groups.is_empty() {
+        return Ok(groups);
+    }
+    let refusal = places.iter().find_map(|place| never(accounts.of(place.index)?));
+    Err(refusal.unwrap_or(GatewayError::NoBackend { retry_after: None }))
 }
 
 fn buckets(entry: &ScopeEntry) -> impl Iterator<Item = (&ScopeEntry, Kind, u64)> {

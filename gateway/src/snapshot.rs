@@ -4,6 +4,8 @@
 //! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolRuntime`] and
 //! [`BackendRuntime`], which the next snapshot takes over by name.
 
+mod accounts;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,6 +17,8 @@ use weir_proto::resource::{
 };
 use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
 
+use self::accounts::AccountLimits;
+pub use self::accounts::{AccountEntry, Accounts};
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
 use crate::upstream::Upstream;
 
@@ -23,7 +27,8 @@ use crate::upstream::Upstream;
 pub struct ScopeEntry {
     /// As the limiter takes it.
     pub limits: ScopeLimits,
-    /// "global", "model", "tenant", "api_key" or "tenant_model": for refusals and metrics.
+    /// "global", "model", "tenant", "api_key", "tenant_model", "account" or "account_model": for refusals and
+    /// metrics.
     pub kind: &'static str,
     /// The name of what it limits; empty for global.
     pub name: String,
@@ -86,6 +91,8 @@ pub struct ModelEntry {
     pub timeouts: Timeouts,
     /// The pool's backends that serve it, with the name each knows it by.
     pub backends: Vec<(Arc<BackendEntry>, String)>,
+    /// The limits of the providers' accounts that these backends bill.
+    pub accounts: Accounts,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
     /// The name of the queue for its slots.
@@ -271,6 +278,7 @@ impl Compiler {
     }
 
     fn models(&mut self, resources: &[Resource]) {
+        let limits = AccountLimits::of(resources);
         for resource in resources {
             let Spec::Model(spec) = &resource.spec else { continue };
             let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
@@ -286,10 +294,12 @@ impl Compiler {
                 let upstream_name = b.spec.models.get(&resource.name).filter(|n| !n.is_empty());
                 (b.clone(), upstream_name.unwrap_or(&spec.client_name).clone())
             });
+            let backends: Vec<_> = backends.collect();
             let entry = Arc::new(ModelEntry {
                 name: resource.name.clone(),
                 timeouts: spec.timeouts.over(&pool.spec.timeouts),
-                backends: backends.collect(),
+                accounts: limits.for_model(&resource.name, &backends),
+                backends,
                 queue: resource.name.as_str().into(),
                 scope: spec.limits.as_ref().map(|r| {
                     scope_entry(Scope::Model(resource.name.as_str()), "model", resource.name.to_string(), r)
@@ -302,10 +312,14 @@ impl Compiler {
         }
     }
 
-    /// Limits over everything and over (tenant, model); those over one resource are merged into its own.
+    /// Limits over everything and over (tenant, model); those over one resource are merged into its own, those of
+    /// accounts are with the models.
     fn limits(&mut self, resources: &[Resource]) {
         for resource in resources {
             let Spec::Limit(limit) = &resource.spec else { continue };
+            if limit.account.is_some() {
+                continue;
+            }
             match (&limit.tenant, &limit.model, &limit.api_key) {
                 (None, None, None) => {
                     let entry = scope_entry(Scope::Global, "global", String::new(), &limit.rates);
@@ -320,8 +334,8 @@ impl Compiler {
                 }
                 _ => self.refuse(
                     resource,
-                    "limit.selector: set nothing (everything) or tenant and model; limits of one tenant, model or \
-                     key belong in its own limits"
+                    "limit.selector: set nothing (everything), tenant and model, or account (and model); limits of one \
+                     tenant, model or key belong in its own limits"
                         .into(),
                 ),
             }

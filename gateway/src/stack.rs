@@ -24,7 +24,7 @@ use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
-use weir_ratelimit::{Decision, Kind};
+use weir_ratelimit::{Cost, Decision, Kind};
 
 use crate::account::{Admission, Ledger};
 use crate::balance::{prefix_hash, stable_hash};
@@ -272,6 +272,7 @@ impl Call<'_> {
             prompt_tokens: self.prompt_tokens(model),
             deadline,
             tenant: self.key.tenant.queue.clone(),
+            least: if model.accounts.is_empty() { Cost::default() } else { self.estimate(model).1 },
             outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
         };
         match tries.run(places[chosen].index, tries::others(&places, chosen)).await {

@@ -4,6 +4,8 @@
 //! Invariants:
 //! - Nothing has been sent to the client while this runs.
 //! - Every try holds a slot of its backend, and no slot is held without a try.
+//! - Where accounts are limited, every try is reserved at the account of its backend: the first one with the request's
+//!   own limits, each later one by itself, also under the same account, since the provider counts both.
 //! - Tries after the first are paid from the pool's retry budget, and bounded per request.
 //! - The first good answer wins. The other call is cancelled by dropping it, and settled with the request: once.
 
@@ -14,14 +16,16 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
-use weir_ratelimit::waiting::{Patience, Priority, SlotPatience};
-use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Key, Limiter, Outcome, Scopes};
+use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
+use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome};
 
-use crate::account::Admission;
+use crate::account::{Admission, Asked};
 use crate::balance::Place;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
+use crate::groups::Groups;
 use crate::metrics::Metrics;
+use crate::refusal;
 use crate::runtime_state::{Attempt, InFlight};
 use crate::send::{self, Answer, Outgoing, Target};
 use crate::snapshot::{LEASE_TTL, ModelEntry};
@@ -40,6 +44,8 @@ pub(crate) struct Tries<'a, F> {
     pub(crate) deadline: Instant,
     /// Whose turn it takes when it must wait again.
     pub(crate) tenant: Arc<str>,
+    /// What the request needs at the least: an account that holds less is not asked.
+    pub(crate) least: Cost,
     /// What to send to a backend.
     pub(crate) outgoing: F,
 }
@@ -57,8 +63,18 @@ struct Try {
     target: Target,
     in_flight: InFlight,
     slot: Key,
+    /// Its reservation at its account, where that is not part of the request's own.
+    account: Option<Box<Admission>>,
+    /// Whether the account's part of the request's own reservation is for this try.
+    first: bool,
     /// From then on it is not waited for alone.
     patient_until: Option<Instant>,
+}
+
+/// A backend whose slot was taken, and what was reserved at its account, if that is limited.
+struct Taken {
+    index: usize,
+    account: Option<Box<Admission>>,
 }
 
 type Done = (u32, Result<Answer, GatewayError>);
@@ -70,6 +86,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         let mut futures = Running::new();
         let mut tries: SmallVec<[Try; PARALLEL_MAX]> = SmallVec::new();
         let mut started = 0;
+        let first = Taken { index: first, account: None };
         self.start(first, &mut started, &mut tries, &mut futures)?;
         loop {
             let may_hedge = tries.len() < PARALLEL_MAX && !left.is_empty();
@@ -86,16 +103,15 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                             return Ok(self.won(done, answer, tries));
                         }
                         Err(error) => {
-                            let Try { slot, in_flight, .. } = done;
-                            drop(in_flight);
                             if !tries.is_empty() {
-                                self.admission.release(&slot);
+                                self.give_up(done);
                                 continue;
                             }
                             if !error.facts().retry_elsewhere || left.is_empty() || !self.may_try(started) {
+                                self.stands(done);
                                 return Err(error);
                             }
-                            match self.wait_for_slot(&slot, &mut left).await {
+                            match self.wait_for_slot(done, &mut left).await {
                                 Ok(Some(next)) => self.start(next, &mut started, &mut tries, &mut futures)?,
                                 Ok(None) => return Err(GatewayError::Busy { retry_after: None }),
                                 Err(_) => return Err(error),
@@ -106,7 +122,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                 () = sleep_until(hedge_at.unwrap_or_else(Instant::now)), if hedge_at.is_some() => {
                     let next = match self.may_try(started) {
                         // The store's trouble is no reason to give up a call under way.
-                        true => self.take_slot(None, &mut left).await.ok().flatten(),
+                        true => self.take_slot(&mut left).await.ok().flatten(),
                         false => None,
                     };
                     match next {
@@ -126,85 +142,151 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             && pool.runtime.may_retry()
     }
 
-    /// Takes a slot at the first of `left` that has one, in place of `from` if there is one.
-    async fn take_slot(
-        &mut self,
-        from: Option<&Key>,
-        left: &mut Vec<Place>,
-    ) -> Result<Option<usize>, weir_ratelimit::Error> {
+    /// Takes a slot at the first of `left` that has one and whose account has room.
+    async fn take_slot(&mut self, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
+        if self.model.accounts.is_empty() {
+            return self.move_slot(None, left).await;
+        }
+        let (groups, whole) = self.whole(left);
+        let (decision, account) = ask(&self.admission, &groups, &whole, None).await?;
+        Ok(self.taken(&decision, account, left))
+    }
+
+    /// The same where no account is limited, in place of `from` if there is one.
+    async fn move_slot(&mut self, from: Option<&Key>, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
         let candidates = candidates(self.model, left);
         let limiter = self.admission.limiter();
         let taken = limiter.move_slot(self.admission.id, from, &candidates, LEASE_TTL).await?;
         if let Some(from) = from {
             self.admission.moved(from);
         }
-        Ok(taken.map(|at| self.took(at, left)))
+        Ok(taken.map(|at| self.took(at, None, left)))
     }
 
-    /// The same for a request that has failed at `from` and has no other try under way: when all slots are taken it
-    /// waits for one where those wait that have none yet, and before them, since it has waited once.
-    async fn wait_for_slot(
-        &mut self,
-        from: &Key,
-        left: &mut Vec<Place>,
-    ) -> Result<Option<usize>, weir_ratelimit::Error> {
-        if let Some(index) = self.take_slot(Some(from), left).await? {
-            return Ok(Some(index));
+    /// The same for a request whose try has failed and that has no other one under way, in place of that: when all slots
+    /// are taken it waits for one where those wait that have none yet, and before them, since it has waited once.
+    async fn wait_for_slot(&mut self, failed: Try, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
+        let taken = match self.model.accounts.is_empty() {
+            true => self.move_slot(Some(&failed.slot), left).await?,
+            false => {
+                // Before others are asked: the same account may have room for one at a time only.
+                self.vacate(failed).await?;
+                self.take_slot(left).await?
+            }
+        };
+        if taken.is_some() {
+            return Ok(taken);
         }
         let queue = &self.model.pool.spec.queue;
+        let (groups, call) = self.whole(left);
+        if groups.is_empty() {
+            return Ok(None);
+        }
         let patience = Patience {
             tenant: self.tenant.clone(),
             priority: Priority::High,
             deadline: self.deadline,
-            scopes: SmallVec::new(),
+            scopes: SmallVec::from_elem(queue.max_wait, call.scopes.len()),
             slots: Some(SlotPatience {
                 queue: self.model.queue.clone(),
                 max_wait: queue.max_wait,
                 bound: queue.max_waiting as usize,
             }),
             bytes: 0,
-        };
-        let call = Acquire {
-            id: self.admission.id,
-            cost: Cost::default(),
-            estimated: false,
-            scopes: Scopes::new(),
-            candidates: candidates(self.model, left),
-            lease_ttl: LEASE_TTL,
+            alternatives: groups.alternatives(),
         };
         let ledger = self.admission.ledger().clone();
-        let ask = async || {
-            let slot = ledger.limiter.move_slot(call.id, None, &call.candidates, LEASE_TTL).await?;
-            let outcome =
-                slot.map_or(Outcome::NoSlot { wait: LEASE_TTL }, |s| Outcome::Granted { slot: Some(s) });
-            Ok::<_, weir_ratelimit::Error>((
-                Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false },
-                (),
-            ))
+        let admission = &*self.admission;
+        let asking = |queue: Option<&QueueId>| {
+            let queue = queue.cloned();
+            let (groups, call) = (&groups, &call);
+            async move { ask(admission, groups, call, queue.as_ref()).await }
         };
-        let waited = ledger.waiting.acquire(&call, &patience, ask).await?;
+        let waited = ledger.waiting.acquire(&call, &patience, asking).await?;
         if let Some(context) = &mut self.context {
             context.waited += waited.waited;
         }
-        Ok(match waited.decision.outcome {
-            Outcome::Granted { slot: Some(at) } => Some(self.took(at, left)),
-            _ => None,
-        })
+        Ok(self.taken(&waited.decision, waited.with.flatten(), left))
     }
 
-    fn took(&mut self, at: usize, left: &mut Vec<Place>) -> usize {
+    /// The call for what is left, by account.
+    fn whole(&self, left: &[Place]) -> (Groups, Acquire) {
+        let (accounts, reserved) = (&self.model.accounts, &self.admission.reserved);
+        let groups = refusal::usable_accounts(accounts, left, 0, reserved, &self.least).unwrap_or_default();
+        let call = Acquire {
+            id: self.admission.id,
+            cost: *reserved,
+            estimated: true,
+            scopes: groups.entries(accounts).map(|entry| entry.limits.clone()).collect(),
+            candidates: candidates(self.model, left),
+            lease_ttl: LEASE_TTL,
+        };
+        (groups, call)
+    }
+
+    fn taken(
+        &mut self,
+        decision: &Decision,
+        account: Option<Box<Admission>>,
+        left: &mut Vec<Place>,
+    ) -> Option<Taken> {
+        match decision.outcome {
+            Outcome::Granted { slot: Some(at) } => Some(self.took(at, account, left)),
+            _ => None,
+        }
+    }
+
+    fn took(&mut self, at: usize, account: Option<Box<Admission>>, left: &mut Vec<Place>) -> Taken {
         let index = left.remove(at).index;
-        self.admission.took(self.model.backends[index].0.slots.clone());
-        index
+        // With an account the slot is part of the reservation there.
+        if account.is_none() {
+            self.admission.took(self.model.backends[index].0.slots.clone());
+        }
+        Taken { index, account }
+    }
+
+    /// This try is over while another goes on: what it holds is given back, what was reserved at its account stands.
+    fn give_up(&mut self, done: Try) {
+        match done.account {
+            // Dropped here, which ends it.
+            Some(mut account) => account.used(account.reserved),
+            None => {
+                self.admission.release(&done.slot);
+                if done.first {
+                    self.admission.leave_account();
+                }
+            }
+        }
+    }
+
+    /// This try is over and the request with it, which gives back the slot.
+    fn stands(&mut self, done: Try) {
+        match done.account {
+            Some(mut account) => account.used(account.reserved),
+            None if done.first => self.admission.leave_account(),
+            None => {}
+        }
+    }
+
+    /// This try is over and another shall follow: returns once what it held can be taken.
+    async fn vacate(&mut self, done: Try) -> Result<(), Error> {
+        match done.account {
+            Some(mut account) => {
+                account.used(account.reserved);
+                account.vacate(&done.slot, true).await
+            }
+            None => self.admission.vacate(&done.slot, done.first).await,
+        }
     }
 
     fn start(
         &mut self,
-        index: usize,
+        taken: Taken,
         started: &mut u32,
         tries: &mut SmallVec<[Try; PARALLEL_MAX]>,
         futures: &mut Running,
     ) -> Result<(), GatewayError> {
+        let Taken { index, mut account } = taken;
         let (backend, upstream_model) = &self.model.backends[index];
         let target = Target {
             model: self.model.clone(),
@@ -229,12 +311,17 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         };
         self.admission.used(used);
         let outgoing = (self.outgoing)(&target)?;
+        if let Some(account) = &mut account {
+            account.used(used);
+        }
         let (number, sending) = (*started, target.clone());
         futures.push(Box::pin(async move { (number, send::attempt(&sending, outgoing).await) }));
         tries.push(Try {
             number,
             in_flight: InFlight::enter(&backend.runtime),
             slot: backend.slots.clone(),
+            first: number == 1 && self.model.accounts.of(index).is_some(),
+            account,
             patient_until: target.patience().map(|patience| target.sent + patience),
             target,
         });
@@ -242,7 +329,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
     }
 
     fn won(&mut self, winner: Try, answer: Answer, others: SmallVec<[Try; PARALLEL_MAX]>) -> Won {
-        let Try { number, mut target, in_flight, .. } = winner;
+        let Try { number, mut target, in_flight, account, .. } = winner;
         if !matches!(&answer, Answer::Whole { status, .. } if !status.is_success()) {
             target.begin();
         }
@@ -251,13 +338,52 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             if other.number < number {
                 other.target.fail(Attempt::Overtaken);
             }
-            self.admission.release(&other.slot);
+            self.give_up(other);
+        }
+        if let Some(account) = account {
+            self.admission.answered_under(account);
         }
         if let Some(context) = &mut self.context {
             context.backend = Some(target.backend.name.to_string());
         }
         Won { answer, target, in_flight }
     }
+}
+
+/// Asks for a slot once around, run by run of one account each: where that is limited by a reservation there, else by a
+/// slot of the request's own reservation.
+async fn ask(
+    admission: &Admission,
+    groups: &Groups,
+    whole: &Acquire,
+    queue: Option<&QueueId>,
+) -> Result<(Decision, Option<Box<Admission>>), Error> {
+    let ledger = admission.ledger();
+    let mut round = groups.round(whole, |scopes| ledger.waiting.is_awaited(scopes, queue));
+    while let Some((run, call)) = round.next() {
+        let (decision, account) = match run.account {
+            None => {
+                let slot = ledger.limiter.move_slot(admission.id, None, &call.candidates, LEASE_TTL).await?;
+                let outcome =
+                    slot.map_or(Outcome::NoSlot { wait: LEASE_TTL }, |s| Outcome::Granted { slot: Some(s) });
+                (Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, None)
+            }
+            Some(_) => {
+                let candidates = call.candidates.clone();
+                let Asked { decision, mut admission, .. } = Admission::ask(ledger, call, None).await;
+                let decision = decision?;
+                admission.under_account(0);
+                if let Outcome::Granted { slot } = decision.outcome {
+                    admission.granted(slot.map(|slot| candidates[slot].leases.clone()));
+                }
+                (decision, Some(Box::new(admission)))
+            }
+        };
+        if let Some(decision) = round.heard(&run, decision) {
+            return Ok((decision, account));
+        }
+    }
+    Ok((round.refusal(|_| LEASE_TTL), None))
 }
 
 impl Try {

@@ -1,7 +1,7 @@
 //! The only place that names keys.
 //!
 //! Everything of one tenant carries the hash tag `{t:<tenant>}` and so shares a slot of a Redis Cluster; the
-//! cluster-wide scope is `{g}`, a model `{m:<model>}`, a backend `{b:<backend>}`.
+//! cluster-wide scope is `{g}`, a model `{m:<model>}`, a provider's account `{a:<account>}`, a backend `{b:<backend>}`.
 //!
 //! A reservation's record carries the tag of the first scope of its call, or `{g}` when the call has none:
 //! [`Key::reservation_of`] is that rule. A renewal knows lease sets only, so it refreshes the record under every
@@ -42,6 +42,15 @@ pub enum Scope<'a> {
         /// The model.
         model: &'a str,
     },
+    /// What all requests to the backends of one provider's account use.
+    Account(&'a str),
+    /// An account's use for one model: providers limit each model of an account apart.
+    AccountModel {
+        /// The account.
+        account: &'a str,
+        /// The model.
+        model: &'a str,
+    },
 }
 
 /// The record and the lease set of a scope, in this order: what [`ScopeLimits`] wants.
@@ -60,6 +69,10 @@ impl Scope<'_> {
             }
             Scope::TenantModel { tenant, model } => {
                 build(format_args!("weir:{{t:{}}}:{part}:m:{}", name(tenant), name(model)))
+            }
+            Scope::Account(account) => build(format_args!("weir:{{a:{}}}:{part}", name(account))),
+            Scope::AccountModel { account, model } => {
+                build(format_args!("weir:{{a:{}}}:{part}:m:{}", name(account), name(model)))
             }
         }
     }
@@ -89,6 +102,16 @@ impl Key {
     /// The record of a tenant's use of one model.
     pub fn tenant_model(tenant: &str, model: &str) -> Key {
         Scope::TenantModel { tenant, model }.key('s')
+    }
+
+    /// The record of a provider's account.
+    pub fn account(account: &str) -> Key {
+        Scope::Account(account).key('s')
+    }
+
+    /// The record of an account's use for one model.
+    pub fn account_model(account: &str, model: &str) -> Key {
+        Scope::AccountModel { account, model }.key('s')
     }
 
     /// The record (or lease set) of a scope's budget in the period of that label.
@@ -224,6 +247,8 @@ mod tests {
         assert_eq!(Key::tenant("acme").as_str(), "weir:{t:acme}:s");
         assert_eq!(Key::api_key("acme", "k1").as_str(), "weir:{t:acme}:s:k:k1");
         assert_eq!(Key::tenant_model("acme", "gpt-4.1").as_str(), "weir:{t:acme}:s:m:gpt-4.1");
+        assert_eq!(Key::account("acme").as_str(), "weir:{a:acme}:s");
+        assert_eq!(Key::account_model("acme", "gpt-4.1").as_str(), "weir:{a:acme}:s:m:gpt-4.1");
         assert_eq!(Key::backend_slots("us-1").as_str(), "weir:{b:us-1}:c");
         assert_eq!(Key::usage("acme", "2026-11-23").as_str(), "weir:{t:acme}:u:2026-11-23");
         let (record, leases) = scope_keys(Scope::Tenant("acme"));

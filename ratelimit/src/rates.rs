@@ -60,7 +60,7 @@ pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
 pub fn max_wait(scope: Scope<'_>, rates: &Rates) -> Duration {
     rates.max_wait.unwrap_or(match scope {
         Scope::Global => Duration::from_secs(30),
-        Scope::Model(_) => Duration::from_secs(10),
+        Scope::Model(_) | Scope::Account(_) | Scope::AccountModel { .. } => Duration::from_secs(10),
         Scope::Tenant(_) | Scope::ApiKey { .. } | Scope::TenantModel { .. } => Duration::ZERO,
     })
 }

@@ -179,7 +179,7 @@ impl Bound {
 
 impl Candidate {
     /// The candidate for a call that does not see the others.
-    pub(crate) fn apart(&self) -> Self {
+    pub fn apart(&self) -> Self {
         let estimate = self.bound.map_or(u32::MAX, |bound| bound.estimate);
         Self { leases: self.leases.clone(), max_concurrency: self.max_concurrency.min(estimate), bound: None }
     }

@@ -1,5 +1,6 @@
 //! The product from outside.
 
+mod accounts;
 mod apply;
 mod budgets;
 #[cfg(target_os = "linux")]

@@ -56,6 +56,13 @@ impl Resources {
         self
     }
 
+    /// Changes the spec of the resource of this name; there is one.
+    pub fn rebuild(&mut self, name: &str, change: impl FnOnce(&mut Spec)) {
+        let found = self.0.iter_mut().find(|((_, known), _)| known == name);
+        let (_, resource) = found.unwrap_or_else(|| panic!("no {name}"));
+        change(resource.spec.as_mut().expect("a spec"));
+    }
+
     /// A pool `chat`, a model `gpt-4.1` and one backend per mock, a tenant `acme` and its key.
     pub fn in_front_of(mocks: &[Mock]) -> Self {
         let mut resources = Self::default();

@@ -18,9 +18,11 @@ pub struct Redis {
     looking: OnceCell<RedisLimiter>,
 }
 
-/// What a tenant's requests stand at in the store.
+/// What the requests of a scope stand at in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing {
+    /// Requests made and not yet drained.
+    pub requests: u64,
     /// Tokens used and not yet drained.
     pub tokens: u64,
     /// Requests in flight.
@@ -57,42 +59,12 @@ impl Redis {
         &self.child
     }
 
-    /// What a tenant's requests stand at: tokens used and not yet drained, and leases held.
+    /// What a tenant's requests stand at: what was used and has not yet drained, and leases held.
     pub async fn standing(&self, tenant: &str) -> Standing {
-        // Neither is ever reached here; what is left of them tells what was taken. A rate of one a minute: looking
-        // at a meter drains it by the rate of the one who looks.
-        const TOKENS: u64 = 1_000_000;
-        const LEASES: u32 = 1_000_000;
-        let (record, leases) = scope_keys(Scope::Tenant(tenant));
-        let mut buckets = [None; Kind::COUNT];
-        buckets[Kind::Tokens as usize] = Some(Bucket::per_minute(1, TOKENS as f64));
-        let scope = ScopeLimits {
-            record,
-            leases,
-            buckets,
-            concurrency: Some(LEASES),
-            mode: Mode::Enforce,
-            without_store: weir_ratelimit::WithoutStore::LocalShare,
-            prefetch: Default::default(),
-        };
         let connect =
             || async { RedisLimiter::connect(&self.url(), Default::default()).await.expect("there") };
         let limiter = self.looking.get_or_init(connect).await;
-        let looked = async {
-            loop {
-                // On a busy machine an answer may take longer than a gateway would wait for it.
-                match limiter.peek(std::slice::from_ref(&scope)).await {
-                    Ok(states) => return states,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-                }
-            }
-        };
-        let states = tokio::time::timeout(Duration::from_secs(10), looked).await.expect("peeks");
-        let left = |what: What| states.iter().find(|s| s.what == what).expect("asked for").remaining;
-        Standing {
-            tokens: TOKENS - left(What::Bucket(Kind::Tokens)),
-            leases: u64::from(LEASES) - left(What::Concurrency),
-        }
+        standing_of(limiter, Scope::Tenant(tenant)).await
     }
 
     /// What a command of redis-cli prints.
@@ -130,5 +102,43 @@ impl Redis {
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("killed");
         tokio::time::timeout(Duration::from_secs(5), self.child.wait()).await.expect("ends").expect("ended");
+    }
+}
+
+/// What the requests of a scope stand at: what was used and has not yet drained, and leases held.
+pub async fn standing_of(limiter: &impl Limiter, scope: Scope<'_>) -> Standing {
+    // None is ever reached here; what is left of them tells what was taken. A rate of one a minute: looking at a meter
+    // drains it by the rate of the one who looks.
+    const UNITS: u64 = 1_000_000;
+    const LEASES: u32 = 1_000_000;
+    let (record, leases) = scope_keys(scope);
+    let mut buckets = [None; Kind::COUNT];
+    for kind in [Kind::Requests, Kind::Tokens] {
+        buckets[kind as usize] = Some(Bucket::per_minute(1, UNITS as f64));
+    }
+    let scope = ScopeLimits {
+        record,
+        leases,
+        buckets,
+        concurrency: Some(LEASES),
+        mode: Mode::Enforce,
+        without_store: weir_ratelimit::WithoutStore::LocalShare,
+        prefetch: Default::default(),
+    };
+    let looked = async {
+        loop {
+            // On a busy machine an answer may take longer than a gateway would wait for it.
+            match limiter.peek(std::slice::from_ref(&scope)).await {
+                Ok(states) => return states,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    let states = tokio::time::timeout(Duration::from_secs(10), looked).await.expect("peeks");
+    let left = |what: What| states.iter().find(|s| s.what == what).expect("asked for").remaining;
+    Standing {
+        requests: UNITS - left(What::Bucket(Kind::Requests)),
+        tokens: UNITS - left(What::Bucket(Kind::Tokens)),
+        leases: u64::from(LEASES) - left(What::Concurrency),
     }
 }

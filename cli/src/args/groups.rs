@@ -284,7 +284,7 @@ pub enum ContextCommand {
         #[arg(value_parser = contexts::name)]
         name: String,
     },
-    /// Make or replace a context of --server, --token-file, --ca, --cert and --key as given
+    /// Make or replace a context of --server, --token-file, --ca, --cert and --cert-key as given
     Set {
         /// Its name
         #[arg(value_parser = contexts::name)]

@@ -51,6 +51,14 @@ fn global_flags_may_follow_the_command() {
 }
 
 #[test]
+fn the_key_that_is_explained_is_no_certificates() {
+    let cli = parse("weir limits explain --key k --model m --cert c.pem --cert-key c.key").expect("valid");
+    assert_eq!(cli.key.as_deref(), Some(std::path::Path::new("c.key")));
+    let Command::Limits(LimitsCommand::Explain { key, .. }) = cli.command else { panic!("explain") };
+    assert_eq!(key.as_str(), "k");
+}
+
+#[test]
 fn what_makes_no_sense_is_wrong_usage() {
     for line in [
         "weir",

@@ -26,9 +26,10 @@ pub(super) async fn check(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
     let backends = get::read_all(&client, v1::ResourceKind::Backend).await?;
     let models = get::read_all(&client, v1::ResourceKind::Model).await?;
     let keys = get::read_all(&client, v1::ResourceKind::ApiKey).await?;
+    let limits = get::read_all(&client, v1::ResourceKind::Limit).await?;
     let request = v1::VerifyAuditRequest::default();
     let audit = client.call(Retry::Once, request, |mut c, r| async move { c.verify_audit(r).await }).await?;
-    let findings = findings(&who, &all, &status, &pools, &backends, &models, &keys, &audit);
+    let findings = findings(&who, &all, &status, &pools, &backends, &models, &keys, &limits, &audit);
     io.result(|| text(&findings), || Value::Array(findings.iter().map(value).collect()))?;
     let wrong = findings.iter().filter(|f| f.wrong.is_some()).count();
     if wrong == 0 { Ok(()) } else { Err(Error::Check(wrong)) }
@@ -43,6 +44,7 @@ fn findings(
     backends: &[v1::Resource],
     models: &[v1::Resource],
     keys: &[v1::Resource],
+    limits: &[v1::Resource],
     audit: &v1::VerifyAuditResponse,
 ) -> Vec<Finding> {
     let found = |what, names: Vec<String>, remedy| Finding {
@@ -79,6 +81,15 @@ fn findings(
         _ => false,
     };
     let ending = keys.iter().filter(ends_soon).map(|key| key.name.clone());
+    let billed = |account: &str| backends.iter().filter_map(spec).any(|b| b.account == account);
+    let of_nobody = limits.iter().filter(|limit| match &limit.spec {
+        Some(Spec::Limit(spec)) => {
+            let account = spec.selector.as_ref().map_or("", |selector| &selector.account);
+            !account.is_empty() && !billed(account)
+        }
+        _ => false,
+    });
+    let of_nobody = of_nobody.map(|limit| limit.name.clone());
     let none = if connected.is_empty() { vec!["no gateway is connected".to_owned()] } else { Vec::new() };
     let problem = if audit.problem.is_empty() { Vec::new() } else { vec![audit.problem.clone()] };
     vec![
@@ -112,6 +123,11 @@ fn findings(
             "every model is served by an active backend",
             unserved.collect(),
             "add the model to a backend's models, or delete it",
+        ),
+        found(
+            "every account that is limited is one that a backend bills",
+            of_nobody.collect(),
+            "name the account in its backends, or delete the limit: it limits nothing",
         ),
         found("no API key ends within a week", ending.collect(), "weir key rotate NAME"),
         found(

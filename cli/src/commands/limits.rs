@@ -71,7 +71,8 @@ fn text(answer: &Value) -> String {
     let slots = answer["backends"].as_array().into_iter().flatten().map(|backend| {
         let state = if backend["active"] == true { "" } else { ", not active" };
         let name = backend["backend"].as_str().unwrap_or_default();
-        format!("{name}: {} of {} slots free{state}\n", backend["free"], backend["slots"])
+        let account = backend["account"].as_str().map(|name| format!(", account {name}")).unwrap_or_default();
+        format!("{name}: {} of {} slots free{state}{account}\n", backend["free"], backend["slots"])
     });
     text.extend(slots);
     if answer["allowed"] == false {
@@ -102,7 +103,8 @@ mod tests {
         };
         let answer = json!({
             "limits": [limit("spend", "refuses", Some(90_000))],
-            "backends": [{"backend": "b0", "slots": 50, "free": 49, "active": true}],
+            "backends": [{"backend": "b0", "slots": 50, "free": 49, "active": true},
+                         {"backend": "b1", "slots": 5, "free": 5, "active": true, "account": "openai"}],
             "allowed": true, "refuses": "spend of tenant acme",
         });
         assert_eq!(
@@ -110,6 +112,7 @@ mod tests {
             "SCOPE        KIND   LIMIT   LEFT   NEEDS  SAYS     FITS IN  MAY WAIT\n\
              tenant acme  spend  $20.00  $0.50  $0.60  refuses  1m30s    0s\n\
              b0: 49 of 50 slots free\n\
+             b1: 5 of 5 slots free, account openai\n\
              it would be refused by spend of tenant acme\n"
         );
     }

@@ -2,6 +2,9 @@
 //!
 //! One pool holds everything: a backend of Weir says itself which models it serves, so LiteLLM's deployments of one
 //! model become backends that serve it. Deployments with the same address, key and weight are one backend.
+//! What a deployment limits (`rpm`, `tpm`) becomes a limit of its model at its backend, which is an account of that
+//! backend's name: LiteLLM counts each deployment apart, also those that share a key. `max_parallel_requests` is how many
+//! slots its backend has, which then serves no other model.
 //! What has no counterpart is listed, never dropped in silence.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,6 +20,8 @@ const POOL: &str = "litellm";
 const TENANT: &str = "default";
 /// Models of one file; LiteLLM's own examples have a few dozen.
 const MODELS_MAX: usize = 5_000;
+/// The largest rate of a limit.
+const RATE_MAX: u64 = weir_proto::resource::Rates::MAX_UNITS;
 
 /// Why a file cannot be read at all.
 #[derive(Debug, thiserror::Error)]
@@ -79,20 +84,21 @@ struct Backend {
     models: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Default)]
-struct Model {
-    spec: v1::ModelSpec,
-    deployments: usize,
-    /// How many deployments state it, and the sum.
-    requests: (usize, u64),
-    tokens: (usize, u64),
+/// The limits of a deployment: of a model at a backend.
+#[derive(Debug)]
+struct Limit {
+    backend: usize,
+    model: String,
+    requests: Option<u64>,
+    tokens: Option<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Reader {
     out: Import,
     backends: Vec<Backend>,
-    models: BTreeMap<String, Model>,
+    models: BTreeMap<String, v1::ModelSpec>,
+    limits: Vec<Limit>,
     /// LiteLLM's name -> the resource's.
     names: HashMap<String, String>,
     fallbacks: Vec<(String, String, Vec<String>)>,
@@ -134,7 +140,14 @@ impl Reader {
             max_concurrency: self.whole(path, params, "max_parallel_requests", 100_000),
         };
         let model = self.model_name(alias);
-        self.place(site, &model, upstream);
+        let backend = self.place(site, &model, upstream);
+        let (requests, tokens) = (self.rate(path, params, "rpm"), self.rate(path, params, "tpm"));
+        if requests.is_some() || tokens.is_some() {
+            let account = self.backends[backend].name.clone();
+            let text = format!("rpm and tpm became a limit of {model} at the account {account}");
+            self.out.note(format!("{path}.litellm_params"), text);
+            self.limits.push(Limit { backend, model: model.clone(), requests, tokens });
+        }
         self.model(path, &model, alias, entry, params);
     }
 
@@ -196,50 +209,58 @@ impl Reader {
         name
     }
 
-    /// Puts a model on the backend of a site: one that serves it already is full.
-    fn place(&mut self, site: Site, model: &str, upstream: &str) {
+    /// A limit per minute of a deployment, if it is one that Weir takes.
+    fn rate(&mut self, path: &str, params: &Map<String, Value>, field: &str) -> Option<u64> {
+        let value = params.get(field)?;
+        let number = value.as_u64().filter(|n| *n <= RATE_MAX);
+        if number.is_none() && !value.is_null() {
+            let text = format!("not carried over: Weir takes whole numbers up to {RATE_MAX} here");
+            self.out.note(format!("{path}.litellm_params.{field}"), text);
+        }
+        number
+    }
+
+    /// Puts a model on the backend of a site: one that serves it already is full, and so is one whose slots are those of
+    /// a deployment. Returns the backend's place.
+    fn place(&mut self, site: Site, model: &str, upstream: &str) -> usize {
         let upstream = if upstream == model { String::new() } else { upstream.to_owned() };
-        let fits = |b: &&mut Backend| b.site.as_ref() == Some(&site) && !b.models.contains_key(model);
-        if let Some(backend) = self.backends.iter_mut().find(fits) {
-            backend.models.insert(model.to_owned(), upstream);
-            return;
+        let shared = site.max_concurrency.is_none();
+        let fits = |b: &Backend| shared && b.site.as_ref() == Some(&site) && !b.models.contains_key(model);
+        if let Some(at) = self.backends.iter().position(fits) {
+            self.backends[at].models.insert(model.to_owned(), upstream);
+            return at;
         }
         let host = site.url.parse::<http::Uri>().ok().and_then(|u| u.host().map(resource_name));
         let base = host.unwrap_or_else(|| "backend".to_owned());
         let name = free_name(&base, |name| self.backends.iter().any(|b| b.name == name));
         self.backends.push(Backend { name, site: Some(site), models: [(model.to_owned(), upstream)].into() });
+        self.backends.len() - 1
     }
 
     fn model(&mut self, path: &str, name: &str, alias: &str, entry: &Value, params: &Map<String, Value>) {
         let empty = Map::new();
         let info = entry.get("model_info").and_then(Value::as_object).unwrap_or(&empty);
         let model = self.models.entry(name.to_owned()).or_default();
-        model.spec.pool = POOL.into();
+        model.pool = POOL.into();
         if alias != name {
-            alias.clone_into(&mut model.spec.client_name);
+            alias.clone_into(&mut model.client_name);
         }
-        model.deployments += 1;
         let price = |field| params.get(field).or_else(|| info.get(field)).and_then(Value::as_f64);
         // Dollars per token -> micro-dollars per million tokens. Where deployments differ, the dearest counts.
         let micro = |dollars: f64| (dollars * 1e12).round().clamp(0.0, 1e15) as u64;
         if let Some(dollars) = price("input_cost_per_token") {
             let price = micro(dollars);
-            model.spec.input_price_micro_dollars = model.spec.input_price_micro_dollars.max(price);
+            model.input_price_micro_dollars = model.input_price_micro_dollars.max(price);
         }
         if let Some(dollars) = price("output_cost_per_token") {
             let price = micro(dollars);
-            model.spec.output_price_micro_dollars = model.spec.output_price_micro_dollars.max(price);
-        }
-        for (field, sum) in [("rpm", &mut model.requests), ("tpm", &mut model.tokens)] {
-            if let Some(n) = params.get(field).and_then(Value::as_u64) {
-                *sum = (sum.0 + 1, sum.1.saturating_add(n));
-            }
+            model.output_price_micro_dollars = model.output_price_micro_dollars.max(price);
         }
         if let Some(seconds) = params.get("timeout").and_then(Value::as_f64) {
-            model.spec.timeouts.get_or_insert_default().total = duration(seconds);
+            model.timeouts.get_or_insert_default().total = duration(seconds);
         }
         if let Some(seconds) = params.get("stream_timeout").and_then(Value::as_f64) {
-            model.spec.timeouts.get_or_insert_default().first_byte = duration(seconds);
+            model.timeouts.get_or_insert_default().first_byte = duration(seconds);
         }
         const CARRIED: [&str; 11] = [
             "model",
@@ -341,7 +362,7 @@ impl Reader {
             let known = chain.iter().filter_map(|m| self.names.get(m).cloned()).take(8).collect::<Vec<_>>();
             let target = self.names.get(&model).and_then(|name| self.models.get_mut(name));
             match target {
-                Some(target) if known.len() == chain.len() => target.spec.fallbacks = known,
+                Some(target) if known.len() == chain.len() => target.fallbacks = known,
                 _ => self
                     .out
                     .note(path, format!("not carried over for '{model}': not all of these models exist")),
@@ -351,8 +372,10 @@ impl Reader {
             self.out.resources.push(v1::Resource { name, spec: Some(spec), ..Default::default() });
         };
         put(POOL.into(), Spec::Pool(pool));
-        for backend in self.backends {
+        let names: Vec<String> = self.backends.iter().map(|backend| backend.name.clone()).collect();
+        for (at, backend) in self.backends.into_iter().enumerate() {
             let Some(site) = backend.site else { continue };
+            let limited = self.limits.iter().any(|limit| limit.backend == at);
             let spec = v1::BackendSpec {
                 pool: POOL.into(),
                 url: site.url,
@@ -360,33 +383,32 @@ impl Reader {
                 weight: site.weight,
                 max_concurrency: site.max_concurrency,
                 models: backend.models.into_iter().collect(),
+                account: if limited { backend.name.clone() } else { String::new() },
                 ..Default::default()
             };
             put(backend.name, Spec::Backend(spec));
         }
-        let mut notes = Vec::new();
-        for (name, mut model) in self.models {
-            let whole =
-                |(stated, sum): (usize, u64)| (stated > 0 && stated == model.deployments).then_some(sum);
-            let (requests, tokens) = (whole(model.requests), whole(model.tokens));
-            if requests.is_some() || tokens.is_some() {
-                model.spec.limits = Some(v1::Rates {
-                    requests_per_minute: requests,
-                    tokens_per_minute: tokens,
-                    burst_multiplier: Some(1.0),
-                    ..Default::default()
-                });
-            }
-            if (model.requests.0 > 0 && requests.is_none()) || (model.tokens.0 > 0 && tokens.is_none()) {
-                notes.push((name.clone(), "rpm or tpm of some deployments only: not carried over"));
-            } else if model.deployments > 1 && (requests.is_some() || tokens.is_some()) {
-                notes.push((name.clone(), "rpm and tpm of its deployments became one limit of their sum"));
-            }
-            put(name, Spec::Model(model.spec));
+        for (name, model) in self.models {
+            put(name, Spec::Model(model));
         }
         put(TENANT.into(), Spec::Tenant(v1::TenantSpec::default()));
-        for (name, text) in notes {
-            self.out.note(format!("model_list ({name})"), text);
+        let mut limits: BTreeMap<String, v1::LimitSpec> = BTreeMap::new();
+        for limit in self.limits {
+            let account = &names[limit.backend];
+            let name = resource_name(&format!("{account}-{}", limit.model));
+            let name = free_name(&name, |name| limits.contains_key(name));
+            let rates = v1::Rates {
+                requests_per_minute: limit.requests,
+                tokens_per_minute: limit.tokens,
+                burst_multiplier: Some(1.0),
+                ..Default::default()
+            };
+            let selector =
+                v1::LimitSelector { account: account.clone(), model: limit.model, ..Default::default() };
+            limits.insert(name, v1::LimitSpec { selector: Some(selector), rates: Some(rates) });
+        }
+        for (name, spec) in limits {
+            put(name, Spec::Limit(spec));
         }
         self.out
     }

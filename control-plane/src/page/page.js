@@ -361,7 +361,8 @@ function say(text, wrong = false) {
 // ---- limits, gateways ----------------------------------------------------------------------------------------------
 
 const WHATS = { requests: "requests", tokens: "tokens", input_tokens: "input tokens", output_tokens: "output tokens", spend: "spend", concurrency: "at once" };
-const SCOPES = { global: "everything", model: "model", tenant: "tenant", api_key: "key", tenant_model: "tenant and model" };
+const SCOPES = { global: "everything", model: "model", tenant: "tenant", api_key: "key", tenant_model: "tenant and model",
+  account: "account", account_model: "account and model" };
 
 function limitRow() {
   const name = make("b"), what = make("span", { class: "sub" });

@@ -7,7 +7,7 @@ use std::time::Duration;
 use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 use uuid::Uuid;
-use weir_ratelimit::waiting::{Patience, Priority, SlotPatience};
+use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Limiter, Outcome, Scopes};
 
 use super::{Job, Ledger};
@@ -78,6 +78,7 @@ impl SlotLease {
                 bound: model.pool.spec.queue.max_waiting as usize,
             }),
             bytes: 0,
+            alternatives: Alternatives::new(),
         };
         let call = Acquire {
             id: lease.id,
@@ -87,7 +88,7 @@ impl SlotLease {
             candidates: vec![lease.place.clone()],
             lease_ttl: LEASE_TTL,
         };
-        let ask = async || {
+        let ask = |_: Option<&QueueId>| async {
             let outcome = match lease.ask().await? {
                 true => Outcome::Granted { slot: Some(0) },
                 false => Outcome::NoSlot { wait: LEASE_TTL },

@@ -6,13 +6,14 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use tokio::time::Instant;
 use weir_proto::resource::{AdminState, Priority};
-use weir_ratelimit::waiting::{self, Patience, SlotPatience, Waited};
-use weir_ratelimit::{Acquire, Cost, Decision, Limiter, Outcome, Scopes};
+use weir_ratelimit::waiting::{self, Alternatives, Patience, QueueId, SlotPatience, Waited};
+use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
 use super::{Call, Slot};
-use crate::account::{Admission, Subject};
+use crate::account::{Admission, Asked, Subject};
 use crate::balance::Place;
 use crate::error::GatewayError;
+use crate::groups::Groups;
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::read::RouteKind;
 use crate::snapshot::{LEASE_TTL, ModelEntry, ScopeEntry};
@@ -35,12 +36,18 @@ impl Call<'_> {
         let now = SystemTime::now();
         let budgets: Vec<ScopeEntry> =
             own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
-        let entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
-        let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
+        let mut entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
         let (reserved, least) = self.estimate(model);
         if let Some(never) = refusal::never_fits(&entries, &reserved, &least) {
             return Err(never);
         }
+        let own = entries.len();
+        let groups = match model.accounts.is_empty() {
+            true => None,
+            false => Some(refusal::usable_accounts(&model.accounts, places, own, &reserved, &least)?),
+        };
+        entries.extend(groups.iter().flat_map(|groups| groups.entries(&model.accounts)));
+        let scopes: Scopes = entries.iter().map(|e| e.limits.clone()).collect();
         let call = Acquire {
             id: uuid::Uuid::nil(),
             cost: reserved,
@@ -50,22 +57,38 @@ impl Call<'_> {
             lease_ttl: LEASE_TTL,
         };
         let started = slot.as_ref().map_or_else(Instant::now, |c| c.started);
-        let patience = self.patience(model, &entries, started + model.timeouts.total);
+        let mut patience = self.patience(model, &entries, started + model.timeouts.total);
+        if let Some(groups) = &groups {
+            patience.alternatives = groups.alternatives();
+        }
         let began = Instant::now();
         let mut again = false;
-        let ask = || {
+        let groups = groups.as_ref();
+        let (patience, entries) = (&patience, &entries);
+        let ask = |queue: Option<&QueueId>| {
             let call = if again { self.as_of_now(&call, model, places) } else { call.clone() };
             again = true;
-            self.decide(model, call)
+            let queue = queue.filter(|_| groups.is_some()).cloned();
+            async move {
+                match groups {
+                    None => self.decide(model, call).await,
+                    Some(groups) => {
+                        // On the heap: only who has limited accounts pays for this state.
+                        let round =
+                            self.decide_in_turn(model, groups, &call, queue.as_ref(), patience, entries);
+                        Box::pin(round).await
+                    }
+                }
+            }
         };
         let waiting = &self.gateway.ledger.waiting;
-        let waited = waiting.acquire(&call, &patience, ask).await;
+        let waited = waiting.acquire(&call, patience, ask).await;
         if let Some(context) = slot {
             let in_queue = waited.as_ref().map_or(Duration::ZERO, |w| w.waited);
             context.limiter += began.elapsed().saturating_sub(in_queue);
             context.waited += in_queue;
         }
-        let Waited { decision, with, waited, ahead, gave_up } = waited?;
+        let Waited { mut decision, with, waited, ahead, gave_up } = waited?;
         let metrics = &self.gateway.metrics;
         if let Some(ahead) = ahead {
             let outcome = gave_up.map_or("granted", waiting::GaveUp::name);
@@ -73,18 +96,25 @@ impl Call<'_> {
             metrics.wait.get_or_create(&labels).observe(waited.as_secs_f64());
             metrics.queue_ahead.observe(ahead as f64);
         }
-        metrics.pulse.decided(&entries, &decision);
+        metrics.pulse.decided(entries, &decision);
+        let refused = match decision.outcome {
+            Outcome::Granted { .. } => None,
+            Outcome::Limited { .. } => Some(refusal::limited(&decision, entries, &reserved, now)),
+            Outcome::NoSlot { .. } => Some(GatewayError::Busy { retry_after: None }),
+        };
+        // How an account stands is the operator's to know: headers tell of the caller's limits.
+        decision.limits.retain(|limit| limit.scope < own);
         if let Some(context) = slot {
             context.limits = refusal::shown(&decision);
         }
-        match decision.outcome {
-            Outcome::Granted { slot } => {
+        match (refused, decision.outcome) {
+            (None, Outcome::Granted { slot }) => {
                 let mut admission = with.ok_or(GatewayError::Internal)?;
+                admission.under_account(own);
                 admission.granted(slot.map(|s| call.candidates[s].leases.clone()));
                 Ok((admission, decision, slot.unwrap_or(0)))
             }
-            Outcome::Limited { .. } => Err(refusal::limited(&decision, &entries, &reserved, now)),
-            Outcome::NoSlot { .. } => Err(GatewayError::Busy { retry_after: None }),
+            (refused, _) => Err(refused.unwrap_or(GatewayError::Internal)),
         }
     }
 
@@ -92,7 +122,7 @@ impl Call<'_> {
     ///
     /// Reserved is what answers of this model to this tenant usually have, up to what the request allows. Needed is what
     /// it allows explicitly, and of the prompt the half of the estimate, which no real count is below.
-    fn estimate(&self, model: &ModelEntry) -> (Cost, Cost) {
+    pub(super) fn estimate(&self, model: &ModelEntry) -> (Cost, Cost) {
         let choices = u64::from(self.asked.choices).max(1);
         let prompt = self.prompt_tokens(model);
         let (expected, stated) = match (self.asked.kind, self.asked.max_output_tokens.map(u64::from)) {
@@ -137,6 +167,7 @@ impl Call<'_> {
                 bound: queue.max_waiting as usize,
             }),
             bytes: self.body.len() as u64,
+            alternatives: Alternatives::new(),
         }
     }
 
@@ -153,30 +184,10 @@ impl Call<'_> {
     }
 
     /// One decision. The admission is armed only if it was granted, or may have been.
-    async fn decide(
-        &self,
-        model: &ModelEntry,
-        mut call: Acquire,
-    ) -> Result<(Decision, Admission), GatewayError> {
-        let ledger = &self.gateway.ledger;
-        let asked = Instant::now();
-        // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
-        let mut admission = Admission::prepare(ledger, call.scopes.clone(), call.cost, self.subject(model));
-        call.id = admission.id;
-        let known = ledger.denials.answer(&call);
-        let by_memory = known.is_some();
-        let decision = match known {
-            Some(refusal) => Ok(refusal),
-            None => {
-                let before = ledger.denials.before(&call);
-                // On the heap: the request's future would hold all layers of the limiter.
-                let decision = Box::pin(ledger.limiter.acquire(&call)).await;
-                if let Ok(decision) = &decision {
-                    ledger.denials.note(&call, decision, &before);
-                }
-                decision
-            }
-        };
+    async fn decide(&self, model: &ModelEntry, call: Acquire) -> Result<(Decision, Admission), GatewayError> {
+        let began = Instant::now();
+        let asked = Admission::ask(&self.gateway.ledger, call, Some(self.subject(model))).await;
+        let Asked { decision, admission, by_memory } = asked;
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
             Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
@@ -190,15 +201,40 @@ impl Call<'_> {
             _ => "store",
         };
         metrics.limiter.get_or_create(&LimiterLabels { outcome, by }).inc();
-        metrics.limiter_duration.observe(asked.elapsed().as_secs_f64());
+        metrics.limiter_duration.observe(began.elapsed().as_secs_f64());
         let decision = decision.map_err(|error| {
             tracing::warn!(%error, "a limit that is closed without its store refused a request");
             GatewayError::LimitStore
         })?;
-        if !matches!(decision.outcome, Outcome::Granted { .. }) {
-            admission.refused();
-        }
         Ok((decision, admission))
+    }
+
+    /// One decision where accounts are limited: run by run of the order of preference, until one is granted or the
+    /// caller's own limits refuse.
+    async fn decide_in_turn(
+        &self,
+        model: &ModelEntry,
+        groups: &Groups,
+        whole: &Acquire,
+        queue: Option<&QueueId>,
+        patience: &Patience,
+        entries: &[&ScopeEntry],
+    ) -> Result<(Decision, Admission), GatewayError> {
+        let ledger = &self.gateway.ledger;
+        let mut round = groups.round(whole, |scopes| ledger.waiting.is_awaited(scopes, queue));
+        let mut last = None;
+        while let Some((run, call)) = round.next() {
+            let (decision, admission) = self.decide(model, call).await?;
+            if let Some(decision) = round.heard(&run, decision) {
+                for refused in round.refused() {
+                    self.gateway.metrics.pulse.decided(entries, refused);
+                }
+                return Ok((decision, admission));
+            }
+            last = Some(admission);
+        }
+        let max_wait = |scope: usize| patience.scopes.get(scope).copied().unwrap_or_default();
+        Ok((round.refusal(max_wait), last.ok_or(GatewayError::Internal)?))
     }
 }
 

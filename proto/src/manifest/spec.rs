@@ -75,6 +75,7 @@ mirror! {
         admin_state: AdminState,
         connection: Option<ConnectionSettings>,
         priority: u32,
+        account: String,
     }
     ConnectionSettings of ConnectionSettings {
         max_idle: u32,
@@ -117,6 +118,7 @@ mirror! {
         tenant: String,
         model: String,
         api_key: String,
+        account: String,
     }
     DescriptorRule of DescriptorRuleSpec {
         domain: String,

@@ -88,6 +88,7 @@ fn every_kind() -> Vec<v1::Resource> {
                 health_path: "/ready".into(),
             }),
             priority: 2,
+            account: "openai".into(),
         }),
         Spec::Model(v1::ModelSpec {
             pool: "p".into(),
@@ -120,7 +121,12 @@ fn every_kind() -> Vec<v1::Resource> {
             limits: rates(),
         }),
         Spec::Limit(v1::LimitSpec {
-            selector: Some(v1::LimitSelector { tenant: "t".into(), model: "m".into(), api_key: "k".into() }),
+            selector: Some(v1::LimitSelector {
+                tenant: "t".into(),
+                model: "m".into(),
+                api_key: "k".into(),
+                ..Default::default()
+            }),
             rates: rates(),
         }),
     ];
@@ -135,7 +141,10 @@ fn every_kind() -> Vec<v1::Resource> {
         Spec::Model(v1::ModelSpec { pool: "p".into(), ..Default::default() }),
         Spec::Tenant(v1::TenantSpec::default()),
         Spec::ApiKey(v1::ApiKeySpec { tenant: "t".into(), ..Default::default() }),
-        Spec::Limit(v1::LimitSpec { selector: None, rates: Some(v1::Rates::default()) }),
+        Spec::Limit(v1::LimitSpec {
+            selector: Some(v1::LimitSelector { account: "a".into(), ..Default::default() }),
+            rates: Some(v1::Rates::default()),
+        }),
     ];
     full.into_iter()
         .zip(["1", "true", "4.1", "null", "0x1f", "1e5"])

@@ -224,6 +224,12 @@ impl ScopePattern {
             model: name("model", &w.model),
             api_key: name("api_key", &w.api_key),
         };
+        if !w.account.is_empty() {
+            check.violation(
+                &format!("{path}.account"),
+                "cannot be consumed by a rule: a proxy does not say which backend it will use",
+            );
+        }
         match (w.tenant.is_empty(), w.model.is_empty(), w.api_key.is_empty()) {
             (true, _, false) => {
                 check.violation(&format!("{path}.tenant"), "must be set with api_key: whose key it is");

@@ -91,6 +91,37 @@ fn rates_out_of_a_doubles_range_are_refused() {
 }
 
 #[test]
+fn an_accounts_limit_goes_alone_or_with_a_model() {
+    let selector = |tenant: &str, model: &str, api_key: &str| v1::LimitSelector {
+        tenant: tenant.into(),
+        model: model.into(),
+        api_key: api_key.into(),
+        account: "openai".into(),
+    };
+    let limit = |selector, rates| {
+        let spec = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
+        resource("l", v1::resource::Spec::Limit(spec))
+    };
+    let rates = v1::Rates { requests_per_minute: Some(1), ..Default::default() };
+    for (tenant, model) in [("", ""), ("", "m")] {
+        Resource::try_from(&limit(selector(tenant, model, ""), rates)).expect("valid");
+    }
+    let whose = [selector("t", "", ""), selector("", "m", "k"), selector("t", "m", "k")];
+    let fields = ["limit.selector.tenant", "limit.selector.api_key", "limit.selector.tenant"];
+    for (selector, field) in whose.into_iter().zip(fields) {
+        let wrong = limit(selector, rates);
+        assert_eq!(paths(&wrong), [field]);
+        let found = Resource::try_from(&wrong).expect_err("is invalid").to_string();
+        assert!(found.contains("whoever asks"), "{found}");
+    }
+    let budget = v1::Budget { micro_dollars: 1, period: 0 };
+    let spent = limit(selector("", "", ""), v1::Rates { budget: Some(budget), ..rates });
+    assert_eq!(paths(&spent), ["limit.rates.budget"]);
+    let odd = v1::BackendSpec { account: "Open AI".into(), ..backend() };
+    assert_eq!(paths(&resource("b", v1::resource::Spec::Backend(odd))), ["backend.account"]);
+}
+
+#[test]
 fn zero_and_negative_durations_are_refused() {
     for d in [prost_types::Duration::default(), prost_types::Duration { seconds: -1, nanos: 0 }] {
         let spec = v1::PoolSpec {

@@ -1,8 +1,8 @@
 //! Calls whose keys live in several slots of a Cluster: one script call per slot, in a fixed order.
 //!
-//! Groups go from the most selective scope to the widest: tenant, model, everything, then the candidate backends one
-//! by one; but those that refused lately come first, and backends that were full lately are looked at before anything is
-//! charged. A refusal undoes the groups that had granted, exactly: what they charged is credited, their leases and
+//! Groups go from the most selective scope to the widest: tenant, model, account, everything, then the candidate backends
+//! one by one; but those that refused lately come first, and backends that were full lately are looked at before anything
+//! is charged. A refusal undoes the groups that had granted, exactly: what they charged is credited, their leases and
 //! records are removed. So no limit is ever exceeded, and all that can be seen from outside is a charge that stands
 //! for the moment between grant and undoing. Each group is idempotent by the reservation's id, and so is the whole.
 
@@ -428,14 +428,16 @@ mod tests {
         };
         let scopes = [
             of(Scope::Global),
+            of(Scope::Account("x")),
             of(Scope::Model("m")),
+            of(Scope::AccountModel { account: "x", model: "m" }),
             of(Scope::ApiKey { tenant: "t", key: "k" }),
             of(Scope::Tenant("t")),
         ];
         let groups = groups(&scopes);
         let order: Vec<_> = groups.iter().map(|g| (g.tag.as_str(), g.scopes.as_slice())).collect();
-        assert_eq!(order, [("t:t", &[2, 3][..]), ("m:m", &[1]), ("g", &[0])]);
-        assert!(is_whole(scopes[2..].iter().map(|s| &s.record)));
+        assert_eq!(order, [("t:t", &[4, 5][..]), ("m:m", &[2]), ("a:x", &[1, 3]), ("g", &[0])]);
+        assert!(is_whole(scopes[4..].iter().map(|s| &s.record)));
         assert!(!is_whole(scopes.iter().map(|s| &s.record)));
     }
 }

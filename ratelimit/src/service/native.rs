@@ -15,8 +15,8 @@ use weir_proto::v1::limit_service_server::LimitService;
 
 use super::metrics::Metrics;
 use super::wire::{Check, duration, limit_states, refusal};
-use crate::waiting::{Patience, Priority, Waiting};
-use crate::{Acquire, AnyLimiter, Limiter, Outcome, Renewal, Settle};
+use crate::waiting::{Alternatives, Patience, Priority, QueueId, Waiting};
+use crate::{Acquire, AnyLimiter, Error, Limiter, Outcome, Renewal, Settle};
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -74,11 +74,13 @@ impl Native {
             scopes: call.scopes.iter().map(|_| max_wait).collect(),
             slots: None,
             bytes: 0,
+            alternatives: Alternatives::new(),
         };
         let decision = match max_wait.is_zero() {
             true => self.limiter.acquire(&call).await.map_err(|e| refusal(&e))?,
             false => {
-                let ask = async || self.limiter.acquire(&call).await.map(|decision| (decision, ()));
+                let ask =
+                    |_: Option<&QueueId>| async { Ok::<_, Error>((self.limiter.acquire(&call).await?, ())) };
                 self.waiting.acquire(&call, &patience, ask).await.map_err(|e| refusal(&e))?.decision
             }
         };

@@ -101,6 +101,8 @@ impl Rules {
             Spec::ApiKey(spec) => {
                 (Scope::ApiKey { tenant: spec.tenant.as_str(), key: name }, spec.limits.as_ref())
             }
+            // No proxy says which backend it will use, so no rule consumes an account's limits.
+            Spec::Limit(spec) if spec.account.is_some() => return Ok(()),
             Spec::Limit(spec) => match (&spec.tenant, &spec.model, &spec.api_key) {
                 (None, None, None) => (Scope::Global, Some(&spec.rates)),
                 (Some(tenant), Some(model), None) => {
@@ -181,7 +183,7 @@ const fn varies(entry: &EntryPattern) -> bool {
 
 const fn kind_of(scope: Scope<'_>) -> &'static str {
     match scope {
-        Scope::Global | Scope::TenantModel { .. } => "limit",
+        Scope::Global | Scope::TenantModel { .. } | Scope::Account(_) | Scope::AccountModel { .. } => "limit",
         Scope::Model(_) => "model",
         Scope::Tenant(_) => "tenant",
         Scope::ApiKey { .. } => "api_key",

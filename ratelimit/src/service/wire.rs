@@ -124,13 +124,28 @@ impl Check {
     }
 
     fn scope<'a>(&mut self, path: &str, selector: &'a v1::LimitSelector) -> Option<Scope<'a>> {
-        let v1::LimitSelector { tenant, model, api_key } = selector;
-        for (field, text) in [("tenant", tenant), ("model", model), ("api_key", api_key)] {
+        let v1::LimitSelector { tenant, model, api_key, account } = selector;
+        for (field, text) in
+            [("tenant", tenant), ("model", model), ("api_key", api_key), ("account", account)]
+        {
             if let Err(message) = Name::parse(text)
                 && !text.is_empty()
             {
                 self.wrong(format!("{path}.{field}"), message);
             }
+        }
+        if !account.is_empty() {
+            return match (tenant.as_str(), model.as_str(), api_key.as_str()) {
+                ("", "", "") => Some(Scope::Account(account)),
+                ("", model, "") => Some(Scope::AccountModel { account, model }),
+                _ => {
+                    self.wrong(
+                        path,
+                        "an account goes alone or with a model: it is the provider's, not a tenant's",
+                    );
+                    None
+                }
+            };
         }
         match (tenant.as_str(), model.as_str(), api_key.as_str()) {
             ("", "", "") => Some(Scope::Global),

@@ -52,8 +52,9 @@ impl Process {
                 scopes: SmallVec::new(),
                 slots: Some(SlotPatience { queue: "m".into(), max_wait, bound: 1000 }),
                 bytes: 0,
+                alternatives: Alternatives::new(),
             };
-            let ask = || async {
+            let ask = |_: Option<&QueueId>| async {
                 sleep(TRIP).await;
                 Ok::<_, Error>((limiter.acquire(&call).await?, ()))
             };

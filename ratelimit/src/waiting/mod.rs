@@ -16,6 +16,7 @@ mod tests;
 mod wait;
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use tokio::time::Instant;
 
 pub use self::queue::{BYTES_MAX, Entry, Full, Note, Outlook, QueueId, Queues, Turn, WAITERS_MAX};
 use self::wait::Wait;
-use crate::{Acquire, Decision, Key, Outcome};
+use crate::{Acquire, Decision, Key, Outcome, ScopeLimits};
 
 /// Most waiters of one limit's queue.
 pub const LIMIT_QUEUE_MAX: usize = 1000;
@@ -79,7 +80,13 @@ pub struct Patience {
     pub slots: Option<SlotPatience>,
     /// What the caller keeps in memory meanwhile.
     pub bytes: u64,
+    /// Places of the call's scopes of which one run must have room, not all: limits of accounts that can stand in for
+    /// each other. Scopes in none of them must have room in any case. Empty: all must.
+    pub alternatives: Alternatives,
 }
+
+/// Runs of scopes, by their places in a call, that can stand in for each other.
+pub type Alternatives = SmallVec<[Range<usize>; 2]>;
 
 /// How to wait for a slot.
 #[derive(Debug, Clone)]
@@ -166,6 +173,17 @@ impl Waiting {
         self.len() == 0
     }
 
+    /// Whether somebody waits for one of these limits, in a queue other than `own`.
+    pub fn is_awaited(&self, scopes: &[ScopeLimits], own: Option<&QueueId>) -> bool {
+        let queues = self.queues();
+        if queues.is_empty() {
+            return false;
+        }
+        let ids =
+            scopes.iter().flat_map(|scope| [&scope.record, &scope.leases]).map(|k| QueueId::Limit(k.clone()));
+        ids.into_iter().any(|id| Some(&id) != own && queues.has(&id))
+    }
+
     /// These records and lease sets have room again: the heads that wait for them ask at once.
     pub fn released<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
         let woken = self.queues().release(keys);
@@ -186,7 +204,9 @@ impl Waiting {
     }
 
     /// Asks, and waits in turn as long as it is refused and patience lasts. `ask` must decide `call` as it stands at
-    /// that time under the same id; what it gives beside the decision is passed on.
+    /// that time; what it gives beside the decision is passed on. It is told at the head of which queue the call
+    /// stands, so that it can pass over alternatives that others wait for ([`Waiting::is_awaited`]). Where all
+    /// alternatives refuse, its decision must name the limits of the one to wait for, and of no other.
     ///
     /// Cancel-safe: a dropped caller leaves its queue.
     ///
@@ -196,7 +216,7 @@ impl Waiting {
         &self,
         call: &Acquire,
         patience: &Patience,
-        mut ask: impl FnMut() -> F,
+        mut ask: impl FnMut(Option<&QueueId>) -> F,
     ) -> Result<Waited<T>, E>
     where
         F: Future<Output = Result<(Decision, T), E>>,
@@ -215,7 +235,7 @@ impl Waiting {
                 return Ok(wait.refused(decision, with, GaveUp::Expired));
             }
             let seen = self.queues().releases();
-            let (decision, with) = ask().await?;
+            let (decision, with) = ask(wait.queue()).await?;
             if matches!(decision.outcome, Outcome::Granted { .. }) {
                 return Ok(wait.granted(decision, with));
             }

@@ -50,6 +50,8 @@ pub struct Entry<H> {
     /// The lease sets it could have a place in, and the places of each: of backends for a queue of slots, of a scope for
     /// its concurrency. Empty for buckets.
     pub places: Vec<(Key, u32)>,
+    /// What else has room for it when it is released: the slots of a queue of slots, and other accounts.
+    pub wakes: Vec<Key>,
     /// How it is woken.
     pub handle: H,
 }
@@ -95,6 +97,7 @@ struct Waiter<H> {
     cost: Cost,
     bytes: u64,
     places: Vec<(Key, u32)>,
+    wakes: Vec<Key>,
     due: u64,
     handle: H,
 }
@@ -266,8 +269,8 @@ impl<H: Clone> Queues<H> {
         if flow.waiters.is_empty() {
             flow.clock = flow.clock.max(clock);
         }
-        let Entry { cost, bytes: held, places, handle, .. } = entry;
-        flow.waiters.push_back(Waiter { number, cost, bytes: held, places, due, handle });
+        let Entry { cost, bytes: held, places, wakes, handle, .. } = entry;
+        flow.waiters.push_back(Waiter { number, cost, bytes: held, places, wakes, due, handle });
         self.len += 1;
         self.bytes = bytes;
         Ok(number)
@@ -289,11 +292,11 @@ impl<H: Clone> Queues<H> {
     /// The head was refused and is due again at that moment, or at once if what it waits for was released since
     /// `seen`.
     pub fn postpone(&mut self, id: &QueueId, number: u64, due: u64, seen: u64, note: Option<Note>) {
-        let mut places = Vec::new();
+        let mut wakes = Vec::new();
         if let Some(waiter) = self.queues.get_mut(id).and_then(|queue| queue.find(number)) {
-            places.clone_from(&waiter.places);
+            wakes.clone_from(&waiter.wakes);
         }
-        let due = if self.released_since(seen, id, &places) { 0 } else { due };
+        let due = if self.released_since(seen, id, &wakes) { 0 } else { due };
         if let Some(queue) = self.queues.get_mut(id) {
             queue.hold.asked(false);
             queue.note = note.or(queue.note);
@@ -339,10 +342,8 @@ impl<H: Clone> Queues<H> {
                 continue;
             }
             for (id, queue) in &mut self.queues {
-                let waits = match id {
-                    QueueId::Limit(waited) => waited == key,
-                    QueueId::Slots(_) => queue.head().is_some_and(|head| head.places_of(key).is_some()),
-                };
+                let own = matches!(id, QueueId::Limit(waited) if waited == key);
+                let waits = own || queue.head().is_some_and(|head| head.wakes.contains(key));
                 if waits && let Some(head) = queue.head_mut() {
                     head.due = 0;
                     woken.push(head.handle.clone());
@@ -371,16 +372,14 @@ impl<H: Clone> Queues<H> {
 
     /// Whether what a queue waits for was released after the first `seen` releases. Says yes when it is too long ago
     /// to know.
-    pub fn released_since(&self, seen: u64, id: &QueueId, places: &[(Key, u32)]) -> bool {
+    pub fn released_since(&self, seen: u64, id: &QueueId, wakes: &[Key]) -> bool {
         let missed = self.releases.saturating_sub(seen);
         let Ok(missed) = usize::try_from(missed) else { return true };
         if missed > self.released.len() {
             return true;
         }
-        self.released.iter().rev().take(missed).any(|key| match id {
-            QueueId::Limit(waited) => waited == key,
-            QueueId::Slots(_) => places.iter().any(|(place, _)| place == key),
-        })
+        let waited = |key: &Key| matches!(id, QueueId::Limit(waited) if waited == key);
+        self.released.iter().rev().take(missed).any(|key| waited(key) || wakes.contains(key))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Order, fairness, bounds and wake-ups, with time paused and the limiter in memory.
 
+mod alternatives;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -72,12 +74,13 @@ fn patience(tenant: &str, wait: Duration) -> Patience {
         scopes: SmallVec::from_elem(wait, 4),
         slots: Some(SlotPatience { queue: "m".into(), max_wait: wait, bound: 3 }),
         bytes: 10,
+        alternatives: Alternatives::new(),
     }
 }
 
 impl Process {
     async fn ask(&self, call: &Acquire, patience: &Patience) -> Waited<()> {
-        let ask = || async {
+        let ask = |_: Option<&QueueId>| async {
             self.asks.fetch_add(1, Ordering::Relaxed);
             Ok::<_, Error>((self.limiter.acquire(call).await?, ()))
         };
@@ -296,7 +299,7 @@ async fn a_release_while_the_head_is_asking_is_not_lost() {
     let asked = AtomicUsize::new(0);
     let call = call(&[], 1, slot(1));
     let began = Instant::now();
-    let ask = || async {
+    let ask = |_: Option<&QueueId>| async {
         let outcome = match asked.fetch_add(1, Ordering::Relaxed) {
             0 => {
                 // Decided: no slot. Freed before the answer is back.
@@ -360,6 +363,7 @@ fn coming_and_going_gains_a_tenant_nothing() {
         cost: Cost::of_request(1, 0, 0),
         bytes: 0,
         places: vec![],
+        wakes: vec![],
         handle: (),
     };
     let many: Vec<u64> = (0..10).map(|_| queues.join(&id, entry("a"), 100, 0).unwrap()).collect();

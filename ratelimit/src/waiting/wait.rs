@@ -1,5 +1,6 @@
 //! One call's way through the queues.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,18 +70,42 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// Every queue this call could have to stand in, with the longest wait and the bound of each.
+    /// Every queue this call must not pass, with the longest wait and the bound of each.
     fn queues_of(&self) -> impl Iterator<Item = (QueueId, Duration, usize)> + '_ {
-        let scopes = self.call.scopes.iter().enumerate().filter(|(_, scope)| scope.mode == Mode::Enforce);
-        let limits = scopes.flat_map(|(index, scope)| {
-            let max_wait = self.max_wait(index);
+        let needed = (0..self.call.scopes.len()).filter(|at| !self.is_alternative(*at));
+        let limits = needed.flat_map(|at| self.limit_queues(at..at + 1));
+        let slots = self.patience.slots.iter();
+        limits.chain(slots.map(|s| (QueueId::Slots(s.queue.clone()), s.max_wait, s.bound)))
+    }
+
+    /// At the head of which queue it stands when its turn has come.
+    pub(super) fn queue(&self) -> Option<&QueueId> {
+        self.seat.as_ref().map(|seat| &seat.id)
+    }
+
+    fn is_alternative(&self, scope: usize) -> bool {
+        self.patience.alternatives.iter().any(|run| run.contains(&scope))
+    }
+
+    /// Whether this is the queue of a limit that another one can stand in for.
+    fn is_of_alternative(&self, id: &QueueId) -> bool {
+        let QueueId::Limit(key) = id else { return false };
+        let of =
+            |scope: usize| self.call.scopes.get(scope).is_some_and(|s| s.record == *key || s.leases == *key);
+        self.patience.alternatives.iter().cloned().flatten().any(of)
+    }
+
+    /// The queues of these scopes.
+    fn limit_queues(&self, scopes: Range<usize>) -> impl Iterator<Item = (QueueId, Duration, usize)> + '_ {
+        let scopes = scopes.filter_map(|at| self.call.scopes.get(at).map(|scope| (at, scope)));
+        let enforced = scopes.filter(|(_, scope)| scope.mode == Mode::Enforce);
+        enforced.flat_map(|(at, scope)| {
+            let max_wait = self.max_wait(at);
             let buckets = scope.buckets.iter().any(Option::is_some).then_some(&scope.record);
             let leases = scope.concurrency.is_some().then_some(&scope.leases);
             let keys = buckets.into_iter().chain(leases);
             keys.map(move |key| (QueueId::Limit(key.clone()), max_wait, LIMIT_QUEUE_MAX))
-        });
-        let slots = self.patience.slots.iter();
-        limits.chain(slots.map(|s| (QueueId::Slots(s.queue.clone()), s.max_wait, s.bound)))
+        })
     }
 
     fn max_wait(&self, scope: usize) -> Duration {
@@ -95,10 +120,20 @@ impl<'a> Wait<'a> {
             if queues.is_empty() {
                 return Ok(());
             }
-            self.queues_of().filter(|(id, ..)| queues.has(id)).find_map(|(id, max_wait, bound)| {
+            let behind = |(id, max_wait, bound): (QueueId, Duration, usize)| {
                 let Patience { tenant, priority, .. } = self.patience;
-                let outlook = queues.outlook(&id, tenant, *priority, &self.call.cost)?;
+                let outlook =
+                    queues.has(&id).then(|| queues.outlook(&id, tenant, *priority, &self.call.cost))??;
                 (outlook.ahead > 0).then_some((id, max_wait, bound, outlook))
+            };
+            let needed = self.queues_of().find_map(behind);
+            needed.or_else(|| {
+                // Only when somebody waits for each of them; then where it would fit first.
+                let runs = self.patience.alternatives.iter().cloned();
+                let found: Option<Vec<_>> = runs.map(|run| self.limit_queues(run).find_map(behind)).collect();
+                found?
+                    .into_iter()
+                    .min_by_key(|(.., outlook)| (outlook.fits_at.is_none(), outlook.fits_at, outlook.ahead))
             })
         };
         let Some((id, max_wait, bound, outlook)) = found else { return Ok(()) };
@@ -118,7 +153,10 @@ impl<'a> Wait<'a> {
     }
 
     fn until(&self, id: &QueueId, max_wait: Duration, now: Instant) -> Instant {
-        let since = self.since.iter().find(|(known, _)| known == id).map_or(now, |(_, since)| *since);
+        // Going from one alternative to another gains no time either.
+        let of_alternative = self.is_of_alternative(id);
+        let same = |known: &QueueId| known == id || of_alternative && self.is_of_alternative(known);
+        let since = self.since.iter().find(|(known, _)| same(known)).map_or(now, |(_, since)| *since);
         (since + max_wait).min(self.patience.deadline)
     }
 
@@ -135,12 +173,20 @@ impl<'a> Wait<'a> {
                 scope.and_then(|scope| Some((key.clone(), scope.concurrency?))).into_iter().collect()
             }
         };
+        let wakes = match &id {
+            QueueId::Slots(_) => self.wakes(),
+            QueueId::Limit(_) if self.patience.alternatives.len() > 1 && self.is_of_alternative(&id) => {
+                self.wakes()
+            }
+            QueueId::Limit(_) => Vec::new(),
+        };
         let entry = Entry {
             tenant: tenant.clone(),
             priority: *priority,
             cost: self.call.cost,
             bytes: *bytes,
             places,
+            wakes,
             handle: handle.clone(),
         };
         let mut queues = self.waiting.queues();
@@ -155,6 +201,14 @@ impl<'a> Wait<'a> {
         let (waiting, tenant) = (self.waiting, tenant.clone());
         self.seat = Some(Seat { waiting, tenant, id, number, handle, until, served: false });
         Ok(())
+    }
+
+    /// What has room for it when it is released: every slot and every alternative.
+    fn wakes(&self) -> Vec<Key> {
+        let slots = self.call.candidates.iter().map(|candidate| &candidate.leases);
+        let scopes = self.patience.alternatives.iter().cloned().flatten();
+        let scopes = scopes.filter_map(|at| self.call.scopes.get(at));
+        slots.chain(scopes.flat_map(|scope| [&scope.record, &scope.leases])).cloned().collect()
     }
 
     /// Waits for its turn; false when patience ended before it came.

@@ -62,7 +62,8 @@ suite! {
     settlement:
         credit_returns_what_was_not_used, debit_goes_into_bounded_debt, settling_twice_applies_once,
         a_cancelled_acquire_that_comes_late_is_refused, an_unknown_reservation_is_debited_once,
-        scopes_of_different_size_settle_exactly, credit_never_goes_below_empty,
+        scopes_of_different_size_settle_exactly,
+        an_account_refuses_and_settles_with_the_requests_own_scopes, credit_never_goes_below_empty,
         a_settlement_after_expiry_gives_no_credit;
     usage:
         usage_is_counted_once_with_its_settlement, usage_without_limits_is_counted_once,

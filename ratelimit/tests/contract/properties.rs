@@ -12,12 +12,15 @@ use weir_ratelimit::*;
 use crate::harness::*;
 use crate::model::{Ends, Expected, Model, Moment, Said};
 
-/// A tenant, its key, its use of a model, the model, and everything: every product there is.
-const SCOPES: [Scope<'static>; 5] = [
+/// A tenant, its key, its use of a model, the model, an account, its use for the model, and everything: every product
+/// there is.
+const SCOPES: [Scope<'static>; 7] = [
     Scope::Tenant("acme"),
     Scope::ApiKey { tenant: "acme", key: "k1" },
     Scope::TenantModel { tenant: "acme", model: "m" },
     Scope::Model("m"),
+    Scope::Account("x"),
+    Scope::AccountModel { account: "x", model: "m" },
     Scope::Global,
 ];
 const SLOTS: [&str; 3] = ["a", "b", "c"];
@@ -108,7 +111,7 @@ fn a_cost() -> impl Strategy<Value = [u64; Kind::COUNT]> {
 fn an_op(longest: u64) -> impl Strategy<Value = Op> {
     let which = any::<usize>;
     prop_oneof![
-        8 => (1u8..32, a_cost(), any::<bool>(), 0u8..8)
+        8 => (1u8..128, a_cost(), any::<bool>(), 0u8..8)
             .prop_map(|(scopes, cost, estimated, slots)| Op::Acquire { scopes, cost, estimated, slots }),
         1 => (1u8..32, a_cost()).prop_map(|(scopes, actual)| Op::Early { scopes, actual }),
         1 => which().prop_map(|which| Op::Again { which }),
@@ -117,10 +120,10 @@ fn an_op(longest: u64) -> impl Strategy<Value = Op> {
         1 => (which(), 0u8..8).prop_map(|(which, slots)| Op::Move { which, slots }),
         1 => which().prop_map(|which| Op::Release { which }),
         1 => which().prop_map(|which| Op::Renew { which }),
-        2 => (0usize..5, 0usize..5, maybe(a_bucket()))
+        2 => (0usize..7, 0usize..5, maybe(a_bucket()))
             .prop_map(|(scope, kind, bucket)| Op::Edit { scope, kind, bucket }),
-        1 => (0usize..5, maybe(0u32..4)).prop_map(|(scope, most)| Op::EditConcurrency { scope, most }),
-        1 => (0usize..5, any::<bool>()).prop_map(|(scope, shadow)| Op::EditMode { scope, shadow }),
+        1 => (0usize..7, maybe(0u32..4)).prop_map(|(scope, most)| Op::EditConcurrency { scope, most }),
+        1 => (0usize..7, any::<bool>()).prop_map(|(scope, shadow)| Op::EditMode { scope, shadow }),
         1 => (0usize..3, 0u32..4).prop_map(|(slot, most)| Op::EditSlots { slot, most }),
         2 => (0..longest).prop_map(|us| Op::Pass { us }),
         1 => (0..longest / 1000 + 1).prop_map(|us| Op::Pass { us }),
@@ -133,7 +136,7 @@ fn a_case(longest: u64) -> impl Strategy<Value = Case> {
     let limits = (buckets, maybe(0u32..6), prop::bool::weighted(0.2))
         .prop_map(|(buckets, concurrency, shadow)| Limits { buckets, concurrency, shadow });
     let ops = prop::collection::vec(an_op(longest), 1..60);
-    (prop::collection::vec(limits, 5..=5), [0u32..4, 0u32..4, 0u32..4], ops)
+    (prop::collection::vec(limits, 7..=7), [0u32..4, 0u32..4, 0u32..4], ops)
         .prop_map(|(scopes, slots, ops)| Case { scopes, slots, ops })
 }
 

@@ -102,6 +102,37 @@ pub(crate) async fn scopes_of_different_size_settle_exactly(world: World) {
     assert_eq!(settled.limits.iter().map(|l| l.remaining).collect::<Vec<_>>(), [9_940, 40]);
 }
 
+/// As gateways use it: an account's scopes after the request's own, and settled by the scopes of both.
+pub(crate) async fn an_account_refuses_and_settles_with_the_requests_own_scopes(world: World) {
+    let of = |scope: Scope<'_>, capacity| {
+        let mut limits = limited("any", Kind::Tokens, still(capacity));
+        (limits.record, limits.leases) = scope_keys(scope);
+        limits.concurrency = Some(2);
+        limits
+    };
+    let under = |tenant: &str| -> Scopes {
+        let account = [
+            of(Scope::Account("x"), 100),
+            of(Scope::AccountModel { account: "x", model: "m" }, 90),
+            of(Scope::Global, 10_000),
+        ];
+        std::iter::once(of(Scope::Tenant(tenant), 1000)).chain(account).collect()
+    };
+    let stands = async |tenant: &str| -> Vec<u64> {
+        world.peek(&under(tenant)).await.iter().map(|limit| limit.remaining).collect()
+    };
+    let first = tokens(under("acme"), 80);
+    assert!(granted(&world.acquire(&first).await));
+    let refused = world.acquire(&tokens(under("zenith"), 20)).await;
+    assert_eq!(refused.outcome, Outcome::Limited { wait: None }, "a bucket that does not drain");
+    let verdicts: Vec<_> =
+        refused.limits.iter().filter(|l| l.verdict != Verdict::Fits).map(|l| l.scope).collect();
+    assert_eq!(verdicts, [2], "the account has room, but not for this model");
+    assert_eq!(stands("zenith").await, [1000, 2, 20, 1, 10, 1, 9920, 1], "a refusal writes nothing");
+    assert!(world.settle(&first, used(30), None).await.applied);
+    assert_eq!(stands("acme").await, [970, 2, 70, 2, 60, 2, 9970, 2]);
+}
+
 pub(crate) async fn credit_never_goes_below_empty(world: World) {
     let scopes: Scopes =
         smallvec![limited("acme", Kind::Tokens, bucket(100, 1_000_000, Duration::from_secs(1)))];

@@ -149,7 +149,15 @@ async fn leases_are_renewed_released_and_lost(service: Service) {
 async fn every_mistake_is_told_with_its_field(service: Service) {
     let mut client = service.native();
     let selector = |tenant: &str, model: &str, api_key: &str| {
-        Some(v1::LimitSelector { tenant: tenant.into(), model: model.into(), api_key: api_key.into() })
+        Some(v1::LimitSelector {
+            tenant: tenant.into(),
+            model: model.into(),
+            api_key: api_key.into(),
+            ..Default::default()
+        })
+    };
+    let account = |tenant: &str, model: &str| {
+        selector(tenant, model, "").map(|s| v1::LimitSelector { account: "openai".into(), ..s })
     };
     let fine = rates(|r| r.requests_per_minute = Some(1));
     let scoped = |scope, rates| v1::ScopedRates { scope, rates };
@@ -165,6 +173,8 @@ async fn every_mistake_is_told_with_its_field(service: Service) {
             scoped(selector("a", "", ""), Some(rates(|r| r.burst_multiplier = Some(0.5)))),
             scoped(selector("b", "", ""), Some(fine)),
             scoped(selector("b", "", ""), Some(fine)),
+            scoped(account("b", ""), Some(fine)),
+            scoped(account("", "m"), Some(fine)),
         ],
         lease_ttl: Some(prost_types::Duration { seconds: 7200, nanos: 0 }),
         max_wait: None,
@@ -181,6 +191,7 @@ async fn every_mistake_is_told_with_its_field(service: Service) {
         "scopes[3].rates",
         "scopes[4].rates.burst_multiplier",
         "scopes[6].scope",
+        "scopes[7].scope",
         "lease_ttl",
     ];
     assert_eq!(fields, expected, "{}", status.message());

@@ -85,11 +85,48 @@ fn models_keep_their_name_price_limit_and_fallbacks() {
     };
     let gpt = model("gpt-4o").expect("there");
     assert_eq!((gpt.input_price_micro_dollars, gpt.output_price_micro_dollars), (2_500_000, 10_000_000));
-    assert_eq!(gpt.limits.expect("a limit").requests_per_minute, Some(300));
+    assert_eq!(gpt.limits, None, "limits are the deployments' own");
     assert_eq!(gpt.fallbacks, ["llama-3"]);
     assert_eq!(gpt.timeouts.and_then(|t| t.total).map(|d| d.seconds), Some(45));
     assert_eq!(model("llama-3").expect("there").client_name, "Llama 3");
     assert!(model("claude-bedrock").is_none());
+}
+
+#[test]
+fn what_a_deployment_limits_is_an_account_of_its_own() {
+    let import = imported();
+    let limits: Vec<_> = import
+        .resources
+        .iter()
+        .filter_map(|r| match &r.spec {
+            Some(Spec::Limit(spec)) => Some((spec.selector.clone()?, spec.rates?.requests_per_minute?)),
+            _ => None,
+        })
+        .map(|(selector, rate)| (selector.account, selector.model, rate))
+        .collect();
+    let of = |account: &str, rate| (account.to_owned(), "gpt-4o".to_owned(), rate);
+    assert_eq!(limits, [of("api.openai.com", 200), of("eu.api.openai.com", 100)]);
+    let backends = import.resources.iter().filter_map(|r| match &r.spec {
+        Some(Spec::Backend(spec)) => Some((r.name.as_str(), spec.account.as_str())),
+        _ => None,
+    });
+    let accounts = ["eu.api.openai.com", "api.openai.com"].map(|name| (name, name));
+    assert_eq!(backends.collect::<Vec<_>>(), [accounts[0], accounts[1], ("10.0.0.5", "")]);
+    assert!(note(&import, "model_list[1].litellm_params").contains("the account api.openai.com"));
+}
+
+#[test]
+fn slots_of_one_deployment_are_not_shared_with_another_model() {
+    let entry = |name: &str| {
+        format!(
+            "  - model_name: {name}\n    litellm_params: {{ model: openai/{name}, api_key: os.environ/K, \
+             max_parallel_requests: 4, tpm: 12.5 }}\n"
+        )
+    };
+    let import = import(&format!("model_list:\n{}{}", entry("a"), entry("b")), "f.yaml").expect("readable");
+    let backends = import.resources.iter().filter(|r| matches!(r.spec, Some(Spec::Backend(_))));
+    assert_eq!(backends.count(), 2);
+    assert!(note(&import, "model_list[0].litellm_params.tpm").contains("whole numbers"));
 }
 
 #[test]

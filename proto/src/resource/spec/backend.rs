@@ -56,11 +56,14 @@ pub struct Backend {
     pub health_path: String,
     /// For the priority policy; the lowest comes first.
     pub priority: u32,
+    /// The provider's account it bills.
+    pub account: Option<Name>,
 }
 
 impl Backend {
     pub(in crate::resource) fn judge(w: &v1::BackendSpec, check: &mut Check) -> Option<Self> {
         let pool = check.name("pool", &w.pool);
+        let account = if w.account.is_empty() { None } else { check.name("account", &w.account) };
         let url = judge_url(&w.url, check);
         check.text("region", &w.region, Name::MAX_BYTES);
         let mut models = BTreeMap::new();
@@ -102,6 +105,7 @@ impl Backend {
             idle_timeout: check.duration("connection.idle_timeout", c.idle_timeout.as_ref(), secs(60), DAY),
             health_path,
             priority: check.range("priority", w.priority, 0, 100),
+            account,
         };
         Some(backend)
     }

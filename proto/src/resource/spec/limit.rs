@@ -16,6 +16,8 @@ pub struct Limit {
     pub model: Option<Name>,
     /// Requests with this API key.
     pub api_key: Option<Name>,
+    /// Requests to backends that bill this account; alone or with `model`.
+    pub account: Option<Name>,
     /// How much.
     pub rates: Rates,
 }
@@ -26,16 +28,28 @@ impl Limit {
         let mut name = |path: &str, text: &str| {
             if text.is_empty() { None } else { check.name(path, text) }
         };
-        let (tenant, model, api_key) = (
+        let (tenant, model, api_key, account) = (
             name("selector.tenant", &selector.tenant),
             name("selector.model", &selector.model),
             name("selector.api_key", &selector.api_key),
+            name("selector.account", &selector.account),
         );
+        if !selector.account.is_empty() && !(selector.tenant.is_empty() && selector.api_key.is_empty()) {
+            let path = if selector.tenant.is_empty() { "selector.api_key" } else { "selector.tenant" };
+            check.violation(
+                path,
+                "cannot be with account: a provider limits its account whoever asks; \
+                 limit the tenant or key in its own limits",
+            );
+        }
         let rates = Rates::judge("rates", w.rates.as_ref(), check);
         if rates.is_none() {
             check.violation("rates", "must be set");
         }
-        Self { tenant, model, api_key, rates: rates.unwrap_or_default() }
+        if !selector.account.is_empty() && rates.as_ref().is_some_and(|rates| rates.budget.is_some()) {
+            check.violation("rates.budget", "cannot be of an account; budget the tenants, keys or models");
+        }
+        Self { tenant, model, api_key, account, rates: rates.unwrap_or_default() }
     }
 }
 

@@ -1,0 +1,335 @@
+//! What is reserved for one request, and how it is given back.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use smallvec::SmallVec;
+use uuid::Uuid;
+use weir_ratelimit::{
+    Acquire, AnyLimiter, Cost, Decision, Error, Fallback, Key, Kind, Limiter, Outcome, ScopeLimits, Scopes,
+    Settle, Tally, Usage,
+};
+
+use super::{Job, Ledger};
+use crate::calendar;
+
+/// Tokens that a stream may be ahead of what it was charged for. What it generates beyond its reservation is charged
+/// in steps of this size, so that a long answer weighs on its limits while it runs.
+pub const STEP_TOKENS: u64 = 256;
+
+/// Whom and what an admission is for.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// The tenant's name.
+    pub tenant: Arc<str>,
+    /// The model's name.
+    pub model: Arc<str>,
+    /// Bytes of the prompt; `None` when they say little about its tokens.
+    pub prompt_bytes: Option<u64>,
+    /// Answers asked for, at least one.
+    pub choices: u32,
+}
+
+/// What asking came to.
+#[derive(Debug)]
+pub struct Asked {
+    /// The decision.
+    pub decision: Result<Decision, Error>,
+    /// Armed only if it was granted, or may have been.
+    pub admission: Admission,
+    /// The limiter was not asked: the refusal was known.
+    pub by_memory: bool,
+}
+
+/// A reservation and its leases, from before it is asked for to the end of the request, or of one try.
+#[derive(Debug)]
+pub struct Admission {
+    ledger: Arc<Ledger>,
+    /// The reservation.
+    pub id: Uuid,
+    /// What the request is under: its own scopes, and after them those of the account of its first try.
+    pub scopes: Scopes,
+    /// How many of them are its own.
+    own: usize,
+    /// The try under that account is over: what was reserved there stands, and its leases are not ours any more.
+    left: bool,
+    /// What is reserved at the account of the backend that answers, when it is another try's.
+    elsewhere: Option<Box<Admission>>,
+    /// What was reserved.
+    pub reserved: Cost,
+    actual: Cost,
+    /// What was charged beyond the reservation while the answer streamed.
+    stepped: Cost,
+    /// Its day in the account of who used what: that of its admission.
+    day: u64,
+    /// What that account has of it.
+    noted: Tally,
+    /// None for what is reserved at an account alone.
+    subject: Option<Subject>,
+    /// One, or two while a silent backend is not waited for alone.
+    slots: SmallVec<[Key; 2]>,
+    armed: bool,
+}
+
+impl Admission {
+    /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
+    /// away while the limiter is asked leaves nothing behind.
+    pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Option<Subject>) -> Self {
+        Self {
+            own: scopes.len(),
+            left: false,
+            elsewhere: None,
+            ledger: ledger.clone(),
+            id: ledger.holder.id(),
+            day: calendar::day_of(SystemTime::now()),
+            noted: Tally::default(),
+            scopes,
+            reserved,
+            actual: Cost::default(),
+            stepped: Cost::default(),
+            subject,
+            slots: SmallVec::new(),
+            armed: true,
+        }
+    }
+
+    /// Asks for a call under an id of its own. `subject` is whom the account of who used what has it of; a reservation at
+    /// a provider's account is nobody's.
+    pub async fn ask(ledger: &Arc<Ledger>, mut call: Acquire, subject: Option<Subject>) -> Asked {
+        // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
+        let mut admission = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
+        call.id = admission.id;
+        let known = ledger.denials.answer(&call);
+        let by_memory = known.is_some();
+        let decision = match known {
+            Some(refusal) => Ok(refusal),
+            None => {
+                let before = ledger.denials.before(&call);
+                // On the heap: the request's future would hold all layers of the limiter.
+                let decision = Box::pin(ledger.limiter.acquire(&call)).await;
+                if let Ok(decision) = &decision {
+                    ledger.denials.note(&call, decision, &before);
+                }
+                decision
+            }
+        };
+        if let Ok(decision) = &decision
+            && !matches!(decision.outcome, Outcome::Granted { .. })
+        {
+            admission.refused();
+        }
+        Asked { decision, admission, by_memory }
+    }
+
+    /// Only so many of its scopes are the request's own; the rest are those of the account of its first try.
+    pub fn under_account(&mut self, own: usize) {
+        self.own = own;
+    }
+
+    /// Whose it is.
+    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Who decides and settles.
+    pub fn limiter(&self) -> &Fallback<AnyLimiter> {
+        &self.ledger.limiter
+    }
+
+    /// Refused: nothing was written, nothing is to be settled.
+    pub fn refused(&mut self) {
+        self.armed = false;
+    }
+
+    /// Granted, with the slot of this backend.
+    pub fn granted(&mut self, slot: Option<Key>) {
+        self.slots = slot.into_iter().collect();
+        self.enter();
+    }
+
+    /// A slot of another backend was taken as well.
+    pub fn took(&mut self, slot: Key) {
+        self.slots.push(slot);
+        self.enter();
+    }
+
+    /// This slot is held no more: the limiter has freed it.
+    pub fn moved(&mut self, from: &Key) {
+        self.slots.retain(|slot| slot != from);
+        self.enter();
+        self.ledger.gave_back(from);
+    }
+
+    /// This slot is not needed any more, while the request goes on.
+    pub fn release(&mut self, slot: &Key) {
+        self.slots.retain(|held| held != slot);
+        self.enter();
+        // Without room in the queue its lease runs out.
+        let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
+    }
+
+    /// The try under the account it was admitted with is over, without the answer that counts: what was reserved there
+    /// stands. Its leases are given back now, while the request goes on.
+    pub fn leave_account(&mut self) {
+        for lease in self.depart() {
+            let _ = self.ledger.queue.try_send(Job::Release(self.id, lease));
+        }
+    }
+
+    /// Gives this slot back, and leaves the account if the try was under it; returns once others can have both.
+    ///
+    /// # Errors
+    /// Those of the limiter; what was not given back then runs out.
+    pub async fn vacate(&mut self, slot: &Key, leave_account: bool) -> Result<(), Error> {
+        let mut leases = if leave_account { self.depart() } else { SmallVec::new() };
+        leases.push(slot.clone());
+        self.limiter().release(self.id, &leases).await?;
+        self.slots.retain(|held| held != slot);
+        self.enter();
+        self.ledger.denials.given_back(&leases);
+        leases.iter().for_each(|lease| self.ledger.gave_back(lease));
+        Ok(())
+    }
+
+    /// Leaves the account; the leases that are to be given back.
+    fn depart(&mut self) -> SmallVec<[Key; 4]> {
+        if std::mem::replace(&mut self.left, true) {
+            return SmallVec::new();
+        }
+        self.enter();
+        leases(&self.scopes[self.own..]).collect()
+    }
+
+    /// The backend that answers is under this account, and not under the one it was admitted with.
+    pub fn answered_under(&mut self, account: Box<Admission>) {
+        self.elsewhere = Some(account);
+    }
+
+    /// The scopes that weigh on what it goes on using.
+    fn weighing(&self) -> &[ScopeLimits] {
+        if self.left { &self.scopes[..self.own] } else { &self.scopes }
+    }
+
+    /// Says to the ledger which leases to renew.
+    fn enter(&self) {
+        let concurrency = leases(self.weighing());
+        let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
+        if leases.is_empty() {
+            self.ledger.leases().remove(self.id);
+        } else {
+            self.ledger.leases().insert(self.id, leases);
+        }
+    }
+
+    /// What the request has used so far: what is settled if it ends now.
+    pub fn used(&mut self, actual: Cost) {
+        self.actual = actual;
+        if let Some(account) = &mut self.elsewhere {
+            account.used(actual);
+        }
+    }
+
+    /// A stream has used so much by now. What goes beyond the reservation by a whole step is charged at once, under an
+    /// id of its own; the settlement charges the rest.
+    pub fn streamed(&mut self, so_far: Cost) {
+        if let Some(account) = &mut self.elsewhere {
+            account.streamed(so_far);
+        }
+        let mut step = Cost::default();
+        for (kind, step) in step.0.iter_mut().enumerate().skip(1) {
+            let charged = self.reserved.0[kind].saturating_add(self.stepped.0[kind]);
+            *step = so_far.0[kind].saturating_sub(charged);
+        }
+        if step.get(Kind::Tokens) < STEP_TOKENS {
+            return;
+        }
+        let usage = self.usage(&so_far);
+        let noted = usage.as_ref().map_or(self.noted, |usage| self.noted.plus(usage.tally));
+        let settle = Settle { usage, ..debit(step, self.weighing()) };
+        let job = Job::Settle(smallvec::smallvec![Box::new(settle)], false);
+        // Without room the next step, or the settlement, charges this one too.
+        if self.ledger.queue.try_send(job).is_ok() {
+            self.ledger.metrics.settlement_steps.inc();
+            self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
+            self.noted = noted;
+        }
+    }
+
+    /// By how much the account of who used what differs from this.
+    fn usage(&self, used: &Cost) -> Option<Usage> {
+        let subject = self.subject.as_ref()?;
+        let tally = Tally::of(used).minus(self.noted);
+        let record = || Key::usage(&subject.tenant, &calendar::label(self.day));
+        (!tally.is_zero()).then(|| Usage { record: record(), model: subject.model.clone(), tally })
+    }
+
+    /// What the provider counted of a whole answer: the next estimates follow it.
+    pub fn learn(&self, prompt: Option<u64>, completion: Option<u64>) {
+        let Some(Subject { tenant, model, prompt_bytes, choices }) = &self.subject else { return };
+        if let (Some(bytes), Some(tokens)) = (prompt_bytes, prompt) {
+            self.ledger.estimates.learn_prompt(model, *bytes, tokens);
+        }
+        if let Some(tokens) = completion {
+            self.ledger.estimates.learn_output(tenant, model, tokens.div_ceil(u64::from(*choices).max(1)));
+        }
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        while self.slots.len() > 1 {
+            let slot = self.slots[1].clone();
+            self.release(&slot);
+        }
+        self.ledger.leases().remove(self.id);
+        let actual = minus(&self.actual, &self.stepped);
+        let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
+        let job = Job::Settle(self.settlements(actual), credit);
+        if self.ledger.queue.try_send(job).is_err() {
+            self.ledger.metrics.settlements_lost.inc();
+        }
+    }
+}
+
+impl Admission {
+    /// What ends it. A settlement applies one cost to all scopes of a reservation. Where the account stands at what was
+    /// reserved, that is the smaller of the two; the account is debited the rest before, the request's own scopes after.
+    fn settlements(&mut self, actual: Cost) -> SmallVec<[Box<Settle>; 1]> {
+        let usage = self.usage(&self.actual);
+        let (id, slot) = (self.id, self.slots.pop());
+        let scopes = std::mem::take(&mut self.scopes);
+        if !self.left {
+            return smallvec::smallvec![Box::new(Settle { id, actual, scopes, slot, usage })];
+        }
+        let common = Cost(std::array::from_fn(|kind| actual.0[kind].min(self.reserved.0[kind])));
+        let (own, account) = scopes.split_at(self.own);
+        let of_account = Box::new(debit(minus(&self.reserved, &common), account));
+        let of_own = Box::new(debit(minus(&actual, &common), own));
+        let all = Box::new(Settle { id, actual: common, scopes, slot, usage });
+        let needed = |settle: &Settle| {
+            settle.id == id || (settle.actual != Cost::default() && !settle.scopes.is_empty())
+        };
+        [of_account, all, of_own].into_iter().filter(|settle| needed(settle)).collect()
+    }
+}
+
+/// The lease sets of those that limit concurrency.
+fn leases(scopes: &[ScopeLimits]) -> impl Iterator<Item = Key> {
+    scopes.iter().filter(|scope| scope.concurrency.is_some()).map(|scope| scope.leases.clone())
+}
+
+/// A debit of a reservation nobody knows: it is charged once, and credits nothing.
+fn debit(actual: Cost, scopes: &[ScopeLimits]) -> Settle {
+    let scopes = scopes.iter().map(|scope| ScopeLimits { concurrency: None, ..scope.clone() }).collect();
+    Settle { id: Uuid::now_v7(), actual, scopes, slot: None, usage: None }
+}
+
+fn minus(a: &Cost, b: &Cost) -> Cost {
+    Cost(std::array::from_fn(|kind| a.0[kind].saturating_sub(b.0[kind])))
+}
+
+#[cfg(test)]
+mod tests;
