@@ -111,7 +111,8 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                                 self.stands(done);
                                 return Err(error);
                             }
-                            match self.wait_for_slot(done, &mut left).await {
+                            // On the heap, as below: few requests come here, and all would be as large.
+                            match Box::pin(self.wait_for_slot(done, &mut left)).await {
                                 Ok(Some(next)) => self.start(next, &mut started, &mut tries, &mut futures)?,
                                 Ok(None) => return Err(GatewayError::Busy { retry_after: None }),
                                 Err(_) => return Err(error),
@@ -122,7 +123,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                 () = sleep_until(hedge_at.unwrap_or_else(Instant::now)), if hedge_at.is_some() => {
                     let next = match self.may_try(started) {
                         // The store's trouble is no reason to give up a call under way.
-                        true => self.take_slot(&mut left).await.ok().flatten(),
+                        true => Box::pin(self.take_slot(&mut left)).await.ok().flatten(),
                         false => None,
                     };
                     match next {
@@ -148,7 +149,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             return self.move_slot(None, left).await;
         }
         let (groups, whole) = self.whole(left);
-        let (decision, account) = ask(&self.admission, &groups, &whole, None).await?;
+        let (decision, account) = ask(self.admission, &groups, &whole, None).await?;
         Ok(self.taken(&decision, account, left))
     }
 
@@ -167,7 +168,12 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
     /// are taken it waits for one where those wait that have none yet, and before them, since it has waited once.
     async fn wait_for_slot(&mut self, failed: Try, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
         let taken = match self.model.accounts.is_empty() {
-            true => self.move_slot(Some(&failed.slot), left).await?,
+            true => {
+                let slot = failed.slot.clone();
+                // It is not in flight any more.
+                drop(failed);
+                self.move_slot(Some(&slot), left).await?
+            }
             false => {
                 // Before others are asked: the same account may have room for one at a time only.
                 self.vacate(failed).await?;
@@ -270,6 +276,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
 
     /// This try is over and another shall follow: returns once what it held can be taken.
     async fn vacate(&mut self, done: Try) -> Result<(), Error> {
+        drop(done.in_flight);
         match done.account {
             Some(mut account) => {
                 account.used(account.reserved);
@@ -370,7 +377,8 @@ async fn ask(
             }
             Some(_) => {
                 let candidates = call.candidates.clone();
-                let Asked { decision, mut admission, .. } = Admission::ask(ledger, call, None).await;
+                let asked = Box::pin(Admission::ask(ledger, call, None)).await;
+                let Asked { decision, mut admission, .. } = asked;
                 let decision = decision?;
                 admission.under_account(0);
                 if let Outcome::Granted { slot } = decision.outcome {

@@ -94,7 +94,7 @@ impl Admission {
     }
 
     /// Asks for a call under an id of its own. `subject` is whom the account of who used what has it of; a reservation at
-    /// a provider's account is nobody's.
+    /// a provider's account is nobody's. Large: it holds all layers of the limiter, so it belongs on the heap.
     pub async fn ask(ledger: &Arc<Ledger>, mut call: Acquire, subject: Option<Subject>) -> Asked {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
         let mut admission = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
@@ -105,8 +105,7 @@ impl Admission {
             Some(refusal) => Ok(refusal),
             None => {
                 let before = ledger.denials.before(&call);
-                // On the heap: the request's future would hold all layers of the limiter.
-                let decision = Box::pin(ledger.limiter.acquire(&call)).await;
+                let decision = ledger.limiter.acquire(&call).await;
                 if let Ok(decision) = &decision {
                     ledger.denials.note(&call, decision, &before);
                 }

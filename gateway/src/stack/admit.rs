@@ -186,7 +186,8 @@ impl Call<'_> {
     /// One decision. The admission is armed only if it was granted, or may have been.
     async fn decide(&self, model: &ModelEntry, call: Acquire) -> Result<(Decision, Admission), GatewayError> {
         let began = Instant::now();
-        let asked = Admission::ask(&self.gateway.ledger, call, Some(self.subject(model))).await;
+        // On the heap: the request's future would hold all layers of the limiter.
+        let asked = Box::pin(Admission::ask(&self.gateway.ledger, call, Some(self.subject(model)))).await;
         let Asked { decision, admission, by_memory } = asked;
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",

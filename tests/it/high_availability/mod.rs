@@ -1,5 +1,6 @@
 //! Several control planes on one etcd: any of them serves, one leads, and whichever dies, the others go on.
 
+mod asked;
 mod random;
 
 use std::path::Path;

@@ -304,6 +304,40 @@ fn silence_keeps_the_last_state_and_marks_it_stale() {
     }
 }
 
+/// A gateway that lost the control plane has no say any more: what it said last, an accusation too, expires, others look in
+/// its place, and nothing of that moves a backend.
+#[test]
+fn the_votes_of_a_gateway_that_left_expire_and_others_look_instead() {
+    for accuses in [false, true] {
+        let mut world = World::new(5, 3);
+        world.run_until(secs(40));
+        let probers = world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).to_vec();
+        let is_gateway = |vantage: &&Vantage| matches!(vantage, Vantage::Gateway(_));
+        let gone = probers.iter().find(is_gateway).expect("a gateway looks").clone();
+        let own = gone.clone();
+        let accusing = move |accuses: bool| -> Behaviour {
+            let own = own.clone();
+            Box::new(move |vantage, backend, _, _| match accuses && backend == "b0" && *vantage == own {
+                true => Some(REFUSED),
+                false => Some(Outcome::Pass),
+            })
+        };
+        world.behave = accusing(accuses);
+        world.run_until(secs(50));
+        let voted = |world: &World| world.case("b0").votes.iter().any(|(_, vantage, _)| *vantage == gone);
+        assert!(voted(&world));
+        let left = gone.clone();
+        world.behave = Box::new(move |vantage, _, _, _| (*vantage != left).then_some(Outcome::Pass));
+        let rest = (0..5).map(gateway).filter(|vantage| *vantage != gone);
+        world.cluster.set_gateways(rest.map(|vantage| (vantage, String::new())).collect());
+        assert!(!world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).contains(&gone));
+        world.run_until(secs(400));
+        assert!(!voted(&world), "accuses: {accuses}");
+        assert_eq!((0..3).map(|b| world.falls(&format!("b{b}"))).sum::<usize>(), 0);
+        assert_eq!(world.state("b0"), State::Healthy);
+    }
+}
+
 #[test]
 fn a_gateway_that_alone_sees_most_backends_fail_loses_its_vote_for_a_while() {
     let mut world = World::new(3, 8);

@@ -34,8 +34,9 @@ impl Limit {
             name("selector.api_key", &selector.api_key),
             name("selector.account", &selector.account),
         );
-        if !selector.account.is_empty() && !(selector.tenant.is_empty() && selector.api_key.is_empty()) {
-            let path = if selector.tenant.is_empty() { "selector.api_key" } else { "selector.tenant" };
+        let callers = [("selector.tenant", &selector.tenant), ("selector.api_key", &selector.api_key)];
+        let caller = callers.into_iter().find(|(_, name)| !name.is_empty());
+        if let Some((path, _)) = caller.filter(|_| !selector.account.is_empty()) {
             check.violation(
                 path,
                 "cannot be with account: a provider limits its account whoever asks; \
