@@ -18,8 +18,8 @@ fn hot(requests: u64) -> Scopes {
 /// Each asks for more than there is, until what others may hold has long been given back; all that was admitted.
 async fn admitted_by(processes: &[AnyLimiter], scopes: &Scopes) -> u64 {
     let mut tasks = tokio::task::JoinSet::new();
-    for limiter in processes.iter().cloned() {
-        let scopes = scopes.clone();
+    for limiter in processes {
+        let (limiter, scopes) = (limiter.clone(), scopes.clone());
         tasks.spawn(async move {
             let (mut admitted, mut refused_since) = (0, None);
             loop {
