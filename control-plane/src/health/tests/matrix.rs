@@ -290,14 +290,9 @@ fn the_votes_of_a_gateway_that_left_expire_and_others_look_instead() {
         let is_gateway = |vantage: &&Vantage| matches!(vantage, Vantage::Gateway(_));
         let gone = probers.iter().find(is_gateway).expect("a gateway looks").clone();
         let own = gone.clone();
-        let accusing = move |accuses: bool| -> Behaviour {
-            let own = own.clone();
-            Box::new(move |vantage, backend, _, _| match accuses && backend == "b0" && *vantage == own {
-                true => Some(REFUSED),
-                false => Some(Outcome::Pass),
-            })
-        };
-        world.behave = accusing(accuses);
+        world.behave = Box::new(move |vantage, backend, _, _| {
+            Some(if accuses && backend == "b0" && *vantage == own { REFUSED } else { Outcome::Pass })
+        });
         world.run_until(secs(50));
         let voted = |world: &World| world.case("b0").votes.iter().any(|(_, vantage, _)| *vantage == gone);
         assert!(voted(&world));
