@@ -8,6 +8,7 @@ mod burst;
 #[cfg(target_os = "linux")]
 mod canary;
 mod clock;
+mod commands;
 mod control_plane;
 mod envoy;
 mod errors;

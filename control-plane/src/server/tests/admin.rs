@@ -70,6 +70,23 @@ async fn an_update_needs_the_right_etag_and_mask() {
     assert!(unknown.message().contains("max_concurrency"), "it names the valid ones: {unknown}");
     let same = admin.update_resource(update(with_weight(7), mask("weight"))).await.unwrap().into_inner();
     assert_eq!(same.resource.unwrap().revision, 2, "nothing changed, nothing written");
+    // Without a mask what is set is changed; "*" replaces the whole.
+    let regional = |region: &str, weight| {
+        let mut resource = with_weight(3);
+        if let Some(Spec::Backend(spec)) = &mut resource.spec {
+            (spec.region, spec.weight) = (region.into(), weight);
+        }
+        resource
+    };
+    for (resource, update_mask, region, weight) in [
+        (regional("eu", None), None, "eu", Some(7)),
+        (regional("", Some(9)), None, "eu", Some(9)),
+        (regional("us", None), mask("*"), "us", None),
+    ] {
+        let now = admin.update_resource(update(resource, update_mask)).await.unwrap().into_inner().resource;
+        let Some(Spec::Backend(spec)) = now.unwrap().spec else { panic!("a backend") };
+        assert_eq!((spec.region.as_str(), spec.weight), (region, weight));
+    }
     plane.stop().await;
 }
 
@@ -189,5 +206,82 @@ async fn a_key_is_shown_once_and_rotated() {
     }
     let stranger = v1::IssueApiKeyRequest { name: "x".into(), tenant: "u".into(), ..Default::default() };
     assert!(admin.issue_api_key(stranger).await.unwrap_err().message().contains("api_key.tenant"));
+    plane.stop().await;
+}
+
+/// The requests that can be only checked, as the contract has them.
+fn checkable() -> std::collections::BTreeSet<String> {
+    use prost::Message as _;
+    let all = prost_types::FileDescriptorSet::decode(weir_proto::FILE_DESCRIPTOR_SET).unwrap();
+    let messages = all.file.into_iter().flat_map(|file| file.message_type);
+    let has =
+        |message: &prost_types::DescriptorProto| message.field.iter().any(|f| f.name() == "validate_only");
+    messages.filter(has).map(|message| message.name().trim_end_matches("Request").to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_check_changes_nothing_whatever_is_called() {
+    let plane = Plane::memory([cluster(2), vec![tenant("t")]].concat()).await;
+    let mut admin = plane.admin().await;
+    let issue = v1::IssueApiKeyRequest { name: "k".into(), tenant: "t".into(), ..Default::default() };
+    admin.issue_api_key(issue.clone()).await.unwrap();
+    let token =
+        v1::IssueTokenRequest { name: "ci".into(), role: v1::Role::Viewer.into(), ..Default::default() };
+    admin.issue_token(token.clone()).await.unwrap();
+    let newest = async |admin: &mut AdminServiceClient<Client>| {
+        let page = admin.history(v1::HistoryRequest { page_size: 1, ..Default::default() }).await.unwrap();
+        let revision = admin.who_am_i(v1::WhoAmIRequest {}).await.unwrap().into_inner().revision;
+        (page.into_inner().entries, revision)
+    };
+    let before = newest(&mut admin).await;
+    let tokens = admin.list_tokens(v1::ListTokensRequest {}).await.unwrap().into_inner();
+
+    let mut left = checkable();
+    let mut checked = |method: &str, secret: String| {
+        assert!(left.remove(method), "{method}");
+        assert_eq!(secret, "", "{method} shows no secret");
+    };
+    let request = v1::CreateResourceRequest { validate_only: true, ..create(pool("new")) };
+    admin.create_resource(request).await.unwrap();
+    checked("CreateResource", String::new());
+    let request = v1::UpdateResourceRequest {
+        resource: Some(with_weight(5)),
+        validate_only: true,
+        ..Default::default()
+    };
+    let would = admin.update_resource(request).await.unwrap().into_inner().resource.unwrap();
+    assert!(
+        matches!(would.spec, Some(Spec::Backend(spec)) if spec.weight == Some(5)),
+        "it says what would be"
+    );
+    checked("UpdateResource", String::new());
+    let r#ref = reference(ResourceKind::Backend, "b0");
+    let request = v1::DeleteResourceRequest { r#ref, validate_only: true, ..Default::default() };
+    admin.delete_resource(request).await.unwrap();
+    checked("DeleteResource", String::new());
+    let request = v1::ApplyRequest { validate_only: true, ..apply(vec![pool("new")]) };
+    assert_eq!(admin.apply(request).await.unwrap().into_inner().changes.len(), 1);
+    checked("Apply", String::new());
+    let issue = v1::IssueApiKeyRequest { name: "l".into(), validate_only: true, ..issue };
+    checked("IssueApiKey", admin.issue_api_key(issue).await.unwrap().into_inner().secret);
+    let rotate = v1::RotateApiKeyRequest { name: "k".into(), validate_only: true, ..Default::default() };
+    checked("RotateApiKey", admin.rotate_api_key(rotate).await.unwrap().into_inner().secret);
+    let drain = v1::DrainRequest { backend: "b0".into(), validate_only: true, ..Default::default() };
+    admin.drain(drain).await.unwrap();
+    checked("Drain", String::new());
+    let back = v1::RollbackRequest { revision: 1, validate_only: true, ..Default::default() };
+    admin.rollback(back).await.unwrap();
+    checked("Rollback", String::new());
+    let token = v1::IssueTokenRequest { name: "cd".into(), validate_only: true, ..token };
+    checked("IssueToken", admin.issue_token(token).await.unwrap().into_inner().secret);
+    let rotate = v1::RotateTokenRequest { name: "ci".into(), validate_only: true, ..Default::default() };
+    checked("RotateToken", admin.rotate_token(rotate).await.unwrap().into_inner().secret);
+    let revoke = v1::RevokeTokenRequest { name: "ci".into(), validate_only: true };
+    admin.revoke_token(revoke).await.unwrap();
+    checked("RevokeToken", String::new());
+    assert!(left.is_empty(), "not called: {left:?}");
+
+    assert_eq!(newest(&mut admin).await, before);
+    assert_eq!(admin.list_tokens(v1::ListTokensRequest {}).await.unwrap().into_inner(), tokens);
     plane.stop().await;
 }

@@ -209,6 +209,40 @@ async fn a_watch_begins_with_what_is_there_and_resumes_after_a_restart_without_g
     plane.stop().await;
 }
 
+/// The log keeps so many entries; who asks for what was before them is told to begin anew.
+#[tokio::test]
+async fn what_is_forgotten_is_out_of_range_and_says_what_is_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let plane = Plane::start(StoreConfig::File(path.clone()), vec![pool("p0")]).await;
+    let mut admin = plane.admin().await;
+    for i in 1..5 {
+        admin.create_resource(create(pool(&format!("p{i}")))).await.unwrap();
+    }
+    drop(admin);
+    plane.stop().await;
+    let store = crate::store::FileStore::open(&path).unwrap();
+    let writes = [1, 2].map(|n| store::Write::Delete(crate::model::audit::path(n))).to_vec();
+    store.transact(store::Transaction { compares: vec![], writes }).await.unwrap();
+    drop(store);
+    let plane = Plane::start(StoreConfig::File(path), vec![]).await;
+    let mut admin = plane.admin().await;
+    let watch = |from_revision| v1::WatchRequest { from_revision, kinds: vec![] };
+    let back = |revision| v1::RollbackRequest { revision, validate_only: true, ..Default::default() };
+    let refused = admin.watch(watch(1)).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), weir_proto::status::reason(&refused).as_str()),
+        (Code::OutOfRange, "FORGOTTEN")
+    );
+    assert!(refused.message().contains("the oldest revision known is 2"), "{refused}");
+    assert_eq!(admin.rollback(back(1)).await.unwrap_err().code(), Code::OutOfRange);
+    let mut known = admin.watch(watch(2)).await.unwrap().into_inner();
+    assert_eq!(event(&mut known).await.resource.unwrap().name, "p2");
+    let changes = admin.rollback(back(2)).await.unwrap().into_inner().changes;
+    assert_eq!(changes.iter().filter(|change| change.action() == ChangeAction::Delete).count(), 3);
+    plane.stop().await;
+}
+
 #[tokio::test]
 async fn a_drain_reports_what_is_left_and_is_done_when_every_gateway_has_said_so() {
     let plane = Plane::memory(cluster(2)).await;

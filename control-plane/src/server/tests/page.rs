@@ -10,9 +10,9 @@ use v1::Role;
 
 use super::*;
 
-type Incoming = hyper_util::client::legacy::ResponseFuture;
+pub(super) type Incoming = hyper_util::client::legacy::ResponseFuture;
 
-fn send(plane: &Plane, method: Method, path: &str, token: Option<&str>, body: &str) -> Incoming {
+pub(super) fn send(plane: &Plane, method: Method, path: &str, token: Option<&str>, body: &str) -> Incoming {
     let mut request =
         http::Request::builder().method(method).uri(format!("http://{}{path}", plane.running.http_addr));
     if let Some(token) = token {
@@ -29,7 +29,7 @@ async fn read(answer: Incoming) -> (StatusCode, http::HeaderMap, String) {
 }
 
 /// The stream of a page.
-struct Events<B> {
+pub(super) struct Events<B> {
     body: B,
     buffer: String,
 }
@@ -39,7 +39,7 @@ where
     B: http_body_util::BodyExt + http_body_util::BodyExt<Data = Bytes> + Unpin,
     B::Error: std::fmt::Debug,
 {
-    async fn next(&mut self) -> Option<(String, Value)> {
+    pub(super) async fn next(&mut self) -> Option<(String, Value)> {
         loop {
             if let Some(end) = self.buffer.find("\n\n") {
                 let piece: String = self.buffer.drain(..end + 2).collect();
@@ -53,7 +53,7 @@ where
     }
 
     /// The next event of a kind that is as wanted.
-    async fn wanted(&mut self, kind: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(super) async fn wanted(&mut self, kind: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         soon(async {
             loop {
                 let (event, value) = self.next().await.expect("the stream goes on");
@@ -66,7 +66,7 @@ where
     }
 }
 
-fn events<B>(answer: Response<B>) -> Events<B> {
+pub(super) fn events<B>(answer: Response<B>) -> Events<B> {
     assert_eq!(answer.status(), StatusCode::OK);
     assert_eq!(answer.headers()[header::CONTENT_TYPE], "text/event-stream");
     Events { body: answer.into_body(), buffer: String::new() }

@@ -151,3 +151,20 @@ async fn certificates_that_cannot_be_used_are_said_with_their_file() {
     assert_eq!(error.exit_code(), 64);
     assert!(error.to_string().contains("no.pem"), "{error}");
 }
+
+/// The page is plain HTTP whatever the services speak; its data and its changes do not go by their port.
+#[tokio::test]
+async fn beside_services_over_tls_the_page_shows_and_changes_the_same() {
+    let (directory, ca) = (tempfile::tempdir().unwrap(), authority());
+    let plane = plane(directory.path(), &ca).await;
+    let mut seen = page::events(
+        soon(page::send(&plane, http::Method::GET, "/page/stream", Some(ADMIN), "")).await.unwrap(),
+    );
+    let state = seen.wanted("state", |_| true).await;
+    assert_eq!(state["backends"][0]["name"], "b0");
+    let body = r#"{"action":"weight","weight":7}"#;
+    let changed = page::send(&plane, http::Method::POST, "/page/backends/b0", Some(ADMIN), body);
+    assert_eq!(soon(changed).await.unwrap().status(), http::StatusCode::OK);
+    seen.wanted("state", |state| state["backends"][0]["weight"] == 7).await;
+    plane.stop().await;
+}
