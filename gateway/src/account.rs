@@ -136,7 +136,7 @@ impl Ledger {
         lock(&self.leases)
     }
 
-    /// Requests that hold leases now.
+    /// Reservations that hold leases now: one for each request, and where accounts are limited for each later try.
     pub fn open_leases(&self) -> usize {
         self.leases().len()
     }
