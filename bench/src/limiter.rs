@@ -21,10 +21,11 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use weir_proto::v1::{self, resource::Spec};
 use weir_ratelimit::ahead::Ahead;
+use weir_ratelimit::denials::Denials;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{
     Acquire, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits, Scopes, Settle,
-    scope_keys,
+    Tally, Usage, scope_keys,
 };
 
 use crate::load;
@@ -48,11 +49,13 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const RESERVED: Cost = Cost::of_request(200, 500, 0);
 const ACTUAL: Cost = Cost::of_request(200, 300, 0);
 const LEASE_TTL: Duration = Duration::from_secs(15);
-/// Arrivals per second at the gateways, and the names of their rows.
-const RATES: [(f64, &str); 3] = [
-    (100.0, "added_by_admission_at_100_rps"),
-    (1000.0, "added_by_admission_at_1000_rps"),
-    (5000.0, "added_by_admission_at_5000_rps"),
+const HOUR: Duration = Duration::from_secs(3600);
+/// Arrivals per second at the gateways, the names of their rows, and whether quota is taken ahead.
+const RATES: [(f64, &str, bool); 4] = [
+    (100.0, "added_by_admission_at_100_rps", false),
+    (1000.0, "added_by_admission_at_1000_rps", false),
+    (1000.0, "added_with_prefetch_at_1000_rps", true),
+    (5000.0, "added_by_admission_at_5000_rps", false),
 ];
 
 /// The arguments of `limiter`.
@@ -83,6 +86,10 @@ struct Asking {
     ahead: bool,
     /// Whether the request is also under limits of concurrency: a tenant's and a backend's.
     leases: bool,
+    /// Whether settlements note what was used, as those of gateways do.
+    usage: bool,
+    /// Whether the limits are used up, and refusals remembered as gateways do.
+    refused: bool,
 }
 
 /// Each command travels alone, one at a time.
@@ -95,15 +102,18 @@ const UNBATCHED: Asking = Asking {
     merge: false,
     ahead: false,
     leases: true,
+    usage: false,
+    refused: false,
 };
 /// Whatever waits on a connection travels together.
 const PIPELINED: Asking = Asking { name: "pipelined", callers: CALLERS, lanes: 2, ..UNBATCHED };
 /// The same when everybody is under the same limits: one tenant, one model.
 const ONE_TENANT: Asking = Asking { name: "pipelined_one_tenant", tenants: 1, models: 1, ..PIPELINED };
 
-const MODES: [Asking; 7] = [
+const MODES: [Asking; 9] = [
     UNBATCHED,
     PIPELINED,
+    Asking { name: "pipelined_noting_usage", usage: true, ..PIPELINED },
     ONE_TENANT,
     Asking { name: "merged", merge: true, ..ONE_TENANT },
     // Merging where there is little to merge.
@@ -112,6 +122,8 @@ const MODES: [Asking; 7] = [
     Asking { name: "prefetched_with_leases", merge: true, ahead: true, ..ONE_TENANT },
     // Hot limits without concurrency: no call to the store per request.
     Asking { name: "prefetched", merge: true, ahead: true, leases: false, ..ONE_TENANT },
+    // A limit that is used up: most refusals need no call to the store.
+    Asking { name: "refused_from_memory", merge: true, refused: true, ..ONE_TENANT },
 ];
 
 /// What one round of a mode found.
@@ -142,7 +154,7 @@ pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
     let notes = vec![
         "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's (not in prefetched), then \
          settle; p50 and p99 are of the acquire alone. pipelined_one_tenant and merged differ in merging alone, merged \
-         and prefetched_with_leases in quota taken ahead alone"
+         and prefetched_with_leases in quota taken ahead alone. In refused_from_memory a decision is one refusal"
             .into(),
         "decisions per redis core: 1 000 000 / redis_cpu_us_per_decision. decisions_per_s is what one client thread \
          and Redis reached together on this machine."
@@ -177,15 +189,19 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
     let options =
         RedisOptions { deadline: DEADLINE, lanes: mode.lanes, merge: mode.merge, ..RedisOptions::default() };
     let limiter = Arc::new(Ahead::new(RedisLimiter::connect(&redis.url(), options).await?));
+    let denials = Arc::new(Denials::default());
     let started = Instant::now() + WARM_UP;
     let mut callers = JoinSet::new();
     for caller in 0..mode.callers {
-        let (limiter, mut rng) = (limiter.clone(), Rng::new(7, caller as u64));
+        let (limiter, denials, mut rng) = (limiter.clone(), denials.clone(), Rng::new(7, caller as u64));
         callers.spawn(async move {
             let mut latency = load::latencies();
             while started.elapsed() < length {
                 let call = call(rng.between(1, mode.tenants), rng.between(1, mode.models), &mode);
-                let asked = decide(&limiter, &call).await?;
+                let asked = match mode.refused {
+                    true => refuse(&limiter, &denials, &call).await?,
+                    false => decide(&limiter, &call, mode.usage).await?,
+                };
                 if Instant::now() >= started {
                     latency.saturating_record(load::micros(asked));
                 }
@@ -207,27 +223,59 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
     Ok(Measured { per_s: decisions / elapsed, redis_cpu_us: cpu_us / decisions, latency_us })
 }
 
+/// One refusal, as gateways decide it; says how long it took.
+async fn refuse(
+    limiter: &Ahead<RedisLimiter>,
+    denials: &Denials,
+    call: &Acquire,
+) -> anyhow::Result<Duration> {
+    let asked = Instant::now();
+    let decision = match denials.answer(call) {
+        Some(refusal) => refusal,
+        None => {
+            let before = denials.before(call);
+            let decision = limiter.acquire(call).await?;
+            denials.note(call, &decision, &before);
+            decision
+        }
+    };
+    let took = asked.elapsed();
+    anyhow::ensure!(!matches!(decision.outcome, Outcome::NoSlot { .. }), "no slot");
+    Ok(took)
+}
+
 /// One full decision; says how long the admission took.
-async fn decide(limiter: &Ahead<RedisLimiter>, call: &Acquire) -> anyhow::Result<Duration> {
+async fn decide(limiter: &Ahead<RedisLimiter>, call: &Acquire, usage: bool) -> anyhow::Result<Duration> {
     let asked = Instant::now();
     let decision = limiter.acquire(call).await?;
     let took = asked.elapsed();
     anyhow::ensure!(matches!(decision.outcome, Outcome::Granted { .. }), "refused: {:?}", decision.outcome);
     let slot = call.candidates.first().map(|c| c.leases.clone());
-    let settle = Settle { id: call.id, actual: ACTUAL, scopes: call.scopes.clone(), slot, usage: None };
+    let usage = usage.then(|| Usage {
+        // Of the tenant, as gateways keep it.
+        record: Key::usage(call.scopes[0].record.as_str(), "2026-01-01"),
+        model: "m".into(),
+        tally: Tally::of(&ACTUAL),
+    });
+    let settle = Settle { id: call.id, actual: ACTUAL, scopes: call.scopes.clone(), slot, usage };
     limiter.settle(&settle).await?;
     Ok(took)
 }
 
 fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     let (tenant, model) = (format!("t{tenant}"), format!("m{model}"));
-    let scopes: Scopes = [
+    let mut scopes: Scopes = [
         scope(Scope::Tenant(&tenant), mode.leases.then_some(100_000), mode.ahead),
         scope(Scope::Model(&model), None, mode.ahead),
         scope(Scope::Global, None, mode.ahead),
     ]
     .into_iter()
     .collect();
+    if mode.refused {
+        // A record of its own, which the first request fills for an hour.
+        (scopes[0].record, scopes[0].leases) = scope_keys(Scope::Tenant("used-up"));
+        scopes[0].buckets[Kind::Tokens as usize] = Some(Bucket { capacity: 700, rate: 700, period: HOUR });
+    }
     let backend = Candidate { leases: Key::backend_slots(&model), max_concurrency: 100_000, bound: None };
     Acquire {
         id: Uuid::now_v7(),
@@ -269,15 +317,18 @@ async fn added(args: &LimiterArgs, redis: &Redis, directory: &Path) -> anyhow::R
     };
     let mut without = Resources::basic();
     without.model_at("fast", mock.address);
-    let mut with = without.clone();
-    limit(&mut with);
+    let (mut with, mut ahead) = (without.clone(), without.clone());
+    limit(&mut with, 0);
+    limit(&mut ahead, 10);
     let without = start("without-limits", None, &without).await?;
     let with = start("with-limits", Some(redis.url()), &with).await?;
+    let ahead = start("with-prefetch", Some(redis.url()), &ahead).await?;
 
     let request = load::chat(KEY, "fast", 16, false);
     let length = Duration::from_secs(args.seconds);
     let mut rows = Vec::new();
-    for (per_second, name) in RATES {
+    for (per_second, name, prefetch) in RATES {
+        let with = if prefetch { &ahead } else { &with };
         let mut pairs = Vec::new();
         let mut failed = 0;
         for round in 0..=args.rounds {
@@ -306,12 +357,13 @@ async fn added(args: &LimiterArgs, redis: &Redis, directory: &Path) -> anyhow::R
     Ok(rows)
 }
 
-fn limit(resources: &mut Resources) {
+fn limit(resources: &mut Resources, prefetch_percent: u32) {
     let wide = |concurrency| v1::Rates {
         requests_per_minute: Some(Bucket::MAX_UNITS),
         tokens_per_minute: Some(Bucket::MAX_UNITS),
         concurrency,
         burst_multiplier: Some(1.0),
+        prefetch_percent: (prefetch_percent > 0).then_some(prefetch_percent),
         ..Default::default()
     };
     resources.tenant("acme", KEY, Some(wide(Some(100_000))));

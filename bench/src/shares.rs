@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use prost_types::Duration as Wire;
 use tokio::task::JoinSet;
 use weir_proto::v1::{self, resource::Spec};
@@ -41,6 +41,20 @@ pub(crate) struct SharesArgs {
     /// Requests of the split
     #[arg(long, default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(1000..=1_000_000))]
     requests: u32,
+    /// Only this
+    #[arg(long, value_enum)]
+    only: Option<Case>,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Case {
+    /// Shares by weight
+    Split,
+    /// Hard slots under overload
+    Slots,
+    /// Probes made and left out
+    Probes,
 }
 
 /// Gateways in front of backends.
@@ -154,10 +168,18 @@ impl Scene {
 /// Runs the bench.
 pub(crate) async fn run(args: &SharesArgs) -> anyhow::Result<Report> {
     let machine = crate::machine::describe();
-    let mut rows = split(args.requests).await?;
-    rows.push(slots().await?);
-    for busy in [true, false] {
-        rows.push(probes(busy).await?);
+    let wanted = |case| args.only.is_none_or(|only| only == case);
+    let mut rows = Vec::new();
+    if wanted(Case::Split) {
+        rows.extend(split(args.requests).await?);
+    }
+    if wanted(Case::Slots) {
+        rows.push(slots().await?);
+    }
+    if wanted(Case::Probes) {
+        for busy in [true, false] {
+            rows.push(probes(busy).await?);
+        }
     }
     let notes = vec![
         format!("split: 3 gateways, {CLIENTS} clients each; off_percent is relative to the configured share"),
@@ -206,16 +228,32 @@ async fn split(requests: u32) -> anyhow::Result<Vec<Row>> {
 async fn slots() -> anyhow::Result<Row> {
     let mock =
         MockArgs { model: MODEL.into(), slots: 1000, decode_tokens_per_s: 100.0, ..MockArgs::default() };
-    let scene = Scene::start(4, &[(100, SLOTS)], v1::HealthProfile::default(), &mock).await?;
+    // Often, so that probes meet requests.
+    let seconds = |seconds| Some(Wire { seconds, nanos: 0 });
+    let health = v1::HealthProfile {
+        readiness_interval: seconds(1),
+        deep_interval: seconds(5),
+        paid_probes_per_hour: Some(100_000),
+        ..Default::default()
+    };
+    let scene = Scene::start(4, &[(100, SLOTS)], health, &mock).await?;
     let clients = SLOTS as usize * OVERLOAD / 4;
     progress("slots");
     let load = scene.load(clients, (10, false), OVERLOADED_FOR).await?;
     let stats = scene.mocks[0].stats().await?;
+    let paid =
+        scene.sum(|line| line.starts_with("weir_gateway_probes_total") && !line.contains("liveness")).await?;
     scene.end().await?;
+    if let Some(why) = &load.first_failure {
+        progress(&format!("first failure: {why}"));
+    }
     Ok(Row::default()
         .text("case", format!("slots, {OVERLOAD} x overload"))
         .count("requests", load.ok + load.failed)
         .count("failed_requests", load.failed)
+        .text("failures", load.failures_line())
+        .figure("slowest_ms_max", load.latency_us.max() as f64 / 1e3, 0)
+        .count("paid_probes", paid as u64)
         .count("max_concurrency", u64::from(SLOTS))
         .count("most_at_once", stats["max_in_flight"].as_u64().context("max_in_flight of a mock")?))
 }

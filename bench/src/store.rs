@@ -138,7 +138,7 @@ impl Store {
         }
         let from = (0..NODES).find(|n| range(*n).contains(&slot)).context("a slot has an owner")?;
         let to = (from + 1) % NODES;
-        let (source, target, slot) = (&nodes[from], &nodes[to], slot.to_string());
+        let (source, target, number, slot) = (&nodes[from], &nodes[to], slot, slot.to_string());
         target.tell(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[from]]).await?;
         source.tell(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[to]]).await?;
         loop {
@@ -151,11 +151,34 @@ impl Store {
             migrate.extend(keys.iter().map(String::as_str));
             source.tell(&migrate).await?;
         }
-        for node in [target, source] {
-            node.tell(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]).await?;
-        }
-        Ok(())
+        // Said first by the one that has it. Word of earlier moves that is still under way may take it from a node again:
+        // then it belongs to nobody, as after a real tool's, until it is said once more.
+        within("every node knows where a slot went", async || {
+            let mut agreed = true;
+            for node in [target, source].into_iter().chain(nodes) {
+                let known: String = node.ask(&["CLUSTER", "NODES"]).await?;
+                if owner(&known, number) != Some(ids[to].as_str()) {
+                    node.tell(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[to]]).await?;
+                    agreed = false;
+                }
+            }
+            Ok(agreed)
+        })
+        .await
     }
+}
+
+/// Who has a slot, by what `CLUSTER NODES` says: a line per node, from the ninth word on its slots.
+fn owner(nodes: &str, slot: usize) -> Option<&str> {
+    let has = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(first.parse::<usize>().ok()? <= slot && slot <= last.parse::<usize>().ok()?)
+    };
+    nodes.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let id = words.next()?;
+        words.skip(7).any(|range| has(range) == Some(true)).then_some(id)
+    })
 }
 
 /// What it holds is on disk once it has ended in good order.

@@ -43,6 +43,8 @@ pub(crate) enum Error {
     Contended,
     #[error("the change is made, but the state does not follow the store")]
     Behind,
+    #[error("this control plane does not follow its store at the moment; retry, or ask another one")]
+    Lagging,
     #[error("what was at revision {asked} is forgotten; the oldest revision known is {oldest}")]
     Forgotten { asked: u64, oldest: u64 },
     #[error("revision {asked} is ahead of this store, which is at {newest}")]
@@ -182,7 +184,14 @@ impl Catalog {
                 answer.set_revision(kept.revision);
                 return Ok(Committed { answer, done: None });
             }
-            let plan = plan(&state)?;
+            let plan = plan(&state);
+            // What writes nothing is not compared with the store by a transaction. Told from a state that lags, it would
+            // deny, or take for done, what another replica has changed by now.
+            let writes = plan.as_ref().is_ok_and(|plan| !plan.is_empty());
+            if !writes && !call.validate_only && !self.is_current(&state).await? {
+                continue;
+            }
+            let plan = plan?;
             let mut answer = answer(&plan, &state);
             if call.validate_only || plan.is_empty() {
                 return Ok(Committed { answer, done: None });
@@ -204,6 +213,28 @@ impl Catalog {
             }
         }
         Err(Error::Contended)
+    }
+
+    /// Whether the store has nothing newer than a state; else waits until it is here.
+    async fn is_current(&self, state: &State) -> Result<bool, Error> {
+        let newest = self.store.range(HEAD).await?.revision;
+        if newest <= state.revision {
+            return Ok(true);
+        }
+        self.caught_up(newest).await.map_err(|_| Error::Lagging)?;
+        Ok(false)
+    }
+
+    /// A state at a revision or after it: where another replica has made it, it is waited for.
+    async fn state_at(&self, revision: u64) -> Result<Arc<State>, Error> {
+        let mut state = self.state();
+        if revision > state.revision && !self.is_current(&state).await? {
+            state = self.state();
+        }
+        if revision > state.revision {
+            return Err(Error::Ahead { asked: revision, newest: state.revision });
+        }
+        Ok(state)
     }
 
     async fn caught_up(&self, revision: u64) -> Result<(), Error> {
@@ -299,6 +330,76 @@ fn forgotten(state: &State) -> BTreeSet<Arc<str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::tests::tenant;
+    use crate::model::{Edit, Options, plan};
+
+    impl Answer for () {
+        fn set_revision(&mut self, _revision: u64) {}
+    }
+
+    /// A catalog of this store that follows it, until the token is dropped.
+    async fn catalog(store: &Arc<dyn Store>) -> (Arc<Catalog>, tokio_util::sync::DropGuard) {
+        let (catalog, stop) =
+            (Arc::new(Catalog::load(store.clone()).await.unwrap()), CancellationToken::new());
+        let (following, end) = (catalog.clone(), stop.clone());
+        tokio::spawn(async move { following.follow(end).await });
+        (catalog, stop.drop_guard())
+    }
+
+    async fn write(catalog: &Catalog, name: &str) {
+        put(catalog, tenant(name)).await.unwrap();
+    }
+
+    /// The revision made, if any.
+    async fn put(catalog: &Catalog, wire: v1::Resource) -> Result<Option<u64>, Error> {
+        let actor = Actor { name: "a".into(), role: v1::Role::Admin, method: "Apply" };
+        let call = Call { request_id: String::new(), digest: [0; 32], validate_only: false, actor };
+        let edit = || vec![Edit::Put(Box::new(wire.clone()))];
+        let plan = |state: &State| plan(state, edit(), Options::default());
+        let committed = catalog.commit(&call, plan, |_, _| ()).await?;
+        Ok(committed.done.map(|(_, revision)| revision))
+    }
+
+    /// What changes nothing here may change something in the store, and what is refused here may be allowed there.
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_taken_for_done_or_refused_from_a_state_that_lags() {
+        let store: Arc<dyn Store> = Arc::new(crate::store::MemoryStore::default());
+        let (writer, _end) = catalog(&store).await;
+        write(&writer, "t").await;
+        // It does not follow the store yet.
+        let lagging = Catalog::load(store.clone()).await.unwrap();
+        let mut changed = tenant("t");
+        changed.apply_set = "other".into();
+        put(&writer, changed).await.unwrap();
+        assert!(matches!(put(&lagging, tenant("t")).await, Err(Error::Lagging)));
+        assert!(matches!(lagging.at(2).await, Err(Error::Lagging)), "another one has made that revision");
+        let stop = CancellationToken::new();
+        tokio::join!(lagging.follow(stop.clone()), async {
+            assert_eq!(put(&lagging, tenant("t")).await.unwrap(), Some(3));
+            assert_eq!(put(&lagging, tenant("t")).await.unwrap(), None);
+            assert!(matches!(lagging.at(9).await, Err(Error::Ahead { asked: 9, newest: 3 })));
+            stop.cancel();
+        });
+    }
+
+    /// The log is read after the state: what others write meanwhile comes again, as a batch.
+    #[tokio::test]
+    async fn what_is_written_while_the_log_is_read_is_in_it_once() {
+        let store: Arc<dyn Store> = Arc::new(crate::store::MemoryStore::default());
+        let (writer, _end) = catalog(&store).await;
+        write(&writer, "before").await;
+        let newest = read(&*store).await.unwrap().audit.sequence;
+        write(&writer, "meanwhile").await;
+        let recent = log::Recent::load(&*store, newest).await.unwrap();
+        let batch = store.watch(newest).unwrap().next().await.unwrap();
+        let own = Catalog { recent, ..Catalog::load(store.clone()).await.unwrap() };
+        own.state.send_replace(Arc::new(State::default()));
+        own.take(&batch).unwrap();
+        own.state.send_replace(writer.state());
+        let log = own.records_after(0, 10).await.unwrap();
+        let sequences: Vec<u64> = log.iter().map(|logged| logged.record.sequence).collect();
+        assert_eq!(sequences, [1, 2]);
+    }
 
     #[test]
     fn request_ids_are_bounded_in_age_and_number() {

@@ -41,10 +41,64 @@ struct Target {
     turn: Option<(u32, u32)>,
     /// `None`: nothing to do.
     due: Option<Instant>,
-    /// Looks that follow at once.
+    /// Looks that follow the one that is due, whether it has been answered or not: one that waits for an answer in
+    /// vain must not hold up the next.
     extra: u32,
     failing: u32,
-    in_flight: bool,
+    in_flight: u32,
+    /// Looks that were ordered and have not ended.
+    ordered: u32,
+}
+
+impl Target {
+    fn new(uri: Uri, profile: HealthProfile) -> Self {
+        Self { uri, profile, turn: None, due: None, extra: 0, failing: 0, in_flight: 0, ordered: 0 }
+    }
+
+    /// Takes over whose turn ours is.
+    fn assign(&mut self, turn: Option<(u32, u32)>, now: Instant) {
+        if turn.is_some() && self.turn.is_none() {
+            // What is new to us is looked at at once.
+            self.due = Some(now);
+        } else if turn.is_none() && self.ordered == 0 {
+            self.due = None;
+        }
+        self.turn = turn;
+    }
+
+    /// Looks now.
+    fn order(&mut self, now: Instant) {
+        // One that is under way was begun before it was asked for.
+        (self.extra, self.due) = (LOOKS - 1, Some(now));
+        self.ordered = self.in_flight + LOOKS;
+    }
+
+    /// Whether a look begins.
+    fn begins(&mut self, now: Instant) -> bool {
+        if self.due.is_none_or(|due| due > now) {
+            return false;
+        }
+        self.in_flight += 1;
+        self.due = (self.extra > 0).then_some(now + AGAIN);
+        self.extra = self.extra.saturating_sub(1);
+        true
+    }
+
+    /// A look ended; `next_turn` is when our next one is.
+    fn ended(&mut self, outcome: Outcome, now: Instant, next_turn: impl Fn((u32, u32)) -> Duration) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.failing = if outcome.is_good() { 0 } else { self.failing.saturating_add(1) };
+        let asked = self.ordered > 0;
+        self.ordered = self.ordered.saturating_sub(1);
+        // After a first failure it looks again at once; one that keeps failing gets its regular turns.
+        let again = (1..=LOOKS).contains(&self.failing) && outcome != Outcome::Loading;
+        if self.in_flight == 0 && self.due.is_none() {
+            self.due = match again && !asked {
+                true => Some(now + AGAIN),
+                false => self.turn.map(|turn| now + next_turn(turn)),
+            };
+        }
+    }
 }
 
 /// Probes until told to stop.
@@ -76,7 +130,7 @@ impl Prober {
         self.take(&duties.borrow_and_update().clone());
         loop {
             self.start_due(&mut probes);
-            let next = self.targets.values().filter(|t| !t.in_flight).filter_map(|t| t.due).min();
+            let next = self.targets.values().filter_map(|target| target.due).min();
             // With all places taken, the next thing to happen is the end of a probe.
             let next = next.filter(|_| probes.len() < AT_ONCE);
             tokio::select! {
@@ -120,15 +174,7 @@ impl Prober {
             let name = stored.wire.name.clone();
             let target = match self.targets.remove(&name) {
                 Some(known) if known.uri == uri => Target { profile: pool.health, ..known },
-                _ => Target {
-                    uri,
-                    profile: pool.health,
-                    turn: None,
-                    due: None,
-                    extra: 0,
-                    failing: 0,
-                    in_flight: false,
-                },
+                _ => Target::new(uri, pool.health),
             };
             targets.insert(name, target);
         }
@@ -146,21 +192,13 @@ impl Prober {
             .map(|a| (a.backend.as_str(), (a.turn, a.turns)))
             .collect();
         for (name, target) in &mut self.targets {
-            let turn = turns.get(name.as_str()).copied();
-            if turn.is_some() && target.turn.is_none() {
-                // What is new to us is looked at at once.
-                target.due = Some(now);
-            } else if turn.is_none() && target.extra == 0 {
-                target.due = None;
-            }
-            target.turn = turn;
+            target.assign(turns.get(name.as_str()).copied(), now);
         }
         for order in duties.orders_after(self.serial, &Vantage::ControlPlane) {
             if let Some(target) =
                 self.targets.get_mut(&order.backend).filter(|_| order.tier == Tier::Liveness)
             {
-                target.extra = LOOKS - 1;
-                target.due = Some(now);
+                target.order(now);
             }
         }
         self.serial = self.serial.max(duties.serial());
@@ -168,12 +206,13 @@ impl Prober {
 
     fn start_due(&mut self, probes: &mut JoinSet<(String, Uri, Observation)>) {
         let now = Instant::now();
-        let due = |t: &Target| !t.in_flight && t.due.is_some_and(|due| due <= now);
-        for (name, target) in self.targets.iter_mut().filter(|(_, t)| due(t)) {
+        for (name, target) in &mut self.targets {
             if probes.len() >= AT_ONCE {
                 return;
             }
-            target.in_flight = true;
+            if !target.begins(now) {
+                continue;
+            }
             let (http, name, uri, limit) =
                 (self.http.clone(), name.clone(), target.uri.clone(), target.profile.timeout);
             probes.spawn(async move {
@@ -186,17 +225,8 @@ impl Prober {
     fn finished(&mut self, backend: &str, uri: &Uri, seen: &Observation) {
         // Of a backend that moved or went meanwhile the answer says nothing.
         let Some(target) = self.targets.get_mut(backend).filter(|target| target.uri == *uri) else { return };
-        target.in_flight = false;
-        let now = Instant::now();
-        target.failing = if seen.outcome.is_good() { 0 } else { target.failing.saturating_add(1) };
-        // After a first failure it looks again at once; one that keeps failing gets its regular turns.
-        let again = (1..=LOOKS).contains(&target.failing) && seen.outcome != Outcome::Loading;
-        target.due = if target.extra > 0 || again {
-            target.extra = target.extra.saturating_sub(1);
-            Some(now + AGAIN)
-        } else {
-            target.turn.map(|turn| now + until_turn(target.profile.liveness_interval, turn))
-        };
+        let interval = target.profile.liveness_interval;
+        target.ended(seen.outcome, Instant::now(), |turn| until_turn(interval, turn));
         self.verdicts.observe(&Vantage::ControlPlane, backend, seen);
     }
 }
@@ -317,6 +347,46 @@ fn connector() -> HttpsConnector<HttpConnector> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn target() -> Target {
+        Target::new(Uri::from_static("http://h"), HealthProfile::default())
+    }
+
+    #[test]
+    fn both_looks_of_an_order_are_made_while_the_first_is_not_answered_whatever_else_changes() {
+        let (mut target, now) = (target(), Instant::now());
+        target.order(now);
+        assert!(target.begins(now) && !target.begins(now));
+        // Orders and assignments of others come in between.
+        target.assign(None, now);
+        assert!(target.begins(now + AGAIN), "it does not wait for the answer to the first");
+        let silent = Outcome::Failed(Cause::Timeout);
+        for late in [4, 5] {
+            target.ended(silent, now + AGAIN * late, |_| Duration::ZERO);
+        }
+        assert_eq!(
+            (target.due, target.failing, target.in_flight),
+            (None, 2, 0),
+            "and no more: it has no turn"
+        );
+    }
+
+    #[test]
+    fn a_first_failure_in_its_turn_is_looked_at_again_at_once_and_a_lasting_one_in_its_turn() {
+        let (mut target, now) = (target(), Instant::now());
+        let turn = Duration::from_secs(5);
+        target.assign(Some((0, 3)), now);
+        let mut waits = Vec::new();
+        for _ in 0..4 {
+            let at = target.due.expect("due");
+            assert!(target.begins(at));
+            target.ended(Outcome::Failed(Cause::Refused), at, |_| turn);
+            waits.push(target.due.expect("due") - at);
+        }
+        assert_eq!(waits, [AGAIN, AGAIN, turn, turn]);
+        target.assign(None, now);
+        assert_eq!(target.due, None);
+    }
 
     #[test]
     fn the_health_path_is_below_the_prefix() {

@@ -254,6 +254,7 @@ impl Verdicts {
 
     /// Takes in one look.
     pub(crate) fn observe(&self, vantage: &Vantage, backend: &str, seen: &Observation) {
+        tracing::debug!(%vantage, backend, tier = seen.tier.name(), outcome = seen.outcome.name(), "look");
         let known = self.with(|machine, now| {
             // Only of backends there are: the name comes from outside.
             let known = machine.cluster.case(backend).is_some();

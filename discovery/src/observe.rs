@@ -22,6 +22,8 @@ pub(crate) struct Standing {
     pub(crate) hello: Hello,
     /// What of it was refused.
     pub(crate) errors: Vec<ResourceError>,
+    /// The revision that was answered last.
+    pub(crate) answered: u64,
 }
 
 /// Tells one control plane what is held for as long as another one is followed. Never ends by itself.
@@ -89,7 +91,9 @@ fn applied(standing: Standing) -> Up {
     Up::Applied(Applied {
         store_epoch: standing.hello.store_epoch,
         store_revision: standing.hello.store_revision,
+        held: if standing.errors.is_empty() { Vec::new() } else { standing.hello.held },
         errors: standing.errors,
+        answered_revision: standing.answered,
     })
 }
 

@@ -1,6 +1,7 @@
 //! One task owns the [`Held`] resources. It loads the disk copy first, then follows the control plane; when the
 //! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,6 +175,10 @@ pub struct Subscriber<A> {
     standing: watch::Sender<Standing>,
     disk: Option<Disk>,
     held: Held,
+    /// The revision that was answered last, whether all of it was taken or not.
+    answered: u64,
+    /// What is refused by now, by kind and name, with the reasons.
+    refusing: BTreeMap<(i32, String), String>,
 }
 
 impl<A: Apply> Subscriber<A> {
@@ -190,6 +195,8 @@ impl<A: Apply> Subscriber<A> {
             standing: watch::Sender::default(),
             disk,
             held: Held::default(),
+            answered: 0,
+            refusing: BTreeMap::new(),
         };
         if let Some(held) = subscriber.disk.as_ref().and_then(Disk::load) {
             let revision = held.revision;
@@ -279,12 +286,14 @@ impl<A: Apply> Subscriber<A> {
     /// Says to the control planes that are not followed what is held by now.
     fn stand(&self, errors: &[ResourceError]) {
         if self.links.len() > 1 {
-            self.standing.send_replace(Standing { hello: self.hello(), errors: errors.to_vec() });
+            let (hello, answered) = (self.hello(), self.answered);
+            self.standing.send_replace(Standing { hello, errors: errors.to_vec(), answered });
         }
     }
 
     async fn apply(&mut self, delta: Delta) -> Up {
         let nonce = delta.nonce;
+        self.answered = delta.target_revision.max(delta.store_revision);
         let next = match self.held.after(&delta) {
             Ok(next) => next,
             Err(error) => {
@@ -304,12 +313,19 @@ impl<A: Apply> Subscriber<A> {
             refused = refused.len(),
             "configuration applied"
         );
-        let errors = refused.into_iter().map(|r| ResourceError {
-            resource: Some(ResourceRef { kind: r.kind as i32, name: r.name }),
-            message: r.message,
-        });
-        let errors: Vec<_> = errors.collect();
-        self.stand(&errors);
+        // What is refused is offered again with whatever is new; only what is gone goes without it.
+        if !delta.upserts.is_empty() || delta.store_revision == delta.target_revision {
+            self.refusing.clear();
+        }
+        self.refusing.extend(refused.iter().map(|r| ((r.kind as i32, r.name.clone()), r.message.clone())));
+        self.owner.refused(self.refusing.len());
+        let error = |kind: i32, name: &str, message: &str| ResourceError {
+            resource: Some(ResourceRef { kind, name: name.to_owned() }),
+            message: message.to_owned(),
+        };
+        let all = self.refusing.iter().map(|((kind, name), message)| error(*kind, name, message));
+        self.stand(&all.collect::<Vec<_>>());
+        let errors: Vec<_> = refused.iter().map(|r| error(r.kind as i32, &r.name, &r.message)).collect();
         if errors.is_empty() { Up::Ack(Ack { nonce }) } else { Up::Nack(Nack { nonce, errors }) }
     }
 
@@ -325,7 +341,6 @@ impl<A: Apply> Subscriber<A> {
                 refused.push(more);
             }
         }
-        self.owner.refused(refused.len());
         refused
     }
 

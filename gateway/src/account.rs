@@ -12,8 +12,9 @@
 //! <https://platform.openai.com/docs/guides/rate-limits>).
 
 mod admission;
+mod open;
+mod slot;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Renewal, Settle, Trouble};
 
 pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
+use self::open::OpenLeases;
+pub use self::slot::SlotLease;
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
@@ -47,9 +50,6 @@ const FLUSH_MAX: Duration = Duration::from_secs(2);
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// Reservation -> the leases it holds.
-type OpenLeases = HashMap<Uuid, SmallVec<[Key; 4]>>;
 
 /// Owns what is reserved and not yet settled.
 #[derive(Debug)]
@@ -92,19 +92,25 @@ type Settles = SmallVec<[Box<Settle>; 1]>;
 type Credit = bool;
 
 impl Job {
-    /// What has room again afterwards.
-    fn released(&self) -> SmallVec<[&Key; 8]> {
+    /// The lease sets that have a place more afterwards.
+    fn leases(&self) -> SmallVec<[&Key; 4]> {
         match self {
-            Job::Settle(settles, credit) => {
-                let scopes = || settles.iter().flat_map(|settle| &settle.scopes);
-                let leases = scopes().filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
-                let records = scopes().filter(|_| *credit).map(|s| &s.record);
-                leases
-                    .chain(records)
-                    .chain(settles.iter().filter_map(|settle| settle.slot.as_ref()))
-                    .collect()
+            Job::Settle(settles, _) => {
+                let scopes = settles.iter().flat_map(|settle| &settle.scopes);
+                let leases = scopes.filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
+                leases.chain(settles.iter().filter_map(|settle| settle.slot.as_ref())).collect()
             }
             Job::Release(_, slot) => smallvec::smallvec![slot],
+        }
+    }
+
+    /// The buckets that have more room afterwards.
+    fn records(&self) -> SmallVec<[&Key; 4]> {
+        match self {
+            Job::Settle(settles, true) => {
+                settles.iter().flat_map(|settle| &settle.scopes).map(|s| &s.record).collect()
+            }
+            Job::Settle(_, false) | Job::Release(..) => SmallVec::new(),
         }
     }
 }
@@ -134,6 +140,12 @@ impl Ledger {
 
     fn leases(&self) -> MutexGuard<'_, OpenLeases> {
         lock(&self.leases)
+    }
+
+    /// The store has freed a lease: somebody who waits, here or at another gateway, has a place.
+    fn gave_back(&self, key: &Key) {
+        let held = self.leases().at(key);
+        self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
     /// Reservations that hold leases now: one for each request, and where accounts are limited for each later try.
@@ -179,7 +191,7 @@ impl LedgerWorker {
 
 async fn renew(ledger: Arc<Ledger>) {
     let renewals: Vec<Renewal> =
-        ledger.leases().iter().map(|(id, leases)| Renewal { id: *id, leases: leases.clone() }).collect();
+        ledger.leases().iter().map(|(id, leases)| Renewal { id, leases: leases.clone() }).collect();
     if renewals.is_empty() {
         return;
     }
@@ -188,7 +200,7 @@ async fn renew(ledger: Arc<Ledger>) {
             // A request that ended meanwhile has released its own; only those still open have lost one.
             let lost: Vec<(Uuid, SmallVec<[Key; 4]>)> = {
                 let open = ledger.leases();
-                lost.iter().filter_map(|id| Some((*id, open.get(id)?.clone()))).collect()
+                lost.iter().filter_map(|id| Some((*id, open.get(*id)?.clone()))).collect()
             };
             if !lost.is_empty() {
                 ledger.metrics.leases_lost.inc_by(lost.len() as u64);
@@ -220,7 +232,7 @@ async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
         };
     }
     // It may have ended meanwhile, before its leases were taken again.
-    let ended = !ledger.leases().contains_key(&id);
+    let ended = ledger.leases().get(id).is_none();
     if ended && let Err(error) = ledger.limiter.release(id, &leases).await {
         tracing::debug!(%error, reservation = %id, "a lease of an ended request runs out by itself");
     }
@@ -237,8 +249,10 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
         match done {
             Ok(()) => {
                 // First, so that those who are woken ask the store.
-                ledger.denials.given_back(job.released());
-                ledger.waiting.released(job.released());
+                let (leases, records) = (job.leases(), job.records());
+                ledger.denials.given_back(leases.iter().chain(&records).copied());
+                ledger.waiting.released(records);
+                leases.into_iter().for_each(|key| ledger.gave_back(key));
                 return;
             }
             Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {

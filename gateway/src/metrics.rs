@@ -187,6 +187,8 @@ pub struct Metrics {
     pub probe_tokens: Family<PaidProbeLabels, Counter>,
     /// Probes left out since the budget was spent.
     pub probes_over_budget: Family<PaidProbeLabels, Counter>,
+    /// Probes put off since all slots of the backend were taken.
+    pub probes_without_slot: Family<NeedlessProbeLabels, Counter>,
 }
 
 const REQUEST_BUCKETS: [f64; 16] =
@@ -242,6 +244,7 @@ impl Metrics {
             probes_needless: Family::default(),
             probe_tokens: Family::default(),
             probes_over_budget: Family::default(),
+            probes_without_slot: Family::default(),
         };
         let r = registry.sub_registry_with_prefix("weir");
         r.register("requests", "Finished requests", m.requests.clone());
@@ -339,6 +342,11 @@ impl Metrics {
             "probes_over_budget",
             "Probes left out since their hour's budget was spent",
             m.probes_over_budget.clone(),
+        );
+        r.register(
+            "probes_without_slot",
+            "Probes put off since all slots of the backend were taken and its requests did not prove it",
+            m.probes_without_slot.clone(),
         );
         m
     }

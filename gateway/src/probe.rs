@@ -2,16 +2,19 @@
 //! that requests use.
 //!
 //! - `schedule`: when to look at what; `budget`: what it may cost. `look` asks, `judge` says what the answer means.
+//! - A probe that asks for tokens holds one of the backend's slots, like a request: see `Readiness`.
 //! - [`lane`]: assignments and orders come down the report lane, results go up.
 //!
 //! Without the control plane the last assignments are carried out for a minute more; then this gateway looks at the
 //! liveness of all backends itself, at half the rate, and goes by what it sees.
 
 mod budget;
+mod counted;
 mod engine;
 mod judge;
 pub mod lane;
 mod look;
+mod plan;
 mod schedule;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,10 +28,14 @@ use weir_proto::resource::{AdminState, HealthProfile};
 use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
 
 use self::budget::Budget;
+use self::counted::Counted;
+pub use self::counted::Totals;
 use self::judge::Seen;
 use self::lane::Orders;
 use self::look::{Ask, DEEP_REQUESTS, Depth, Known, Looked};
+use self::plan::{How, Plan, Readiness};
 use self::schedule::{End, Key, Schedule};
+use crate::account::{Ledger, SlotLease};
 use crate::live::Live;
 use crate::metrics::{Metrics, NeedlessProbeLabels, PaidProbeLabels, ProbeLabels};
 use crate::snapshot::{BackendEntry, ModelEntry, Snapshot};
@@ -47,7 +54,7 @@ const PROOF: u64 = 3;
 const FAULTS_OF_GOOD: u64 = 20;
 /// Answers since the last deep probe that say how fast a backend is.
 const RATE_ANSWERS: u64 = 20;
-/// A backend with more of its slots in use than this is not measured: that would measure contention, and add to it.
+/// A backend with more of its slots in use, by all gateways, than this is not measured: that would measure contention, and add to it.
 const IDLE_SHARE: f64 = 0.3;
 /// The shortest time a probe that asks for tokens is given, unless its model says otherwise.
 const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
@@ -56,6 +63,7 @@ const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Prober {
     live: Arc<Live>,
+    ledger: Arc<Ledger>,
     metrics: Metrics,
     schedule: Schedule,
     budget: Budget,
@@ -69,70 +77,20 @@ pub struct Prober {
     alone: Option<BTreeMap<String, (u32, u32)>>,
 }
 
-/// What requests to a backend came to since the gateway started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Those that ended well.
-    pub good: u64,
-    /// Those that failed by the backend's fault.
-    pub bad: u64,
-    /// Streams that ended well and were timed.
-    pub answers: u64,
-    /// Their output tokens.
-    pub tokens: u64,
-    /// The time from their first byte to their last, summed, microseconds.
-    pub decode_us: u64,
-}
-
-/// What requests came to, and whose.
-#[derive(Debug, Clone, Copy)]
-struct Counted {
-    totals: Totals,
-    /// Of the whole fleet; of this gateway alone otherwise.
-    fleet: bool,
-}
-
-impl Counted {
-    fn now(entry: &BackendEntry) -> Self {
-        let fleet = entry.runtime.fleet_totals();
-        Self { totals: fleet.unwrap_or_else(|| entry.runtime.totals()), fleet: fleet.is_some() }
-    }
-
-    /// What came since `before`. Nothing, if that counted something else or another control plane counts.
-    fn since(&self, before: Option<Self>) -> Totals {
-        let (now, Some(Self { totals: old, .. })) = (self.totals, before.filter(|b| b.fleet == self.fleet))
-        else {
-            return Totals::default();
-        };
-        let since = |now: u64, old: u64| now.checked_sub(old);
-        let all = || {
-            Some(Totals {
-                good: since(now.good, old.good)?,
-                bad: since(now.bad, old.bad)?,
-                answers: since(now.answers, old.answers)?,
-                tokens: since(now.tokens, old.tokens)?,
-                decode_us: since(now.decode_us, old.decode_us)?,
-            })
-        };
-        all().unwrap_or_default()
-    }
-}
-
 /// A look that ended.
 struct Done {
     key: Key,
     entry: Arc<BackendEntry>,
     model: Option<String>,
-    looked: Looked,
-    /// The backend was asked; not when its requests said enough.
-    made: bool,
+    how: How,
 }
 
 impl Prober {
-    /// For the backends of `live`, as its lane says.
-    pub fn new(live: Arc<Live>, metrics: Metrics) -> Self {
+    /// For the backends of `live`, as its lane says, with slots of `ledger`.
+    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics) -> Self {
         Self {
             live,
+            ledger,
             metrics,
             schedule: Schedule::default(),
             budget: Budget::default(),
@@ -220,7 +178,7 @@ impl Prober {
             };
             match self.plan(&snapshot, &key, &entry, now) {
                 Plan::Known(looked) => {
-                    self.finished(Done { key, entry, model: None, looked: *looked, made: false })
+                    self.finished(Done { key, entry, model: None, how: How::Traffic(*looked) })
                 }
                 Plan::Skip => {
                     let profile = self.profile(&snapshot, &entry);
@@ -229,19 +187,32 @@ impl Prober {
                 Plan::Liveness(limit) => {
                     looks.spawn(async move {
                         let looked = look::liveness(entry.clone(), limit).await;
-                        Done { key, entry, model: None, looked, made: true }
+                        Done { key, entry, model: None, how: How::Asked(looked) }
                     });
                 }
-                Plan::Readiness { model, known, limit } => {
+                Plan::Readiness(readiness) => {
+                    let ledger = self.ledger.clone();
                     looks.spawn(async move {
-                        let looked = look::readiness(entry.clone(), model.clone(), known, limit).await;
-                        Done { key, entry, model: Some(model), looked, made: true }
+                        let (how, model) = readiness.look(&ledger, &entry).await;
+                        Done { key, entry, model, how }
                     });
                 }
-                Plan::Deep(depth) => {
+                Plan::Deep(depth, measure) => {
+                    let ledger = self.ledger.clone();
                     looks.spawn(async move {
-                        let looked = look::deep(entry.clone(), depth).await;
-                        Done { key, entry, model: None, looked, made: true }
+                        let mut looked = look::deep(&entry, &depth).await;
+                        let how = match measure {
+                            None => How::Asked(looked),
+                            // A benchmark is no reason to wait for a slot: no slot free is no idle backend.
+                            Some(model) => match SlotLease::take(&ledger, &entry).await {
+                                Ok(Some(_slot)) => {
+                                    look::measure(&entry, &model, depth.limit, &mut looked).await;
+                                    How::Asked(looked)
+                                }
+                                _ => How::NotMeasured(looked),
+                            },
+                        };
+                        Done { key, entry, model: None, how }
                     });
                 }
             }
@@ -251,7 +222,8 @@ impl Prober {
     fn plan(&mut self, snapshot: &Snapshot, key: &Key, entry: &Arc<BackendEntry>, now: Instant) -> Plan {
         let profile = self.profile(snapshot, entry);
         let counted = Counted::now(entry);
-        let since = counted.since(self.before.insert(key.clone(), counted));
+        let before = self.before.insert(key.clone(), counted);
+        let since = counted.since(before);
         if key.1 == ProbeTier::Liveness {
             return Plan::Liveness(profile.timeout);
         }
@@ -270,7 +242,9 @@ impl Prober {
                 return Plan::Skip;
             }
             let known = self.known.get(&(key.0.clone(), name.clone())).cloned().unwrap_or_default();
-            return Plan::Readiness { model: name.clone(), known, limit };
+            let proven = since.good > 0 && since.bad * FAULTS_OF_GOOD <= since.good;
+            let (model, name) = (model.clone(), name.clone());
+            return Plan::Readiness(Box::new(Readiness { model, name, known, limit, proven, before }));
         }
         let seconds = since.decode_us as f64 / 1e6;
         let known_rate =
@@ -278,7 +252,8 @@ impl Prober {
         if known_rate.is_some() {
             self.needless(key);
         }
-        let busy = f64::from(entry.runtime.in_flight()) > IDLE_SHARE * f64::from(entry.spec.max_concurrency);
+        let in_flight = entry.runtime.fleet_in_flight(self.live.live_gateways());
+        let busy = in_flight > IDLE_SHARE * f64::from(entry.spec.max_concurrency);
         let well = entry.runtime.health() != HealthState::Unhealthy;
         let ask = self.known.get(&(key.0.clone(), name.clone())).and_then(|known| known.ask);
         let measure = known_rate.is_none() && !busy && well && ask != Some(Ask::Embedding);
@@ -286,17 +261,20 @@ impl Prober {
         if measure && !paid {
             self.over_budget(&key.0);
         }
-        Plan::Deep(Depth {
-            measure: paid.then(|| name.clone()),
-            known_rate,
-            models: models.iter().map(|(_, name)| name.clone()).collect(),
-            limit,
-        })
+        let names = models.iter().map(|(_, name)| name.clone()).collect();
+        Plan::Deep(Depth { known_rate, models: names, limit }, paid.then(|| name.clone()))
     }
 
     fn needless(&self, key: &Key) {
         let labels = NeedlessProbeLabels { backend: key.0.clone(), tier: tier_name(key.1) };
         self.metrics.probes_needless.get_or_create(&labels).inc();
+    }
+
+    /// So many requests of a probe were not made, since no slot was free.
+    fn without_slot(&mut self, key: &Key, requests: u32) {
+        self.budget.give_back(&key.0, requests);
+        let labels = NeedlessProbeLabels { backend: key.0.clone(), tier: tier_name(key.1) };
+        self.metrics.probes_without_slot.get_or_create(&labels).inc();
     }
 
     fn over_budget(&self, backend: &str) {
@@ -315,9 +293,33 @@ impl Prober {
     }
 
     fn finished(&mut self, done: Done) {
-        let Done { key, entry, model, looked, made } = done;
+        let Done { key, entry, model, how } = done;
         let snapshot = self.live.snapshot();
         let profile = self.profile(&snapshot, &entry);
+        let (looked, made) = match how {
+            How::Asked(looked) => (looked, true),
+            How::Traffic(looked) => (looked, false),
+            How::Full(looked) => {
+                self.budget.give_back(&key.0, 1);
+                self.needless(&key);
+                (looked, false)
+            }
+            How::NotMeasured(looked) => {
+                self.without_slot(&key, DEEP_REQUESTS);
+                (looked, true)
+            }
+            How::NoSlot { before } => {
+                self.without_slot(&key, 1);
+                // What requests come to from the last look on still counts.
+                match before {
+                    Some(before) => self.before.insert(key.clone(), before),
+                    None => self.before.remove(&key),
+                };
+                let now = (Instant::now(), unix());
+                self.schedule.finished(&key, End::Nothing, &profile, now, crate::random_unit());
+                return;
+            }
+        };
         let end = match looked.seen.outcome {
             _ if looked.seen.is_good() => End::Good,
             ProbeOutcome::Loading => End::Patient,
@@ -369,6 +371,7 @@ impl Prober {
         (*failures, *passes) = match end {
             End::Good => (0, passes.saturating_add(1)),
             End::Bad | End::Patient => (failures.saturating_add(1), 0),
+            End::Nothing => return,
         };
         let unhealthy = entry.runtime.health() == HealthState::Unhealthy;
         let state = if !unhealthy && *failures >= profile.unhealthy_threshold {
@@ -381,21 +384,6 @@ impl Prober {
         tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway alone");
         entry.runtime.set_health(state);
     }
-}
-
-/// How a look is made.
-enum Plan {
-    /// It need not be made.
-    Known(Box<Looked>),
-    /// It cannot be made.
-    Skip,
-    Liveness(Duration),
-    Readiness {
-        model: String,
-        known: Known,
-        limit: Duration,
-    },
-    Deep(Depth),
 }
 
 /// The models a backend serves, with the name it knows each by.

@@ -165,7 +165,7 @@ pub async fn start(
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
     tasks.spawn(subscriber.run(drained.clone()));
-    tasks.spawn(Prober::new(live.clone(), metrics.clone()).run(drained.clone()));
+    tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));

@@ -97,7 +97,11 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                     let Some(at) = tries.iter().position(|t| t.number == number) else { continue };
                     let done = tries.remove(at);
                     match result {
-                        Ok(answer) => return Ok(self.won(done, answer, tries)),
+                        Ok(answer) => {
+                            // The other call's connection is closed before its slot is given back.
+                            futures.clear();
+                            return Ok(self.won(done, answer, tries));
+                        }
                         Err(error) => {
                             if !tries.is_empty() {
                                 self.give_up(done);

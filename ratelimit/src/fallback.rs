@@ -131,6 +131,11 @@ impl<L: Limiter + 'static> Fallback<L> {
         &self.inner.store
     }
 
+    /// How many gateways share the limits now, this one included.
+    pub fn gateways(&self) -> u32 {
+        self.inner.gateways()
+    }
+
     /// How it stands.
     pub fn status(&self) -> Status {
         Status {
@@ -298,6 +303,17 @@ impl<L: Limiter> Inner<L> {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         room
+    }
+
+    /// These leases are held no more; a reservation without any is not remembered.
+    fn forget(&self, id: ReservationId, leases: &[Key]) {
+        let mut held = lock(&self.held);
+        if let Some((of_id, _)) = held.get_mut(&id) {
+            of_id.retain(|key| !leases.contains(key));
+            if of_id.is_empty() {
+                held.remove(&id);
+            }
+        }
     }
 
     fn hold(&self, id: ReservationId, leases: SmallVec<[Key; 4]>, life: Duration) {
@@ -474,9 +490,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 return Ok(());
             }
         }
-        if let Some((held, _)) = lock(&inner.held).get_mut(&id) {
-            held.retain(|key| !leases.contains(key));
-        }
+        inner.forget(id, leases);
         if inner.is_closed() {
             match inner.store.release(id, leases).await {
                 Ok(()) => {

@@ -16,6 +16,8 @@ use weir_tests::etcd::Etcd;
 use weir_tests::plane::{ADMIN_TOKEN, Admin, Plane, start, start_on};
 use weir_tests::{eventually, process};
 
+/// A gateway alone finds a dead backend within so long.
+const BACKEND_FOUND: std::time::Duration = std::time::Duration::from_secs(10);
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
 fn served() -> MockConfig {
@@ -243,7 +245,8 @@ async fn a_control_plane_that_comes_back_with_an_empty_store_takes_no_backend_aw
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_nothing_again() {
     let (data, end) = (tempfile::tempdir().expect("a directory"), CancellationToken::new());
-    let mocks = [mock(served(), &end).await, mock(served(), &end).await];
+    let death = CancellationToken::new();
+    let mocks = [mock(served(), &end).await, mock(served(), &death).await];
     let (plane, _, gateway) = cluster(data.path(), &mocks).await;
     let listen = plane.address();
     let revision = gateway.running.live.snapshot().revision;
@@ -252,6 +255,20 @@ async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_no
     for _ in 0..50 {
         assert_eq!(gateway.chats().await, StatusCode::OK);
     }
+    // A backend that dies meanwhile leaves rotation, and costs no request either.
+    death.cancel();
+    let died = std::time::Instant::now();
+    let health = || gateway.running.live.snapshot().backends["b1"].runtime.health();
+    while health() != v1::HealthState::Unhealthy {
+        assert_eq!(gateway.chats().await, StatusCode::OK);
+        assert!(died.elapsed() < BACKEND_FOUND, "it is still in rotation after {:?}", died.elapsed());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    for _ in 0..20 {
+        assert_eq!(gateway.chats().await, StatusCode::OK);
+    }
+    assert_eq!(gateway.running.live.snapshot().revision, revision, "the configuration stands still");
+    assert!(gateway.running.live.published_for() >= died.elapsed(), "and grows older");
     let plane = start(&listen, &data.path().join("plane"), None).await;
     let mut admin = plane.admin().await;
     eventually("the gateway is back and in sync", || {

@@ -1,7 +1,10 @@
 //! The product from outside.
 
 mod accounts;
+mod apply;
 mod budgets;
+#[cfg(target_os = "linux")]
+mod burst;
 #[cfg(target_os = "linux")]
 mod canary;
 mod clock;
@@ -9,6 +12,7 @@ mod control_plane;
 mod envoy;
 mod errors;
 mod failover;
+mod hard_slots;
 mod health;
 mod high_availability;
 mod limits;

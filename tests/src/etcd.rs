@@ -1,5 +1,6 @@
 //! An etcd cluster of a test's own; each member is a process that can be killed and started again.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -116,6 +117,17 @@ impl Etcd {
         let hosts = members.iter().map(|at| format!("127.0.0.1:{}", self.members[*at].client));
         let scheme = if self.scheme == "https" { "etcds" } else { "etcd" };
         format!("{scheme}://{}/{prefix}", hosts.collect::<Vec<_>>().join(","))
+    }
+
+    /// The store under a prefix as `--store` takes it, where each member is found at another address.
+    pub fn url_by(addresses: &[SocketAddr], prefix: &str) -> String {
+        let hosts: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+        format!("etcd://{}/{prefix}", hosts.join(","))
+    }
+
+    /// Where clients find each member.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.members.iter().map(|member| ([127, 0, 0, 1], member.client).into()).collect()
     }
 
     /// Kills a member without a word.

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod etcd;
 pub mod gate;
 pub mod limits;
+pub mod line;
 pub mod plane;
 pub mod process;
 pub mod redis;

@@ -39,6 +39,8 @@ pub struct Plane {
     pub child: Child,
     /// Where its gRPC services are.
     pub url: String,
+    /// Where its page is.
+    pub page: String,
 }
 
 /// Starts a control plane on this address with its store in a directory. `limit_kib` bounds the size of every file it
@@ -70,16 +72,17 @@ pub async fn start_with(listen: &str, data: &Path, limit_kib: Option<u64>, more:
         .stderr(Stdio::piped());
     let mut child = command.spawn().expect("starts");
     let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
-    let url = loop {
+    let (url, page) = loop {
         let line = lines.next_line().await.expect("readable").expect("it serves before it ends");
         let Ok(line) = serde_json::from_str::<serde_json::Value>(&line) else { panic!("{line}") };
         if line["message"] == "control plane serves" {
-            break format!("http://{}", line["grpc"].as_str().expect("an address"));
+            let url = |field: &str| format!("http://{}", line[field].as_str().expect("an address"));
+            break (url("grpc"), url("http"));
         }
     };
     // Whatever is logged later is read and thrown away, so that the process never waits for us.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-    Plane { child, url }
+    Plane { child, url, page }
 }
 
 /// A client of the control plane at a URL, which need not be there yet.

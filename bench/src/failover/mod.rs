@@ -8,6 +8,8 @@ mod relay;
 mod scene;
 mod trial;
 
+use std::time::Duration;
+
 use clap::Args;
 use tokio::task::JoinSet;
 
@@ -17,6 +19,8 @@ use self::trial::{PER_SECOND, Plan, Trial};
 use crate::load::Outcome;
 use crate::report::{Report, Row, progress};
 
+/// Between two liveness probes of a gateway, by default.
+const LIVENESS_INTERVAL: Duration = Duration::from_secs(5);
 /// A verdict is promised to be in force within this of its decision, milliseconds.
 const PUSH_MS: f64 = 10.0;
 
@@ -66,6 +70,7 @@ pub(crate) async fn run(args: &FailoverArgs) -> anyhow::Result<Report> {
         "local: the last gateway keeps away on its own evidence; cluster: the last gateway was told the verdict; \
          both from the fault on, looked at every 20 ms (idle: 50 ms); seen: in how many trials"
             .into(),
+        "idle: every gateway had reached every backend by then, and faults are spread over the interval of the probes".into(),
         "requests: from a second before the fault until everybody kept away and a second more, 8 s at most".into(),
         "used_again: from the mending until every gateway had a good answer from it (busy) or left no doubt (idle); \
          full_return: until it had its full weight at every gateway, slow start included"
@@ -93,6 +98,7 @@ async fn trials(fault: Fault, busy: bool, args: &FailoverArgs) -> anyhow::Result
                 fault,
                 busy,
                 gateways: args.gateways,
+                pause: if busy { Duration::ZERO } else { phase(number) },
                 returns: number <= args.returns,
                 full_return: number == 1 && args.returns > 0,
             };
@@ -111,8 +117,13 @@ async fn trials(fault: Fault, busy: bool, args: &FailoverArgs) -> anyhow::Result
     }
 }
 
+/// Evenly over the interval of liveness probes, however many trials there are.
+fn phase(trial: u16) -> Duration {
+    LIVENESS_INTERVAL.mul_f64((f64::from(trial) * 0.618_034).fract())
+}
+
 fn row(fault: Fault, traffic: &str, trials: &[Trial]) -> Row {
-    let times = |of: fn(&Trial) -> Option<std::time::Duration>| -> Vec<f64> {
+    let times = |of: fn(&Trial) -> Option<Duration>| -> Vec<f64> {
         trials.iter().filter_map(of).map(|d| d.as_secs_f64() * 1e3).collect()
     };
     let most = |figures: &[f64]| figures.iter().copied().reduce(f64::max);

@@ -186,7 +186,13 @@ impl Scene {
             let healthy = page
                 .lines()
                 .filter(|line| line.starts_with("weir_backend_state") && line.contains("state=\"healthy\""));
-            if healthy.count() < self.mocks.len() {
+            // And has seen so itself: one that never reached a backend that others reach has no vote on it.
+            let seen = page.lines().filter(|line| {
+                line.starts_with("weir_gateway_probes_total")
+                    && line.contains("tier=\"liveness\"")
+                    && line.contains("outcome=\"pass\"")
+            });
+            if healthy.count() < self.mocks.len() || seen.count() < self.mocks.len() {
                 return Ok(false);
             }
         }

@@ -36,6 +36,8 @@ pub(super) struct Plan {
     pub(super) fault: Fault,
     pub(super) busy: bool,
     pub(super) gateways: u16,
+    /// Before the fault, so that it meets another phase of the probes in each trial.
+    pub(super) pause: Duration,
     /// Mend it, and see when it is used again.
     pub(super) returns: bool,
     /// And when it has its full weight.
@@ -97,6 +99,7 @@ pub(super) async fn run(plan: Plan) -> anyhow::Result<Trial> {
         traffic(&scene, MARGIN + WATCH_TRAFFIC, &enough, &mut loads);
         tokio::time::sleep(MARGIN).await;
     }
+    tokio::time::sleep(plan.pause).await;
     let at = scene.inject(plan.fault).await?;
     (trial.local, trial.cluster) = watch(&scene, plan.busy, at).await?;
     enough.cancel();

@@ -6,6 +6,7 @@ mod connection;
 mod open;
 mod pacer;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -21,6 +22,11 @@ pub(crate) use pacer::Pacer;
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest latency told apart, microseconds.
 const LATENCY_MAX_US: u64 = 120_000_000;
+
+/// Ways to fail that are told apart.
+const FAILURE_KINDS_MAX: usize = 16;
+/// All others.
+const OTHER_KINDS: &str = "others";
 
 /// Latencies in microseconds, to three digits.
 pub(crate) fn latencies() -> Histogram<u64> {
@@ -38,6 +44,8 @@ pub(crate) struct Outcome {
     pub(crate) failed: u64,
     /// What the first of those said.
     pub(crate) first_failure: Option<String>,
+    /// How often they failed in which way.
+    pub(crate) failures: BTreeMap<String, u64>,
     /// How long it took.
     pub(crate) elapsed: Duration,
 }
@@ -45,7 +53,14 @@ pub(crate) struct Outcome {
 impl Outcome {
     pub(crate) fn new() -> Self {
         let latency_us = latencies();
-        Self { latency_us, ok: 0, failed: 0, first_failure: None, elapsed: Duration::ZERO }
+        Self {
+            latency_us,
+            ok: 0,
+            failed: 0,
+            first_failure: None,
+            failures: BTreeMap::new(),
+            elapsed: Duration::ZERO,
+        }
     }
 
     /// Counts one request.
@@ -55,14 +70,32 @@ impl Outcome {
                 self.ok += 1;
                 self.latency_us.saturating_record(micros(latency));
             }
-            Ok(answer) => self.fail(format!("{} {}", answer.status, answer.excerpt)),
-            Err(error) => self.fail(error.clone()),
+            Ok(answer) => {
+                let code = error_code(&answer.excerpt);
+                let kind = format!("{} {}", answer.status, code.unwrap_or_default());
+                self.fail(kind.trim_end().to_owned(), format!("{} {}", answer.status, answer.excerpt));
+            }
+            Err(error) => self.fail(error.clone(), error.clone()),
         }
     }
 
-    fn fail(&mut self, why: String) {
+    fn fail(&mut self, kind: String, why: String) {
         self.failed += 1;
         self.first_failure.get_or_insert(why);
+        self.add_kind(kind, 1);
+    }
+
+    fn add_kind(&mut self, kind: String, count: u64) {
+        let known = self.failures.len() < FAILURE_KINDS_MAX || self.failures.contains_key(&kind);
+        *self.failures.entry(if known { kind } else { OTHER_KINDS.to_owned() }).or_default() += count;
+    }
+
+    /// How requests failed, the most frequent way first; empty when none did.
+    pub(crate) fn failures_line(&self) -> String {
+        let mut kinds: Vec<_> = self.failures.iter().collect();
+        kinds.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let kinds: Vec<String> = kinds.into_iter().map(|(kind, count)| format!("{count} x {kind}")).collect();
+        kinds.join(", ")
     }
 
     /// Adds what another part of the same load came to.
@@ -70,6 +103,9 @@ impl Outcome {
         self.ok += other.ok;
         self.failed += other.failed;
         self.first_failure = self.first_failure.take().or(other.first_failure);
+        for (kind, count) in other.failures {
+            self.add_kind(kind, count);
+        }
         self.elapsed = self.elapsed.max(other.elapsed);
         // Both have the same bounds, so nothing is lost.
         let _ = self.latency_us.add(other.latency_us);
@@ -84,6 +120,12 @@ impl Outcome {
     pub(crate) fn percentile_us(&self, percent: f64) -> f64 {
         self.latency_us.value_at_percentile(percent) as f64
     }
+}
+
+/// The code of an error in OpenAI's form.
+fn error_code(body: &str) -> Option<String> {
+    let body: serde_json::Value = serde_json::from_str(body).ok()?;
+    body["error"]["code"].as_str().map(str::to_owned)
 }
 
 pub(crate) fn micros(duration: Duration) -> u64 {
@@ -130,4 +172,27 @@ pub(crate) fn chat(key: &str, model: &str, tokens: u64, stream: bool) -> Bytes {
 /// A request without a body.
 pub(crate) fn get(path: &str) -> Bytes {
     format!("GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_counted_by_what_they_say_and_no_more_kinds_than_a_few() {
+        let mut outcome = Outcome::new();
+        let excerpt = r#"{"error":{"message":"...","code":"backends_busy"}}"#;
+        let busy = Answer { status: 503, excerpt: excerpt.into(), ..Answer::default() };
+        for _ in 0..3 {
+            outcome.count(Duration::ZERO, &Ok(busy.clone()));
+        }
+        outcome.count(Duration::ZERO, &Err("connection reset".into()));
+        let mut sum = Outcome::new();
+        sum.add(outcome);
+        assert_eq!(sum.failures_line(), "3 x 503 backends_busy, 1 x connection reset");
+        for i in 0..100 {
+            sum.count(Duration::ZERO, &Err(format!("port {i}")));
+        }
+        assert_eq!((sum.failures.len(), sum.failures[OTHER_KINDS]), (FAILURE_KINDS_MAX + 1, 86));
+    }
 }

@@ -22,7 +22,8 @@ pub(super) async fn probe(cli: &Cli, io: &mut Io<'_>, args: &ProbeArgs) -> Resul
         tier: args.tier.tier().into(),
         timeout: prost_types::Duration::try_from(args.wait).ok(),
     };
-    let probe = client.call_within(args.wait + SPARE, Retry::Never, request, |mut c, r| async move {
+    // A control plane that does not lead says so, and then the next one is asked. A look too many does no harm.
+    let probe = client.call_within(args.wait + SPARE, Retry::Once, request, |mut c, r| async move {
         c.probe_backend(r).await
     });
     let answer = probe.await?;

@@ -22,13 +22,16 @@ impl Recent {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The records of the last chunks of the log.
+    /// The records of the last chunks of the log, up to the newest of the state that was read: those that came after it
+    /// come with the batches that follow.
     pub(super) async fn load(store: &dyn Store, newest: u64) -> Result<Self, store::Error> {
         let recent = Self::default();
         let from = (newest / CHUNK).saturating_sub(RECENT_MAX as u64 / CHUNK);
         for chunk in from..=newest / CHUNK {
             for logged in read_chunk(store, chunk * CHUNK).await? {
-                recent.push_shared(logged);
+                if logged.record.sequence <= newest {
+                    recent.push_shared(logged);
+                }
             }
         }
         Ok(recent)
@@ -137,10 +140,7 @@ impl Catalog {
 
     /// The newest record at or before a revision.
     pub(crate) async fn sequence_at(&self, revision: u64) -> Result<u64, Error> {
-        let state = self.state();
-        if revision > state.revision {
-            return Err(Error::Ahead { asked: revision, newest: state.revision });
-        }
+        let state = self.state_at(revision).await?;
         let (mut before, mut oldest) = (state.audit.sequence + 1, state.head);
         loop {
             let records = self.records_before(before, CHUNK as usize).await?;
@@ -163,10 +163,7 @@ impl Catalog {
 
     /// The resources as they were at a revision: the present ones with later records undone.
     pub(crate) async fn at(&self, revision: u64) -> Result<Arc<State>, Error> {
-        let now = self.state();
-        if revision > now.revision {
-            return Err(Error::Ahead { asked: revision, newest: now.revision });
-        }
+        let now = self.state_at(revision).await?;
         if revision >= now.head {
             return Ok(now);
         }

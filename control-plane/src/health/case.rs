@@ -331,7 +331,11 @@ impl Case {
             vote.is_some_and(|vote| vote.last.is_good() || vote.failures >= ACCUSATIONS)
         };
         let late = now >= suspicion.deadline;
-        let settled = late || suspicion.asked.iter().all(answered);
+        // Who was asked and has not answered, and who failed once and may yet pass.
+        let asked = &suspicion.asked;
+        let undecided = tally.undecided.iter().filter(|(vantage, _)| !asked.contains(*vantage)).count();
+        let open = asked.iter().filter(|vantage| !answered(vantage)).count() + undecided;
+        let settled = late || asked.iter().all(answered) || tally.condemns_whatever(open);
         if settled && let Some(sentence) = self.sentence(tier, &tally) {
             match sentence {
                 Sentence::Loading(detail) => {

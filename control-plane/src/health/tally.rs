@@ -42,7 +42,12 @@ impl Tally<'_> {
 
     /// Enough vantage points agree, more than object, and fewer than a quorum object.
     pub(crate) fn condemns(&self) -> bool {
-        let (accusers, dissenters) = (self.accusers.len(), self.dissenters.len());
+        self.condemns_whatever(0)
+    }
+
+    /// The same, even if so many more should object: they need not be waited for.
+    pub(crate) fn condemns_whatever(&self, open: usize) -> bool {
+        let (accusers, dissenters) = (self.accusers.len(), self.dissenters.len() + open);
         accusers >= QUORUM && accusers > dissenters && dissenters < QUORUM
     }
 }

@@ -31,6 +31,8 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 const AGE: Duration = Duration::from_secs(30 * 60);
 /// One delta is in flight at most, so it always finds a place; heartbeats leave one free.
 const OUTBOX: usize = 4;
+/// An initial synchronisation has its place for so long at most; most are answered within milliseconds.
+const PLACE_MAX: Duration = Duration::from_secs(3);
 const GATEWAY_ID_MAX_BYTES: usize = 63;
 
 /// See the module.
@@ -69,9 +71,22 @@ enum Admission {
     /// It is not needed, or not any more.
     None,
     Asked(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
-    /// Held until the first answer.
-    #[expect(dead_code, reason = "held, not read: dropping it gives the place to the next")]
-    Granted(OwnedSemaphorePermit),
+    /// Held until the first answer, or until then: who does not answer must not keep the others waiting.
+    Granted {
+        #[expect(dead_code, reason = "held, not read: dropping it gives the place to the next")]
+        place: OwnedSemaphorePermit,
+        until: Instant,
+    },
+}
+
+impl Admission {
+    /// When a place that is held is given up.
+    const fn ends(&self) -> Option<Instant> {
+        match self {
+            Self::Granted { until, .. } => Some(*until),
+            Self::None | Self::Asked(_) => None,
+        }
+    }
 }
 
 /// One gateway's stream.
@@ -149,13 +164,17 @@ async fn serve(
         stream.send_delta(&snapshot)?;
         let deadline = stream.session.deadline();
         let asked = matches!(stream.admission, Admission::Asked(_));
+        let ends_place = stream.admission.ends();
         tokio::select! {
             () = replaced.cancelled() => {
                 return Err(Status::aborted("another stream of this gateway took over"));
             }
             place = stream.place(), if asked => {
                 let place = place.ok_or_else(|| Status::unavailable("the control plane is stopping"))?;
-                stream.admission = Admission::Granted(place);
+                stream.admission = Admission::Granted { place, until: Instant::now() + PLACE_MAX };
+            }
+            () = sleep_until(ends_place.unwrap_or_else(Instant::now)), if ends_place.is_some() => {
+                stream.admission = Admission::None;
             }
             said = inbound.message() => match said? {
                 None => return Ok(()),
@@ -198,7 +217,7 @@ impl Stream {
     async fn place(&mut self) -> Option<OwnedSemaphorePermit> {
         match &mut self.admission {
             Admission::Asked(place) => place.await,
-            Admission::None | Admission::Granted(_) => std::future::pending().await,
+            Admission::None | Admission::Granted { .. } => std::future::pending().await,
         }
     }
 
@@ -233,6 +252,10 @@ impl Stream {
             Answered::Applied(revision) => {
                 self.shared.metrics.acks.inc();
                 self.connection.acknowledged(revision, &self.session.held);
+            }
+            Answered::Still { errors, revision } => {
+                self.shared.metrics.acks.inc();
+                self.connection.refused(&errors, revision, &self.session.held);
             }
             Answered::Refused { errors, revision, whole } => {
                 for error in &errors {

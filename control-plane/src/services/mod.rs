@@ -123,6 +123,7 @@ impl From<catalog::Error> for Status {
             catalog::Error::RequestIdReused => invalid("request_id", &message),
             catalog::Error::Contended => with_reason(Code::Aborted, message, "CONTENDED"),
             catalog::Error::Behind => with_reason(Code::Unavailable, message, "BEHIND"),
+            catalog::Error::Lagging => with_reason(Code::Unavailable, message, "LAGGING"),
             catalog::Error::Forgotten { .. } => with_reason(Code::OutOfRange, message, "FORGOTTEN"),
             catalog::Error::Ahead { .. } => with_reason(Code::OutOfRange, message, "AHEAD"),
             catalog::Error::Store(store::Error::Conflict(_)) => {

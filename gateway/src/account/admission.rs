@@ -156,7 +156,7 @@ impl Admission {
     pub fn moved(&mut self, from: &Key) {
         self.slots.retain(|slot| slot != from);
         self.enter();
-        self.ledger.waiting.released([from]);
+        self.ledger.gave_back(from);
     }
 
     /// This slot is not needed any more, while the request goes on.
@@ -186,7 +186,7 @@ impl Admission {
         self.slots.retain(|held| held != slot);
         self.enter();
         self.ledger.denials.given_back(&leases);
-        self.ledger.waiting.released(&leases);
+        leases.iter().for_each(|lease| self.ledger.gave_back(lease));
         Ok(())
     }
 
@@ -214,7 +214,7 @@ impl Admission {
         let concurrency = leases(self.weighing());
         let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
         if leases.is_empty() {
-            self.ledger.leases().remove(&self.id);
+            self.ledger.leases().remove(self.id);
         } else {
             self.ledger.leases().insert(self.id, leases);
         }
@@ -283,7 +283,7 @@ impl Drop for Admission {
             let slot = self.slots[1].clone();
             self.release(&slot);
         }
-        self.ledger.leases().remove(&self.id);
+        self.ledger.leases().remove(self.id);
         let actual = minus(&self.actual, &self.stepped);
         let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
         let job = Job::Settle(self.settlements(actual), credit);

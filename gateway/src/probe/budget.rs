@@ -27,6 +27,14 @@ impl Budget {
         enough
     }
 
+    /// What was taken was not used after all.
+    pub(super) fn give_back(&mut self, backend: &str, requests: u32) {
+        if let Some((left, _)) = self.backends.get_mut(backend) {
+            // The next taking bounds it.
+            *left += f64::from(requests);
+        }
+    }
+
     /// Forgets backends that are gone.
     pub(super) fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.backends.retain(|backend, _| keep(backend));
@@ -47,6 +55,17 @@ mod tests {
             assert!(taken <= most, "{per_hour}: {taken}");
             assert!(taken >= per_hour as usize, "{per_hour}: {taken}");
         }
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again_and_no_more_is_saved_up() {
+        let (mut budget, now) = (Budget::default(), Instant::now());
+        for _ in 0..100 {
+            assert!(budget.take("b", 5, 12, now));
+            budget.give_back("b", 5);
+        }
+        budget.give_back("b", 100);
+        assert_eq!((0..100).filter(|_| budget.take("b", 1, 12, now)).count(), 5);
     }
 
     #[test]

@@ -227,8 +227,6 @@ async fn embed(backend: &BackendEntry, model: &str, known: &Known, limit: Durati
 /// What a deep probe is to find out.
 #[derive(Debug, Clone)]
 pub(super) struct Depth {
-    /// Whom to ask, if traffic does not say how fast it is.
-    pub(super) measure: Option<String>,
     /// What traffic says.
     pub(super) known_rate: Option<f64>,
     /// What its list of models should hold.
@@ -237,10 +235,10 @@ pub(super) struct Depth {
     pub(super) limit: Duration,
 }
 
-/// Throughput, the engine's own page, the list of models.
-pub(super) async fn deep(backend: Arc<BackendEntry>, depth: Depth) -> Looked {
+/// The engine's own page and the list of models; nothing that costs a token.
+pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Looked {
     let get =
-        |path: &'static str, most| timeout(depth.limit, ask(&backend, Method::GET, path, Bytes::new(), most));
+        |path: &'static str, most| timeout(depth.limit, ask(backend, Method::GET, path, Bytes::new(), most));
     let mut looked = Looked::from(Seen::new(ProbeOutcome::Pass, "throughput, engine and models looked at"));
     looked.reading.tokens_per_second = depth.known_rate;
     if let Ok(Ok(page)) = get("/metrics", PAGE_MAX_BYTES).await
@@ -259,14 +257,11 @@ pub(super) async fn deep(backend: Arc<BackendEntry>, depth: Depth) -> Looked {
             looked.seen = Seen::new(ProbeOutcome::WrongModel, detail);
         }
     }
-    if let Some(model) = &depth.measure {
-        measure(&backend, model, depth.limit, &mut looked).await;
-    }
     looked
 }
 
-/// A few short answers, one after the other: a benchmark must not become the load.
-async fn measure(backend: &BackendEntry, model: &str, limit: Duration, looked: &mut Looked) {
+/// Throughput by a few short answers, one after the other: a benchmark must not become the load.
+pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration, looked: &mut Looked) {
     let (mut tokens, began) = (0_u64, Instant::now());
     for _ in 0..DEEP_REQUESTS {
         let asked = ask(backend, Method::POST, CHAT, question(model, DEEP_TOKENS), ANSWER_MAX_BYTES);

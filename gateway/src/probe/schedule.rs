@@ -9,6 +9,8 @@ use weir_proto::v1::ProbeTier;
 
 /// Between the looks of a confirmation, and after a first failure.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
+/// After a look that could not be made.
+const UNASKED_AGAIN: Duration = Duration::from_secs(1);
 /// Looks at liveness that an order asks for, and that follow a first failure.
 const LOOKS: u32 = 2;
 /// The first deep probe waits so long: a start is not the time to measure anything.
@@ -61,6 +63,8 @@ pub(super) enum End {
     Bad,
     /// Bad, and another look now would say the same: it is loading.
     Patient,
+    /// It could not be asked: nothing is known that was not known before.
+    Nothing,
 }
 
 /// All that this gateway looks at.
@@ -140,7 +144,19 @@ impl Schedule {
         let Some(task) = self.tasks.get_mut(key) else { return false };
         task.in_flight = task.in_flight.saturating_sub(1);
         let before = task.failing;
-        task.failing = if end == End::Good { 0 } else { before.saturating_add(1) };
+        task.failing = match end {
+            End::Good => 0,
+            End::Bad | End::Patient => before.saturating_add(1),
+            End::Nothing => before,
+        };
+        if end == End::Nothing {
+            if task.turn.is_some() || task.ordered > 0 {
+                task.due.get_or_insert(now + UNASKED_AGAIN);
+            } else if task.due.is_none() && task.in_flight == 0 {
+                self.tasks.remove(key);
+            }
+            return false;
+        }
         let asked = task.ordered > 0;
         task.ordered = task.ordered.saturating_sub(1);
         // After a first failure it looks again at once; one that keeps failing gets its regular turns. Deep probes
@@ -280,6 +296,26 @@ mod tests {
             assert!(schedule.finished(&liveness, End::Bad, &HealthProfile::default(), at, 0.0));
         }
         assert!(schedule.next().is_some_and(|next| next > now + 6 * AGAIN), "back to its turn");
+    }
+
+    #[test]
+    fn what_could_not_be_asked_is_asked_soon_and_is_no_news() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (readiness, profile) = (key(ProbeTier::Readiness), HealthProfile::default());
+        schedule.order(readiness.clone(), now);
+        let mut at = now;
+        for _ in 0..3 {
+            assert_eq!(schedule.take_due(at, 10).len(), 1);
+            assert!(!schedule.finished(&readiness, End::Nothing, &profile, (at, Duration::ZERO), 0.0));
+            assert_eq!(schedule.next(), Some(at + UNASKED_AGAIN));
+            at += UNASKED_AGAIN;
+        }
+        assert_eq!(schedule.take_due(at, 10).len(), 1);
+        assert!(
+            schedule.finished(&readiness, End::Good, &profile, (at, Duration::ZERO), 0.0),
+            "what was ordered"
+        );
+        assert_eq!(schedule.next(), None);
     }
 
     #[test]

@@ -268,6 +268,12 @@ impl Local {
 
     pub(super) fn release(&mut self, id: ReservationId, leases: &[Key]) {
         self.limiter.free(id, leases);
+        // A slot without a call is all there is to that grant: nobody settles it.
+        let of_slot_alone =
+            |grant: &Grant| grant.call.is_none() && grant.slot.iter().all(|s| leases.contains(s));
+        if self.grants.get(&id).is_some_and(of_slot_alone) {
+            self.grants.remove(&id);
+        }
     }
 
     pub(super) fn peek(&self, scopes: &[ScopeLimits], gateways: u32) -> Result<Vec<LimitState>, Error> {

@@ -8,6 +8,8 @@
 //! Waiters hold nothing: dropping the future leaves the queue, and whatever the dropped ask may have been granted is
 //! the caller's to cancel by the call's id.
 
+#[cfg(test)]
+mod fairness;
 mod queue;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,8 @@ pub const LIMIT_QUEUE_MAX: usize = 1000;
 const POLL_MIN: Duration = Duration::from_millis(5);
 /// Between two asks for a lease, at most: how late a release by another process is noticed.
 const POLL_MAX: Duration = Duration::from_millis(50);
+/// A process with more than its even part leaves places to others for this long: each of them has asked by then.
+const OFFER: Duration = Duration::from_millis(60);
 /// The least time between two asks of a head that several processes contend with.
 const ASK_PAUSE_MIN: Duration = Duration::from_millis(1);
 
@@ -184,6 +188,19 @@ impl Waiting {
     pub fn released<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
         let woken = self.queues().release(keys);
         woken.iter().for_each(|head| head.notify_one());
+    }
+
+    /// A lease of this set was given back by this process, which holds `held` more of it and is one of `processes` that
+    /// share it. Whoever is told first would take it again, and a process without any would wait in vain while others
+    /// hand their places on among themselves. So one with more than its even part lets the others ask first, for one
+    /// place at a time; else its heads ask at once, as with [`Waiting::released`].
+    pub fn gave_back(&self, key: &Key, held: u32, processes: u32) {
+        let now = self.us(Instant::now());
+        let offer = u64::try_from(OFFER.as_micros()).unwrap_or(u64::MAX);
+        let offered = processes > 1 && self.queues().give_back(key, held, processes, now, offer);
+        if !offered {
+            self.released([key]);
+        }
     }
 
     /// Asks, and waits in turn as long as it is refused and patience lasts. `ask` must decide `call` as it stands at

@@ -18,6 +18,12 @@ use crate::{Bucket, Cost, Key, Kind, LimitState};
 pub const WAITERS_MAX: usize = 10_000;
 /// Most bytes that all waiters of one process may keep in memory.
 pub const BYTES_MAX: u64 = 256 << 20;
+/// After an offer that nobody took, microseconds: how long a process asks for all it gave back before the next one.
+const OFFER_PAUSE_MIN: u64 = 60_000;
+/// The same after several of them.
+const OFFER_PAUSE_MAX: u64 = 480_000;
+/// Places offered at once, at most.
+const OFFERED_MAX: usize = 1024;
 /// Releases that are remembered for those who are asking while they happen.
 const RELEASES_KEPT: usize = 1024;
 
@@ -41,6 +47,9 @@ pub struct Entry<H> {
     pub cost: Cost,
     /// What it keeps in memory while it waits.
     pub bytes: u64,
+    /// The lease sets it could have a place in, and the places of each: of backends for a queue of slots, of a scope for
+    /// its concurrency. Empty for buckets.
+    pub places: Vec<(Key, u32)>,
     /// What else has room for it when it is released: the slots of a queue of slots, and other accounts.
     pub wakes: Vec<Key>,
     /// How it is woken.
@@ -87,6 +96,7 @@ struct Waiter<H> {
     number: u64,
     cost: Cost,
     bytes: u64,
+    places: Vec<(Key, u32)>,
     wakes: Vec<Key>,
     due: u64,
     handle: H,
@@ -112,6 +122,61 @@ struct Queue<H> {
     classes: [Class<H>; Priority::COUNT],
     len: usize,
     note: Option<Note>,
+    hold: Hold,
+}
+
+/// How a process with more than its even part of some places lets others ask first: it asks for what it gave back, and
+/// for nothing else. Now and then it offers a place that it gave back and asks for it only later; once that finds such
+/// places taken, it offers each.
+#[derive(Debug, Default)]
+struct Hold {
+    /// For so long after it last gave something back.
+    until: u64,
+    /// Places it gave back and may ask for.
+    passes: u32,
+    /// When it may ask for each of those it offered.
+    offered: VecDeque<u64>,
+    /// The last one was taken by others.
+    wanted: bool,
+    /// While they are not, it waits for so long before the next.
+    pause: u64,
+    next_offer: u64,
+}
+
+impl Hold {
+    /// When a head that is due at `due` may ask.
+    fn allows(&self, due: u64) -> u64 {
+        match (self.passes, self.offered.front()) {
+            (1.., _) => due,
+            (0, Some(offered)) => due.max(self.until.min(*offered)),
+            (0, None) => due.max(self.until),
+        }
+    }
+
+    /// It asked, and got a place or not.
+    fn asked(&mut self, served: bool) {
+        if self.passes > 0 {
+            self.passes -= 1;
+        } else if self.offered.pop_front().is_some() {
+            self.wanted = !served;
+            self.pause = if served { (self.pause * 2).max(OFFER_PAUSE_MIN).min(OFFER_PAUSE_MAX) } else { 0 };
+        }
+    }
+
+    /// It gave one of too many places back. True when it leaves that one to others.
+    fn gave_back(&mut self, now: u64, offer: u64) -> bool {
+        if now >= self.until {
+            (self.passes, self.until) = (0, now);
+            self.offered.clear();
+        }
+        self.until = now.saturating_add(offer);
+        let offers = (self.wanted || now >= self.next_offer) && self.offered.len() < OFFERED_MAX;
+        if offers {
+            self.offered.push_back(self.until);
+            self.next_offer = self.until.saturating_add(self.pause);
+        }
+        offers
+    }
 }
 
 /// All queues of a process.
@@ -204,8 +269,8 @@ impl<H: Clone> Queues<H> {
         if flow.waiters.is_empty() {
             flow.clock = flow.clock.max(clock);
         }
-        let Entry { cost, bytes: held, wakes, handle, .. } = entry;
-        flow.waiters.push_back(Waiter { number, cost, bytes: held, wakes, due, handle });
+        let Entry { cost, bytes: held, places, wakes, handle, .. } = entry;
+        flow.waiters.push_back(Waiter { number, cost, bytes: held, places, wakes, due, handle });
         self.len += 1;
         self.bytes = bytes;
         Ok(number)
@@ -213,10 +278,13 @@ impl<H: Clone> Queues<H> {
 
     /// Whether it is this one's turn.
     pub fn turn(&self, id: &QueueId, number: u64, now: u64) -> Turn {
-        match self.queues.get(id).and_then(Queue::head) {
-            Some(head) if head.number != number => Turn::Later,
-            Some(head) if head.due > now => Turn::At(head.due),
+        let Some((queue, head)) = self.queues.get(id).and_then(|queue| Some((queue, queue.head()?))) else {
             // Somebody who is not in the queue any more has nothing to wait for.
+            return Turn::Now;
+        };
+        match queue.hold.allows(head.due) {
+            _ if head.number != number => Turn::Later,
+            due if due > now => Turn::At(due),
             _ => Turn::Now,
         }
     }
@@ -230,6 +298,7 @@ impl<H: Clone> Queues<H> {
         }
         let due = if self.released_since(seen, id, &wakes) { 0 } else { due };
         if let Some(queue) = self.queues.get_mut(id) {
+            queue.hold.asked(false);
             queue.note = note.or(queue.note);
             if let Some(waiter) = queue.find(number) {
                 waiter.due = due;
@@ -242,6 +311,9 @@ impl<H: Clone> Queues<H> {
     pub fn leave(&mut self, id: &QueueId, tenant: &str, number: u64, served: bool) -> Option<H> {
         let queue = self.queues.get_mut(id)?;
         let before = queue.head().map(|head| head.number);
+        if served {
+            queue.hold.asked(true);
+        }
         let waiter = queue.remove(tenant, number, served)?;
         self.len -= 1;
         self.bytes -= waiter.bytes.min(self.bytes);
@@ -269,20 +341,33 @@ impl<H: Clone> Queues<H> {
             if self.len == 0 {
                 continue;
             }
-            if let Some(head) = self.queues.get_mut(&QueueId::Limit(key.clone())).and_then(Queue::head_mut) {
-                head.due = 0;
-                woken.push(head.handle.clone());
-            }
-            for queue in self.queues.values_mut() {
-                if let Some(head) = queue.head_mut()
-                    && head.wakes.contains(key)
-                {
+            for (id, queue) in &mut self.queues {
+                let own = matches!(id, QueueId::Limit(waited) if waited == key);
+                let waits = own || queue.head().is_some_and(|head| head.wakes.contains(key));
+                if waits && let Some(head) = queue.head_mut() {
                     head.due = 0;
                     woken.push(head.handle.clone());
+                    queue.hold.passes = queue.hold.passes.saturating_add(1);
                 }
             }
         }
         woken
+    }
+
+    /// One place of this lease set was given back by this process, which is one of `processes` and still has `held`
+    /// there. If it had more than its even part of what somebody waits for here, its heads leave other places to others
+    /// for the time of `offer`, and perhaps this one too. Returns whether they do; else they are to be told.
+    pub fn give_back(&mut self, key: &Key, held: u32, processes: u32, now: u64, offer: u64) -> bool {
+        let mut offered = false;
+        for queue in self.queues.values_mut() {
+            let Some(places) = queue.head().and_then(|head| head.places_of(key)) else { continue };
+            if (u64::from(held) + 1) * u64::from(processes) > u64::from(places) {
+                offered |= queue.hold.gave_back(now, offer);
+            } else {
+                queue.hold.until = queue.hold.until.min(now);
+            }
+        }
+        offered
     }
 
     /// Whether what a queue waits for was released after the first `seen` releases. Says yes when it is too long ago
@@ -298,10 +383,17 @@ impl<H: Clone> Queues<H> {
     }
 }
 
+impl<H> Waiter<H> {
+    /// How many places there are in this lease set, if it waits for one.
+    fn places_of(&self, key: &Key) -> Option<u32> {
+        self.places.iter().find(|(place, _)| place == key).map(|(_, places)| *places)
+    }
+}
+
 impl<H> Queue<H> {
     fn new() -> Self {
         let class = || Class { clock: 0, flows: BTreeMap::new(), len: 0 };
-        Self { classes: std::array::from_fn(|_| class()), len: 0, note: None }
+        Self { classes: std::array::from_fn(|_| class()), len: 0, note: None, hold: Hold::default() }
     }
 
     /// What a cost counts for here: in the refusing bucket's kind, or one.

@@ -362,6 +362,7 @@ fn coming_and_going_gains_a_tenant_nothing() {
         priority: Priority::Normal,
         cost: Cost::of_request(1, 0, 0),
         bytes: 0,
+        places: vec![],
         wakes: vec![],
         handle: (),
     };

@@ -164,6 +164,15 @@ impl<'a> Wait<'a> {
         let now = Instant::now();
         let handle = Arc::new(Notify::new());
         let Patience { tenant, priority, bytes, .. } = self.patience;
+        let places = match &id {
+            QueueId::Slots(_) => {
+                self.call.candidates.iter().map(|c| (c.leases.clone(), c.max_concurrency)).collect()
+            }
+            QueueId::Limit(key) => {
+                let scope = self.call.scopes.iter().find(|scope| scope.leases == *key);
+                scope.and_then(|scope| Some((key.clone(), scope.concurrency?))).into_iter().collect()
+            }
+        };
         let wakes = match &id {
             QueueId::Slots(_) => self.wakes(),
             QueueId::Limit(_) if self.patience.alternatives.len() > 1 && self.is_of_alternative(&id) => {
@@ -176,6 +185,7 @@ impl<'a> Wait<'a> {
             priority: *priority,
             cost: self.call.cost,
             bytes: *bytes,
+            places,
             wakes,
             handle: handle.clone(),
         };

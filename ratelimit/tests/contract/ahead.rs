@@ -15,17 +15,10 @@ fn hot(requests: u64) -> Scopes {
     smallvec![limits]
 }
 
-/// Four processes ask at once for more than there is: what is not set aside is admitted, to the request, whatever was
-/// taken ahead by whom and given back.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn exactly_the_limit_by_four_processes_that_take_ahead() {
-    let server = Server::start().await;
-    let scopes = hot(5_000);
+/// Each asks for more than there is, until what others may hold has long been given back; all that was admitted.
+async fn admitted_by(processes: &[AnyLimiter], scopes: &Scopes) -> u64 {
     let mut tasks = tokio::task::JoinSet::new();
-    let mut processes = Vec::new();
-    for _ in 0..4 {
-        let limiter = AnyLimiter::from(server.limiter().await);
-        processes.push(limiter.clone());
+    for limiter in processes.iter().cloned() {
         let scopes = scopes.clone();
         tasks.spawn(async move {
             let (mut admitted, mut refused_since) = (0, None);
@@ -34,7 +27,6 @@ async fn exactly_the_limit_by_four_processes_that_take_ahead() {
                 if granted(&decision) {
                     (admitted, refused_since) = (admitted + 1, None);
                 }
-                // Until what others may hold has long been given back.
                 let since = *refused_since.get_or_insert_with(tokio::time::Instant::now);
                 if since.elapsed() > ahead::VALID * 3 {
                     return admitted;
@@ -45,7 +37,40 @@ async fn exactly_the_limit_by_four_processes_that_take_ahead() {
             }
         });
     }
-    assert_eq!(tasks.join_all().await.into_iter().sum::<u64>(), 4_000);
+    tasks.join_all().await.into_iter().sum()
+}
+
+fn nothing_is_held(processes: &[AnyLimiter]) {
     assert!(processes.iter().map(|process| process.ahead().decided).sum::<u64>() > 0);
     assert!(processes.iter().all(|process| process.ahead().held == [0; Kind::COUNT]));
+}
+
+/// Four processes ask at once for more than there is: what is not set aside is admitted, to the request, whatever was
+/// taken ahead by whom and given back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exactly_the_limit_by_four_processes_that_take_ahead() {
+    let server = Server::start().await;
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        processes.push(AnyLimiter::from(server.limiter().await));
+    }
+    assert_eq!(admitted_by(&processes, &hot(5_000)).await, 4_000);
+    nothing_is_held(&processes);
+}
+
+/// The same where the limit's two meters share a slot and the tenant's limit is in another one, which asks for each
+/// request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exactly_the_limit_on_a_cluster() {
+    let cluster = Cluster::start().await;
+    let mut processes = Vec::new();
+    for _ in 0..2 {
+        processes.push(AnyLimiter::from(cluster.limiter().await));
+    }
+    let mut scopes = hot(1_000);
+    scopes.push(limited("beside", Kind::Requests, bucket(10_000, 0, Duration::from_secs(60))));
+    assert_eq!(admitted_by(&processes, &scopes).await, 800);
+    nothing_is_held(&processes);
+    let beside = processes[0].peek(&scopes[1..]).await.expect("peek");
+    assert_eq!(beside[0].remaining, 10_000 - 800, "refused requests are not charged elsewhere");
 }

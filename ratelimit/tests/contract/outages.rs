@@ -432,3 +432,43 @@ async fn usage_of_an_outage_is_told_once() {
     .await;
     assert_eq!((gateway.status().pending, gateway.status().lost), (0, 0));
 }
+
+/// What probes take: a slot that no settlement ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_without_a_request_is_a_share_in_an_outage_and_leaves_nothing_behind() {
+    let server = Server::start().await;
+    let gateway = gateway(&server, 2).await;
+    let place = [Candidate { leases: Key::backend_slots("b"), max_concurrency: 4, bound: None }];
+    let ids: Vec<ReservationId> = (0..4).map(|_| ReservationId::now_v7()).collect();
+    let take = async |id: ReservationId| {
+        let ttl = Duration::from_secs(15);
+        gateway.move_slot(id, None, &place, ttl).await.expect("decided, with or without the store").is_some()
+    };
+    assert!(take(ids[0]).await, "of the store");
+    let mut raw = server.raw().await;
+    config(&server, "min-replicas-to-write", "1").await;
+    eventually("open", async || {
+        let _ = gateway.acquire(&call(still(5))).await;
+        gateway.status().phase == Phase::Open
+    })
+    .await;
+    assert!(take(ids[1]).await && !take(ids[2]).await, "half of four, one of them held before");
+    gateway.release(ids[1], &[place[0].leases.clone()]).await.expect("noted");
+    assert!(take(ids[2]).await, "given back");
+    gateway.release(ids[0], &[place[0].leases.clone()]).await.expect("noted");
+    assert!(take(ids[3]).await, "given back, though the store had granted it");
+    gateway.release(ids[3], &[place[0].leases.clone()]).await.expect("noted");
+    config(&server, "min-replicas-to-write", "0").await;
+    returns(&gateway).await;
+    eventually("only what is held is left", async || {
+        let key = place[0].leases.as_str();
+        let found = ::redis::cmd("ZRANGE").arg(key).arg(0).arg(-1).query_async(&mut raw.clone()).await;
+        let found: Vec<String> = found.expect("a set");
+        found == [ids[2].simple().to_string()]
+    })
+    .await;
+    gateway.release(ids[2], &[place[0].leases.clone()]).await.expect("freed");
+    let left: u64 =
+        ::redis::cmd("ZCARD").arg(place[0].leases.as_str()).query_async(&mut raw).await.expect("a set");
+    assert_eq!(left, 0);
+}

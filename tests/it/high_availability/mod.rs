@@ -1,5 +1,6 @@
 //! Several control planes on one etcd: any of them serves, one leads, and whichever dies, the others go on.
 
+mod asked;
 mod random;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use weir_tests::cluster::{KEY, Mock, Resources, gateway_config, mock};
 use weir_tests::etcd::Etcd;
 use weir_tests::eventually;
 use weir_tests::gate::{Door, Gate};
+use weir_tests::line::Line;
 use weir_tests::plane::{ADMIN_TOKEN, Admin, Plane, start, start_on, start_with};
 use weir_tests::process::{command, signal};
 
@@ -67,6 +69,8 @@ struct World {
     /// `None` while it is dead.
     planes: Vec<Option<Plane>>,
     addresses: Vec<String>,
+    /// Of each control plane, its lines to the members.
+    lines: Vec<Vec<Line>>,
     gateways: Vec<Gateway>,
     /// In front of the backends.
     gates: Vec<Gate>,
@@ -89,14 +93,20 @@ impl World {
             etcd,
             planes: Vec::new(),
             addresses: Vec::new(),
+            lines: Vec::new(),
             gateways: Vec::new(),
             gates,
             data,
-            _end: end.drop_guard(),
+            _end: end.clone().drop_guard(),
         };
         for k in 0..3 {
+            let mut lines = Vec::new();
+            for member in world.etcd.addresses() {
+                lines.push(Line::to(member, &end).await);
+            }
+            world.lines.push(lines);
             let directory = world.data.path().join(format!("plane-{k}"));
-            let plane = start_on("127.0.0.1:0", &directory, &world.etcd.url("weir")).await;
+            let plane = start_on("127.0.0.1:0", &directory, &world.store(k)).await;
             world.addresses.push(plane.address());
             world.planes.push(Some(plane));
         }
@@ -115,6 +125,12 @@ impl World {
             gateway.running.serving().await;
         }
         world
+    }
+
+    /// The store, as a control plane finds it.
+    fn store(&self, plane: usize) -> String {
+        let lines: Vec<_> = self.lines[plane].iter().map(|line| line.address).collect();
+        Etcd::url_by(&lines, "weir")
     }
 
     fn urls(&self) -> String {
@@ -137,8 +153,7 @@ impl World {
 
     async fn restart(&mut self, plane: usize) {
         let directory = self.data.path().join(format!("plane-{plane}"));
-        let store = self.etcd.url("weir");
-        self.planes[plane] = Some(start_on(&self.addresses[plane], &directory, &store).await);
+        self.planes[plane] = Some(start_on(&self.addresses[plane], &directory, &self.store(plane)).await);
     }
 
     /// The one that leads; waits until there is exactly one.

@@ -60,6 +60,17 @@ impl World {
     }
 
     pub(super) fn with(gateways: usize, backends: usize, profile: HealthProfile, behave: Behaviour) -> Self {
+        Self::uneven(gateways, backends, profile, behave, Duration::ZERO)
+    }
+
+    /// The same, in which every second vantage point is so late in each of its turns.
+    pub(super) fn uneven(
+        gateways: usize,
+        backends: usize,
+        profile: HealthProfile,
+        behave: Behaviour,
+        late: Duration,
+    ) -> Self {
         let mut world = Self {
             cluster: Cluster::default(),
             now: Duration::ZERO,
@@ -91,7 +102,7 @@ impl World {
             for tier in Tier::ALL {
                 let turns = probers.of(tier).len() as u32;
                 for (turn, vantage) in probers.of(tier).iter().enumerate() {
-                    let phase = world.interval(tier) * turn as u32 / turns;
+                    let phase = world.interval(tier) * turn as u32 / turns + late * (turn as u32 % 2);
                     let (vantage, backend) = (vantage.clone(), backend.clone());
                     let look = Step::Look { vantage, backend, tier, left: 1, regular: true };
                     // Whatever is newly assigned is looked at at once, then in its turn.

@@ -52,9 +52,9 @@ pub(super) async fn serve(
                         let revision = if held.epoch == snapshot.epoch { held.revision } else { 0 };
                         connection.acknowledged(revision, &held);
                     } else {
-                        // What it refused is of the newest change, which it stays before.
-                        let revision = snapshot.revision.max(held.revision);
-                        connection.refused(&applied.errors, revision, &held);
+                        let hello = v1::Hello { held: applied.held, ..v1::Hello::default() };
+                        held.versions = Held::of(&hello).versions;
+                        connection.refused(&applied.errors, applied.answered_revision, &held);
                     }
                 }
                 Some(_) => return Err(Status::invalid_argument("an observer says hello once, then applied")),

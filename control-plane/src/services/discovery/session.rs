@@ -5,6 +5,8 @@
 //! and backends, pools and models stay while one of theirs was refused. A refused resource is sent again when there
 //! is a newer snapshot, since what it needed may be there then.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -22,11 +24,16 @@ pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) held: Held,
+    /// The epoch and revision that the gateway takes itself to be at. Ahead of what is held after a refusal, since it took
+    /// the rest; it refuses whatever is older.
+    at: (Arc<str>, u64),
     differences: Differences,
     waiting: Option<Waiting>,
     /// What is to be taken away now that what came with it is applied.
     due: Vec<Key>,
     refused: Option<Refused>,
+    /// What it refuses by now, with its reasons.
+    refusals: BTreeMap<Key, v1::ResourceError>,
     nonce: u64,
 }
 
@@ -55,6 +62,8 @@ pub(super) enum Answered {
     Late,
     /// All of it is applied; the gateway is at this revision.
     Applied(u64),
+    /// All of it is applied, and what was refused before still is; the revision is this.
+    Still { errors: Vec<v1::ResourceError>, revision: u64 },
     /// It is applied but for these; the revision was this.
     Refused { errors: Vec<v1::ResourceError>, revision: u64, whole: bool },
 }
@@ -78,7 +87,9 @@ fn named(error: &v1::ResourceError) -> Option<Key> {
 
 impl Session {
     pub(super) fn new(held: Held, differences: Differences) -> Self {
-        Self { held, differences, waiting: None, due: Vec::new(), refused: None, nonce: 0 }
+        let at = (Arc::clone(&held.epoch), held.revision);
+        let refusals = BTreeMap::new();
+        Self { held, at, differences, waiting: None, due: Vec::new(), refused: None, refusals, nonce: 0 }
     }
 
     pub(super) fn is_waiting(&self) -> bool {
@@ -130,9 +141,10 @@ impl Session {
         let complete =
             upserts.len() == difference.upserts.len() && removals.len() == difference.removals.len();
         // On the way to a snapshot a gateway stays at the revision it comes from.
+        let (epoch, revision) = &self.at;
         let store_revision = match complete {
             true => snapshot.revision,
-            false if self.held.epoch == snapshot.epoch => self.held.revision,
+            false if *epoch == snapshot.epoch => *revision,
             false => 0,
         };
         self.nonce += 1;
@@ -143,6 +155,7 @@ impl Session {
             allow_mass_removal: mass_removal_is_meant(snapshot, &self.held),
             upserts,
             removals: removals.iter().map(Key::to_ref).collect(),
+            target_revision: snapshot.revision,
         };
         // Bodies need not be kept until the answer.
         let bare = |u: &v1::VersionedResource| v1::VersionedResource { body: Vec::new().into(), ..u.clone() };
@@ -158,8 +171,22 @@ impl Session {
             return Answered::Late;
         };
         let revision = snapshot.revision;
+        // An error without a name is about the whole delta: nothing of it was applied.
+        let keys = errors.iter().map(named).collect::<Option<Vec<_>>>();
+        if let Some(keys) = &keys {
+            self.at = (Arc::clone(&snapshot.epoch), delta.store_revision);
+            // What is refused is offered again with whatever is new; only what is gone goes without it.
+            if !delta.upserts.is_empty() || delta.store_revision == delta.target_revision {
+                self.refusals.clear();
+            }
+            self.refusals.extend(keys.iter().cloned().zip(errors.iter().cloned()));
+        }
         if errors.is_empty() {
-            self.held.apply(&delta, &[]);
+            let refused: Vec<Key> = self.refusals.keys().cloned().collect();
+            self.held.apply(&delta, &refused);
+            if !refused.is_empty() {
+                return Answered::Still { errors: self.refusals.values().cloned().collect(), revision };
+            }
             self.held.share(&snapshot);
             self.due.retain(|key| self.held.versions.contains_key(key));
             if !delta.upserts.is_empty() {
@@ -168,8 +195,6 @@ impl Session {
             }
             return Answered::Applied(self.held.revision);
         }
-        // An error without a name is about the whole delta: nothing of it was applied.
-        let keys = errors.iter().map(named).collect::<Option<Vec<_>>>();
         let whole = keys.is_none();
         let serving = match keys {
             Some(keys) => {

@@ -98,6 +98,41 @@ async fn a_refused_backend_keeps_the_one_it_replaces_but_a_deleted_key_goes() {
     assert_eq!((removals(&fourth), fourth.store_revision), (vec!["a"], 3));
 }
 
+/// A gateway that refused a resource is at the revision of the rest: what comes next must not look older to it.
+#[tokio::test(start_paused = true)]
+async fn after_a_refusal_what_is_gone_goes_at_the_revision_of_the_rest() {
+    let with = |names: &[&str]| {
+        let mut all = cluster(&["a"]);
+        all.extend(names.iter().map(|name| tenant(name)));
+        all
+    };
+    for epoch in ["e", "f"] {
+        let mut session = synced(&snapshot(1, with(&["t", "u"])));
+        let of = |revision, names: &[&str]| {
+            let state = State::clone(&snapshot(revision, with(names)));
+            Arc::new(State { epoch: epoch.into(), ..state })
+        };
+        let new = of(5, &["t", "u", "refused"]);
+        let first = session.next(&new, Instant::now()).unwrap();
+        assert_eq!(first.store_revision, 5);
+        session.answered(first.nonce, vec![error(ResourceKind::Tenant, "refused")]);
+        let next = of(6, &["u", "refused", "v"]);
+        let second = session.next(&next, Instant::now()).unwrap();
+        assert_eq!((upserts(&second), second.store_revision), (vec!["refused", "v"], 5), "{epoch}");
+        session.answered(second.nonce, vec![error(ResourceKind::Tenant, "refused")]);
+        let third = session.next(&next, Instant::now()).unwrap();
+        assert_eq!((removals(&third), third.store_revision), (vec!["t"], 5), "{epoch}");
+        let still = session.answered(third.nonce, vec![]);
+        let errors = vec![error(ResourceKind::Tenant, "refused")];
+        assert_eq!(still, Answered::Still { errors, revision: 6 }, "it is shown until it is put right");
+        assert!(!session.held.is(&next), "{epoch}");
+        let right = of(7, &["u", "v"]);
+        let last = session.next(&right, Instant::now()).unwrap();
+        assert_eq!((removals(&last), last.store_revision), (vec![], 7), "{epoch}");
+        assert_eq!(session.answered(last.nonce, vec![]), Answered::Applied(7));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_delta_refused_whole_is_not_sent_again_and_applies_nothing() {
     let old = snapshot(1, cluster(&["a", "b", "c"]));
