@@ -148,7 +148,7 @@ impl Ledger {
         self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
-    /// Requests that hold leases now.
+    /// Reservations that hold leases now: one for each request, and where accounts are limited for each later try.
     pub fn open_leases(&self) -> usize {
         self.leases().len()
     }

@@ -162,3 +162,38 @@ fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
         .collect();
     sets.into_iter().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use weir_proto::resource::Resource;
+    use weir_proto::v1::{self, resource::Spec};
+
+    use super::*;
+
+    #[test]
+    fn leases_of_accounts_are_freed_with_the_rest() {
+        let put = |name: &str, spec| {
+            let wire = v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };
+            Resource::try_from(&wire).expect("valid")
+        };
+        let backend = v1::BackendSpec {
+            pool: "chat".into(),
+            url: "http://127.0.0.1:9".into(),
+            models: [("m".to_owned(), String::new())].into(),
+            account: "x".into(),
+            ..Default::default()
+        };
+        let selector = v1::LimitSelector { account: "x".into(), ..Default::default() };
+        let rates = v1::Rates { concurrency: Some(2), ..Default::default() };
+        let resources = [
+            put("chat", Spec::Pool(v1::PoolSpec::default())),
+            put("b", Spec::Backend(backend)),
+            put("m", Spec::Model(v1::ModelSpec { pool: "chat".into(), ..Default::default() })),
+            put("l", Spec::Limit(v1::LimitSpec { selector: Some(selector), rates: Some(rates) })),
+        ];
+        let (snapshot, _) =
+            Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(String::new()));
+        let sets: Vec<String> = lease_sets(&snapshot).iter().map(|key| key.as_str().to_owned()).collect();
+        assert_eq!(sets, ["weir:{a:x}:c", "weir:{b:b}:c"]);
+    }
+}

@@ -158,3 +158,26 @@ fn value(finding: &Finding) -> Value {
     let (wrong, remedy) = finding.wrong.clone().map(|(w, r)| (Some(w), Some(r))).unwrap_or_default();
     json!({"check": finding.what, "ok": finding.wrong.is_none(), "wrong": wrong, "remedy": remedy})
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_an_account_that_nobody_bills_is_named() {
+        let resource =
+            |name: &str, spec| v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };
+        let limit = |name: &str, account: &str| {
+            let selector = v1::LimitSelector { account: account.into(), ..Default::default() };
+            resource(name, Spec::Limit(v1::LimitSpec { selector: Some(selector), rates: None }))
+        };
+        let backend = v1::BackendSpec { account: "openai".into(), ..Default::default() };
+        let backends = [resource("b", Spec::Backend(backend))];
+        let limits = [limit("used", "openai"), limit("everything", ""), limit("lost", "opneai")];
+        let (who, gateways, audit) = Default::default();
+        let findings = findings(&who, &gateways, &[], &[], &backends, &[], &[], &limits, &audit);
+        let wrong: Vec<_> = findings.iter().filter_map(|f| Some((f.what, f.wrong.as_ref()?))).collect();
+        let about = wrong.iter().find(|(what, _)| what.contains("account")).expect("told");
+        assert_eq!(about.1.0, "lost");
+    }
+}
