@@ -75,6 +75,7 @@ pub(crate) async fn run(args: &PartitionArgs) -> anyhow::Result<Report> {
                 .count("of_cut_off", u64::from(args.trials) * cut_off as u64)
                 .count("requests", found.load.ok + found.load.failed)
                 .count("failed_requests", found.load.failed)
+                .text("failures", found.load.failures_line())
                 .figure("slowest_ms_max", found.load.latency_us.max() as f64 / 1e3, 0),
         );
     }

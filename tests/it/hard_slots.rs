@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use http::{Method, StatusCode};
-use mock_llm::Config;
+use mock_llm::{Config, Faults, Hang, HangAt};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -82,4 +82,42 @@ async fn sixteen_slots_under_overload_from_four_gateways_are_sixteen_for_request
     assert!(failed.is_empty(), "{} of {served} failed: {:?}", failed.len(), failed.first());
     assert!(paid >= 5.0, "{paid} probes among {served} requests prove nothing");
     assert_eq!(counters.max_in_flight, SLOTS, "{served} requests, {paid} probes");
+}
+
+/// Liveness passes and every slot is taken by a request that gets no answer: only a completion would tell, and there is
+/// no slot for a probe but those that requests give up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_that_hangs_with_all_its_slots_taken_is_judged_all_the_same() {
+    let end = CancellationToken::new();
+    let _end = end.clone().drop_guard();
+    let mock = mock(Config { models: vec!["gpt-4.1".into()], ..Config::default() }, &end).await;
+    let manifest = format!(
+        "kind: pool\nname: chat\nspec:\n  health: {{ liveness_interval: 1s, timeout: 1s, readiness_interval: 1s, slow_start: 2s, \
+         paid_probes_per_hour: 100000 }}\n---\nkind: backend\nname: b0\nspec: {{ pool: chat, url: \"http://{}\", \
+         max_concurrency: 2, models: {{ gpt-4.1: \"\" }} }}\n---\nkind: model\nname: gpt-4.1\nspec: {{ pool: chat, \
+         health_timeout: 1s, timeouts: {{ first_byte: 2s, total: 10s }} }}\n---\nkind: tenant\nname: acme\nspec: {{}}\n",
+        mock.address
+    );
+    let stack = Stack::start(2, &manifest).await;
+    let is = async |state: &str| {
+        stack.weir(&["-o", "json", "backends"]).await.contains(&format!("\"health\": \"{state}\""))
+    };
+    eventually("it is found healthy", async || is("healthy").await).await;
+    let mut clients = JoinSet::new();
+    for k in 0..8 {
+        let client = stack.client(k % 2);
+        clients.spawn(async move {
+            loop {
+                client.chat(CHAT).await;
+            }
+        });
+    }
+    eventually("it serves", async || mock.handle.counters().requests > 100).await;
+    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
+    mock.handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
+    eventually("its verdict tells the truth", async || is("unhealthy").await).await;
+    let why = stack.weir(&["-o", "json", "why", "b0"]).await;
+    assert!(why.contains("readiness_quorum"), "{why}");
+    mock.handle.clear_faults();
+    eventually("it is back under the same requests", async || is("healthy").await).await;
 }

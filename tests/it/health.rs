@@ -3,6 +3,7 @@
 use http::StatusCode;
 use mock_llm::Config;
 use serde_json::Value;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::HealthState;
 use weir_tests::cluster::{Resources, gateway, mock};
@@ -138,15 +139,25 @@ async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
     assert_eq!(world.falls("b1").await, 0);
 }
 
-/// How often what is repeated is repeated: once, or as `WEIR_TEST_TRIALS` says.
+/// How often what is repeated is repeated: twenty times, which takes half a minute, or as `WEIR_TEST_TRIALS` says.
 fn trials() -> usize {
-    std::env::var("WEIR_TEST_TRIALS").map_or(1, |text| text.parse().expect("a number of trials"))
+    std::env::var("WEIR_TEST_TRIALS").map_or(20, |text| text.parse().expect("a number of trials"))
 }
+
+/// Trials at once: each has processes of its own, and mostly waits for probes.
+const TRIALS_AT_ONCE: usize = 3;
 
 #[tokio::test]
 async fn all_failing_readiness_keeps_serving_with_an_alarm_and_all_disabled_is_a_503() {
+    let mut running = JoinSet::new();
     for _ in 0..trials() {
-        all_fail_and_are_then_disabled().await;
+        if running.len() == TRIALS_AT_ONCE {
+            running.join_next().await.expect("running").expect("no panic");
+        }
+        running.spawn(all_fail_and_are_then_disabled());
+    }
+    while let Some(done) = running.join_next().await {
+        done.expect("no panic");
     }
 }
 

@@ -24,7 +24,7 @@ pub enum Policy {
     RoundRobin,
     /// By chance; ignores weights.
     Random,
-    /// The less loaded of two random choices.
+    /// The less loaded of two random choices; the first of them while both are idle.
     LeastRequest,
     /// By the beginning of the prompt, within a bound; weighted round-robin for a request that has none.
     PrefixAffinity {
@@ -175,7 +175,11 @@ impl Balancer {
                     let speed = self.speeds.factor(view.id);
                     load / (view.capacity() * speed).max(f64::MIN_POSITIVE)
                 };
-                if order.len() > 1 && score(order[1]) < score(order[0]) {
+                // Where nothing is in flight nobody is less loaded, and by speed alone the slowest would never be chosen
+                // nor seen to be faster again: the draw decides, which goes by speed already.
+                let busy = |at: usize| views[members[at]].local > 0 || views[members[at]].in_flight > 0.0;
+                let loaded = order.iter().take(2).any(|at| busy(*at));
+                if order.len() > 1 && loaded && score(order[1]) < score(order[0]) {
                     order.swap(0, 1);
                 }
                 order

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 pub struct RetryConfig {
     /// Retries allowed per hundred requests.
     pub percent: f64,
-    /// Retries allowed per second however few requests there are, or a quiet pool could never retry.
+    /// Retries allowed per second however few requests there are, or a quiet pool could never retry. The first ten seconds'
+    /// worth is there from the start: a gateway that finds two of three backends broken with its first requests has
+    /// earned nothing yet, and the third works.
     pub min_per_second: f64,
     /// Retries that may be saved up; bounds the burst when a backend dies after a calm time.
     pub burst: f64,
@@ -21,6 +23,10 @@ impl Default for RetryConfig {
     }
 }
 
+/// What a budget begins with: what it would have earned without requests in this time. As in Finagle and linkerd, whose
+/// budgets look back so far.
+const RESERVE: Duration = Duration::from_secs(10);
+
 /// A token bucket of retries.
 #[derive(Debug)]
 pub struct RetryBudget {
@@ -30,9 +36,10 @@ pub struct RetryBudget {
 }
 
 impl RetryBudget {
-    /// Starts with the tokens of one second.
+    /// Starts with the tokens of [`RESERVE`].
     pub fn new(config: RetryConfig, now: Instant) -> Self {
-        Self { config, tokens: config.min_per_second.min(config.burst), filled_at: now }
+        let tokens = config.min_per_second * RESERVE.as_secs_f64();
+        Self { config, tokens: tokens.min(config.burst), filled_at: now }
     }
 
     /// Changes the bounds; what is saved up stays, within the new bound.
@@ -82,7 +89,7 @@ mod tests {
         let burst = |budget: &mut RetryBudget, now| {
             std::iter::repeat_with(|| budget.withdraw(now)).take_while(|&ok| ok).count()
         };
-        assert_eq!(burst(&mut budget, start), 3);
+        assert_eq!(burst(&mut budget, start), 30, "ten seconds' worth from the start");
         assert_eq!(burst(&mut budget, start + Duration::from_secs(1)), 3);
         assert_eq!(burst(&mut budget, start + Duration::from_secs(3600)), 100);
         assert!(!budget.withdraw(start), "time that runs backwards gives nothing");

@@ -45,10 +45,6 @@ fn in_flight(gw: &Gateway) -> u32 {
 async fn p32_a_long_cooldown_is_not_cut_short_and_failures_in_a_row_eject() {
     let mocks: [Mock; 3] = mocks(config()).await;
     let gw = gateway(&Resources::in_front_of(&mocks), None).await;
-    // Requests earn retries: two backends that break at once need more of them than a gateway begins with.
-    for _ in 0..60 {
-        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
-    }
     let before = [0, 1].map(|i: usize| mocks[i].handle.counters().requests);
     answers(&mocks[0], 503, Some(60));
     answers(&mocks[1], 500, None);
@@ -102,13 +98,14 @@ async fn p34_counts_in_flight_come_back_to_nothing_and_no_backend_draws_nearly_a
     while requests.join_next().await.is_some() {}
     eventually("nothing is counted as in flight", || async { in_flight(&gw) == 0 }).await;
     let before: Vec<u64> = mocks.iter().map(|m| m.handle.counters().requests).collect();
-    for _ in 0..30 {
+    for _ in 0..300 {
         assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
     }
     for (mock, before) in mocks.iter().zip(before) {
         let drawn = mock.handle.counters().requests - before;
-        // How the rest is split goes by the speeds each showed under the load before.
-        assert!(drawn <= 20, "{drawn} of 30 went to one of three");
+        // How they are split goes by the speeds each showed under the load before: between a fifth and twice the usual,
+        // so that one has 5 % to 83 % of them.
+        assert!((3..=270).contains(&drawn), "{drawn} of 300 went to one of three");
     }
 }
 

@@ -77,6 +77,30 @@ fn least_request_takes_the_less_loaded_of_two_and_never_the_worst_of_three() {
 }
 
 #[test]
+fn least_request_leaves_no_idle_backend_without_requests_because_it_is_the_slowest() {
+    let (mut balancer, mut chance, mut now) = (Balancer::default(), uniform(7), Instant::now());
+    let views = [idle(1), idle(2), idle(3)];
+    let mut learn = |balancer: &mut Balancer, id: u64, ms: u64| {
+        now += Duration::from_millis(100);
+        let took = Duration::from_millis(ms);
+        let sample = Sample { measure: Measure::Whole, took, prompt_tokens: 10, output_tokens: 10 };
+        balancer.add(id, &sample, now);
+        now
+    };
+    for _ in 0..100 {
+        for (id, ms) in [(1, 100), (2, 120), (3, 160)] {
+            learn(&mut balancer, id, ms);
+        }
+    }
+    let now = learn(&mut balancer, 1, 100);
+    let picks: Vec<usize> = (0..3000)
+        .map(|_| balancer.order(&with(Policy::LeastRequest), &views, None, now, &mut chance)[0].index)
+        .collect();
+    let shares = [0, 1, 2].map(|index| share(&picks, index));
+    assert!(shares[0] > shares[1] && shares[1] > shares[2] && shares[2] > 0.2, "{shares:?}");
+}
+
+#[test]
 fn baselines_ignore_weights() {
     let heavy = View { weight: 900.0, ..idle(1) };
     for policy in [Policy::RoundRobin, Policy::Random] {
