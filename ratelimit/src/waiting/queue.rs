@@ -159,7 +159,7 @@ impl Hold {
             self.passes -= 1;
         } else if self.offered.pop_front().is_some() {
             self.wanted = !served;
-            self.pause = if served { (self.pause * 2).max(OFFER_PAUSE_MIN).min(OFFER_PAUSE_MAX) } else { 0 };
+            self.pause = if served { (self.pause * 2).clamp(OFFER_PAUSE_MIN, OFFER_PAUSE_MAX) } else { 0 };
         }
     }
 
