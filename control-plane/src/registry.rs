@@ -262,6 +262,11 @@ impl Connection {
         });
     }
 
+    /// What it holds is known by now.
+    pub(crate) fn holds(&self, held: &Held) {
+        self.update(|entry| entry.held = Arc::new(held.clone()));
+    }
+
     /// It refused something of a revision; it stays at the one before.
     pub(crate) fn refused(&self, errors: &[v1::ResourceError], revision: u64, held: &Held) {
         let errors = errors

@@ -34,8 +34,9 @@ pub(super) async fn serve(
     // Whether it holds all of its revision.
     let mut whole = true;
     loop {
-        if whole {
-            share(&mut held, &snapshot);
+        // It may have said that it holds a revision before this control plane had that one.
+        if whole && share(&mut held, &snapshot) {
+            connection.holds(&held);
         }
         tokio::select! {
             () = connection.replaced.cancelled() => {
@@ -72,9 +73,13 @@ pub(super) async fn serve(
     }
 }
 
-/// Who applied all of a revision holds what is in it.
-fn share(held: &mut Held, snapshot: &Snapshot) {
-    if held.is(snapshot) {
-        held.versions = versions(snapshot, held.role).clone();
+/// Who applied all of a revision holds what is in it. Says whether that was not known.
+fn share(held: &mut Held, snapshot: &Snapshot) -> bool {
+    if !held.is(snapshot) {
+        return false;
     }
+    let all = versions(snapshot, held.role);
+    let news = !std::sync::Arc::ptr_eq(all, &held.versions);
+    held.versions = all.clone();
+    news
 }
