@@ -1,15 +1,11 @@
 //! Waiting for limits and slots, over a real Redis and several gateways.
 
-use std::time::Duration;
-
 use http::{Method, StatusCode};
 use mock_llm::Config;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
-use weir_ratelimit::AnyLimiter;
-use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_tests::cluster::{Mock, Resources, gateway, gateway_over, mock};
+use weir_tests::cluster::{Mock, Resources, gateway, mock, patient_gateway};
 use weir_tests::eventually;
 use weir_tests::redis::Redis;
 
@@ -53,12 +49,8 @@ async fn a_models_concurrency_is_waited_for_and_never_exceeded_over_two_gateways
         Spec::Model(v1::ModelSpec { pool: "chat".into(), limits: Some(limits), ..Default::default() }),
     );
     let redis = Redis::start().await;
-    // Patient: on a busy machine a gateway would take a late answer for an outage and decide alone.
-    let patient = RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() };
-    let shared =
-        async || AnyLimiter::from(RedisLimiter::connect(&redis.url(), patient).await.expect("there"));
     let gateways =
-        [gateway_over(&resources, shared().await).await, gateway_over(&resources, shared().await).await];
+        [patient_gateway(&resources, &redis.url()).await, patient_gateway(&resources, &redis.url()).await];
     let mut requests = JoinSet::new();
     for i in 0..16 {
         let client = gateways[i % 2].client.clone();
