@@ -166,7 +166,16 @@ async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &Held, refused: &
     let errors: BTreeSet<Key> = listed.errors.iter().map(|error| key(&error.r#ref)).collect();
     assert_eq!(errors, *refused, "control plane {plane}, {id}");
     let request = v1::GetGatewayConfigRequest { gateway_id: id.into() };
-    let config = admin.get_gateway_config(request).await.expect("answers").into_inner();
+    let ask = async || {
+        let answer = stage.world.admin(plane).await.get_gateway_config(request.clone()).await;
+        answer.expect("answers").into_inner()
+    };
+    // A control plane may hear of a revision a moment before it has published it itself.
+    eventually(&format!("control plane {plane} shows what {id} holds at its newest revision"), async || {
+        ask().await.differences.len() == refused.len()
+    })
+    .await;
+    let config = ask().await;
     let differ: BTreeSet<Key> = config.differences.iter().map(|difference| key(&difference.r#ref)).collect();
     assert_eq!(differ, *refused, "control plane {plane}, {id}: {:?}", config.differences);
     for difference in &config.differences {

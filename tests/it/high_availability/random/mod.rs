@@ -187,6 +187,7 @@ impl Stage {
         let everybody = GATEWAYS + 1 + FOLLOWERS;
         for plane in 0..3 {
             let mut admin = self.world.admin(plane).await;
+            let mut waited = v1::WaitAppliedResponse::default();
             let all = async {
                 loop {
                     let wait = v1::WaitAppliedRequest { revision, timeout: None };
@@ -194,12 +195,15 @@ impl Stage {
                     if answer.connected as usize == everybody && answer.pending.is_empty() {
                         return;
                     }
-                    println!("control plane {plane}, revision {revision}: {answer:?}");
+                    waited = answer;
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             };
             let heard = tokio::time::timeout(Duration::from_secs(60), all).await;
-            assert!(heard.is_ok(), "control plane {plane} has heard of all at revision {revision}");
+            assert!(
+                heard.is_ok(),
+                "control plane {plane} has heard of all at revision {revision}: {waited:?}"
+            );
             let verified = admin.verify_audit(v1::VerifyAuditRequest::default()).await.expect("answers");
             assert_eq!(verified.into_inner().problem, "", "control plane {plane}");
         }
