@@ -68,6 +68,9 @@ pub enum Error {
     /// Two files name the same resource.
     #[error("{0} is given twice")]
     Twice(String),
+    /// The control plane refused resources that were given; one line for each mistake.
+    #[error("the control plane does not take this, and has changed nothing:\n  {}", .0.join("\n  "))]
+    NotTaken(Vec<String>),
     /// The token cannot be sent.
     #[error("the token of {0} is empty or holds characters a header cannot")]
     Token(&'static str),
@@ -136,7 +139,9 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Unreachable { .. } | Self::Timeout { .. } | Self::Silent { .. } => exit::UNAVAILABLE,
-            Self::Manifest(_) | Self::Import(_) | Self::Twice(_) | Self::File { .. } => exit::CONFIG,
+            Self::Manifest(_) | Self::Import(_) | Self::Twice(_) | Self::NotTaken(_) | Self::File { .. } => {
+                exit::CONFIG
+            }
             Self::Token(_) | Self::Setting(_) => exit::USAGE,
             Self::Start { code, .. } => *code,
             Self::Refused { status, .. } => match status.code() {

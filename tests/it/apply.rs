@@ -119,10 +119,13 @@ async fn an_apply_says_on_how_many_gateways_it_is_what_stopped_it_and_who_refuse
 
     // One that the control plane refuses stops all of it: the change beside it is not made.
     let wrong = [good.replace("Acme", "Other"), backend("lost", "nowhere", "")].concat();
-    let stopped =
-        "weir: the control plane does not take this: resources[5].backend.pool: there is no pool nowhere\n";
-    let said = stand.apply(&stand.file("wrong", &wrong)).await;
-    assert_eq!(said, (64, String::new(), stopped.to_owned()));
+    let file = stand.file("wrong", &wrong);
+    let stopped = format!(
+        "weir: the control plane does not take this, and has changed nothing:\n  \
+         {}: backend lost: spec.pool: there is no pool nowhere\n",
+        file.display()
+    );
+    assert_eq!(stand.apply(&file).await, (64, String::new(), stopped));
     assert_eq!(stand.revision().await, revision);
     assert_eq!(stand.json(&["get", "tenant", "acme"]).await[0]["spec"]["display_name"], "Acme");
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use weir_proto::resource::{kind_name, kind_of};
+use weir_proto::status::{FieldViolation, field_violations};
 use weir_proto::{manifest, v1};
 use weir_runtime::exit;
 
@@ -16,9 +17,10 @@ use crate::error::Error;
 use crate::output::Io;
 
 pub(super) async fn apply(cli: &Cli, io: &mut Io<'_>, args: &ApplyArgs) -> Result<(), Error> {
-    let request = request(&args.files, args.dry_run)?;
+    let (request, given) = request(&args.files, args.dry_run)?;
     let client = Client::connect(cli).await?;
-    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await?;
+    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await;
+    let answer = answer.map_err(|error| named(error, &given))?;
     io.result(|| text(&answer.changes, args.dry_run), || value(&answer))?;
     if args.dry_run || !changes(&answer) {
         return Ok(());
@@ -27,32 +29,55 @@ pub(super) async fn apply(cli: &Cli, io: &mut Io<'_>, args: &ApplyArgs) -> Resul
 }
 
 pub(super) async fn diff(cli: &Cli, io: &mut Io<'_>, args: &FileArgs) -> Result<u8, Error> {
-    let request = request(args, true)?;
+    let (request, given) = request(args, true)?;
     let client = Client::connect(cli).await?;
-    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await?;
+    let answer = client.call(Retry::Once, request, |mut c, r| async move { c.apply(r).await }).await;
+    let answer = answer.map_err(|error| named(error, &given))?;
     io.result(|| differences(&answer.changes), || value(&answer))?;
     Ok(if changes(&answer) { exit::FAILED } else { exit::DONE })
 }
 
-fn request(args: &FileArgs, validate_only: bool) -> Result<v1::ApplyRequest, Error> {
-    Ok(v1::ApplyRequest {
-        resources: read(&args.files)?,
+/// The request, and what each of its resources is called where it was read.
+fn request(args: &FileArgs, validate_only: bool) -> Result<(v1::ApplyRequest, Vec<String>), Error> {
+    let (resources, given) = read(&args.files)?;
+    let request = v1::ApplyRequest {
+        resources,
         apply_set: args.set.clone(),
         prune: args.prune,
         validate_only,
         allow_mass_removal: args.allow_mass_removal,
         request_id: request_id(),
         take_over: args.take_over,
-    })
+    };
+    Ok((request, given))
 }
 
-/// The resources of all files. Those of one file are told apart by its reader, those of several here.
-fn read(files: &[PathBuf]) -> Result<Vec<v1::Resource>, Error> {
-    let mut resources = Vec::new();
+/// The control plane speaks of resources by their number and of fields by their contract; people wrote files.
+fn named(error: Error, given: &[String]) -> Error {
+    let Error::Refused { status, .. } = &error else { return error };
+    let name = |violation: &FieldViolation| {
+        let (number, field) = violation.field.strip_prefix("resources[")?.split_once("].")?;
+        let resource = given.get(number.parse::<usize>().ok()?)?;
+        // The first word is the kind of the resource, which the file calls spec.
+        let field = field.split_once('.').map_or_else(String::new, |(_, rest)| format!("spec.{rest}: "));
+        Some(format!("{resource}: {field}{}", violation.description))
+    };
+    match field_violations(status).iter().map(name).collect::<Option<Vec<String>>>() {
+        Some(problems) if !problems.is_empty() => Error::NotTaken(problems),
+        _ => error,
+    }
+}
+
+/// The resources of all files, and what each is called. Those of one file are told apart by its reader, those of several
+/// here.
+fn read(files: &[PathBuf]) -> Result<(Vec<v1::Resource>, Vec<String>), Error> {
+    let (mut resources, mut given) = (Vec::new(), Vec::new());
     for path in files {
         let name = if path == Path::new("-") { "stdin".to_owned() } else { path.display().to_string() };
         let text = read_text(path).map_err(|source| Error::File { path: name.clone(), source })?;
-        resources.extend(manifest::parse(&text, &name)?);
+        let of_file = manifest::parse(&text, &name)?;
+        given.extend(of_file.iter().map(|r| format!("{name}: {} {}", kind_name(kind_of(r)), r.name)));
+        resources.extend(of_file);
     }
     let mut seen = HashSet::new();
     for resource in &resources {
@@ -61,7 +86,7 @@ fn read(files: &[PathBuf]) -> Result<Vec<v1::Resource>, Error> {
             return Err(Error::Twice(format!("{} {}", kind_name(kind), resource.name)));
         }
     }
-    Ok(resources)
+    Ok((resources, given))
 }
 
 /// At most one byte more than the parser takes, which says so then: only what is not too long has to be text.
