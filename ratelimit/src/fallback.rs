@@ -14,6 +14,7 @@
 //!
 //! **Nobody waits for a dead store.** Once the [`Breaker`] is open only the background asks; see there.
 
+mod calls;
 mod local;
 mod recovery;
 mod seen;
@@ -25,18 +26,17 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use self::local::{Local, Pending, leases_of};
+use self::local::{Local, Pending};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
 use crate::data_set::DataSetsLost;
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Fault, Holder, Key, LimitState, Limiter, Outcome, Renewal,
-    ReservationId, ScopeLimits, Settle, Settled, Trouble, UsageLines, WithoutStore,
+    Acquire, Decision, Error, Fault, Key, Limiter, ReservationId, ScopeLimits, Settle, Trouble, WithoutStore,
 };
 
 /// Reservations whose leases are remembered; past that a lease is not carried through an outage.
@@ -337,224 +337,6 @@ fn waits(error: &Error) -> bool {
 
 fn no_room() -> Error {
     Error::Unreachable("too many settlements wait for the limit store".into())
-}
-
-impl<L: Limiter + 'static> Limiter for Fallback<L> {
-    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
-        let inner = &self.inner;
-        inner.hear_of_loss();
-        if !inner.is_closed() {
-            let error = lock(&inner.reason).0.clone();
-            return inner.decide(call, not_sent(error));
-        }
-        let lost_sets = inner.lost_sets();
-        match inner.ask(call).await {
-            // By a data set that knows nothing of what is in flight; what it granted is undone or taken over.
-            Ok(_) if inner.lost_sets() != lost_sets => {
-                inner.hear_of_loss();
-                inner.decide(call, Error::Lost)
-            }
-            Ok(decision) => {
-                inner.answered();
-                inner.seen.note(&call.scopes, &decision.limits, inner.now_us());
-                if let Outcome::Granted { slot } = decision.outcome {
-                    let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
-                    let limited = call.scopes.iter().filter(|s| s.concurrency.is_some());
-                    let leases = limited.map(|s| s.leases.clone()).chain(slot).collect();
-                    inner.hold(call.id, leases, call.lease_ttl);
-                }
-                Ok(decision)
-            }
-            Err(error) if error.trouble() == Trouble::Caller => Err(error),
-            Err(error) => {
-                inner.failed(&error, call.scopes.first());
-                inner.decide(call, error)
-            }
-        }
-    }
-
-    async fn move_slot(
-        &self,
-        id: ReservationId,
-        from: Option<&Key>,
-        candidates: &[Candidate],
-        lease_ttl: Duration,
-    ) -> Result<Option<usize>, Error> {
-        let inner = &self.inner;
-        let gateways = inner.gateways();
-        if inner.engaged.load(Ordering::Relaxed) {
-            let mut local = inner.local();
-            if local.grant(id).is_some() {
-                return local.place(id, from, candidates, lease_ttl, gateways);
-            }
-        }
-        if inner.is_closed() {
-            match inner.store.move_slot(id, from, candidates, lease_ttl).await {
-                Ok(moved) => {
-                    inner.answered();
-                    let slot = moved.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
-                    let mut held = lock(&inner.held);
-                    let (leases, _) = held.entry(id).or_insert_with(|| (SmallVec::new(), lease_ttl));
-                    leases.retain(|key| Some(&*key) != from);
-                    leases.extend(slot);
-                    return Ok(moved);
-                }
-                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
-                Err(error) => inner.failed(&error, None),
-            }
-        }
-        let mut local = inner.local();
-        if let Some(from) = from {
-            inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
-            if let Some((leases, _)) = lock(&inner.held).get_mut(&id) {
-                leases.retain(|key| &*key != from);
-            }
-        }
-        local.place(id, from, candidates, lease_ttl, gateways)
-    }
-
-    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
-        let inner = &self.inner;
-        if inner.engaged.load(Ordering::Relaxed) {
-            let mut local = inner.local();
-            if let Some(settled) = local.settle(call, inner.gateways()) {
-                if settled.is_ok() && !call.usage.iter().all(|usage| local.note_usage(usage)) {
-                    inner.lost.fetch_add(1, Ordering::Relaxed);
-                }
-                return settled;
-            }
-        }
-        lock(&inner.held).remove(&call.id);
-        if inner.is_closed() {
-            let mut settled = inner.store.settle(call).await;
-            if matches!(settled, Err(Error::Lost)) {
-                settled = inner.store.settle(call).await;
-            }
-            match settled {
-                Ok(settled) => {
-                    inner.answered();
-                    inner.seen.note(&call.scopes, &settled.limits, inner.now_us());
-                    return Ok(settled);
-                }
-                Err(error) if !waits(&error) => return Err(error),
-                Err(error) => inner.failed(&error, call.scopes.first()),
-            }
-        }
-        let mut local = inner.local();
-        local.forget_held(call.id, &leases_of(call));
-        if !inner.defer(&mut local, Pending::Settle(Box::new(call.clone()))) {
-            return Err(no_room());
-        }
-        inner.wake.notify_one();
-        Ok(Settled { applied: false, limits: Vec::new(), now_us: 0 })
-    }
-
-    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
-        let inner = &self.inner;
-        let mut lost = Vec::new();
-        let mut theirs = Vec::with_capacity(renewals.len());
-        if inner.engaged.load(Ordering::Relaxed) {
-            let local = inner.local();
-            for renewal in renewals {
-                match local.grant(renewal.id) {
-                    Some(_) if !local.renew(renewal, lease_ttl) => lost.push(renewal.id),
-                    Some(_) => {}
-                    None => theirs.push(renewal.clone()),
-                }
-            }
-        } else {
-            theirs.extend_from_slice(renewals);
-        }
-        // While the store is away its leases cannot be renewed; they are taken again when it is back.
-        if inner.is_closed() && !theirs.is_empty() {
-            match inner.store.renew(&theirs, lease_ttl).await {
-                Ok(gone) => {
-                    inner.answered();
-                    lost.extend(gone);
-                }
-                Err(error) => {
-                    inner.failed(&error, None);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(lost)
-    }
-
-    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
-        let inner = &self.inner;
-        if inner.engaged.load(Ordering::Relaxed) {
-            let mut local = inner.local();
-            local.release(id, leases);
-            if local.grant(id).is_some() {
-                return Ok(());
-            }
-        }
-        inner.forget(id, leases);
-        if inner.is_closed() {
-            match inner.store.release(id, leases).await {
-                Ok(()) => {
-                    inner.answered();
-                    return Ok(());
-                }
-                Err(error) if !waits(&error) => return Err(error),
-                Err(error) => inner.failed(&error, None),
-            }
-        }
-        let room = inner.defer(&mut inner.local(), Pending::Release(id, leases.into()));
-        inner.wake.notify_one();
-        if room { Ok(()) } else { Err(no_room()) }
-    }
-
-    /// Only the store knows who holds what there, and who lives.
-    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
-        let inner = &self.inner;
-        if !inner.is_closed() {
-            return Err(not_sent(lock(&inner.reason).0.clone()));
-        }
-        inner.store.reap(holder, leases).await
-    }
-
-    /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.
-    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
-        let inner = &self.inner;
-        if !inner.is_closed() {
-            return Err(not_sent(lock(&inner.reason).0.clone()));
-        }
-        let charged = inner.store.charge(charges).await;
-        match &charged {
-            Ok(_) => inner.answered(),
-            Err(error) if error.trouble() == Trouble::Caller => {}
-            Err(error) => inner.failed(error, None),
-        }
-        charged
-    }
-
-    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
-        let inner = &self.inner;
-        if inner.is_closed() {
-            match inner.store.peek(scopes).await {
-                Ok(limits) => {
-                    inner.answered();
-                    return Ok(limits);
-                }
-                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
-                Err(error) => inner.failed(&error, scopes.first()),
-            }
-        }
-        let local = lock(&inner.local);
-        local.peek(scopes, inner.gateways())
-    }
-
-    /// Only the store has the account of the whole cluster; what ended here meanwhile is missing until it has been told.
-    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
-        let inner = &self.inner;
-        if !inner.is_closed() {
-            return Err(not_sent(lock(&inner.reason).0.clone()));
-        }
-        // No evidence against the store when it fails: it is no call that requests wait for.
-        inner.store.usage(records).await
-    }
 }
 
 /// The error a call gets that was never sent because of an earlier one's.
