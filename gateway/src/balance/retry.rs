@@ -36,7 +36,7 @@ pub struct RetryBudget {
 }
 
 impl RetryBudget {
-    /// Starts with the tokens of [`RESERVE`].
+    /// Starts with what `min_per_second` gives in ten seconds, and at most with the burst.
     pub fn new(config: RetryConfig, now: Instant) -> Self {
         let tokens = config.min_per_second * RESERVE.as_secs_f64();
         Self { config, tokens: tokens.min(config.burst), filled_at: now }
