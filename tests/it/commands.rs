@@ -89,7 +89,7 @@ async fn resources_are_shown_in_every_form_and_changed_in_an_editor() {
         "odd.yaml",
         "kind: backend\nname: odd\nspec: { pool: nowhere, url: \"http://h\", models: { gpt-4.1: \"\" } }\n",
     );
-    assert!(desk.weir(&["diff", "-f", &odd], 64).await.contains("backend.pool"));
+    assert!(desk.weir(&["diff", "-f", &odd], 64).await.contains("backend odd: spec.pool"));
     let viewer = desk.weir(&["token", "create", "looker", "--role", "viewer"], 0).await;
     let viewer = viewer.lines().next().expect("the token").to_owned();
     let refused = desk.weir_with(&["diff", "-f", &file], &[("WEIR_TOKEN", &viewer)], 2).await;

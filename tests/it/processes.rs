@@ -49,7 +49,7 @@ async fn a_wrong_file_stops_the_whole_apply_with_its_path_and_changes_nothing() 
     std::fs::write(&file, text).expect("written");
     let (code, _, err) = up.weir(&["apply", "-f", file.to_str().expect("UTF-8")]).await;
     assert_eq!(code, 64, "{err}");
-    assert!(err.contains("backend.pool") && err.contains("nowhere"), "{err}");
+    assert!(err.contains("backend lost: spec.pool") && err.contains("nowhere"), "{err}");
     let (code, out, _) = up.weir(&["get", "tenant", "fine"]).await;
     assert_ne!(code, 0, "not even the part that was right is there: {out}");
 }
