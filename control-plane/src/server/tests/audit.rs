@@ -71,17 +71,22 @@ fn hex_of(text: &str) -> String {
     crate::encoding::hex(text.as_bytes())
 }
 
-#[tokio::test]
-async fn an_altered_and_a_missing_entry_break_the_chain() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("store.redb");
-    let plane = Plane::start(StoreConfig::File(path.clone()), vec![pool("p0")]).await;
+/// A store of five pools, made one after the other.
+async fn five_changes(path: &std::path::Path) {
+    let plane = Plane::start(StoreConfig::File(path.to_owned()), vec![pool("p0")]).await;
     let mut admin = plane.admin().await;
     for i in 1..5 {
         admin.create_resource(create(pool(&format!("p{i}")))).await.unwrap();
     }
     drop(admin);
     plane.stop().await;
+}
+
+#[tokio::test]
+async fn an_altered_and_a_missing_entry_break_the_chain() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    five_changes(&path).await;
     for (write, problem) in [
         // Entry 3 with one byte changed, then no entry 3 at all.
         (None, "entry 3 is not what was hashed"),
@@ -214,13 +219,7 @@ async fn a_watch_begins_with_what_is_there_and_resumes_after_a_restart_without_g
 async fn what_is_forgotten_is_out_of_range_and_says_what_is_known() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store.redb");
-    let plane = Plane::start(StoreConfig::File(path.clone()), vec![pool("p0")]).await;
-    let mut admin = plane.admin().await;
-    for i in 1..5 {
-        admin.create_resource(create(pool(&format!("p{i}")))).await.unwrap();
-    }
-    drop(admin);
-    plane.stop().await;
+    five_changes(&path).await;
     let store = crate::store::FileStore::open(&path).unwrap();
     let writes = [1, 2].map(|n| store::Write::Delete(crate::model::audit::path(n))).to_vec();
     store.transact(store::Transaction { compares: vec![], writes }).await.unwrap();
