@@ -30,7 +30,7 @@ const LIMITED_PER_SECOND: f64 = 120.0;
 /// Load before Redis goes: limits are used up by then.
 const BEFORE: Duration = Duration::from_secs(10);
 /// Load from its return on: longer than gateways take to go back to it.
-const AFTER: Duration = Duration::from_secs(10);
+const AFTER: Duration = Duration::from_secs(12);
 /// The first requests meet connections that are not open yet.
 const WARM_UP_US: u64 = 2_000_000;
 const SECOND_US: u64 = 1_000_000;
@@ -96,8 +96,8 @@ pub(crate) async fn run(args: &OutageArgs) -> anyhow::Result<Report> {
         let directory = tempfile::tempdir()?;
         let found = scenario(going, args, directory.path()).await?;
         waits.extend(found.waits());
-        limits.extend(found.limits());
         notes.push(found.summary());
+        limits.extend(found.limits(&mut notes));
     }
     notes.push(format!(
         "waits: of requests that no limit refuses, from the client's sending to the first byte, beside the same load on a \
@@ -223,8 +223,8 @@ impl Found {
         row
     }
 
-    /// What was admitted of each limit while gateways decided alone.
-    fn limits(&self) -> Vec<Row> {
+    /// What was admitted of each limit while gateways decided alone. Where one was exceeded, a note says when.
+    fn limits(&self, notes: &mut Vec<String>) -> Vec<Row> {
         let Outage { began_us, over_us, .. } = self.outage;
         let rows = LIMITS.iter().map(|limit| {
             let admitted: Vec<(Span, u64)> = self
@@ -239,10 +239,19 @@ impl Found {
                     let of = admitted
                         .iter()
                         .filter(|(span, _)| span.from_us >= began_us && span.until_us <= over_us);
+                    let worst = envelope.worst_window(&admitted);
+                    notes.extend(worst.map(|(beyond, window)| {
+                        let at = |us: u64| (us as f64 - began_us as f64) / 1e6;
+                        let (from, until) = (at(window.from_us), at(window.until_us));
+                        format!(
+                            "{}, {limit}: {beyond} beyond the envelope from {from:.2} to {until:.2} s",
+                            self.going.name()
+                        )
+                    }));
                     (
                         of.map(|(_, cost)| cost).sum(),
                         envelope.room(&admitted, began_us) + drained,
-                        envelope.over_admission(&admitted),
+                        worst.map_or(0, |(beyond, _)| beyond),
                     )
                 }
                 None => (self.most_in_flight, limit.most, self.most_in_flight.saturating_sub(limit.most)),

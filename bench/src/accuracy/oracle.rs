@@ -37,9 +37,14 @@ impl Envelope {
 
     /// The most by which any window was exceeded; zero when none was.
     pub(crate) fn over_admission(&self, admitted: &[(Span, u64)]) -> u64 {
+        self.worst_window(admitted).map_or(0, |(beyond, _)| beyond)
+    }
+
+    /// The window that was exceeded most, and by how much; `None` when none was.
+    pub(crate) fn worst_window(&self, admitted: &[(Span, u64)]) -> Option<(u64, Span)> {
         let mut by_end: Vec<&(Span, u64)> = admitted.iter().collect();
         by_end.sort_by_key(|(span, _)| span.until_us);
-        let mut worst = 0;
+        let mut worst = None;
         for (first, _) in admitted {
             let mut sum = 0_u64;
             for (span, cost) in &by_end {
@@ -47,8 +52,11 @@ impl Envelope {
                     continue;
                 }
                 sum += cost;
-                let length = span.until_us.saturating_sub(first.from_us);
-                worst = worst.max(sum.saturating_sub(self.allowed(length)));
+                let window = Span { from_us: first.from_us, until_us: span.until_us.max(first.from_us) };
+                let beyond = sum.saturating_sub(self.allowed(window.until_us - window.from_us));
+                if beyond > worst.map_or(0, |(most, _)| most) {
+                    worst = Some((beyond, window));
+                }
             }
         }
         worst
