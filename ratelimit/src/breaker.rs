@@ -3,7 +3,8 @@
 //! Evidence is bounded: three refusals or five silences in a row open it, and so does a store that fails a fifth of
 //! many calls (one shard of a cluster is down). Open, nobody asks: a prober in the background does, at growing
 //! intervals. When the store is back the breaker stays shut to requests for a grace time, in which every gateway
-//! learns of the return and charges what it admitted; only then do requests go to the store again.
+//! learns of the return and charges what it admitted; only then do requests go to the store again. For the same time
+//! they ask for no more than the gateway's share, since others, which found the store later, still decide alone.
 
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use crate::Trouble;
 const REFUSALS_MAX: u32 = 3;
 /// Silences in a row that open it: one slow moment is not an outage.
 const SILENCES_MAX: u32 = 5;
+/// As many in a row make a store doubtful that has just come back.
+const DOUBTFUL: u32 = 2;
 /// The window in which a share of failures is judged.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Failures in a window below which no share is judged.
@@ -23,7 +26,8 @@ const FAILING_SHARE: u32 = 5;
 const PROBE_MIN: Duration = Duration::from_millis(100);
 /// Last pause between probes.
 const PROBE_MAX: Duration = Duration::from_secs(1);
-/// From the first good probe to the first request: longer than any gateway's next probe takes to come.
+/// From the first good probe to the first request, and from there to the first beyond the share: longer than any
+/// gateway's next probe takes to come.
 const GRACE: Duration = Duration::from_millis(1500);
 
 /// What requests may do.
@@ -35,6 +39,8 @@ pub enum Phase {
     Open,
     /// The store is back; what was admitted without it is being charged.
     Returning,
+    /// They ask the store, for no more than this gateway's share: others may not ask it yet.
+    Joining,
 }
 
 /// The state machine.
@@ -46,7 +52,7 @@ pub struct Breaker {
     failures: u32,
     window: Duration,
     pause: Duration,
-    /// When the next probe (open) or the end of the grace (returning) is due.
+    /// When the next probe (open) or the end of the grace (returning, joining) is due.
     due: Duration,
 }
 
@@ -81,11 +87,17 @@ impl Breaker {
 
     /// A call failed; `calls` is how many there were since the window began. True when this opens the breaker.
     pub fn failed(&mut self, now: Duration, trouble: Trouble, calls: u32) -> bool {
-        if self.phase != Phase::Closed || !matches!(trouble, Trouble::Away | Trouble::Unknown) {
+        if !matches!(self.phase, Phase::Closed | Phase::Joining)
+            || !matches!(trouble, Trouble::Away | Trouble::Unknown)
+        {
             return false;
         }
         self.strikes += 1;
         self.failures += 1;
+        if self.phase == Phase::Joining && self.strikes >= DOUBTFUL {
+            // Others may have found it away again, and have to return and join.
+            self.due = now + GRACE * 2;
+        }
         let row = if trouble == Trouble::Away { REFUSALS_MAX } else { SILENCES_MAX };
         let share =
             self.failures >= WINDOW_FAILURES_MIN && self.failures.saturating_mul(FAILING_SHARE) >= calls;
@@ -120,8 +132,8 @@ impl Breaker {
                 self.phase = Phase::Returning;
                 self.due = now + GRACE;
             }
-            (Phase::Returning, true) => {}
-            (Phase::Open | Phase::Returning, false) => {
+            (Phase::Returning | Phase::Joining, true) => {}
+            (Phase::Open | Phase::Returning | Phase::Joining, false) => {
                 self.phase = Phase::Open;
                 self.pause = (self.pause * 2).min(PROBE_MAX);
                 self.due = now + self.pause.mul_f64(0.75 + 0.25 * jitter.clamp(0.0, 1.0));
@@ -129,7 +141,12 @@ impl Breaker {
         }
     }
 
-    /// The grace is over and everything is charged.
+    /// The grace is over and everything is charged: requests ask the store again.
+    pub fn join(&mut self, now: Duration) {
+        *self = Self { phase: Phase::Joining, window: now, due: now + GRACE, ..Self::default() };
+    }
+
+    /// So do those of every other gateway.
     pub fn close(&mut self, now: Duration) {
         *self = Self { window: now, ..Self::default() };
     }
@@ -193,6 +210,10 @@ mod tests {
         breaker.probed(now, false, 0.0);
         assert_eq!(breaker.phase(), Phase::Open, "gone again within the grace");
         breaker.probed(now, true, 0.0);
+        breaker.join(now);
+        assert_eq!((breaker.phase(), breaker.due()), (Phase::Joining, now + GRACE));
+        assert!((0..REFUSALS_MAX).any(|_| breaker.failed(now, Trouble::Away, 1)), "gone again while joining");
+        breaker.join(now);
         breaker.close(now);
         assert_eq!(breaker.phase(), Phase::Closed);
         assert!(GRACE > PROBE_MAX, "every gateway probes within the grace");

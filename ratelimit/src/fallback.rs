@@ -7,7 +7,8 @@
 //! **No double burst.** What was admitted here is told to the store when it is back, before requests go there again:
 //! settlements that had to wait, open grants (taken over under their own ids, so that they settle like any other),
 //! leases, and the rest of each local meter as one charge. A gateway's meter drains at its share of the rate from its
-//! share of the level, so the shares' meters together are never below the meter one store would have had.
+//! share of the level, so the shares' meters together are never below the meter one store would have had. Gateways go
+//! back to the store one after the other, each at first within its share; see `join`.
 //!
 //! **A store that forgot is an outage.** One that comes back empty within milliseconds has lost every lease. Until the
 //! gateways have counted theirs again, the grace of any return, each decides alone.
@@ -15,32 +16,28 @@
 //! **Nobody waits for a dead store.** Once the [`Breaker`] is open only the background asks; see there.
 
 mod calls;
+mod held;
+mod join;
 mod local;
 mod recovery;
 mod seen;
 mod share;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use self::held::{Held, Leases};
 use self::local::{Local, Pending};
 use self::seen::Seen;
 use crate::breaker::{Breaker, Phase};
 use crate::data_set::DataSetsLost;
-use crate::{
-    Acquire, Decision, Error, Fault, Key, Limiter, ReservationId, ScopeLimits, Settle, Trouble, WithoutStore,
-};
-
-/// Reservations whose leases are remembered; past that a lease is not carried through an outage.
-const HELD_MAX: usize = 262_144;
+use crate::{Acquire, Decision, Error, Fault, Limiter, Outcome, ScopeLimits, Settle, Trouble, WithoutStore};
 
 /// How many gateways share the limits now, this one included.
 pub type LiveGateways = Arc<dyn Fn() -> u32 + Send + Sync>;
@@ -66,8 +63,6 @@ pub struct Status {
     pub lost: u64,
 }
 
-type Held = HashMap<ReservationId, (SmallVec<[Key; 4]>, Duration)>;
-
 struct Inner<L> {
     store: L,
     gateways: LiveGateways,
@@ -83,7 +78,7 @@ struct Inner<L> {
     /// The last trouble, and a scope whose keys showed it: where a probe asks.
     reason: Mutex<(Error, Option<ScopeLimits>)>,
     seen: Seen,
-    held: Mutex<Held>,
+    held: Held,
     local: Mutex<Local>,
     /// Whether `local` has anything to say.
     engaged: AtomicBool,
@@ -114,7 +109,7 @@ impl<L: Limiter + 'static> Fallback<L> {
             calls: AtomicU32::new(0),
             reason: Mutex::new((Error::Unreachable("not asked yet".into()), None)),
             seen: Seen::default(),
-            held: Mutex::default(),
+            held: Held::default(),
             local: Mutex::new(Local::new(epoch)),
             engaged: AtomicBool::new(false),
             wake: Notify::new(),
@@ -185,8 +180,13 @@ impl<L: Limiter> Inner<L> {
         (self.gateways)().max(1)
     }
 
-    fn is_closed(&self) -> bool {
-        self.phase.load(Ordering::Relaxed) == Phase::Closed as u8
+    fn is(&self, phase: Phase) -> bool {
+        self.phase.load(Ordering::Relaxed) == phase as u8
+    }
+
+    /// Whether the store is asked.
+    fn is_asked(&self) -> bool {
+        self.is(Phase::Closed) || self.is(Phase::Joining)
     }
 
     fn publish(&self, phase: Phase) {
@@ -266,11 +266,19 @@ impl<L: Limiter> Inner<L> {
     fn local(&self) -> MutexGuard<'_, Local> {
         let mut local = lock(&self.local);
         if !local.is_engaged() {
-            let held = lock(&self.held);
-            local.engage(held.iter().map(|(id, (leases, _))| (id, leases)), self.now_us());
+            local.engage(&self.held.list(), self.now_us());
             self.engaged.store(true, Ordering::Relaxed);
         }
         local
+    }
+
+    /// What an answer of the store's says, and what it grants.
+    fn note(&self, call: &Acquire, decision: &Decision) {
+        self.answered();
+        self.seen.note(&call.scopes, &decision.limits, self.now_us());
+        if let Outcome::Granted { slot } = decision.outcome {
+            self.held.hold(call.id, leases_taken(call, slot), call.lease_ttl);
+        }
     }
 
     fn decide(&self, call: &Acquire, error: Error) -> Result<Decision, Error> {
@@ -288,12 +296,22 @@ impl<L: Limiter> Inner<L> {
             }
             return Err(error);
         }
-        let decided = self.local().decide(call, self.gateways(), &self.seen, self.now_us(), &error, unknown);
+        let decided = self.decide_in(&mut self.local(), call, &error, unknown);
         self.local_decisions.fetch_add(1, Ordering::Relaxed);
-        if self.is_closed() {
+        if self.is(Phase::Closed) {
             self.wake.notify_one();
         }
         decided
+    }
+
+    fn decide_in(
+        &self,
+        local: &mut Local,
+        call: &Acquire,
+        error: &Error,
+        unknown: bool,
+    ) -> Result<Decision, Error> {
+        local.decide(call, self.gateways(), &self.seen, self.now_us(), error, unknown)
     }
 
     /// False, and counted, when there is no room.
@@ -304,26 +322,6 @@ impl<L: Limiter> Inner<L> {
         }
         room
     }
-
-    /// These leases are held no more; a reservation without any is not remembered.
-    fn forget(&self, id: ReservationId, leases: &[Key]) {
-        let mut held = lock(&self.held);
-        if let Some((of_id, _)) = held.get_mut(&id) {
-            of_id.retain(|key| !leases.contains(key));
-            if of_id.is_empty() {
-                held.remove(&id);
-            }
-        }
-    }
-
-    fn hold(&self, id: ReservationId, leases: SmallVec<[Key; 4]>, life: Duration) {
-        let mut held = lock(&self.held);
-        if leases.is_empty() {
-            held.remove(&id);
-        } else if held.len() < HELD_MAX || held.contains_key(&id) {
-            held.insert(id, (leases, life));
-        }
-    }
 }
 
 /// Whether a failed settlement or release can still be made later.
@@ -333,6 +331,13 @@ fn waits(error: &Error) -> bool {
         Error::Timeout(_) | Error::Lost | Error::Unreachable(_) => true,
         Error::Invalid(_) => false,
     }
+}
+
+/// The leases of a granted call: those of its scopes, and its slot.
+fn leases_taken(call: &Acquire, slot: Option<usize>) -> Leases {
+    let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
+    let limited = call.scopes.iter().filter(|scope| scope.concurrency.is_some());
+    limited.map(|scope| scope.leases.clone()).chain(slot).collect()
 }
 
 fn no_room() -> Error {

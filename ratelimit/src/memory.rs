@@ -116,6 +116,13 @@ impl MemoryLimiter {
         state.write_record(&scope.record, &call::lines(scope, |_, _| 0.0), meters, now);
     }
 
+    /// Whether a candidate has room for a lease of `id`. Of its bound nothing is known without the others.
+    pub(crate) fn has_room(&self, id: ReservationId, candidate: &Candidate) -> bool {
+        let (mut state, now) = self.enter();
+        let unbound = Candidate { bound: None, ..candidate.clone() };
+        state.free_slot(std::slice::from_ref(&unbound), Some(id), now).is_some()
+    }
+
     /// Holds leases that are already held elsewhere, whatever the limit says.
     pub(crate) fn hold(&self, id: ReservationId, leases: &[Key], life: Duration) {
         let (mut state, now) = self.enter();

@@ -3,20 +3,24 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::smallvec;
 
 use super::local::{Pending, leases_of};
 use super::{Fallback, lock, no_room, not_sent, waits};
+use crate::breaker::Phase;
 use crate::{
-    Acquire, Candidate, Charge, Decision, Error, Holder, Key, LimitState, Limiter, Outcome, Renewal,
-    ReservationId, ScopeLimits, Settle, Settled, Trouble, UsageLines,
+    Acquire, Candidate, Charge, Decision, Error, Holder, Key, LimitState, Limiter, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, Trouble, UsageLines,
 };
 
 impl<L: Limiter + 'static> Limiter for Fallback<L> {
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         let inner = &self.inner;
         inner.hear_of_loss();
-        if !inner.is_closed() {
+        if inner.joins(call) {
+            return inner.join(call).await;
+        }
+        if !inner.is_asked() {
             let error = lock(&inner.reason).0.clone();
             return inner.decide(call, not_sent(error));
         }
@@ -28,14 +32,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 inner.decide(call, Error::Lost)
             }
             Ok(decision) => {
-                inner.answered();
-                inner.seen.note(&call.scopes, &decision.limits, inner.now_us());
-                if let Outcome::Granted { slot } = decision.outcome {
-                    let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
-                    let limited = call.scopes.iter().filter(|s| s.concurrency.is_some());
-                    let leases = limited.map(|s| s.leases.clone()).chain(slot).collect();
-                    inner.hold(call.id, leases, call.lease_ttl);
-                }
+                inner.note(call, &decision);
                 Ok(decision)
             }
             Err(error) if error.trouble() == Trouble::Caller => Err(error),
@@ -61,15 +58,17 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 return local.place(id, from, candidates, lease_ttl, gateways);
             }
         }
-        if inner.is_closed() {
-            match inner.store.move_slot(id, from, candidates, lease_ttl).await {
+        if inner.is_asked() {
+            let moved = if inner.is(Phase::Joining) {
+                inner.join_slot(id, from, candidates, lease_ttl).await
+            } else {
+                inner.store.move_slot(id, from, candidates, lease_ttl).await
+            };
+            match moved {
                 Ok(moved) => {
                     inner.answered();
                     let slot = moved.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
-                    let mut held = lock(&inner.held);
-                    let (leases, _) = held.entry(id).or_insert_with(|| (SmallVec::new(), lease_ttl));
-                    leases.retain(|key| Some(&*key) != from);
-                    leases.extend(slot);
+                    inner.held.moved(id, from, slot, lease_ttl);
                     return Ok(moved);
                 }
                 Err(error) if error.trouble() == Trouble::Caller => return Err(error),
@@ -79,9 +78,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         let mut local = inner.local();
         if let Some(from) = from {
             inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
-            if let Some((leases, _)) = lock(&inner.held).get_mut(&id) {
-                leases.retain(|key| &*key != from);
-            }
+            inner.held.forget(id, std::slice::from_ref(from));
         }
         local.place(id, from, candidates, lease_ttl, gateways)
     }
@@ -96,9 +93,10 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 }
                 return settled;
             }
+            local.forget_held(call.id, &leases_of(call));
         }
-        lock(&inner.held).remove(&call.id);
-        if inner.is_closed() {
+        inner.held.end(call.id);
+        if inner.is_asked() {
             let mut settled = inner.store.settle(call).await;
             if matches!(settled, Err(Error::Lost)) {
                 settled = inner.store.settle(call).await;
@@ -139,7 +137,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             theirs.extend_from_slice(renewals);
         }
         // While the store is away its leases cannot be renewed; they are taken again when it is back.
-        if inner.is_closed() && !theirs.is_empty() {
+        if inner.is_asked() && !theirs.is_empty() {
             match inner.store.renew(&theirs, lease_ttl).await {
                 Ok(gone) => {
                     inner.answered();
@@ -163,8 +161,8 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 return Ok(());
             }
         }
-        inner.forget(id, leases);
-        if inner.is_closed() {
+        inner.held.forget(id, leases);
+        if inner.is_asked() {
             match inner.store.release(id, leases).await {
                 Ok(()) => {
                     inner.answered();
@@ -182,7 +180,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
     /// Only the store knows who holds what there, and who lives.
     async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
         let inner = &self.inner;
-        if !inner.is_closed() {
+        if !inner.is_asked() {
             return Err(not_sent(lock(&inner.reason).0.clone()));
         }
         inner.store.reap(holder, leases).await
@@ -191,7 +189,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
     /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
         let inner = &self.inner;
-        if !inner.is_closed() {
+        if !inner.is_asked() {
             return Err(not_sent(lock(&inner.reason).0.clone()));
         }
         let charged = inner.store.charge(charges).await;
@@ -205,7 +203,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
 
     async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         let inner = &self.inner;
-        if inner.is_closed() {
+        if inner.is_asked() {
             match inner.store.peek(scopes).await {
                 Ok(limits) => {
                     inner.answered();
@@ -222,7 +220,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
     /// Only the store has the account of the whole cluster; what ended here meanwhile is missing until it has been told.
     async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
         let inner = &self.inner;
-        if !inner.is_closed() {
+        if !inner.is_asked() {
             return Err(not_sent(lock(&inner.reason).0.clone()));
         }
         // No evidence against the store when it fails: it is no call that requests wait for.

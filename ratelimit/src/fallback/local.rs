@@ -1,5 +1,7 @@
 //! What this process decided without the store, and what of it the store has not been told.
 
+mod telling;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,13 +9,14 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use super::held::Lease;
 use super::seen::Seen;
 use super::share;
-use crate::budget::{Meter, Terms};
+use crate::budget::Meter;
 use crate::memory::MemoryLimiter;
 use crate::{
-    Acquire, Candidate, Cost, Decision, Error, Key, Kind, LimitState, Outcome, Renewal, ReservationId,
-    ScopeLimits, Scopes, Settle, Settled, Tally, Usage, What,
+    Acquire, Candidate, Cost, Decision, Error, Key, Kind, LimitState, Mode, Outcome, Renewal, ReservationId,
+    ScopeLimits, Settle, Settled, Tally, Verdict, What, WithoutStore,
 };
 
 /// Records that may be metered here. A call that would need more is refused the way a closed limit is.
@@ -39,6 +42,8 @@ pub(super) struct Grant {
     pub(super) lease_ttl: Duration,
     /// The store may have granted the same id.
     unknown: bool,
+    /// The store is being asked: until it has answered, the grant is not to be told.
+    asking: bool,
     charged: Vec<(Key, [f64; Kind::COUNT])>,
 }
 
@@ -98,39 +103,35 @@ impl Local {
     }
 
     /// Takes over the leases the store granted, so that they count against this process's share of slots.
-    pub(super) fn engage<'a>(
-        &mut self,
-        held: impl Iterator<Item = (&'a ReservationId, &'a SmallVec<[Key; 4]>)>,
-        now: f64,
-    ) {
+    pub(super) fn engage(&mut self, held: &[(ReservationId, Lease)], now: f64) {
         if self.engaged.is_some() {
             return;
         }
         let mut own: HashMap<Key, u32> = HashMap::new();
-        for (id, leases) in held {
-            self.limiter.hold(*id, leases, HELD_LIFE);
-            for key in leases {
+        for (id, lease) in held {
+            self.limiter.hold(*id, &lease.leases, HELD_LIFE);
+            for key in &lease.leases {
                 *own.entry(key.clone()).or_default() += 1;
             }
         }
         self.engaged = Some((now, own));
     }
 
-    /// This process's part of a number of requests in flight; see [`share::at_first`].
-    fn at_once(
+    /// This process's part of a number of requests in flight for the time of a lease, and how much of that is left; see
+    /// [`share::at_first`].
+    fn at_first(
         &self,
         whole: &ScopeLimits,
         life: Duration,
         gateways: u32,
         seen: &Seen,
         now: f64,
-    ) -> Option<u32> {
+    ) -> Option<(u32, Duration)> {
         let (since, own) = self.engaged.as_ref()?;
-        if now - since >= life.as_micros() as f64 {
-            return None;
-        }
         let own = own.get(&whole.leases).copied().unwrap_or(0);
-        Some(share::at_first(whole.concurrency?, gateways, own, seen.in_flight(&whole.leases)?))
+        let part = share::at_first(whole.concurrency?, gateways, own, seen.in_flight(&whole.leases)?);
+        let left = life.checked_sub(Duration::from_micros((now - since) as u64))?;
+        (!left.is_zero()).then_some((part, left))
     }
 
     pub(super) fn decide(
@@ -143,20 +144,24 @@ impl Local {
         unknown: bool,
     ) -> Result<Decision, Error> {
         let mut share = share::call(call, gateways);
+        let mut leases_in = SmallVec::<[Duration; 8]>::new();
         for (whole, share) in call.scopes.iter().zip(&mut share.scopes) {
-            share.concurrency =
-                self.at_once(whole, call.lease_ttl, gateways, seen, now).or(share.concurrency);
+            let at_first = self.at_first(whole, call.lease_ttl, gateways, seen, now);
+            share.concurrency = at_first.map(|(part, _)| part).or(share.concurrency);
+            leases_in.push(at_first.map_or(call.lease_ttl, |(_, rest)| rest));
             self.base(whole, share, gateways, seen, now).ok_or_else(|| error.clone())?;
         }
         let mut decision = self.limiter.decide(&share)?;
         decision.degraded = true;
+        limit_waits(&mut decision, call, &leases_in);
         show_whole(&mut decision.limits, &call.scopes);
         match decision.outcome {
             Outcome::Granted { slot } => {
                 let charged = self.limiter.charged(&share.scopes, call.id);
                 let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
+                let call_ = Some(call.clone());
                 let grant =
-                    Grant { call: Some(call.clone()), slot, lease_ttl: call.lease_ttl, unknown, charged };
+                    Grant { call: call_, slot, lease_ttl: call.lease_ttl, unknown, asking: false, charged };
                 self.grants.entry(call.id).or_insert(grant).unknown |= unknown;
             }
             Outcome::Limited { .. } | Outcome::NoSlot { .. } if unknown => {
@@ -207,7 +212,7 @@ impl Local {
             self.limiter.free(call.id, &leases_of(call));
             return None;
         }
-        if grant.unknown {
+        if grant.unknown || grant.asking {
             self.cancel(call.id, &call.scopes, grant.slot);
         }
         let mut settled = self.limiter.end(&share);
@@ -237,6 +242,61 @@ impl Local {
         room
     }
 
+    /// The store is being asked about a grant.
+    pub(super) fn asking(&mut self, id: ReservationId) {
+        if let Some(grant) = self.grants.get_mut(&id) {
+            grant.asking = true;
+        }
+    }
+
+    /// Whatever it said is not known here: the grant stands and is told like any other.
+    pub(super) fn asked(&mut self, id: ReservationId) {
+        if let Some(grant) = self.grants.get_mut(&id) {
+            (grant.asking, grant.unknown) = (false, true);
+        }
+    }
+
+    /// The store has refused what was granted here.
+    pub(super) fn undo(&mut self, call: &Acquire, gateways: u32) {
+        let Some(grant) = self.grants.remove(&call.id) else { return };
+        let nothing = Settle {
+            id: call.id,
+            actual: Cost::default(),
+            scopes: call.scopes.iter().map(|s| share::scope(s, gateways)).collect(),
+            slot: grant.slot,
+            usage: None,
+        };
+        // Of a call that was judged when it was granted.
+        let _ended = self.limiter.end(&nothing);
+    }
+
+    /// Which candidates have room in this process's share, counting the slot that `id` has out.
+    pub(super) fn with_room(
+        &self,
+        id: ReservationId,
+        candidates: &[Candidate],
+        gateways: u32,
+    ) -> SmallVec<[usize; 8]> {
+        let shares = share::candidates(candidates, gateways);
+        (0..shares.len()).filter(|at| self.limiter.has_room(id, &shares[*at])).collect()
+    }
+
+    /// A slot of this process's share for a request of the store's.
+    pub(super) fn take_slot(
+        &mut self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+        gateways: u32,
+    ) -> Result<Option<usize>, Error> {
+        let placed = self.limiter.place(id, from, &share::candidates(candidates, gateways), lease_ttl)?;
+        if let Some(slot) = placed.and_then(|at| candidates.get(at)) {
+            self.limiter.hold(id, std::slice::from_ref(&slot.leases), HELD_LIFE);
+        }
+        Ok(placed)
+    }
+
     pub(super) fn grant(&self, id: ReservationId) -> Option<&Grant> {
         self.grants.get(&id)
     }
@@ -254,7 +314,8 @@ impl Local {
         match self.grants.get_mut(&id) {
             Some(grant) => grant.slot = slot,
             None if slot.is_some() => {
-                let grant = Grant { call: None, slot, lease_ttl, unknown: false, charged: Vec::new() };
+                let charged = Vec::new();
+                let grant = Grant { call: None, slot, lease_ttl, unknown: false, asking: false, charged };
                 self.grants.insert(id, grant);
             }
             None => {}
@@ -283,119 +344,6 @@ impl Local {
         Ok(limits)
     }
 
-    /// Grants the store does not know yet.
-    pub(super) fn unadopted(&self) -> Vec<(ReservationId, Grant)> {
-        self.grants.iter().map(|(id, grant)| (*id, grant.clone())).collect()
-    }
-
-    /// The store has taken over a grant, its charge included.
-    pub(super) fn adopted(&mut self, id: ReservationId, leases: &[Key], gateways: u32, now: f64) {
-        let Some(grant) = self.grants.remove(&id) else { return };
-        for (record, amounts) in grant.charged {
-            let Some(base) = self.bases.get_mut(&record) else { continue };
-            for kind in Kind::ALL {
-                let Some(bucket) = base.whole.buckets[kind as usize] else { continue };
-                let terms = Terms::of(kind, &share::bucket(&bucket, gateways));
-                let level = base.known[kind as usize].level_at(&terms, now) + amounts[kind as usize];
-                base.known[kind as usize] = Meter { level, ts: now };
-            }
-        }
-        // Held further, as any lease of the store's is while something is decided here.
-        self.limiter.hold(id, leases, HELD_LIFE);
-    }
-
-    /// What each record is to be charged: what its meter holds beyond what the store knows and what
-    /// open grants will bring along. Asked again, a charge keeps its id until [`Local::charged`].
-    pub(super) fn charges(&mut self, gateways: u32, now: f64) -> Vec<Settle> {
-        let mut open: HashMap<&Key, [f64; Kind::COUNT]> = HashMap::new();
-        for (record, amounts) in self.grants.values().flat_map(|grant| &grant.charged) {
-            let sum = open.entry(record).or_default();
-            (0..Kind::COUNT).for_each(|k| sum[k] += amounts[k]);
-        }
-        let mut charges = Vec::new();
-        for (record, base) in &mut self.bases {
-            if let Some(charge) = &base.charge {
-                charges.push(charge.clone());
-                continue;
-            }
-            let meters = self.limiter.meters(record);
-            let mut cost = Cost::default();
-            for kind in Kind::ALL {
-                let Some(bucket) = base.whole.buckets[kind as usize] else { continue };
-                let terms = Terms::of(kind, &share::bucket(&bucket, gateways));
-                let known = base.known[kind as usize].level_at(&terms, now);
-                let level = meters[kind as usize].level_at(&terms, now);
-                let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
-                // The part of a unit stays owed: rounded up each time, it would grow to whole units that nobody used.
-                let owed = ((level - known - waits) / terms.unit).floor().max(0.0);
-                cost.0[kind as usize] = owed as u64;
-                if owed > 0.0 {
-                    base.known[kind as usize] = Meter { level: known + owed * terms.unit, ts: now };
-                }
-            }
-            if cost == Cost::default() {
-                continue;
-            }
-            let scope = ScopeLimits { concurrency: None, ..base.whole.clone() };
-            let id = ReservationId::now_v7();
-            let charge =
-                Settle { id, actual: cost, scopes: smallvec::smallvec![scope], slot: None, usage: None };
-            base.charge = Some(charge.clone());
-            charges.push(charge);
-        }
-        charges
-    }
-
-    /// A charge is done, or can never be.
-    pub(super) fn charged(&mut self, charge: &Settle) {
-        let record = charge.scopes.first().map(|scope| &scope.record);
-        if let Some(base) = record.and_then(|record| self.bases.get_mut(record)) {
-            base.charge = None;
-        }
-    }
-
-    /// What ended here used so much. False when there is no room for another line.
-    pub(super) fn note_usage(&mut self, usage: &Usage) -> bool {
-        let line = (usage.record.clone(), usage.model.clone());
-        if self.usage.len() >= RECORDS_MAX && !self.usage.contains_key(&line) {
-            return false;
-        }
-        let noted = self.usage.entry(line).or_default();
-        noted.tally = noted.tally.plus(usage.tally);
-        true
-    }
-
-    /// What the account in the store lacks, a line each. Asked again, a note keeps its id until [`Local::noted`].
-    pub(super) fn usage_notes(&mut self) -> Vec<Settle> {
-        let note = |((record, model), noted): (&(Key, Arc<str>), &mut Noted)| {
-            let note = noted.telling.get_or_insert_with(|| Settle {
-                id: ReservationId::now_v7(),
-                actual: Cost::default(),
-                scopes: Scopes::new(),
-                slot: None,
-                usage: Some(Usage {
-                    record: record.clone(),
-                    model: model.clone(),
-                    tally: std::mem::take(&mut noted.tally),
-                }),
-            });
-            note.clone()
-        };
-        self.usage.iter_mut().map(note).collect()
-    }
-
-    /// A note is done, or can never be.
-    pub(super) fn noted(&mut self, note: &Settle) {
-        let Some(usage) = &note.usage else { return };
-        let line = (usage.record.clone(), usage.model.clone());
-        if let Some(noted) = self.usage.get_mut(&line) {
-            noted.telling = None;
-            if noted.tally.is_zero() {
-                self.usage.remove(&line);
-            }
-        }
-    }
-
     /// Settlements, releases and lines of usage that wait for the store.
     pub(super) fn waiting(&self) -> usize {
         self.pending.len() + self.usage.len()
@@ -412,6 +360,35 @@ impl Local {
 pub(super) fn leases_of(call: &Settle) -> SmallVec<[Key; 4]> {
     let scopes = call.scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone());
     scopes.chain(call.slot.clone()).collect()
+}
+
+/// Leases of the store's have no end here, and a part of nothing never fits: a lease is waited for no longer than those
+/// of its scope take, or than any lease lives.
+fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) {
+    let wait = match &mut decision.outcome {
+        Outcome::Granted { .. } => return,
+        Outcome::NoSlot { wait } => return *wait = call.lease_ttl.min(*wait),
+        Outcome::Limited { wait } => wait,
+    };
+    for limit in &mut decision.limits {
+        let open = call.scopes.get(limit.scope).is_some_and(|scope| scope.concurrency != Some(0));
+        if limit.what != What::Concurrency || limit.verdict == Verdict::Fits || !open {
+            continue;
+        }
+        let most = leases_in.get(limit.scope).copied().unwrap_or_default();
+        limit.verdict = match limit.verdict {
+            Verdict::Wait(wait) => Verdict::Wait(wait.min(most)),
+            _ => Verdict::Wait(most),
+        };
+    }
+    let refuses = |s: &ScopeLimits| s.mode == Mode::Enforce && s.without_store != WithoutStore::Open;
+    let mut refusing =
+        decision.limits.iter().filter(|limit| call.scopes.get(limit.scope).is_some_and(refuses));
+    *wait = refusing.try_fold(Duration::ZERO, |longest, limit| match limit.verdict {
+        Verdict::Fits => Some(longest),
+        Verdict::Wait(wait) => Some(longest.max(wait)),
+        Verdict::Never => None,
+    });
 }
 
 /// Clients are told their limit, not this process's share of it.

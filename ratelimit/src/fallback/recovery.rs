@@ -19,6 +19,8 @@ use crate::{
 const AT_ONCE: usize = 64;
 /// How soon a doubtful store is probed again while the breaker is closed.
 const DOUBT: Duration = Duration::from_millis(50);
+/// A store that was not asked for so long is probed.
+const UNASKED: Duration = Duration::from_secs(1);
 /// Single decisions made here while the store serves wait so long before the store is told.
 const SETTLE_DOWN: Duration = Duration::from_millis(200);
 
@@ -42,7 +44,7 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
                     doubt(inner).await;
                 } else if inner.engaged.load(Ordering::Relaxed) {
                     tokio::time::sleep(SETTLE_DOWN).await;
-                    if inner.is_closed() && tell(inner).await.is_ok() {
+                    if inner.is(Phase::Closed) && tell(inner).await.is_ok() {
                         reset_if_clear(inner);
                     }
                 } else {
@@ -50,7 +52,18 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
                     tokio::select! {
                         () = inner.wake.notified() => {}
                         () = another_lost(&mut lost, inner.heard_of.load(Ordering::Relaxed)) => {}
+                        () = unasked(inner) => doubt(inner).await,
                     }
+                }
+            }
+            Phase::Joining => {
+                tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await;
+                // Whoever finds nothing to ask or to tell must not miss that it is away again.
+                doubt(inner).await;
+                match tell(inner).await {
+                    Err(error) => away_again(inner, &error),
+                    Ok(()) if inner.now() >= lock(&inner.breaker).due() => close(inner).await,
+                    Ok(()) => {}
                 }
             }
             Phase::Open => {
@@ -69,14 +82,23 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
                     told = tell(inner).await;
                 }
                 match told {
-                    Err(error) => {
-                        tracing::warn!(%error, "the limit store is away again");
-                        step(inner, false);
-                    }
-                    Ok(()) if inner.now() >= due => close(inner).await,
+                    Err(error) => away_again(inner, &error),
+                    Ok(()) if inner.now() >= due => join(inner),
                     Ok(()) => tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await,
                 }
             }
+        }
+    }
+}
+
+/// Returns when nothing was asked of the store for a while. A gateway without traffic has to find an outage too: else it
+/// would be the first to ask a store that has not been told yet what the others admitted meanwhile.
+async fn unasked<L: Limiter>(inner: &Inner<L>) {
+    loop {
+        let calls = inner.calls.load(Ordering::Relaxed);
+        tokio::time::sleep(UNASKED).await;
+        if calls == inner.calls.load(Ordering::Relaxed) {
+            return;
         }
     }
 }
@@ -99,16 +121,31 @@ fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
     inner.publish(breaker.phase());
 }
 
-/// Requests go to the store again; what was decided up to that moment is told at once.
+fn away_again<L: Limiter>(inner: &Inner<L>, error: &Error) {
+    tracing::warn!(%error, "the limit store is away again");
+    step(inner, false);
+}
+
+/// Requests go to the store again, within this process's share.
+fn join<L: Limiter>(inner: &Inner<L>) {
+    let mut breaker = lock(&inner.breaker);
+    // Else it has lost its data since.
+    if breaker.phase() == Phase::Returning {
+        breaker.join(inner.now());
+        inner.suspicious.store(false, Ordering::Relaxed);
+        inner.publish(breaker.phase());
+    }
+}
+
+/// Requests are the store's alone again; what was decided up to that moment is told at once.
 async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
     {
         let mut breaker = lock(&inner.breaker);
-        if breaker.phase() != Phase::Returning {
-            // It has lost its data since.
+        if breaker.phase() != Phase::Joining {
+            // It is away again, or has lost its data.
             return;
         }
         breaker.close(inner.now());
-        inner.suspicious.store(false, Ordering::Relaxed);
         inner.publish(breaker.phase());
     }
     tracing::info!("the limit store is back and knows what was decided without it");
@@ -119,7 +156,7 @@ async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
 
 fn reset_if_clear<L: Limiter>(inner: &Inner<L>) {
     let mut local = lock(&inner.local);
-    if local.is_clear() && inner.is_closed() {
+    if local.is_clear() && inner.is(Phase::Closed) {
         local.reset();
         inner.engaged.store(false, Ordering::Relaxed);
     }
@@ -155,10 +192,8 @@ async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
 
 /// Leases may have run out meanwhile; their requests still run, so they are taken whatever the limit says.
 async fn retake_leases<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
-    let held: Vec<_> =
-        lock(&inner.held).iter().map(|(id, (leases, life))| (*id, leases.clone(), *life)).collect();
-    let each =
-        held.into_iter().flat_map(|(id, leases, life)| leases.into_iter().map(move |key| (id, key, life)));
+    let held = inner.held.list().into_iter();
+    let each = held.flat_map(|(id, lease)| lease.leases.into_iter().map(move |key| (id, key, lease.life)));
     each_at_once(each, |(id, key, life)| {
         let inner = inner.clone();
         async move { take(&inner, id, key, life).await }
@@ -253,7 +288,7 @@ fn taken_over<L: Limiter>(
 ) {
     let mut local = lock(&inner.local);
     if local.grant(id).is_some() {
-        inner.hold(id, leases.into(), life);
+        inner.held.hold(id, leases.into(), life);
         local.adopted(id, leases, inner.gateways(), inner.now_us());
     } else {
         // It ended meanwhile; its meter here has what it used.

@@ -9,8 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use crate::budget::{Meter, Terms};
 use crate::{FOREVER, Key, Kind, LimitState, ScopeLimits, What};
 
-/// What drained so shortly before is taken for used by others: of a limit that is used up it was, and their requests show
-/// here only with the next answer. Microseconds.
+/// What drains in so long is taken for used by others: of a limit that is used up it was, and their requests show here
+/// only with the next answer. Microseconds.
 const FRESH_US: f64 = 1e6;
 /// Records remembered; past that the empty ones are forgotten, and new ones are not taken in.
 const RECORDS_MAX: usize = 65_536;
@@ -69,7 +69,10 @@ impl Seen {
     pub(super) fn level(&self, record: &Key, kind: Kind, now: f64) -> f64 {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let sight = seen.records.get(record).and_then(|kinds| kinds[kind as usize]);
-        sight.map_or(0.0, |sight| sight.meter.level_at(&sight.terms, now - FRESH_US))
+        sight.map_or(0.0, |Sight { meter, terms }| {
+            let level = meter.level_at(&terms, now);
+            level.max((level + terms.drained(FRESH_US)).min(terms.cap))
+        })
     }
 
     /// How many requests the whole cluster had in flight; `None` when that was never seen.
@@ -99,7 +102,7 @@ mod tests {
     use crate::{Bucket, Mode, Scope, Verdict, WithoutStore, scope_keys};
 
     #[test]
-    fn what_drained_within_a_second_is_taken_for_used_by_others() {
+    fn what_drains_in_a_second_is_taken_for_used_by_others() {
         let (record, leases) = scope_keys(Scope::Global);
         let mut buckets = [None; Kind::COUNT];
         buckets[0] = Some(Bucket { capacity: 60, rate: 60, period: Duration::from_secs(60) });
@@ -124,5 +127,8 @@ mod tests {
         seen.note(std::slice::from_ref(&scope), &[used_up], 5e6);
         let level = |now| seen.level(&record, Kind::Requests, now) / 1e6;
         assert_eq!((level(5e6), level(6e6), level(9e6)), (60.0, 60.0, 57.0));
+        let nearly = LimitState { remaining: 10, reset: Duration::from_secs(50), ..used_up };
+        seen.note(std::slice::from_ref(&scope), &[nearly], 9e6);
+        assert_eq!((level(9e6), level(11e6)), (51.0, 49.0), "others may have used one since");
     }
 }

@@ -20,12 +20,11 @@ fn at_once(whole: u32, gateways: u32) -> u32 {
 }
 
 /// What a gateway may have in flight at first, with so many of its own when the store went away and so many in the whole
-/// cluster. Who has less than its share waits for those with more to come down to theirs: until a lease's time has
-/// passed it may add its part of what was free, and no more. One is always allowed.
+/// cluster. Who has less than its share waits for those with more to come down to theirs, and adds only its part of what
+/// was free.
 pub(super) fn at_first(whole: u32, gateways: u32, own: u32, in_flight: u32) -> u32 {
     let free = whole.saturating_sub(in_flight) / gateways;
-    let share = at_once(whole, gateways);
-    own.saturating_add(free).max(1).min(share)
+    own.saturating_add(free).min(at_once(whole, gateways))
 }
 
 pub(super) fn scope(whole: &ScopeLimits, gateways: u32) -> ScopeLimits {
@@ -90,8 +89,7 @@ mod tests {
             let gateways = own.len() as u32;
             let in_flight: u32 = own.iter().sum();
             let after = own.iter().map(|own| (*own).max(at_first(whole, gateways, *own, in_flight)));
-            let idle = own.iter().filter(|own| **own == 0).count() as u32;
-            prop_assert!(after.sum::<u32>() <= whole.max(in_flight) + idle);
+            prop_assert!(after.sum::<u32>() <= whole.max(in_flight));
         }
 
         /// What all gateways may take together in any time is what the whole limit allows, and a unit each.

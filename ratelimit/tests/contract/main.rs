@@ -1,6 +1,7 @@
 //! The contract of [`weir_ratelimit::Limiter`], proved for memory and for a real Redis by the same cases.
 
 mod ahead;
+mod away;
 mod buckets;
 mod charges;
 mod clock;
