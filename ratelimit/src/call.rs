@@ -44,7 +44,7 @@ pub(crate) fn reserved(call: &Acquire) -> impl Fn(Kind, &Bucket) -> f64 {
 
 /// What a settlement charges in all.
 pub(crate) fn spent(actual: &Cost) -> impl Fn(Kind, &Bucket) -> f64 {
-    |kind, _| budget::amount(kind, actual.get(kind))
+    |kind, _| actual.amount(kind)
 }
 
 /// Every limit of these scopes in the order of [`crate::Decision::limits`], not yet judged.

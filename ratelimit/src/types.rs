@@ -6,6 +6,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use uuid::Uuid;
 
+use crate::budget;
 use crate::data_set::DataSetsLost;
 use crate::usage::{Usage, UsageLines};
 use crate::{Error, Holder};
@@ -47,12 +48,21 @@ impl Kind {
 
 /// What a request costs, in whole units per [`Kind`] (spend in micro-dollars).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Cost(pub [u64; Kind::COUNT]);
+pub struct Cost {
+    units: [u64; Kind::COUNT],
+    /// Millionths of a unit on top: what is left of requests that have partly drained.
+    parts: [u32; Kind::COUNT],
+}
 
 impl Cost {
+    /// So many units of each kind.
+    pub const fn new(units: [u64; Kind::COUNT]) -> Self {
+        Self { units, parts: [0; Kind::COUNT] }
+    }
+
     /// The cost of one request with so many prompt and completion tokens and so much money.
     pub const fn of_request(input_tokens: u64, output_tokens: u64, spend_micro_dollars: u64) -> Self {
-        Cost([
+        Self::new([
             1,
             input_tokens.saturating_add(output_tokens),
             input_tokens,
@@ -61,9 +71,21 @@ impl Cost {
         ])
     }
 
-    /// The amount of one kind.
+    /// The whole units of one kind.
     pub const fn get(&self, kind: Kind) -> u64 {
-        self.0[kind as usize]
+        self.units[kind as usize]
+    }
+
+    /// The amount of one kind in the arithmetic, micro-units.
+    pub(crate) fn amount(&self, kind: Kind) -> f64 {
+        budget::amount(kind, self.get(kind)) + f64::from(self.parts[kind as usize])
+    }
+
+    /// Sets one kind to whole micro-units.
+    pub(crate) fn set_amount(&mut self, kind: Kind, amount: f64) {
+        let unit = budget::unit(kind);
+        self.units[kind as usize] = (amount / unit).floor() as u64;
+        self.parts[kind as usize] = (amount % unit) as u32;
     }
 }
 

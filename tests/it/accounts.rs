@@ -13,11 +13,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::RedisLimiter;
 use weir_ratelimit::{AnyLimiter, Scope};
 use weir_tests::client::{Answer, Client};
-use weir_tests::cluster::{Gateway, Mock, Resources, gateway_over, mock};
+use weir_tests::cluster::{Gateway, Mock, Resources, gateway, gateway_over, mock};
 use weir_tests::eventually;
-use weir_tests::redis::{Standing, standing_of};
+use weir_tests::process::signal;
+use weir_tests::redis::{Redis, Standing, standing_of};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":7,"messages":[{"role":"user","content":"hi"}]}"#;
 const ENDLESS: &str =
@@ -74,21 +76,7 @@ impl World {
         limits: &[(&str, v1::Rates)],
         change: impl FnOnce(&mut Resources),
     ) -> Self {
-        let end = CancellationToken::new();
-        let mut mocks = Vec::new();
-        for _ in backends {
-            mocks.push(mock(mock_config.clone(), &end).await);
-        }
-        let mut resources = Resources::in_front_of(&mocks);
-        let mut pool = v1::PoolSpec::default();
-        pool.set_balancing_policy(v1::BalancingPolicy::Priority);
-        resources.put("chat", Spec::Pool(pool));
-        for (i, (mock, account)) in mocks.iter().zip(backends).enumerate() {
-            resources.put(&format!("b{i}"), Spec::Backend(backend(mock, account, i as u32)));
-        }
-        for (account, rates) in limits {
-            resources.put(account, Spec::Limit(limit(account, *rates)));
-        }
+        let (mocks, mut resources) = resources(backends, mock_config, limits).await;
         change(&mut resources);
         let limiter = AnyLimiter::Memory(Arc::new(MemoryLimiter::new()));
         let gateway = gateway_over(&resources, limiter.clone()).await;
@@ -129,6 +117,30 @@ impl World {
         let faults = Faults { error_status: Some(error), ..Faults::default() };
         self.mocks[at].handle.set_faults(faults).expect("valid");
     }
+}
+
+/// A pool of backends that are tried in their order, each under an account, and what limits these.
+async fn resources(
+    backends: &[&str],
+    mock_config: Config,
+    limits: &[(&str, v1::Rates)],
+) -> (Vec<Mock>, Resources) {
+    let end = CancellationToken::new();
+    let mut mocks = Vec::new();
+    for _ in backends {
+        mocks.push(mock(mock_config.clone(), &end).await);
+    }
+    let mut resources = Resources::in_front_of(&mocks);
+    let mut pool = v1::PoolSpec::default();
+    pool.set_balancing_policy(v1::BalancingPolicy::Priority);
+    resources.put("chat", Spec::Pool(pool));
+    for (i, (mock, account)) in mocks.iter().zip(backends).enumerate() {
+        resources.put(&format!("b{i}"), Spec::Backend(backend(mock, account, i as u32)));
+    }
+    for (account, rates) in limits {
+        resources.put(account, Spec::Limit(limit(account, *rates)));
+    }
+    (mocks, resources)
 }
 
 fn backend(mock: &Mock, account: &str, priority: u32) -> v1::BackendSpec {
@@ -259,6 +271,43 @@ async fn a_retry_within_an_account_is_counted_there_and_needs_room_for_one_only(
     })
     .await;
     assert_eq!([world.reached(0), world.reached(1)], [1, 1]);
+}
+
+/// Both accounts are used up in the outage, and nothing more comes of its end.
+#[tokio::test]
+async fn limits_of_accounts_hold_while_redis_is_away_and_when_it_is_back() {
+    let limits = [("x", requests(20)), ("y", requests(10))];
+    let (mocks, resources) = resources(&["x", "y"], config(), &limits).await;
+    let redis = Redis::start().await;
+    let gateway = gateway(&resources, Some(redis.url())).await;
+    let reached = || [0, 1].map(|at| mocks[at].handle.counters().requests);
+    eventually("served", || async { gateway.client.chat(CHAT).await.status == StatusCode::OK }).await;
+    for _ in 1..5 {
+        assert_eq!(gateway.client.chat(CHAT).await.status, StatusCode::OK);
+    }
+    signal(redis.child(), "-STOP").await;
+    let mut admitted = 5;
+    let refusal = loop {
+        let answer = gateway.client.chat(CHAT).await;
+        if answer.status != StatusCode::OK {
+            break answer;
+        }
+        admitted += 1;
+    };
+    assert_refused_by(&refusal, "x");
+    // What drains in a second, a sixtieth of a request here, counts as used by others.
+    assert!((29..=30).contains(&admitted), "{admitted}");
+    let [x, y] = reached();
+    assert!(x <= 20 && y == 10, "a full account is passed by: {x}, {y}");
+    signal(redis.child(), "-CONT").await;
+    let limiter = RedisLimiter::connect(&redis.url(), Default::default()).await.expect("there");
+    eventually("Redis knows", || async {
+        let of = async |account| standing_of(&limiter, Scope::Account(account)).await.requests;
+        let refused = gateway.client.chat(CHAT).await.status == StatusCode::TOO_MANY_REQUESTS;
+        refused && (of("x").await, of("y").await) == (20, 10)
+    })
+    .await;
+    assert_eq!(reached(), [20, 10]);
 }
 
 #[tokio::test]

@@ -234,11 +234,14 @@ impl Admission {
         if let Some(account) = &mut self.elsewhere {
             account.streamed(so_far);
         }
-        let mut step = Cost::default();
-        for (kind, step) in step.0.iter_mut().enumerate().skip(1) {
-            let charged = self.reserved.0[kind].saturating_add(self.stepped.0[kind]);
-            *step = so_far.0[kind].saturating_sub(charged);
-        }
+        let step = Cost::new(Kind::ALL.map(|kind| {
+            match kind {
+                Kind::Requests => 0,
+                _ => so_far
+                    .get(kind)
+                    .saturating_sub(self.reserved.get(kind).saturating_add(self.stepped.get(kind))),
+            }
+        }));
         if step.get(Kind::Tokens) < STEP_TOKENS {
             return;
         }
@@ -249,7 +252,8 @@ impl Admission {
         // Without room the next step, or the settlement, charges this one too.
         if self.ledger.queue.try_send(job).is_ok() {
             self.ledger.metrics.settlement_steps.inc();
-            self.stepped.0.iter_mut().zip(step.0).for_each(|(all, step)| *all += step);
+            let all = Kind::ALL.map(|kind| self.stepped.get(kind).saturating_add(step.get(kind)));
+            self.stepped = Cost::new(all);
             self.noted = noted;
         }
     }
@@ -285,7 +289,7 @@ impl Drop for Admission {
         }
         self.ledger.leases().remove(self.id);
         let actual = minus(&self.actual, &self.stepped);
-        let credit = self.actual.0.iter().zip(self.reserved.0).any(|(actual, reserved)| *actual < reserved);
+        let credit = Kind::ALL.iter().any(|kind| self.actual.get(*kind) < self.reserved.get(*kind));
         let job = Job::Settle(self.settlements(actual), credit);
         if self.ledger.queue.try_send(job).is_err() {
             self.ledger.metrics.settlements_lost.inc();
@@ -303,7 +307,7 @@ impl Admission {
         if !self.left {
             return smallvec::smallvec![Box::new(Settle { id, actual, scopes, slot, usage })];
         }
-        let common = Cost(std::array::from_fn(|kind| actual.0[kind].min(self.reserved.0[kind])));
+        let common = Cost::new(Kind::ALL.map(|kind| actual.get(kind).min(self.reserved.get(kind))));
         let (own, account) = scopes.split_at(self.own);
         let of_account = Box::new(debit(minus(&self.reserved, &common), account));
         let of_own = Box::new(debit(minus(&actual, &common), own));
@@ -327,7 +331,7 @@ fn debit(actual: Cost, scopes: &[ScopeLimits]) -> Settle {
 }
 
 fn minus(a: &Cost, b: &Cost) -> Cost {
-    Cost(std::array::from_fn(|kind| a.0[kind].saturating_sub(b.0[kind])))
+    Cost::new(Kind::ALL.map(|kind| a.get(kind).saturating_sub(b.get(kind))))
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::{Inner, leases_taken, lock, not_sent};
 use crate::breaker::Phase;
 use crate::{
@@ -40,7 +42,7 @@ impl<L: Limiter> Inner<L> {
             let Outcome::Granted { .. } = own.outcome else { return self.alone(own) };
             local.asking(call.id);
             let at = local.with_room(call.id, &call.candidates, self.gateways());
-            let candidates = at.iter().filter_map(|at| call.candidates.get(*at)).cloned().collect();
+            let candidates = at.iter().filter_map(|at| call.candidates.get(*at)).map(unbound).collect();
             (own, Acquire { candidates, ..call.clone() }, at)
         };
         let lost_sets = self.lost_sets();
@@ -94,13 +96,17 @@ impl<L: Limiter> Inner<L> {
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
         let at = self.local().take_slot(id, from, candidates, lease_ttl, self.gateways())?;
-        let candidate = at.and_then(|at| candidates.get(at));
-        let asked = candidate.map(std::slice::from_ref).unwrap_or_default();
-        let moved = self.store.move_slot(id, from, asked, lease_ttl).await;
+        let asked: SmallVec<[Candidate; 1]> =
+            at.and_then(|at| candidates.get(at)).map(unbound).into_iter().collect();
+        let moved = self.store.move_slot(id, from, &asked, lease_ttl).await;
         if !matches!(moved, Ok(Some(_))) {
-            lock(&self.local)
-                .release(id, &candidate.map(|c| c.leases.clone()).into_iter().collect::<Vec<_>>());
+            asked.iter().for_each(|slot| lock(&self.local).release(id, std::slice::from_ref(&slot.leases)));
         }
         moved.map(|moved| moved.and(at))
     }
+}
+
+/// A bound is a part of what all candidates have, and the store is not asked about all of them; the share has seen to it.
+fn unbound(candidate: &Candidate) -> Candidate {
+    Candidate { bound: None, ..candidate.clone() }
 }

@@ -76,9 +76,7 @@ impl Check {
             self.wrong(path, "must be set");
             return Cost::default();
         };
-        let mut cost = Cost::of_request(input_tokens, output_tokens, 0);
-        cost.0[0] = requests;
-        cost
+        Cost::new([requests, input_tokens.saturating_add(output_tokens), input_tokens, output_tokens, 0])
     }
 
     pub(super) fn scopes(&mut self, wire: &[v1::ScopedRates]) -> Scopes {

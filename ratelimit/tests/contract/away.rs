@@ -437,12 +437,28 @@ async fn a_gateway_without_traffic_finds_out_too() {
     }
 }
 
+/// Parts of units drain before the store is told; what is left of them counts.
+#[tokio::test(start_paused = true)]
+async fn a_slow_limit_that_is_first_used_in_an_outage_holds() {
+    for seed in 0..SEEDS {
+        let limit = bucket(20, 1, Duration::from_secs(60)).expect("a bucket");
+        let load = Load { from: 9.0, ..Load::of(limited("a", Kind::Requests, Some(limit)), 20.0) };
+        let (logs, _) = run(seed, vec![load], goes(1, 0.0, 8.0)).await;
+        let beyond = logs[0].beyond(&limit);
+        assert!(beyond < ROUNDING, "seed {seed}: {beyond} beyond the limit");
+        assert_eq!(logs[0].units(), 20);
+    }
+}
+
 /// Two backends of eight, asked of from the middle of an outage on until long after it.
 #[tokio::test(start_paused = true)]
 async fn slots_of_backends_hold_when_the_store_is_back() {
     for seed in 0..SEEDS {
+        // A bound that a part of the candidates alone would never meet.
+        let bound = Some(Bound { millionths: 800_000, estimate: 16 });
+        let candidates = ["one", "two"].map(|name| Candidate { bound, ..candidate(name, 8) });
         let load = Load {
-            candidates: vec![candidate("one", 8), candidate("two", 8)],
+            candidates: candidates.to_vec(),
             from: 9.0,
             takes: (300, 2000),
             long: 10,

@@ -229,7 +229,7 @@ async fn follows_the_model(world: &World, mut case: Case, lease: Duration) -> Re
             Op::Acquire { scopes, cost, estimated, slots } => {
                 let call = Acquire {
                     id: Uuid::from_u128(n as u128 + 1),
-                    cost: Cost(cost),
+                    cost: Cost::new(cost),
                     estimated,
                     scopes: case.scopes(scopes),
                     candidates: case.candidates(slots),
@@ -314,7 +314,7 @@ async fn settled(
 ) -> Result<(), TestCaseError> {
     let scopes = case.scopes(made.scopes);
     let call =
-        Settle { id: made.call.id, actual: Cost(actual), scopes, slot: made.slot.clone(), usage: None };
+        Settle { id: made.call.id, actual: Cost::new(actual), scopes, slot: made.slot.clone(), usage: None };
     let said = world.limiter.settle(&call).await.expect("settled");
     let (applied, limits) = model.settle(&call, said.now_us);
     prop_assert_eq!(said.applied, applied);

@@ -8,6 +8,9 @@ use crate::budget::{Meter, Terms};
 use crate::fallback::share;
 use crate::{Cost, Key, Kind, ReservationId, ScopeLimits, Scopes, Settle, Usage};
 
+/// The smallest part of a unit that the store is told of.
+const PARTS_MIN: f64 = 1000.0;
+
 impl Local {
     /// Grants the store does not know yet.
     pub(in crate::fallback) fn unadopted(&self) -> Vec<(ReservationId, Grant)> {
@@ -63,11 +66,12 @@ impl Local {
                 let known = base.known[kind as usize].level_at(&terms, now);
                 let level = meters[kind as usize].level_at(&terms, now);
                 let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
-                // The part of a unit stays owed: rounded up each time, it would grow to whole units that nobody used.
-                let owed = ((level - known - waits) / terms.unit).floor().max(0.0);
-                cost.0[kind as usize] = owed as u64;
-                if owed > 0.0 {
-                    base.known[kind as usize] = Meter { level: known + owed * terms.unit, ts: now };
+                // Parts of units too: rounded down they would be admitted once more, and rounded up, five times a second,
+                // grow to units that nobody used. What both meters are off by from rounding is not worth a call.
+                let owed = (level - known - waits).floor();
+                if owed >= (terms.unit / PARTS_MIN).max(1.0) {
+                    cost.set_amount(kind, owed);
+                    base.known[kind as usize] = Meter { level: known + owed, ts: now };
                 }
             }
             if cost == Cost::default() {
