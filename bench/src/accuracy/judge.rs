@@ -2,7 +2,7 @@
 
 use super::driver::{End, Record};
 use super::event::Bound;
-use super::limits::{GATEWAYS, Limit};
+use super::limits::{GATEWAYS, Limit, Scope};
 use super::oracle::{Span, crowd_refused_wrongly};
 use crate::load::micros;
 
@@ -76,14 +76,16 @@ impl Run<'_> {
         });
         let unreplicated: u64 =
             if bound.unreplicated.is_zero() { 0 } else { unreplicated.map(|r| limit.cost(r)).sum() };
-        let gateways = GATEWAYS as u64;
+        let others = GATEWAYS as u64 - 1;
         match limit.envelope() {
             Some(envelope) => {
                 let burst = if bound.burst { envelope.capacity } else { 0 };
-                u64::from(bound.shares) * gateways + burst + unreplicated
+                burst + unreplicated
             }
-            // What is held goes on; a gateway that holds nothing may take its share beside it.
-            None => u64::from(bound.shares) * (gateways - 1) * (limit.most / gateways).max(1),
+            None if matches!(limit.scope, Scope::Backend(_)) && bound.slots => {
+                others * (limit.most / GATEWAYS as u64).max(1)
+            }
+            None => unreplicated,
         }
     }
 

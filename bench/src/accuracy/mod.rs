@@ -70,11 +70,12 @@ pub(crate) async fn run(args: &AccuracyArgs) -> anyhow::Result<Report> {
          the envelope alone, and against what is allowed."
             .into(),
     );
-    notes.push(format!(
-        "an outage may add: one unit for each of the {GATEWAYS} gateways; with a lost data set and cold_start burst \
-         each capacity once more; with a failover what was admitted in the last second before it. In flight: what the \
-         other gateways' shares allow beside leases that are all held by one."
-    ));
+    notes.push(
+        "an outage may add: with a lost data set and cold_start burst each capacity once more; with a failover what was \
+         admitted in the last second before it; of a backend's slots what the other gateways' shares allow beside those \
+         that one of them holds"
+            .into(),
+    );
     notes.push(format!(
         "false refusals: while Redis serves, beyond {SLACK_REQUESTS} request or {SLACK_TOKENS} tokens of slack; leases \
          leaked: still counted {} s after the last request",
