@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use self::driver::{End, Plan, Record, drive};
 use self::event::Event;
 use self::judge::{Run, SLACK_REQUESTS, SLACK_TOKENS};
-use self::limits::{CALLERS, GATEWAYS, LIMITS, SLOTS};
+use self::limits::{CALLERS, LIMITS, SLOTS};
 use self::scene::{Scene, Setup};
 use crate::load::micros;
 use crate::report::{Report, Row, progress};
