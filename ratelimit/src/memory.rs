@@ -82,6 +82,13 @@ impl MemoryLimiter {
         Ok(state.settle(call, now))
     }
 
+    /// Takes a grant back as if it had been refused: the same id may be decided again.
+    pub(crate) fn take_back(&self, call: &Settle) {
+        let (mut state, now) = self.enter();
+        state.settle(call, now);
+        state.forget_reservation(&Key::reservation_of(&call.scopes, call.id));
+    }
+
     /// False when a lease was lost.
     pub(crate) fn extend(&self, renewal: &Renewal, lease_ttl: Duration) -> bool {
         let (mut state, now) = self.enter();

@@ -266,8 +266,7 @@ impl Local {
             slot: grant.slot,
             usage: None,
         };
-        // Of a call that was judged when it was granted.
-        let _ended = self.limiter.end(&nothing);
+        self.limiter.take_back(&nothing);
     }
 
     /// Which candidates have room in this process's share, counting the slot that `id` has out.

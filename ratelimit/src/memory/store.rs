@@ -165,6 +165,11 @@ impl State {
         self.reservations.get_mut(key).filter(|held| held.expires > now)
     }
 
+    /// As if it had never been.
+    pub(super) fn forget_reservation(&mut self, key: &Key) {
+        self.reservations.remove(key);
+    }
+
     /// Most reservations are settled soon, so the first look comes when a tombstone would expire.
     pub(super) fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
         let first_look = later(now, TOMBSTONE_LIFE);

@@ -416,6 +416,43 @@ async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease(
     );
 }
 
+/// Who waits asks again under its id.
+#[tokio::test(start_paused = true)]
+async fn what_the_store_refuses_while_a_gateway_joins_is_decided_anew_when_asked_again() {
+    let scene = Scene::new();
+    let limit = limited("acme", Kind::Requests, bucket(8, 0, Duration::from_secs(60)));
+    let [mut held, waiting, next, last] = std::array::from_fn(|_| call(smallvec![limit.clone()]));
+    held.cost = Cost::new([8, 0, 0, 0, 0]);
+    let ask = async |gateway: usize, call: &Acquire| {
+        granted(&scene.gateways[gateway].acquire(call).await.expect("decided"))
+    };
+    assert!(ask(0, &held).await);
+    // The other one finds out by itself, and has never seen that limit.
+    scene.state.send_replace(State::Refuses);
+    while scene.gateways[3].status().phase != Phase::Open {
+        sleep(Duration::from_millis(10)).await;
+    }
+    scene.state.send_replace(State::Serves);
+    while scene.gateways[3].status().phase != Phase::Joining {
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!ask(3, &waiting).await && !ask(3, &waiting).await, "its share has room, the store has none");
+    let half = Settle {
+        id: held.id,
+        actual: Cost::new([4, 0, 0, 0, 0]),
+        scopes: held.scopes.clone(),
+        slot: None,
+        usage: None,
+    };
+    assert!(scene.gateways[0].settle(&half).await.expect("settled").applied);
+    assert!(ask(3, &waiting).await && ask(3, &next).await, "its share");
+    assert!(!ask(3, &last).await, "more than its share, though the store has room");
+    while scene.gateways[3].status().phase != Phase::Closed {
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(ask(3, &last).await);
+}
+
 /// It has nothing to find the outage out with, and would otherwise be the first to ask.
 #[tokio::test(start_paused = true)]
 async fn a_gateway_without_traffic_finds_out_too() {
