@@ -13,6 +13,7 @@ mod control_plane;
 mod envoy;
 mod errors;
 mod failover;
+mod figures;
 mod hard_slots;
 mod health;
 mod high_availability;
