@@ -21,10 +21,11 @@ fn at_once(whole: u32, gateways: u32) -> u32 {
 
 /// What a gateway may have in flight at first, with so many of its own when the store went away and so many in the whole
 /// cluster. Who has less than its share waits for those with more to come down to theirs, and adds only its part of what
-/// was free.
+/// was free. Of a limit that is less than one for each, everybody has one all the same.
 pub(super) fn at_first(whole: u32, gateways: u32, own: u32, in_flight: u32) -> u32 {
     let free = whole.saturating_sub(in_flight) / gateways;
-    own.saturating_add(free).min(at_once(whole, gateways))
+    let least = u32::from(whole < gateways);
+    own.saturating_add(free).max(least).min(at_once(whole, gateways))
 }
 
 pub(super) fn scope(whole: &ScopeLimits, gateways: u32) -> ScopeLimits {
@@ -89,7 +90,9 @@ mod tests {
             let gateways = own.len() as u32;
             let in_flight: u32 = own.iter().sum();
             let after = own.iter().map(|own| (*own).max(at_first(whole, gateways, *own, in_flight)));
-            prop_assert!(after.sum::<u32>() <= whole.max(in_flight));
+            let idle = own.iter().filter(|own| **own == 0).count() as u32;
+            let beside = if whole < gateways { idle } else { 0 };
+            prop_assert!(after.sum::<u32>() <= whole.max(in_flight) + beside);
         }
 
         /// What all gateways may take together in any time is what the whole limit allows, and a unit each.
