@@ -266,8 +266,9 @@ impl<L: Limiter> Inner<L> {
     fn local(&self) -> MutexGuard<'_, Local> {
         let mut local = lock(&self.local);
         if !local.is_engaged() {
-            local.engage(&self.held.list(), self.now_us());
+            // Before it looks at what is held: who ends a lease after that must find that something is decided here.
             self.engaged.store(true, Ordering::Relaxed);
+            local.engage(&self.held, self.now_us());
         }
         local
     }

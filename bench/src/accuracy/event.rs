@@ -23,9 +23,6 @@ pub(crate) enum Event {
 /// What may be admitted beyond the envelope, because the store was away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Bound {
-    /// Of a backend's slots, the shares of those who held none beside what the others held: gateways are not told how many
-    /// are taken.
-    pub(crate) slots: bool,
     /// Each capacity once more: its meter was lost and counts as empty.
     pub(crate) burst: bool,
     /// What was admitted so shortly before: it had not reached the replica.
@@ -72,7 +69,7 @@ impl Event {
 
     /// `None` while Redis lives: then nothing may be admitted beyond the envelope.
     pub(crate) const fn bound(self) -> Option<Bound> {
-        let alone = Bound { slots: true, burst: false, unreplicated: Duration::ZERO };
+        let alone = Bound { burst: false, unreplicated: Duration::ZERO };
         match self {
             Self::Quiet | Self::GatewayKilled | Self::ScriptFlush | Self::SlotMigration => None,
             Self::RedisPaused | Self::RedisRestartedEmptyStrict => Some(alone),

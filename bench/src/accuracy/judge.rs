@@ -82,7 +82,8 @@ impl Run<'_> {
                 let burst = if bound.burst { envelope.capacity } else { 0 };
                 burst + unreplicated
             }
-            None if matches!(limit.scope, Scope::Backend(_)) && bound.slots => {
+            // What is held goes on, and who holds none has its share beside it: how many are taken gateways are not told.
+            None if matches!(limit.scope, Scope::Backend(_)) => {
                 others * (limit.most / GATEWAYS as u64).max(1)
             }
             None => unreplicated,

@@ -85,6 +85,8 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
 
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
         let inner = &self.inner;
+        // First, so that what begins to decide here meanwhile does not take over leases that are on their way back.
+        inner.held.end(call.id);
         if inner.engaged.load(Ordering::Relaxed) {
             let mut local = inner.local();
             if let Some(settled) = local.settle(call, inner.gateways()) {
@@ -95,7 +97,6 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             }
             local.forget_held(call.id, &leases_of(call));
         }
-        inner.held.end(call.id);
         if inner.is_asked() {
             let mut settled = inner.store.settle(call).await;
             if matches!(settled, Err(Error::Lost)) {
@@ -112,7 +113,6 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             }
         }
         let mut local = inner.local();
-        local.forget_held(call.id, &leases_of(call));
         if !inner.defer(&mut local, Pending::Settle(Box::new(call.clone()))) {
             return Err(no_room());
         }
@@ -154,6 +154,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
 
     async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
         let inner = &self.inner;
+        inner.held.forget(id, leases);
         if inner.engaged.load(Ordering::Relaxed) {
             let mut local = inner.local();
             local.release(id, leases);
@@ -161,7 +162,6 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 return Ok(());
             }
         }
-        inner.held.forget(id, leases);
         if inner.is_asked() {
             match inner.store.release(id, leases).await {
                 Ok(()) => {

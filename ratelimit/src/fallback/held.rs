@@ -61,6 +61,10 @@ impl Held {
         self.all().remove(&id);
     }
 
+    pub(super) fn each(&self, mut with: impl FnMut(ReservationId, &Lease)) {
+        self.all().iter().for_each(|(id, lease)| with(*id, lease));
+    }
+
     pub(super) fn list(&self) -> Vec<(ReservationId, Lease)> {
         self.all().iter().map(|(id, lease)| (*id, lease.clone())).collect()
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::held::Lease;
+use super::held::Held;
 use super::seen::Seen;
 use super::share;
 use crate::budget::Meter;
@@ -103,17 +103,17 @@ impl Local {
     }
 
     /// Takes over the leases the store granted, so that they count against this process's share of slots.
-    pub(super) fn engage(&mut self, held: &[(ReservationId, Lease)], now: f64) {
+    pub(super) fn engage(&mut self, held: &Held, now: f64) {
         if self.engaged.is_some() {
             return;
         }
         let mut own: HashMap<Key, u32> = HashMap::new();
-        for (id, lease) in held {
-            self.limiter.hold(*id, &lease.leases, HELD_LIFE);
+        held.each(|id, lease| {
+            self.limiter.hold(id, &lease.leases, HELD_LIFE);
             for key in &lease.leases {
                 *own.entry(key.clone()).or_default() += 1;
             }
-        }
+        });
         self.engaged = Some((now, own));
     }
 

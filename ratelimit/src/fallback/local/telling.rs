@@ -8,8 +8,8 @@ use crate::budget::{Meter, Terms};
 use crate::fallback::share;
 use crate::{Cost, Key, Kind, ReservationId, ScopeLimits, Scopes, Settle, Usage};
 
-/// The smallest part of a unit that the store is told of.
-const PARTS_MIN: f64 = 1000.0;
+/// The store is told of so many parts of a unit, and not of what is smaller.
+const PARTS: f64 = 1000.0;
 
 impl Local {
     /// Grants the store does not know yet.
@@ -69,7 +69,7 @@ impl Local {
                 // Parts of units too: rounded down they would be admitted once more, and rounded up, five times a second,
                 // grow to units that nobody used. What both meters are off by from rounding is not worth a call.
                 let owed = (level - known - waits).floor();
-                if owed >= (terms.unit / PARTS_MIN).max(1.0) {
+                if owed >= (terms.unit / PARTS).max(1.0) {
                     cost.set_amount(kind, owed);
                     base.known[kind as usize] = Meter { level: known + owed, ts: now };
                 }
