@@ -1,15 +1,16 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
+mod edge_grpc;
+mod edge_http1;
+mod edge_refusals;
 mod forwarding;
 mod headers;
 mod http1;
 mod http2;
 mod json;
 mod keys;
-#[allow(dead_code, reason = "tests that follow need the rest")]
 mod lab;
 mod names;
 mod series;
-#[allow(dead_code, reason = "tests that follow need the rest")]
 mod tls;
