@@ -1,9 +1,12 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
+mod edge_drain;
 mod edge_grpc;
 mod edge_http1;
+mod edge_memory;
 mod edge_refusals;
+mod edge_windows;
 mod forwarding;
 mod headers;
 mod http1;
