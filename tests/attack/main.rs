@@ -6,6 +6,7 @@ mod edge_grpc;
 mod edge_http1;
 mod edge_memory;
 mod edge_refusals;
+mod edge_silence;
 mod edge_windows;
 mod forwarding;
 mod headers;
