@@ -1,2 +1,20 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
+
+mod edge_drain;
+mod edge_grpc;
+mod edge_http1;
+mod edge_memory;
+mod edge_refusals;
+mod edge_silence;
+mod edge_windows;
+mod forwarding;
+mod headers;
+mod http1;
+mod http2;
+mod json;
+mod keys;
+mod lab;
+mod names;
+mod series;
+mod tls;
