@@ -124,6 +124,7 @@ pub fn gateway_config(data: &Path) -> Config {
         data_dir: Some(data.to_owned()),
         id: None,
         region: String::new(),
+        allow_backend_cidr: Vec::new(),
         max_connections: 10_000,
         max_connections_per_address: None,
         body_memory_mib: 1024,
