@@ -20,7 +20,7 @@ use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
-use weir_runtime::{Readiness, Secret, ServerTls, serve_ops_with};
+use weir_runtime::{EgressPolicy, Readiness, Secret, ServerTls, serve_ops_with};
 
 use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
@@ -81,6 +81,7 @@ impl ControlPlane {
     /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
         let admin_token = config.check()?;
+        let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(Error::Config)?;
         let store = open(&config.store).await?;
         let catalog = Arc::new(Catalog::load(Arc::clone(&store)).await?);
         let follow_stop = CancellationToken::new();
@@ -135,7 +136,7 @@ impl ControlPlane {
         // Where it is alone, it leads before anybody is told anything.
         candidate.ask().await;
         shared.tasks.spawn(candidate.run(follow_stop.clone()));
-        let prober = Prober::new(verdicts.clone());
+        let prober = Prober::new(verdicts.clone(), egress);
         shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
         let registry = shared.registry.clone();
         let connected = move |id: &str| registry.is_connected(id);

@@ -299,7 +299,9 @@ impl Drop for StreamBody {
         let facts = self.rewriter.facts();
         let (prompt, completion, source) =
             usage_or_count(facts.usage, self.end.prompt_tokens, facts.completion_estimate());
-        if facts.complete() {
+        if let Some(found) = &facts.implausible {
+            self.end.target.implausible(found);
+        } else if facts.complete() {
             let prompt = facts.usage.and_then(|usage| usage.prompt);
             self.end.admission.learn(prompt, Some(completion));
         }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use weir_runtime::edge::Client;
 
 use crate::headers::ShownLimits;
-use crate::metrics::{Metrics, ModelLabels, RequestLabels, TokenLabels};
+use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
 
 /// What is known of a request.
 #[derive(Debug)]
@@ -49,6 +49,10 @@ pub struct RequestContext {
     pub outcome: Option<(StatusCode, &'static str)>,
     /// Prompt and completion tokens, and where the count is from.
     pub tokens: Option<(u64, u64, &'static str)>,
+    /// It is counted, and gets no line of its own: its address fails too often.
+    pub unlogged: bool,
+    /// The answer closes its connection.
+    pub close: bool,
 }
 
 /// Longest request id that is taken over from a client, bytes.
@@ -81,6 +85,8 @@ impl RequestContext {
             first_byte: None,
             outcome: None,
             tokens: None,
+            unlogged: false,
+            close: false,
         })
     }
 
@@ -95,13 +101,8 @@ impl RequestContext {
     }
 }
 
-impl Drop for RequestContext {
-    fn drop(&mut self) {
-        let elapsed = self.started.elapsed();
-        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
-        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
-        let model = self.model.take().unwrap_or_else(|| "unknown".into());
-        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+impl RequestContext {
+    fn log(&self, status: u16, code: &str, elapsed: Duration, model: &str, tenant: &str) {
         tracing::info!(
             target: "weir::request",
             request_id = self.request_id,
@@ -123,6 +124,21 @@ impl Drop for RequestContext {
             output_tokens = self.tokens.map(|t| t.1),
             usage_source = self.tokens.map(|t| t.2),
         );
+    }
+}
+
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        let elapsed = self.started.elapsed();
+        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
+        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
+        let model = self.model.take().unwrap_or_else(|| "unknown".into());
+        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+        if self.unlogged {
+            tracing::debug!(target: "weir::request", request_id = self.request_id, status, code);
+        } else {
+            self.log(status, code, elapsed, &model, &tenant);
+        }
         let m = &self.metrics;
         m.in_flight.dec();
         m.pulse.ended(status, code);
@@ -130,7 +146,7 @@ impl Drop for RequestContext {
             m.pulse.tokens(input, output);
             for (direction, count) in [("input", input), ("output", output)] {
                 let labels = TokenLabels { model: model.clone(), direction, source };
-                m.tokens.get_or_create(&labels).inc_by(count);
+                metrics::add(&m.tokens.get_or_create(&labels), count);
             }
         }
         let by_model = ModelLabels { model: model.clone() };

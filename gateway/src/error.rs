@@ -249,7 +249,8 @@ impl GatewayError {
                 "upstream_timeout",
                 "The model's server did not answer in time.",
             ),
-            // Time the client or the pool set for the whole request; no backend is to blame for it.
+            // Time the client or the pool set for the whole request; no backend is to blame for it, and the same
+            // request would need as long again.
             Self::Deadline => ErrorFacts {
                 status: StatusCode::GATEWAY_TIMEOUT,
                 retry_after: None,
@@ -334,8 +335,13 @@ fn client(
     facts(status, code, label, message.into(), Blame::Client)
 }
 
+/// A retry helps: the next request goes to another backend, or to one that has come back. SDKs repeat 5xx anyway, and
+/// without a time to come back at once.
 fn upstream(status: u16, code: &'static str, label: &'static str, message: &'static str) -> ErrorFacts {
-    facts(status, code, label, message.into(), Blame::Upstream)
+    ErrorFacts {
+        retry_after: Some(RETRY_SOON),
+        ..facts(status, code, label, message.into(), Blame::Upstream)
+    }
 }
 
 fn ours(
@@ -443,6 +449,19 @@ mod tests {
             assert!(facts.retry_after.is_some(), "{error}");
         }
         assert!(GatewayError::UpstreamConnect.facts().retry_elsewhere);
+        for error in [
+            GatewayError::UpstreamConnect,
+            GatewayError::UpstreamBroken,
+            GatewayError::UpstreamInvalid,
+            GatewayError::UpstreamTimeout,
+            GatewayError::UpstreamStatus { status: 500 },
+            GatewayError::UpstreamBusy { retry_after: None },
+        ] {
+            assert!(error.facts().retry_after.is_some(), "a retry helps: {error}");
+        }
+        for error in [GatewayError::Deadline, GatewayError::Internal, GatewayError::InvalidKey] {
+            assert!(error.facts().retry_after.is_none(), "a retry does not help: {error}");
+        }
         assert!(!limited(None).facts().retry_elsewhere);
         assert_eq!(GatewayError::UpstreamStatus { status: 429 }.facts().status, 502);
     }

@@ -10,15 +10,17 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
+use weir_proto::resource::Name;
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::breaker::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
-use weir_runtime::{Readiness, ServerTls};
+use weir_runtime::{EgressPolicy, Readiness, ServerTls};
 
 use crate::account::Ledger;
+use crate::authentication::Failures;
 use crate::config::Config;
 use crate::intake::BodyMemory;
 use crate::live::Live;
@@ -148,7 +150,8 @@ pub async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
-    let live = Arc::new(Live::default());
+    let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
+    let live = Arc::new(Live::new(egress));
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();
@@ -158,8 +161,13 @@ pub async fn start(
     let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
     let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
-    let gateway =
-        Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
+    let gateway = Arc::new(Gateway {
+        live: live.clone(),
+        ledger: ledger.clone(),
+        failures: Failures::default(),
+        bodies,
+        metrics: metrics.clone(),
+    });
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
 
@@ -223,7 +231,13 @@ async fn watch(
 ) {
     let mut revisions = live.revisions();
     let (mut outages, mut lost) = (0, 0);
+    let mut counted = None;
     loop {
+        // A counter that begins with its first event has no increase that an alert could see.
+        let snapshot = live.snapshot();
+        if counted.replace(snapshot.revision) != Some(snapshot.revision) {
+            metrics.know_backends(snapshot.backends.keys().map(Name::as_str));
+        }
         let state = if shutdown.is_cancelled() {
             Err("draining".to_owned())
         } else if serving.is_cancelled() {

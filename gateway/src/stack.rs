@@ -31,18 +31,23 @@ use weir_ratelimit::{Cost, Decision, Kind};
 use weir_runtime::edge::{self, Client};
 
 use crate::account::{Admission, Ledger};
+use crate::authentication::{Failure, Failures};
 use crate::balance::{prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
+use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
-use crate::metrics::Metrics;
+use crate::metrics::{AuthenticationLabels, Metrics};
+use crate::plausible::UsageBounds;
 use crate::read::{self, RouteKind};
 use crate::send::{Answer, Outgoing, Target};
 use crate::server::HTTP;
 use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
-use crate::stream::meter::{BYTES_PER_TOKEN, RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
+use crate::stream::meter::{
+    BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
+};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
@@ -59,6 +64,8 @@ pub struct Gateway {
     pub live: Arc<Live>,
     /// Limits and their settlement.
     pub ledger: Arc<Ledger>,
+    /// Requests without a valid key, by address.
+    pub failures: Failures,
     /// Memory for request bodies.
     pub bodies: Arc<BodyMemory>,
     /// What is counted.
@@ -96,6 +103,9 @@ pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: C
             if let Some(context) = &slot {
                 headers::write_limits(response.headers_mut(), &context.limits);
                 headers::write_wait(response.headers_mut(), context.waited);
+                if context.close {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
             }
             response
         }
@@ -140,7 +150,19 @@ async fn route(
         return Err(GatewayError::MethodNotAllowed);
     }
     let snapshot = gateway.live.snapshot();
-    let key = identify(&snapshot, request.headers())?;
+    let key = identify(&snapshot, request.headers()).map_err(|failure| {
+        let labels = AuthenticationLabels { reason: failure.label() };
+        gateway.metrics.authentication_failures.get_or_create(&labels).inc();
+        if let Some(context) = slot {
+            context.unlogged = gateway.failures.note(Some(context.client.connection.peer()));
+            // HTTP/2 has no such header; its connection carries the requests of others.
+            context.close = context.unlogged && request.version() <= Version::HTTP_11;
+        }
+        match failure {
+            Failure::Missing => GatewayError::MissingKey,
+            Failure::Unknown | Failure::Expired => GatewayError::InvalidKey,
+        }
+    })?;
     if let Some(context) = slot {
         context.client.connection.trust();
         context.tenant = Some(key.tenant.name.to_string());
@@ -158,19 +180,19 @@ async fn route(
     }
 }
 
-/// Missing, wrong, unknown, revoked and expired keys are told apart nowhere.
-fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, GatewayError> {
+/// Missing, wrong, unknown, revoked and expired keys are told apart in no answer.
+fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, Failure> {
     let value = headers.get(header::AUTHORIZATION).filter(|v| v.len() <= KEY_MAX_BYTES);
     let token = value.and_then(|v| v.to_str().ok()).and_then(|v| {
         let (scheme, token) = v.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
     });
-    let token = token.ok_or(GatewayError::MissingKey)?;
+    let token = token.ok_or(Failure::Missing)?;
     // The map is keyed by digest, so a comparison tells nothing about how much of a secret was right.
     let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-    let key = snapshot.keys.get(&digest).ok_or(GatewayError::InvalidKey)?;
+    let key = snapshot.keys.get(&digest).ok_or(Failure::Unknown)?;
     match key.expires {
-        Some(expires) if expires <= SystemTime::now() => Err(GatewayError::InvalidKey),
+        Some(expires) if expires <= SystemTime::now() => Err(Failure::Expired),
         _ => Ok(key.clone()),
     }
 }
@@ -363,7 +385,11 @@ impl Call<'_> {
         let prompt_tokens = self.prompt_tokens(&target.model);
         match answer {
             Answer::Whole { status, headers, body } => {
-                let usage = usage_of_body(&body);
+                let usage = usage_of_body(&body, &UsageBounds::of(&self.asked, self.body.len()));
+                if let Err(found) = &usage {
+                    target.implausible(found);
+                }
+                let (usage, plausible) = (usage.unwrap_or_default(), usage.is_ok());
                 let written = match self.asked.kind {
                     RouteKind::Embeddings => 0,
                     _ => (body.len() as u64).div_ceil(BYTES_PER_TOKEN),
@@ -379,17 +405,22 @@ impl Call<'_> {
                 context.tokens = Some((prompt, completion, source));
                 let cost = target.cost(prompt, completion);
                 admission.used(cost);
-                if status.is_success() {
+                if status.is_success() && plausible {
                     let usage = usage.unwrap_or_default();
                     admission.learn(usage.prompt, usage.completion);
                 }
                 refusal::settled(&mut decision, &admission.reserved, &cost);
+                let content = match is_error_object(&body) {
+                    Ok(_) => Content::Json,
+                    Err(_) => Content::Text,
+                };
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });
                 let mut response =
                     Response::new(Body::Whole(WholeBody::new(body, context.client.clock.clone())));
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
+                headers::content_type(response.headers_mut(), content);
                 refusal::write_limits(response.headers_mut(), &decision);
                 headers::write_wait(response.headers_mut(), waited);
                 Ok(response)
@@ -399,9 +430,11 @@ impl Call<'_> {
                     rename_model: Some(self.asked.model.to_string()),
                     drop_usage_chunk: self.asked.kind.takes_include_usage() && !self.asked.include_usage,
                     append_done: self.asked.kind.takes_include_usage(),
+                    bounds: UsageBounds::of(&self.asked, self.body.len()),
                 };
                 let clocks = Clocks { idle: target.model.timeouts.idle, deadline };
                 let mut client_headers = headers::to_client(&headers, request_id);
+                headers::content_type(&mut client_headers, Content::Events);
                 client_headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
                 // nginx and its like hold streams back unless told not to.
                 client_headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
