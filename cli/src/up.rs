@@ -18,7 +18,7 @@ use weir_proto::{manifest, resource, v1};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_runtime::Secret;
+use weir_runtime::{Cidr, Secret};
 
 use crate::args::OutputFormat;
 use crate::error::Error;
@@ -54,6 +54,9 @@ pub struct UpArgs {
     /// Keep resources here; without it they go with the process
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
+    /// Networks that backends may be in although such addresses are refused, such as link-local 169.254.10.0/24
+    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
+    pub allow_backend_cidr: Vec<Cidr>,
     /// What is logged, such as info or weir_gateway=debug
     #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
     pub log: String,
@@ -93,6 +96,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         http_listen: local(7080),
         store,
         bootstrap: resources.clone(),
+        allow_backend_cidr: args.allow_backend_cidr.clone(),
         ..ControlPlaneConfig::default()
     };
     // The gateways drain first and the control plane ends last.
@@ -126,6 +130,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
             id: Some(format!("gateway-{k}")),
             region: String::new(),
+            allow_backend_cidr: args.allow_backend_cidr.clone(),
             max_connections: 10_000,
             max_connections_per_address: None,
             body_memory_mib: 1024,

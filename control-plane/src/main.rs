@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use weir_control_plane::store::{EtcdConfig, EtcdStore, FileStore};
 use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
-use weir_runtime::{Secret, exit, init_logs, shutdown_on_signals};
+use weir_runtime::{Cidr, Secret, exit, init_logs, shutdown_on_signals};
 
 /// Keeps what operators declare, hands it to gateways, and watches backends.
 #[derive(Parser)]
@@ -65,6 +65,10 @@ struct Args {
     /// Who signs client certificates (PEM). Their URI name says who they are: weir://gateway/ID or weir://ROLE/NAME.
     #[arg(long, env = "WEIR_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
+    /// Networks in which backends are probed although such addresses are refused: link-local ones, where clouds keep
+    /// credentials, and other metadata services, such as 169.254.10.0/24,fe80::/10. The same as of the gateways.
+    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
+    allow_backend_cidr: Vec<Cidr>,
     /// What is logged: a level, or levels by target.
     #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
@@ -137,6 +141,7 @@ fn config(args: Args) -> Result<Config, String> {
             key,
             client_ca: args.tls_client_ca,
         }),
+        allow_backend_cidr: args.allow_backend_cidr,
     })
 }
 

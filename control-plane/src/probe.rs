@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::{Client, connect::HttpConnector};
+use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, HealthProfile, Spec};
 use weir_proto::v1::{ProbeTier, ResourceKind};
+use weir_runtime::{EgressConnector, EgressPolicy, RefusedAddress};
 
 use crate::health::{Cause, Observation, Outcome, Reading, Tier, Vantage};
 use crate::model::{Key, State};
@@ -31,7 +32,7 @@ const LOOKS: u32 = 2;
 /// What is read of an answer that says unavailable, to see whether it is loading.
 const ANSWER_MAX_BYTES: usize = 4096;
 
-type Http = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
+type Http = Client<HttpsConnector<EgressConnector>, Empty<Bytes>>;
 
 /// What may be looked at.
 struct Target {
@@ -117,9 +118,9 @@ impl std::fmt::Debug for Prober {
 }
 
 impl Prober {
-    pub(crate) fn new(verdicts: Verdicts) -> Self {
+    pub(crate) fn new(verdicts: Verdicts, egress: EgressPolicy) -> Self {
         // A connection of its own for each probe: the point is that a new one can be opened.
-        let http = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector());
+        let http = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector(egress));
         Self { http, verdicts, targets: BTreeMap::new(), serial: 0 }
     }
 
@@ -270,6 +271,10 @@ async fn ask(http: &Http, uri: &Uri) -> (Outcome, String) {
         let Ok(request) = request else { return last };
         let answer = match http.request(request).await {
             Ok(answer) => answer,
+            Err(e) if RefusedAddress::of(&e).is_some() => {
+                let refused = RefusedAddress::of(&e).map(ToString::to_string).unwrap_or_default();
+                return (Outcome::Failed(Cause::Refused), refused);
+            }
             Err(e) if e.is_connect() => return (Outcome::Failed(Cause::Refused), "cannot connect".into()),
             Err(_) => {
                 last = (Outcome::Failed(Cause::Broken), "the connection broke".into());
@@ -325,7 +330,7 @@ fn join(url: &Uri, path: &str) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-fn connector() -> HttpsConnector<HttpConnector> {
+fn connector(egress: EgressPolicy) -> HttpsConnector<EgressConnector> {
     let provider = || Arc::new(rustls::crypto::ring::default_provider());
     let builder = hyper_rustls::HttpsConnectorBuilder::new();
     let builder = match builder.with_provider_and_native_roots(provider()) {
@@ -341,7 +346,7 @@ fn connector() -> HttpsConnector<HttpConnector> {
             hyper_rustls::HttpsConnectorBuilder::new().with_tls_config(config)
         }
     };
-    builder.https_or_http().enable_http1().build()
+    builder.https_or_http().enable_http1().wrap_connector(EgressConnector::new(egress, |_| {}))
 }
 
 #[cfg(test)]

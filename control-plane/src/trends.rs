@@ -137,7 +137,8 @@ impl Latency {
 
 impl Traffic {
     fn add(&mut self, second: u64, report: &v1::TrafficReport) -> u64 {
-        let requests = report.succeeded + report.refused + report.rejected + report.failed + report.abandoned;
+        let counts = [report.succeeded, report.refused, report.rejected, report.failed, report.abandoned];
+        let requests = counts.into_iter().fold(0, u64::saturating_add);
         self.requests.add(second, requests);
         self.refused.add(second, report.refused);
         self.failed.add(second, report.failed);
@@ -160,9 +161,11 @@ impl Trends {
         if let Some(traffic) = &report.traffic {
             let mut flying = inner.traffic.in_flight;
             let requests = inner.traffic.add(second, traffic);
-            inner.lines.sum.requests += requests;
-            inner.lines.sum.refused += traffic.refused;
-            inner.lines.sum.failed += traffic.failed;
+            // A gateway may say anything: no number of its makes a sum begin again.
+            let sum = &mut inner.lines.sum;
+            sum.requests = sum.requests.saturating_add(requests);
+            sum.refused = sum.refused.saturating_add(traffic.refused);
+            sum.failed = sum.failed.saturating_add(traffic.failed);
             if let Some(own) = place(&mut inner.gateways, gateway) {
                 // What all have is changed by what this one has, not summed anew: reports come from a thousand.
                 let others = flying.saturating_sub(own.in_flight);

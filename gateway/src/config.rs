@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
-use weir_runtime::Secret;
+use weir_runtime::{Cidr, Secret, edge};
 
 use crate::server::Bounds;
 
@@ -61,6 +61,11 @@ pub struct Config {
     /// Region of this gateway.
     #[arg(long, env = "WEIR_REGION", default_value = "", value_name = "NAME")]
     pub region: String,
+    /// Networks that backends may be in although such addresses are refused: link-local ones, where clouds keep
+    /// credentials, and other metadata services, such as 169.254.10.0/24,fe80::/10. Loopback and private networks need
+    /// none.
+    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
+    pub allow_backend_cidr: Vec<Cidr>,
     /// Most client connections at once.
     #[arg(long, env = "WEIR_MAX_CONNECTIONS", default_value_t = 10_000, value_name = "N")]
     pub max_connections: usize,
@@ -90,12 +95,16 @@ pub struct Config {
 impl Config {
     /// The bounds these settings ask for.
     pub fn bounds(&self) -> Bounds {
+        let shipped = Bounds::default();
         Bounds {
-            connections: self.max_connections,
-            connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
+            edge: edge::Bounds {
+                connections: self.max_connections,
+                connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
+                ..shipped.edge
+            },
             pre_stop: Duration::from_secs(self.pre_stop_s),
             drain: Duration::from_secs(self.drain_s),
-            ..Bounds::default()
+            ..shipped
         }
     }
 

@@ -3,15 +3,15 @@
 //! Dropping the context is its end, whatever the way out; a context that nobody marked as finished belongs to a
 //! client that went away.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use http::StatusCode;
 use tokio::time::Instant;
 use uuid::Uuid;
+use weir_runtime::edge::Client;
 
 use crate::headers::ShownLimits;
-use crate::metrics::{Metrics, ModelLabels, RequestLabels, TokenLabels};
+use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
 
 /// What is known of a request.
 #[derive(Debug)]
@@ -21,8 +21,8 @@ pub struct RequestContext {
     pub started: Instant,
     /// Ours, or the client's own when it is well formed.
     pub request_id: String,
-    /// The client's address.
-    pub peer: Option<IpAddr>,
+    /// Who asks, and the request's clock.
+    pub client: Client,
     /// The route's path; a constant, never the client's text.
     pub route: &'static str,
     /// The tenant's name, once known.
@@ -49,6 +49,10 @@ pub struct RequestContext {
     pub outcome: Option<(StatusCode, &'static str)>,
     /// Prompt and completion tokens, and where the count is from.
     pub tokens: Option<(u64, u64, &'static str)>,
+    /// It is counted, and gets no line of its own: its address fails too often.
+    pub unlogged: bool,
+    /// The answer closes its connection.
+    pub close: bool,
 }
 
 /// Longest request id that is taken over from a client, bytes.
@@ -56,7 +60,7 @@ const REQUEST_ID_MAX_BYTES: usize = 128;
 
 impl RequestContext {
     /// A request arrived.
-    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, peer: Option<IpAddr>) -> Box<Self> {
+    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, client: Client) -> Box<Self> {
         metrics.in_flight.inc();
         metrics.pulse.began();
         let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
@@ -67,7 +71,7 @@ impl RequestContext {
             metrics: metrics.clone(),
             started: Instant::now(),
             request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
-            peer,
+            client,
             route: "unknown",
             tenant: None,
             api_key: None,
@@ -81,6 +85,8 @@ impl RequestContext {
             first_byte: None,
             outcome: None,
             tokens: None,
+            unlogged: false,
+            close: false,
         })
     }
 
@@ -95,17 +101,12 @@ impl RequestContext {
     }
 }
 
-impl Drop for RequestContext {
-    fn drop(&mut self) {
-        let elapsed = self.started.elapsed();
-        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
-        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
-        let model = self.model.take().unwrap_or_else(|| "unknown".into());
-        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+impl RequestContext {
+    fn log(&self, status: u16, code: &str, elapsed: Duration, model: &str, tenant: &str) {
         tracing::info!(
             target: "weir::request",
             request_id = self.request_id,
-            peer = self.peer.map(tracing::field::display),
+            peer = %self.client.connection.peer(),
             route = self.route,
             tenant,
             api_key = self.api_key,
@@ -123,6 +124,21 @@ impl Drop for RequestContext {
             output_tokens = self.tokens.map(|t| t.1),
             usage_source = self.tokens.map(|t| t.2),
         );
+    }
+}
+
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        let elapsed = self.started.elapsed();
+        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
+        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
+        let model = self.model.take().unwrap_or_else(|| "unknown".into());
+        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+        if self.unlogged {
+            tracing::debug!(target: "weir::request", request_id = self.request_id, status, code);
+        } else {
+            self.log(status, code, elapsed, &model, &tenant);
+        }
         let m = &self.metrics;
         m.in_flight.dec();
         m.pulse.ended(status, code);
@@ -130,7 +146,7 @@ impl Drop for RequestContext {
             m.pulse.tokens(input, output);
             for (direction, count) in [("input", input), ("output", output)] {
                 let labels = TokenLabels { model: model.clone(), direction, source };
-                m.tokens.get_or_create(&labels).inc_by(count);
+                metrics::add(&m.tokens.get_or_create(&labels), count);
             }
         }
         let by_model = ModelLabels { model: model.clone() };

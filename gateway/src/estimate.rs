@@ -28,6 +28,12 @@ const MEMORY: f64 = 0.98;
 /// Bounds of what is believed, tokens per byte: a hostile or broken count must not move everybody's estimates.
 const RATE_BOUNDS: (f64, f64) = (1.0 / 16.0, 2.0);
 
+/// How many times what is expected one answer may count for: an outlier moves the estimate by a few answers' worth, and a
+/// lasting change is followed in a few answers all the same.
+const OUTPUT_OUTLIER: f64 = 4.0;
+/// The part of what is remembered that one prompt may weigh, at least a kilobyte.
+const PROMPT_WEIGHT: f64 = 0.1;
+
 /// Learned estimates of one gateway.
 #[derive(Debug, Default)]
 pub struct Estimates {
@@ -52,6 +58,12 @@ struct Prompt {
     tokens: f64,
 }
 
+impl Output {
+    fn expected(&self) -> f64 {
+        self.mean + 2.0 * self.deviation
+    }
+}
+
 impl Estimates {
     fn tables(&self) -> MutexGuard<'_, Tables> {
         // An entry is written whole, so a poisoned lock guards nothing half done.
@@ -61,13 +73,16 @@ impl Estimates {
     /// Tokens that one answer of the model to the tenant will probably have.
     pub fn output(&self, tenant: &Arc<str>, model: &Arc<str>) -> u64 {
         let known = self.tables().outputs.get(&(tenant.clone(), model.clone()));
-        known.map_or(OUTPUT_UNKNOWN, |o| (o.mean + 2.0 * o.deviation).ceil().max(1.0) as u64)
+        known.map_or(OUTPUT_UNKNOWN, |known| known.expected().ceil().max(1.0) as u64)
     }
 
     /// An answer had so many tokens.
     pub fn learn_output(&self, tenant: &Arc<str>, model: &Arc<str>, tokens: u64) {
-        let (mut tables, key, tokens) = (self.tables(), (tenant.clone(), model.clone()), tokens as f64);
-        let next = match tables.outputs.get(&key) {
+        let (mut tables, key) = (self.tables(), (tenant.clone(), model.clone()));
+        let known = tables.outputs.get(&key);
+        let expected = known.map_or(0.0, |known| known.expected()).max(OUTPUT_UNKNOWN as f64);
+        let tokens = (tokens as f64).min(expected * OUTPUT_OUTLIER);
+        let next = match known {
             None => Output { mean: tokens, deviation: tokens / 2.0 },
             Some(Output { mean, deviation }) => Output {
                 mean: mean + MEAN_GAIN * (tokens - mean),
@@ -95,6 +110,8 @@ impl Estimates {
         let seen = seen.unwrap_or(Prompt { bytes: PRIOR_BYTES, tokens: PRIOR_TOKENS });
         let (bytes, tokens) = (bytes as f64, tokens as f64);
         let tokens = tokens.clamp(bytes * RATE_BOUNDS.0, bytes * RATE_BOUNDS.1);
+        let weight = (seen.bytes * PROMPT_WEIGHT).max(PRIOR_BYTES).min(bytes) / bytes;
+        let (bytes, tokens) = (bytes * weight, tokens * weight);
         let next = Prompt { bytes: seen.bytes * MEMORY + bytes, tokens: seen.tokens * MEMORY + tokens };
         tables.prompts.put(model.clone(), next, MODELS_MAX);
     }
@@ -162,6 +179,26 @@ mod tests {
         (0..1000).for_each(|_| estimates.learn_prompt(&model, 10, u64::MAX));
         assert!(estimates.prompt(&model, 100) <= 200, "a broken count is believed up to a bound");
         assert_eq!(estimates.prompt(&model, 0), 1);
+    }
+
+    #[test]
+    fn one_outlier_is_forgotten_within_a_few_answers() {
+        let (estimates, tenant, model) = (Estimates::default(), name("acme"), name("m"));
+        let expected = || estimates.output(&tenant, &model);
+        for usual in [1, 20, 100, 2_000] {
+            (0..200).for_each(|_| estimates.learn_output(&tenant, &model, usual));
+            let before = expected();
+            for outlier in [2_000_000, 9_000_000_000, u64::MAX] {
+                estimates.learn_output(&tenant, &model, outlier);
+                assert!(expected() <= 12 * before.max(OUTPUT_UNKNOWN), "{usual} {outlier}: {}", expected());
+                (0..20).for_each(|_| estimates.learn_output(&tenant, &model, usual));
+                assert!(expected() <= 2 * before.max(OUTPUT_UNKNOWN), "{usual} {outlier}: {}", expected());
+            }
+        }
+        (0..200).for_each(|_| estimates.learn_prompt(&model, 400, 100));
+        estimates.learn_prompt(&model, 16 << 20, u64::MAX);
+        (0..20).for_each(|_| estimates.learn_prompt(&model, 400, 100));
+        assert!(estimates.prompt(&model, 400) <= 200, "{}", estimates.prompt(&model, 400));
     }
 
     #[test]

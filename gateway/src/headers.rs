@@ -3,7 +3,8 @@
 //! Invariants:
 //! - To a backend goes only what `FORWARDED` lists: never the client's credential, cookies, forwarding headers or
 //!   anything hop-by-hop, and nothing that `Connection` names, even if it is on the list.
-//! - To a client goes nothing hop-by-hop, no cookie, no rate limits of the upstream's own and no internal header.
+//! - To a client goes only what `ANSWERED` lists: a backend cannot set cookies, redirect, ask for credentials, open the
+//!   gateway to other sites, or speak to the proxy in front of it (`X-Accel-Redirect`, `X-Sendfile`).
 
 use std::time::Duration;
 
@@ -23,26 +24,20 @@ const FORWARDED: [&str; 10] = [
     "x-request-id",
 ];
 
-/// Response headers that stop here: hop-by-hop, cookies, framing and what the gateway says itself.
-const WITHHELD: [&str; 17] = [
-    "alt-svc",
-    "connection",
-    "content-length",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authentication-info",
-    "proxy-connection",
-    "retry-after",
-    "retry-after-ms",
-    "set-cookie",
-    "strict-transport-security",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "via",
-    "x-request-id",
+/// Response headers that reach a client: what SDKs and people read of an answer. `openai-organization` and
+/// `openai-project` name the operator's account, and caching is not for answers to POST.
+const ANSWERED: [&str; 7] = [
+    "content-type",
+    "deprecation",
+    "openai-model",
+    "openai-processing-ms",
+    "openai-version",
+    // The provider's own name of the request, for its support; ours is x-request-id.
+    "request-id",
+    "sunset",
 ];
+/// Longest value of a header that is taken over from an answer, bytes.
+const ANSWERED_MAX_BYTES: usize = 256;
 
 /// Says how long a request waited in queues for a limit or a slot, in `x-weir-wait-ms`; nothing when it did not.
 pub fn write_wait(headers: &mut HeaderMap, waited: Duration) {
@@ -62,26 +57,76 @@ pub fn to_backend(client: &HeaderMap) -> HeaderMap {
             out.append(HeaderName::from_static(name), value.clone());
         }
     }
+    // An answer is read on its way: tokens are counted, the model is named as the client named it. Without this header
+    // RFC 9110 (12.5.3) lets a server choose any encoding.
+    out.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     out
 }
 
-/// The headers of an answer to the client, under our request id. `Content-Length` is left to whoever frames the body.
+/// The headers of an answer to the client, under our request id. `Content-Length` is left to whoever frames the body, and
+/// so is a `Content-Type` that does not fit it ([`content_type`]).
 pub fn to_client(upstream: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
-    let mut out = HeaderMap::with_capacity(upstream.len() + 8);
-    for (name, value) in upstream {
-        let text = name.as_str();
-        let withheld = WITHHELD.contains(&text)
-            || text.starts_with("x-ratelimit-")
-            || text.starts_with("ratelimit")
-            || text.starts_with("x-weir-")
-            || named_by_connection(upstream, text);
-        if !withheld {
-            out.append(name.clone(), value.clone());
+    let mut out = HeaderMap::with_capacity(ANSWERED.len() + 8);
+    for name in ANSWERED {
+        let value = upstream.get(name).filter(|value| {
+            let plain = value.to_str().is_ok();
+            plain && value.len() <= ANSWERED_MAX_BYTES && !named_by_connection(upstream, name)
+        });
+        if let Some(value) = value {
+            out.insert(HeaderName::from_static(name), value.clone());
         }
     }
     out.insert("x-request-id", request_id);
     out
 }
+
+/// What the body of an answer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// JSON.
+    Json,
+    /// Server-sent events.
+    Events,
+    /// Something else, of a backend that refuses.
+    Text,
+}
+
+/// Makes `Content-Type` say what the body is, whatever the backend called it: nothing a backend sends is a page that a
+/// browser shows.
+pub fn content_type(headers: &mut HeaderMap, content: Content) {
+    let named = media_type(headers);
+    let (fits, right) = match content {
+        Content::Json => (named == "application/json" || named.ends_with("+json"), "application/json"),
+        Content::Events => (named == "text/event-stream", "text/event-stream; charset=utf-8"),
+        Content::Text => (named == "text/plain", "text/plain; charset=utf-8"),
+    };
+    if !fits {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(right));
+    }
+}
+
+/// The media type of a body without its parameters, in lower case; empty when none is given.
+pub fn media_type(headers: &HeaderMap) -> String {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// The first coding of an answer that its body would have to be decoded of before it can be read: of `Content-Encoding`
+/// any but `identity`, of `Transfer-Encoding` any but `chunked`.
+pub fn coding(headers: &HeaderMap) -> Option<String> {
+    let codings = |name, plain: &'static str| {
+        let values = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|&b| b == b','));
+        values
+            .map(<[u8]>::trim_ascii)
+            .find(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(plain.as_bytes()))
+    };
+    let coding = codings(header::CONTENT_ENCODING, "identity");
+    let coding = coding.or_else(|| codings(header::TRANSFER_ENCODING, "chunked"))?;
+    Some(coding[..coding.len().min(CODING_MAX_BYTES)].escape_ascii().to_string())
+}
+
+/// What is repeated of the name of a coding, bytes.
+const CODING_MAX_BYTES: usize = 32;
 
 fn named_by_connection(headers: &HeaderMap, name: &str) -> bool {
     headers
@@ -198,7 +243,12 @@ mod tests {
             ("openai-beta", "a"),
             ("openai-beta", "b"),
         ]);
-        let want = map(&[("content-type", "application/json"), ("openai-beta", "a"), ("openai-beta", "b")]);
+        let want = map(&[
+            ("content-type", "application/json"),
+            ("openai-beta", "a"),
+            ("openai-beta", "b"),
+            ("accept-encoding", "identity"),
+        ]);
         assert_eq!(to_backend(&client), want);
     }
 
@@ -219,6 +269,84 @@ mod tests {
             ("x-request-id", "ours"),
         ]);
         assert_eq!(to_client(&upstream, HeaderValue::from_static("ours")), want);
+    }
+
+    #[test]
+    fn no_header_of_a_backend_passes_that_is_not_listed() {
+        let commanding = [
+            "x-accel-redirect",
+            "x-sendfile",
+            "location",
+            "www-authenticate",
+            "server",
+            "access-control-allow-origin",
+            "clear-site-data",
+            "set-cookie",
+            "refresh",
+            "link",
+            "strict-transport-security",
+            "content-encoding",
+            "content-security-policy",
+            "cache-control",
+            "openai-organization",
+            "llm_provider-x",
+            "x-should-retry",
+            "retry-after",
+            "x-anything",
+        ];
+        let mut upstream = map(&[("content-type", "application/json"), ("request-id", "req_1")]);
+        for name in commanding {
+            upstream.append(name, HeaderValue::from_static("1"));
+        }
+        let ours = HeaderValue::from_static("ours");
+        let want =
+            map(&[("content-type", "application/json"), ("request-id", "req_1"), ("x-request-id", "ours")]);
+        assert_eq!(to_client(&upstream, ours.clone()), want);
+        let long = "x".repeat(ANSWERED_MAX_BYTES + 1);
+        let mut upstream = HeaderMap::new();
+        upstream.insert("openai-version", HeaderValue::try_from(long).expect("a value"));
+        upstream.insert("openai-model", HeaderValue::from_bytes(b"\xff\xfe").expect("a value"));
+        assert_eq!(to_client(&upstream, ours), map(&[("x-request-id", "ours")]));
+    }
+
+    #[test]
+    fn a_body_is_called_what_it_is() {
+        for (named, content, want) in [
+            ("application/json; charset=utf-8", Content::Json, "application/json; charset=utf-8"),
+            ("application/problem+json", Content::Json, "application/problem+json"),
+            ("text/html", Content::Json, "application/json"),
+            ("", Content::Json, "application/json"),
+            ("Text/Event-Stream", Content::Events, "Text/Event-Stream"),
+            ("text/html", Content::Text, "text/plain; charset=utf-8"),
+        ] {
+            let mut headers = map(&[("content-type", named)]);
+            content_type(&mut headers, content);
+            assert_eq!(headers["content-type"], want, "{named}");
+        }
+    }
+
+    #[test]
+    fn every_coding_but_none_is_found() {
+        let found = |pairs: &[(&'static str, &'static str)]| coding(&map(pairs));
+        for plain in [
+            &[][..],
+            &[("content-encoding", "identity")],
+            &[("content-encoding", "")],
+            &[("content-encoding", " Identity , identity")],
+            &[("transfer-encoding", "chunked")],
+        ] {
+            assert_eq!(found(plain), None, "{plain:?}");
+        }
+        for coded in
+            ["gzip", "br", "zstd", "deflate", "x-gzip", "GZIP", "compress", "identity, gzip", "weird"]
+        {
+            assert!(found(&[("content-encoding", coded)]).is_some(), "{coded}");
+        }
+        assert_eq!(
+            found(&[("content-encoding", "identity"), ("content-encoding", "br")]).as_deref(),
+            Some("br")
+        );
+        assert_eq!(found(&[("transfer-encoding", "gzip, chunked")]).as_deref(), Some("gzip"));
     }
 
     #[test]

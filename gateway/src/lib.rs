@@ -7,6 +7,7 @@
 //! [`report`] exchanges what gateways see.
 
 pub mod account;
+pub mod authentication;
 pub mod balance;
 pub mod body;
 pub mod budget;
@@ -19,6 +20,7 @@ pub mod headers;
 pub mod intake;
 pub mod live;
 pub mod metrics;
+pub mod plausible;
 pub mod probe;
 pub mod pulse;
 pub mod read;
@@ -38,6 +40,7 @@ pub mod usage;
 mod calendar;
 mod groups;
 mod run;
+mod seldom;
 mod tries;
 mod weights;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use weir_runtime::EgressPolicy;
 
 use crate::probe::lane::ProbeLane;
 use crate::snapshot::Snapshot;
@@ -38,6 +39,12 @@ impl Default for Live {
 }
 
 impl Live {
+    /// Without a configuration yet; backends may be where the policy allows.
+    pub fn new(egress: EgressPolicy) -> Self {
+        let snapshot = Snapshot { egress, ..Snapshot::default() };
+        Self { snapshot: ArcSwap::from_pointee(snapshot), ..Self::default() }
+    }
+
     /// The picture in force.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()

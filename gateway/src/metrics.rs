@@ -9,6 +9,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::authentication::Failure;
+use crate::plausible::Implausible;
 use crate::pulse::Pulse;
 
 /// Of a finished request.
@@ -60,6 +62,22 @@ pub struct ProbeLabels {
     pub tier: &'static str,
     /// "pass" or what was seen instead.
     pub outcome: &'static str,
+}
+
+/// Of a count of a backend that cannot be true.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ImplausibleLabels {
+    /// The backend.
+    pub backend: String,
+    /// "input", "output", or "other" for a part or a sum of them.
+    pub direction: &'static str,
+}
+
+/// Of a request without a valid key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AuthenticationLabels {
+    /// "missing", "unknown" or "expired".
+    pub reason: &'static str,
 }
 
 /// Of probes that were not made.
@@ -125,6 +143,10 @@ pub struct Metrics {
     pub first_byte: Family<ModelLabels, Histogram>,
     /// Tokens settled.
     pub tokens: Family<TokenLabels, Counter>,
+    /// Reports of usage that cannot be true, and were left aside.
+    pub implausible_usage: Family<ImplausibleLabels, Counter>,
+    /// Requests without a valid key.
+    pub authentication_failures: Family<AuthenticationLabels, Counter>,
     /// Attempts at backends.
     pub attempts: Family<AttemptLabels, Counter>,
     /// Limiter calls.
@@ -203,7 +225,23 @@ fn seconds() -> Histogram {
     Histogram::new(REQUEST_BUCKETS)
 }
 
+/// Adds to a counter, which stays at its largest value rather than beginning again: a counter that falls is taken for a
+/// restart.
+pub fn add(counter: &Counter, count: u64) {
+    counter.inc_by(count.min(u64::MAX - counter.get()));
+}
+
 impl Metrics {
+    /// These backends can be told apart from now on: what alerts ask about them is there, at zero.
+    pub fn know_backends<'a>(&self, backends: impl Iterator<Item = &'a str>) {
+        for backend in backends {
+            for direction in Implausible::DIRECTIONS {
+                let labels = ImplausibleLabels { backend: backend.to_owned(), direction };
+                drop(self.implausible_usage.get_or_create(&labels));
+            }
+        }
+    }
+
     /// Registers every metric.
     pub fn new(registry: &mut Registry) -> Self {
         let m = Self {
@@ -213,6 +251,8 @@ impl Metrics {
             duration: Family::new_with_constructor(seconds),
             first_byte: Family::new_with_constructor(seconds),
             tokens: Family::default(),
+            implausible_usage: Family::default(),
+            authentication_failures: Family::default(),
             attempts: Family::default(),
             limiter: Family::default(),
             limiter_duration: Histogram::new(LIMITER_BUCKETS),
@@ -246,6 +286,9 @@ impl Metrics {
             probes_over_budget: Family::default(),
             probes_without_slot: Family::default(),
         };
+        for reason in Failure::ALL.map(Failure::label) {
+            drop(m.authentication_failures.get_or_create(&AuthenticationLabels { reason }));
+        }
         let r = registry.sub_registry_with_prefix("weir");
         r.register("requests", "Finished requests", m.requests.clone());
         r.register("requests_in_flight", "Requests under way", m.in_flight.clone());
@@ -256,6 +299,16 @@ impl Metrics {
             m.first_byte.clone(),
         );
         r.register("tokens", "Tokens settled", m.tokens.clone());
+        r.register(
+            "implausible_usage",
+            "Reports of usage by backends that cannot be true; the gateway's own count was used",
+            m.implausible_usage.clone(),
+        );
+        r.register(
+            "authentication_failures",
+            "Requests without a valid API key",
+            m.authentication_failures.clone(),
+        );
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
         r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());

@@ -82,8 +82,11 @@ impl Pulse {
 
     /// Tokens that a request used.
     pub fn tokens(&self, input: u64, output: u64) {
-        self.input_tokens.fetch_add(input, Ordering::Relaxed);
-        self.output_tokens.fetch_add(output, Ordering::Relaxed);
+        // Several absurd counts in one report must not come out as a small one.
+        for (sum, count) in [(&self.input_tokens, input), (&self.output_tokens, output)] {
+            let add = |now: u64| Some(now.saturating_add(count));
+            let _ = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        }
     }
 
     /// A request met these limits.

@@ -120,6 +120,9 @@ pub struct Request<'a> {
     pub prompt_bytes: u64,
     /// Images, files and sounds whose base64 was left out of `prompt_bytes`.
     pub attachments: u32,
+    /// Whether the model may read what the body does not hold as text, so that its bytes do not bound the prompt: images,
+    /// files, sounds, web pages, earlier responses.
+    pub reads_more_than_body: bool,
     spots: Spots,
 }
 
@@ -167,6 +170,7 @@ impl<'a> Request<'a> {
                 .saturating_mul(fields.prompts.max(1)),
             prompt_bytes: fields.prompt_bytes,
             attachments: fields.attachments,
+            reads_more_than_body: fields.reads_more,
             spots: Spots {
                 prompt: fields.prompt,
                 body_len: body.len(),
@@ -188,6 +192,7 @@ impl<'a> Request<'a> {
             choices,
             prompt_bytes,
             attachments,
+            reads_more_than_body,
             spots,
         } = self;
         let model = Cow::Owned(model.into_owned());
@@ -200,6 +205,7 @@ impl<'a> Request<'a> {
             choices,
             prompt_bytes,
             attachments,
+            reads_more_than_body,
             spots,
         }
     }

@@ -10,14 +10,17 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
+use weir_proto::resource::Name;
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::breaker::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
-use weir_runtime::{Readiness, ServerTls};
+use weir_runtime::edge::{self, Edge, EdgeMetrics};
+use weir_runtime::{EgressPolicy, Readiness, ServerTls};
 
 use crate::account::Ledger;
+use crate::authentication::Failures;
 use crate::config::Config;
 use crate::intake::BodyMemory;
 use crate::live::Live;
@@ -146,7 +149,9 @@ pub async fn start(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
-    let live = Arc::new(Live::default());
+    let listeners = EdgeMetrics::new(&mut registry);
+    let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
+    let live = Arc::new(Live::new(egress));
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();
@@ -156,8 +161,13 @@ pub async fn start(
     let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
     let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
-    let gateway =
-        Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
+    let gateway = Arc::new(Gateway {
+        live: live.clone(),
+        ledger: ledger.clone(),
+        failures: Failures::default(),
+        bodies,
+        metrics: metrics.clone(),
+    });
     let readiness = Readiness::not_ready("no configuration yet");
     let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
 
@@ -179,12 +189,8 @@ pub async fn start(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    let ops = weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone());
-    tasks.spawn(async move {
-        if let Err(error) = ops.await {
-            tracing::error!(%error, "the operations port ended");
-        }
-    });
+    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
+    tasks.spawn(weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone()));
     let bounds = config.bounds();
     let server = {
         let (serving, configured) = (serving.clone(), live.clone());
@@ -197,7 +203,7 @@ pub async fn start(
                 Ok(listener) => {
                     serving.cancel();
                     tracing::info!(clients = %address, ops = %ops_address, "serving");
-                    server::serve(listener, tls, gateway, bounds, shutdown, hurry).await;
+                    server::serve(listener, tls, gateway, (bounds, listeners), shutdown, hurry).await;
                     Ok(())
                 }
                 Err(source) => {
@@ -225,7 +231,13 @@ async fn watch(
 ) {
     let mut revisions = live.revisions();
     let (mut outages, mut lost) = (0, 0);
+    let mut counted = None;
     loop {
+        // A counter that begins with its first event has no increase that an alert could see.
+        let snapshot = live.snapshot();
+        if counted.replace(snapshot.revision) != Some(snapshot.revision) {
+            metrics.know_backends(snapshot.backends.keys().map(Name::as_str));
+        }
         let state = if shutdown.is_cancelled() {
             Err("draining".to_owned())
         } else if serving.is_cancelled() {

@@ -12,6 +12,7 @@ use weir_proto::v1::HealthState;
 
 use crate::balance::{RAMP, health_factor};
 use crate::probe::Totals;
+use crate::seldom::Seldom;
 
 mod pool;
 
@@ -44,6 +45,12 @@ pub struct BackendRuntime {
     decoded_answers: AtomicU64,
     /// What requests of the whole fleet came to, while the report lane says it.
     fleet_totals: Mutex<Option<Totals>>,
+    /// Lines about answers of its that make no sense.
+    pub(crate) invalid_lines: Seldom,
+    /// Lines about counts of its that cannot be true.
+    pub(crate) implausible_lines: Seldom,
+    /// Lines about addresses of its that must not be connected to.
+    pub(crate) address_lines: Seldom,
 }
 
 /// A slow start: when it began, and how long it takes.
@@ -130,6 +137,9 @@ impl Default for BackendRuntime {
             decoded_us: AtomicU64::new(0),
             decoded_answers: AtomicU64::new(0),
             fleet_totals: Mutex::new(None),
+            invalid_lines: Seldom::default(),
+            implausible_lines: Seldom::default(),
+            address_lines: Seldom::default(),
         }
     }
 }
@@ -161,6 +171,7 @@ impl BackendRuntime {
     /// A stream ended well: so many tokens, so long after its first byte.
     pub fn note_decode(&self, tokens: u64, took: Duration) {
         self.totals.answers.fetch_add(1, Ordering::Relaxed);
+        // What one answer can have used is bounded, so that no sum of them wraps (see `plausible`).
         self.totals.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.totals.decode_us.fetch_add(micros(took), Ordering::Relaxed);
         self.decoded_tokens.fetch_add(tokens, Ordering::Relaxed);

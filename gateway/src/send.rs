@@ -13,13 +13,16 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout, timeout_at};
 use weir_ratelimit::Cost;
+use weir_runtime::RefusedAddress;
 
 use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
-use crate::metrics::{AttemptLabels, Metrics};
+use crate::headers;
+use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
+use crate::plausible::Implausible;
 use crate::runtime_state::Attempt;
 use crate::snapshot::{BackendEntry, ModelEntry};
-use crate::stream::meter::{begins_with_error, is_error_body};
+use crate::stream::meter::{begins_with_error, is_error_object};
 
 /// Largest unary answer that is taken.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
@@ -91,6 +94,27 @@ impl Target {
             runtime.waited(&self.model.name, self.backend.id, self.stream);
         }
         runtime.failed(&self.model.name, &self.backend, attempt, &self.sample(0), retry_after);
+    }
+
+    /// The backend reported a use that cannot be true, and the gateway's own count is taken.
+    pub fn implausible(&self, found: &Implausible) {
+        let Implausible { direction, reported, possible } = *found;
+        let labels = ImplausibleLabels { backend: self.backend.name.to_string(), direction };
+        self.metrics.implausible_usage.get_or_create(&labels).inc();
+        if let Some(held_back) = self.backend.runtime.implausible_lines.pass() {
+            tracing::warn!(
+                backend = %self.backend.name, model = %self.model.name, direction, reported, possible, held_back,
+                "usage reported by the backend cannot be true; tokens were counted by the gateway"
+            );
+        }
+    }
+
+    /// The answer makes no sense: the backend's fault. The client does not hear the reason, the log does.
+    fn invalid(&self, reason: impl std::fmt::Display) -> Failure {
+        if let Some(held_back) = self.backend.runtime.invalid_lines.pass() {
+            tracing::warn!(backend = %self.backend.name, %reason, held_back, "answer of the backend refused");
+        }
+        (Attempt::ServerError, GatewayError::UpstreamInvalid).into()
     }
 
     /// How long to wait for the first byte before another backend is tried as well.
@@ -212,27 +236,46 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
     let first_byte_by = first_byte_by.min(deadline);
     let sent = timeout_at(first_byte_by, target.backend.upstream.send(request)).await.map_err(|_| late())?;
     let response = sent.map_err(|error| {
-        tracing::debug!(backend = %target.backend.name, error = weir_discovery::error_chain(&error), "no answer");
+        let backend = &target.backend;
+        tracing::debug!(backend = %backend.name, error = weir_discovery::error_chain(&error), "no answer");
+        if let Some(refused) = RefusedAddress::of(&error)
+            && let Some(held_back) = backend.runtime.address_lines.pass()
+        {
+            tracing::warn!(backend = %backend.name, %refused, held_back, "address of the backend refused");
+        }
         (Attempt::ConnectFailure, GatewayError::UpstreamConnect)
     })?;
     let (head, mut rest) = response.into_parts();
     let retry_after = retry_after(&head.headers);
     judge_status(head.status, retry_after)?;
-    let is_stream = head.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
-    let is_stream =
-        is_stream.is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/event-stream"));
+    if let Some(coding) = headers::coding(&head.headers) {
+        return Err(
+            target.invalid(format_args!("it is encoded ({coding}), which the request did not accept"))
+        );
+    }
+    let is_stream = headers::media_type(&head.headers) == "text/event-stream";
     if is_stream && head.status.is_success() {
+        if !target.stream {
+            return Err(target.invalid("it is a stream, and none was asked for"));
+        }
         let first = timeout_at(first_byte_by, first_chunk(&mut rest)).await.map_err(|_| late())??;
         // Nothing was said to the client yet: another backend may do better.
         if begins_with_error(&first) {
-            return Err((Attempt::ServerError, GatewayError::UpstreamInvalid).into());
+            return Err(target.invalid("its stream begins with an error"));
         }
         return Ok(Answer::Stream { headers: head.headers, first, rest });
     }
     let idle = target.model.timeouts.idle;
-    let body = timeout_at(deadline, whole(rest, idle)).await.map_err(|_| GatewayError::Deadline)??;
-    if head.status.is_success() && is_error_body(&body) {
-        return Err((Attempt::ServerError, GatewayError::UpstreamInvalid).into());
+    let whole = timeout_at(deadline, whole(rest, idle)).await.map_err(|_| GatewayError::Deadline)??;
+    let Some(body) = whole else {
+        return Err(target.invalid(format_args!("it is longer than {ANSWER_MAX_BYTES} bytes")));
+    };
+    if head.status.is_success() {
+        match is_error_object(&body) {
+            Ok(false) => {}
+            Ok(true) => return Err(target.invalid("it is an error under a status of success")),
+            Err(fault) => return Err(target.invalid(format_args!("it is not a JSON object: {fault}"))),
+        }
     }
     Ok(Answer::Whole { status: head.status, headers: head.headers, body })
 }
@@ -271,16 +314,17 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
     }
 }
 
-async fn whole(mut body: Incoming, idle: Duration) -> Result<Bytes, Failure> {
+/// All of a body; `None` when it is longer than it may be.
+async fn whole(mut body: Incoming, idle: Duration) -> Result<Option<Bytes>, Failure> {
     let mut taken = BytesMut::new();
     let silent = |_| Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout));
     while let Some(frame) = timeout(idle, body.frame()).await.map_err(silent)? {
         let frame = frame.map_err(|_| (Attempt::ConnectFailure, GatewayError::UpstreamConnect))?;
         let Ok(data) = frame.into_data() else { continue };
         if taken.len() + data.len() > ANSWER_MAX_BYTES {
-            return Err((Attempt::ServerError, GatewayError::UpstreamInvalid).into());
+            return Ok(None);
         }
         taken.extend_from_slice(&data);
     }
-    Ok(taken.freeze())
+    Ok(Some(taken.freeze()))
 }

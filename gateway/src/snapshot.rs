@@ -16,6 +16,7 @@ use weir_proto::resource::{
     AdminState, Backend, Budget, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
 };
 use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
+use weir_runtime::EgressPolicy;
 
 use self::accounts::AccountLimits;
 pub use self::accounts::{AccountEntry, Accounts};
@@ -154,6 +155,8 @@ pub struct Snapshot {
     pub global: Option<ScopeEntry>,
     /// The limits of (tenant, model).
     pub tenant_models: HashMap<(Name, Name), ScopeEntry>,
+    /// Which addresses backends may have: a setting of the process, handed on from one snapshot to the next.
+    pub egress: EgressPolicy,
 }
 
 /// Finds secrets; a trait object so that tests bring their own.
@@ -181,8 +184,10 @@ impl Snapshot {
         previous: &Snapshot,
         read_secret: ReadSecret<'_>,
     ) -> (Self, Vec<Refused>) {
-        let mut compiler =
-            Compiler { next: Self { epoch: epoch.into(), revision, ..Self::default() }, refused: Vec::new() };
+        let mut compiler = Compiler {
+            next: Self { epoch: epoch.into(), revision, egress: previous.egress.clone(), ..Self::default() },
+            refused: Vec::new(),
+        };
         compiler.pools(resources, previous);
         compiler.backends(resources, previous, read_secret);
         compiler.models(resources);
@@ -257,7 +262,7 @@ impl Compiler {
             let connect = pool.spec.timeouts.connect;
             let upstream = old
                 .filter(|o| o.upstream.serves(spec, connect))
-                .map_or_else(|| Upstream::new(spec, connect), |o| o.upstream.clone());
+                .map_or_else(|| Upstream::new(spec, connect, &self.next.egress), |o| o.upstream.clone());
             let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
             let entry = BackendEntry {
                 name: resource.name.clone(),

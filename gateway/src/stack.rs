@@ -14,30 +14,40 @@
 
 mod admit;
 
-use std::net::IpAddr;
+use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use futures_util::FutureExt as _;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
 use weir_ratelimit::{Cost, Decision, Kind};
+use weir_runtime::edge::{self, Client};
 
 use crate::account::{Admission, Ledger};
+use crate::authentication::{Failure, Failures};
 use crate::balance::{prefix_hash, stable_hash};
-use crate::body::{Body, Clocks, StreamBody, StreamEnd, usage_or_count};
+use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
+use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
-use crate::metrics::Metrics;
+use crate::metrics::{AuthenticationLabels, Metrics};
+use crate::plausible::UsageBounds;
 use crate::read::{self, RouteKind};
 use crate::send::{Answer, Outgoing, Target};
+use crate::server::HTTP;
 use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
-use crate::stream::meter::{BYTES_PER_TOKEN, RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
+use crate::stream::meter::{
+    BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
+};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
@@ -54,6 +64,8 @@ pub struct Gateway {
     pub live: Arc<Live>,
     /// Limits and their settlement.
     pub ledger: Arc<Ledger>,
+    /// Requests without a valid key, by address.
+    pub failures: Failures,
     /// Memory for request bodies.
     pub bodies: Arc<BodyMemory>,
     /// What is counted.
@@ -61,15 +73,22 @@ pub struct Gateway {
 }
 
 /// Answers one request; every failure becomes an answer.
-pub async fn handle(
-    gateway: Arc<Gateway>,
-    request: Request<Incoming>,
-    peer: Option<IpAddr>,
-) -> Response<Body> {
-    let context = RequestContext::begin(&gateway.metrics, request.headers(), peer);
+pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: Client) -> Response<Body> {
+    let context = RequestContext::begin(&gateway.metrics, request.headers(), client.clone());
     let request_id = context.request_id.clone();
+    let is_http1 = request.version() < Version::HTTP_2;
     let mut slot = Some(context);
-    let mut response = match route(&gateway, request, &mut slot).await {
+    let done = {
+        // A bug of ours costs the request that met it, and nobody else's.
+        let route = AssertUnwindSafe(route(&gateway, request, &mut slot)).catch_unwind();
+        let mut route = std::pin::pin!(route);
+        poll_fn(|cx| match client.clock.poll_ending(cx) {
+            true => Poll::Ready(Err(GatewayError::Draining)),
+            false => route.as_mut().poll(cx).map(|done| done.unwrap_or(Err(GatewayError::Internal))),
+        })
+        .await
+    };
+    let mut response = match done {
         Ok(response) => response,
         Err(error) => {
             if let Some(context) = &mut slot {
@@ -77,9 +96,16 @@ pub async fn handle(
                 context.finished(facts.status, facts.label);
             }
             let mut response = refusal_of(&error);
+            // Where the next request would begin is not known.
+            if is_http1 && matches!(error, GatewayError::BadHead(_) | GatewayError::BrokenBody) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             if let Some(context) = &slot {
                 headers::write_limits(response.headers_mut(), &context.limits);
                 headers::write_wait(response.headers_mut(), context.waited);
+                if context.close {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
             }
             response
         }
@@ -107,6 +133,7 @@ async fn route(
     request: Request<Incoming>,
     slot: &mut Slot,
 ) -> Result<Response<Body>, GatewayError> {
+    edge::check(&request, HTTP.head.fields).map_err(GatewayError::BadHead)?;
     let (path, kind) = match request.uri().path() {
         "/v1/chat/completions" => ("/v1/chat/completions", Some(RouteKind::ChatCompletions)),
         "/v1/completions" => ("/v1/completions", Some(RouteKind::Completions)),
@@ -123,8 +150,21 @@ async fn route(
         return Err(GatewayError::MethodNotAllowed);
     }
     let snapshot = gateway.live.snapshot();
-    let key = identify(&snapshot, request.headers())?;
+    let key = identify(&snapshot, request.headers()).map_err(|failure| {
+        let labels = AuthenticationLabels { reason: failure.label() };
+        gateway.metrics.authentication_failures.get_or_create(&labels).inc();
+        if let Some(context) = slot {
+            context.unlogged = gateway.failures.note(Some(context.client.connection.peer()));
+            // HTTP/2 has no such header; its connection carries the requests of others.
+            context.close = context.unlogged && request.version() <= Version::HTTP_11;
+        }
+        match failure {
+            Failure::Missing => GatewayError::MissingKey,
+            Failure::Unknown | Failure::Expired => GatewayError::InvalidKey,
+        }
+    })?;
     if let Some(context) = slot {
+        context.client.connection.trust();
         context.tenant = Some(key.tenant.name.to_string());
         context.api_key = Some(key.name.to_string());
     }
@@ -140,19 +180,19 @@ async fn route(
     }
 }
 
-/// Missing, wrong, unknown, revoked and expired keys are told apart nowhere.
-fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, GatewayError> {
+/// Missing, wrong, unknown, revoked and expired keys are told apart in no answer.
+fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, Failure> {
     let value = headers.get(header::AUTHORIZATION).filter(|v| v.len() <= KEY_MAX_BYTES);
     let token = value.and_then(|v| v.to_str().ok()).and_then(|v| {
         let (scheme, token) = v.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
     });
-    let token = token.ok_or(GatewayError::MissingKey)?;
+    let token = token.ok_or(Failure::Missing)?;
     // The map is keyed by digest, so a comparison tells nothing about how much of a secret was right.
     let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-    let key = snapshot.keys.get(&digest).ok_or(GatewayError::InvalidKey)?;
+    let key = snapshot.keys.get(&digest).ok_or(Failure::Unknown)?;
     match key.expires {
-        Some(expires) if expires <= SystemTime::now() => Err(GatewayError::InvalidKey),
+        Some(expires) if expires <= SystemTime::now() => Err(Failure::Expired),
         _ => Ok(key.clone()),
     }
 }
@@ -345,7 +385,11 @@ impl Call<'_> {
         let prompt_tokens = self.prompt_tokens(&target.model);
         match answer {
             Answer::Whole { status, headers, body } => {
-                let usage = usage_of_body(&body);
+                let usage = usage_of_body(&body, &UsageBounds::of(&self.asked, self.body.len()));
+                if let Err(found) = &usage {
+                    target.implausible(found);
+                }
+                let (usage, plausible) = (usage.unwrap_or_default(), usage.is_ok());
                 let written = match self.asked.kind {
                     RouteKind::Embeddings => 0,
                     _ => (body.len() as u64).div_ceil(BYTES_PER_TOKEN),
@@ -361,16 +405,22 @@ impl Call<'_> {
                 context.tokens = Some((prompt, completion, source));
                 let cost = target.cost(prompt, completion);
                 admission.used(cost);
-                if status.is_success() {
+                if status.is_success() && plausible {
                     let usage = usage.unwrap_or_default();
                     admission.learn(usage.prompt, usage.completion);
                 }
                 refusal::settled(&mut decision, &admission.reserved, &cost);
+                let content = match is_error_object(&body) {
+                    Ok(_) => Content::Json,
+                    Err(_) => Content::Text,
+                };
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });
-                let mut response = Response::new(Body::from(body));
+                let mut response =
+                    Response::new(Body::Whole(WholeBody::new(body, context.client.clock.clone())));
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
+                headers::content_type(response.headers_mut(), content);
                 refusal::write_limits(response.headers_mut(), &decision);
                 headers::write_wait(response.headers_mut(), waited);
                 Ok(response)
@@ -380,9 +430,11 @@ impl Call<'_> {
                     rename_model: Some(self.asked.model.to_string()),
                     drop_usage_chunk: self.asked.kind.takes_include_usage() && !self.asked.include_usage,
                     append_done: self.asked.kind.takes_include_usage(),
+                    bounds: UsageBounds::of(&self.asked, self.body.len()),
                 };
                 let clocks = Clocks { idle: target.model.timeouts.idle, deadline };
                 let mut client_headers = headers::to_client(&headers, request_id);
+                headers::content_type(&mut client_headers, Content::Events);
                 client_headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
                 // nginx and its like hold streams back unless told not to.
                 client_headers.insert("x-accel-buffering", HeaderValue::from_static("no"));

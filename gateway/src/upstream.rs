@@ -6,15 +6,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::{Client, connect::HttpConnector};
+use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use weir_proto::resource::Backend;
+use weir_runtime::{EgressConnector, EgressPolicy};
 
 /// The connections of one backend. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Upstream {
     settings: Arc<Settings>,
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<EgressConnector>, Full<Bytes>>,
 }
 
 /// What the connections depend on: when it changes they are made anew.
@@ -56,13 +57,13 @@ static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| {
 });
 
 impl Upstream {
-    /// Connections as the backend's spec asks for; none is opened yet.
-    pub fn new(spec: &Backend, connect_timeout: Duration) -> Self {
-        let mut http = HttpConnector::new();
-        http.enforce_http(false);
-        http.set_nodelay(true);
-        http.set_connect_timeout(Some(connect_timeout));
-        http.set_keepalive(Some(Duration::from_secs(30)));
+    /// Connections as the backend's spec asks for, to addresses that the policy allows; none is opened yet.
+    pub fn new(spec: &Backend, connect_timeout: Duration, egress: &EgressPolicy) -> Self {
+        let http = EgressConnector::new(egress.clone(), |http| {
+            http.set_nodelay(true);
+            http.set_connect_timeout(Some(connect_timeout));
+            http.set_keepalive(Some(Duration::from_secs(30)));
+        });
         let connector = HttpsConnectorBuilder::new()
             .with_tls_config(TLS.clone())
             .https_or_http()

@@ -2,12 +2,15 @@
 
 use std::sync::LazyLock;
 
+pub mod edge;
+mod egress;
 mod logs;
 mod ops;
 mod secret;
 mod signals;
 mod tls;
 
+pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
 pub use logs::init_logs;
 pub use ops::{Readiness, serve_ops, serve_ops_with};
 pub use secret::Secret;

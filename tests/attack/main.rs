@@ -18,3 +18,4 @@ mod lab;
 mod names;
 mod series;
 mod tls;
+mod backend;

@@ -67,12 +67,17 @@ impl Resources {
 
     /// A pool `chat`, a model `gpt-4.1` and one backend per mock, a tenant `acme` and its key.
     pub fn in_front_of(mocks: &[Mock]) -> Self {
+        Self::at(&mocks.iter().map(|mock| mock.address).collect::<Vec<_>>())
+    }
+
+    /// The same in front of whatever listens at these addresses.
+    pub fn at(backends: &[SocketAddr]) -> Self {
         let mut resources = Self::default();
         resources.put("chat", Spec::Pool(v1::PoolSpec::default()));
-        for (i, mock) in mocks.iter().enumerate() {
+        for (i, address) in backends.iter().enumerate() {
             let backend = v1::BackendSpec {
                 pool: "chat".into(),
-                url: format!("http://{}", mock.address),
+                url: format!("http://{address}"),
                 models: [("gpt-4.1".to_owned(), String::new())].into(),
                 ..Default::default()
             };
@@ -120,6 +125,7 @@ pub fn gateway_config(data: &Path) -> Config {
         data_dir: Some(data.to_owned()),
         id: None,
         region: String::new(),
+        allow_backend_cidr: Vec::new(),
         max_connections: 10_000,
         max_connections_per_address: None,
         body_memory_mib: 1024,

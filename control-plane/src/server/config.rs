@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use weir_proto::v1;
-use weir_runtime::{Secret, exit};
+use weir_runtime::{Cidr, Secret, exit};
 
 use crate::auth::TOKEN_MIN_CHARS;
 use crate::encoding::base64url;
@@ -56,6 +56,8 @@ pub struct Config {
     pub gateway_token: Option<Secret>,
     /// Serve gRPC over TLS. `None`: in plain, for loopback or behind something that does TLS.
     pub tls: Option<TlsConfig>,
+    /// Networks that backends may be in, to be probed there, although such addresses are refused. None.
+    pub allow_backend_cidr: Vec<Cidr>,
 }
 
 impl Default for Config {
@@ -68,6 +70,7 @@ impl Default for Config {
             admin_token: None,
             gateway_token: None,
             tls: None,
+            allow_backend_cidr: Vec::new(),
         }
     }
 }

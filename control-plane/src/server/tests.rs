@@ -55,7 +55,7 @@ impl Plane {
             bootstrap,
             admin_token: Some(Secret::new(ADMIN.into())),
             gateway_token: Some(Secret::new(GATEWAY.into())),
-            tls: None,
+            ..Config::default()
         };
         Self::with(config).await
     }

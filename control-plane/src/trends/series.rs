@@ -26,7 +26,8 @@ impl Rate {
     /// The mean over the seconds before this one.
     pub(crate) fn per_second(&self, second: u64) -> f64 {
         let passed = |of: u64| of < second && of + OVER >= second;
-        let sum: u64 = self.0.iter().filter(|(of, _)| passed(*of)).map(|(_, count)| count).sum();
+        let counts = self.0.iter().filter(|(of, _)| passed(*of)).map(|(_, count)| *count);
+        let sum = counts.fold(0, u64::saturating_add);
         sum as f64 / OVER as f64
     }
 }

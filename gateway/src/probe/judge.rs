@@ -4,6 +4,8 @@ use http::StatusCode;
 use serde_json::Value;
 use weir_proto::v1::ProbeOutcome;
 
+use crate::plausible::OVERSHOOT_TOKENS_MAX;
+
 /// What was seen, for the machine and for people. The text never holds what a backend sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -161,9 +163,12 @@ pub(super) fn missing<'a>(list: &[u8], wanted: &[&'a str]) -> Vec<&'a str> {
     wanted.iter().filter(|model| !listed.iter().any(|name| is_same_model(model, name))).copied().collect()
 }
 
-/// Tokens written, as the answer counts them.
-pub(super) fn tokens_written(body: &[u8]) -> Option<u64> {
-    serde_json::from_slice::<Value>(body).ok()?["usage"]["completion_tokens"].as_u64().filter(|n| *n > 0)
+/// Tokens written, as the answer counts them; `None` when it does not, or cannot be right: `asked` were asked for, and a
+/// token has one byte at the least.
+pub(super) fn tokens_written(body: &[u8], asked: u32) -> Option<u64> {
+    let written = serde_json::from_slice::<Value>(body).ok()?["usage"]["completion_tokens"].as_u64()?;
+    let most = (u64::from(asked) + OVERSHOOT_TOKENS_MAX).max(body.len() as u64);
+    (1..=most).contains(&written).then_some(written)
 }
 
 fn says_missing(body: &[u8]) -> bool {

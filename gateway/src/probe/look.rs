@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::time::{Instant, timeout};
 use weir_proto::v1::ProbeOutcome;
+use weir_runtime::RefusedAddress;
 
 use super::engine::Engine;
 use super::judge::{self, Seen};
@@ -91,11 +92,14 @@ async fn ask(
     let headers: &mut HeaderMap = request.headers_mut();
     headers.insert(header::USER_AGENT, HeaderValue::from_static("weir-probe"));
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     if let Some(authorization) = &backend.authorization {
         headers.insert(header::AUTHORIZATION, authorization.clone());
     }
     let answer = backend.upstream.send(request).await.map_err(|error| {
-        if error.is_connect() {
+        if let Some(refused) = RefusedAddress::of(&error) {
+            Seen::new(ProbeOutcome::Refused, refused.to_string())
+        } else if error.is_connect() {
             Seen::new(ProbeOutcome::Refused, "cannot connect")
         } else {
             Seen::new(ProbeOutcome::Broken, "the connection broke")
@@ -201,7 +205,7 @@ async fn complete(backend: &BackendEntry, model: &str, known: &Known, limit: Dur
     let named = known.named.as_deref();
     let (seen, named) = judge::completion(answer.status, answer.retry_after, &answer.body, model, named);
     let completed = seen.outcome == ProbeOutcome::Pass && answer.status.is_success();
-    let tokens = judge::tokens_written(&answer.body).unwrap_or_default();
+    let tokens = judge::tokens_written(&answer.body, 1).unwrap_or_default();
     let ask = completed.then_some(Ask::Chat);
     (
         Looked { latency: completed.then(|| began.elapsed()), named, ask, tokens, ..Looked::from(seen) },
@@ -269,7 +273,7 @@ pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration
         if !answer.status.is_success() {
             return;
         }
-        let Some(written) = judge::tokens_written(&answer.body) else { return };
+        let Some(written) = judge::tokens_written(&answer.body, DEEP_TOKENS) else { return };
         tokens += written;
         looked.tokens = tokens;
     }

@@ -24,6 +24,24 @@ const TOP: [&str; 16] = [
     "suffix",
     "response_format",
 ];
+/// Top-level members that make a model read what the request does not hold.
+const REFERRING: [&str; 5] =
+    ["conversation", "file_ids", "plugins", "previous_response_id", "web_search_options"];
+/// The same inside messages and inputs: images, files, sounds and films.
+const REFERRING_PARTS: [&str; 12] = [
+    "audio",
+    "audio_url",
+    "file",
+    "file_data",
+    "file_id",
+    "file_url",
+    "image",
+    "image_url",
+    "input_audio",
+    "url",
+    "video",
+    "video_url",
+];
 const OPTIONS: [&str; 1] = ["include_usage"];
 const OPTIONS_PARAM: [&str; 1] = ["stream_options.include_usage"];
 
@@ -40,6 +58,7 @@ pub(super) struct Fields<'a> {
     pub(super) prompt_bytes: u64,
     pub(super) prompt: std::ops::Range<usize>,
     pub(super) attachments: u32,
+    pub(super) reads_more: bool,
     pub(super) inside: usize,
 }
 
@@ -51,11 +70,19 @@ impl<'a> Fields<'a> {
             scanner.end()?;
             return Err(ReadError::NotObject);
         }
-        let mut fields = Self { inside: scanner.position() + 1, ..Self::default() };
+        let mut fields = Self {
+            inside: scanner.position() + 1,
+            // The server may hold earlier turns, prompts and tools of its own.
+            reads_more: kind == RouteKind::Responses,
+            ..Self::default()
+        };
         let mut seen = Seen::default();
         scanner.object(|scanner, name| match seen.find(name, &TOP, &TOP)? {
             Some(field) => fields.member(kind, scanner, field),
-            None => Ok(scanner.skip()?),
+            None => {
+                fields.reads_more |= REFERRING.contains(&name.raw);
+                Ok(scanner.skip()?)
+            }
         })?;
         scanner.end()?;
         Ok(fields)
@@ -123,7 +150,7 @@ impl<'a> Fields<'a> {
             return Ok(s.null()?);
         }
         let (start, shrink, numbers) = (s.position(), s.shrink(), s.numbers());
-        let mut media = Media { attachments: 0, bytes: 0, open: matches!(field, "messages" | "input") };
+        let mut media = Media { open: matches!(field, "messages" | "input"), ..Media::default() };
         if field == "prompt" && kind == Kind::Array {
             // A list of texts or of lists of token ids is that many prompts; a list of ids is one.
             s.array(|s| -> Result<(), Fault> {
@@ -140,6 +167,7 @@ impl<'a> Fields<'a> {
         let bytes = (s.position() - start) - (s.shrink() - shrink) - media.bytes;
         self.prompt_bytes = self.prompt_bytes + bytes as u64 + ids as u64 * BYTES_PER_TOKEN_ID;
         self.attachments = self.attachments.saturating_add(media.attachments);
+        self.reads_more |= media.refers;
         Ok(())
     }
 }
@@ -226,24 +254,27 @@ enum Name {
 }
 
 /// Walks a value and sets aside base64 that is no text. Only exact places count, or a prompt could pass for an image.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Media {
     attachments: u32,
     bytes: usize,
     open: bool,
+    /// Something was named that is not text: its tokens are not bounded by its bytes.
+    refers: bool,
 }
 
 impl Media {
     fn value(&mut self, s: &mut Scanner<'_>, parent: Name, name: Name) -> Result<(), Fault> {
         match s.kind()? {
             Kind::Object => s.object(|s, key| {
-                let key = match key.raw {
+                let name_of = match key.raw {
                     "url" | "image_url" | "file_data" => Name::Url,
                     "input_audio" => Name::InputAudio,
                     "data" => Name::Data,
                     _ => Name::Other,
                 };
-                self.value(s, name, key)
+                self.refers |= self.open && REFERRING_PARTS.contains(&key.raw);
+                self.value(s, name, name_of)
             }),
             Kind::Array => s.array(|s| self.value(s, Name::Other, Name::Other)),
             Kind::String => {

@@ -26,6 +26,8 @@ pub use self::rewrite::{RewritePlan, Rewriter};
 
 use self::payload::Payload;
 use super::sse::data_lines;
+use crate::plausible::{Implausible, UsageBounds};
+use crate::read::scan::Fault;
 use crate::read::{Edit, quoted, splice};
 
 /// Bytes of content that are taken for one token where the upstream does not count.
@@ -34,8 +36,12 @@ pub const BYTES_PER_TOKEN: u64 = 4;
 /// What is known of a streamed answer so far.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StreamFacts {
-    /// The last usage the upstream reported.
+    /// The last usage the upstream reported, as long as all it reported is possible.
     pub usage: Option<Usage>,
+    /// The first report of the upstream that cannot be true; none of its reports counts then.
+    pub implausible: Option<Implausible>,
+    /// What its reports may say.
+    bounds: UsageBounds,
     /// Deltas that carried content: text, reasoning, tool call arguments, of any choice.
     pub chunks: u64,
     /// Bytes of that content, unescaped.
@@ -103,9 +109,14 @@ impl StreamFacts {
             self.unread(payload.len(), true);
             return Spots::default();
         };
-        self.usage = read.usage.or(self.usage);
         self.chunks += u64::from(read.deltas);
         self.content_bytes += read.content_bytes;
+        if self.implausible.is_none() {
+            self.usage = read.usage.or(self.usage);
+            if let Err(found) = self.bounds.check(read.usage, read.most_tokens, self.content_bytes) {
+                (self.usage, self.implausible) = (None, Some(found));
+            }
+        }
         self.finished |= read.finished;
         self.error_seen |= read.error;
         Spots { usage_only: read.usage_only(), models: read.models }
@@ -131,12 +142,25 @@ pub fn begins_with_error(chunk: &[u8]) -> bool {
 
 /// Whether an answer is an error, whatever its status says.
 pub fn is_error_body(body: &[u8]) -> bool {
-    Payload::read(body.trim_ascii()).is_ok_and(|read| read.error)
+    is_error_object(body).is_ok_and(|error| error)
+}
+
+/// Whether a JSON object is an error.
+///
+/// # Errors
+/// When the text is not one JSON object, with all of it checked.
+pub fn is_error_object(body: &[u8]) -> Result<bool, Fault> {
+    Payload::read(body.trim_ascii()).map(|read| read.error)
 }
 
 /// The usage an unary answer reports.
-pub fn usage_of_body(body: &[u8]) -> Option<Usage> {
-    Payload::read(body).ok()?.usage
+///
+/// # Errors
+/// A report that cannot be true.
+pub fn usage_of_body(body: &[u8], bounds: &UsageBounds) -> Result<Option<Usage>, Implausible> {
+    let Ok(read) = Payload::read(body) else { return Ok(None) };
+    bounds.check(read.usage, read.most_tokens, body.len() as u64)?;
+    Ok(read.usage)
 }
 
 /// An unary answer with the model named as the client named it; shared when nothing changes.

@@ -19,6 +19,8 @@ pub struct Usage {
 #[derive(Debug, Default)]
 pub(super) struct Payload {
     pub(super) usage: Option<Usage>,
+    /// The largest count of tokens that usage holds anywhere, sums and details included; zero without any.
+    pub(super) most_tokens: u64,
     /// Where the model is named: at the top, and inside `response` for `/v1/responses`.
     pub(super) models: SmallVec<[Range<usize>; 2]>,
     pub(super) deltas: u32,
@@ -74,7 +76,11 @@ impl Payload {
     fn common(&mut self, s: &mut Scanner<'_>, name: Text<'_>) -> Result<(), Fault> {
         match (name.raw, s.kind()?) {
             ("model", Kind::String) => self.models.push(s.string()?.range()),
-            ("usage", Kind::Object) => self.usage = read_usage(s)?.or(self.usage),
+            ("usage", Kind::Object) => {
+                let mut most = 0;
+                self.usage = read_usage(s, &mut most)?.or(self.usage);
+                self.most_tokens = self.most_tokens.max(most);
+            }
             ("error", kind) => {
                 self.error |= kind != Kind::Null;
                 s.skip()?;
@@ -148,14 +154,23 @@ fn content(s: &mut Scanner<'_>, bytes: &mut u64) -> Result<(), Fault> {
     }
 }
 
-/// Reads a usage object; `None` when it holds none of the counts.
-fn read_usage(s: &mut Scanner<'_>) -> Result<Option<Usage>, Fault> {
+/// Reads a usage object; `None` when it holds none of the counts. `most` becomes the largest count in it.
+fn read_usage(s: &mut Scanner<'_>, most: &mut u64) -> Result<Option<Usage>, Fault> {
     let mut usage = None;
     s.object(|s, name| {
-        if s.kind()? != Kind::Number {
-            return s.skip();
+        match s.kind()? {
+            Kind::Number => {}
+            // `prompt_tokens_details` and its like.
+            Kind::Object => return read_usage(s, most).map(drop),
+            _ => return s.skip(),
         }
-        let count = s.number()?.parse::<u64>();
+        let digits = s.number()?;
+        let count = digits.parse::<u64>();
+        if name.raw.ends_with("tokens") {
+            // Digits that do not fit are a number beyond all bounds; fractions and negative numbers are no counts.
+            let beyond = digits.bytes().all(|b| b.is_ascii_digit());
+            *most = (*most).max(count.clone().unwrap_or(if beyond { u64::MAX } else { 0 }));
+        }
         match (name.raw, count) {
             ("prompt_tokens" | "input_tokens", Ok(count)) => {
                 usage.get_or_insert_with(Usage::default).prompt = Some(count);

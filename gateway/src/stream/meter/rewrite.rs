@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::super::sse::{Events, Piece};
 use super::{Spots, StreamFacts, rename};
+use crate::plausible::UsageBounds;
 use crate::read::quoted;
 
 /// What must be changed in a stream.
@@ -16,6 +17,8 @@ pub struct RewritePlan {
     pub drop_usage_chunk: bool,
     /// Add `[DONE]` when the upstream finished without. Not for `/v1/responses`, which has none.
     pub append_done: bool,
+    /// How many tokens the upstream may say it used.
+    pub bounds: UsageBounds,
 }
 
 /// Meters a stream, and rewrites it where the plan asks for it.
@@ -35,7 +38,7 @@ impl Rewriter {
     pub fn new(plan: RewritePlan) -> Self {
         Self {
             events: Events::default(),
-            facts: StreamFacts::default(),
+            facts: StreamFacts { bounds: plan.bounds, ..StreamFacts::default() },
             quoted_model: plan.rename_model.as_deref().map(quoted),
             drop_usage_chunk: plan.drop_usage_chunk,
             append_done: plan.append_done,

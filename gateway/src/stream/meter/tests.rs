@@ -15,7 +15,7 @@ fn run(plan: &RewritePlan, chunks: &[&[u8]]) -> (String, StreamFacts) {
 
 fn plan(rename: &str, drop_usage_chunk: bool, append_done: bool) -> RewritePlan {
     let rename_model = (!rename.is_empty()).then(|| rename.to_owned());
-    RewritePlan { rename_model, drop_usage_chunk, append_done }
+    RewritePlan { rename_model, drop_usage_chunk, append_done, ..RewritePlan::default() }
 }
 
 const ROLE: &str = r#"{"id":"1","model":"up","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}"#;
@@ -124,19 +124,55 @@ fn unary_answers_are_read_and_renamed() {
     let body = Bytes::from_static(
         br#"{"model":"up","choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"total_tokens":5}}"#,
     );
-    assert_eq!(usage_of_body(&body), Some(Usage { prompt: Some(5), completion: None }));
+    let bounds = UsageBounds::default();
+    assert_eq!(usage_of_body(&body, &bounds), Ok(Some(Usage { prompt: Some(5), completion: None })));
     assert!(rename_model_in_body(&body, "a\"b").starts_with(br#"{"model":"a\"b","choices""#));
     assert_eq!(rename_model_in_body(&body, "up").as_ptr(), body.as_ptr());
-    assert_eq!(usage_of_body(b"<html>"), None);
+    assert_eq!(usage_of_body(b"<html>", &bounds), Ok(None));
+}
+
+const ABSURD: &str = r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":9223372036854775807}}"#;
+
+#[test]
+fn a_report_beyond_what_is_possible_is_left_aside_and_so_is_every_other_one() {
+    for absurd in [
+        r#"{"prompt_tokens":7,"completion_tokens":9223372036854775807}"#,
+        r#"{"prompt_tokens":18446744073709551615,"completion_tokens":3}"#,
+        r#"{"input_tokens":7,"output_tokens":18446744073709551616}"#,
+        r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":1000000000000}"#,
+        r#"{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":1000000000000}}"#,
+        r#"{"prompt_tokens":7,"completion_tokens":3,"completion_tokens_details":{"reasoning_tokens":99999999999999999999}}"#,
+    ] {
+        let chunk = format!(r#"{{"choices":[],"usage":{absurd}}}"#);
+        for payloads in
+            [&[HELLO, STOP, &chunk][..], &[HELLO, &chunk, STOP_USAGE], &[USAGE, HELLO, STOP, &chunk]]
+        {
+            let (_, facts) = run(&plan("", true, true), &[stream(payloads, "\n").as_bytes()]);
+            assert!(facts.usage.is_none() && facts.implausible.is_some(), "{absurd}");
+            assert_eq!(facts.completion_tokens(), facts.completion_estimate(), "{absurd}");
+        }
+        let body = format!(r#"{{"choices":[],"usage":{absurd}}}"#);
+        assert!(usage_of_body(body.as_bytes(), &UsageBounds::default()).is_err(), "{absurd}");
+    }
+}
+
+#[test]
+fn what_is_no_count_is_absent_and_no_alarm() {
+    for odd in ["-1", "1.5", "1e308", "\"5\"", "null", "[1]"] {
+        let chunk = format!(r#"{{"choices":[],"usage":{{"prompt_tokens":7,"completion_tokens":{odd}}}}}"#);
+        let (_, facts) = run(&plan("", true, true), &[stream(&[HELLO, STOP, &chunk], "\n").as_bytes()]);
+        assert_eq!(facts.usage, Some(Usage { prompt: Some(7), completion: None }), "{odd}");
+        assert!(facts.implausible.is_none(), "{odd}");
+    }
 }
 
 proptest! {
     #[test]
     fn cuts_do_not_matter(
-        picks in proptest::collection::vec((0usize..9, 0usize..3), 0..10), ended in any::<bool>(),
+        picks in proptest::collection::vec((0usize..10, 0usize..3), 0..10), ended in any::<bool>(),
         cuts in proptest::collection::vec(0usize..1500, 0..12), rename in any::<bool>(), drop in any::<bool>(),
     ) {
-        let payloads = [ROLE, HELLO, TOOL, STOP, USAGE, STOP_USAGE, "[DONE]", "junk", r#"{"error":1}"#];
+        let payloads = [ROLE, HELLO, TOOL, STOP, USAGE, STOP_USAGE, "[DONE]", "junk", r#"{"error":1}"#, ABSURD];
         let mut text: String = picks.iter()
             .map(|&(payload, end)| stream(&[payloads[payload]], ["\n", "\r\n", "\r"][end])).collect();
         if !ended {

@@ -116,6 +116,10 @@ fn judge_url(text: &str, check: &mut Check) -> Option<http::Uri> {
         check.violation("url", m);
         None
     };
+    // Not part of what is sent to a server, so it can only be a mistake.
+    if text.contains('#') {
+        return bad("must not have a fragment ('#')");
+    }
     let Ok(uri) = text.trim_end_matches('/').parse::<http::Uri>() else {
         return bad("is not a URL, such as http://host:8000");
     };
