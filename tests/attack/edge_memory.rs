@@ -162,7 +162,7 @@ async fn a_client_that_reads_slowly_gets_all_of_a_stream_and_costs_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn large_answers_that_nobody_reads_are_held_once_and_not_for_ever() {
     /// Answers at once.
-    const ANSWERS: u32 = 8;
+    const ANSWERS: u32 = 4;
     /// Each is read whole before its first byte is sent on; beside it lies at most a copy with the model's name changed.
     const COPIES: u64 = 2;
     let (lab, before) = warm().await;

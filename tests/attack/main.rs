@@ -1,6 +1,7 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
+mod backend;
 mod edge_drain;
 mod edge_grpc;
 mod edge_http1;
@@ -18,4 +19,3 @@ mod lab;
 mod names;
 mod series;
 mod tls;
-mod backend;

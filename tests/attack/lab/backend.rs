@@ -13,8 +13,8 @@ use tokio::task::AbortHandle;
 pub(crate) const ANSWER: &str = r#"{"id":"x","object":"chat.completion","model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}"#;
 /// Between two events of `slow`.
 pub(crate) const SLOW_EVERY: Duration = Duration::from_millis(100);
-/// Bytes of the content of an answer `big`.
-pub(crate) const BIG_BYTES: usize = 4 << 20;
+/// Bytes of the content of an answer `big`: more than the kernel takes for a client that reads nothing.
+pub(crate) const BIG_BYTES: usize = 12 << 20;
 /// What `fast` and `line` write at once.
 const BURST_BYTES: usize = 64 << 10;
 
