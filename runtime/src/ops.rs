@@ -1,15 +1,24 @@
 //! `/livez`, `/readyz` and `/metrics`, on a port of their own so that no client reaches them.
+//!
+//! [`hosts`] keeps pages of other sites out; [`token`] closes what tells about tenants.
+
+mod hosts;
+mod token;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+pub use hosts::{AllowedHost, AllowedHosts, Head, Refusal};
+pub use token::{OpsRefusal, OpsToken, guard_ops_page, read_token};
 
 /// Whether the process wants traffic, and if not, why. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -38,19 +47,21 @@ struct Ops {
     registry: Arc<Registry>,
 }
 
-/// Serves the operations port until `shutdown`.
+/// Serves the operations port until `shutdown`, under the names that `hosts` allows.
 pub async fn serve_ops(
     listener: TcpListener,
+    hosts: AllowedHosts,
     readiness: Readiness,
     registry: Arc<Registry>,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
-    serve_ops_with(listener, readiness, registry, Router::new(), shutdown).await
+    serve_ops_with(listener, hosts, readiness, registry, Router::new(), shutdown).await
 }
 
 /// Serves the operations port, with pages of the process's own, until `shutdown`.
 pub async fn serve_ops_with(
     listener: TcpListener,
+    hosts: AllowedHosts,
     readiness: Readiness,
     registry: Arc<Registry>,
     pages: Router,
@@ -61,7 +72,9 @@ pub async fn serve_ops_with(
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .with_state(Ops { readiness, registry })
-        .merge(pages);
+        .merge(pages)
+        // Around everything, pages that are not there included.
+        .layer(from_fn_with_state(hosts, hosts::guard));
     axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 
