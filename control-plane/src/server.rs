@@ -19,7 +19,7 @@ use weir_proto::v1;
 use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
-use weir_runtime::{Readiness, Secret, ServerTls, serve_ops_with};
+use weir_runtime::{AllowedHosts, Readiness, Secret, ServerTls, serve_ops_with};
 
 use crate::auth::{Authority, Caller, Gated, Reach};
 use crate::catalog::Catalog;
@@ -80,6 +80,8 @@ impl ControlPlane {
     /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
         let admin_token = config.check()?;
+        let hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+            .map_err(|e| Error::Config(format!("ops-allowed-host: {e}")))?;
         let store = open(&config.store).await?;
         let catalog = Arc::new(Catalog::load(Arc::clone(&store)).await?);
         let follow_stop = CancellationToken::new();
@@ -144,7 +146,7 @@ impl ControlPlane {
         let feed: Arc<Feed> = Arc::default();
         shared.tasks.spawn(feed.clone().run(shared.clone(), follow_stop.clone()));
         undo.disarm();
-        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, (http, hosts), follow_stop);
         Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
     }
 }
@@ -240,7 +242,7 @@ async fn serve(
     tls: Option<ServerTls>,
     loopback: bool,
     grpc: TcpListener,
-    http: TcpListener,
+    (http, hosts): (TcpListener, AllowedHosts),
     follow_stop: CancellationToken,
 ) -> Result<(), Error> {
     let (tasks, shutdown) = (shared.tasks.clone(), shared.stop.clone());
@@ -286,7 +288,7 @@ async fn serve(
         .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised))
         .add_service(Gated::new(reports, authority, Reach::Authorised))
         .serve_with_incoming_shutdown(incoming, stopping);
-    let ops = serve_ops_with(http, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
+    let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
     readiness.set(Ok(()));
     let ended = {
         let both = async { tokio::join!(server, ops) };

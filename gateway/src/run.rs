@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
@@ -15,7 +16,7 @@ use weir_ratelimit::breaker::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
-use weir_runtime::{Readiness, ServerTls};
+use weir_runtime::{AllowedHosts, Readiness, ServerTls, guard_ops_page};
 
 use crate::account::Ledger;
 use crate::config::Config;
@@ -105,6 +106,9 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
+    let ops_token = config.ops_token().map_err(|e| StartError::Config(format!("--ops-token-file: {e}")))?;
+    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
@@ -179,7 +183,9 @@ pub async fn start(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    let ops = weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone());
+    let pages = pages.layer(from_fn_with_state(ops_token, guard_ops_page));
+    let ops =
+        weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());
     tasks.spawn(async move {
         if let Err(error) = ops.await {
             tracing::error!(%error, "the operations port ended");

@@ -10,8 +10,8 @@ mod tls;
 
 pub use logs::init_logs;
 pub use ops::{
-    AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token, serve_ops,
-    serve_ops_with,
+    AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
+    serve_ops, serve_ops_with,
 };
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;

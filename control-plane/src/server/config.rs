@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use weir_proto::v1;
-use weir_runtime::{Secret, exit};
+use weir_runtime::{AllowedHost, Secret, exit};
 
 use crate::auth::TOKEN_MIN_CHARS;
 use crate::encoding::base64url;
@@ -46,6 +46,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the live page and the operations pages listen: 127.0.0.1:7080.
     pub http_listen: SocketAddr,
+    /// Names under which that may be asked for, besides addresses and names that no public site can have.
+    pub ops_allowed_hosts: Vec<AllowedHost>,
     /// Where resources are kept.
     pub store: StoreConfig,
     /// Put into a store that has never held anything.
@@ -63,6 +65,7 @@ impl Default for Config {
         Self {
             listen: (Ipv4Addr::LOCALHOST, 7070).into(),
             http_listen: (Ipv4Addr::LOCALHOST, 7080).into(),
+            ops_allowed_hosts: Vec::new(),
             store: StoreConfig::Memory,
             bootstrap: Vec::new(),
             admin_token: None,

@@ -13,7 +13,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
-use weir_runtime::{Readiness, exit, serve_ops};
+use weir_runtime::{AllowedHosts, Readiness, exit, serve_ops};
 
 use super::auth::Guard;
 use super::config::Config;
@@ -94,6 +94,8 @@ pub async fn start(
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
     let token = config.checked_token().map_err(StartError::Config)?;
+    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
     let limiter = limiter.map_or_else(|| open(&config), Ok)?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -136,7 +138,7 @@ pub async fn start(
         store_up: metrics.store_up,
     };
     tasks.spawn(watcher.run(shutdown.clone()));
-    let ops = serve_ops(ops, readiness, Arc::new(registry), drained.clone());
+    let ops = serve_ops(ops, ops_hosts, readiness, Arc::new(registry), drained.clone());
     tasks.spawn(async move {
         if let Err(error) = ops.await {
             tracing::error!(%error, "the operations port ended");

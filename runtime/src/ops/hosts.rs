@@ -172,7 +172,8 @@ fn is_own_page(head: &Head<'_>, host: Option<&Host<'_>>) -> bool {
         let all = head.headers.get_all(HeaderName::from_static(name));
         all.iter().any(|v| v.as_bytes().eq_ignore_ascii_case(value.as_bytes()))
     };
-    let opened = *head.method == Method::GET && is("sec-fetch-mode", "navigate") && is("sec-fetch-dest", "document");
+    let opened =
+        *head.method == Method::GET && is("sec-fetch-mode", "navigate") && is("sec-fetch-dest", "document");
     opened || !(is("sec-fetch-site", "cross-site") || is("sec-fetch-site", "same-site"))
 }
 
@@ -242,7 +243,9 @@ fn port(rest: &str) -> Result<Option<u16>, ()> {
         None if rest.is_empty() => Ok(None),
         None => Err(()),
         Some("") => Ok(None),
-        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().map(Some).map_err(|_| ()),
+        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+            digits.parse().map(Some).map_err(|_| ())
+        }
         Some(_) => Err(()),
     }
 }
@@ -262,8 +265,7 @@ pub(super) async fn guard(State(hosts): State<AllowedHosts>, request: Request, n
     match hosts.check(&head) {
         Ok(()) => next.run(request).await,
         Err(refusal) => {
-            let headers =
-                [(header::X_CONTENT_TYPE_OPTIONS, "nosniff"), (header::CACHE_CONTROL, "no-store")];
+            let headers = [(header::X_CONTENT_TYPE_OPTIONS, "nosniff"), (header::CACHE_CONTROL, "no-store")];
             (refusal.status(), headers, format!("{refusal}\n")).into_response()
         }
     }

@@ -34,7 +34,9 @@ impl std::fmt::Debug for Digest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpsRefusal {
     /// No token is set.
-    #[error("this page tells about tenants and is closed: start this process with --ops-token-file to open it to a token")]
+    #[error(
+        "this page tells about tenants and is closed: start this process with --ops-token-file to open it to a token"
+    )]
     Closed,
     /// No token was sent, or several.
     #[error("a token is needed: authorization: Bearer TOKEN, with the token of --ops-token-file")]
@@ -98,7 +100,8 @@ pub async fn guard_ops_page(State(token): State<OpsToken>, request: Request, nex
         OpsRefusal::Closed => StatusCode::FORBIDDEN,
         OpsRefusal::Missing | OpsRefusal::Wrong => StatusCode::UNAUTHORIZED,
     };
-    let mut response = (status, [(header::CACHE_CONTROL, "no-store")], format!("{refusal}\n")).into_response();
+    let mut response =
+        (status, [(header::CACHE_CONTROL, "no-store")], format!("{refusal}\n")).into_response();
     if status == StatusCode::UNAUTHORIZED {
         let bearer = header::HeaderValue::from_static("Bearer");
         response.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
@@ -123,7 +126,9 @@ mod tests {
         for right in ["Bearer 0123456789abcdef", "bearer  0123456789abcdef "] {
             assert_eq!(check(&token, &[right]), Ok(()), "{right}");
         }
-        for wrong in ["Bearer 0123456789abcdeF", "Bearer 0123456789abcde", "Bearer 0123456789abcdef0", "Bearer x"] {
+        for wrong in
+            ["Bearer 0123456789abcdeF", "Bearer 0123456789abcde", "Bearer 0123456789abcdef0", "Bearer x"]
+        {
             assert_eq!(check(&token, &[wrong]), Err(OpsRefusal::Wrong), "{wrong}");
         }
         for none in ["", "Bearer", "0123456789abcdef", "Basic 0123456789abcdef"] {

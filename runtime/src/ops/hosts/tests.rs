@@ -176,8 +176,7 @@ fn pages_of_other_sites_are_refused_and_links_are_followed() {
     assert_eq!(from(own, &both), Some(403));
     for site in ["cross-site", "same-site", "Cross-Site"] {
         assert_eq!(from(own, &[("sec-fetch-site", site)]), Some(403), "{site}");
-        let link =
-            [("sec-fetch-site", site), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document")];
+        let link = [("sec-fetch-site", site), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document")];
         assert_eq!(from(own, &link), None, "a link");
         let frame = [("sec-fetch-site", site), ("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "iframe")];
         assert_eq!(from(own, &frame), Some(403), "a frame");
@@ -189,7 +188,9 @@ fn pages_of_other_sites_are_refused_and_links_are_followed() {
 
 #[test]
 fn the_list_of_names_is_bounded_and_holds_only_names() {
-    for wrong in ["", "*", "*.", "a b", "127.0.0.1", "[::1]", "a.example:80", "http://a.example", "*.*.a", "ex%61mple"] {
+    for wrong in
+        ["", "*", "*.", "a b", "127.0.0.1", "[::1]", "a.example:80", "http://a.example", "*.*.a", "ex%61mple"]
+    {
         assert!(wrong.parse::<AllowedHost>().is_err(), "{wrong}");
     }
     let many: Vec<AllowedHost> =
