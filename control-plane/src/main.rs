@@ -65,6 +65,10 @@ struct Args {
     /// A file with the token that opens discovery and reports only. Also as WEIR_GATEWAY_TOKEN.
     #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "FILE")]
     gateway_token_file: Option<PathBuf>,
+    /// A directory of tokens that are each bound to one gateway or limit service: a file is named by its id and holds its
+    /// token, at least 16 characters. Read again every few seconds.
+    #[arg(long, env = "WEIR_GATEWAY_TOKENS_DIR", value_name = "DIR")]
+    gateway_tokens_dir: Option<PathBuf>,
     /// Certificate chain (PEM) to serve gRPC over TLS alone; read again when it changes.
     #[arg(long, env = "WEIR_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -142,6 +146,7 @@ fn config(args: Args) -> Result<Config, String> {
         bootstrap: args.bootstrap.as_deref().map(bootstrap).transpose()?.unwrap_or_default(),
         admin_token: token("admin-token-file", args.admin_token_file, "WEIR_ADMIN_TOKEN")?,
         gateway_token: token("gateway-token-file", args.gateway_token_file, "WEIR_GATEWAY_TOKEN")?,
+        gateway_tokens: args.gateway_tokens_dir,
         tls: args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsConfig {
             cert,
             key,

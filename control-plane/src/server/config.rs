@@ -56,6 +56,9 @@ pub struct Config {
     pub admin_token: Option<Secret>,
     /// Opens discovery and reports. `None`: gateways use the admin token.
     pub gateway_token: Option<Secret>,
+    /// Tokens of single gateways: each file of this directory is named by a gateway's id and holds its token. Such an id
+    /// is nobody else's. Read again while the process runs.
+    pub gateway_tokens: Option<PathBuf>,
     /// Serve gRPC over TLS. `None`: in plain, for loopback or behind something that does TLS.
     pub tls: Option<TlsConfig>,
 }
@@ -70,6 +73,7 @@ impl Default for Config {
             bootstrap: Vec::new(),
             admin_token: None,
             gateway_token: None,
+            gateway_tokens: None,
             tls: None,
         }
     }

@@ -56,6 +56,7 @@ impl Plane {
             bootstrap,
             admin_token: Some(Secret::new(ADMIN.into())),
             gateway_token: Some(Secret::new(GATEWAY.into())),
+            gateway_tokens: None,
             tls: None,
         };
         Self::with(config).await
