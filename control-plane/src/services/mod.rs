@@ -57,17 +57,16 @@ pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
 /// Longest of what a gateway says of itself besides: its region, its build, the start of its process; bytes.
 const ABOUT_MAX_BYTES: usize = 128;
 
-/// Whether a text can be the id of a gateway: short, and plain enough for logs, labels and file names.
+/// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
 pub(crate) fn is_gateway_id(id: &str) -> bool {
-    let plain = id.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-    !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && plain
+    !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// Checks what a gateway says of itself.
 fn check_about(gateway_id: &str, about: &[(&str, &str)]) -> Result<(), Status> {
     if !is_gateway_id(gateway_id) {
         return Err(Status::invalid_argument(
-            "gateway_id: must be 1 to 63 printable ASCII characters without spaces and slashes",
+            "gateway_id: must be 1 to 63 printable ASCII characters without spaces",
         ));
     }
     for (field, text) in about {
