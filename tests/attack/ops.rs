@@ -48,7 +48,8 @@ async fn only_its_own_names(what: &str, address: SocketAddr, paths: &[&str]) {
         let status = ask(address, &absolute, "host: localhost\r\n").await.0;
         assert!(matches!(status, 400 | 421), "{what}{path} by another authority: {status}");
         let own = format!("host: 127.0.0.1:{port}\r\n");
-        for from in ["origin: http://evil.example\r\n", "origin: null\r\n", "sec-fetch-site: cross-site\r\n"] {
+        for from in ["origin: http://evil.example\r\n", "origin: null\r\n", "sec-fetch-site: cross-site\r\n"]
+        {
             assert_eq!(get(address, path, &format!("{own}{from}")).await, 403, "{what}{path} {from}");
         }
     }

@@ -84,7 +84,8 @@ async fn is_served(configuration: &mut Configuration) {
 
 /// What the control plane knows of the gateways: id, incarnation and whether it is connected.
 async fn gateways(plane: &plane::Plane) -> Vec<(String, String, bool)> {
-    let list = plane.admin().await.list_gateways(v1::ListGatewaysRequest {}).await.expect("listed").into_inner();
+    let list =
+        plane.admin().await.list_gateways(v1::ListGatewaysRequest {}).await.expect("listed").into_inner();
     list.gateways.into_iter().map(|g| (g.id, g.incarnation, g.connected)).collect()
 }
 
@@ -133,7 +134,8 @@ async fn a_token_of_one_gateway_speaks_for_no_other_and_nobody_else_for_it() {
     let write = |id: &str, token: &str| std::fs::write(tokens.path().join(id), token).expect("written");
     write("gw-1", GW1);
     let directory = tokens.path().to_str().expect("UTF-8");
-    let plane = plane::start_with("127.0.0.1:0", data.path(), None, &["--gateway-tokens-dir", directory]).await;
+    let plane =
+        plane::start_with("127.0.0.1:0", data.path(), None, &["--gateway-tokens-dir", directory]).await;
     let mut real = say_hello(&plane.url, GW1, hello("gw-1", "1")).await;
     is_served(&mut real).await;
     for (id, token) in [("gw-2", GW1), ("gw-1", ADMIN_TOKEN)] {
@@ -173,7 +175,11 @@ async fn one_token_is_one_vantage_point_however_many_names_it_gives() {
     let token = plane.admin().await.issue_token(issue).await.expect("issued").into_inner().secret;
     for n in 0..10 {
         let id = format!("liar-{n}");
-        assert_eq!(report(&plane.url, &token, of(&id, "1")).await.end().await, Code::PermissionDenied, "{id}");
+        assert_eq!(
+            report(&plane.url, &token, of(&id, "1")).await.end().await,
+            Code::PermissionDenied,
+            "{id}"
+        );
     }
     let mut own = report(&plane.url, &token, of("liar", "1")).await;
     assert!(own.heard.message().await.expect("taken").is_some());
@@ -210,7 +216,8 @@ async fn streams_of_one_gateways_token_are_bounded() {
     let tokens = tempfile::tempdir().expect("a directory");
     std::fs::write(tokens.path().join("gw-1"), GW1).expect("written");
     let directory = tokens.path().to_str().expect("UTF-8");
-    let plane = plane::start_with("127.0.0.1:0", data.path(), None, &["--gateway-tokens-dir", directory]).await;
+    let plane =
+        plane::start_with("127.0.0.1:0", data.path(), None, &["--gateway-tokens-dir", directory]).await;
     let mut client = ReportServiceClient::new(channel(&plane.url).await);
     let mut held = Vec::new();
     let refused = loop {

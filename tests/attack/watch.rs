@@ -91,7 +91,8 @@ async fn fifty_thousand_watches_of_a_stranger_are_refused_and_held_nowhere() {
 #[tokio::test]
 async fn watches_are_bounded_for_each_caller_and_places_come_back() {
     let (plane, _data) = plane().await;
-    let issue = v1::IssueTokenRequest { name: "vera".into(), role: Role::Viewer.into(), ..Default::default() };
+    let issue =
+        v1::IssueTokenRequest { name: "vera".into(), role: Role::Viewer.into(), ..Default::default() };
     let viewer = plane.admin().await.issue_token(issue).await.expect("issued").into_inner().secret;
     let channel = channel(&plane.url).await;
     let mut held = Vec::new();
@@ -112,14 +113,17 @@ async fn watches_are_bounded_for_each_caller_and_places_come_back() {
 async fn a_watch_of_changes_ends_when_its_token_is_revoked() {
     let (plane, _data) = plane().await;
     let mut admin = plane.admin().await;
-    let issue = v1::IssueTokenRequest { name: "vera".into(), role: Role::Viewer.into(), ..Default::default() };
+    let issue =
+        v1::IssueTokenRequest { name: "vera".into(), role: Role::Viewer.into(), ..Default::default() };
     let viewer = admin.issue_token(issue).await.expect("issued").into_inner().secret;
-    let mut client =
-        weir_proto::v1::admin_service_client::AdminServiceClient::new(channel(&plane.url).await);
+    let mut client = weir_proto::v1::admin_service_client::AdminServiceClient::new(channel(&plane.url).await);
     let request = with(Some(&viewer), v1::WatchRequest::default());
     let mut watched = client.watch(request).await.expect("watches").into_inner();
     watched.message().await.expect("heard").expect("the bookmark");
-    admin.revoke_token(v1::RevokeTokenRequest { name: "vera".into(), ..Default::default() }).await.expect("done");
+    admin
+        .revoke_token(v1::RevokeTokenRequest { name: "vera".into(), ..Default::default() })
+        .await
+        .expect("done");
     let ended = tokio::time::timeout(Duration::from_secs(60), async {
         loop {
             match watched.message().await {
