@@ -119,6 +119,10 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         let config = GatewayConfig {
             listen: beside(args.listen.port().saturating_add(k)),
             ops_listen: local(9100 + k),
+            ops_token_file: None,
+            // One token opens everything of this process.
+            ops_token: Some(control_plane.admin_token.clone()),
+            ops_allowed_hosts: Vec::new(),
             control_plane: format!("http://{}", control_plane.grpc_addr),
             control_plane_ca: None,
             control_plane_cert: None,

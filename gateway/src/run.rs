@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
@@ -17,7 +18,7 @@ use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
-use weir_runtime::{EgressPolicy, Readiness, ServerTls};
+use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
 
 use crate::account::Ledger;
 use crate::authentication::Failures;
@@ -108,6 +109,9 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
+    let ops_token = config.ops_token().map_err(|e| StartError::Config(format!("--ops-token-file: {e}")))?;
+    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
@@ -189,8 +193,11 @@ pub async fn start(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
+    let pages = pages.layer(from_fn_with_state(ops_token, guard_ops_page));
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
-    tasks.spawn(weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone()));
+    let ops =
+        weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());
+    tasks.spawn(ops);
     let bounds = config.bounds();
     let server = {
         let (serving, configured) = (serving.clone(), live.clone());

@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 pub mod edge;
 mod egress;
+pub mod grpc;
 mod logs;
 mod ops;
 mod secret;
@@ -12,7 +13,10 @@ mod tls;
 
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
 pub use logs::init_logs;
-pub use ops::{Readiness, serve_ops, serve_ops_with};
+pub use ops::{
+    AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
+    serve_ops, serve_ops_with,
+};
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;
 pub use tls::{ServerTls, TlsError};

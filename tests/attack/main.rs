@@ -19,3 +19,6 @@ mod names;
 mod series;
 mod tls;
 mod backend;
+mod ops;
+mod rogue;
+mod watch;

@@ -17,11 +17,15 @@ use weir_gateway::config::Config;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_runtime::Secret;
 
 use crate::client::Client;
 
 /// The API key that every cluster accepts.
 pub const KEY: &str = "weir_test_key";
+
+/// The operations token of every gateway.
+pub const OPS_TOKEN: &str = "operations-token-of-the-tests";
 
 /// How a key is known to gateways.
 pub fn digest(key: &str) -> Vec<u8> {
@@ -113,6 +117,9 @@ pub fn gateway_config(data: &Path) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
+        ops_token_file: None,
+        ops_token: Some(Secret::new(OPS_TOKEN.to_owned())),
+        ops_allowed_hosts: Vec::new(),
         // The discard port: nothing answers there.
         control_plane: "http://127.0.0.1:9".into(),
         control_plane_ca: None,
