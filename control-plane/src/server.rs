@@ -247,6 +247,7 @@ async fn serve(
     let readiness = Readiness::not_ready("starting");
     let mut registry = prometheus_client::registry::Registry::default();
     shared.metrics.register(&mut registry);
+    weir_runtime::register(&mut registry);
     let (health, health_service) = tonic_health::server::health_reporter();
     // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
     for name in HEALTH_NAMES {

@@ -146,6 +146,7 @@ pub async fn start(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let live = Arc::new(Live::default());
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {

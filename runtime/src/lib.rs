@@ -8,7 +8,7 @@ mod secret;
 mod signals;
 mod tls;
 
-pub use logs::init_logs;
+pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
 pub use ops::{Readiness, serve_ops, serve_ops_with};
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;

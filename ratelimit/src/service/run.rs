@@ -97,6 +97,7 @@ pub async fn start(
     let limiter = limiter.map_or_else(|| open(&config), Ok)?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let (configuration, subscriber) = configuration::open(&config, &metrics)?;
     let (grpc, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
