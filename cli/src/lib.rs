@@ -6,6 +6,9 @@
 //!
 //! Results go to standard output, everything for people only (what is waited for, what went wrong) to standard error.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod args;
 mod client;
 mod commands;

@@ -1,5 +1,8 @@
 //! The `weir` command: reads the arguments, starts the runtime, runs.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

@@ -1,5 +1,8 @@
 //! The `mock-llm` binary: flags and environment to [`Config`], signals to shutdown.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;

@@ -1,5 +1,8 @@
 //! `weir-ratelimit`: arguments -> service -> run until a signal -> drain.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::process::ExitCode;
 
 use clap::Parser;

@@ -1,5 +1,8 @@
 //! What every Weir process shares and nothing else: its log, its operations port, its end.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::sync::LazyLock;
 
 mod logs;

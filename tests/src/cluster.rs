@@ -91,7 +91,8 @@ impl Resources {
         self.0.values().cloned().collect()
     }
 
-    fn save(&self, directory: &Path) {
+    /// Writes them as the copy that a gateway with this data directory serves without a control plane.
+    pub fn save(&self, directory: &Path) {
         let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
         for (id, resource) in &self.0 {
             let body: Bytes = resource.encode_to_vec().into();
