@@ -470,3 +470,17 @@ const fn outcome_name(outcome: ProbeOutcome) -> &'static str {
         ProbeOutcome::BadAnswer => "bad_answer",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_look_that_panics_is_still_known_by_what_it_looked_at() {
+        let mut looks = Looks::default();
+        let key: Key = ("b".to_owned(), ProbeTier::Liveness);
+        looks.spawn(key.clone(), async { panic!("a bug") });
+        assert_eq!(looks.next().await.err(), Some(Some(key)));
+        assert_eq!((looks.len(), looks.keys.len()), (0, 0));
+    }
+}

@@ -226,4 +226,27 @@ mod tests {
         assert_eq!(merge.merged(), merged as u64);
         assert!(merge.groups().is_empty(), "nothing stays behind");
     }
+
+    #[tokio::test]
+    async fn a_batch_that_panics_leaves_its_place_to_the_next() {
+        let merge = Merge::new(|calls: Vec<u32>| {
+            Box::pin(async move {
+                assert!(!calls.contains(&13), "a bug");
+                calls.into_iter().map(|n| Ok(vec![i64::from(n)])).collect()
+            })
+        });
+        // More often than there are places.
+        for _ in 0..3 * AT_ONCE {
+            let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
+            let Entered::Later(lost) = merge.enter(7, id(13), || 13) else {
+                panic!("too many are under way")
+            };
+            drop(tickets);
+            assert!(lost.await.is_err(), "it learns that there is no answer");
+        }
+        let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
+        let Entered::Later(answer) = merge.enter(7, id(20), || 20) else { panic!("too many are under way") };
+        drop(tickets);
+        assert_eq!(answer.await.expect("answered"), Ok(vec![20]));
+    }
 }
