@@ -192,10 +192,10 @@ mod tests {
         let left = begun();
         assert_eq!(metrics.in_flight.get(), 2);
         drop((finished, left));
-        let panicked = std::panic::catch_unwind(|| {
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _context = begun();
             panic!("a bug");
-        });
+        }));
         assert!(panicked.is_err());
         assert_eq!(metrics.in_flight.get(), 0);
         let traffic = metrics.pulse.take_traffic();
