@@ -165,7 +165,9 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         admin_token: control_plane.admin_token.clone(),
         model: admin.first_model().await?,
     };
-    started.print(io)?;
+    if let Err(error) = started.print(io) {
+        tracing::warn!(%error, "where everything is could not be printed; it runs all the same");
+    }
     for gateway in running {
         let ended = gateway.ended().await;
         ended.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?;

@@ -1,5 +1,8 @@
 //! The control plane as a process of its own.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 use weir_control_plane::store::{EtcdConfig, EtcdStore, FileStore};
 use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
-use weir_runtime::{AllowedHost, Cidr, Secret, exit, init_logs, shutdown_on_signals};
+use weir_runtime::{
+    AllowedHost, Cidr, Secret, exit, flush_logs_at_end, init_logs, say, shutdown_on_signals,
+};
 
 /// Keeps what operators declare, hands it to gateways, and watches backends.
 #[derive(Parser)]
@@ -89,6 +94,8 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // Dropped after the runtime, so that what its tasks say last is written too.
+    let _flush = flush_logs_at_end();
     if let Err(message) = init_logs(&args.log) {
         return failed(exit::CONFIG, &message);
     }
@@ -184,6 +191,6 @@ fn token(flag: &str, file: Option<PathBuf>, variable: &str) -> Result<Option<Sec
 }
 
 fn failed(code: u8, message: &str) -> ExitCode {
-    eprintln!("weir-control-plane: {message}");
+    say(&format!("weir-control-plane: {message}"));
     ExitCode::from(code)
 }

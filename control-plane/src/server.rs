@@ -265,6 +265,7 @@ async fn serve(
     let readiness = Readiness::not_ready("starting");
     let mut registry = prometheus_client::registry::Registry::default();
     shared.metrics.register(&mut registry);
+    weir_runtime::register(&mut registry);
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
     let places = Places::default();

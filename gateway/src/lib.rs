@@ -6,6 +6,9 @@
 //! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle),
 //! [`report`] exchanges what gateways see.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod account;
 pub mod authentication;
 pub mod balance;

@@ -153,6 +153,7 @@ pub async fn start(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
     let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
     let live = Arc::new(Live::new(egress));

@@ -1,5 +1,8 @@
 //! What every Weir process shares and nothing else: its log, its operations port, its end.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::sync::LazyLock;
 
 pub mod edge;
@@ -12,7 +15,7 @@ mod signals;
 mod tls;
 
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
-pub use logs::init_logs;
+pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
 pub use ops::{
     AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
     serve_ops, serve_ops_with,

@@ -22,3 +22,4 @@ mod backend;
 mod ops;
 mod rogue;
 mod watch;
+mod logs;

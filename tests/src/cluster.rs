@@ -100,7 +100,7 @@ impl Resources {
         self.0.values().cloned().collect()
     }
 
-    /// Writes them as a gateway's copy on disk, for a gateway that runs as a process.
+    /// Writes them as the copy that a gateway with this data directory serves without a control plane.
     pub fn save(&self, directory: &Path) {
         let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
         for (id, resource) in &self.0 {

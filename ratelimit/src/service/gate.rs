@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::server::NamedService;
+use weir_runtime::edge::GrpcPeer;
 use weir_runtime::grpc::{Bound, Places, StreamBound, bounded};
 
 use super::auth::Guard;
@@ -78,6 +79,11 @@ where
             && let Err(status) = self.guard.check(request.headers())
         {
             return ready(Ok(status.into_http())).boxed();
+        }
+        if path != HEALTH_CHECK
+            && let Some(peer) = request.extensions().get::<GrpcPeer>()
+        {
+            peer.connection.trust();
         }
         let bound = bound(path);
         bounded(bound, self.places.clone(), Arc::from("callers"), self.inner.call(request)).boxed()

@@ -105,6 +105,7 @@ pub async fn start(
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let (configuration, subscriber) = configuration::open(&config, &metrics)?;
     let (grpc, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
