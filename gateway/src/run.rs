@@ -19,6 +19,7 @@ use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
 use crate::config::Config;
+use crate::credentials::Credentials;
 use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
@@ -117,6 +118,7 @@ pub async fn start(
         ),
         _ => None,
     };
+    let credentials = Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let limiter = match (limiter, &config.redis) {
@@ -159,11 +161,13 @@ pub async fn start(
     let gateway =
         Arc::new(Gateway { live: live.clone(), ledger: ledger.clone(), bodies, metrics: metrics.clone() });
     let readiness = Readiness::not_ready("no configuration yet");
-    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
+    let publisher = Publisher::new(live.clone(), credentials.clone());
+    let subscriber = Subscriber::new(publisher, identity.clone(), control_planes.clone(), disk);
 
     let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
+    tasks.spawn(credentials.clone().run(drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
@@ -172,6 +176,7 @@ pub async fn start(
     tasks.spawn(watch(
         live.clone(),
         ledger.clone(),
+        credentials,
         readiness.clone(),
         metrics,
         serving.clone(),
@@ -217,6 +222,7 @@ pub async fn start(
 async fn watch(
     live: Arc<Live>,
     ledger: Arc<Ledger>,
+    credentials: Arc<Credentials>,
     readiness: Readiness,
     metrics: Metrics,
     serving: CancellationToken,
@@ -238,6 +244,7 @@ async fn watch(
         metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
+        metrics.credentials_unreadable.set(credentials.unreadable().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
         metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
         let ahead = ledger.limiter.store().ahead();

@@ -117,6 +117,7 @@ pub fn gateway_config(data: &Path) -> Config {
         redis: None,
         cold_start: Default::default(),
         data_dir: Some(data.to_owned()),
+        credentials: Default::default(),
         id: None,
         region: String::new(),
         max_connections: 10_000,

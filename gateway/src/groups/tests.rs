@@ -34,7 +34,7 @@ fn snapshot(accounts: &[&str], limited: &[&str]) -> Snapshot {
         resources.push(put(account, Spec::Limit(limit)));
     }
     let (snapshot, refused) =
-        Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(String::new()));
+        Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(None));
     assert!(refused.is_empty(), "{refused:?}");
     snapshot
 }
