@@ -79,6 +79,8 @@ struct Entry {
     /// Why the newest read was of no use.
     trouble: Option<String>,
     read: Read,
+    /// It was of no use, and is read once more since it was named once more.
+    again: bool,
     /// The answer to a change has waited for it once; no other one does.
     waited: bool,
     /// False when no backend names it any more; it goes when its read has ended.
@@ -102,7 +104,7 @@ impl std::fmt::Debug for Found {
 impl Entry {
     /// Whether nothing is known of it yet, and somebody may wait for that.
     fn is_unsettled(&self) -> bool {
-        self.wanted && !self.waited && self.good.is_none() && self.trouble.is_none()
+        self.wanted && !self.waited && self.good.is_none() && (self.again || self.trouble.is_none())
     }
 }
 
@@ -154,6 +156,7 @@ impl Credentials {
             good: None,
             trouble: None,
             read: Read::Idle,
+            again: false,
             waited: false,
             wanted: true,
         });
@@ -176,6 +179,20 @@ impl Credentials {
             self.start_readers(&mut state, directory);
         }
         answer
+    }
+
+    /// Has files read at once that were of no use: somebody may have put one right, and declares a backend now.
+    pub fn read_again(self: &Arc<Self>) {
+        let mut state = self.state();
+        let State { files, directories } = &mut *state;
+        let useless = |entry: &Entry| entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_some();
+        for (path, entry) in files.iter_mut().filter(|(_, entry)| useless(entry)) {
+            (entry.read, entry.again, entry.waited) = (Read::Queued, true, false);
+            directories[entry.directory].queue.push_back(path.clone());
+        }
+        for directory in 0..state.directories.len() {
+            self.start_readers(&mut state, directory);
+        }
     }
 
     /// Forgets files that no backend names any more.
@@ -312,8 +329,8 @@ impl Credentials {
                     directories[directory].readers -= 1;
                     return;
                 };
-                // Forgotten while it waited.
-                let Some(entry) = files.get_mut(&path) else { continue };
+                // Forgotten while it waited, or forgotten and named again and with another thread by now.
+                let Some(entry) = files.get_mut(&path).filter(|entry| entry.read == Read::Queued) else { continue };
                 entry.read = Read::Running(Instant::now());
                 (path, entry.below.clone())
             };
@@ -331,7 +348,7 @@ impl Credentials {
             let State { files, directories } = &mut *state;
             let Some(entry) = files.get_mut(path) else { return false };
             let late = entry.read == Read::Hanging;
-            entry.read = Read::Idle;
+            (entry.read, entry.again) = (Read::Idle, false);
             if late {
                 directories[directory].hanging -= 1;
             }

@@ -71,6 +71,7 @@ impl Apply for Publisher {
 
     fn check(&self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
         self.offered().extend(files(resources));
+        self.credentials.read_again();
         self.compile(epoch, revision, resources).1
     }
 

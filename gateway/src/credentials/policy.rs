@@ -43,6 +43,13 @@ pub struct CredentialSources {
     pub never: Vec<PathBuf>,
 }
 
+impl CredentialSources {
+    /// Whether a backend may name this variable; false as well when a pattern is wrong.
+    pub fn allows(&self, variable: &str) -> bool {
+        Policy::new(self, Vec::new()).is_ok_and(|policy| policy.variable(variable, |_| Some("set".into())).is_ok())
+    }
+}
+
 impl Default for CredentialSources {
     fn default() -> Self {
         Self {

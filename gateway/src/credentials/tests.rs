@@ -4,11 +4,14 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
+use weir_discovery::Apply as _;
 use weir_proto::resource::{Resource, Spec};
-use weir_proto::v1;
+use weir_proto::v1::{self, ResourceKind};
 
 use super::file::FILE_BYTES_MAX;
 use super::*;
+use crate::live::Live;
+use crate::subscribe::Publisher;
 
 /// What no backend may be sent.
 const OUTSIDE: &str = "secret-of-the-machine";
@@ -420,10 +423,11 @@ async fn an_exchanged_secret_is_used_and_the_last_one_stays_while_the_new_one_is
     assert!(credentials.state().files.is_empty());
 }
 
-/// Hangs for files called hang..., until the test ends.
+/// Hangs for files called hang..., until there is a file `answer` beside them.
 fn hanging(places: &Places, root: usize, below: &Path) -> Result<Found, FileError> {
-    while below.to_str().is_some_and(|name| name.starts_with("hang")) {
-        std::thread::park();
+    let answers = places.allowed[root].join("answer");
+    while below.to_str().is_some_and(|name| name.starts_with("hang")) && !answers.exists() {
+        std::thread::park_timeout(Duration::from_millis(10));
     }
     file::read(places, root, below)
 }
@@ -483,4 +487,57 @@ async fn a_slow_file_keeps_a_quick_one_waiting_for_no_longer_than_a_thread_takes
     let _ = credentials.of(&quick);
     until("the quick one is read", || credentials.of(&quick).is_ok()).await;
     assert_eq!(credentials.state().directories[0].hanging, 0, "nothing had to be given up for that");
+}
+
+#[tokio::test]
+async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins_when_it_answers() {
+    let tree = tree();
+    let credentials = Credentials::reading(&sources(&tree), Vec::new(), hanging).expect("good");
+    let live = Arc::new(Live::default());
+    let mut publisher = Publisher::new(live.clone(), credentials);
+    let file = |name: &str| format!("file:{}/in/{name}", tree.path().display());
+    let of = |name: &str, spec| v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };
+    let digest = v1::KeyDigest { sha256: vec![7; 32], prefix: "p".into(), expire_time: None };
+    let key = v1::ApiKeySpec { tenant: "t".into(), digests: vec![digest], ..Default::default() };
+    let mut resources = vec![
+        of("p", v1::resource::Spec::Pool(v1::PoolSpec::default())),
+        of("t", v1::resource::Spec::Tenant(v1::TenantSpec::default())),
+        resource("good", &file("key")),
+        of("k", v1::resource::Spec::ApiKey(key)),
+    ];
+    let checked = |wire: &[v1::Resource]| -> Vec<Resource> {
+        wire.iter().map(|wire| Resource::try_from(wire).expect("valid")).collect()
+    };
+    let names = || live.snapshot().backends.keys().map(ToString::to_string).collect::<Vec<_>>();
+    publisher.check("e", 1, &checked(&resources));
+    assert!(publisher.settle().await);
+    assert_eq!(publisher.apply("e", 1, &checked(&resources)), []);
+    assert_eq!((names(), live.snapshot().keys.len()), (vec!["good".to_owned()], 1));
+
+    // A backend whose credential hangs comes with the revocation of the key.
+    let begun = Instant::now();
+    resources.retain(|resource| resource.name != "k");
+    let kept = checked(&resources);
+    resources.push(resource("late", &file("hang")));
+    let offered = checked(&resources);
+    let refused = publisher.check("e", 2, &offered);
+    assert_eq!((refused.len(), refused[0].name.as_str()), (1, "late"));
+    assert_eq!(publisher.apply("e", 2, &kept), []);
+    assert_eq!((names(), live.snapshot().keys.len()), (vec!["good".to_owned()], 0));
+    println!("revoked {:?} after the change came", begun.elapsed());
+    // Only the answer to it waits, and that for a moment.
+    assert!(publisher.settle().await);
+    assert_eq!(publisher.check("e", 2, &offered).len(), 1);
+    let refusing = [((ResourceKind::Backend as i32, "late".to_owned()), String::new())].into();
+    publisher.refusing(&refusing);
+    assert!(begun.elapsed() < READ_TIMEOUT, "{:?}", begun.elapsed());
+    assert!(!publisher.settle().await, "no later change waits for it");
+
+    std::fs::write(tree.path().join("in/hang"), "sk-late").expect("written");
+    std::fs::write(tree.path().join("in/answer"), "").expect("written");
+    let changed = tokio::time::timeout(Duration::from_secs(60), publisher.changed());
+    assert!(changed.await.is_ok(), "it says that it may be offered again");
+    assert_eq!(publisher.check("e", 2, &offered), []);
+    assert_eq!(publisher.apply("e", 2, &offered), []);
+    assert_eq!(names(), ["good", "late"]);
 }
