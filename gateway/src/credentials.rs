@@ -59,6 +59,8 @@ struct State {
     files: HashMap<PathBuf, Entry>,
     /// One per allowed directory.
     directories: Vec<Directory>,
+    /// Somebody was told that a file is not read yet, or had one read again. The read may have ended meanwhile.
+    asked: bool,
 }
 
 /// The reads of one allowed directory.
@@ -122,7 +124,7 @@ impl Credentials {
     ) -> Result<Arc<Self>, String> {
         let policy = Policy::new(sources, never)?;
         let directories = policy.places.allowed.iter().map(|_| Directory::default()).collect();
-        let state = Mutex::new(State { files: HashMap::new(), directories });
+        let state = Mutex::new(State { files: HashMap::new(), directories, asked: false });
         let (progress, changes) = (watch::Sender::new(0), watch::Sender::new(0));
         Ok(Arc::new(Self { policy, read_file, state, progress, changes }))
     }
@@ -150,7 +152,8 @@ impl Credentials {
             return Err(self.policy.outside());
         };
         let mut state = self.state();
-        let entry = state.files.entry(path.clone()).or_insert_with(|| Entry {
+        let State { files, directories, asked } = &mut *state;
+        let entry = files.entry(path.clone()).or_insert_with(|| Entry {
             directory,
             below: below.to_owned(),
             good: None,
@@ -170,12 +173,13 @@ impl Credentials {
             )),
             (None, Some(trouble)) => Err(trouble.clone()),
             (None, None) => {
+                *asked = true;
                 Err(format!("credential: file {}: not read yet; it is used once it is", path.display()))
             }
         };
         if entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_none() {
             entry.read = Read::Queued;
-            state.directories[directory].queue.push_back(path);
+            directories[directory].queue.push_back(path);
             self.start_readers(&mut state, directory);
         }
         answer
@@ -184,10 +188,11 @@ impl Credentials {
     /// Has files read at once that were of no use: somebody may have put one right, and declares a backend now.
     pub fn read_again(self: &Arc<Self>) {
         let mut state = self.state();
-        let State { files, directories } = &mut *state;
-        let useless = |entry: &Entry| entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_some();
+        let State { files, directories, asked } = &mut *state;
+        let useless =
+            |entry: &Entry| entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_some();
         for (path, entry) in files.iter_mut().filter(|(_, entry)| useless(entry)) {
-            (entry.read, entry.again, entry.waited) = (Read::Queued, true, false);
+            (entry.read, entry.again, entry.waited, *asked) = (Read::Queued, true, false, true);
             directories[entry.directory].queue.push_back(path.clone());
         }
         for directory in 0..state.directories.len() {
@@ -210,7 +215,7 @@ impl Credentials {
     /// Waits a moment for the files that were asked for since the last call. Returns whether there were any: then
     /// [`Credentials::of`] may have another answer.
     pub async fn settle(&self) -> bool {
-        if !self.is_unsettled() {
+        if !std::mem::take(&mut self.state().asked) {
             return false;
         }
         let mut progress = self.progress.subscribe();
@@ -262,7 +267,7 @@ impl Credentials {
     /// Has every file read again that is not being read.
     fn look(self: &Arc<Self>) {
         let mut state = self.state();
-        let State { files, directories } = &mut *state;
+        let State { files, directories, .. } = &mut *state;
         for (path, entry) in files.iter_mut().filter(|(_, entry)| entry.read == Read::Idle) {
             entry.read = Read::Queued;
             directories[entry.directory].queue.push_back(path.clone());
@@ -277,7 +282,7 @@ impl Credentials {
         let mut differs = false;
         {
             let mut state = self.state();
-            let State { files, directories } = &mut *state;
+            let State { files, directories, .. } = &mut *state;
             for (path, entry) in files.iter_mut() {
                 if !matches!(entry.read, Read::Running(since) if now >= since + READ_TIMEOUT) {
                     continue;
@@ -289,7 +294,7 @@ impl Credentials {
             }
             for directory in 0..state.directories.len() {
                 self.start_readers(&mut state, directory);
-                let State { files, directories } = &mut *state;
+                let State { files, directories, .. } = &mut *state;
                 if directories[directory].hanging < HANGING_MAX {
                     continue;
                 }
@@ -324,13 +329,15 @@ impl Credentials {
         loop {
             let (path, below) = {
                 let mut state = self.state();
-                let State { files, directories } = &mut *state;
+                let State { files, directories, .. } = &mut *state;
                 let Some(path) = directories[directory].queue.pop_front() else {
                     directories[directory].readers -= 1;
                     return;
                 };
                 // Forgotten while it waited, or forgotten and named again and with another thread by now.
-                let Some(entry) = files.get_mut(&path).filter(|entry| entry.read == Read::Queued) else { continue };
+                let Some(entry) = files.get_mut(&path).filter(|entry| entry.read == Read::Queued) else {
+                    continue;
+                };
                 entry.read = Read::Running(Instant::now());
                 (path, entry.below.clone())
             };
@@ -345,7 +352,7 @@ impl Credentials {
     fn ended(&self, path: &Path, directory: usize, read: Result<Found, FileError>) -> bool {
         let (late, differs) = {
             let mut state = self.state();
-            let State { files, directories } = &mut *state;
+            let State { files, directories, .. } = &mut *state;
             let Some(entry) = files.get_mut(path) else { return false };
             let late = entry.read == Read::Hanging;
             (entry.read, entry.again) = (Read::Idle, false);

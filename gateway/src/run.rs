@@ -118,7 +118,8 @@ pub async fn start(
         ),
         _ => None,
     };
-    let credentials = Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
+    let credentials =
+        Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let limiter = match (limiter, &config.redis) {

@@ -191,7 +191,8 @@ impl Fleet {
         let refused = async {
             for k in 0..GATEWAYS {
                 let what = format!("gateway {k} refuses the key");
-                eventually(&what, || async { self.chat(k, key, "good").await == StatusCode::UNAUTHORIZED }).await;
+                eventually(&what, || async { self.chat(k, key, "good").await == StatusCode::UNAUTHORIZED })
+                    .await;
             }
             Instant::now()
         };
@@ -318,7 +319,8 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
     fleet.revoke(0, "victim").await;
     fleet.is_well(1).await;
     // Taken away, it is as if it had never been.
-    let (code, _, err) = fleet.weir(ADMIN_TOKEN, &["delete", "backend", "thief"]).await;
+    let (code, _, err) =
+        fleet.weir(ADMIN_TOKEN, &["delete", "backend", "thief", "--allow-mass-removal"]).await;
     assert!(code == 0 && err.contains("applied on 2 of 2 gateways"), "{err}");
 
     // And put right, it is used without another change.
@@ -376,7 +378,8 @@ async fn a_disk_that_hangs_keeps_no_change_waiting_and_no_process_from_ending() 
     let mut reader = command_of("cat");
     let reader = reader.arg(fifo).stdout(std::process::Stdio::null()).status();
     assert!(reader.await.expect("cat runs").success());
-    let written = || async { std::fs::read(&copy).is_ok_and(|bytes| bytes.windows(4).any(|four| four == b"more")) };
+    let written =
+        || async { std::fs::read(&copy).is_ok_and(|bytes| bytes.windows(4).any(|four| four == b"more")) };
     eventually("the newest configuration is on disk", written).await;
     let begun = Instant::now();
     let gateway = &mut fleet.gateways[1];
@@ -396,7 +399,10 @@ async fn a_gateway_that_starts_without_its_control_plane_has_the_credentials_of_
     let mut old = fleet.gateways.remove(0);
     old.kill().await;
     let address = fleet.plane.address();
-    let plane = std::mem::replace(&mut fleet.plane, start("127.0.0.1:0", &fleet.data.path().join("none"), None).await);
+    let plane = std::mem::replace(
+        &mut fleet.plane,
+        start("127.0.0.1:0", &fleet.data.path().join("none"), None).await,
+    );
     plane.kill().await;
     fleet.plane.url = format!("http://{address}");
     // From its first answer on, since what is on disk was waited for before it served.

@@ -195,7 +195,9 @@ impl Reader {
     /// Says so, once, when gateways do not read a variable unless they are told to.
     fn note_variable(&mut self, path: &str, variable: &str) {
         let text = if CredentialRef::is_setting_of_weir(variable) {
-            format!("gateways never read {variable}: variables that begin with WEIR_ are settings of Weir; rename it")
+            format!(
+                "gateways never read {variable}: variables that begin with WEIR_ are settings of Weir; rename it"
+            )
         } else if CredentialSources::default().allows(variable) {
             return;
         } else {

@@ -46,7 +46,8 @@ pub struct CredentialSources {
 impl CredentialSources {
     /// Whether a backend may name this variable; false as well when a pattern is wrong.
     pub fn allows(&self, variable: &str) -> bool {
-        Policy::new(self, Vec::new()).is_ok_and(|policy| policy.variable(variable, |_| Some("set".into())).is_ok())
+        Policy::new(self, Vec::new())
+            .is_ok_and(|policy| policy.variable(variable, |_| Some("set".into())).is_ok())
     }
 }
 

@@ -85,7 +85,11 @@ fn an_allowed_directory_may_be_a_link_itself() {
     symlink(tree.path().join("in/dir/key"), tree.path().join("in/by-real-name")).expect("made");
     let places = places(&tree.path().join("linked"));
     for (name, secret) in [("key", "sk-in"), ("by-real-name", "sk-dir")] {
-        assert_eq!(file::read(&places, 0, Path::new(name)).map(|f| f.secret).as_deref(), Ok(secret), "{name}");
+        assert_eq!(
+            file::read(&places, 0, Path::new(name)).map(|f| f.secret).as_deref(),
+            Ok(secret),
+            "{name}"
+        );
     }
 }
 
@@ -205,7 +209,21 @@ fn files_of_weir_itself_are_refused_by_whatever_name() {
 /// Parts of which paths are made, those that a tree knows among them.
 fn part() -> impl Strategy<Value = &'static str> {
     proptest::sample::select(vec![
-        "..", ".", "", "in", "out", "dir", "key", "secret", "leave", "leave-dir", "stay", "loop", "fifo", "up", "@api.example",
+        "..",
+        ".",
+        "",
+        "in",
+        "out",
+        "dir",
+        "key",
+        "secret",
+        "leave",
+        "leave-dir",
+        "stay",
+        "loop",
+        "fifo",
+        "up",
+        "@api.example",
     ])
 }
 
@@ -295,7 +313,9 @@ fn variables_are_read_by_the_allow_list_and_never_those_of_weir() {
     }
     let unset = policy.variable("NOT_SET_API_KEY", set).expect_err("refused");
     assert_eq!(unset, "credential: environment variable NOT_SET_API_KEY is not set");
-    for refused in ["AWS_SECRET_ACCESS_KEY", "HOME", "PATH", "openai_api_key", "OPENAI_API_KEY_2", "CREDENTIAL"] {
+    for refused in
+        ["AWS_SECRET_ACCESS_KEY", "HOME", "PATH", "openai_api_key", "OPENAI_API_KEY_2", "CREDENTIAL"]
+    {
         // The same whether it is set or not.
         let texts = [set, |_: &str| None].map(|read| policy.variable(refused, read).expect_err("refused"));
         assert_eq!(texts[0], texts[1]);
@@ -494,7 +514,7 @@ async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins
     let tree = tree();
     let credentials = Credentials::reading(&sources(&tree), Vec::new(), hanging).expect("good");
     let live = Arc::new(Live::default());
-    let mut publisher = Publisher::new(live.clone(), credentials);
+    let mut publisher = Publisher::new(live.clone(), credentials.clone());
     let file = |name: &str| format!("file:{}/in/{name}", tree.path().display());
     let of = |name: &str, spec| v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };
     let digest = v1::KeyDigest { sha256: vec![7; 32], prefix: "p".into(), expire_time: None };
@@ -531,7 +551,7 @@ async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins
     let refusing = [((ResourceKind::Backend as i32, "late".to_owned()), String::new())].into();
     publisher.refusing(&refusing);
     assert!(begun.elapsed() < READ_TIMEOUT, "{:?}", begun.elapsed());
-    assert!(!publisher.settle().await, "no later change waits for it");
+    assert!(!credentials.is_unsettled(), "no later change waits for it");
 
     std::fs::write(tree.path().join("in/hang"), "sk-late").expect("written");
     std::fs::write(tree.path().join("in/answer"), "").expect("written");

@@ -92,7 +92,17 @@ impl Session {
     pub(super) fn new(held: Held, differences: Differences) -> Self {
         let at = (Arc::clone(&held.epoch), held.revision);
         let refusals = BTreeMap::new();
-        Self { held, at, differences, waiting: None, due: Vec::new(), refused: None, refusals, retry: false, nonce: 0 }
+        Self {
+            held,
+            at,
+            differences,
+            waiting: None,
+            due: Vec::new(),
+            refused: None,
+            refusals,
+            retry: false,
+            nonce: 0,
+        }
     }
 
     pub(super) fn is_waiting(&self) -> bool {

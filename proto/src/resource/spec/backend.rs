@@ -44,15 +44,19 @@ impl CredentialRef {
     /// may hold older ones, which gateways refuse.
     pub fn objection(&self) -> Option<&'static str> {
         match self {
-            Self::Env(name) if Self::is_setting_of_weir(name) => {
-                Some("variables that begin with WEIR_ are settings of Weir and never credentials; use another name")
-            }
+            Self::Env(name) if Self::is_setting_of_weir(name) => Some(
+                "variables that begin with WEIR_ are settings of Weir and never credentials; use another name",
+            ),
             Self::Env(name) if name.len() > Self::NAME_BYTES_MAX => {
                 Some("the name of the variable is longer than 256 bytes")
             }
             Self::Env(_) => None,
-            Self::File(path) if path.len() > Self::PATH_BYTES_MAX => Some("the path is longer than 1024 bytes"),
-            Self::File(path) if path.split('/').any(|part| part == "..") => Some("the path must not have .. in it"),
+            Self::File(path) if path.len() > Self::PATH_BYTES_MAX => {
+                Some("the path is longer than 1024 bytes")
+            }
+            Self::File(path) if path.split('/').any(|part| part == "..") => {
+                Some("the path must not have .. in it")
+            }
             Self::File(path) if path.chars().any(char::is_control) => {
                 Some("the path must not have control characters in it")
             }
