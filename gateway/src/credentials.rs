@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderValue, Uri};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -237,8 +238,8 @@ impl Credentials {
         self.state().files.values().filter(|entry| entry.wanted && entry.trouble.is_some()).count()
     }
 
-    /// Reads files again, and gives up reads that hang, until `shutdown`.
-    pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
+    /// Reads files again, gives up reads that hang, and keeps the gauge of unreadable files true, until `shutdown`.
+    pub async fn run(self: Arc<Self>, unreadable: Gauge, shutdown: CancellationToken) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut next_look = Instant::now() + LOOK_EVERY;
@@ -249,6 +250,7 @@ impl Credentials {
             }
             let now = Instant::now();
             self.give_up(now);
+            unreadable.set(self.unreadable().try_into().unwrap_or(i64::MAX));
             if now >= next_look {
                 next_look = now + LOOK_EVERY;
                 self.look();

@@ -168,7 +168,7 @@ pub async fn start(
     let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
-    tasks.spawn(credentials.clone().run(drained.clone()));
+    tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
@@ -177,7 +177,6 @@ pub async fn start(
     tasks.spawn(watch(
         live.clone(),
         ledger.clone(),
-        credentials,
         readiness.clone(),
         metrics,
         serving.clone(),
@@ -223,7 +222,6 @@ pub async fn start(
 async fn watch(
     live: Arc<Live>,
     ledger: Arc<Ledger>,
-    credentials: Arc<Credentials>,
     readiness: Readiness,
     metrics: Metrics,
     serving: CancellationToken,
@@ -245,7 +243,6 @@ async fn watch(
         metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
-        metrics.credentials_unreadable.set(credentials.unreadable().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
         metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
         let ahead = ledger.limiter.store().ahead();

@@ -186,7 +186,7 @@ fn a_file_that_the_gateway_may_not_read_says_so() {
     use std::os::unix::fs::PermissionsExt as _;
     let tree = tree();
     let path = tree.path().join("in/key");
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0)).expect("set");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).expect("set");
     // Root may read it.
     let may = std::fs::read(&path).is_ok();
     assert_eq!(read(&tree, "key"), if may { Ok("sk-in".into()) } else { Err(FileError::Denied) });
