@@ -13,6 +13,7 @@ use mock_llm::Server as Mock;
 use tokio_util::sync::CancellationToken;
 use weir_control_plane::{Config as ControlPlaneConfig, ControlPlane, StoreConfig};
 use weir_gateway::config::Config as GatewayConfig;
+use weir_gateway::credentials::CredentialSources;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
 use weir_proto::{manifest, resource, v1};
 use weir_ratelimit::AnyLimiter;
@@ -57,6 +58,9 @@ pub struct UpArgs {
     /// Networks that backends may be in although such addresses are refused, such as link-local 169.254.10.0/24
     #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
     pub allow_backend_cidr: Vec<Cidr>,
+    /// Where backends' credentials may be found
+    #[command(flatten)]
+    pub credentials: CredentialSources,
     /// What is logged, such as info or weir_gateway=debug
     #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
     pub log: String,
@@ -132,6 +136,11 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             redis: None,
             cold_start: Default::default(),
             data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
+            credentials: CredentialSources {
+                // The store, and the copies of the other gateways.
+                never: args.data_dir.iter().cloned().collect(),
+                ..args.credentials.clone()
+            },
             id: Some(format!("gateway-{k}")),
             region: String::new(),
             allow_backend_cidr: args.allow_backend_cidr.clone(),

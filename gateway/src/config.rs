@@ -8,6 +8,7 @@ use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
+use crate::credentials::CredentialSources;
 use crate::server::Bounds;
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.
@@ -71,6 +72,9 @@ pub struct Config {
     /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.
     #[arg(long, env = "WEIR_DATA_DIR", value_name = "PATH")]
     pub data_dir: Option<PathBuf>,
+    /// Where backends' credentials may be found.
+    #[command(flatten)]
+    pub credentials: CredentialSources,
     /// Name of this gateway; one is made up when none is given.
     #[arg(long, env = "WEIR_GATEWAY_ID", value_name = "NAME")]
     pub id: Option<String>,
@@ -133,6 +137,18 @@ impl Config {
             (None, Err(_), None) => None,
         };
         OpsToken::new(token.as_ref())
+    }
+
+    /// The files and directories of this process that no backend may name as its credential.
+    pub(crate) fn own_secrets(&self) -> Vec<PathBuf> {
+        let own = [
+            &self.gateway_token_file,
+            &self.ops_token_file,
+            &self.control_plane_key,
+            &self.tls_key,
+            &self.data_dir,
+        ];
+        own.into_iter().flatten().chain(&self.credentials.never).cloned().collect()
     }
 
     /// The token for the control plane: given, in the environment, or in the file.

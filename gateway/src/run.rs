@@ -23,6 +23,7 @@ use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_p
 use crate::account::Ledger;
 use crate::authentication::Failures;
 use crate::config::Config;
+use crate::credentials::Credentials;
 use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
@@ -124,6 +125,8 @@ pub async fn start(
         ),
         _ => None,
     };
+    let credentials =
+        Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let limiter = match (limiter, &config.redis) {
@@ -174,11 +177,13 @@ pub async fn start(
         metrics: metrics.clone(),
     });
     let readiness = Readiness::not_ready("no configuration yet");
-    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
+    let publisher = Publisher::new(live.clone(), credentials.clone());
+    let subscriber = Subscriber::new(publisher, identity.clone(), control_planes.clone(), disk);
 
     let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
+    tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));

@@ -23,3 +23,4 @@ mod ops;
 mod rogue;
 mod watch;
 mod logs;
+mod credentials;

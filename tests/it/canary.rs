@@ -220,8 +220,10 @@ async fn no_secret_appears_in_anything_that_the_stack_says_shows_or_keeps() {
     let (server, http) = (format!("http://{}", text(&plane, "grpc")), text(&plane, "http"));
     let common =
         ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--pre-stop-s=0", "--control-plane", &server];
+    let secrets = path("secrets");
     let own = ["--gateway-token-file", &gateway_token, "--id=g", "--data-dir", &gateway_data];
     let env = [("WEIR_REDIS", url.as_str()), ("CANARY_CREDENTIAL", CREDENTIAL), ("WEIR_OPS_TOKEN", OPS)];
+    let own = [&own[..], &["--credential-dir", &secrets]].concat();
     let gateway_args = [&common[..], &own].concat();
     let gateway = stack.start("gateway", "weir-gateway", &gateway_args, &env, "serving").await;
     let own = ["--gateway-token-file", &gateway_token, "--id=l", "--data-dir", &limits_data];
@@ -257,7 +259,7 @@ spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "e
 ---
 kind: backend
 name: missing
-spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "env:NOT_THERE" }}
+spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "env:NOT_THERE_CREDENTIAL" }}
 ---
 kind: backend
 name: careless

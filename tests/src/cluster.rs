@@ -130,6 +130,7 @@ pub fn gateway_config(data: &Path) -> Config {
         redis: None,
         cold_start: Default::default(),
         data_dir: Some(data.to_owned()),
+        credentials: Default::default(),
         id: None,
         region: String::new(),
         allow_backend_cidr: Vec::new(),

@@ -248,6 +248,10 @@ impl Stream {
                 (nack.nonce, vec![whole])
             }
             Some(Said::Nack(nack)) => (nack.nonce, nack.errors),
+            Some(Said::Retry(_)) => {
+                self.session.retry();
+                return Ok(());
+            }
             Some(Said::Hello(_) | Said::Applied(_)) => {
                 return Err(Status::invalid_argument("hello is said once, and applied by observers"));
             }
