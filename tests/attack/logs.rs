@@ -142,8 +142,7 @@ impl Process {
 
     async fn figure(&self, name: &str) -> Option<f64> {
         let (_, page) = self.page("/metrics").await;
-        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-        line
+        page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
     }
 
     async fn started(&self) {
