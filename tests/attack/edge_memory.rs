@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use crate::lab::backend::BIG_BYTES;
 use crate::lab::http1::chat;
 use crate::lab::http2::{self, Ended, Http2, INITIAL_WINDOW_SIZE, window_update};
-use crate::lab::{Lab, connect_narrow};
+use crate::lab::{Lab, SOON, connect_narrow};
 
 /// What a stream may hold in the gateway.
 const STREAM_KIB: u64 = 128;
@@ -16,8 +16,10 @@ const STREAM_KIB: u64 = 128;
 const STREAMS: u32 = 40;
 /// What is not of the streams: pages of code that run for the first time, and parts that the allocator keeps.
 const NOISE_KIB: u64 = 8 << 10;
-/// How long the backend may pour. Without a bound it fills more than 100 MiB in a second.
-const POURED: Duration = Duration::from_secs(3);
+/// What the backend pours is all somewhere when nothing more was taken from it for so long.
+const STILL: Duration = Duration::from_secs(1);
+/// How long slow readers read.
+const READING: Duration = Duration::from_secs(3);
 /// The largest window.
 const WHOLE_WINDOW: u32 = (1 << 31) - 1;
 
@@ -55,15 +57,32 @@ async fn new(lab: &Lab, act: &str, window: u32, on_each: u32) -> Open {
     Open::New(connections)
 }
 
-/// The most memory beyond `before` within the time that is poured, while good clients are served.
-async fn most_above(lab: &Lab, before: u64, case: &str) -> u64 {
-    let (began, mut most) = (Instant::now(), 0);
-    while began.elapsed() < POURED {
-        most = most.max(lab.resident_kib().saturating_sub(before));
+/// Asserts that memory stays within `bound` of `before` while the backend pours, until it is held up or for `longest`,
+/// and that good clients are served meanwhile.
+async fn assert_within(lab: &Lab, (before, bound): (u64, u64), longest: Duration, case: &str) {
+    let began = Instant::now();
+    let (mut poured, mut since) = (lab.backend.poured(), began);
+    while began.elapsed() < longest && since.elapsed() < STILL {
+        let more = lab.resident_kib().saturating_sub(before);
+        assert!(
+            more <= bound,
+            "{case}: {more} KiB more than {before} after {:?}, {bound} are promised",
+            began.elapsed()
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
+        let now = lab.backend.poured();
+        if now != poured {
+            (poured, since) = (now, Instant::now());
+        }
     }
-    lab.assert_served_within(Duration::from_secs(5), case).await;
-    most.max(lab.resident_kib().saturating_sub(before))
+    lab.assert_served_within(SOON, case).await;
+    let more = lab.resident_kib().saturating_sub(before);
+    assert!(more <= bound, "{case}: {more} KiB more than {before} after a good client, {bound} are promised");
+}
+
+/// What all streams of a variation may hold.
+fn bound() -> u64 {
+    u64::from(STREAMS) * STREAM_KIB + NOISE_KIB
 }
 
 async fn idle(lab: &Lab) {
@@ -87,9 +106,7 @@ async fn warm() -> (Lab, u64) {
 
 /// Each variation in turn may hold its streams' memory; what an earlier one held is counted with it.
 async fn assert_bounded(lab: &Lab, before: u64, case: &str, open: Open) {
-    let most = most_above(lab, before, case).await;
-    let bound = u64::from(STREAMS) * STREAM_KIB + NOISE_KIB;
-    assert!(most <= bound, "{case}: {most} KiB more than {before}, {bound} are promised");
+    assert_within(lab, (before, bound()), SOON, case).await;
     match open {
         Open::Old(sockets) => drop(sockets),
         Open::New(connections) => drop(connections),
@@ -131,7 +148,7 @@ async fn a_client_that_reads_slowly_gets_all_of_a_stream_and_costs_no_more() {
     let reading = async {
         use tokio::io::AsyncReadExt as _;
         let (began, mut buffer) = (Instant::now(), [0; 200]);
-        while began.elapsed() < POURED {
+        while began.elapsed() < READING {
             for socket in &mut sockets {
                 let read = socket.read(&mut buffer).await.expect("the stream goes on");
                 assert_ne!(read, 0, "a slow reader is cut");
@@ -139,9 +156,7 @@ async fn a_client_that_reads_slowly_gets_all_of_a_stream_and_costs_no_more() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    let ((), most) = tokio::join!(reading, most_above(&lab, before, "slow readers"));
-    let bound = u64::from(STREAMS) * STREAM_KIB + NOISE_KIB;
-    assert!(most <= bound, "{most} KiB more than {before}, {bound} are promised");
+    tokio::join!(reading, assert_within(&lab, (before, bound()), READING, "slow readers"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -161,9 +176,8 @@ async fn large_answers_that_nobody_reads_are_held_once_and_not_for_ever() {
     for i in 0..ANSWERS / 2 {
         assert!(new.send(&http2::chat(1 + 2 * i, "short", "big")).await);
     }
-    let most = most_above(&lab, before, "large answers").await;
     let bound = u64::from(ANSWERS) * COPIES * (BIG_BYTES as u64 >> 10) + NOISE_KIB;
-    assert!(most <= bound, "{most} KiB more than {before}, {bound} are promised");
+    assert_within(&lab, (before, bound), SOON, "large answers").await;
     // Who takes nothing is cut, by the clock on writes at the latest; the other one has a connection of its own.
     weir_tests::eventually("HTTP/1 is cut", || async { lab.metric("weir_connections").await <= 1.0 }).await;
     let ended = new.ended(1).await;

@@ -1,6 +1,7 @@
 //! A backend that does what the header `x-client-request-id` of a request says; gateways forward that header.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,12 +35,18 @@ impl Arrived {
     }
 }
 
+#[derive(Debug, Default)]
+struct Seen {
+    arrived: Mutex<Vec<Arrived>>,
+    poured: AtomicU64,
+}
+
 /// The backend; it ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Backend {
     /// Where it listens.
     pub(crate) address: SocketAddr,
-    arrived: Arc<Mutex<Vec<Arrived>>>,
+    seen: Arc<Seen>,
     task: AbortHandle,
 }
 
@@ -54,8 +61,8 @@ impl Backend {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
-        let arrived = Arc::new(Mutex::new(Vec::new()));
-        let log = arrived.clone();
+        let seen = Arc::<Seen>::default();
+        let log = seen.clone();
         let task = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let log = log.clone();
@@ -63,16 +70,21 @@ impl Backend {
                 tokio::spawn(async move { serve(socket, &log).await });
             }
         });
-        Self { address, arrived, task: task.abort_handle() }
+        Self { address, seen, task: task.abort_handle() }
     }
 
     /// Every request but health checks, in order of arrival.
     pub(crate) fn arrived(&self) -> Vec<Arrived> {
-        self.arrived.lock().expect("nobody panicked").clone()
+        self.seen.arrived.lock().expect("nobody panicked").clone()
+    }
+
+    /// How many bytes of `fast` and `line` were taken so far.
+    pub(crate) fn poured(&self) -> u64 {
+        self.seen.poured.load(Ordering::Relaxed)
     }
 }
 
-async fn serve(mut socket: TcpStream, log: &Mutex<Vec<Arrived>>) -> std::io::Result<()> {
+async fn serve(mut socket: TcpStream, seen: &Seen) -> std::io::Result<()> {
     socket.set_nodelay(true)?;
     let mut buffer = Vec::new();
     loop {
@@ -97,8 +109,8 @@ async fn serve(mut socket: TcpStream, log: &Mutex<Vec<Arrived>>) -> std::io::Res
             continue;
         }
         let act = request.values("x-client-request-id").first().copied().unwrap_or("ok").to_owned();
-        log.lock().expect("nobody panicked").push(request);
-        perform(&act, &mut socket).await?;
+        seen.arrived.lock().expect("nobody panicked").push(request);
+        perform(&act, &mut socket, &seen.poured).await?;
     }
 }
 
@@ -141,7 +153,7 @@ const STREAM: &str =
     "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 const DONE: &str = "data: [DONE]\n\n";
 
-async fn perform(act: &str, socket: &mut TcpStream) -> std::io::Result<()> {
+async fn perform(act: &str, socket: &mut TcpStream, poured: &AtomicU64) -> std::io::Result<()> {
     let mut say = String::new();
     match act.split_once('-').unwrap_or((act, "")) {
         // Events as fast as they are taken, without an end.
@@ -151,6 +163,7 @@ async fn perform(act: &str, socket: &mut TcpStream) -> std::io::Result<()> {
             let burst = chunk(&one.repeat(BURST_BYTES / one.len()));
             loop {
                 socket.write_all(burst.as_bytes()).await?;
+                poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
             }
         }
         // One line that never ends.
@@ -161,6 +174,7 @@ async fn perform(act: &str, socket: &mut TcpStream) -> std::io::Result<()> {
             let burst = chunk(&"a".repeat(BURST_BYTES));
             loop {
                 socket.write_all(burst.as_bytes()).await?;
+                poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
             }
         }
         // `slow-N`: N events, one each `SLOW_EVERY`, then the end.
