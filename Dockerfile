@@ -35,7 +35,9 @@ FROM debian:bookworm-slim
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 # A fresh volume takes the owner of the directory it is mounted on. Between the two copies on purpose: the classic builder
 # loses a layer of one COPY --from that follows another (moby/moby#37965).
-RUN mkdir -p /var/lib/weir /etc/weir/admin-token /etc/weir/gateway-token /etc/weir/limit-token \
+RUN mkdir -p /var/lib/weir /etc/weir/admin-token /etc/weir/ops-token /etc/weir/limit-token /etc/weir/credentials \
+      /etc/weir/gateway-token /etc/weir/gateway-tokens \
+      /etc/weir/own/ratelimit $(seq -f /etc/weir/own/gateway-%.0f 16) \
  && chown -R 10001:10001 /var/lib/weir /etc/weir
 COPY --from=build /out/ /usr/local/bin/
 USER 10001:10001

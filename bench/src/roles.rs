@@ -158,6 +158,9 @@ impl Mock {
     }
 }
 
+/// The operations token of every gateway here; all of them are on this machine and end with the bench.
+const OPS_TOKEN: &str = "operations-token-of-the-bench";
+
 /// How to start a gateway.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GatewayArgs {
@@ -209,7 +212,7 @@ impl Gateway {
         let (plane, token) =
             args.control_plane.clone().unwrap_or((([127, 0, 0, 1], 9).into(), String::new()));
         command.args(["--control-plane", &format!("http://{plane}")]);
-        command.env("WEIR_GATEWAY_TOKEN", token);
+        command.env("WEIR_GATEWAY_TOKEN", token).env("WEIR_OPS_TOKEN", OPS_TOKEN);
         command.envs(args.env.iter().map(|(name, value)| (name, value)));
         let mut process = Process::start(&args.id, command, directory)?;
         let line = process.line().await?;
@@ -274,7 +277,7 @@ fn address(line: &str, name: &str) -> anyhow::Result<SocketAddr> {
 /// The body of a page that must answer 200.
 pub(crate) async fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<String> {
     let mut connection = Connection::open(address).await?;
-    let (answer, body) = connection.call_for_body(&load::get(path)).await?;
+    let (answer, body) = connection.call_for_body(&load::get(path, OPS_TOKEN)).await?;
     if answer.status != 200 {
         bail!("http://{address}{path} answered {}: {body}", answer.status);
     }

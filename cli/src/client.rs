@@ -205,6 +205,17 @@ pub(crate) fn request_id() -> String {
     uuid::Uuid::now_v7().to_string()
 }
 
+/// The same header for HTTP; `None` without a token.
+pub(crate) fn token_header(cli: &Cli) -> Result<Option<http::HeaderValue>, Error> {
+    let token = token(cli.token_file.as_deref(), cli.token_env.as_deref())?;
+    let header = |token: MetadataValue<Ascii>| {
+        let mut value = http::HeaderValue::from_bytes(token.as_bytes()).ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    };
+    Ok(token.and_then(header))
+}
+
 /// The authorization header, from the file or a variable of the environment; `None` without either.
 fn token(file: Option<&Path>, variable: Option<&str>) -> Result<Option<MetadataValue<Ascii>>, Error> {
     let (text, origin) = match file {

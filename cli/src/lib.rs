@@ -6,6 +6,9 @@
 //!
 //! Results go to standard output, everything for people only (what is waited for, what went wrong) to standard error.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod args;
 mod client;
 mod commands;
@@ -42,8 +45,21 @@ pub fn arguments() -> Result<Cli, Error> {
 
 /// Does what the arguments say, on the process's own streams.
 pub async fn run(cli: Cli) -> ExitCode {
+    if matches!(cli.command, Command::Up(_)) {
+        // A service waits for nobody who reads what it prints. Why it ends is said in its log.
+        let mut err = Vec::new();
+        let code = execute(cli, &mut output::Patient::default(), &mut err).await;
+        let err = String::from_utf8_lossy(&err);
+        err.lines().for_each(weir_runtime::say);
+        return ExitCode::from(code);
+    }
     // Unlocked: a lock held across an await would stop every other printer.
     ExitCode::from(execute(cli, &mut std::io::stdout(), &mut std::io::stderr()).await)
+}
+
+/// Says on standard error why the command fails. It fails all the same when nobody can be told.
+pub fn complain(reason: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "weir: {reason}");
 }
 
 /// Does what the arguments say and returns the exit code; see [`weir_runtime::exit`], and `diff` for its own.

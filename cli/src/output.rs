@@ -1,6 +1,8 @@
 //! Where results go, and their forms.
 
-use std::io::Write;
+use std::io::{self, Write};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use serde_json::Value;
 use weir_proto::{manifest, v1};
@@ -8,6 +10,34 @@ use weir_proto::{manifest, v1};
 use crate::args::OutputFormat;
 use crate::error::Error;
 use crate::tables;
+
+/// How long a service waits for the reader of its standard output.
+const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Standard output of a service. A flush hands over what was written and returns within a second, also when nobody
+/// reads; the text is then printed as soon as somebody does.
+#[derive(Debug, Default)]
+pub(crate) struct Patient(Vec<u8>);
+
+impl Write for Patient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let text = std::mem::take(&mut self.0);
+        let (printed, done) = mpsc::channel();
+        // Not joined: it may hang for as long as the process lives.
+        std::thread::Builder::new().name("weir-print".into()).spawn(move || {
+            let mut out = io::stdout();
+            // Nobody listens when it took too long.
+            let _ = printed.send(out.write_all(&text).and_then(|()| out.flush()));
+        })?;
+        let nobody = |_| io::Error::new(io::ErrorKind::TimedOut, "nobody reads standard output");
+        done.recv_timeout(PRINT_TIMEOUT).map_err(nobody)?
+    }
+}
 
 /// The streams and the form wanted.
 pub(crate) struct Io<'a> {

@@ -13,6 +13,7 @@ use mock_llm::Server as Mock;
 use tokio_util::sync::CancellationToken;
 use weir_control_plane::{Config as ControlPlaneConfig, ControlPlane, StoreConfig};
 use weir_gateway::config::Config as GatewayConfig;
+use weir_gateway::credentials::CredentialSources;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
 use weir_proto::{manifest, resource, v1};
 use weir_ratelimit::AnyLimiter;
@@ -57,6 +58,9 @@ pub struct UpArgs {
     /// Networks that backends may be in although such addresses are refused, such as link-local 169.254.10.0/24
     #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
     pub allow_backend_cidr: Vec<Cidr>,
+    /// Where backends' credentials may be found
+    #[command(flatten)]
+    pub credentials: CredentialSources,
     /// What is logged, such as info or weir_gateway=debug
     #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
     pub log: String,
@@ -119,6 +123,10 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         let config = GatewayConfig {
             listen: beside(args.listen.port().saturating_add(k)),
             ops_listen: local(9100 + k),
+            ops_token_file: None,
+            // One token opens everything of this process.
+            ops_token: Some(control_plane.admin_token.clone()),
+            ops_allowed_hosts: Vec::new(),
             control_plane: format!("http://{}", control_plane.grpc_addr),
             control_plane_ca: None,
             control_plane_cert: None,
@@ -128,6 +136,11 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             redis: None,
             cold_start: Default::default(),
             data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
+            credentials: CredentialSources {
+                // The store, and the copies of the other gateways.
+                never: args.data_dir.iter().cloned().collect(),
+                ..args.credentials.clone()
+            },
             id: Some(format!("gateway-{k}")),
             region: String::new(),
             allow_backend_cidr: args.allow_backend_cidr.clone(),
@@ -161,7 +174,9 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         admin_token: control_plane.admin_token.clone(),
         model: admin.first_model().await?,
     };
-    started.print(io)?;
+    if let Err(error) = started.print(io) {
+        tracing::warn!(%error, "where everything is could not be printed; it runs all the same");
+    }
     for gateway in running {
         let ended = gateway.ended().await;
         ended.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?;

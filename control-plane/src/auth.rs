@@ -4,23 +4,78 @@
 //! come with the start of the process, so that there is a way in before there are any rows.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 use weir_proto::v1::{self, Role};
 use weir_runtime::Secret;
+use weir_runtime::grpc::{Bound, StreamBound};
 
 use crate::catalog::Catalog;
 use crate::encoding::sha256;
 use crate::model::State;
 
+mod bound_tokens;
 mod gate;
 
+pub(crate) use bound_tokens::GatewayTokens;
 pub(crate) use gate::{Gated, Reach};
 
 /// Shorter ones could be guessed.
 pub(crate) const TOKEN_MIN_CHARS: usize = 16;
+
+/// The one method that everybody may call: kubelets and proxies ask for health and have no token.
+pub(crate) const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
+/// A check is a few bytes each way.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Above the longest wait that a call may ask for, 60 s, with what a large change takes.
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// Streams of gateways of one lane. A fleet of ten thousand has a place for each, and some that are about to end.
+const LANES_MAX: usize = 16_384;
+/// Of a token of one gateway: the stream in use, the one that takes over, and one to spare.
+const LANES_PER_GATEWAY: usize = 4;
+/// Streams of those who watch.
+const WATCHES_MAX: usize = 256;
+/// One caller leaves room for others.
+const WATCHES_PER_CALLER: usize = 64;
+/// Copies of the store under way; each holds one in memory.
+const BACKUPS_MAX: usize = 4;
+const BACKUPS_PER_CALLER: usize = 2;
+/// A copy that is not taken within this is given up.
+const BACKUP_AGE: Duration = Duration::from_secs(15 * 60);
+/// Streams of reflection: people who look around.
+const REFLECTIONS_MAX: usize = 64;
+/// A look around takes a second.
+const REFLECTION_AGE: Duration = Duration::from_secs(30);
+/// After this a stream is opened anew, and with it its token is looked at again.
+const HEALTH_WATCH_AGE: Duration = Duration::from_secs(10 * 60);
+
+/// What bounds a call, by its path.
+pub(crate) fn bound(path: &str) -> Bound {
+    let stream =
+        |kind, most, most_per_caller, age| Bound::Stream(StreamBound { kind, most, most_per_caller, age });
+    match path {
+        HEALTH_CHECK => Bound::Unary(CHECK_TIMEOUT),
+        "/weir.v1.DiscoveryService/StreamConfig" => {
+            stream("configuration streams", LANES_MAX, LANES_PER_GATEWAY, None)
+        }
+        "/weir.v1.ReportService/StreamReports" => {
+            stream("report streams", LANES_MAX, LANES_PER_GATEWAY, None)
+        }
+        "/weir.v1.AdminService/Watch" => stream("watches", WATCHES_MAX, WATCHES_PER_CALLER, None),
+        "/weir.v1.AdminService/Backup" => {
+            stream("backups", BACKUPS_MAX, BACKUPS_PER_CALLER, Some(BACKUP_AGE))
+        }
+        "/grpc.health.v1.Health/Watch" => {
+            stream("health watches", WATCHES_MAX, WATCHES_PER_CALLER, Some(HEALTH_WATCH_AGE))
+        }
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => {
+            stream("reflection streams", REFLECTIONS_MAX, REFLECTIONS_MAX, Some(REFLECTION_AGE))
+        }
+        _ => Bound::Unary(CALL_TIMEOUT),
+    }
+}
 
 /// Who calls, proven.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +94,8 @@ enum Proof {
     Fixed,
     /// A row of the store, by the digest of the secret used.
     Token([u8; 32]),
+    /// A file of a gateway's token, by its digest.
+    File([u8; 32]),
     /// A client certificate, checked when the connection was made.
     Certificate,
 }
@@ -56,6 +113,8 @@ pub(crate) struct Identity {
 pub(crate) struct Authority {
     catalog: Arc<Catalog>,
     fixed: Arc<Fixed>,
+    /// Of gateways, from files.
+    bound: GatewayTokens,
 }
 
 #[derive(Debug)]
@@ -124,17 +183,24 @@ impl Caller {
 }
 
 impl Authority {
-    pub(crate) fn new(catalog: Arc<Catalog>, admin: &Secret, gateway: Option<&Secret>) -> Self {
+    pub(crate) fn new(
+        catalog: Arc<Catalog>,
+        admin: &Secret,
+        gateway: Option<&Secret>,
+        bound: GatewayTokens,
+    ) -> Self {
         let digest = |secret: &Secret| sha256(secret.expose().as_bytes());
-        Self { catalog, fixed: Arc::new(Fixed { admin: digest(admin), gateway: gateway.map(digest) }) }
+        let fixed = Arc::new(Fixed { admin: digest(admin), gateway: gateway.map(digest) });
+        Self { catalog, fixed, bound }
     }
 
     /// Who calls, by its token or, without one, by its certificate.
     pub(crate) fn identify(&self, metadata: &MetadataMap, peer: Option<&Identity>) -> Result<Caller, Status> {
-        let mut headers = metadata.get_all("authorization").iter();
-        let header = headers.next().and_then(|value| value.to_str().ok());
-        if headers.next().is_some() {
-            return Err(Status::unauthenticated("authorization is given twice"));
+        let mut sent = metadata.get_all("authorization").iter();
+        let header = sent.next().and_then(|value| value.to_str().ok());
+        // Two of them are read differently by whoever stands between.
+        if sent.next().is_some() {
+            return Err(Status::unauthenticated("one token is needed, not several"));
         }
         let Some(header) = header else {
             return match peer {
@@ -156,6 +222,15 @@ impl Authority {
         }
         if self.fixed.gateway.as_ref().is_some_and(|known| equal(&digest, known)) {
             return Ok(Caller::fixed("gateway", Role::Gateway));
+        }
+        if let Some(id) = self.bound.holder(&digest) {
+            let name = format!("gateway {id}").into();
+            return Ok(Caller {
+                name,
+                role: Role::Gateway,
+                gateway_id: Some(id),
+                proof: Proof::File(digest),
+            });
         }
         stored(&self.catalog.state(), &digest, SystemTime::now())
     }
@@ -193,6 +268,10 @@ impl Authority {
     pub(crate) fn still(&self, caller: &Caller) -> Result<(), Status> {
         match &caller.proof {
             Proof::Fixed | Proof::Certificate => Ok(()),
+            Proof::File(digest) => match self.bound.holder(digest) {
+                Some(_) => Ok(()),
+                None => Err(Status::unauthenticated("the token is not known any more")),
+            },
             Proof::Token(digest) => stored(&self.catalog.state(), digest, SystemTime::now()).map(|_| ()),
         }
     }
@@ -204,6 +283,9 @@ impl Authority {
             Some(own) => Err(Status::permission_denied(format!(
                 "{} speaks for gateway {own} and not for {gateway_id}",
                 caller.name
+            ))),
+            None if self.bound.has(gateway_id) => Err(Status::permission_denied(format!(
+                "gateway {gateway_id} has a token of its own; give that one to it"
             ))),
             None => match self.catalog.state().tokens.values().find(|t| t.gateway_id == gateway_id) {
                 None => Ok(()),
@@ -244,7 +326,7 @@ pub(crate) fn expired(secret: &v1::TokenSecret, now: SystemTime) -> bool {
 }
 
 /// Compared as a whole, so that time tells nothing.
-fn equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
+pub(crate) fn equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 

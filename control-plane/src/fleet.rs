@@ -21,6 +21,7 @@ use self::departures::Leaving;
 pub(crate) use self::pace::Told as ToldSpeeds;
 use self::pace::{Paces, Seen, Speeds};
 use crate::presence::{Presence, Present};
+use crate::registry::{Claim, Taken};
 use crate::trends::Trends;
 use crate::verdicts::{Verdicts, gateway};
 
@@ -166,9 +167,14 @@ impl Fleet {
         &self.trends
     }
 
-    /// A gateway's stream begins with its first report; an older stream of the same gateway has no say any more.
-    pub(crate) fn join(&self, first: &v1::StreamReportsRequest) -> Reporter {
+    /// A gateway's stream begins with its first report; an older stream of the same process has no say any more, and that
+    /// of another process only when this one's token is of the gateway alone.
+    pub(crate) fn join(&self, first: &v1::StreamReportsRequest, claim: &Claim) -> Result<Reporter, Taken> {
         let mut reports = self.reports();
+        let there = reports.by_gateway.get(&first.gateway_id);
+        if there.is_some_and(|there| !claim.may_replace(&there.incarnation, &first.incarnation)) {
+            return Err(Taken::ByAnother(first.gateway_id.clone()));
+        }
         reports.streams += 1;
         let stream = reports.streams;
         let report = Report {
@@ -190,7 +196,7 @@ impl Fleet {
         self.verdicts.set_gateway(id, first.probes.then_some(region));
         self.changed.notify_one();
         let present = self.presence.enter(&first.gateway_id);
-        Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present }
+        Ok(Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present })
     }
 
     /// The gateways that keep away from a backend.
@@ -457,8 +463,10 @@ mod tests {
     #[tokio::test]
     async fn late_reports_are_dropped_and_data_goes_with_the_stream() {
         let fleet = Fleet::new(Verdicts::new(Arc::default(), None, alone()), Presence::default());
-        let old = fleet.join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) });
-        let reporter = fleet.join(&report(0, 0));
+        let old = fleet
+            .join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) }, &Claim::Own)
+            .unwrap();
+        let reporter = fleet.join(&report(0, 0), &Claim::Own).unwrap();
         assert!(!old.report(&report(9, 9)), "a replaced stream");
         drop(old);
         assert!(reporter.report(&report(2, 5)));
@@ -490,20 +498,20 @@ mod tests {
             ..report(0, 0)
         };
         // Its stream breaks and it returns.
-        drop(fleet.join(&of("a", "a1")));
-        let stays = fleet.join(&of("a", "a1"));
+        drop(fleet.join(&of("a", "a1"), &Claim::Own).unwrap());
+        let stays = fleet.join(&of("a", "a1"), &Claim::Own).unwrap();
         // Still there for its configuration.
-        drop(fleet.join(&of("b", "b1")));
+        drop(fleet.join(&of("b", "b1"), &Claim::Own).unwrap());
         tokio::time::sleep(departures::GRACE * 10).await;
         assert_eq!(departures.borrow_and_update().last(), 0);
         connected.store(false, std::sync::atomic::Ordering::Relaxed);
         departures.changed().await.expect("open");
         assert_eq!(departures.borrow_and_update().after(0), ["b1"]);
         // Another process under the same name: at once, and the one before it is gone for good.
-        let again = fleet.join(&of("a", "a2"));
+        let again = fleet.join(&of("a", "a2"), &Claim::Own).unwrap();
         assert_eq!(departures.borrow_and_update().after(1), ["a1"]);
         drop((stays, again));
-        let _third = fleet.join(&of("a", "a3"));
+        let _third = fleet.join(&of("a", "a3"), &Claim::Own).unwrap();
         assert_eq!(departures.borrow_and_update().after(1), ["a1", "a2"]);
         assert!(fleet.cleans_up("a") && !fleet.cleans_up("b"));
         stop.cancel();

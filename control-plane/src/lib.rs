@@ -6,6 +6,9 @@
 //! A change goes from the admin service through a plan (pure) and a transaction into the store; the catalog follows
 //! the store; gateways follow debounced snapshots of the catalog.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod auth;
 mod catalog;
 mod encoding;

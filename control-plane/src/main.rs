@@ -1,5 +1,8 @@
 //! The control plane as a process of its own.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 use weir_control_plane::store::{EtcdConfig, EtcdStore, FileStore};
 use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
-use weir_runtime::{Cidr, Secret, exit, init_logs, shutdown_on_signals};
+use weir_runtime::{
+    AllowedHost, Cidr, Secret, exit, flush_logs_at_end, init_logs, say, shutdown_on_signals,
+};
 
 /// Keeps what operators declare, hands it to gateways, and watches backends.
 #[derive(Parser)]
@@ -18,9 +23,18 @@ struct Args {
     /// Where the admin, discovery and report services listen.
     #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:7070", value_name = "HOST:PORT")]
     listen: SocketAddr,
-    /// Where /livez, /readyz and /metrics are.
+    /// Where the live page, /livez, /readyz and /metrics are.
     #[arg(long, env = "WEIR_HTTP_LISTEN", default_value = "127.0.0.1:7080", value_name = "HOST:PORT")]
     http_listen: SocketAddr,
+    /// Name under which the page and the operations pages may be asked for, such as weir.example.com or *.example.com; may
+    /// be repeated. Addresses, localhost, names without dots and private suffixes (.svc, .internal) need none.
+    #[arg(
+        long = "ops-allowed-host",
+        env = "WEIR_OPS_ALLOWED_HOSTS",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    ops_allowed_hosts: Vec<AllowedHost>,
     /// Where the store and the admin token are kept; made when it is not there.
     #[arg(long, env = "WEIR_DATA_DIR", default_value = ".weir/control-plane", value_name = "DIR")]
     data_dir: PathBuf,
@@ -56,6 +70,10 @@ struct Args {
     /// A file with the token that opens discovery and reports only. Also as WEIR_GATEWAY_TOKEN.
     #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "FILE")]
     gateway_token_file: Option<PathBuf>,
+    /// A directory of tokens that are each bound to one gateway or limit service: a file is named by its id and holds its
+    /// token, at least 16 characters. Read again every few seconds.
+    #[arg(long, env = "WEIR_GATEWAY_TOKENS_DIR", value_name = "DIR")]
+    gateway_tokens_dir: Option<PathBuf>,
     /// Certificate chain (PEM) to serve gRPC over TLS alone; read again when it changes.
     #[arg(long, env = "WEIR_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -76,6 +94,8 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // Dropped after the runtime, so that what its tasks say last is written too.
+    let _flush = flush_logs_at_end();
     if let Err(message) = init_logs(&args.log) {
         return failed(exit::CONFIG, &message);
     }
@@ -132,10 +152,12 @@ fn config(args: Args) -> Result<Config, String> {
     Ok(Config {
         listen: args.listen,
         http_listen: args.http_listen,
+        ops_allowed_hosts: args.ops_allowed_hosts,
         store,
         bootstrap: args.bootstrap.as_deref().map(bootstrap).transpose()?.unwrap_or_default(),
         admin_token: token("admin-token-file", args.admin_token_file, "WEIR_ADMIN_TOKEN")?,
         gateway_token: token("gateway-token-file", args.gateway_token_file, "WEIR_GATEWAY_TOKEN")?,
+        gateway_tokens: args.gateway_tokens_dir,
         tls: args.tls_cert.zip(args.tls_key).map(|(cert, key)| TlsConfig {
             cert,
             key,
@@ -169,6 +191,6 @@ fn token(flag: &str, file: Option<PathBuf>, variable: &str) -> Result<Option<Sec
 }
 
 fn failed(code: u8, message: &str) -> ExitCode {
-    eprintln!("weir-control-plane: {message}");
+    say(&format!("weir-control-plane: {message}"));
     ExitCode::from(code)
 }

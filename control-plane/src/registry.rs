@@ -9,12 +9,50 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, SyncState};
 
+use crate::auth::Caller;
 use crate::publish::Held;
 
 /// How long a gateway that left is shown.
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 /// Answers per gateway whose times are kept, to tell since when it has held a revision.
 const ANSWERS_KEPT: usize = 64;
+
+/// Ids remembered at once. One token may come with many names; who left longest ago is forgotten first.
+const IDS_MAX: usize = 20_000;
+
+/// By what right a stream has an id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// Its token or certificate is of this gateway alone.
+    Own,
+    /// Its token is one that several gateways have: an id is whose process came first, as long as that is there.
+    Shared,
+}
+
+impl Claim {
+    /// Of who proved to be this caller and [may speak](crate::auth::Authority::speaks_for) for the gateway.
+    pub(crate) const fn of(caller: &Caller) -> Self {
+        if caller.gateway_id.is_some() { Self::Own } else { Self::Shared }
+    }
+
+    /// Whether a stream may take over from the one of a process that is still there.
+    pub(crate) fn may_replace(self, there: &str, comes: &str) -> bool {
+        self == Self::Own || there == comes
+    }
+}
+
+/// Why a stream is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Taken {
+    /// One that only observes has nothing to say beside it.
+    #[error("another stream of this gateway is here")]
+    ByItself,
+    /// The token does not prove which of two processes the gateway is.
+    #[error(
+        "another process is here as gateway {0}: end it, give this one another id, or give the gateway a token of its own"
+    )]
+    ByAnother(String),
+}
 
 /// All gateways. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -69,15 +107,16 @@ impl Registry {
         self.changes.send_modify(|n| *n += 1);
     }
 
-    /// A gateway opened a stream. The newest stream of an id wins: an older one is a process that is gone, or a
-    /// connection whose end nobody noticed yet. But one that only observes has nothing to say beside the one of the same
-    /// process that is followed here: `None`.
+    /// A gateway opened a stream. The newest stream of a process wins: the connection of an older one has an end that
+    /// nobody noticed yet. Another process of the same id takes over only when its token is of that gateway alone. And one
+    /// that only observes has nothing to say beside the one of the same process that is followed here.
     pub(crate) fn connect(
         &self,
         hello: &v1::Hello,
         held: &Held,
         applied_revision: u64,
-    ) -> Option<Connection> {
+        claim: Claim,
+    ) -> Result<Connection, Taken> {
         let replaced = CancellationToken::new();
         let mut gateways = self.gateways();
         gateways.streams += 1;
@@ -93,7 +132,17 @@ impl Registry {
             !entry.observer && entry.left.is_none() && entry.gateway.incarnation == hello.incarnation
         };
         if hello.observer && gateways.by_id.get(&id).is_some_and(follows) {
-            return None;
+            return Err(Taken::ByItself);
+        }
+        let there = gateways.by_id.get(&id).filter(|entry| entry.left.is_none());
+        if there.is_some_and(|entry| !claim.may_replace(&entry.gateway.incarnation, &hello.incarnation)) {
+            return Err(Taken::ByAnother(hello.gateway_id.clone()));
+        }
+        if gateways.by_id.len() >= IDS_MAX && !gateways.by_id.contains_key(&id) {
+            let left = gateways.by_id.iter().filter_map(|(id, entry)| Some((entry.left?, id)));
+            if let Some((_, oldest)) = left.min().map(|(left, id)| (left, id.clone())) {
+                gateways.by_id.remove(&oldest);
+            }
         }
         let gateway = v1::Gateway {
             id: hello.gateway_id.clone(),
@@ -124,7 +173,7 @@ impl Registry {
         }
         drop(gateways);
         self.changed();
-        Some(Connection { registry: self.clone(), id, stream, replaced })
+        Ok(Connection { registry: self.clone(), id, stream, replaced })
     }
 
     /// Every gateway connected now or within the last hour, by id, against the newest revision.
@@ -303,8 +352,8 @@ mod tests {
     async fn the_newest_stream_wins_and_who_left_is_forgotten_after_an_hour() {
         let registry = Registry::default();
         let held = Held::default();
-        let first = registry.connect(&hello("1"), &held, 3).unwrap();
-        let second = registry.connect(&hello("2"), &held, 4).unwrap();
+        let first = registry.connect(&hello("1"), &held, 3, Claim::Own).unwrap();
+        let second = registry.connect(&hello("2"), &held, 4, Claim::Own).unwrap();
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
         first.acknowledged(9, &held);
         drop(first);
@@ -328,28 +377,46 @@ mod tests {
     }
 
     #[test]
+    fn with_a_shared_token_no_other_process_takes_the_id_of_one_that_is_here() {
+        let registry = Registry::default();
+        let held = Held::default();
+        let first = registry.connect(&hello("1"), &held, 3, Claim::Shared).unwrap();
+        let rogue = registry.connect(&hello("2"), &held, 3, Claim::Shared);
+        assert_eq!(rogue.err(), Some(Taken::ByAnother("g".into())));
+        let observer = v1::Hello { observer: true, ..hello("2") };
+        assert!(registry.connect(&observer, &held, 3, Claim::Shared).is_err(), "nor does one that observes");
+        assert!(!first.replaced.is_cancelled());
+        let again = registry.connect(&hello("1"), &held, 3, Claim::Shared).unwrap();
+        assert!(first.replaced.is_cancelled(), "the same process comes back before its old stream has ended");
+        let proven = registry.connect(&hello("3"), &held, 3, Claim::Own).unwrap();
+        assert!(again.replaced.is_cancelled(), "the token of the gateway alone proves which one it is");
+        drop((first, again, proven));
+        assert!(registry.connect(&hello("2"), &held, 3, Claim::Shared).is_ok(), "it has left");
+    }
+
+    #[test]
     fn who_follows_another_control_plane_is_counted_once_and_gives_way_to_its_own_stream() {
         let registry = Registry::default();
         let held = Held::default();
         let observer = v1::Hello { observer: true, ..hello("1") };
-        let observing = registry.connect(&observer, &held, 3).unwrap();
+        let observing = registry.connect(&observer, &held, 3, Claim::Own).unwrap();
         observing.acknowledged(4, &held);
         assert_eq!((registry.applied(4).applied, registry.applied(4).connected), (1, 1));
-        let following = registry.connect(&hello("1"), &held, 4).unwrap();
+        let following = registry.connect(&hello("1"), &held, 4, Claim::Own).unwrap();
         assert!(observing.replaced.is_cancelled());
-        assert!(registry.connect(&observer, &held, 4).is_none());
+        assert_eq!(registry.connect(&observer, &held, 4, Claim::Own).err(), Some(Taken::ByItself));
         assert_eq!(registry.applied(4).connected, 1);
         drop(following);
-        assert!(registry.connect(&observer, &held, 4).is_some(), "it moved on");
+        assert!(registry.connect(&observer, &held, 4, Claim::Own).is_ok(), "it moved on");
     }
 
     #[test]
     fn limit_services_are_counted_apart_from_gateways_of_the_same_name() {
         let registry = Registry::default();
         let held = Held::default();
-        let gateway = registry.connect(&hello("1"), &held, 3).unwrap();
+        let gateway = registry.connect(&hello("1"), &held, 3, Claim::Own).unwrap();
         let role = v1::SubscriberRole::LimitService.into();
-        let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2).unwrap();
+        let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2, Claim::Own).unwrap();
         assert!(!gateway.replaced.is_cancelled());
         assert_eq!(registry.connected(), (1, Some(2)), "a limit service is not counted as a gateway");
         let applied = registry.applied(3);

@@ -1,5 +1,6 @@
 //! Putting it together: load, bind, serve, stop.
 
+mod by_size;
 mod config;
 
 use std::net::SocketAddr;
@@ -20,9 +21,10 @@ use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
-use weir_runtime::{EgressPolicy, Readiness, Secret, ServerTls, serve_ops_with};
+use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Places, STREAMS_PER_CONNECTION};
+use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, Secret, ServerTls, serve_ops_with};
 
-use crate::auth::{Authority, Caller, Gated, Reach};
+use crate::auth::{Authority, Caller, Gated, GatewayTokens, Reach};
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
 use crate::leader::Candidate;
@@ -40,10 +42,19 @@ use crate::services::report::Reports;
 use crate::store::{EtcdStore, FileStore, MemoryStore, Store};
 use crate::tls::TlsConfig;
 use crate::verdicts::Verdicts;
+use by_size::BySize;
 pub use config::{Config, Error, StoreConfig};
 
-/// A whole configuration in one apply or hello.
-const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// A whole configuration in one apply, and in one answer.
+const APPLY_BYTES_MAX: usize = 64 << 20;
+/// Any other call of an operator: one resource, or a few names.
+const CALL_BYTES_MAX: usize = 4 << 20;
+/// What a gateway holds, by kind, name and version: some 100 bytes for each of the 64 000 resources of the largest store.
+const HELLO_BYTES_MAX: usize = 16 << 20;
+/// One report of a gateway: at most 10 000 backends and as many probe results.
+const REPORT_BYTES_MAX: usize = 4 << 20;
+/// A check of health names a service.
+const CHECK_BYTES_MAX: usize = 1 << 10;
 /// A gateway that is gone without a word is noticed after so long, and as long again.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Calls still open that long after the stop signal are cut.
@@ -52,8 +63,6 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const BACKLOG: u32 = 4096;
 /// Gauges are this fresh.
 const MEASURE_INTERVAL: Duration = Duration::from_millis(100);
-/// Watches at once.
-const WATCHES_MAX: usize = 256;
 /// Probes on demand at once.
 const PROBES_MAX: usize = 16;
 /// What the health service knows: the whole, and each service.
@@ -82,6 +91,8 @@ impl ControlPlane {
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
         let admin_token = config.check()?;
         let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(Error::Config)?;
+        let hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+            .map_err(|e| Error::Config(format!("ops-allowed-host: {e}")))?;
         let store = open(&config.store).await?;
         let catalog = Arc::new(Catalog::load(Arc::clone(&store)).await?);
         let follow_stop = CancellationToken::new();
@@ -100,7 +111,13 @@ impl ControlPlane {
         let grpc_addr = grpc.local_addr().map_err(Error::bind("listen", config.listen))?;
         let http_addr = http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?;
         let snapshots = watch::Sender::new(catalog.state());
-        let authority = Authority::new(Arc::clone(&catalog), &admin_token, config.gateway_token.as_ref());
+        let bound = GatewayTokens::open(config.gateway_tokens.as_deref())
+            .map_err(|e| Error::Config(format!("gateway-tokens-dir: {e}")))?;
+        if let Some(directory) = config.gateway_tokens {
+            tasks.spawn(bound.clone().follow(directory, follow_stop.clone()));
+        }
+        let gateway_token = config.gateway_token.as_ref();
+        let authority = Authority::new(Arc::clone(&catalog), &admin_token, gateway_token, bound);
         let metrics: Arc<Metrics> = Arc::default();
         let name = format!("control-plane-{}", uuid::Uuid::new_v4().simple());
         let mut candidate = Candidate::new(store, name, Arc::clone(&metrics));
@@ -119,7 +136,6 @@ impl ControlPlane {
             metrics,
             authority,
             initial_syncs: Arc::new(Semaphore::new(initial_syncs())),
-            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
             probes: Arc::new(Semaphore::new(PROBES_MAX)),
             tasks,
             stop: shutdown.clone(),
@@ -146,7 +162,7 @@ impl ControlPlane {
         let feed: Arc<Feed> = Arc::default();
         shared.tasks.spawn(feed.clone().run(shared.clone(), follow_stop.clone()));
         undo.disarm();
-        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, http, follow_stop);
+        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, (http, hosts), follow_stop);
         Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
     }
 }
@@ -242,14 +258,17 @@ async fn serve(
     tls: Option<ServerTls>,
     loopback: bool,
     grpc: TcpListener,
-    http: TcpListener,
+    (http, hosts): (TcpListener, AllowedHosts),
     follow_stop: CancellationToken,
 ) -> Result<(), Error> {
     let (tasks, shutdown) = (shared.tasks.clone(), shared.stop.clone());
     let readiness = Readiness::not_ready("starting");
     let mut registry = prometheus_client::registry::Registry::default();
     shared.metrics.register(&mut registry);
+    weir_runtime::register(&mut registry);
     let (health, health_service) = tonic_health::server::health_reporter();
+    let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
+    let places = Places::default();
     // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
     for name in HEALTH_NAMES {
         health.set_service_status(name, ServingStatus::Serving).await;
@@ -260,14 +279,17 @@ async fn serve(
         .map_err(|e| Error::Failed(e.to_string()))?;
     let reflection_reach = if loopback { Reach::Everybody } else { Reach::Authorised };
     let authority = shared.authority.clone();
-    let admin = AdminServiceServer::new(Admin::new(shared.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let admin = |most| {
+        AdminServiceServer::new(Admin::new(shared.clone()))
+            .max_decoding_message_size(most)
+            .max_encoding_message_size(APPLY_BYTES_MAX)
+    };
+    let admin = BySize { apply: admin(APPLY_BYTES_MAX), other: admin(CALL_BYTES_MAX) };
     let discovery = DiscoveryServiceServer::new(Discovery(shared.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        .max_decoding_message_size(HELLO_BYTES_MAX)
+        .max_encoding_message_size(APPLY_BYTES_MAX);
     let pages = page::routes(shared.clone(), feed);
-    let reports = ReportServiceServer::new(Reports(shared));
+    let reports = ReportServiceServer::new(Reports(shared)).max_decoding_message_size(REPORT_BYTES_MAX);
     let listeners = EdgeMetrics::new(&mut registry);
     let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners.clone());
     let incoming = ReceiverStream::new(edge::incoming(grpc, tls, &tasks, shutdown.clone()));
@@ -285,14 +307,16 @@ async fn serve(
         .layer(BusyLayer)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(health_service)
-        .add_service(Gated::new(reflection, authority.clone(), reflection_reach))
-        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised))
-        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised))
-        .add_service(Gated::new(reports, authority, Reach::Authorised))
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .add_service(Gated::new(health_service, authority.clone(), Reach::Probes, places.clone()))
+        .add_service(Gated::new(reflection, authority.clone(), reflection_reach, places.clone()))
+        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised, places.clone()))
+        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised, places.clone()))
+        .add_service(Gated::new(reports, authority, Reach::Authorised, places))
         .serve_with_incoming_shutdown(incoming, stopping);
     let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
-    let ops = serve_ops_with(http, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
+    let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
     readiness.set(Ok(()));
     let ended = {
         let both = async { tokio::join!(server, ops) };

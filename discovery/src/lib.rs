@@ -5,6 +5,7 @@
 
 mod held;
 mod observe;
+mod save;
 mod subscribe;
 
 pub use held::{DeltaError, Disk, Held, Refused};

@@ -1,5 +1,9 @@
 //! One task owns the [`Held`] resources. It loads the disk copy first, then follows the control plane; when the
 //! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
+//!
+//! A change is in force before anything is waited for: a resource that the owner cannot use yet, such as a backend whose
+//! credential is on a disk that does not answer, and a copy that cannot be written delay the answer to a change, and
+//! that by less than a second. So the next change, which may revoke a key, never waits for them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,6 +13,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -19,11 +24,12 @@ use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
 use weir_proto::v1::{
-    Ack, Delta, Hello, Nack, ResourceError, ResourceRef, StreamConfigRequest, SubscriberRole,
+    Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry, StreamConfigRequest, SubscriberRole,
 };
 
 use crate::held::{Disk, Held, Refused};
 use crate::observe::{self, Standing};
+use crate::save::Saver;
 
 /// Longest pause between two tries to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(15);
@@ -43,6 +49,18 @@ pub trait Apply: Send {
     fn check(&self, _epoch: &str, _revision: u64, _resources: &[Resource]) -> Vec<Refused> {
         Vec::new()
     }
+    /// Waits, for a bounded time of well below a second, for what the last check or apply could not know yet. Returns whether
+    /// there was anything: then both may come out differently.
+    fn settle(&mut self) -> impl Future<Output = bool> + Send {
+        std::future::ready(false)
+    }
+    /// Returns when what is in force, or was refused, may come out differently although no resource has changed. Cancel-safe;
+    /// returns again until the resources are applied anew.
+    fn changed(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
+    /// What is refused by now, by kind and name, with the reasons.
+    fn refusing(&mut self, _refusing: &BTreeMap<(i32, String), String>) {}
     /// So many resources of the newest configuration are refused; one refused whole counts as one.
     fn refused(&mut self, _count: usize) {}
     /// The control plane is heard, or is not any more.
@@ -173,41 +191,51 @@ pub struct Subscriber<A> {
     /// The one that is followed, or tried.
     followed: watch::Sender<usize>,
     standing: watch::Sender<Standing>,
-    disk: Option<Disk>,
+    saver: Option<Saver>,
+    /// What the disk held at the start, until it is in force.
+    loaded: Option<Held>,
     held: Held,
     /// The revision that was answered last, whether all of it was taken or not.
     answered: u64,
     /// What is refused by now, by kind and name, with the reasons.
     refusing: BTreeMap<(i32, String), String>,
+    /// The control plane is to send again what was refused.
+    retry: bool,
 }
 
 impl<A: Apply> Subscriber<A> {
-    /// Loads the disk copy (blocks briefly) and puts it in force. There has to be a link.
+    /// Loads the disk copy (blocks briefly), which [`Self::run`] puts in force first of all. There has to be a link.
     pub fn new(owner: A, identity: Identity, links: Vec<Link>, disk: Option<Disk>) -> Self {
         // Spread over the control planes, each always at the same one while it is there.
         let bytes = Sha256::digest(identity.id.as_bytes());
         let first = bytes.first().map_or(0, |byte| usize::from(*byte)) % links.len().max(1);
-        let mut subscriber = Self {
+        Self {
             owner,
             identity: Arc::new(identity),
             links,
             followed: watch::Sender::new(first),
             standing: watch::Sender::default(),
-            disk,
+            loaded: disk.as_ref().and_then(Disk::load),
+            saver: disk.map(Saver::new),
             held: Held::default(),
             answered: 0,
             refusing: BTreeMap::new(),
-        };
-        if let Some(held) = subscriber.disk.as_ref().and_then(Disk::load) {
-            let revision = held.revision;
-            let refused = subscriber.enforce(held);
-            tracing::info!(revision, refused = refused.len(), "serving the configuration kept on disk");
+            retry: false,
         }
-        subscriber
     }
 
-    /// Follows a control plane, and another one when it is gone, until `shutdown`.
+    /// Puts the disk copy in force, follows a control plane, and another one when it is gone, until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
+        if let Some(held) = self.loaded.take() {
+            let (revision, resources) = (held.revision, held.checked().0);
+            // Nothing serves yet, so nothing is the worse for waiting a moment for what it needs.
+            self.owner.check(&held.epoch, held.revision, &resources);
+            self.owner.settle().await;
+            let refused = self.enforce(held);
+            say(&refused);
+            self.owner.refused(refused.len());
+            tracing::info!(revision, refused = refused.len(), "serving the configuration kept on disk");
+        }
         let mut backoff = Backoff::default();
         self.stand(&[]);
         // Ends with this task.
@@ -224,11 +252,19 @@ impl<A: Apply> Subscriber<A> {
                 ));
             }
         }
+        tokio::select! {
+            () = self.follow_all(&mut backoff) => {}
+            () = shutdown.cancelled() => {}
+        }
+        if let Some(saver) = &self.saver {
+            saver.saved().await;
+        }
+    }
+
+    /// Follows one control plane after the other. Never ends.
+    async fn follow_all(&mut self, backoff: &mut Backoff) {
         loop {
-            let ended = tokio::select! {
-                ended = self.follow(&mut backoff) => ended,
-                () = shutdown.cancelled() => return,
-            };
+            let ended = self.follow(backoff).await;
             self.owner.connected(false);
             self.followed.send_modify(|at| *at = (*at + 1) % self.links.len().max(1));
             let pause = backoff.next_pause();
@@ -239,28 +275,51 @@ impl<A: Apply> Subscriber<A> {
                 ?pause,
                 "control plane away; configuration stays"
             );
+            self.meanwhile(tokio::time::sleep(pause)).await;
+        }
+    }
+
+    /// Waits for something, and takes over what changes by itself meanwhile.
+    async fn meanwhile<T>(&mut self, something: impl Future<Output = T>) -> T {
+        let mut something = std::pin::pin!(something);
+        loop {
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = shutdown.cancelled() => return,
+                done = &mut something => return done,
+                () = self.owner.changed() => self.renew(),
             }
         }
     }
 
     async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), String> {
         let link = &self.links[*self.followed.borrow()];
-        let channel: Channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
+        let connecting = link.endpoint()?;
+        let channel: Channel =
+            self.meanwhile(async move { connecting.connect().await }).await.map_err(|e| error_chain(&e))?;
         let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
-        // One delta is in flight at a time, so two answers never wait.
-        let (up, messages) = mpsc::channel(2);
+        // One delta is in flight at a time, so two answers never wait; what is asked to be sent again is the third.
+        let (up, messages) = mpsc::channel(3);
+        // With what is held now, everything that was refused is sent.
+        self.retry = false;
         send(&up, Up::Hello(self.hello())).await?;
         let request = self.identity.request(ReceiverStream::new(messages))?;
-        let mut stream =
-            client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+        let opened = self.meanwhile(client.stream_config(request)).await;
+        let mut stream = opened.map_err(|s| s.message().to_owned())?.into_inner();
         self.owner.connected(true);
+        let mut silent_at = Instant::now() + SILENCE_MAX;
         loop {
-            let message = tokio::time::timeout(SILENCE_MAX, stream.message()).await;
+            if std::mem::take(&mut self.retry) {
+                send(&up, Up::Retry(Retry {})).await?;
+            }
+            let message = tokio::select! {
+                message = tokio::time::timeout_at(silent_at, stream.message()) => message,
+                () = self.owner.changed() => {
+                    self.renew();
+                    continue;
+                }
+            };
             let message = message.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))?;
             let Some(message) = message.map_err(|s| s.message().to_owned())? else { return Ok(()) };
+            silent_at = Instant::now() + SILENCE_MAX;
             backoff.reset();
             if let Some(Down::Delta(delta)) = message.message {
                 let answer = self.apply(delta).await;
@@ -304,8 +363,12 @@ impl<A: Apply> Subscriber<A> {
                 return Up::Nack(Nack { nonce, errors });
             }
         };
-        let refused = self.enforce_or_keep(next, &delta);
-        self.save().await;
+        let refused = self.take(next, &delta).await;
+        if let Some(saver) = &mut self.saver {
+            saver.save(&self.held);
+            saver.saved().await;
+        }
+        say(&refused);
         tracing::info!(
             revision = self.held.revision,
             changed = delta.upserts.len(),
@@ -319,6 +382,7 @@ impl<A: Apply> Subscriber<A> {
         }
         self.refusing.extend(refused.iter().map(|r| ((r.kind as i32, r.name.clone()), r.message.clone())));
         self.owner.refused(self.refusing.len());
+        self.owner.refusing(&self.refusing);
         let error = |kind: i32, name: &str, message: &str| ResourceError {
             resource: Some(ResourceRef { kind, name: name.to_owned() }),
             message: message.to_owned(),
@@ -329,11 +393,24 @@ impl<A: Apply> Subscriber<A> {
         if errors.is_empty() { Up::Ack(Ack { nonce }) } else { Up::Nack(Nack { nonce, errors }) }
     }
 
-    /// Puts a delta's resources in force. Of a changed resource that cannot be used, the version that was held stays.
-    fn enforce_or_keep(&mut self, mut next: Held, delta: &Delta) -> Vec<Refused> {
+    /// Puts a delta's resources in force, at once those that the owner can use at once.
+    async fn take(&mut self, next: Held, delta: &Delta) -> Vec<Refused> {
+        let before = self.held.clone();
+        if before.epoch.is_empty() {
+            // Nothing serves yet, and what is revoked is in force nowhere.
+            self.owner.check(&next.epoch, next.revision, &next.checked().0);
+            self.owner.settle().await;
+        }
+        let refused = self.enforce_or_keep(next.clone(), &before, delta);
+        // What is refused by now may have been asked for a moment ago.
+        if self.owner.settle().await { self.enforce_or_keep(next, &before, delta) } else { refused }
+    }
+
+    /// Of a changed resource that cannot be used, the version that was held before stays.
+    fn enforce_or_keep(&mut self, mut next: Held, before: &Held, delta: &Delta) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
         refused.extend(self.owner.check(&next.epoch, next.revision, &resources));
-        if !next.keep(&self.held, delta, &refused) {
+        if !next.keep(before, delta, &refused) {
             refused.clear();
         }
         for more in self.enforce(next) {
@@ -348,26 +425,29 @@ impl<A: Apply> Subscriber<A> {
     fn enforce(&mut self, next: Held) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
         refused.extend(self.owner.apply(&next.epoch, next.revision, &resources));
-        for r in &refused {
-            tracing::warn!(
-                kind = weir_proto::resource::kind_name(r.kind),
-                name = r.name,
-                reason = r.message,
-                "resource not used"
-            );
-        }
-        self.owner.refused(refused.len());
         self.held = next;
         refused
     }
 
-    async fn save(&self) {
-        let Some(disk) = self.disk.clone() else { return };
-        let held = self.held.clone();
-        let saved = tokio::task::spawn_blocking(move || disk.save(&held)).await;
-        if let Err(error) = saved.map_err(std::io::Error::other).flatten() {
-            tracing::error!(%error, "the configuration could not be kept on disk: a restart without the control plane would serve an older one");
-        }
+    /// Puts what is held in force anew, since something else has changed, and has sent again what was refused before.
+    fn renew(&mut self) {
+        let held = std::mem::take(&mut self.held);
+        let refused = self.enforce(held);
+        say(&refused);
+        tracing::info!(revision = self.held.revision, refused = refused.len(), "configuration renewed");
+        self.owner.refused(self.refusing.len().max(refused.len()));
+        self.retry = !self.refusing.is_empty();
+    }
+}
+
+fn say(refused: &[Refused]) {
+    for r in refused {
+        tracing::warn!(
+            kind = weir_proto::resource::kind_name(r.kind),
+            name = r.name,
+            reason = r.message,
+            "resource not used"
+        );
     }
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
-use weir_runtime::{Cidr, Secret, edge};
+use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
+use crate::credentials::CredentialSources;
 use crate::server::Bounds;
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.
@@ -17,9 +18,25 @@ pub struct Config {
     /// Address for clients.
     #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Address for operations: /livez, /readyz, /metrics.
+    /// Address for operations: /livez, /readyz, /metrics, and for who has the operations token /usage and /limits.
     #[arg(long, env = "WEIR_OPS_LISTEN", default_value = "127.0.0.1:9100")]
     pub ops_listen: SocketAddr,
+    /// File with the operations token, at least 16 characters, that opens /usage and /limits. Also as WEIR_OPS_TOKEN.
+    /// Without one those pages are closed.
+    #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "PATH")]
+    pub ops_token_file: Option<PathBuf>,
+    /// The token itself; by environment only, since arguments can be read by everybody on the machine.
+    #[arg(skip)]
+    pub ops_token: Option<Secret>,
+    /// Name under which the operations port may be asked for, such as ops.example.com or *.example.com; may be repeated.
+    /// Addresses, localhost, names without dots and private suffixes (.svc, .internal) need none.
+    #[arg(
+        long = "ops-allowed-host",
+        env = "WEIR_OPS_ALLOWED_HOSTS",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    pub ops_allowed_hosts: Vec<AllowedHost>,
     /// The control plane; where several share a store, all of them with commas between: http://a:7070,http://b:7070.
     #[arg(
         long,
@@ -55,6 +72,9 @@ pub struct Config {
     /// Directory of the configuration copy that is served while the control plane is away. None is kept without it.
     #[arg(long, env = "WEIR_DATA_DIR", value_name = "PATH")]
     pub data_dir: Option<PathBuf>,
+    /// Where backends' credentials may be found.
+    #[command(flatten)]
+    pub credentials: CredentialSources,
     /// Name of this gateway; one is made up when none is given.
     #[arg(long, env = "WEIR_GATEWAY_ID", value_name = "NAME")]
     pub id: Option<String>,
@@ -106,6 +126,29 @@ impl Config {
             drain: Duration::from_secs(self.drain_s),
             ..shipped
         }
+    }
+
+    /// The operations token: given, in the environment, or in the file.
+    pub fn ops_token(&self) -> Result<OpsToken, String> {
+        let token = match (&self.ops_token, std::env::var("WEIR_OPS_TOKEN"), &self.ops_token_file) {
+            (Some(token), ..) => Some(token.clone()),
+            (None, Ok(token), _) => Some(Secret::new(token)),
+            (None, Err(_), Some(path)) => Some(weir_runtime::read_token(path)?),
+            (None, Err(_), None) => None,
+        };
+        OpsToken::new(token.as_ref())
+    }
+
+    /// The files and directories of this process that no backend may name as its credential.
+    pub(crate) fn own_secrets(&self) -> Vec<PathBuf> {
+        let own = [
+            &self.gateway_token_file,
+            &self.ops_token_file,
+            &self.control_plane_key,
+            &self.tls_key,
+            &self.data_dir,
+        ];
+        own.into_iter().flatten().chain(&self.credentials.never).cloned().collect()
     }
 
     /// The token for the control plane: given, in the environment, or in the file.

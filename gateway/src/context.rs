@@ -3,20 +3,25 @@
 //! Dropping the context is its end, whatever the way out; a context that nobody marked as finished belongs to a
 //! client that went away.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_runtime::edge::Client;
 
 use crate::headers::ShownLimits;
 use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
+use crate::pulse::Pulse;
 
 /// What is known of a request.
 #[derive(Debug)]
 pub struct RequestContext {
     metrics: Metrics,
+    /// None from the end of the request on.
+    under_way: Option<UnderWay>,
     /// When it arrived.
     pub started: Instant,
     /// Ours, or the client's own when it is well formed.
@@ -55,20 +60,42 @@ pub struct RequestContext {
     pub close: bool,
 }
 
+/// Counts a request as under way for as long as it lives.
+#[derive(Debug)]
+struct UnderWay {
+    in_flight: Gauge,
+    pulse: Arc<Pulse>,
+}
+
+impl UnderWay {
+    fn begin(metrics: &Metrics) -> Self {
+        metrics.in_flight.inc();
+        metrics.pulse.began();
+        Self { in_flight: metrics.in_flight.clone(), pulse: metrics.pulse.clone() }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.in_flight.dec();
+        self.pulse.left();
+    }
+}
+
 /// Longest request id that is taken over from a client, bytes.
 const REQUEST_ID_MAX_BYTES: usize = 128;
 
 impl RequestContext {
     /// A request arrived.
     pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, client: Client) -> Box<Self> {
-        metrics.in_flight.inc();
-        metrics.pulse.began();
+        let under_way = Some(UnderWay::begin(metrics));
         let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
             let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&id.len());
             fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         });
         Box::new(Self {
             metrics: metrics.clone(),
+            under_way,
             started: Instant::now(),
             request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
             client,
@@ -99,6 +126,44 @@ impl RequestContext {
     pub fn finished(&mut self, status: StatusCode, code: &'static str) {
         self.outcome = Some((status, code));
     }
+
+    fn count(&self, elapsed: Duration, status: u16, code: &'static str, model: &str, tenant: &str) {
+        let m = &self.metrics;
+        m.pulse.ended(status, code);
+        if let Some((input, output, source)) = self.tokens {
+            m.pulse.tokens(input, output);
+            for (direction, count) in [("input", input), ("output", output)] {
+                let labels = TokenLabels { model: model.to_owned(), direction, source };
+                metrics::add(&m.tokens.get_or_create(&labels), count);
+            }
+        }
+        let by_model = ModelLabels { model: model.to_owned() };
+        m.duration.get_or_create(&by_model).observe(elapsed.as_secs_f64());
+        if let Some(first) = self.first_byte {
+            m.first_byte.get_or_create(&by_model).observe(first.as_secs_f64());
+        }
+        let (model, tenant) = (model.to_owned(), tenant.to_owned());
+        m.requests.get_or_create(&RequestLabels { model, tenant, status, code }).inc();
+    }
+}
+
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        // First: what follows may fail. Were it to panic all the same, fields would be dropped, and this with them.
+        drop(self.under_way.take());
+        let elapsed = self.started.elapsed();
+        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
+        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
+        let model = self.model.take().unwrap_or_else(|| "unknown".into());
+        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
+        self.count(elapsed, status, code, &model, &tenant);
+        // Last, so that everything is counted whatever becomes of the line.
+        if self.unlogged {
+            tracing::debug!(target: "weir::request", request_id = self.request_id, status, code);
+        } else {
+            self.log(status, code, elapsed, &model, &tenant);
+        }
+    }
 }
 
 impl RequestContext {
@@ -127,33 +192,29 @@ impl RequestContext {
     }
 }
 
-impl Drop for RequestContext {
-    fn drop(&mut self) {
-        let elapsed = self.started.elapsed();
-        // 499: the client closed the connection first; nginx's number, which every dashboard knows.
-        let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
-        let model = self.model.take().unwrap_or_else(|| "unknown".into());
-        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
-        if self.unlogged {
-            tracing::debug!(target: "weir::request", request_id = self.request_id, status, code);
-        } else {
-            self.log(status, code, elapsed, &model, &tenant);
-        }
-        let m = &self.metrics;
-        m.in_flight.dec();
-        m.pulse.ended(status, code);
-        if let Some((input, output, source)) = self.tokens {
-            m.pulse.tokens(input, output);
-            for (direction, count) in [("input", input), ("output", output)] {
-                let labels = TokenLabels { model: model.clone(), direction, source };
-                metrics::add(&m.tokens.get_or_create(&labels), count);
-            }
-        }
-        let by_model = ModelLabels { model: model.clone() };
-        m.duration.get_or_create(&by_model).observe(elapsed.as_secs_f64());
-        if let Some(first) = self.first_byte {
-            m.first_byte.get_or_create(&by_model).observe(first.as_secs_f64());
-        }
-        m.requests.get_or_create(&RequestLabels { model, tenant, status, code }).inc();
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    #[test]
+    fn a_request_that_panics_is_not_under_way_any_more() {
+        let metrics = Metrics::new(&mut Registry::default());
+        let client = Client::detached("127.0.0.1".parse().expect("an address"));
+        let begun = || RequestContext::begin(&metrics, &http::HeaderMap::new(), client.clone());
+        let mut finished = begun();
+        finished.finished(StatusCode::OK, "ok");
+        let left = begun();
+        assert_eq!(metrics.in_flight.get(), 2);
+        drop((finished, left));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _context = begun();
+            panic!("a bug");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(metrics.in_flight.get(), 0);
+        let traffic = metrics.pulse.take_traffic();
+        assert_eq!((traffic.in_flight, traffic.succeeded, traffic.abandoned), (0, 1, 2));
     }
 }

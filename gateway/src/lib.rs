@@ -3,8 +3,11 @@
 //! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
 //! ([`read`], [`balance`], [`account`], [`send`]), [`body`] streams and gives everything back.
 //!
-//! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle),
+//! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle), [`credentials`] those of backends,
 //! [`report`] exchanges what gateways see.
+
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod account;
 pub mod authentication;
@@ -13,6 +16,7 @@ pub mod body;
 pub mod budget;
 pub mod config;
 pub mod context;
+pub mod credentials;
 pub mod error;
 pub mod estimate;
 pub mod explain;

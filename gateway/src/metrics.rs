@@ -199,6 +199,8 @@ pub struct Metrics {
     pub control_plane_connected: Gauge,
     /// Resources that this gateway refuses.
     pub config_refused: Gauge,
+    /// Credential files that could not be read last.
+    pub credentials_unreadable: Gauge,
     /// From the control plane's decision until a verdict was in force here; between hosts also what their clocks differ.
     pub verdict_delay: Histogram,
     /// Probes made by this gateway.
@@ -279,6 +281,7 @@ impl Metrics {
             config_age: Gauge::default(),
             control_plane_connected: Gauge::default(),
             config_refused: Gauge::default(),
+            credentials_unreadable: Gauge::default(),
             verdict_delay: Histogram::new(VERDICT_BUCKETS),
             probes: Family::default(),
             probes_needless: Family::default(),
@@ -378,6 +381,11 @@ impl Metrics {
             "config_refused_resources",
             "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
             m.config_refused.clone(),
+        );
+        r.register(
+            "credential_files_unreadable",
+            "Files of backends' credentials that could not be read last; where one was read before, that one is in use",
+            m.credentials_unreadable.clone(),
         );
         r.register(
             "verdict_delay_seconds",

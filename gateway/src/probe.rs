@@ -17,11 +17,11 @@ mod look;
 mod plan;
 mod schedule;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, HealthProfile};
@@ -77,6 +77,37 @@ pub struct Prober {
     alone: Option<BTreeMap<String, (u32, u32)>>,
 }
 
+/// Looks under way, each in a task.
+#[derive(Default)]
+struct Looks {
+    tasks: JoinSet<Done>,
+    keys: HashMap<task::Id, Key>,
+}
+
+impl Looks {
+    fn len(&self) -> usize {
+        self.tasks.len()
+    }
+
+    fn spawn(&mut self, key: Key, look: impl Future<Output = Done> + Send + 'static) {
+        let id = self.tasks.spawn(look).id();
+        self.keys.insert(id, key);
+    }
+
+    /// The next one that ends; of one that panicked only what it looked at. Never returns while there is none. Cancel
+    /// safe.
+    async fn next(&mut self) -> Result<Done, Option<Key>> {
+        match self.tasks.join_next_with_id().await {
+            None => std::future::pending().await,
+            Some(Ok((id, done))) => {
+                self.keys.remove(&id);
+                Ok(done)
+            }
+            Some(Err(error)) => Err(self.keys.remove(&error.id())),
+        }
+    }
+}
+
 /// A look that ended.
 struct Done {
     key: Key,
@@ -105,7 +136,7 @@ impl Prober {
     pub async fn run(mut self, shutdown: CancellationToken) {
         let live = Arc::clone(&self.live);
         let (mut orders, mut revisions) = (live.probes().orders(), live.revisions());
-        let mut looks = JoinSet::new();
+        let mut looks = Looks::default();
         loop {
             let now = Instant::now();
             let alone_at = self.follow(&orders.borrow_and_update().clone(), now);
@@ -122,11 +153,14 @@ impl Prober {
                     let now = Instant::now();
                     ordered.into_iter().for_each(|key| self.schedule.order(key, now));
                 }
-                Some(done) = looks.join_next() => {
-                    if let Ok(done) = done {
-                        self.finished(done);
-                    }
-                }
+                done = looks.next() => match done {
+                    Ok(done) => self.finished(done),
+                    // It has told nothing, and is looked at again in its turn.
+                    Err(key) => if let Some(key) = key {
+                        let (now, jitter) = ((Instant::now(), unix()), crate::random_unit());
+                        self.schedule.finished(&key, End::Nothing, &HealthProfile::default(), now, jitter);
+                    },
+                },
                 () = sleep_until(next.unwrap_or(now)), if next.is_some() => {}
             }
         }
@@ -169,7 +203,7 @@ impl Prober {
         alone_at.filter(|at| *at > now)
     }
 
-    fn start_due(&mut self, looks: &mut JoinSet<Done>, now: Instant) {
+    fn start_due(&mut self, looks: &mut Looks, now: Instant) {
         let snapshot = self.live.snapshot();
         for key in self.schedule.take_due(now, AT_ONCE.saturating_sub(looks.len())) {
             let Some(entry) = snapshot.backends.get(key.0.as_str()).cloned() else {
@@ -185,21 +219,21 @@ impl Prober {
                     self.schedule.finished(&key, End::Good, &profile, (now, unix()), crate::random_unit());
                 }
                 Plan::Liveness(limit) => {
-                    looks.spawn(async move {
+                    looks.spawn(key.clone(), async move {
                         let looked = look::liveness(entry.clone(), limit).await;
                         Done { key, entry, model: None, how: How::Asked(looked) }
                     });
                 }
                 Plan::Readiness(readiness) => {
                     let ledger = self.ledger.clone();
-                    looks.spawn(async move {
+                    looks.spawn(key.clone(), async move {
                         let (how, model) = readiness.look(&ledger, &entry).await;
                         Done { key, entry, model, how }
                     });
                 }
                 Plan::Deep(depth, measure) => {
                     let ledger = self.ledger.clone();
-                    looks.spawn(async move {
+                    looks.spawn(key.clone(), async move {
                         let mut looked = look::deep(&entry, &depth).await;
                         let how = match measure {
                             None => How::Asked(looked),
@@ -434,5 +468,19 @@ const fn outcome_name(outcome: ProbeOutcome) -> &'static str {
         ProbeOutcome::Status => "status",
         ProbeOutcome::WrongModel => "wrong_model",
         ProbeOutcome::BadAnswer => "bad_answer",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_look_that_panics_is_still_known_by_what_it_looked_at() {
+        let mut looks = Looks::default();
+        let key: Key = ("b".to_owned(), ProbeTier::Liveness);
+        looks.spawn(key.clone(), async { panic!("a bug") });
+        assert_eq!(looks.next().await.err(), Some(Some(key)));
+        assert_eq!((looks.len(), looks.keys.len()), (0, 0));
     }
 }

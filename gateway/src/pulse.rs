@@ -66,6 +66,11 @@ impl Pulse {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A request is not under way any more, whatever became of it.
+    pub fn left(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// A request ended, with this status and "ok" or what went wrong.
     pub fn ended(&self, status: u16, code: &str) {
         let counter = match status {
@@ -77,7 +82,6 @@ impl Pulse {
             _ => &self.failed,
         };
         counter.fetch_add(1, Ordering::Relaxed);
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Tokens that a request used.
@@ -233,6 +237,7 @@ mod tests {
         for (status, code) in ends {
             pulse.began();
             pulse.ended(status, code);
+            pulse.left();
         }
         pulse.began();
         let traffic = pulse.take_traffic();

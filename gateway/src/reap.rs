@@ -191,8 +191,7 @@ mod tests {
             put("m", Spec::Model(v1::ModelSpec { pool: "chat".into(), ..Default::default() })),
             put("l", Spec::Limit(v1::LimitSpec { selector: Some(selector), rates: Some(rates) })),
         ];
-        let (snapshot, _) =
-            Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(String::new()));
+        let (snapshot, _) = Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(None));
         let sets: Vec<String> = lease_sets(&snapshot).iter().map(|key| key.as_str().to_owned()).collect();
         assert_eq!(sets, ["weir:{a:x}:c", "weir:{b:b}:c"]);
     }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
@@ -17,11 +18,12 @@ use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
-use weir_runtime::{EgressPolicy, Readiness, ServerTls};
+use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
 
 use crate::account::Ledger;
 use crate::authentication::Failures;
 use crate::config::Config;
+use crate::credentials::Credentials;
 use crate::intake::BodyMemory;
 use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
@@ -108,6 +110,9 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
+    let ops_token = config.ops_token().map_err(|e| StartError::Config(format!("--ops-token-file: {e}")))?;
+    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
@@ -120,6 +125,8 @@ pub async fn start(
         ),
         _ => None,
     };
+    let credentials =
+        Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
     let disk = config.data_dir.as_deref().map(Disk::new).transpose();
     let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
     let limiter = match (limiter, &config.redis) {
@@ -149,6 +156,7 @@ pub async fn start(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
     let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
     let live = Arc::new(Live::new(egress));
@@ -169,11 +177,13 @@ pub async fn start(
         metrics: metrics.clone(),
     });
     let readiness = Readiness::not_ready("no configuration yet");
-    let subscriber = Subscriber::new(Publisher(live.clone()), identity.clone(), control_planes.clone(), disk);
+    let publisher = Publisher::new(live.clone(), credentials.clone());
+    let subscriber = Subscriber::new(publisher, identity.clone(), control_planes.clone(), disk);
 
     let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
     let drained = CancellationToken::new();
+    tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
     tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
@@ -189,8 +199,11 @@ pub async fn start(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
+    let pages = pages.layer(from_fn_with_state(ops_token, guard_ops_page));
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
-    tasks.spawn(weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone()));
+    let ops =
+        weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());
+    tasks.spawn(ops);
     let bounds = config.bounds();
     let server = {
         let (serving, configured) = (serving.clone(), live.clone());

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use http::HeaderValue;
 use weir_discovery::Refused;
 use weir_proto::resource::{
-    AdminState, Backend, Budget, CredentialRef, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
+    AdminState, Backend, Budget, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
 };
 use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
 use weir_runtime::EgressPolicy;
@@ -159,20 +159,8 @@ pub struct Snapshot {
     pub egress: EgressPolicy,
 }
 
-/// Finds secrets; a trait object so that tests bring their own.
-pub type ReadSecret<'a> = &'a dyn Fn(&CredentialRef) -> Result<String, String>;
-
-/// Reads a secret from the environment or a file of this machine.
-pub fn read_secret(reference: &CredentialRef) -> Result<String, String> {
-    match reference {
-        CredentialRef::Env(name) => {
-            std::env::var(name).map_err(|_| format!("credential: environment variable {name} is not set"))
-        }
-        CredentialRef::File(path) => std::fs::read_to_string(path)
-            .map(|text| text.trim().to_owned())
-            .map_err(|e| format!("credential: file {path}: {e}")),
-    }
-}
+/// Finds the Authorization header of a backend, or says why there is none; a trait object so that tests bring their own.
+pub type Authorize<'a> = &'a dyn Fn(&Backend) -> Result<Option<HeaderValue>, String>;
 
 impl Snapshot {
     /// Compiles resources, taking over from `previous` what outlives a change. What cannot be used is left out and
@@ -182,14 +170,14 @@ impl Snapshot {
         revision: u64,
         resources: &[Resource],
         previous: &Snapshot,
-        read_secret: ReadSecret<'_>,
+        authorize: Authorize<'_>,
     ) -> (Self, Vec<Refused>) {
         let mut compiler = Compiler {
             next: Self { epoch: epoch.into(), revision, egress: previous.egress.clone(), ..Self::default() },
             refused: Vec::new(),
         };
         compiler.pools(resources, previous);
-        compiler.backends(resources, previous, read_secret);
+        compiler.backends(resources, previous, authorize);
         compiler.models(resources);
         compiler.limits(resources);
         compiler.keys(resources);
@@ -237,27 +225,20 @@ impl Compiler {
         }
     }
 
-    fn backends(&mut self, resources: &[Resource], previous: &Snapshot, read_secret: ReadSecret<'_>) {
+    fn backends(&mut self, resources: &[Resource], previous: &Snapshot, authorize: Authorize<'_>) {
         for resource in resources {
             let Spec::Backend(spec) = &resource.spec else { continue };
             let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
                 self.refuse(resource, format!("backend.pool: there is no pool {}", spec.pool));
                 continue;
             };
-            let authorization = match spec.credential.as_ref().map(read_secret).transpose() {
-                Ok(secret) => secret.map(|s| HeaderValue::try_from(format!("Bearer {s}"))).transpose(),
+            let authorization = match authorize(spec) {
+                Ok(authorization) => authorization,
                 Err(message) => {
                     self.refuse(resource, message);
                     continue;
                 }
             };
-            let Ok(mut authorization) = authorization else {
-                self.refuse(resource, "credential: is not a valid header value".into());
-                continue;
-            };
-            if let Some(value) = &mut authorization {
-                value.set_sensitive(true);
-            }
             let old = previous.backends.get(&resource.name);
             let connect = pool.spec.timeouts.connect;
             let upstream = old
@@ -276,28 +257,38 @@ impl Compiler {
             };
             self.next.backends.insert(resource.name.clone(), Arc::new(entry));
         }
+        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
+        for backend in self.next.backends.values() {
+            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
+        }
         for pool in self.next.pools.values() {
-            let members = self.next.backends.values().filter(|b| b.spec.pool == pool.name);
-            pool.runtime.retain(&members.map(|b| b.name.clone()).collect());
+            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
         }
     }
 
     fn models(&mut self, resources: &[Resource]) {
         let limits = AccountLimits::of(resources);
+        // Looked up and not searched for: many models times many backends would keep a revocation waiting.
+        let mut serving: HashMap<(Name, Name), Vec<Arc<BackendEntry>>> = HashMap::new();
+        for backend in self.next.backends.values() {
+            if backend.spec.admin_state != AdminState::Disabled {
+                for model in backend.spec.models.keys() {
+                    let id = (backend.spec.pool.clone(), model.clone());
+                    serving.entry(id).or_default().push(backend.clone());
+                }
+            }
+        }
         for resource in resources {
             let Spec::Model(spec) = &resource.spec else { continue };
             let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
                 self.refuse(resource, format!("model.pool: there is no pool {}", spec.pool));
                 continue;
             };
-            let backends = self.next.backends.values().filter(|b| {
-                b.spec.pool == spec.pool
-                    && b.spec.admin_state != AdminState::Disabled
-                    && b.spec.models.contains_key(&resource.name)
-            });
-            let backends = backends.map(|b| {
+            let id = (spec.pool.clone(), resource.name.clone());
+            let backends = serving.remove(&id).unwrap_or_default().into_iter().map(|b| {
                 let upstream_name = b.spec.models.get(&resource.name).filter(|n| !n.is_empty());
-                (b.clone(), upstream_name.unwrap_or(&spec.client_name).clone())
+                let upstream_name = upstream_name.unwrap_or(&spec.client_name).clone();
+                (b, upstream_name)
             });
             let backends: Vec<_> = backends.collect();
             let entry = Arc::new(ModelEntry {

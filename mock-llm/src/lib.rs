@@ -21,6 +21,9 @@
 //! # }
 //! ```
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod admin;
 mod body;
 mod chat;

@@ -1,5 +1,8 @@
 //! The `mock-llm` binary: flags and environment to [`Config`], signals to shutdown.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -123,20 +126,29 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
 fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .init();
     let listen = args.listen;
     let config = Config::from(args);
     if let Err(error) = config.validate() {
-        eprintln!("mock-llm: {error}");
+        complain(&error);
         return ExitCode::from(USAGE);
     }
     match run(listen, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mock-llm: {error:#}");
+            complain(&format_args!("{error:#}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says why it fails; it fails all the same when nobody can be told.
+fn complain(reason: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "mock-llm: {reason}");
 }
 
 fn run(listen: SocketAddr, config: Config) -> anyhow::Result<()> {

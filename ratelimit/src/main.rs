@@ -1,5 +1,8 @@
 //! `weir-ratelimit`: arguments -> service -> run until a signal -> drain.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -7,24 +10,35 @@ use tokio_util::sync::CancellationToken;
 use weir_ratelimit::service::{self, Config};
 use weir_runtime::exit;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = Config::parse();
+    // Dropped after the runtime, so that what its tasks say last is written too.
+    let _flush = weir_runtime::flush_logs_at_end();
     if let Err(error) = weir_runtime::init_logs(&config.log) {
-        eprintln!("weir-ratelimit: --log: {error}");
+        weir_runtime::say(&format!("weir-ratelimit: --log: {error}"));
         return exit::CONFIG.into();
     }
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(run(config)).into(),
+        Err(error) => {
+            weir_runtime::say(&format!("weir-ratelimit: cannot start: {error}"));
+            exit::FAILED.into()
+        }
+    }
+}
+
+async fn run(config: Config) -> u8 {
     let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
     match service::start(config, None, shutdown, hurry).await {
         Ok(running) => {
             tracing::info!(grpc = %running.address, ops = %running.ops_address, "serving");
             running.ended().await;
-            exit::DONE.into()
+            exit::DONE
         }
         Err(error) => {
-            eprintln!("weir-ratelimit: {error}");
-            error.exit_code().into()
+            weir_runtime::say(&format!("weir-ratelimit: {error}"));
+            error.exit_code()
         }
     }
 }

@@ -13,6 +13,7 @@ mod auth;
 pub mod config;
 mod configuration;
 mod envoy;
+mod gate;
 pub mod metrics;
 mod native;
 mod rules;

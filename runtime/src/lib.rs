@@ -1,9 +1,13 @@
 //! What every Weir process shares and nothing else: its log, its operations port, its end.
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 use std::sync::LazyLock;
 
 pub mod edge;
 mod egress;
+pub mod grpc;
 mod logs;
 mod ops;
 mod secret;
@@ -11,8 +15,11 @@ mod signals;
 mod tls;
 
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
-pub use logs::init_logs;
-pub use ops::{Readiness, serve_ops, serve_ops_with};
+pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
+pub use ops::{
+    AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
+    serve_ops, serve_ops_with,
+};
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;
 pub use tls::{ServerTls, TlsError};

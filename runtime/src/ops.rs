@@ -1,4 +1,9 @@
 //! `/livez`, `/readyz` and `/metrics`, on a port of their own so that no client reaches them.
+//!
+//! [`hosts`] keeps pages of other sites out; [`token`] closes what tells about tenants.
+
+mod hosts;
+mod token;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,6 +12,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{Request, StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper::body::Incoming;
@@ -15,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::codegen::Service as _;
 
 use crate::edge::framing::{HeadBounds, Violation};
-use crate::edge::{Client, Edge, HttpBounds, Refusal, check, serve_http1};
+use crate::edge::{self, Client, Edge, HttpBounds, check, serve_http1};
 
 /// Heads of requests here are those of scrapers and browsers.
 const BOUNDS: HttpBounds =
@@ -24,6 +30,9 @@ const BOUNDS: HttpBounds =
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What runs when the process ends has so long to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub use hosts::{AllowedHost, AllowedHosts, Head, Refusal};
+pub use token::{OpsRefusal, OpsToken, guard_ops_page, read_token};
 
 /// Whether the process wants traffic, and if not, why. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -52,19 +61,21 @@ struct Ops {
     registry: Arc<Registry>,
 }
 
-/// Serves the operations port until `shutdown`.
+/// Serves the operations port until `shutdown`, under the names that `hosts` allows.
 pub async fn serve_ops(
     edge: Edge,
+    hosts: AllowedHosts,
     readiness: Readiness,
     registry: Arc<Registry>,
     shutdown: CancellationToken,
 ) {
-    serve_ops_with(edge, readiness, registry, Router::new(), shutdown).await
+    serve_ops_with(edge, hosts, readiness, registry, Router::new(), shutdown).await
 }
 
 /// Serves the operations port, with pages of the process's own, until `shutdown`.
 pub async fn serve_ops_with(
     edge: Edge,
+    hosts: AllowedHosts,
     readiness: Readiness,
     registry: Arc<Registry>,
     pages: Router,
@@ -75,7 +86,9 @@ pub async fn serve_ops_with(
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .with_state(Ops { readiness, registry })
-        .merge(pages);
+        .merge(pages)
+        // Around everything, pages that are not there included.
+        .layer(from_fn_with_state(hosts, hosts::guard));
     let handle = edge.handle();
     loop {
         let socket = tokio::select! {
@@ -105,9 +118,9 @@ async fn answer(mut app: Router, client: Client, mut request: Request<Incoming>)
     }
 }
 
-fn refuse(violation: Violation) -> Refusal {
+fn refuse(violation: Violation) -> edge::Refusal {
     // A violation is one of our own sentences: no character of it has a meaning in JSON.
-    Refusal { body: format!("{{\"error\":\"{violation}\"}}"), request_id: None }
+    edge::Refusal { body: format!("{{\"error\":\"{violation}\"}}"), request_id: None }
 }
 
 async fn readyz(State(ops): State<Ops>) -> Response {

@@ -97,7 +97,7 @@ impl World {
 
     /// What `weir limits explain` says would refuse.
     async fn explained(&self) -> serde_json::Value {
-        let ops = Client::new(self.gateway.running.ops_address, "");
+        let ops = Client::new(self.gateway.running.ops_address, weir_tests::cluster::OPS_TOKEN);
         let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await;
         page.json()["refuses"].clone()
     }
@@ -412,7 +412,7 @@ async fn who_waits_is_woken_by_whichever_account_has_room_first() {
     let (_first, second) = (open(world.client()).await, open(world.client()).await);
     let client = world.client().clone();
     let third = tokio::spawn(async move { open(&client).await });
-    let ops = Client::new(world.gateway.running.ops_address, "");
+    let ops = Client::new(world.gateway.running.ops_address, weir_tests::cluster::OPS_TOKEN);
     eventually("it waits", || async {
         let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await;
         page.json()["waiting"] == 1

@@ -66,7 +66,7 @@ async fn what_stands_between_a_key_and_a_model_is_explained_without_its_secret()
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
     let redis = Redis::start().await;
     let gw = gateway(&resources, Some(redis.url())).await;
-    let ops = weir_tests::client::Client::new(gw.running.ops_address, "");
+    let ops = weir_tests::client::Client::new(gw.running.ops_address, weir_tests::cluster::OPS_TOKEN);
     let ask = || ops.ask(http::Method::GET, "/limits?key=acme-key&model=gpt-4.1", "");
     let before = ask().await;
     assert_eq!(before.status, StatusCode::OK, "{}", before.text());

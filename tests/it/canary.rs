@@ -18,6 +18,7 @@ use weir_tests::process::{command, command_of, signal};
 const REDIS: &str = "canary-redis-7f3a91c2e8";
 const ADMIN: &str = "canary-admin-51d0b7c9f2";
 const GATEWAY: &str = "canary-gateway-c4e8a10b77";
+const OPS: &str = "canary-operations-5d0e9c21f8";
 const CREDENTIAL: &str = "canary-credential-9b20f6d3ae";
 const FILED: &str = "canary-filed-credential-2c77d1";
 const WRONG_KEY: &str = "weir_canary-wrong-key-e15b0d";
@@ -219,8 +220,10 @@ async fn no_secret_appears_in_anything_that_the_stack_says_shows_or_keeps() {
     let (server, http) = (format!("http://{}", text(&plane, "grpc")), text(&plane, "http"));
     let common =
         ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--pre-stop-s=0", "--control-plane", &server];
+    let secrets = path("secrets");
     let own = ["--gateway-token-file", &gateway_token, "--id=g", "--data-dir", &gateway_data];
-    let env = [("WEIR_REDIS", url.as_str()), ("CANARY_CREDENTIAL", CREDENTIAL)];
+    let env = [("WEIR_REDIS", url.as_str()), ("CANARY_CREDENTIAL", CREDENTIAL), ("WEIR_OPS_TOKEN", OPS)];
+    let own = [&own[..], &["--credential-dir", &secrets]].concat();
     let gateway_args = [&common[..], &own].concat();
     let gateway = stack.start("gateway", "weir-gateway", &gateway_args, &env, "serving").await;
     let own = ["--gateway-token-file", &gateway_token, "--id=l", "--data-dir", &limits_data];
@@ -256,7 +259,7 @@ spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "e
 ---
 kind: backend
 name: missing
-spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "env:NOT_THERE" }}
+spec: {{ pool: p, url: "http://127.0.0.1:9", models: {{ m: "" }}, credential: "env:NOT_THERE_CREDENTIAL" }}
 ---
 kind: backend
 name: careless
@@ -286,6 +289,7 @@ spec: {{ limits: {{ tokens_per_minute: 100000 }} }}
         ("the password of Redis", REDIS),
         ("the admin token", ADMIN),
         ("the gateways' token", GATEWAY),
+        ("the operations token", OPS),
         ("a backend's credential", CREDENTIAL),
         ("a credential in a file", FILED),
         ("a wrong key", WRONG_KEY),
@@ -387,7 +391,11 @@ spec: {{ limits: {{ tokens_per_minute: 100000 }} }}
     stack.get(&http, "/page/stream", Some(&operator)).await;
     stack.get(&http, "/page/stream", Some(WRONG_TOKEN)).await;
     stack.get(&ops, "/metrics", None).await;
-    stack.get(&ops, "/limits?key=k&model=m", None).await;
+    for path in ["/limits?key=k&model=m", "/usage"] {
+        stack.get(&ops, path, None).await;
+        stack.get(&ops, path, Some(OPS)).await;
+        stack.get(&ops, path, Some(WRONG_TOKEN)).await;
+    }
 
     // What clap shows of the environment, and what is said of an address that is wrong.
     let everything = [

@@ -295,7 +295,7 @@ async fn of_a_change_that_a_gateway_refuses_the_rest_applies_and_what_ran_goes_o
     let mut resources = Resources::in_front_of(&mocks).all();
     for resource in &mut resources {
         if let Some(Spec::Backend(spec)) = &mut resource.spec {
-            spec.credential = "env:WEIR_TEST_NO_SUCH_CREDENTIAL".into();
+            spec.credential = "env:NO_SUCH_CREDENTIAL".into();
         }
     }
     resources.push(tenant("beside", "it"));

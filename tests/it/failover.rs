@@ -198,7 +198,7 @@ async fn a_retry_that_finds_every_slot_taken_waits_for_one() {
     let client = gw.client.clone();
     let short = CHAT.replace(r#""messages""#, r#""max_tokens":2,"messages""#);
     let retried = tokio::spawn(async move { client.chat(&short).await });
-    let ops = Client::new(gw.running.ops_address, "");
+    let ops = Client::new(gw.running.ops_address, weir_tests::cluster::OPS_TOKEN);
     eventually("the retry waits", || async {
         let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await.json();
         other.counters().requests == 1 && page["waiting"] == 1

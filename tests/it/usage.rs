@@ -6,13 +6,13 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::Client;
-use weir_tests::cluster::{Gateway, Resources, gateway, mock};
+use weir_tests::cluster::{Gateway, OPS_TOKEN, Resources, gateway, mock};
 use weir_tests::eventually;
 use weir_tests::process::command;
 use weir_tests::redis::Redis;
 
 async fn page(gateway: &Gateway, query: &str) -> Value {
-    let answer = Client::new(gateway.running.ops_address, "").ask(Method::GET, query, "").await;
+    let answer = Client::new(gateway.running.ops_address, OPS_TOKEN).ask(Method::GET, query, "").await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     answer.json()
 }
@@ -82,7 +82,9 @@ async fn usage_is_the_sum_of_what_the_backends_did() {
     );
 
     let url = format!("http://{}", gateways[0].running.ops_address);
-    let printed = command("weir").args(["usage", "--by", "tenant,model", "--gateway", &url]).output().await;
+    let mut usage = command("weir");
+    usage.args(["usage", "--by", "tenant,model", "--gateway", &url]).env("WEIR_OPS_TOKEN", OPS_TOKEN);
+    let printed = usage.output().await;
     let printed = String::from_utf8(printed.expect("runs").stdout).expect("UTF-8");
     let dollars = (sum(|c| c.prompt_tokens) * 2 + sum(|c| c.generation_tokens) * 8) as f64 / 1e6;
     assert!(printed.starts_with("TENANT  MODEL") && printed.contains("total"), "{printed}");

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -206,6 +207,86 @@ class Page(unittest.TestCase):
         })()""")
         self.assertIn("<img src=x> <script>alert(1)</script>", kept)
         self.assertEqual(self.browser.js("document.querySelectorAll('main img, main script').length"), 0)
+
+    def assert_no_script_ran(self):
+        b = self.browser
+        self.assertIsNone(b.js("window.__xss ?? null"), "no script of a text ran")
+        self.assertEqual(b.js("document.querySelectorAll('main img, main script, main iframe, main object, main a[href^=\"javascript\"]').length"), 0)
+        self.assertEqual(b.js("[...document.querySelectorAll('*')].filter((x) => [...x.attributes].some((a) => a.name.startsWith('on'))).length"), 0)
+
+    def test_names_that_a_rogue_gateway_gives_itself_are_shown_as_they_are(self):
+        b = self.browser
+        name, region = "<img/src=x/onerror=window.__xss=1>", "<svg onload=window.__xss=2>"
+        with tempfile.TemporaryDirectory() as data:
+            env = os.environ | {"WEIR_GATEWAY_TOKEN": self.told["admin_token"]}
+            rogue = subprocess.Popen(
+                [os.path.join(os.path.dirname(WEIR), "weir-gateway"), "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0",
+                 "--control-plane", self.told["admin"], "--id", name, "--region", region, "--pre-stop-s", "0", "--data-dir", data],
+                env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                self.open(self.told["admin_token"])
+                b.until(f"document.querySelector('#gateways').innerText.includes({json.dumps(name)})")
+                self.assertIn(region, self.text("#gateways"))
+                # What it sees of a backend is told with its name, whether the others see it too or not.
+                dead = 'kind: backend\nname: dead\nspec: { pool: chat, region: "<b onclick=window.__xss=3>r</b>", ' \
+                       'url: "http://127.0.0.1:9/%3Cimg%20src=x%3E", models: { gpt-4.1: "" } }'
+                self.weir("apply", "-f", "-", stdin=dead)
+                b.until(f"{self.row('dead')}.querySelector('.pill').innerText === 'Unhealthy'")
+                self.assertIn("<b onclick=window.__xss=3>r</b>", b.js(f"{self.row('dead')}.innerText"))
+                b.js(f"{self.row('dead')}.querySelector('.more').click()")
+                b.until("document.querySelector('.details:not([hidden])').innerText.includes('Verdict')")
+                self.assert_no_script_ran()
+                self.weir("delete", "backend", "dead", "--allow-mass-removal")
+            finally:
+                rogue.terminate()
+                rogue.wait(timeout=60)
+        b.until(f"[...document.querySelectorAll('#gateways tr')].some((row) => row.innerText.includes({json.dumps(name)}) && row.innerText.includes('gone'))")
+        self.assert_no_script_ran()
+
+    def test_every_text_that_the_page_is_sent_is_shown_as_it_is(self):
+        b = self.browser
+        dead = 'kind: backend\nname: dead\nspec: { pool: chat, url: "http://127.0.0.1:9", models: { gpt-4.1: "" } }'
+        self.weir("apply", "-f", "-", stdin=dead)
+        self.open(self.told["admin_token"])
+        b.until(f"{self.row('dead')}.querySelector('.pill').innerText === 'Unhealthy'")
+        b.until("board.state && board.log && board.lines && board.log.events.length > 0 && board.log.changes.length > 0")
+        # The real pictures, with each of their texts turned into markup that would run.
+        shown = b.js("""(() => {
+            feed.abort.abort();
+            let n = 0;
+            const marked = (value) => {
+              if (typeof value === "string") return `"'><img src=x onerror="window.__xss=${n += 1}">` + value;
+              if (Array.isArray(value)) return value.map(marked);
+              if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, marked(v)]));
+              return value;
+            };
+            const log = structuredClone(board.log);
+            for (const kind of ["events", "changes"]) log[kind].forEach((entry, i) => { entry.number = entry.sequence = 1e9 + i; });
+            const pieces = { state: marked(board.state), log: marked(log), lines: board.lines, hello: marked({ name: "n", role: "r" }) };
+            for (const [name, value] of Object.entries(pieces)) board.take(name, value);
+            document.querySelectorAll(".more").forEach((button) => button.click());
+            feed.refuse("<img src=x onerror=window.__xss=1>");
+            feed.gate("<img src=x onerror=window.__xss=1>");
+            say("<img src=x onerror=window.__xss=1>", true);
+            return n;
+        })()""")
+        self.assertGreater(shown, 50, "texts of every kind were tried")
+        text = b.js("document.body.textContent")
+        self.assertGreater(text.count("<img src=x onerror="), 30, "they are shown")
+        self.assert_no_script_ran()
+        self.weir("delete", "backend", "dead", "--allow-mass-removal")
+
+    def test_a_page_of_another_name_is_refused(self):
+        address = self.base.removeprefix("http://")
+        for host, expected in ((address, 200), ("evil.example", 421), ("", 400)):
+            request = urllib.request.Request(f"{self.base}/", headers={"host": host})
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    status = answer.status
+            except urllib.error.HTTPError as error:
+                status = error.code
+                error.read()
+            self.assertEqual(status, expected, host)
 
     def test_a_viewer_sees_and_cannot_change(self):
         self.open(self.viewer)

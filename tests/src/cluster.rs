@@ -17,11 +17,15 @@ use weir_gateway::config::Config;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_runtime::Secret;
 
 use crate::client::Client;
 
 /// The API key that every cluster accepts.
 pub const KEY: &str = "weir_test_key";
+
+/// The operations token of every gateway.
+pub const OPS_TOKEN: &str = "operations-token-of-the-tests";
 
 /// How a key is known to gateways.
 pub fn digest(key: &str) -> Vec<u8> {
@@ -96,7 +100,7 @@ impl Resources {
         self.0.values().cloned().collect()
     }
 
-    /// Writes them as a gateway's copy on disk, for a gateway that runs as a process.
+    /// Writes them as the copy that a gateway with this data directory serves without a control plane.
     pub fn save(&self, directory: &Path) {
         let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
         for (id, resource) in &self.0 {
@@ -113,6 +117,9 @@ pub fn gateway_config(data: &Path) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
+        ops_token_file: None,
+        ops_token: Some(Secret::new(OPS_TOKEN.to_owned())),
+        ops_allowed_hosts: Vec::new(),
         // The discard port: nothing answers there.
         control_plane: "http://127.0.0.1:9".into(),
         control_plane_ca: None,
@@ -123,6 +130,7 @@ pub fn gateway_config(data: &Path) -> Config {
         redis: None,
         cold_start: Default::default(),
         data_dir: Some(data.to_owned()),
+        credentials: Default::default(),
         id: None,
         region: String::new(),
         allow_backend_cidr: Vec::new(),

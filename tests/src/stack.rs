@@ -67,6 +67,8 @@ impl Stack {
             &control_plane,
             "--gateway-token-file",
             &token_file,
+            "--ops-token-file",
+            &token_file,
             "--redis",
             &redis,
             "--data-dir",

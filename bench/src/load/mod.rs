@@ -170,8 +170,8 @@ pub(crate) fn chat(key: &str, model: &str, tokens: u64, stream: bool) -> Bytes {
 }
 
 /// A request without a body.
-pub(crate) fn get(path: &str) -> Bytes {
-    format!("GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n").into()
+pub(crate) fn get(path: &str, token: &str) -> Bytes {
+    format!("GET {path} HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {token}\r\n\r\n").into()
 }
 
 #[cfg(test)]

@@ -207,6 +207,9 @@ pub struct UsageArgs {
     /// A gateway's operations port
     #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
     pub gateway: http::Uri,
+    /// File with that port's token; without it WEIR_OPS_TOKEN and, to this machine, the control plane's token
+    #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
+    pub ops_token_file: Option<PathBuf>,
 }
 
 /// What usage is told apart by.

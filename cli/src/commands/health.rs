@@ -1,6 +1,6 @@
 //! `health`: one GET, so that a container can check itself without another program in its image.
 
-use http::{Request, Uri, header};
+use http::{HeaderValue, Request, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -15,7 +15,7 @@ use crate::output::Io;
 const ANSWER_MAX_BYTES: usize = 4 << 10;
 
 pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), Error> {
-    let (status, body) = fetch(cli, url, ANSWER_MAX_BYTES).await?;
+    let (status, body) = fetch(cli, url, None, ANSWER_MAX_BYTES).await?;
     let text = String::from_utf8_lossy(&body);
     let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
     if !(200..300).contains(&status) {
@@ -25,21 +25,31 @@ pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), 
 }
 
 /// One GET to an operations port: the status, and the answer up to a bound.
-pub(super) async fn fetch(cli: &Cli, url: &Uri, max_bytes: usize) -> Result<(u16, Bytes), Error> {
+pub(super) async fn fetch(
+    cli: &Cli,
+    url: &Uri,
+    token: Option<HeaderValue>,
+    max_bytes: usize,
+) -> Result<(u16, Bytes), Error> {
     let silent = |reason: String| Error::Silent { url: url.to_string(), reason };
-    let asked = tokio::time::timeout(cli.timeout, ask(url, max_bytes)).await;
+    let asked = tokio::time::timeout(cli.timeout, ask(url, token, max_bytes)).await;
     let late = || silent(format!("no answer within {}", weir_proto::manifest::format_duration(cli.timeout)));
     asked.map_err(|_| late())?.map_err(|e| silent(e.to_string()))
 }
 
-async fn ask(url: &Uri, max_bytes: usize) -> Result<(u16, Bytes), Box<dyn std::error::Error + Send + Sync>> {
+async fn ask(
+    url: &Uri,
+    token: Option<HeaderValue>,
+    max_bytes: usize,
+) -> Result<(u16, Bytes), Box<dyn std::error::Error + Send + Sync>> {
     let host = url.host().unwrap_or_default();
     let port = url.port_u16().unwrap_or(80);
     let socket = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
     let path = url.path_and_query().map_or("/", |p| p.as_str());
     let authority = url.authority().map_or("", |a| a.as_str());
-    let request = Request::get(path).header(header::HOST, authority).body(Empty::<Bytes>::new())?;
+    let mut request = Request::get(path).header(header::HOST, authority).body(Empty::<Bytes>::new())?;
+    request.headers_mut().extend(token.map(|token| (header::AUTHORIZATION, token)));
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status().as_u16();

@@ -1,11 +1,15 @@
 //! `limits explain`: asks a gateway, since limits live where gateways share them.
 
-use http::Uri;
+use std::net::IpAddr;
+use std::path::Path;
+
+use http::{HeaderValue, Uri};
 use serde_json::Value;
 use weir_proto::manifest::format_duration;
 
 use super::health;
 use crate::args::{Cli, LimitsCommand};
+use crate::client;
 use crate::error::Error;
 use crate::output::Io;
 use crate::tables::{dollars, table};
@@ -14,30 +18,63 @@ use crate::tables::{dollars, table};
 const ANSWER_MAX_BYTES: usize = 1 << 20;
 
 pub(super) async fn limits(cli: &Cli, io: &mut Io<'_>, command: &LimitsCommand) -> Result<(), Error> {
-    let LimitsCommand::Explain { key, model, gateway, input_tokens, output_tokens } = command;
+    let LimitsCommand::Explain { key, model, gateway, ops_token_file, input_tokens, output_tokens } = command;
     let mut query = format!("/limits?key={key}&model={model}");
     for (name, count) in [("input", input_tokens), ("output", output_tokens)] {
         if let Some(count) = count {
             query.push_str(&format!("&{name}={count}"));
         }
     }
-    let answer = page(cli, gateway, &query, ANSWER_MAX_BYTES).await?;
+    let answer = page(cli, gateway, ops_token_file.as_deref(), &query, ANSWER_MAX_BYTES).await?;
     io.result(|| text(&answer), || answer.clone())
 }
 
-/// What a page of a gateway's operations port answers.
-pub(super) async fn page(cli: &Cli, gateway: &Uri, path: &str, max_bytes: usize) -> Result<Value, Error> {
+/// What a page of a gateway's operations port answers to who has its token.
+pub(super) async fn page(
+    cli: &Cli,
+    gateway: &Uri,
+    token_file: Option<&Path>,
+    path: &str,
+    max_bytes: usize,
+) -> Result<Value, Error> {
+    let token = ops_token(cli, gateway, token_file)?;
     let base = gateway.to_string();
     let url: Uri = format!("{}{path}", base.trim_end_matches('/'))
         .parse()
         .map_err(|_| Error::Setting("--gateway takes an address without a path".to_owned()))?;
-    let (status, body) = health::fetch(cli, &url, max_bytes).await?;
+    let (status, body) = health::fetch(cli, &url, token, max_bytes).await?;
     if !(200..300).contains(&status) {
         let text = String::from_utf8_lossy(&body);
         let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
         return Err(Error::Unhealthy { url: url.to_string(), status, text });
     }
     serde_json::from_slice(&body).map_err(|_| Error::Answer("a page of the gateway"))
+}
+
+/// The header for a gateway's operations port. The control plane's own token, which opens more than this, is sent to
+/// nobody but this machine itself.
+fn ops_token(cli: &Cli, gateway: &Uri, file: Option<&Path>) -> Result<Option<HeaderValue>, Error> {
+    let text = match (file, std::env::var("WEIR_OPS_TOKEN")) {
+        (Some(path), _) => Some(
+            std::fs::read_to_string(path)
+                .map_err(|source| Error::File { path: path.display().to_string(), source })?,
+        ),
+        (None, Ok(token)) => Some(token),
+        (None, Err(_)) => None,
+    };
+    let Some(text) = text else {
+        return if is_here(gateway) { client::token_header(cli) } else { Ok(None) };
+    };
+    let mut value: HeaderValue =
+        format!("Bearer {}", text.trim()).parse().map_err(|_| Error::Token("--ops-token-file"))?;
+    value.set_sensitive(true);
+    Ok(Some(value))
+}
+
+/// Whether an address is of this machine, as far as it says so itself.
+fn is_here(gateway: &Uri) -> bool {
+    let host = gateway.host().unwrap_or_default().trim_matches(['[', ']']);
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn text(answer: &Value) -> String {
@@ -94,6 +131,24 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn only_this_machine_is_here() {
+        let here = |url: &str| is_here(&url.parse().expect("a URL"));
+        for url in
+            ["http://127.0.0.1:9100", "http://localhost:9100", "http://[::1]:9100", "http://127.9.9.9:1"]
+        {
+            assert!(here(url), "{url}");
+        }
+        for url in [
+            "http://gateway:9100",
+            "http://10.0.0.1:9100",
+            "http://localhost.example:9100",
+            "http://0.0.0.0:1",
+        ] {
+            assert!(!here(url), "{url}");
+        }
+    }
 
     #[test]
     fn an_explanation_is_a_table_and_a_sentence() {

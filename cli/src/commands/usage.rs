@@ -23,7 +23,8 @@ pub(super) async fn usage(cli: &Cli, io: &mut Io<'_>, args: &UsageArgs) -> Resul
     for (field, value) in fields.into_iter().filter_map(|(field, value)| Some((field, value?))) {
         path.push_str(&format!("&{field}={value}"));
     }
-    let answer = limits::page(cli, &args.gateway, &path, ANSWER_MAX_BYTES).await?;
+    let answer =
+        limits::page(cli, &args.gateway, args.ops_token_file.as_deref(), &path, ANSWER_MAX_BYTES).await?;
     io.result(|| text(&answer, &args.by), || answer.clone())
 }
 

@@ -10,6 +10,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
+use weir_gateway::credentials::CredentialSources;
+use weir_proto::resource::CredentialRef;
 use weir_proto::v1::{self, resource::Spec};
 
 use super::providers;
@@ -171,7 +173,10 @@ impl Reader {
     ) -> String {
         match params.get("api_key").and_then(Value::as_str) {
             Some(text) => match text.strip_prefix("os.environ/") {
-                Some(variable) => format!("env:{variable}"),
+                Some(variable) => {
+                    self.note_variable(&format!("{path}.litellm_params.api_key"), variable);
+                    format!("env:{variable}")
+                }
                 None => {
                     let host = url.parse::<http::Uri>().ok().and_then(|u| u.host().map(resource_name));
                     let variable = host.unwrap_or_default().to_ascii_uppercase().replace(['.', '-'], "_");
@@ -184,6 +189,22 @@ impl Reader {
                 }
             },
             None => default.map(|variable| format!("env:{variable}")).unwrap_or_default(),
+        }
+    }
+
+    /// Says so, once, when gateways do not read a variable unless they are told to.
+    fn note_variable(&mut self, path: &str, variable: &str) {
+        let text = if CredentialRef::is_setting_of_weir(variable) {
+            format!(
+                "gateways never read {variable}: variables that begin with WEIR_ are settings of Weir; rename it"
+            )
+        } else if CredentialSources::default().allows(variable) {
+            return;
+        } else {
+            format!("gateways read {variable} only when started with it in --credential-env")
+        };
+        if !self.out.notes.iter().any(|note| note.text == text) {
+            self.out.note(path, text);
         }
     }
 

@@ -1,19 +1,22 @@
-//! In front of a service: finds out who calls, and lets the call pass or refuses it.
+//! In front of a service: finds out who calls, lets the call pass or refuses it, and keeps it within its bound.
 
 use std::convert::Infallible;
-use std::future::{Ready, ready};
+use std::future::ready;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use futures_util::future::Either;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
-
-use super::{Authority, Caller};
+use weir_proto::v1;
 use weir_runtime::edge::GrpcPeer;
+use weir_runtime::grpc::{Bound, Places, bounded};
 
+use super::{Authority, Caller, HEALTH_CHECK, bound};
 use crate::tls;
 
 /// Who can reach a service.
@@ -21,6 +24,8 @@ use crate::tls;
 pub(crate) enum Reach {
     /// Whoever has the role that the method asks for.
     Authorised,
+    /// One check by everybody, since probes of containers have no token; all else by whoever is known.
+    Probes,
     /// Everybody: only where nobody else can connect.
     Everybody,
 }
@@ -31,21 +36,26 @@ pub(crate) struct Gated<S> {
     inner: S,
     authority: Authority,
     reach: Reach,
+    places: Places,
 }
 
 impl<S> Gated<S> {
-    pub(crate) const fn new(inner: S, authority: Authority, reach: Reach) -> Self {
-        Self { inner, authority, reach }
+    pub(crate) const fn new(inner: S, authority: Authority, reach: Reach, places: Places) -> Self {
+        Self { inner, authority, reach, places }
     }
 
+    /// Decided by the head alone: nothing of the message of a call that is refused is read.
     fn admit(&self, request: &http::Request<Body>) -> Result<Option<Caller>, Status> {
-        if self.reach == Reach::Everybody {
-            return Ok(None);
-        }
-        let metadata = MetadataMap::from_headers(request.headers().clone());
+        let path = request.uri().path();
+        let metadata = || MetadataMap::from_headers(request.headers().clone());
         let peer = request.extensions().get::<GrpcPeer>();
-        let identity = peer.and_then(|peer| peer.certificate.as_ref()).and_then(tls::identity);
-        let caller = self.authority.authorise(&metadata, identity.as_ref(), request.uri().path())?;
+        let shown = || peer.and_then(|peer| peer.certificate.as_ref()).and_then(tls::identity);
+        let caller = match self.reach {
+            Reach::Everybody => return Ok(None),
+            Reach::Probes if path == HEALTH_CHECK => return Ok(None),
+            Reach::Probes => self.authority.identify(&metadata(), shown().as_ref())?,
+            Reach::Authorised => self.authority.authorise(&metadata(), shown().as_ref(), path)?,
+        };
         if let Some(peer) = peer {
             peer.connection.trust();
         }
@@ -56,10 +66,11 @@ impl<S> Gated<S> {
 impl<S> Service<http::Request<Body>> for Gated<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
 {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = Either<Ready<Result<Self::Response, Infallible>>, S::Future>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.inner.poll_ready(context)
@@ -68,12 +79,22 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         match self.admit(&request) {
             Ok(caller) => {
+                let mut bound = bound(request.uri().path());
+                let name = caller.as_ref().map_or_else(|| Arc::from("anybody"), |c| Arc::clone(&c.name));
+                // A token of one gateway has the streams of one; a shared one those of all.
+                if let (
+                    Bound::Stream(stream),
+                    Some(Caller { gateway_id: None, role: v1::Role::Gateway, .. }),
+                ) = (&mut bound, &caller)
+                {
+                    stream.most_per_caller = stream.most;
+                }
                 if let Some(caller) = caller {
                     request.extensions_mut().insert(caller);
                 }
-                Either::Right(self.inner.call(request))
+                bounded(bound, self.places.clone(), name, self.inner.call(request)).boxed()
             }
-            Err(status) => Either::Left(ready(Ok(status.into_http()))),
+            Err(status) => ready(Ok(status.into_http())).boxed(),
         }
     }
 }

@@ -12,7 +12,7 @@ use super::guard::{self, Member, Ruling, Standing, Use};
 use super::observer::{Observers, Sight};
 use super::params::{
     CONFIRMERS, DEGRADED_FACTOR, EVENTS_MAX, FLIP_ALL_SHARE, FLIP_MIN, FLIP_POOL_SHARE, FLIP_WINDOW,
-    OBSERVER_WINDOW, vantages,
+    OBSERVER_WINDOW, QUORUM, vantages,
 };
 use super::rule::State;
 use super::tally::Context;
@@ -261,13 +261,15 @@ impl Cluster {
                 })
                 .map(|(_, vantage, vote)| (vantage, vote.last.is_good()))
                 .collect();
+            let well = fresh.iter().filter(|(_, good)| *good).count();
             for (vantage, good) in &fresh {
                 let sight = sights.entry((*vantage).clone()).or_default();
                 sight.seen += 1;
                 if !good {
                     sight.failed += 1;
-                    let others = fresh.iter().any(|(other, good)| other != vantage && *good);
-                    sight.contradicted += usize::from(others);
+                    // One that says that all is well does not outweigh two that say it is not: it may lie, or look at
+                    // something else.
+                    sight.contradicted += usize::from(well >= QUORUM || well > fresh.len() - well);
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use prost_types::Timestamp;
-use weir_proto::resource::{Spec, Violation, kind_of};
+use weir_proto::resource::{Resource, Spec, Violation, kind_of};
 use weir_proto::v1;
 
 use super::audit::fields;
@@ -152,6 +152,9 @@ fn put(state: &State, wire: v1::Resource, now: Timestamp) -> Result<Step, Vec<Vi
         ..wire
     };
     let after = Stored::new(fresh).map_err(|violations| violations.0)?;
+    if let Some(violation) = objection(before.map(|b| &b.checked), &after.checked) {
+        return Err(vec![violation]);
+    }
     let Some(before) = before else {
         let (action, fields) = (v1::ChangeAction::Create, Vec::new());
         return Ok(Step { key, action, resource: Arc::new(after), before: None, fields });
@@ -163,6 +166,17 @@ fn put(state: &State, wire: v1::Resource, now: Timestamp) -> Result<Step, Vec<Vi
         return Ok(Step { key, action, resource: Arc::clone(before), before: kept, fields });
     }
     Ok(Step { key, action: v1::ChangeAction::Update, resource: Arc::new(after), before: kept, fields })
+}
+
+/// What was stored before there was a rule may stay; it is not declared anew.
+fn objection(before: Option<&Resource>, after: &Resource) -> Option<Violation> {
+    let credential = |resource: &Resource| match &resource.spec {
+        Spec::Backend(backend) => backend.credential.clone(),
+        _ => None,
+    };
+    let new = credential(after).filter(|new| before.and_then(credential).as_ref() != Some(new))?;
+    let message = new.objection()?.to_owned();
+    Some(Violation { path: "backend.credential".into(), message })
 }
 
 fn delete(state: &State, key: Key) -> Result<Step, Refusal> {

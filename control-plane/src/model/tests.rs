@@ -162,3 +162,30 @@ fn content_decides_version_and_etag() {
     assert_eq!(bare.wire.etag, Stored::new(pool("q")).unwrap().wire.etag, "the etag is of the spec");
     assert_ne!(bare.published.version, Stored::new(pool("q")).unwrap().published.version);
 }
+
+#[test]
+fn a_credential_that_no_gateway_may_read_is_not_declared_and_one_that_is_stored_stays() {
+    let with = |credential: &str, weight: u32| {
+        let mut wire = backend("b0", "p", "m", "http://127.0.0.1:1");
+        if let Some(v1::resource::Spec::Backend(spec)) = &mut wire.spec {
+            credential.clone_into(&mut spec.credential);
+            spec.weight = Some(weight);
+        }
+        wire
+    };
+    let state_of = |wire: v1::Resource| state(&[pool("p"), model("m", "p"), wire]);
+    for (credential, said) in [
+        ("env:WEIR_GATEWAY_TOKEN", "begin with WEIR_"),
+        ("env:weir_gateway_token", "begin with WEIR_"),
+        ("file:/etc/weir/credentials/../gateway-token/token", "must not have .."),
+        ("file:/etc/weir/credentials/a\nb", "control characters"),
+    ] {
+        let found = refusal(&state_of(with("env:OPENAI_API_KEY", 1)), vec![put(with(credential, 1))]);
+        assert!(found.contains("backend.credential") && found.contains(said), "{found}");
+        // Stored by an older version, it keeps nobody from changing the rest.
+        plan(&state_of(with(credential, 1)), vec![put(with(credential, 2))], Options::default()).unwrap();
+    }
+    for credential in ["", "env:WEIRD_API_KEY", "file:/etc/weir/credentials/..data/token"] {
+        plan(&state_of(with("", 1)), vec![put(with(credential, 1))], Options::default()).unwrap();
+    }
+}

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use weir_proto::v1;
-use weir_runtime::{Cidr, Secret, exit};
+use weir_runtime::{AllowedHost, Cidr, Secret, exit};
 
 use crate::auth::TOKEN_MIN_CHARS;
 use crate::encoding::base64url;
@@ -46,6 +46,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the live page and the operations pages listen: 127.0.0.1:7080.
     pub http_listen: SocketAddr,
+    /// Names under which that may be asked for, besides addresses and names that no public site can have.
+    pub ops_allowed_hosts: Vec<AllowedHost>,
     /// Where resources are kept.
     pub store: StoreConfig,
     /// Put into a store that has never held anything.
@@ -54,6 +56,9 @@ pub struct Config {
     pub admin_token: Option<Secret>,
     /// Opens discovery and reports. `None`: gateways use the admin token.
     pub gateway_token: Option<Secret>,
+    /// Tokens of single gateways: each file of this directory is named by a gateway's id and holds its token. Such an id
+    /// is nobody else's. Read again while the process runs.
+    pub gateway_tokens: Option<PathBuf>,
     /// Serve gRPC over TLS. `None`: in plain, for loopback or behind something that does TLS.
     pub tls: Option<TlsConfig>,
     /// Networks that backends may be in, to be probed there, although such addresses are refused. None.
@@ -65,10 +70,12 @@ impl Default for Config {
         Self {
             listen: (Ipv4Addr::LOCALHOST, 7070).into(),
             http_listen: (Ipv4Addr::LOCALHOST, 7080).into(),
+            ops_allowed_hosts: Vec::new(),
             store: StoreConfig::Memory,
             bootstrap: Vec::new(),
             admin_token: None,
             gateway_token: None,
+            gateway_tokens: None,
             tls: None,
             allow_backend_cidr: Vec::new(),
         }

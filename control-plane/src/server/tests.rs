@@ -51,6 +51,7 @@ impl Plane {
         let config = Config {
             listen: ([127, 0, 0, 1], 0).into(),
             http_listen: ([127, 0, 0, 1], 0).into(),
+            ops_allowed_hosts: Vec::new(),
             store,
             bootstrap,
             admin_token: Some(Secret::new(ADMIN.into())),

@@ -55,7 +55,8 @@ macro_rules! methods {
                 &self,
                 request: Request<v1::WatchRequest>,
             ) -> Result<Response<Self::WatchStream>, Status> {
-                self.counted("Watch", self.start_watch(request.into_inner())).await
+                let own = self.of(&request);
+                own.counted("Watch", own.start_watch(request.into_inner())).await
             }
 
             type BackupStream = Answers<v1::BackupResponse>;

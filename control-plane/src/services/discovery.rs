@@ -18,11 +18,11 @@ use weir_proto::v1::stream_config_response::Message as Say;
 use weir_proto::v1::{self, StreamConfigRequest, StreamConfigResponse};
 
 use self::session::{Answered, Lateness, Session};
-use super::Shared;
+use super::{Shared, check_about};
 use crate::auth::Caller;
 use crate::model::Key;
 use crate::publish::{Held, Snapshot};
-use crate::registry::Connection;
+use crate::registry::{Claim, Connection, Taken};
 
 /// A stream that does not say hello by then is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,7 +33,6 @@ const AGE: Duration = Duration::from_secs(30 * 60);
 const OUTBOX: usize = 4;
 /// An initial synchronisation has its place for so long at most; most are answered within milliseconds.
 const PLACE_MAX: Duration = Duration::from_secs(3);
-const GATEWAY_ID_MAX_BYTES: usize = 63;
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -60,9 +59,8 @@ async fn hello(inbound: &mut Streaming<StreamConfigRequest>) -> Result<v1::Hello
     let Some(Said::Hello(hello)) = first.and_then(|request| request.message) else {
         return Err(Status::invalid_argument("the first message on a stream is hello"));
     };
-    if hello.gateway_id.is_empty() || hello.gateway_id.len() > GATEWAY_ID_MAX_BYTES {
-        return Err(Status::invalid_argument("hello.gateway_id: must be 1 to 63 bytes"));
-    }
+    let about = [("region", &*hello.region), ("build", &hello.build), ("incarnation", &hello.incarnation)];
+    check_about(&hello.gateway_id, &about)?;
     Ok(hello)
 }
 
@@ -136,8 +134,8 @@ async fn serve(
     // Who says it is at this revision but holds something else has yet to apply it.
     let differs = session.held.is(&snapshot) && session.differs(&snapshot);
     let applied = if known && !differs { session.held.revision } else { 0 };
-    let connection = shared.registry.connect(&hello, &session.held, applied);
-    let connection = connection.ok_or_else(|| Status::aborted("another stream of this gateway is here"))?;
+    let claim = Claim::of(&caller);
+    let connection = shared.registry.connect(&hello, &session.held, applied, claim).map_err(taken)?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
     let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
     let replaced = connection.replaced.clone();
@@ -195,6 +193,14 @@ async fn serve(
     }
 }
 
+/// Why a stream of a gateway is not taken. It comes back by itself.
+fn taken(taken: Taken) -> Status {
+    if matches!(taken, Taken::ByAnother(_)) {
+        tracing::warn!(reason = %taken, "a gateway was refused");
+    }
+    Status::aborted(taken.to_string())
+}
+
 /// Says that the control plane lives, when there is room.
 fn heartbeat(outbox: &Outbox, store_revision: u64) {
     let heartbeat = v1::Heartbeat { store_revision, time: Some(SystemTime::now().into()) };
@@ -242,6 +248,10 @@ impl Stream {
                 (nack.nonce, vec![whole])
             }
             Some(Said::Nack(nack)) => (nack.nonce, nack.errors),
+            Some(Said::Retry(_)) => {
+                self.session.retry();
+                return Ok(());
+            }
             Some(Said::Hello(_) | Said::Applied(_)) => {
                 return Err(Status::invalid_argument("hello is said once, and applied by observers"));
             }

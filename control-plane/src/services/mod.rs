@@ -44,14 +44,38 @@ pub(crate) struct Shared {
     pub(crate) authority: Authority,
     /// Places for gateways that take everything at once.
     pub(crate) initial_syncs: Arc<Semaphore>,
-    /// Places for those who watch.
-    pub(crate) watches: Arc<Semaphore>,
     /// Places for probes on demand.
     pub(crate) probes: Arc<Semaphore>,
     /// Streams are tasks of their own; the end waits for them.
     pub(crate) tasks: TaskTracker,
     /// Ends every stream.
     pub(crate) stop: CancellationToken,
+}
+
+/// Longest id of a gateway, bytes.
+pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
+/// Longest of what a gateway says of itself besides: its region, its build, the start of its process; bytes.
+const ABOUT_MAX_BYTES: usize = 128;
+
+/// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
+pub(crate) fn is_gateway_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// Checks what a gateway says of itself.
+fn check_about(gateway_id: &str, about: &[(&str, &str)]) -> Result<(), Status> {
+    if !is_gateway_id(gateway_id) {
+        return Err(Status::invalid_argument(
+            "gateway_id: must be 1 to 63 printable ASCII characters without spaces",
+        ));
+    }
+    for (field, text) in about {
+        if text.len() > ABOUT_MAX_BYTES || text.chars().any(char::is_control) {
+            let rule = format!("{field}: must be at most {ABOUT_MAX_BYTES} bytes without control characters");
+            return Err(Status::invalid_argument(rule));
+        }
+    }
+    Ok(())
 }
 
 /// Who calls. Whoever came past the gate is known.

@@ -17,10 +17,11 @@ use weir_proto::v1::{
     StreamReportsResponse,
 };
 
-use super::Shared;
+use super::{Shared, check_about};
 use crate::auth::Caller;
 use crate::fleet::{Loads, ToldSpeeds, Traffic};
 use crate::health::Vantage;
+use crate::registry::Claim;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
 /// Answers that may lie unread; the latest value wins.
@@ -87,9 +88,8 @@ async fn serve(
     let first = timeout(FIRST_TIMEOUT, inbound.message())
         .await
         .map_err(|_| Status::invalid_argument("no report within 5 s"))??;
-    let Some(first) = first.filter(|report| !report.gateway_id.is_empty()) else {
-        return Err(Status::invalid_argument("gateway_id: must not be empty"));
-    };
+    let first = first.ok_or_else(|| Status::invalid_argument("the first message is a report"))?;
+    check_about(&first.gateway_id, &[("region", &first.region), ("incarnation", &first.incarnation)])?;
     shared.authority.speaks_for(&caller, &first.gateway_id)?;
     let own = gateway(&first.gateway_id);
     let (mut healths, mut duties) = (shared.verdicts.healths(), shared.verdicts.duties());
@@ -97,7 +97,10 @@ async fn serve(
     let mut told = Told { serial: duties.borrow_and_update().serial(), ..Told::default() };
     let mut departures = shared.fleet.departures();
     told.departure = departures.borrow_and_update().last();
-    let reporter = shared.fleet.join(&first);
+    let reporter = shared.fleet.join(&first, &Claim::of(&caller)).map_err(|taken| {
+        tracing::warn!(reason = %taken, "the reports of a gateway were refused");
+        Status::aborted(taken.to_string())
+    })?;
     reporter.report(&first);
     let (mut loads, mut served) = (shared.fleet.loads(), shared.fleet.served());
     let mut live = shared.presence.count();

@@ -33,8 +33,7 @@ fn snapshot(accounts: &[&str], limited: &[&str]) -> Snapshot {
         let limit = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
         resources.push(put(account, Spec::Limit(limit)));
     }
-    let (snapshot, refused) =
-        Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(String::new()));
+    let (snapshot, refused) = Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(None));
     assert!(refused.is_empty(), "{refused:?}");
     snapshot
 }

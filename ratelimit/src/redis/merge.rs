@@ -62,6 +62,8 @@ pub(super) enum Entered<C: Send + 'static> {
 pub(super) struct Ticket<C: Send + 'static> {
     merge: Arc<Merge<C>>,
     alike: Alike,
+    /// Whether its place is still counted.
+    counted: bool,
 }
 
 impl<C: Send + 'static> Merge<C> {
@@ -98,7 +100,7 @@ impl<C: Send + 'static> Merge<C> {
         // The same id twice in one script call would not see its own grant.
         if group.under_way < AT_ONCE || group.queue.iter().any(|waiter| waiter.id == id) {
             group.under_way += 1;
-            return Entered::Now(Ticket { merge: self.clone(), alike });
+            return Entered::Now(Ticket { merge: self.clone(), alike, counted: true });
         }
         let (answer, receiver) = oneshot::channel();
         group.queue.push_back(Waiter { id, call: own(), answer });
@@ -132,6 +134,8 @@ impl<C: Send + 'static> Merge<C> {
     }
 
     async fn run(self: Arc<Self>, alike: Alike, mut batch: Vec<Waiter<C>>) {
+        // A batch that panics, or is cancelled, leaves its place to the next one.
+        let mut place = Ticket { merge: self.clone(), alike, counted: true };
         while !batch.is_empty() {
             if batch.len() > 1 {
                 self.merged.fetch_add(batch.len() as u64, Ordering::Relaxed);
@@ -145,11 +149,16 @@ impl<C: Send + 'static> Merge<C> {
             }
             batch = self.next(alike);
         }
+        // The last call of `next` gave the place back.
+        place.counted = false;
     }
 }
 
 impl<C: Send + 'static> Drop for Ticket<C> {
     fn drop(&mut self) {
+        if !self.counted {
+            return;
+        }
         let batch = self.merge.next(self.alike);
         if batch.is_empty() {
             return;
@@ -216,5 +225,28 @@ mod tests {
         let merged: usize = all.iter().map(Vec::len).filter(|len| *len > 1).sum();
         assert_eq!(merge.merged(), merged as u64);
         assert!(merge.groups().is_empty(), "nothing stays behind");
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_panics_leaves_its_place_to_the_next() {
+        let merge = Merge::new(|calls: Vec<u32>| {
+            Box::pin(async move {
+                assert!(!calls.contains(&13), "a bug");
+                calls.into_iter().map(|n| Ok(vec![i64::from(n)])).collect()
+            })
+        });
+        // More often than there are places.
+        for _ in 0..3 * AT_ONCE {
+            let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
+            let Entered::Later(lost) = merge.enter(7, id(13), || 13) else {
+                panic!("too many are under way")
+            };
+            drop(tickets);
+            assert!(lost.await.is_err(), "it learns that there is no answer");
+        }
+        let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
+        let Entered::Later(answer) = merge.enter(7, id(20), || 20) else { panic!("too many are under way") };
+        drop(tickets);
+        assert_eq!(answer.await.expect("answered"), Ok(vec![20]));
     }
 }

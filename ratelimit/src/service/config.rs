@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use weir_proto::resource::Resource;
-use weir_runtime::Secret;
+use weir_runtime::{AllowedHost, Secret};
 
 use crate::redis::ColdStart;
 
@@ -23,6 +23,15 @@ pub struct Config {
     /// Address for operations: /livez, /readyz, /metrics.
     #[arg(long, env = "WEIR_OPS_LISTEN", default_value = "127.0.0.1:9100", value_name = "HOST:PORT")]
     pub ops_listen: SocketAddr,
+    /// Name under which the operations port may be asked for, such as ops.example.com or *.example.com; may be repeated.
+    /// Addresses, localhost, names without dots and private suffixes (.svc, .internal) need none.
+    #[arg(
+        long = "ops-allowed-host",
+        env = "WEIR_OPS_ALLOWED_HOSTS",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    pub ops_allowed_hosts: Vec<AllowedHost>,
     /// Redis of the cluster's limits, such as redis://host:6379. Without it limits hold for this process alone.
     #[arg(long, env = "WEIR_REDIS", value_name = "URL", hide_env_values = true)]
     pub redis: Option<String>,
@@ -88,6 +97,7 @@ impl Default for Config {
         Self {
             listen: ([127, 0, 0, 1], 8090).into(),
             ops_listen: ([127, 0, 0, 1], 9100).into(),
+            ops_allowed_hosts: Vec::new(),
             redis: None,
             token_file: None,
             token: None,

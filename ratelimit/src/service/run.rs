@@ -9,17 +9,18 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
-use weir_runtime::{Readiness, exit, serve_ops};
+use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Places};
+use weir_runtime::{AllowedHosts, Readiness, exit, serve_ops};
 
 use super::auth::Guard;
 use super::config::Config;
 use super::configuration;
 use super::envoy::Envoy;
+use super::gate::Gated;
 use super::metrics::Metrics;
 use super::native::Native;
 use super::store::Watcher;
@@ -27,10 +28,13 @@ use crate::AnyLimiter;
 use crate::memory::MemoryLimiter;
 use crate::redis::{RedisLimiter, RedisOptions};
 
-/// Calls at once on one connection; more wait at the caller.
-const STREAMS_MAX: u32 = 1024;
 /// Largest request.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// Calls at once on one connection; more wait at the caller. A proxy has one connection for all its requests, and a call
+/// may wait for a minute.
+const STREAMS_MAX: u32 = 1024;
+/// A check of health names a service.
+const CHECK_BYTES_MAX: usize = 1 << 10;
 /// A caller that is gone without a word is noticed after so long, and as long again.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
@@ -95,17 +99,21 @@ pub async fn start(
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
     let token = config.checked_token().map_err(StartError::Config)?;
+    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
+        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
     let limiter = limiter.map_or_else(|| open(&config), Ok)?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
     let (configuration, subscriber) = configuration::open(&config, &metrics)?;
     let (grpc, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
 
     let readiness = Readiness::not_ready("starting");
     let (health, health_service) = tonic_health::server::health_reporter();
-    let guard = Guard::new(token.as_ref());
+    let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
+    let (guard, places) = (Guard::new(token.as_ref()), Places::default());
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
         .build_v1()
@@ -139,19 +147,20 @@ pub async fn start(
     };
     tasks.spawn(watcher.run(shutdown.clone()));
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
-    tasks.spawn(serve_ops(ops, readiness, Arc::new(registry), drained.clone()));
+    tasks.spawn(serve_ops(ops, ops_hosts, readiness, Arc::new(registry), drained.clone()));
     let refuse = CancellationToken::new();
     let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners);
     let incoming = ReceiverStream::new(edge::incoming(grpc, None, &tasks, refuse.clone()));
     let server = Server::builder()
         .layer(BusyLayer)
         .max_concurrent_streams(STREAMS_MAX)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(health_service)
-        .add_service(InterceptedService::new(reflection, guard.clone()))
-        .add_service(InterceptedService::new(native, guard.clone()))
-        .add_service(InterceptedService::new(envoy, guard))
+        .add_service(Gated::new(health_service, guard.clone(), places.clone()))
+        .add_service(Gated::new(reflection, guard.clone(), places.clone()))
+        .add_service(Gated::new(native, guard.clone(), places.clone()))
+        .add_service(Gated::new(envoy, guard, places))
         .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
     let (pre_stop, drain) = (config.pre_stop(), config.drain());
     tasks.spawn(async move {

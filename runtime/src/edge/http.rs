@@ -58,6 +58,12 @@ pub struct Client {
 }
 
 impl Client {
+    /// One on no listener, whom no clock ever cuts: for tests and benches.
+    pub fn detached(peer: std::net::IpAddr) -> Self {
+        let connection = Arc::new(Connection::new(peer, super::Bounds::operations()));
+        Self { clock: Arc::clone(&connection.clock), connection }
+    }
+
     /// Whether the request was cut because the client takes nothing of its answer.
     pub fn took_nothing(&self) -> bool {
         self.clock.was_cut() || self.connection.was_cut() == Some(Cut::Stalled)

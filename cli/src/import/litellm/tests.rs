@@ -70,6 +70,8 @@ fn deployments_become_backends_that_serve_the_model() {
     assert_eq!(backends[0].1.url, "https://eu.api.openai.com");
     assert_eq!((backends[0].1.weight, backends[0].1.credential.as_str()), (Some(3), "env:OPENAI_KEY_EU"));
     assert_eq!(backends[1].1.credential, "env:OPENAI_API_KEY", "LiteLLM's own default");
+    let said = note(&import, "model_list[0].litellm_params.api_key");
+    assert!(said.contains("OPENAI_KEY_EU") && said.contains("--credential-env"), "{said}");
     assert_eq!(backends[2].1.models["llama-3"], "meta-llama/Llama-3");
     assert_eq!(backends[2].1.max_concurrency, Some(16));
 }

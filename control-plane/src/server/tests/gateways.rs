@@ -146,15 +146,28 @@ async fn a_mass_removal_says_that_it_is_meant_and_an_empty_new_store_does_not() 
 }
 
 #[tokio::test]
-async fn a_stream_begins_with_hello_and_the_newest_wins() {
+async fn a_stream_begins_with_hello_and_no_other_process_takes_its_place() {
     let plane = Plane::memory(cluster(1)).await;
     let mut rude = plane.gateway(v1::Hello::default()).await;
     assert_eq!(rude.end().await, Code::InvalidArgument);
     let mut old = plane.gateway(hello("g")).await;
     old.delta().await;
     let mut new = plane.gateway(v1::Hello { incarnation: "2".into(), ..hello("g") }).await;
+    assert_eq!(
+        new.end().await,
+        Code::Aborted,
+        "another process of the same name, and no proof that it is the same"
+    );
+    let mut again = plane.gateway(hello("g")).await;
+    again.delta().await;
+    assert_eq!(old.end().await, Code::Aborted, "the newest stream of a process wins");
+    drop(again);
+    let mut admin = plane.admin().await;
+    while admin.list_gateways(v1::ListGatewaysRequest {}).await.unwrap().into_inner().gateways[0].connected {
+        tokio::task::yield_now().await;
+    }
+    let mut new = plane.gateway(v1::Hello { incarnation: "2".into(), ..hello("g") }).await;
     new.delta().await;
-    assert_eq!(old.end().await, Code::Aborted);
     let list = plane.admin().await.list_gateways(v1::ListGatewaysRequest {}).await.unwrap().into_inner();
     assert_eq!((list.gateways.len(), list.gateways[0].incarnation.as_str()), (1, "2"));
     plane.stop().await;

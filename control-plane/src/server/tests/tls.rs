@@ -42,6 +42,8 @@ async fn plane(directory: &Path, ca: &Issuer) -> Plane {
         bootstrap: cluster(1),
         admin_token: Some(Secret::new(ADMIN.into())),
         gateway_token: Some(Secret::new(GATEWAY.into())),
+        gateway_tokens: None,
+        ops_allowed_hosts: Vec::new(),
         tls: Some(tls),
         ..Config::default()
     })

@@ -11,6 +11,7 @@ use weir_proto::v1::watch_response::Message;
 use weir_proto::v1::{self, ResourceKind, WatchResponse};
 
 use super::{Admin, Answers};
+use crate::auth::Caller;
 use crate::model::State;
 use crate::services::Shared;
 
@@ -28,9 +29,7 @@ impl Admin {
         &self,
         request: v1::WatchRequest,
     ) -> Result<Answers<WatchResponse>, Status> {
-        let place = self.0.watches.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted("too many watch at once; end one, or ask another control plane")
-        })?;
+        let caller = self.caller()?.clone();
         let kinds: BTreeSet<ResourceKind> = request.kinds().collect();
         let state = self.0.catalog.state();
         let at = match request.from_revision {
@@ -41,10 +40,9 @@ impl Admin {
         let shared = self.0.clone();
         // Ends with its reader or with the stop signal.
         self.0.tasks.spawn(async move {
-            let _place = place;
             let stop = shared.stop.clone();
             let served = tokio::select! {
-                served = follow(&shared, &kinds, &state, at, &outbox) => served,
+                served = follow(&shared, &caller, &kinds, &state, at, &outbox) => served,
                 () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
             };
             if let Err(status) = served {
@@ -57,6 +55,7 @@ impl Admin {
 
 async fn follow(
     shared: &Shared,
+    caller: &Caller,
     kinds: &BTreeSet<ResourceKind>,
     state: &State,
     at: Option<u64>,
@@ -104,6 +103,7 @@ async fn follow(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
             }
             _ = bookmarks.tick() => {
+                shared.authority.still(caller)?;
                 say(outbox, Message::Bookmark(v1::Bookmark { revision: seen.revision })).await?;
             }
             () = outbox.closed() => return Ok(()),

@@ -5,9 +5,10 @@ use tonic::{Status, Streaming};
 use weir_proto::v1::stream_config_request::Message as Said;
 use weir_proto::v1::{self, StreamConfigRequest};
 
-use super::{HEARTBEAT, Outbox, age_limit, heartbeat};
+use super::{HEARTBEAT, Outbox, age_limit, heartbeat, taken};
 use crate::auth::Caller;
 use crate::publish::{Held, Snapshot, versions};
+use crate::registry::Claim;
 use crate::services::Shared;
 
 /// Serves it to its end.
@@ -22,8 +23,8 @@ pub(super) async fn serve(
     let mut snapshot = snapshots.borrow_and_update().clone();
     let mut held = Held::of(&hello);
     let applied = if held.epoch == snapshot.epoch { held.revision } else { 0 };
-    let connection = shared.registry.connect(&hello, &held, applied);
-    let connection = connection.ok_or_else(|| Status::aborted("it is followed here"))?;
+    let claim = Claim::of(&caller);
+    let connection = shared.registry.connect(&hello, &held, applied, claim).map_err(taken)?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
     let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
     tracing::debug!(gateway = hello.gateway_id, "observed: it follows another control plane");

@@ -3,7 +3,8 @@
 //! One delta is on its way at a time. What changes meanwhile is not queued: when the answer comes, what then differs is
 //! sent. New and changed resources go first; what is gone is taken away only once they are applied (make before break),
 //! and backends, pools and models stay while one of theirs was refused. A refused resource is sent again when there
-//! is a newer snapshot, since what it needed may be there then.
+//! is a newer snapshot, since what it needed may be there then, and when the gateway
+//! says that it is.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,6 +35,8 @@ pub(super) struct Session {
     refused: Option<Refused>,
     /// What it refuses by now, with its reasons.
     refusals: BTreeMap<Key, v1::ResourceError>,
+    /// It asks for what it refused.
+    retry: bool,
     nonce: u64,
 }
 
@@ -89,7 +92,17 @@ impl Session {
     pub(super) fn new(held: Held, differences: Differences) -> Self {
         let at = (Arc::clone(&held.epoch), held.revision);
         let refusals = BTreeMap::new();
-        Self { held, at, differences, waiting: None, due: Vec::new(), refused: None, refusals, nonce: 0 }
+        Self {
+            held,
+            at,
+            differences,
+            waiting: None,
+            due: Vec::new(),
+            refused: None,
+            refusals,
+            retry: false,
+            nonce: 0,
+        }
     }
 
     pub(super) fn is_waiting(&self) -> bool {
@@ -104,6 +117,12 @@ impl Session {
     /// Whether anything differs at all.
     pub(super) fn differs(&self, snapshot: &Snapshot) -> bool {
         !self.differences.between(&self.held, snapshot).is_empty()
+    }
+
+    /// What was refused is sent again, although there is no newer snapshot.
+    pub(super) fn retry(&mut self) {
+        self.refused = None;
+        self.retry = !self.refusals.is_empty();
     }
 
     /// The next delta; `None` while an answer is due, nothing differs, or just this was refused.
@@ -131,7 +150,8 @@ impl Session {
             }
             (Vec::new(), removals)
         } else if difference.upserts.is_empty() {
-            if difference.removals.is_empty() && self.held.is(snapshot) {
+            // Of what it holds and does not use nothing is to be sent: it is asked what it says of that now.
+            if difference.removals.is_empty() && self.held.is(snapshot) && !self.retry {
                 return None;
             }
             (Vec::new(), difference.removals.clone())
@@ -147,6 +167,7 @@ impl Session {
             false if *epoch == snapshot.epoch => *revision,
             false => 0,
         };
+        self.retry = false;
         self.nonce += 1;
         let delta = v1::Delta {
             nonce: self.nonce,

@@ -29,6 +29,42 @@ pub enum CredentialRef {
     File(String),
 }
 
+impl CredentialRef {
+    /// Longest name of a variable, bytes.
+    const NAME_BYTES_MAX: usize = 256;
+    /// Longest path, bytes; Linux takes 4096.
+    const PATH_BYTES_MAX: usize = 1024;
+
+    /// Whether a variable of this name is a setting of Weir itself, such as the gateways' token: never a credential.
+    pub fn is_setting_of_weir(variable: &str) -> bool {
+        variable.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("WEIR_"))
+    }
+
+    /// Why nobody may declare this reference, whatever gateways allow; `None` when one may. Asked of what is new: a store
+    /// may hold older ones, which gateways refuse.
+    pub fn objection(&self) -> Option<&'static str> {
+        match self {
+            Self::Env(name) if Self::is_setting_of_weir(name) => Some(
+                "variables that begin with WEIR_ are settings of Weir and never credentials; use another name",
+            ),
+            Self::Env(name) if name.len() > Self::NAME_BYTES_MAX => {
+                Some("the name of the variable is longer than 256 bytes")
+            }
+            Self::Env(_) => None,
+            Self::File(path) if path.len() > Self::PATH_BYTES_MAX => {
+                Some("the path is longer than 1024 bytes")
+            }
+            Self::File(path) if path.split('/').any(|part| part == "..") => {
+                Some("the path must not have .. in it")
+            }
+            Self::File(path) if path.chars().any(char::is_control) => {
+                Some("the path must not have control characters in it")
+            }
+            Self::File(_) => None,
+        }
+    }
+}
+
 /// One upstream server or account.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Backend {

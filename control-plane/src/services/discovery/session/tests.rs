@@ -176,3 +176,42 @@ async fn no_answer_is_stale_after_30_s_and_dead_after_120_s() {
     tokio::time::advance(Duration::from_secs(90)).await;
     assert_eq!(session.lateness(Instant::now()), Lateness::Dead);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_gateway_that_asks_is_sent_what_it_refused_although_nothing_has_changed() {
+    let mut session = synced(&snapshot(1, cluster(&["a"])));
+    session.retry();
+    assert_eq!(session.next(&snapshot(1, cluster(&["a"])), Instant::now()), None, "it refused nothing");
+    let new = snapshot(2, cluster(&["a", "b"]));
+    let first = session.next(&new, Instant::now()).unwrap();
+    session.answered(first.nonce, vec![error(ResourceKind::Backend, "b")]);
+    assert_eq!(session.next(&new, Instant::now()), None);
+    session.retry();
+    let second = session.next(&new, Instant::now()).unwrap();
+    assert_eq!((upserts(&second), second.store_revision), (vec!["b"], 2));
+    session.retry();
+    assert_eq!(session.next(&new, Instant::now()), None, "one at a time");
+    // Refused once more, it is not sent again until the gateway asks once more.
+    session.answered(second.nonce, vec![error(ResourceKind::Backend, "b")]);
+    assert_eq!(session.next(&new, Instant::now()), None);
+    session.retry();
+    let third = session.next(&new, Instant::now()).unwrap();
+    assert_eq!(session.answered(third.nonce, vec![]), Answered::Applied(2));
+    assert_eq!(session.next(&new, Instant::now()), None);
+}
+
+/// What it holds and cannot use, as after a start without the file, is not sent again: it is asked what it says now.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_what_is_held_is_taken_back_when_the_gateway_asks() {
+    let mut session = synced(&snapshot(1, cluster(&["a"])));
+    let new = snapshot(2, [cluster(&["a"]), vec![tenant("t")]].concat());
+    let first = session.next(&new, Instant::now()).unwrap();
+    assert_eq!(upserts(&first), ["t"]);
+    session.answered(first.nonce, vec![error(ResourceKind::Backend, "a")]);
+    assert_eq!(session.next(&new, Instant::now()), None);
+    session.retry();
+    let asked = session.next(&new, Instant::now()).unwrap();
+    assert_eq!((upserts(&asked), removals(&asked), asked.store_revision), (vec![], vec![], 2));
+    assert_eq!(session.answered(asked.nonce, vec![]), Answered::Applied(2));
+    assert_eq!(session.next(&new, Instant::now()), None);
+}

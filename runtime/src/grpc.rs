@@ -1,0 +1,248 @@
+//! Bounds of gRPC calls: how long one may take, how many streams are open at once, and how old a stream may get.
+//!
+//! They stand in front of a service, so that no method can forget them.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::{Sleep, sleep, timeout};
+use tonic::Status;
+use tonic::body::Body;
+
+/// Calls at once on one connection; more wait at the caller. Far above what one program has under way.
+pub const STREAMS_PER_CONNECTION: u32 = 256;
+/// Largest head of a call, bytes. A token and what tracing adds are some hundred.
+pub const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// A stream that answers nothing at all within this has failed: its first message never came.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What bounds a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// One answer within this time from the head of the call, so that one whose message never comes ends too.
+    Unary(Duration),
+    /// A stream that goes on.
+    Stream(StreamBound),
+}
+
+/// What bounds streams of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamBound {
+    /// Its name, for the text of a refusal.
+    pub kind: &'static str,
+    /// Open at once in this process.
+    pub most: usize,
+    /// Open at once of one caller.
+    pub most_per_caller: usize,
+    /// It ends when it is this old; `None`: its service ends it.
+    pub age: Option<Duration>,
+}
+
+/// The streams that are open. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Places(Arc<Mutex<Open>>);
+
+/// Holds no more than what is open.
+#[derive(Debug, Default)]
+struct Open {
+    by_kind: BTreeMap<&'static str, usize>,
+    by_caller: BTreeMap<(&'static str, Arc<str>), usize>,
+}
+
+/// The place of one stream; dropping it gives it to the next.
+#[derive(Debug)]
+pub struct Place {
+    places: Places,
+    kind: &'static str,
+    caller: Arc<str>,
+}
+
+impl Places {
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for a stream of a caller.
+    ///
+    /// # Errors
+    /// RESOURCE_EXHAUSTED when all of them, or all of this caller's, are taken.
+    pub fn take(&self, bound: &StreamBound, caller: &Arc<str>) -> Result<Place, Status> {
+        let StreamBound { kind, most, most_per_caller, .. } = *bound;
+        let mut open = self.open();
+        if open.by_kind.get(kind).is_some_and(|open| *open >= most) {
+            return Err(Status::resource_exhausted(format!("{most} {kind} are open already; end one")));
+        }
+        let key = (kind, Arc::clone(caller));
+        if open.by_caller.get(&key).is_some_and(|open| *open >= most_per_caller) {
+            let text = format!("{caller} has {most_per_caller} {kind} open already; end one");
+            return Err(Status::resource_exhausted(text));
+        }
+        *open.by_kind.entry(kind).or_default() += 1;
+        *open.by_caller.entry(key).or_default() += 1;
+        drop(open);
+        Ok(Place { places: self.clone(), kind, caller: Arc::clone(caller) })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.places.open();
+        if let Some(count) = open.by_kind.get_mut(self.kind) {
+            *count = count.saturating_sub(1);
+        }
+        let key = (self.kind, Arc::clone(&self.caller));
+        if let Some(count) = open.by_caller.get_mut(&key) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                open.by_caller.remove(&key);
+            }
+        }
+    }
+}
+
+/// Carries a call out within its bound.
+pub async fn bounded(
+    bound: Bound,
+    places: Places,
+    caller: Arc<str>,
+    call: impl Future<Output = Result<http::Response<Body>, Infallible>>,
+) -> Result<http::Response<Body>, Infallible> {
+    match bound {
+        Bound::Unary(within) => match timeout(within, call).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let text = format!("the call was not whole, or not answered, within {} s", within.as_secs());
+                Ok(Status::deadline_exceeded(text).into_http())
+            }
+        },
+        Bound::Stream(bound) => {
+            let place = match places.take(&bound, &caller) {
+                Ok(place) => place,
+                Err(status) => return Ok(status.into_http()),
+            };
+            match timeout(HEAD_TIMEOUT, call).await {
+                Ok(answer) => answer.map(|answer| answer.map(|body| Held::of(body, bound.age, place))),
+                Err(_) => Ok(Status::deadline_exceeded("no message within 30 s").into_http()),
+            }
+        }
+    }
+}
+
+/// The body of a stream, which holds its place.
+struct Held {
+    /// `None` after its end.
+    body: Option<Body>,
+    end: Option<Pin<Box<Sleep>>>,
+    place: Option<Place>,
+}
+
+impl Held {
+    fn of(body: Body, age: Option<Duration>, place: Place) -> Body {
+        // A refusal in the head alone holds nothing.
+        if body.is_end_stream() {
+            return body;
+        }
+        Body::new(Self { body: Some(body), end: age.map(|age| Box::pin(sleep(age))), place: Some(place) })
+    }
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        let Some(body) = &mut this.body else { return Poll::Ready(None) };
+        if this.end.as_mut().is_some_and(|end| end.as_mut().poll(context).is_ready()) {
+            (this.body, this.place) = (None, None);
+            let mut trailers = HeaderMap::new();
+            let status = Status::unavailable("the stream has reached its age; open a new one");
+            return Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))));
+        }
+        Pin::new(body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(|body| body.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    const TWO: StreamBound = StreamBound { kind: "watches", most: 3, most_per_caller: 2, age: None };
+
+    #[test]
+    fn places_are_bounded_by_caller_and_in_all_and_come_back() {
+        let places = Places::default();
+        let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
+        let first = places.take(&TWO, &a).expect("free");
+        let _second = places.take(&TWO, &a).expect("free");
+        let refused = places.take(&TWO, &a).expect_err("of one caller");
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+        assert!(refused.message().contains("a has 2 watches"), "{refused:?}");
+        let _third = places.take(&TWO, &b).expect("another caller's");
+        assert!(places.take(&TWO, &b).expect_err("in all").message().contains("3 watches"));
+        drop(first);
+        drop(places.take(&TWO, &b).expect("free again"));
+        assert_eq!(places.open().by_caller.len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_whose_message_never_comes_ends() {
+        let never = pending::<Result<http::Response<Body>, Infallible>>();
+        let bound = Bound::Unary(Duration::from_secs(5));
+        let answer = bounded(bound, Places::default(), "a".into(), never).await.expect("infallible");
+        assert_eq!(answer.headers()["grpc-status"], "4");
+        let never = pending::<Result<http::Response<Body>, Infallible>>();
+        let places = Places::default();
+        let answer =
+            bounded(Bound::Stream(TWO), places.clone(), "a".into(), never).await.expect("infallible");
+        assert_eq!(answer.headers()["grpc-status"], "4");
+        assert!(places.open().by_caller.is_empty(), "its place is free");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_ends_at_its_age_and_frees_its_place() {
+        struct Silent;
+        impl http_body::Body for Silent {
+            type Data = Bytes;
+            type Error = Status;
+            fn poll_frame(
+                self: Pin<&mut Self>,
+                _: &mut Context<'_>,
+            ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+                Poll::Pending
+            }
+        }
+        let places = Places::default();
+        let bound = StreamBound { age: Some(Duration::from_secs(30)), ..TWO };
+        let call = ready(Ok(http::Response::new(Body::new(Silent))));
+        let answer =
+            bounded(Bound::Stream(bound), places.clone(), "a".into(), call).await.expect("infallible");
+        assert_eq!(places.open().by_caller.len(), 1);
+        let mut body = answer.into_body();
+        let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
+        let trailers = frame.expect("a frame").expect("no error").into_trailers().expect("trailers");
+        assert_eq!(trailers["grpc-status"], "14");
+        assert!(places.open().by_caller.is_empty());
+        assert!(std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.is_none());
+    }
+}
