@@ -2,6 +2,8 @@
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
 mod backend;
+mod backend;
+mod credentials;
 mod edge_drain;
 mod edge_grpc;
 mod edge_http1;
@@ -16,12 +18,10 @@ mod http2;
 mod json;
 mod keys;
 mod lab;
+mod logs;
 mod names;
-mod series;
-mod tls;
-mod backend;
 mod ops;
 mod rogue;
+mod series;
+mod tls;
 mod watch;
-mod logs;
-mod credentials;
