@@ -2,7 +2,6 @@
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
 mod backend;
-mod backend;
 mod credentials;
 mod edge_drain;
 mod edge_grpc;
