@@ -41,6 +41,6 @@ mod run;
 mod tries;
 mod weights;
 
-pub use run::{Running, StartError, start};
+pub use run::{Running, StartError, start, start_resolving};
 
 pub(crate) use weir_runtime::random_unit;

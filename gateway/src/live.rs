@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::probe::lane::ProbeLane;
 use crate::snapshot::Snapshot;
+use crate::upstream::Resolver;
 
 /// Shared by every task of a gateway. Reads never block.
 #[derive(Debug)]
@@ -38,6 +39,12 @@ impl Default for Live {
 }
 
 impl Live {
+    /// Without a configuration yet; hosts of backends are looked up by `resolver`.
+    pub fn resolving(resolver: Resolver) -> Self {
+        let first = Snapshot { resolver, ..Snapshot::default() };
+        Self { snapshot: ArcSwap::from_pointee(first), ..Self::default() }
+    }
+
     /// The picture in force.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()

@@ -26,6 +26,7 @@ use crate::probe::Prober;
 use crate::reap::Reaper;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
+use crate::upstream::Resolver;
 use crate::weights::Weights;
 use crate::{explain, report, server, usage};
 
@@ -105,6 +106,17 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
+    start_resolving(config, limiter, Resolver::system(), shutdown, hurry).await
+}
+
+/// The same, with hosts of backends looked up by `resolver`.
+pub async fn start_resolving(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    resolver: Resolver,
+    shutdown: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Running, StartError> {
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
@@ -146,7 +158,8 @@ pub async fn start(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
-    let live = Arc::new(Live::default());
+    resolver.register(&mut registry);
+    let live = Arc::new(Live::resolving(resolver));
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();

@@ -20,7 +20,7 @@ use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
 use self::accounts::AccountLimits;
 pub use self::accounts::{AccountEntry, Accounts};
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
-use crate::upstream::Upstream;
+use crate::upstream::{Resolver, Upstream};
 
 /// One scope's limits, compiled.
 #[derive(Debug, Clone)]
@@ -138,6 +138,8 @@ pub struct Snapshot {
     pub epoch: String,
     /// The store revision.
     pub revision: u64,
+    /// Looks up hosts of backends; the same for all snapshots of a gateway.
+    pub resolver: Resolver,
     /// SHA-256 of a key -> the key.
     pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
     /// Every tenant, also those without a key.
@@ -181,8 +183,9 @@ impl Snapshot {
         previous: &Snapshot,
         read_secret: ReadSecret<'_>,
     ) -> (Self, Vec<Refused>) {
-        let mut compiler =
-            Compiler { next: Self { epoch: epoch.into(), revision, ..Self::default() }, refused: Vec::new() };
+        let resolver = previous.resolver.clone();
+        let next = Self { epoch: epoch.into(), revision, resolver, ..Self::default() };
+        let mut compiler = Compiler { next, refused: Vec::new() };
         compiler.pools(resources, previous);
         compiler.backends(resources, previous, read_secret);
         compiler.models(resources);
@@ -257,7 +260,7 @@ impl Compiler {
             let connect = pool.spec.timeouts.connect;
             let upstream = old
                 .filter(|o| o.upstream.serves(spec, connect))
-                .map_or_else(|| Upstream::new(spec, connect), |o| o.upstream.clone());
+                .map_or_else(|| Upstream::new(spec, connect, &previous.resolver), |o| o.upstream.clone());
             let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
             let entry = BackendEntry {
                 name: resource.name.clone(),

@@ -10,11 +10,18 @@ use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use weir_proto::resource::Backend;
 
+use self::resolve::HostResolver;
+
+mod resolve;
+
+pub use self::resolve::{Found, Lookup, Resolver};
+
 /// The connections of one backend. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Upstream {
     settings: Arc<Settings>,
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector<HostResolver>>, Full<Bytes>>,
+    host: HostResolver,
 }
 
 /// What the connections depend on: when it changes they are made anew.
@@ -56,9 +63,10 @@ static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| {
 });
 
 impl Upstream {
-    /// Connections as the backend's spec asks for; none is opened yet.
-    pub fn new(spec: &Backend, connect_timeout: Duration) -> Self {
-        let mut http = HttpConnector::new();
+    /// Connections as the backend's spec asks for, whose host is looked up by `resolver`; none is opened yet.
+    pub fn new(spec: &Backend, connect_timeout: Duration, resolver: &Resolver) -> Self {
+        let host = resolver.host(spec.url.host().unwrap_or_default()).waiting(connect_timeout);
+        let mut http = HttpConnector::new_with_resolver(host.clone());
         http.enforce_http(false);
         http.set_nodelay(true);
         http.set_connect_timeout(Some(connect_timeout));
@@ -77,7 +85,7 @@ impl Upstream {
             .retry_canceled_requests(false)
             .http1_max_headers(100)
             .build(connector);
-        Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client }
+        Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client, host }
     }
 
     /// Whether these connections still fit the spec.
@@ -101,6 +109,10 @@ impl Upstream {
         &self,
         request: http::Request<Full<Bytes>>,
     ) -> Result<http::Response<hyper::body::Incoming>, hyper_util::client::legacy::Error> {
-        self.client.request(request).await
+        let answer = self.client.request(request).await;
+        if answer.as_ref().is_err_and(|error| error.is_connect()) {
+            self.host.distrust();
+        }
+        answer
     }
 }
