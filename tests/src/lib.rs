@@ -10,6 +10,7 @@ pub mod line;
 pub mod plane;
 pub mod process;
 pub mod redis;
+pub mod sentinel;
 pub mod stack;
 
 use std::future::Future;
