@@ -180,7 +180,7 @@ pub(crate) struct Counts {
 }
 
 /// How many failures are kept to be shown.
-const SHOWN: usize = 20;
+const SHOWN: usize = 5;
 
 impl Counts {
     pub(crate) fn of(&self, status: u16) -> u64 {

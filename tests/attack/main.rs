@@ -2,6 +2,7 @@
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
 mod dns;
+mod faults;
 mod fleet;
 mod partitions;
 mod redis;

@@ -48,7 +48,9 @@ async fn a_gateway_cut_off_from_the_control_plane_in_any_way_serves_on_and_catch
         let before = fleet.gateways[0].running.live.snapshot().revision;
         let revision = fleet.touch(fate).await;
         traffic.more(50).await;
-        assert_eq!(fleet.gateways[0].running.live.snapshot().revision, before, "{fate}: nothing gets through");
+        if !fate.contains("nothing arrives") {
+            assert_eq!(fleet.gateways[0].running.live.snapshot().revision, before, "{fate}: it hears nothing");
+        }
         way.mend();
         let mended = Instant::now();
         let live = &fleet.gateways[0].running.live;
@@ -113,7 +115,7 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
         resources.rebuild(name, |spec| {
             let Spec::Backend(backend) = spec else { panic!("a backend") };
             backend.url = format!("http://{url}");
-            backend.models = [(model.to_owned(), String::new())].into();
+            backend.models = [(model.to_owned(), "gpt-4.1".to_owned())].into();
         });
     }
     let fleet = Fleet::start(1, &resources, |_, _| {}).await;
@@ -129,23 +131,27 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
         })
         .await;
         let endless = ENDLESS.replace("gpt-4.1", "streams");
-        let mut stream = None;
         eventually("the backend of streams is used", || async {
             client.try_chat(&CHAT.replace("gpt-4.1", "streams")).await.is_ok_and(|a| a.status == StatusCode::OK)
         })
         .await;
         let answer = client.send(Method::POST, "/v1/chat/completions", endless).await;
         assert_eq!(answer.status(), StatusCode::OK, "{fate}");
-        stream.replace(answer.into_body());
-        let mut stream = stream.expect("a stream");
+        let mut stream = answer.into_body();
         stream.frame().await.expect("a chunk").expect("whole");
         ways.iter().for_each(happens);
         let traffic = Traffic::start(std::slice::from_ref(client), 2, PAUSE);
         traffic.more(60).await;
-        let rest = tokio::time::timeout(Duration::from_secs(10), stream.collect()).await;
-        let rest = rest.unwrap_or_else(|_| panic!("{fate}: the stream hangs")).expect("ends with a word");
-        let rest = String::from_utf8(rest.to_bytes().to_vec()).expect("text");
-        assert!(rest.contains("\"error\"") && !rest.contains("[DONE]"), "{fate}: {rest}");
+        if fate.contains("nothing arrives") {
+            // What it sends still comes: the stream runs on, until its client leaves.
+            stream.frame().await.expect("a chunk").expect("whole");
+            drop(stream);
+        } else {
+            let rest = tokio::time::timeout(Duration::from_secs(10), stream.collect()).await;
+            let rest = rest.unwrap_or_else(|_| panic!("{fate}: the stream hangs")).expect("ends with a word");
+            let rest = String::from_utf8(rest.to_bytes().to_vec()).expect("text");
+            assert!(rest.contains("\"error\"") && !rest.contains("[DONE]"), "{fate}: {rest}");
+        }
         let counts = traffic.end().await;
         counts.only(&[200], fate);
         eprintln!("backend, {fate}: the slowest request took {:?}", counts.slowest);
