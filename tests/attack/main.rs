@@ -6,3 +6,4 @@ mod faults;
 mod fleet;
 mod partitions;
 mod redis;
+mod restarts;
