@@ -131,7 +131,11 @@ impl Authority {
 
     /// Who calls, by its token or, without one, by its certificate.
     pub(crate) fn identify(&self, metadata: &MetadataMap, peer: Option<&Identity>) -> Result<Caller, Status> {
-        let header = metadata.get("authorization").and_then(|value| value.to_str().ok());
+        let mut headers = metadata.get_all("authorization").iter();
+        let header = headers.next().and_then(|value| value.to_str().ok());
+        if headers.next().is_some() {
+            return Err(Status::unauthenticated("authorization is given twice"));
+        }
         let Some(header) = header else {
             return match peer {
                 Some(identity) => Ok(Caller {

@@ -19,6 +19,7 @@ use weir_proto::v1;
 use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
+use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
 use weir_runtime::{Readiness, Secret, ServerTls, serve_ops_with};
 
 use crate::auth::{Authority, Caller, Gated, Reach};
@@ -37,7 +38,7 @@ use crate::services::admin::{self, Admin};
 use crate::services::discovery::Discovery;
 use crate::services::report::Reports;
 use crate::store::{EtcdStore, FileStore, MemoryStore, Store};
-use crate::tls::{TlsConfig, accept};
+use crate::tls::TlsConfig;
 use crate::verdicts::Verdicts;
 pub use config::{Config, Error, StoreConfig};
 
@@ -266,7 +267,9 @@ async fn serve(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let pages = page::routes(shared.clone(), feed);
     let reports = ReportServiceServer::new(Reports(shared));
-    let incoming = ReceiverStream::new(accept(grpc, tls, &tasks, shutdown.clone()));
+    let listeners = EdgeMetrics::new(&mut registry);
+    let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners.clone());
+    let incoming = ReceiverStream::new(edge::incoming(grpc, tls, &tasks, shutdown.clone()));
     let stopping = {
         let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
         async move {
@@ -278,6 +281,7 @@ async fn serve(
         }
     };
     let server = Server::builder()
+        .layer(BusyLayer)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .add_service(health_service)
@@ -286,6 +290,7 @@ async fn serve(
         .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised))
         .add_service(Gated::new(reports, authority, Reach::Authorised))
         .serve_with_incoming_shutdown(incoming, stopping);
+    let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
     let ops = serve_ops_with(http, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
     readiness.set(Ok(()));
     let ended = {
@@ -295,10 +300,7 @@ async fn serve(
             tokio::time::sleep(STOP_TIMEOUT).await;
         };
         tokio::select! {
-            (server, ops) = both => {
-                server.map_err(|e| Error::Failed(e.to_string()))
-                    .and(ops.map_err(|e| Error::Failed(e.to_string())))
-            }
+            (server, ()) = both => server.map_err(|e| Error::Failed(e.to_string())),
             () = cut => Ok(()),
         }
     };

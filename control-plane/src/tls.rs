@@ -1,9 +1,7 @@
-//! Accepting connections, in plain or over TLS with optional client certificates.
+//! The files of TLS, and what a client certificate says.
 //!
 //! A renewed certificate is used by the connections that come after; those that are there go on, so that a rotation
 //! costs no stream.
-
-mod accept;
 
 use std::path::PathBuf;
 
@@ -12,8 +10,6 @@ use weir_proto::v1::Role;
 use weir_runtime::{ServerTls, TlsError};
 
 use crate::auth::Identity;
-
-pub(crate) use accept::{Peer, accept};
 
 /// What a client certificate's URI name begins with: `weir://gateway/ID`, or `weir://ROLE/NAME`.
 const SCHEME: &str = "weir://";
@@ -39,7 +35,7 @@ impl TlsConfig {
 }
 
 /// Who a client certificate, already verified, says its holder is: its first name of ours.
-fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
+pub(crate) fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
     let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
     parsed.valid_uri_names().find_map(named)
 }

@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::future::Future as _;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -17,19 +18,29 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 use weir_ratelimit::Kind;
+use weir_runtime::edge::RequestClock;
 
 use crate::account::{Admission, STEP_TOKENS};
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::runtime_state::{Attempt, InFlight};
 use crate::send::Target;
+use crate::server::WRITE_STALL;
 use crate::stream::meter::{Rewriter, Usage};
+
+/// What is handed out at a time of a complete answer.
+const PIECE_BYTES: usize = 32 << 10;
+/// The body itself ends a stream at its deadline, with a last event. So much later it is cut where it cannot, since
+/// nobody polls it: the client takes nothing.
+const CUT_GRACE: Duration = Duration::from_millis(500);
 
 /// What the client is sent.
 #[derive(Debug)]
 pub enum Body {
-    /// All at once.
+    /// Short, and made here.
     Full(Full<Bytes>),
+    /// A backend's answer that is complete.
+    Whole(WholeBody),
     /// As it comes.
     Stream(Pin<Box<StreamBody>>),
 }
@@ -50,6 +61,7 @@ impl http_body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match &mut *self {
             Self::Full(full) => Pin::new(full).poll_frame(cx),
+            Self::Whole(whole) => Poll::Ready(whole.next().map(|piece| Ok(Frame::data(piece)))),
             Self::Stream(stream) => {
                 stream.as_mut().get_mut().poll_chunk(cx).map(|c| c.map(|b| Ok(Frame::data(b))))
             }
@@ -59,6 +71,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Full(full) => full.is_end_stream(),
+            Self::Whole(whole) => whole.rest.is_empty(),
             Self::Stream(stream) => matches!(stream.state, State::Done),
         }
     }
@@ -66,8 +79,29 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Full(full) => full.size_hint(),
+            Self::Whole(whole) => SizeHint::with_exact(whole.rest.len() as u64),
             Self::Stream(_) => SizeHint::default(),
         }
+    }
+}
+
+/// A complete answer, handed out in pieces: of what one call hands out nobody can tell how much the client has taken.
+#[derive(Debug)]
+pub struct WholeBody {
+    rest: Bytes,
+    clock: Arc<RequestClock>,
+}
+
+impl WholeBody {
+    /// All of `answer`; a client that takes nothing of it is cut by the request's clock.
+    pub const fn new(answer: Bytes, clock: Arc<RequestClock>) -> Self {
+        Self { rest: answer, clock }
+    }
+
+    fn next(&mut self) -> Option<Bytes> {
+        let piece = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
+        self.clock.cut_at(Instant::now() + WRITE_STALL);
+        Some(piece).filter(|piece| !piece.is_empty())
     }
 }
 
@@ -136,6 +170,21 @@ impl StreamBody {
     }
 
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let chunk = self.poll_next(cx);
+        let overdue = self.clocks.deadline + CUT_GRACE;
+        let clock = &self.end.context.client.clock;
+        match chunk {
+            // Until the client has taken this, nobody asks for more, and no clock of the body's own runs.
+            Poll::Ready(_) => clock.cut_at(overdue.min(Instant::now() + WRITE_STALL)),
+            Poll::Pending => clock.cut_at(overdue),
+        }
+        chunk
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.end.context.client.clock.poll_ending(cx) && !matches!(self.state, State::Done) {
+            return Poll::Ready(Some(self.cut(&GatewayError::Draining)));
+        }
         match std::mem::replace(&mut self.state, State::Flowing) {
             State::Peeked(first) if !first.is_empty() => return Poll::Ready(Some(first)),
             State::Peeked(_) | State::Flowing => {}
@@ -244,6 +293,9 @@ pub fn usage_or_count(usage: Option<Usage>, prompt: u64, completion: u64) -> (u6
 
 impl Drop for StreamBody {
     fn drop(&mut self) {
+        if !matches!(self.state, State::Done) && self.end.context.client.took_nothing() {
+            self.end.context.finished(StatusCode::OK, "client_stalled");
+        }
         let facts = self.rewriter.facts();
         let (prompt, completion, source) =
             usage_or_count(facts.usage, self.end.prompt_tokens, facts.completion_estimate());

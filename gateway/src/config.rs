@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
-use weir_runtime::Secret;
+use weir_runtime::{Secret, edge};
 
 use crate::server::Bounds;
 
@@ -90,12 +90,16 @@ pub struct Config {
 impl Config {
     /// The bounds these settings ask for.
     pub fn bounds(&self) -> Bounds {
+        let shipped = Bounds::default();
         Bounds {
-            connections: self.max_connections,
-            connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
+            edge: edge::Bounds {
+                connections: self.max_connections,
+                connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
+                ..shipped.edge
+            },
             pre_stop: Duration::from_secs(self.pre_stop_s),
             drain: Duration::from_secs(self.drain_s),
-            ..Bounds::default()
+            ..shipped
         }
     }
 

@@ -3,12 +3,12 @@
 //! Dropping the context is its end, whatever the way out; a context that nobody marked as finished belongs to a
 //! client that went away.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use http::StatusCode;
 use tokio::time::Instant;
 use uuid::Uuid;
+use weir_runtime::edge::Client;
 
 use crate::headers::ShownLimits;
 use crate::metrics::{Metrics, ModelLabels, RequestLabels, TokenLabels};
@@ -21,8 +21,8 @@ pub struct RequestContext {
     pub started: Instant,
     /// Ours, or the client's own when it is well formed.
     pub request_id: String,
-    /// The client's address.
-    pub peer: Option<IpAddr>,
+    /// Who asks, and the request's clock.
+    pub client: Client,
     /// The route's path; a constant, never the client's text.
     pub route: &'static str,
     /// The tenant's name, once known.
@@ -56,7 +56,7 @@ const REQUEST_ID_MAX_BYTES: usize = 128;
 
 impl RequestContext {
     /// A request arrived.
-    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, peer: Option<IpAddr>) -> Box<Self> {
+    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, client: Client) -> Box<Self> {
         metrics.in_flight.inc();
         metrics.pulse.began();
         let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
@@ -67,7 +67,7 @@ impl RequestContext {
             metrics: metrics.clone(),
             started: Instant::now(),
             request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
-            peer,
+            client,
             route: "unknown",
             tenant: None,
             api_key: None,
@@ -105,7 +105,7 @@ impl Drop for RequestContext {
         tracing::info!(
             target: "weir::request",
             request_id = self.request_id,
-            peer = self.peer.map(tracing::field::display),
+            peer = %self.client.connection.peer(),
             route = self.route,
             tenant,
             api_key = self.api_key,

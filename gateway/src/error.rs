@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::{Value, json};
+use weir_runtime::edge::framing::Violation;
 
 use crate::headers::{duration, millis};
 use crate::read::ReadError;
@@ -77,7 +78,7 @@ pub enum GatewayError {
     #[error(transparent)]
     BadRequest(#[from] ReadError),
     #[error("invalid header or path: {0}")]
-    BadHead(&'static str),
+    BadHead(Violation),
     #[error("no such model")]
     ModelNotFound { model: String },
     #[error("model not allowed for this tenant")]
@@ -86,6 +87,8 @@ pub enum GatewayError {
     BodyTooLarge { max: u64 },
     #[error("request body did not arrive in time")]
     BodyTimeout,
+    #[error("request body broke off or is not well framed")]
+    BrokenBody,
     /// All bodies together take the memory they may take.
     #[error("no memory for another request body")]
     BodyMemory,
@@ -113,6 +116,8 @@ pub enum GatewayError {
     UpstreamInvalid,
     #[error("deadline of the request passed")]
     Deadline,
+    #[error("the gateway is shutting down")]
+    Draining,
     #[error("internal error")]
     Internal,
 }
@@ -156,8 +161,18 @@ impl GatewayError {
                 param: error.param(),
                 ..client(400, read_code(error), "bad_request", capitalised(&error.to_string()))
             },
-            Self::BadHead(what) => {
-                client(400, "invalid_request", "bad_head", format!("Invalid request: {what}."))
+            Self::BadHead(Violation { status, what }) => ErrorFacts {
+                status: *status,
+                ..client(400, "invalid_request", "bad_head", format!("Invalid request: {what}."))
+            },
+            Self::BrokenBody => client(
+                400,
+                "invalid_request",
+                "broken_body",
+                "The request body broke off or is not framed as HTTP asks for.",
+            ),
+            Self::Draining => {
+                ours("shutting_down", "draining", "This gateway is shutting down. Please retry.", None)
             }
             Self::ModelNotFound { model } => no_model(model, "model_not_found"),
             Self::ModelNotAllowed { model } => no_model(model, "model_not_allowed"),

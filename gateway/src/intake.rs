@@ -94,7 +94,7 @@ pub async fn take(
         while let Some(frame) =
             timeout(BODY_PART_TIMEOUT, body.frame()).await.map_err(|_| GatewayError::BodyTimeout)?
         {
-            let Ok(data) = frame.map_err(|_| GatewayError::BodyTimeout)?.into_data() else { continue };
+            let Ok(data) = frame.map_err(|_| GatewayError::BrokenBody)?.into_data() else { continue };
             length += data.len();
             if length > BODY_MAX_BYTES {
                 return Err(too_large);

@@ -15,6 +15,7 @@ use weir_ratelimit::breaker::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
+use weir_runtime::edge::{self, Edge, EdgeMetrics};
 use weir_runtime::{Readiness, ServerTls};
 
 use crate::account::Ledger;
@@ -158,6 +159,7 @@ pub async fn start_resolving(
     };
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    let listeners = EdgeMetrics::new(&mut registry);
     resolver.register(&mut registry);
     let live = Arc::new(Live::resolving(resolver));
     registry.register_collector(Box::new(Weights(live.clone())));
@@ -192,12 +194,8 @@ pub async fn start_resolving(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    let ops = weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone());
-    tasks.spawn(async move {
-        if let Err(error) = ops.await {
-            tracing::error!(%error, "the operations port ended");
-        }
-    });
+    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
+    tasks.spawn(weir_runtime::serve_ops_with(ops, readiness, Arc::new(registry), pages, drained.clone()));
     let bounds = config.bounds();
     let server = {
         let (serving, configured) = (serving.clone(), live.clone());
@@ -210,7 +208,7 @@ pub async fn start_resolving(
                 Ok(listener) => {
                     serving.cancel();
                     tracing::info!(clients = %address, ops = %ops_address, "serving");
-                    server::serve(listener, tls, gateway, bounds, shutdown, hurry).await;
+                    server::serve(listener, tls, gateway, (bounds, listeners), shutdown, hurry).await;
                     Ok(())
                 }
                 Err(source) => {

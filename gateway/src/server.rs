@@ -1,47 +1,31 @@
-//! Listening, with a bound on everything a stranger can make us hold.
+//! Listening to clients. What strangers may take of a connection is the business of [`weir_runtime::edge`]; here are the
+//! figures, and what becomes of a request.
 
-mod addresses;
-mod stall;
-
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use http::{HeaderValue, Version, header};
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use http::Request;
+use hyper::body::Incoming;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use weir_runtime::ServerTls;
+use weir_runtime::edge::framing::{HeadBounds, Violation};
+use weir_runtime::edge::{self, Client, Edge, EdgeMetrics, HttpBounds, Refusal, Socket};
 
-use self::addresses::Addresses;
-use self::stall::StallGuard;
+use crate::error::GatewayError;
 use crate::stack::{self, Gateway};
+
+/// The name of this listener in metrics and logs.
+const LISTENER: &str = "clients";
 
 /// What a connection may cost.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Connections at once: 10 000.
-    pub connections: usize,
-    /// Connections of one address (of one /64 with IPv6): as many as in all, since behind an edge all come from one.
-    pub connections_per_address: usize,
-    /// To shake hands, where TLS is spoken: 10 s.
-    pub handshake_timeout: Duration,
-    /// To send the head of a request: 10 s.
-    pub header_timeout: Duration,
-    /// Bytes of a head: 64 KiB.
-    pub header_bytes: usize,
-    /// Headers of a request: 100.
-    pub headers: usize,
-    /// HTTP/2 streams per connection: 250.
-    pub streams: u32,
-    /// A client that takes nothing for so long is cut: 30 s.
-    pub write_stall: Duration,
+    /// Connections and their clocks.
+    pub edge: edge::Bounds,
+    /// Requests of a connection.
+    pub http: HttpBounds,
     /// To end in time once told to: after readiness is withdrawn, so long are new connections still taken: 2 s.
     pub pre_stop: Duration,
     /// And so long may streams run: 600 s.
@@ -51,19 +35,28 @@ pub struct Bounds {
 impl Default for Bounds {
     fn default() -> Self {
         Self {
-            connections: 10_000,
-            connections_per_address: 10_000,
-            handshake_timeout: Duration::from_secs(10),
-            header_timeout: Duration::from_secs(10),
-            header_bytes: 64 << 10,
-            headers: 100,
-            streams: 250,
-            write_stall: Duration::from_secs(30),
+            edge: edge::Bounds {
+                connections: 10_000,
+                // As many as in all, since behind an edge all come from one.
+                connections_per_address: 10_000,
+                head: Duration::from_secs(10),
+                // nginx's keepalive_timeout: longer than the pools of most clients keep an idle connection.
+                idle: Duration::from_secs(75),
+                stranger_idle: Duration::from_secs(10),
+                write_stall: WRITE_STALL,
+            },
+            http: HTTP,
             pre_stop: Duration::from_secs(2),
             drain: Duration::from_secs(600),
         }
     }
 }
+
+/// A client that takes nothing for so long is cut, as by nginx's send_timeout: 60 s.
+pub(crate) const WRITE_STALL: Duration = Duration::from_secs(60);
+/// Heads of 64 KiB and 100 fields, request lines of 16 KiB, 250 HTTP/2 streams on a connection.
+pub(crate) const HTTP: HttpBounds =
+    HttpBounds { head: HeadBounds { bytes: 64 << 10, fields: 100, target_bytes: 16 << 10 }, streams: 250 };
 
 /// Serves until `shutdown`, then drains: keep accepting for `pre_stop`, then refuse, let streams run for `drain` or
 /// until `hurry`. With `tls` nothing else is spoken.
@@ -71,139 +64,97 @@ pub async fn serve(
     listener: TcpListener,
     tls: Option<ServerTls>,
     gateway: Arc<Gateway>,
-    bounds: Bounds,
+    (bounds, metrics): (Bounds, EdgeMetrics),
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) {
-    let door = Arc::new(Door {
-        builder: protocols(&bounds),
-        tls,
-        gateway: gateway.clone(),
-        bounds,
-        shutdown: shutdown.clone(),
-    });
-    let room = Arc::new(Semaphore::new(bounds.connections));
-    let addresses = Addresses::new(bounds.connections_per_address);
-    let graceful = GracefulShutdown::new();
+    let edge = Edge::new(LISTENER, listener, bounds.edge, metrics);
+    let handle = edge.handle();
+    let door = Arc::new(Door { tls, gateway: gateway.clone(), http: bounds.http });
+    let take = |socket: Socket| {
+        let open = OpenConnection::new(&gateway.metrics.connections);
+        let door = door.clone();
+        // Ends with the connection, which its clocks and the end of the drain end.
+        tokio::spawn(async move {
+            door.serve(socket).await;
+            drop(open);
+        });
+    };
     let stop_accepting = async {
         shutdown.cancelled().await;
+        // Clients leave with their next answer instead of being cut between two requests.
+        handle.drain();
         tokio::select! {
             () = tokio::time::sleep(bounds.pre_stop) => {}
             () = hurry.cancelled() => {}
         }
     };
     tokio::pin!(stop_accepting);
-    let take = |(socket, peer): (TcpStream, SocketAddr)| {
-        let (Ok(permit), Some(place)) = (room.clone().try_acquire_owned(), addresses.place(peer.ip())) else {
-            gateway.metrics.connections_refused.inc();
-            return;
-        };
-        let connection = door.clone().connection(socket, peer.ip(), graceful.watcher());
-        let open = gateway.metrics.connections.clone();
-        open.inc();
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%peer, %error, "connection ended");
-            }
-            open.dec();
-            drop((permit, place));
-        });
-    };
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        tokio::select! {
+            socket = edge.accept() => take(socket),
             () = &mut stop_accepting => break,
-        };
-        match accepted {
-            Ok(accepted) => take(accepted),
-            Err(error) => {
-                // Out of file descriptors, most likely: wait for some to come back instead of spinning.
-                tracing::error!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
         }
     }
     // Whoever is connected already and not yet accepted would be cut when the listener goes.
-    for _ in 0..bounds.connections {
-        let Some(Ok(accepted)) = listener.accept().now_or_never() else { break };
-        take(accepted);
+    for _ in 0..bounds.edge.connections {
+        let Some(socket) = edge.accept_now() else { break };
+        take(socket);
     }
-    drop(listener);
-    tracing::info!(streams = gateway.metrics.in_flight.get(), "draining");
-    tokio::select! {
-        () = graceful.shutdown() => tracing::info!("drained"),
-        () = tokio::time::sleep(bounds.drain) => tracing::warn!(cut = gateway.metrics.in_flight.get(), "drain limit reached"),
-        () = hurry.cancelled() => tracing::warn!(cut = gateway.metrics.in_flight.get(), "told to hurry"),
+    drop(edge);
+    let in_flight = &gateway.metrics.in_flight;
+    tracing::info!(streams = in_flight.get(), "draining");
+    match handle.close(bounds.drain, hurry.cancelled()).await {
+        true => tracing::info!("drained"),
+        false => tracing::warn!("the drain was cut short; streams that still ran ended with an error event"),
     }
 }
 
-fn protocols(bounds: &Bounds) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(bounds.header_timeout)
-        .max_buf_size(bounds.header_bytes)
-        .max_headers(bounds.headers)
-        .pipeline_flush(true);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(bounds.streams)
-        .max_header_list_size(bounds.header_bytes as u32)
-        .keep_alive_interval(Duration::from_secs(30))
-        .keep_alive_timeout(Duration::from_secs(20));
-    builder
+/// Counts a connection for as long as it is there.
+struct OpenConnection(Gauge);
+
+impl OpenConnection {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
 
 /// What all connections have in common.
 struct Door {
-    builder: Builder<TokioExecutor>,
     tls: Option<ServerTls>,
     gateway: Arc<Gateway>,
-    bounds: Bounds,
-    shutdown: CancellationToken,
+    http: HttpBounds,
 }
 
 impl Door {
-    async fn connection(
-        self: Arc<Self>,
-        socket: TcpStream,
-        peer: IpAddr,
-        watcher: Watcher,
-    ) -> Result<(), Failure> {
-        let _ = socket.set_nodelay(true);
-        let socket = StallGuard::new(socket, self.bounds.write_stall);
+    async fn serve(&self, socket: Socket) {
+        let connection = socket.connection().clone();
+        let gateway = self.gateway.clone();
+        let service = move |client: Client, request: Request<Incoming>| {
+            let gateway = gateway.clone();
+            async move { stack::handle(gateway, request, client).await }
+        };
         match &self.tls {
-            None => self.requests(socket, peer, watcher).await,
-            Some(tls) => {
-                let handshake = tls.acceptor().accept(socket);
-                let socket = tokio::time::timeout(self.bounds.handshake_timeout, handshake).await??;
-                self.requests(socket, peer, watcher).await
-            }
+            None => edge::serve_http(socket, connection, self.http, refuse, service).await,
+            Some(tls) => match tls.acceptor().accept(socket).await {
+                Ok(stream) => edge::serve_http(stream, connection, self.http, refuse, service).await,
+                Err(error) => tracing::debug!(peer = %connection.peer(), %error, "a TLS handshake failed"),
+            },
         }
     }
+}
 
-    async fn requests<S>(&self, socket: S, peer: IpAddr, watcher: Watcher) -> Result<(), Failure>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let (gateway, shutdown) = (self.gateway.clone(), self.shutdown.clone());
-        let service = service_fn(move |request| {
-            let (gateway, shutdown) = (gateway.clone(), shutdown.clone());
-            async move {
-                let old = request.version() < Version::HTTP_2;
-                let mut response = stack::handle(gateway, request, Some(peer)).await;
-                // While draining, clients leave with their next answer instead of being cut between two requests.
-                // HTTP/2 has its own word for it, which hyper says.
-                if old && shutdown.is_cancelled() {
-                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
-                Ok::<_, std::convert::Infallible>(response)
-            }
-        });
-        watcher.watch(self.builder.serve_connection(TokioIo::new(socket), service).into_owned()).await
+/// Words the refusal of a head that never became a request.
+fn refuse(violation: Violation) -> Refusal {
+    Refusal {
+        body: GatewayError::BadHead(violation).to_body(),
+        request_id: Some(uuid::Uuid::now_v7().to_string()),
     }
 }

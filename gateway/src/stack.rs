@@ -14,21 +14,25 @@
 
 mod admit;
 
-use std::net::IpAddr;
+use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use futures_util::FutureExt as _;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_proto::resource::BalancingPolicy;
 use weir_ratelimit::{Cost, Decision, Kind};
+use weir_runtime::edge::{self, Client};
 
 use crate::account::{Admission, Ledger};
 use crate::balance::{prefix_hash, stable_hash};
-use crate::body::{Body, Clocks, StreamBody, StreamEnd, usage_or_count};
+use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
 use crate::intake::{self, BodyMemory};
@@ -36,6 +40,7 @@ use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::read::{self, RouteKind};
 use crate::send::{Answer, Outgoing, Target};
+use crate::server::HTTP;
 use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
 use crate::stream::meter::{BYTES_PER_TOKEN, RewritePlan, Rewriter, rename_model_in_body, usage_of_body};
 use crate::tries::{self, Tries, Won};
@@ -61,15 +66,22 @@ pub struct Gateway {
 }
 
 /// Answers one request; every failure becomes an answer.
-pub async fn handle(
-    gateway: Arc<Gateway>,
-    request: Request<Incoming>,
-    peer: Option<IpAddr>,
-) -> Response<Body> {
-    let context = RequestContext::begin(&gateway.metrics, request.headers(), peer);
+pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: Client) -> Response<Body> {
+    let context = RequestContext::begin(&gateway.metrics, request.headers(), client.clone());
     let request_id = context.request_id.clone();
+    let is_http1 = request.version() < Version::HTTP_2;
     let mut slot = Some(context);
-    let mut response = match route(&gateway, request, &mut slot).await {
+    let done = {
+        // A bug of ours costs the request that met it, and nobody else's.
+        let route = AssertUnwindSafe(route(&gateway, request, &mut slot)).catch_unwind();
+        let mut route = std::pin::pin!(route);
+        poll_fn(|cx| match client.clock.poll_ending(cx) {
+            true => Poll::Ready(Err(GatewayError::Draining)),
+            false => route.as_mut().poll(cx).map(|done| done.unwrap_or(Err(GatewayError::Internal))),
+        })
+        .await
+    };
+    let mut response = match done {
         Ok(response) => response,
         Err(error) => {
             if let Some(context) = &mut slot {
@@ -77,6 +89,10 @@ pub async fn handle(
                 context.finished(facts.status, facts.label);
             }
             let mut response = refusal_of(&error);
+            // Where the next request would begin is not known.
+            if is_http1 && matches!(error, GatewayError::BadHead(_) | GatewayError::BrokenBody) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             if let Some(context) = &slot {
                 headers::write_limits(response.headers_mut(), &context.limits);
                 headers::write_wait(response.headers_mut(), context.waited);
@@ -107,6 +123,7 @@ async fn route(
     request: Request<Incoming>,
     slot: &mut Slot,
 ) -> Result<Response<Body>, GatewayError> {
+    edge::check(&request, HTTP.head.fields).map_err(GatewayError::BadHead)?;
     let (path, kind) = match request.uri().path() {
         "/v1/chat/completions" => ("/v1/chat/completions", Some(RouteKind::ChatCompletions)),
         "/v1/completions" => ("/v1/completions", Some(RouteKind::Completions)),
@@ -125,6 +142,7 @@ async fn route(
     let snapshot = gateway.live.snapshot();
     let key = identify(&snapshot, request.headers())?;
     if let Some(context) = slot {
+        context.client.connection.trust();
         context.tenant = Some(key.tenant.name.to_string());
         context.api_key = Some(key.name.to_string());
     }
@@ -368,7 +386,8 @@ impl Call<'_> {
                 refusal::settled(&mut decision, &admission.reserved, &cost);
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });
-                let mut response = Response::new(Body::from(body));
+                let mut response =
+                    Response::new(Body::Whole(WholeBody::new(body, context.client.clock.clone())));
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
                 refusal::write_limits(response.headers_mut(), &decision);

@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+pub mod edge;
 mod logs;
 mod ops;
 mod secret;

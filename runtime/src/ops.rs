@@ -2,14 +2,28 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{Request, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hyper::body::Incoming;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::codegen::Service as _;
+
+use crate::edge::framing::{HeadBounds, Violation};
+use crate::edge::{Client, Edge, HttpBounds, Refusal, check, serve_http1};
+
+/// Heads of requests here are those of scrapers and browsers.
+const BOUNDS: HttpBounds =
+    HttpBounds { head: HeadBounds { bytes: 32 << 10, fields: 100, target_bytes: 8 << 10 }, streams: 0 };
+/// An answer begins within so long, whatever a request's body does.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// What runs when the process ends has so long to end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Whether the process wants traffic, and if not, why. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -40,29 +54,60 @@ struct Ops {
 
 /// Serves the operations port until `shutdown`.
 pub async fn serve_ops(
-    listener: TcpListener,
+    edge: Edge,
     readiness: Readiness,
     registry: Arc<Registry>,
     shutdown: CancellationToken,
-) -> std::io::Result<()> {
-    serve_ops_with(listener, readiness, registry, Router::new(), shutdown).await
+) {
+    serve_ops_with(edge, readiness, registry, Router::new(), shutdown).await
 }
 
 /// Serves the operations port, with pages of the process's own, until `shutdown`.
 pub async fn serve_ops_with(
-    listener: TcpListener,
+    edge: Edge,
     readiness: Readiness,
     registry: Arc<Registry>,
     pages: Router,
     shutdown: CancellationToken,
-) -> std::io::Result<()> {
+) {
     let app = Router::new()
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .with_state(Ops { readiness, registry })
         .merge(pages);
-    axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
+    let handle = edge.handle();
+    loop {
+        let socket = tokio::select! {
+            socket = edge.accept() => socket,
+            () = shutdown.cancelled() => break,
+        };
+        let (app, connection) = (app.clone(), socket.connection().clone());
+        // Ends with the connection, which its clocks and the end of the process end.
+        tokio::spawn(serve_http1(socket, connection, BOUNDS, refuse, move |client: Client, request| {
+            answer(app.clone(), client, request)
+        }));
+    }
+    drop(edge);
+    handle.close(CLOSE_TIMEOUT, std::future::pending()).await;
+}
+
+async fn answer(mut app: Router, client: Client, mut request: Request<Incoming>) -> Response {
+    if let Err(violation) = check(&request, BOUNDS.head.fields) {
+        let headers = [(header::CONTENT_TYPE, "application/json"), (header::CONNECTION, "close")];
+        return (violation.status, headers, refuse(violation).body).into_response();
+    }
+    request.extensions_mut().insert(client.connection);
+    match tokio::time::timeout(ANSWER_TIMEOUT, app.call(request)).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(never)) => match never {},
+        Err(_) => (StatusCode::REQUEST_TIMEOUT, "the request did not arrive in time\n").into_response(),
+    }
+}
+
+fn refuse(violation: Violation) -> Refusal {
+    // A violation is one of our own sentences: no character of it has a meaning in JSON.
+    Refusal { body: format!("{{\"error\":\"{violation}\"}}"), request_id: None }
 }
 
 async fn readyz(State(ops): State<Ops>) -> Response {

@@ -2,8 +2,25 @@
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
 mod dns;
+mod edge_drain;
+mod edge_grpc;
+mod edge_http1;
+mod edge_memory;
+mod edge_refusals;
+mod edge_silence;
+mod edge_windows;
 mod faults;
 mod fleet;
+mod forwarding;
+mod headers;
+mod http1;
+mod http2;
+mod json;
+mod keys;
+mod lab;
+mod names;
 mod partitions;
 mod redis;
 mod restarts;
+mod series;
+mod tls;

@@ -108,7 +108,8 @@ impl Resources {
         self.0.values().cloned().collect()
     }
 
-    fn save(&self, directory: &Path) {
+    /// Writes them as a gateway's copy on disk, for a gateway that runs as a process.
+    pub fn save(&self, directory: &Path) {
         let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
         for (id, resource) in &self.0 {
             let body: Bytes = resource.encode_to_vec().into();

@@ -12,7 +12,9 @@ use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 
 use super::{Authority, Caller};
-use crate::tls::Peer;
+use weir_runtime::edge::GrpcPeer;
+
+use crate::tls;
 
 /// Who can reach a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,8 +43,13 @@ impl<S> Gated<S> {
             return Ok(None);
         }
         let metadata = MetadataMap::from_headers(request.headers().clone());
-        let peer = request.extensions().get::<Peer>().and_then(|peer| peer.0.as_ref());
-        self.authority.authorise(&metadata, peer, request.uri().path()).map(Some)
+        let peer = request.extensions().get::<GrpcPeer>();
+        let identity = peer.and_then(|peer| peer.certificate.as_ref()).and_then(tls::identity);
+        let caller = self.authority.authorise(&metadata, identity.as_ref(), request.uri().path())?;
+        if let Some(peer) = peer {
+            peer.connection.trust();
+        }
+        Ok(Some(caller))
     }
 }
 

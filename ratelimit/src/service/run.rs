@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
+use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
 use weir_runtime::{Readiness, exit, serve_ops};
 
 use super::auth::Guard;
@@ -97,6 +98,7 @@ pub async fn start(
     let limiter = limiter.map_or_else(|| open(&config), Ok)?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
+    let listeners = EdgeMetrics::new(&mut registry);
     let (configuration, subscriber) = configuration::open(&config, &metrics)?;
     let (grpc, address) = listen(config.listen, "--listen").await?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
@@ -136,23 +138,21 @@ pub async fn start(
         store_up: metrics.store_up,
     };
     tasks.spawn(watcher.run(shutdown.clone()));
-    let ops = serve_ops(ops, readiness, Arc::new(registry), drained.clone());
-    tasks.spawn(async move {
-        if let Err(error) = ops.await {
-            tracing::error!(%error, "the operations port ended");
-        }
-    });
+    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
+    tasks.spawn(serve_ops(ops, readiness, Arc::new(registry), drained.clone()));
     let refuse = CancellationToken::new();
+    let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners);
+    let incoming = ReceiverStream::new(edge::incoming(grpc, None, &tasks, refuse.clone()));
     let server = Server::builder()
+        .layer(BusyLayer)
         .max_concurrent_streams(STREAMS_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .tcp_nodelay(true)
         .add_service(health_service)
         .add_service(InterceptedService::new(reflection, guard.clone()))
         .add_service(InterceptedService::new(native, guard.clone()))
         .add_service(InterceptedService::new(envoy, guard))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), refuse.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
     let (pre_stop, drain) = (config.pre_stop(), config.drain());
     tasks.spawn(async move {
         let phases = async {

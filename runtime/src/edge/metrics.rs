@@ -1,0 +1,76 @@
+//! What listeners count.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use super::table::Cut;
+
+/// Of one listener.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ListenerLabels {
+    listener: &'static str,
+}
+
+/// Of connections and requests that were ended or not let in.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndLabels {
+    listener: &'static str,
+    reason: &'static str,
+}
+
+/// How many connections the listeners of a node have, and why they ended some. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct EdgeMetrics {
+    open: Family<ListenerLabels, Gauge>,
+    ended: Family<EndLabels, Counter>,
+}
+
+/// What happened to a connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum End {
+    Refused,
+    Cut(Cut),
+}
+
+impl EdgeMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let weir = registry.sub_registry_with_prefix("weir");
+        weir.register("listener_connections", "Open connections of each listener", metrics.open.clone());
+        weir.register(
+            "listener_cuts",
+            "Connections that a listener refused, evicted or ended by a clock, and requests whose client took nothing",
+            metrics.ended.clone(),
+        );
+        metrics
+    }
+
+    pub(super) fn opened(&self, listener: &'static str) {
+        self.open.get_or_create(&ListenerLabels { listener }).inc();
+    }
+
+    pub(super) fn closed(&self, listener: &'static str) {
+        self.open.get_or_create(&ListenerLabels { listener }).dec();
+    }
+
+    pub(super) fn ended(&self, listener: &'static str, end: End) {
+        let reason = match end {
+            End::Refused => "refused",
+            End::Cut(Cut::Head) => "head_timeout",
+            End::Cut(Cut::Idle) => "idle_timeout",
+            End::Cut(Cut::Stalled) => "stalled",
+            End::Cut(Cut::Evicted) => "evicted",
+            End::Cut(Cut::Drained) => "drained",
+        };
+        self.ended.get_or_create(&EndLabels { listener, reason }).inc();
+    }
+
+    /// Connections that were not let in by this listener.
+    pub fn refused(&self, listener: &'static str) -> u64 {
+        self.ended.get_or_create(&EndLabels { listener, reason: "refused" }).get()
+    }
+}

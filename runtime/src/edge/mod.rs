@@ -1,0 +1,164 @@
+//! What every listener of every process does with strangers: one set of bounds and clocks.
+//!
+//! * `table`: the open connections of a listener, who goes first when there are too many, and the clocks;
+//! * `descriptors`: how many file descriptors strangers may take;
+//! * `socket`: a connection's socket; `framing`: the grammar of HTTP/1; `head`: what is refused of a head that is well
+//!   formed; `http`: serving HTTP/1 and HTTP/2 on a socket; `grpc`: sockets for tonic.
+//!
+//! Invariants:
+//! - A connection that has not sent the head of a request within its time is closed, whatever it does instead.
+//! - Where there is no room, the longest idle connection goes, strangers first; none with a running request does.
+//! - The accept loop waits for nothing but connections: handshakes and everything else belong to the connection's task.
+//! - Connections take at most half of the process's file descriptors.
+
+mod descriptors;
+pub mod framing;
+mod grpc;
+mod head;
+mod http;
+mod metrics;
+mod socket;
+mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::net::TcpListener;
+
+use crate::ServerTls;
+
+pub use self::grpc::{BusyLayer, GrpcPeer, GrpcSocket, incoming};
+pub use self::head::check;
+pub use self::http::{Client, HttpBounds, Refusal, Refuse, serve_http, serve_http1};
+pub use self::metrics::EdgeMetrics;
+pub use self::socket::Socket;
+pub use self::table::{Bounds, Busy, Connection, RequestClock};
+
+/// After an error of accept, which is mostly a lack of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// While draining, connections without a request are closed after so long.
+const IDLE_GRACE: Duration = Duration::from_secs(1);
+/// At the end of a drain an answer has so long for its last word, and its connection to close.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// One listener with its bounds.
+#[derive(Debug)]
+pub struct Edge {
+    listener: TcpListener,
+    table: Arc<table::Table>,
+}
+
+/// Ends the connections of a listener; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct EdgeHandle(Arc<table::Table>);
+
+impl EdgeHandle {
+    /// Connections that are open.
+    pub fn open(&self) -> usize {
+        self.0.len()
+    }
+
+    /// From now on every connection ends with the requests it has, and each new one after its first.
+    pub fn drain(&self) {
+        self.0.drain();
+    }
+
+    /// Drains: lets requests run for `limit` or until `hurry` is done, then has those that remain say their last word, and
+    /// closes every connection. Returns when all are closed; whether none had to be cut.
+    pub async fn close(&self, limit: Duration, hurry: impl Future<Output = ()>) -> bool {
+        self.drain();
+        let whole = {
+            let ended = async {
+                // A peer of HTTP/2 may not have seen the GOAWAY yet, and have sent a request; one that sends nothing
+                // holds up nobody.
+                self.closed_within(IDLE_GRACE).await;
+                while self.open() > 0 {
+                    self.0.cut(false);
+                    self.closed_within(IDLE_GRACE).await;
+                }
+            };
+            tokio::select! {
+                () = ended => true,
+                () = tokio::time::sleep(limit) => false,
+                () = hurry => false,
+            }
+        };
+        if !whole {
+            self.0.end_answers();
+            self.closed_within(LAST_WORD).await;
+            self.0.cut(true);
+            self.closed_within(LAST_WORD).await;
+        }
+        whole
+    }
+
+    async fn closed_within(&self, time: Duration) {
+        let all = async {
+            loop {
+                let closed = self.0.closed.notified();
+                tokio::pin!(closed);
+                closed.as_mut().enable();
+                if self.open() == 0 {
+                    return;
+                }
+                closed.await;
+            }
+        };
+        let _ = tokio::time::timeout(time, all).await;
+    }
+}
+
+impl Edge {
+    /// Bounds a listener. `name` is its label in the metrics and logs. Must be called inside a tokio runtime.
+    pub fn new(name: &'static str, listener: TcpListener, bounds: Bounds, metrics: EdgeMetrics) -> Self {
+        let possible = descriptors::connections_max();
+        if bounds.connections > possible {
+            tracing::warn!(
+                listener = name,
+                configured = bounds.connections,
+                possible,
+                open_files = descriptors::limit(),
+                "the limit of open files allows fewer connections than configured; raise it (ulimit -n, LimitNOFILE of systemd, ulimits of docker)"
+            );
+        }
+        let table = table::Table::new(name, bounds, metrics);
+        // Ends with the table.
+        tokio::spawn(table::sweep(Arc::downgrade(&table)));
+        Self { listener, table }
+    }
+
+    /// To end connections with.
+    pub fn handle(&self) -> EdgeHandle {
+        EdgeHandle(Arc::clone(&self.table))
+    }
+
+    /// The next connection that there is room for; others are closed. Cancel-safe.
+    pub async fn accept(&self) -> Socket {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, peer)) => {
+                    if let Some(open) = self.table.admit(peer.ip()) {
+                        return Socket::new(stream, open);
+                    }
+                }
+                Err(error) => {
+                    // Out of file descriptors, most likely: wait for some to come back instead of spinning.
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// A connection that is already there, if there is one: whoever is connected and not yet accepted would be cut when
+    /// the listener goes.
+    pub fn accept_now(&self) -> Option<Socket> {
+        loop {
+            let (stream, peer) = self.listener.accept().now_or_never()?.ok()?;
+            if let Some(open) = self.table.admit(peer.ip()) {
+                return Some(Socket::new(stream, open));
+            }
+        }
+    }
+}
