@@ -91,7 +91,9 @@ impl Balancer {
 /// Whether HTTP/2 says that the request was not looked at.
 fn is_unread(error: &hyper_util::client::legacy::Error) -> bool {
     let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
-    causes.map(ToString::to_string).any(|text| text.contains("refused stream") || text.contains("GOAWAY"))
+    // How h2 words REFUSED_STREAM, and a GOAWAY without an error that does not count the stream in.
+    let words = ["refused stream before processing any application logic", "not a result of an error"];
+    causes.map(ToString::to_string).any(|text| words.iter().any(|word| text.contains(word)))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -186,7 +188,8 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
         began.elapsed(),
         lost.len()
     );
-    assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), &lost[..lost.len().min(5)]);
+    let kinds: std::collections::BTreeSet<&String> = lost.iter().collect();
+    assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), kinds.iter().take(5).collect::<Vec<_>>());
     eventually("every lease is given back", || async { stack.redis.standing("acme").await.leases == 0 }).await;
 }
 
@@ -244,11 +247,13 @@ async fn everybody_back_at_once_after_an_outage_is_in_step_within_ten_seconds() 
     let (plane, (), _held) = tokio::join!(plane::start(&listen, &directory, None), redis.restart(), connect());
     fleet.plane = plane;
     fleet.admin = fleet.plane.admin().await;
+    eprintln!("DBG back after {:?}", began.elapsed());
     let revision = fleet.touch("after the outage").await;
     for one in &fleet.gateways {
         let mut revisions = one.running.live.revisions();
         let left = IN_STEP.saturating_sub(began.elapsed());
         let synced = tokio::time::timeout(left, revisions.wait_for(|now| *now >= revision)).await;
+        eprintln!("DBG {:?}", began.elapsed());
         synced.unwrap_or_else(|_| panic!("not within {IN_STEP:?}")).expect("lives");
     }
     let in_step = began.elapsed();
