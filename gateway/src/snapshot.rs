@@ -21,7 +21,7 @@ use weir_runtime::EgressPolicy;
 use self::accounts::AccountLimits;
 pub use self::accounts::{AccountEntry, Accounts};
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
-use crate::upstream::Upstream;
+use crate::upstream::{Resolver, Upstream};
 
 /// One scope's limits, compiled.
 #[derive(Debug, Clone)]
@@ -139,6 +139,8 @@ pub struct Snapshot {
     pub epoch: String,
     /// The store revision.
     pub revision: u64,
+    /// Looks up hosts of backends; the same for all snapshots of a gateway.
+    pub resolver: Resolver,
     /// SHA-256 of a key -> the key.
     pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
     /// Every tenant, also those without a key.
@@ -172,10 +174,9 @@ impl Snapshot {
         previous: &Snapshot,
         authorize: Authorize<'_>,
     ) -> (Self, Vec<Refused>) {
-        let mut compiler = Compiler {
-            next: Self { epoch: epoch.into(), revision, egress: previous.egress.clone(), ..Self::default() },
-            refused: Vec::new(),
-        };
+        let (egress, resolver) = (previous.egress.clone(), previous.resolver.clone());
+        let next = Self { epoch: epoch.into(), revision, egress, resolver, ..Self::default() };
+        let mut compiler = Compiler { next, refused: Vec::new() };
         compiler.pools(resources, previous);
         compiler.backends(resources, previous, authorize);
         compiler.models(resources);
@@ -243,7 +244,7 @@ impl Compiler {
             let connect = pool.spec.timeouts.connect;
             let upstream = old
                 .filter(|o| o.upstream.serves(spec, connect))
-                .map_or_else(|| Upstream::new(spec, connect, &self.next.egress), |o| o.upstream.clone());
+                .map_or_else(|| Upstream::new(spec, connect, &previous.egress, &previous.resolver), |o| o.upstream.clone());
             let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
             let entry = BackendEntry {
                 name: resource.name.clone(),

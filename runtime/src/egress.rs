@@ -201,15 +201,26 @@ impl EgressPolicy {
 
 /// Opens connections to backends, and to none that the policy refuses.
 #[derive(Debug, Clone)]
-pub struct EgressConnector {
-    http: HttpConnector<PolicyResolver>,
+pub struct EgressConnector<R = GaiResolver> {
+    http: HttpConnector<PolicyResolver<R>>,
     policy: EgressPolicy,
 }
 
 impl EgressConnector {
-    /// `settle` sets what else connections need, such as timeouts.
+    /// Asks the system's resolver. `settle` sets what else connections need, such as timeouts.
     pub fn new(policy: EgressPolicy, settle: impl FnOnce(&mut HttpConnector<PolicyResolver>)) -> Self {
-        let resolver = PolicyResolver { resolver: GaiResolver::new(), policy: policy.clone() };
+        Self::resolving(GaiResolver::new(), policy, settle)
+    }
+}
+
+impl<R> EgressConnector<R> {
+    /// The same, with names looked up by `resolver`.
+    pub fn resolving(
+        resolver: R,
+        policy: EgressPolicy,
+        settle: impl FnOnce(&mut HttpConnector<PolicyResolver<R>>),
+    ) -> Self {
+        let resolver = PolicyResolver { resolver, policy: policy.clone() };
         let mut http = HttpConnector::new_with_resolver(resolver);
         // TLS is the caller's.
         http.enforce_http(false);
@@ -218,7 +229,13 @@ impl EgressConnector {
     }
 }
 
-impl Service<Uri> for EgressConnector {
+impl<R> Service<Uri> for EgressConnector<R>
+where
+    R: Service<Name> + Clone + Send + Sync + 'static,
+    R::Response: Iterator<Item = SocketAddr>,
+    R::Error: Into<BoxError>,
+    R::Future: Send,
+{
     type Response = TokioIo<TcpStream>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
@@ -242,12 +259,18 @@ impl Service<Uri> for EgressConnector {
 
 /// Resolves names, and leaves out what the policy refuses.
 #[derive(Debug, Clone)]
-pub struct PolicyResolver {
-    resolver: GaiResolver,
+pub struct PolicyResolver<R = GaiResolver> {
+    resolver: R,
     policy: EgressPolicy,
 }
 
-impl Service<Name> for PolicyResolver {
+impl<R> Service<Name> for PolicyResolver<R>
+where
+    R: Service<Name>,
+    R::Response: Iterator<Item = SocketAddr>,
+    R::Error: Into<BoxError>,
+    R::Future: Send + 'static,
+{
     type Response = std::vec::IntoIter<SocketAddr>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
@@ -259,7 +282,7 @@ impl Service<Name> for PolicyResolver {
     fn call(&mut self, name: Name) -> Self::Future {
         let (resolving, policy) = (self.resolver.call(name), self.policy.clone());
         Box::pin(async move {
-            let addresses = resolving.await?;
+            let addresses = resolving.await.map_err(Into::into)?;
             Ok(permitted(&policy, addresses)?.into_iter())
         })
     }

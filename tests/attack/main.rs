@@ -1,6 +1,7 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
+mod dns;
 mod edge_drain;
 mod edge_grpc;
 mod edge_http1;
@@ -8,6 +9,8 @@ mod edge_memory;
 mod edge_refusals;
 mod edge_silence;
 mod edge_windows;
+mod faults;
+mod fleet;
 mod forwarding;
 mod headers;
 mod http1;
@@ -16,6 +19,9 @@ mod json;
 mod keys;
 mod lab;
 mod names;
+mod partitions;
+mod redis;
+mod restarts;
 mod series;
 mod tls;
 mod backend;
