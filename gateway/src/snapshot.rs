@@ -187,6 +187,19 @@ impl Snapshot {
 }
 
 impl Snapshot {
+    /// Tells what outlives a change about this one. Only what is put in force does: a configuration that is merely tried
+    /// must not make pools forget the backends that it would refuse.
+    pub fn take_effect(&self) {
+        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
+        for backend in self.backends.values() {
+            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
+        }
+        for pool in self.pools.values() {
+            pool.runtime.configure(&pool.spec);
+            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
+        }
+    }
+
     /// Every scope that a request with this key for this model is under.
     pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
         let tenant_model = (key.tenant.name.clone(), model.clone());
@@ -220,7 +233,6 @@ impl Compiler {
                 Some(old) => old.runtime.clone(),
                 None => Arc::new(PoolRuntime::new(spec)),
             };
-            runtime.configure(spec);
             let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), runtime };
             self.next.pools.insert(resource.name.clone(), Arc::new(entry));
         }
@@ -257,13 +269,6 @@ impl Compiler {
                 upstream,
             };
             self.next.backends.insert(resource.name.clone(), Arc::new(entry));
-        }
-        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
-        for backend in self.next.backends.values() {
-            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
-        }
-        for pool in self.next.pools.values() {
-            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
         }
     }
 
