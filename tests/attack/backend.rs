@@ -293,7 +293,11 @@ async fn a_200_that_is_no_json_object_is_502_on_every_route_and_the_backends_fau
         // A stream was asked for, and no stream came.
         assert_invalid(&scene.ask(answer(200, &[("content-type", "text/html")], &body), STREAM).await, name);
     }
-    let asked = nonsense().len() as f64 * 5.0;
+    // Statuses of success without a body, and a part of one.
+    for (status, body) in [(204, ""), (205, ""), (206, "{\"choices\":[")] {
+        assert_invalid(&scene.ask(answer(status, &[JSON], body), CHAT).await, &status.to_string());
+    }
+    let asked = nonsense().len() as f64 * 5.0 + 3.0;
     scene.counts("weir_backend_attempts_total", &["b0", "server_error"], asked).await;
 }
 
