@@ -193,7 +193,7 @@ class Page(unittest.TestCase):
         dead = 'kind: backend\nname: dead\nspec: { pool: chat, url: "http://127.0.0.1:9", models: { gpt-4.1: "" } }'
         self.weir("apply", "-f", "-", stdin=dead)
         b.until("document.querySelector('#events').innerText.includes('unhealthy')")
-        b.until(f"{self.row('dead')}.querySelector('.pill').innerText === 'Unhealthy'")
+        b.until(f"{self.row('dead')}?.querySelector('.pill').innerText === 'Unhealthy'")
         self.assertIn("1 not healthy", b.js("document.title"))
         self.weir("delete", "backend", "dead", "--allow-mass-removal")
         b.until(f"{self.row('dead')} === null")
