@@ -212,7 +212,8 @@ pub async fn start_resolving(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    let pages = pages.layer(from_fn_with_state(ops_token, guard_ops_page));
+    // Around these pages alone: what is not there is 404.
+    let pages = pages.route_layer(from_fn_with_state(ops_token, guard_ops_page));
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
     let ops =
         weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());
