@@ -393,6 +393,16 @@ mod tests {
         assert_eq!(target.due, None);
     }
 
+    #[tokio::test]
+    async fn an_address_that_is_refused_is_named_with_the_flag_that_allows_it() {
+        let http = Client::builder(TokioExecutor::new()).build(connector(EgressPolicy::default()));
+        for url in ["http://169.254.169.254/latest", "http://0.0.0.0:1/health", "https://[fe80::1]/health"] {
+            let seen = look(&http, &url.parse().expect("a URL"), Duration::from_secs(10)).await;
+            assert_eq!(seen.outcome, Outcome::Failed(Cause::Refused), "{url}");
+            assert!(seen.detail.contains("--allow-backend-cidr"), "{url}: {}", seen.detail);
+        }
+    }
+
     #[test]
     fn the_health_path_is_below_the_prefix() {
         let joined = |url: &str| join(&url.parse().unwrap(), "/health").unwrap().to_string();

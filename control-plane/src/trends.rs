@@ -386,6 +386,30 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn no_number_of_a_gateway_makes_a_sum_begin_again() {
+        let trends = Trends::default();
+        let absurd = v1::TrafficReport {
+            succeeded: u64::MAX,
+            refused: u64::MAX,
+            rejected: u64::MAX,
+            failed: u64::MAX,
+            abandoned: u64::MAX,
+            in_flight: u32::MAX,
+            input_tokens: u64::MAX,
+            output_tokens: u64::MAX,
+        };
+        let report = v1::StreamReportsRequest { traffic: Some(absurd), ..Default::default() };
+        for gateway in ["a", "b", "a"] {
+            trends.report(gateway, &report);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        trends.sample(&Loads::default(), std::iter::empty());
+        assert_eq!(trends.inner().lines.sum.requests, u64::MAX);
+        let rate = trends.read(|figures| figures.traffic().output_tokens.per_second(figures.second));
+        assert!(rate > 1e18, "{rate}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn limits_are_bounded_and_forgotten() {
         let trends = Trends::default();
         let limits = (0..LIMITS_MAX + 10).map(|i| v1::LimitReport {

@@ -31,8 +31,8 @@ use crate::held::{Disk, Held, Refused};
 use crate::observe::{self, Standing};
 use crate::save::Saver;
 
-/// Longest pause between two tries to connect.
-const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// Longest pause between two tries to connect: everybody is back within ten seconds of an outage, however long it was.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// First pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A control plane that says nothing for so long (three heartbeats) is taken for dead.

@@ -48,6 +48,6 @@ mod seldom;
 mod tries;
 mod weights;
 
-pub use run::{Running, StartError, start};
+pub use run::{Running, StartError, start, start_resolving};
 
 pub(crate) use weir_runtime::random_unit;

@@ -11,6 +11,7 @@ use weir_runtime::EgressPolicy;
 
 use crate::probe::lane::ProbeLane;
 use crate::snapshot::Snapshot;
+use crate::upstream::Resolver;
 
 /// Shared by every task of a gateway. Reads never block.
 #[derive(Debug)]
@@ -39,10 +40,10 @@ impl Default for Live {
 }
 
 impl Live {
-    /// Without a configuration yet; backends may be where the policy allows.
-    pub fn new(egress: EgressPolicy) -> Self {
-        let snapshot = Snapshot { egress, ..Snapshot::default() };
-        Self { snapshot: ArcSwap::from_pointee(snapshot), ..Self::default() }
+    /// Without a configuration yet; backends may be where the policy allows, and their hosts are looked up by `resolver`.
+    pub fn new(egress: EgressPolicy, resolver: Resolver) -> Self {
+        let first = Snapshot { egress, resolver, ..Snapshot::default() };
+        Self { snapshot: ArcSwap::from_pointee(first), ..Self::default() }
     }
 
     /// The picture in force.

@@ -31,6 +31,7 @@ use crate::probe::Prober;
 use crate::reap::Reaper;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
+use crate::upstream::Resolver;
 use crate::weights::Weights;
 use crate::{explain, report, server, usage};
 
@@ -110,6 +111,17 @@ pub async fn start(
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
+    start_resolving(config, limiter, Resolver::system(), shutdown, hurry).await
+}
+
+/// The same, with hosts of backends looked up by `resolver`.
+pub async fn start_resolving(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    resolver: Resolver,
+    shutdown: CancellationToken,
+    hurry: CancellationToken,
+) -> Result<Running, StartError> {
     let ops_token = config.ops_token().map_err(|e| StartError::Config(format!("--ops-token-file: {e}")))?;
     let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
         .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
@@ -159,7 +171,8 @@ pub async fn start(
     weir_runtime::register(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
     let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
-    let live = Arc::new(Live::new(egress));
+    resolver.register(&mut registry);
+    let live = Arc::new(Live::new(egress, resolver));
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();
@@ -199,7 +212,8 @@ pub async fn start(
         drained.clone(),
     ));
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    let pages = pages.layer(from_fn_with_state(ops_token, guard_ops_page));
+    // Around these pages alone: what is not there is 404.
+    let pages = pages.route_layer(from_fn_with_state(ops_token, guard_ops_page));
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
     let ops =
         weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());

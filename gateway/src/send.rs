@@ -241,7 +241,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         if let Some(refused) = RefusedAddress::of(&error)
             && let Some(held_back) = backend.runtime.address_lines.pass()
         {
-            tracing::warn!(backend = %backend.name, %refused, held_back, "address of the backend refused");
+            tracing::warn!(backend = %backend.name, %refused, held_back, "connection to the backend refused by its address");
         }
         (Attempt::ConnectFailure, GatewayError::UpstreamConnect)
     })?;

@@ -21,7 +21,7 @@ use weir_runtime::EgressPolicy;
 use self::accounts::AccountLimits;
 pub use self::accounts::{AccountEntry, Accounts};
 use crate::runtime_state::{BackendRuntime, PoolRuntime};
-use crate::upstream::Upstream;
+use crate::upstream::{Resolver, Upstream};
 
 /// One scope's limits, compiled.
 #[derive(Debug, Clone)]
@@ -139,6 +139,8 @@ pub struct Snapshot {
     pub epoch: String,
     /// The store revision.
     pub revision: u64,
+    /// Looks up hosts of backends; the same for all snapshots of a gateway.
+    pub resolver: Resolver,
     /// SHA-256 of a key -> the key.
     pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
     /// Every tenant, also those without a key.
@@ -172,10 +174,9 @@ impl Snapshot {
         previous: &Snapshot,
         authorize: Authorize<'_>,
     ) -> (Self, Vec<Refused>) {
-        let mut compiler = Compiler {
-            next: Self { epoch: epoch.into(), revision, egress: previous.egress.clone(), ..Self::default() },
-            refused: Vec::new(),
-        };
+        let (egress, resolver) = (previous.egress.clone(), previous.resolver.clone());
+        let next = Self { epoch: epoch.into(), revision, egress, resolver, ..Self::default() };
+        let mut compiler = Compiler { next, refused: Vec::new() };
         compiler.pools(resources, previous);
         compiler.backends(resources, previous, authorize);
         compiler.models(resources);
@@ -186,6 +187,19 @@ impl Snapshot {
 }
 
 impl Snapshot {
+    /// Tells what outlives a change about this one. Only what is put in force does: a configuration that is merely tried
+    /// must not make pools forget the backends that it would refuse.
+    pub fn take_effect(&self) {
+        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
+        for backend in self.backends.values() {
+            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
+        }
+        for pool in self.pools.values() {
+            pool.runtime.configure(&pool.spec);
+            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
+        }
+    }
+
     /// Every scope that a request with this key for this model is under.
     pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
         let tenant_model = (key.tenant.name.clone(), model.clone());
@@ -219,7 +233,6 @@ impl Compiler {
                 Some(old) => old.runtime.clone(),
                 None => Arc::new(PoolRuntime::new(spec)),
             };
-            runtime.configure(spec);
             let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), runtime };
             self.next.pools.insert(resource.name.clone(), Arc::new(entry));
         }
@@ -243,7 +256,7 @@ impl Compiler {
             let connect = pool.spec.timeouts.connect;
             let upstream = old
                 .filter(|o| o.upstream.serves(spec, connect))
-                .map_or_else(|| Upstream::new(spec, connect, &self.next.egress), |o| o.upstream.clone());
+                .map_or_else(|| Upstream::new(spec, connect, &previous.egress, &previous.resolver), |o| o.upstream.clone());
             let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
             let entry = BackendEntry {
                 name: resource.name.clone(),
@@ -256,13 +269,6 @@ impl Compiler {
                 upstream,
             };
             self.next.backends.insert(resource.name.clone(), Arc::new(entry));
-        }
-        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
-        for backend in self.next.backends.values() {
-            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
-        }
-        for pool in self.next.pools.values() {
-            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
         }
     }
 

@@ -410,9 +410,10 @@ impl Call<'_> {
                     admission.learn(usage.prompt, usage.completion);
                 }
                 refusal::settled(&mut decision, &admission.reserved, &cost);
-                let content = match is_error_object(&body) {
-                    Ok(_) => Content::Json,
-                    Err(_) => Content::Text,
+                // A good answer was read as JSON when it came.
+                let content = match status.is_success() || is_error_object(&body).is_ok() {
+                    true => Content::Json,
+                    false => Content::Text,
                 };
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });

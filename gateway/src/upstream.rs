@@ -11,11 +11,18 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use weir_proto::resource::Backend;
 use weir_runtime::{EgressConnector, EgressPolicy};
 
+use self::resolve::HostResolver;
+
+mod resolve;
+
+pub use self::resolve::{Found, Lookup, Resolver};
+
 /// The connections of one backend. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Upstream {
     settings: Arc<Settings>,
-    client: Client<HttpsConnector<EgressConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<EgressConnector<HostResolver>>, Full<Bytes>>,
+    host: HostResolver,
 }
 
 /// What the connections depend on: when it changes they are made anew.
@@ -57,9 +64,11 @@ static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| {
 });
 
 impl Upstream {
-    /// Connections as the backend's spec asks for, to addresses that the policy allows; none is opened yet.
-    pub fn new(spec: &Backend, connect_timeout: Duration, egress: &EgressPolicy) -> Self {
-        let http = EgressConnector::new(egress.clone(), |http| {
+    /// Connections as the backend's spec asks for, to addresses that the policy allows; its host is looked up by
+    /// `resolver`. None is opened yet.
+    pub fn new(spec: &Backend, connect_timeout: Duration, egress: &EgressPolicy, resolver: &Resolver) -> Self {
+        let host = resolver.host(spec.url.host().unwrap_or_default()).waiting(connect_timeout);
+        let http = EgressConnector::resolving(host.clone(), egress.clone(), |http| {
             http.set_nodelay(true);
             http.set_connect_timeout(Some(connect_timeout));
             http.set_keepalive(Some(Duration::from_secs(30)));
@@ -78,7 +87,7 @@ impl Upstream {
             .retry_canceled_requests(false)
             .http1_max_headers(100)
             .build(connector);
-        Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client }
+        Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client, host }
     }
 
     /// Whether these connections still fit the spec.
@@ -102,6 +111,10 @@ impl Upstream {
         &self,
         request: http::Request<Full<Bytes>>,
     ) -> Result<http::Response<hyper::body::Incoming>, hyper_util::client::legacy::Error> {
-        self.client.request(request).await
+        let answer = self.client.request(request).await;
+        if answer.as_ref().is_err_and(|error| error.is_connect()) {
+            self.host.distrust();
+        }
+        answer
     }
 }

@@ -100,20 +100,20 @@ impl Cidr {
 
 /// What is refused, and why. Metadata services outside link-local networks are named one by one.
 const REFUSED: [(Cidr, &str); 14] = [
-    (Cidr::v4(0, 0, 0, 0, 8), "an unspecified address"),
-    (Cidr::v4(169, 254, 0, 0, 16), "link-local, where clouds have their metadata service"),
-    (Cidr::v4(100, 100, 100, 200, 32), "a cloud's metadata service"),
+    (Cidr::v4(0, 0, 0, 0, 8), "unspecified"),
+    (Cidr::v4(169, 254, 0, 0, 16), "link-local"),
+    (Cidr::v4(100, 100, 100, 200, 32), "a metadata service"),
     (Cidr::v4(168, 63, 129, 16, 32), "a cloud's host agent"),
-    (Cidr::v4(192, 0, 0, 192, 32), "a cloud's metadata service"),
-    (Cidr::v4(224, 0, 0, 0, 4), "a multicast address"),
-    (Cidr::v4(255, 255, 255, 255, 32), "the broadcast address"),
-    (Cidr::v6([0; 8], 128), "an unspecified address"),
+    (Cidr::v4(192, 0, 0, 192, 32), "a metadata service"),
+    (Cidr::v4(224, 0, 0, 0, 4), "multicast"),
+    (Cidr::v4(255, 255, 255, 255, 32), "broadcast"),
+    (Cidr::v6([0; 8], 128), "unspecified"),
     (Cidr::v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10), "link-local"),
-    (Cidr::v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8), "a multicast address"),
-    (Cidr::v6([0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0], 32), "a cloud's metadata service"),
-    (Cidr::v6([0xfd20, 0x00ce, 0, 0, 0, 0, 0, 0x0254], 128), "a cloud's metadata service"),
-    (Cidr::v6([0xfd00, 0x0042, 0, 0, 0, 0, 0, 0x0042], 128), "a cloud's metadata service"),
-    (Cidr::v6([0xfd00, 0x00c1, 0, 0, 0xa9fe, 0xa9fe, 0, 0], 96), "a cloud's metadata service"),
+    (Cidr::v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8), "multicast"),
+    (Cidr::v6([0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0], 32), "a metadata service"),
+    (Cidr::v6([0xfd20, 0x00ce, 0, 0, 0, 0, 0, 0x0254], 128), "a metadata service"),
+    (Cidr::v6([0xfd00, 0x0042, 0, 0, 0, 0, 0, 0x0042], 128), "a metadata service"),
+    (Cidr::v6([0xfd00, 0x00c1, 0, 0, 0xa9fe, 0xa9fe, 0, 0], 96), "a metadata service"),
 ];
 
 /// Networks whose addresses carry one of IPv4, and the bit at which it begins: translators forward to that.
@@ -138,9 +138,8 @@ fn carried(address: IpAddr) -> Option<IpAddr> {
 
 /// A connection that was not opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{address} is {reason}: not connected; if a backend shall be there, start with --allow-backend-cidr {address}"
-)]
+// Short, since reasons of probes are cut at 64 characters; what to do comes first.
+#[error("refused (--allow-backend-cidr): {address} is {reason}")]
 pub struct RefusedAddress {
     /// The address.
     pub address: IpAddr,
@@ -201,15 +200,26 @@ impl EgressPolicy {
 
 /// Opens connections to backends, and to none that the policy refuses.
 #[derive(Debug, Clone)]
-pub struct EgressConnector {
-    http: HttpConnector<PolicyResolver>,
+pub struct EgressConnector<R = GaiResolver> {
+    http: HttpConnector<PolicyResolver<R>>,
     policy: EgressPolicy,
 }
 
 impl EgressConnector {
-    /// `settle` sets what else connections need, such as timeouts.
+    /// Asks the system's resolver. `settle` sets what else connections need, such as timeouts.
     pub fn new(policy: EgressPolicy, settle: impl FnOnce(&mut HttpConnector<PolicyResolver>)) -> Self {
-        let resolver = PolicyResolver { resolver: GaiResolver::new(), policy: policy.clone() };
+        Self::resolving(GaiResolver::new(), policy, settle)
+    }
+}
+
+impl<R> EgressConnector<R> {
+    /// The same, with names looked up by `resolver`.
+    pub fn resolving(
+        resolver: R,
+        policy: EgressPolicy,
+        settle: impl FnOnce(&mut HttpConnector<PolicyResolver<R>>),
+    ) -> Self {
+        let resolver = PolicyResolver { resolver, policy: policy.clone() };
         let mut http = HttpConnector::new_with_resolver(resolver);
         // TLS is the caller's.
         http.enforce_http(false);
@@ -218,7 +228,13 @@ impl EgressConnector {
     }
 }
 
-impl Service<Uri> for EgressConnector {
+impl<R> Service<Uri> for EgressConnector<R>
+where
+    R: Service<Name> + Clone + Send + Sync + 'static,
+    R::Response: Iterator<Item = SocketAddr>,
+    R::Error: Into<BoxError>,
+    R::Future: Send,
+{
     type Response = TokioIo<TcpStream>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
@@ -242,12 +258,18 @@ impl Service<Uri> for EgressConnector {
 
 /// Resolves names, and leaves out what the policy refuses.
 #[derive(Debug, Clone)]
-pub struct PolicyResolver {
-    resolver: GaiResolver,
+pub struct PolicyResolver<R = GaiResolver> {
+    resolver: R,
     policy: EgressPolicy,
 }
 
-impl Service<Name> for PolicyResolver {
+impl<R> Service<Name> for PolicyResolver<R>
+where
+    R: Service<Name>,
+    R::Response: Iterator<Item = SocketAddr>,
+    R::Error: Into<BoxError>,
+    R::Future: Send + 'static,
+{
     type Response = std::vec::IntoIter<SocketAddr>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
@@ -259,7 +281,7 @@ impl Service<Name> for PolicyResolver {
     fn call(&mut self, name: Name) -> Self::Future {
         let (resolving, policy) = (self.resolver.call(name), self.policy.clone());
         Box::pin(async move {
-            let addresses = resolving.await?;
+            let addresses = resolving.await.map_err(Into::into)?;
             Ok(permitted(&policy, addresses)?.into_iter())
         })
     }
@@ -324,7 +346,11 @@ mod tests {
             "255.255.255.255",
         ] {
             let refused = EgressPolicy::default().check(ip(text)).expect_err(text);
-            assert!(refused.to_string().contains("--allow-backend-cidr"), "{refused}");
+            let told: String = refused.to_string().chars().take(64).collect();
+            assert!(
+                told.contains("--allow-backend-cidr") && told.contains(&refused.address.to_string()),
+                "{told}"
+            );
         }
     }
 

@@ -3,6 +3,7 @@
 
 mod backend;
 mod credentials;
+mod dns;
 mod edge_drain;
 mod edge_grpc;
 mod edge_http1;
@@ -10,6 +11,8 @@ mod edge_memory;
 mod edge_refusals;
 mod edge_silence;
 mod edge_windows;
+mod faults;
+mod fleet;
 mod forwarding;
 mod headers;
 mod http1;
@@ -20,6 +23,9 @@ mod lab;
 mod logs;
 mod names;
 mod ops;
+mod partitions;
+mod redis;
+mod restarts;
 mod rogue;
 mod series;
 mod tls;

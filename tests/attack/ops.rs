@@ -122,7 +122,8 @@ async fn what_tells_about_tenants_needs_the_operations_token() {
         ] {
             assert_eq!(get(address, path, &with(wrong)).await, 401, "{path} {wrong}");
         }
-        let asked = get(address, &format!("{path}&token={OPS_TOKEN}"), &with("")).await;
+        let join = if path.contains('?') { '&' } else { '?' };
+        let asked = get(address, &format!("{path}{join}token={OPS_TOKEN}"), &with("")).await;
         assert_eq!(asked, 401, "a token in the address is none");
         let status = get(address, path, &with(&format!("authorization: Bearer {OPS_TOKEN}\r\n"))).await;
         assert!(matches!(status, 200 | 400), "{path}: {status}");

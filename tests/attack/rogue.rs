@@ -154,10 +154,13 @@ async fn a_token_of_one_gateway_speaks_for_no_other_and_nobody_else_for_it() {
     // A gateway that is added needs no restart, and one that is taken out has none.
     write("gw-2", GW2);
     eventually("a new token is known", || async {
-        let mut added = say_hello(&plane.url, GW2, hello("gw-2", "1")).await;
-        matches!(added.heard.message().await, Ok(Some(_)))
+        let mut client = DiscoveryServiceClient::new(channel(&plane.url).await);
+        let silent = with(GW2, tokio_stream::pending::<v1::StreamConfigRequest>());
+        client.stream_config(silent).await.is_ok()
     })
     .await;
+    let mut added = say_hello(&plane.url, GW2, hello("gw-2", "1")).await;
+    is_served(&mut added).await;
     std::fs::remove_file(tokens.path().join("gw-1")).expect("removed");
     assert_eq!(next.end().await, Code::Unauthenticated, "its stream ends with its token");
 }
@@ -322,10 +325,12 @@ impl World {
         let mut reports = report(&self.url, &self.token, lie(1)).await;
         tokio::spawn(async move {
             let mut sequence = 1;
+            // Its stream ends when what it says ends.
+            let _said = configuration.said;
             loop {
                 tokio::select! {
                     heard = reports.heard.message() => if !matches!(heard, Ok(Some(_))) { return },
-                    _ = configuration.heard.message() => {}
+                    heard = configuration.heard.message() => if !matches!(heard, Ok(Some(_))) { return },
                     () = tokio::time::sleep(Duration::from_millis(100)) => {
                         sequence += 1;
                         if reports.said.send(lie(sequence)).await.is_err() {

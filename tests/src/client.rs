@@ -28,6 +28,20 @@ pub struct Answer {
     pub body: Bytes,
 }
 
+/// A request without a whole answer.
+#[derive(Debug)]
+pub struct Broken {
+    /// Why, with all causes.
+    pub why: String,
+    /// What came of the answer's body; `None`: not even its head.
+    pub body: Option<Vec<u8>>,
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 impl Answer {
     /// The body as JSON.
     pub fn json(&self) -> serde_json::Value {
@@ -74,6 +88,29 @@ impl Client {
         let (head, body) = self.send(method, path, body).await.into_parts();
         let body = body.collect().await.expect("a whole body").to_bytes();
         Answer { status: head.status, headers: head.headers, body }
+    }
+
+    /// A chat completion whose connection may fail; what a stream's events were up to then is in the error.
+    pub async fn try_chat(&self, body: &str) -> Result<Answer, Broken> {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("{}/v1/chat/completions", self.base))
+            .header("authorization", format!("Bearer {}", self.key))
+            .header("content-type", "application/json")
+            .body(Full::new(body.to_owned().into()))
+            .expect("a valid request");
+        let broken = |error: &dyn std::error::Error, body| Broken { why: chain(error), body };
+        let answer = self.http.request(request).await.map_err(|error| broken(&error, None))?;
+        let (head, mut rest) = answer.into_parts();
+        let mut body = Vec::new();
+        while let Some(frame) = rest.frame().await {
+            let frame = match frame {
+                Ok(frame) => frame,
+                Err(error) => return Err(broken(&error, Some(body))),
+            };
+            body.extend_from_slice(&frame.into_data().unwrap_or_default());
+        }
+        Ok(Answer { status: head.status, headers: head.headers, body: body.into() })
     }
 
     /// A chat completion through a proxy that knows tenants by a header.

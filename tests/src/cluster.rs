@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use weir_discovery::{Disk, Held};
 use weir_gateway::Running;
 use weir_gateway::config::Config;
+use weir_gateway::upstream::Resolver;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
@@ -92,6 +93,22 @@ impl Resources {
         let digest = v1::KeyDigest { sha256: digest(KEY), prefix: "weir_test".into(), expire_time: None };
         let key = v1::ApiKeySpec { tenant: "acme".into(), digests: vec![digest], ..Default::default() };
         resources.put("acme-key", Spec::ApiKey(key));
+        resources
+    }
+
+    /// The same under limits of the tenant, and with so many slots of each backend. No probe asks a backend for tokens,
+    /// so what reached it are requests.
+    pub fn limited(mocks: &[Mock], slots: u32, limits: v1::Rates) -> Self {
+        let mut resources = Self::in_front_of(mocks);
+        let health = v1::HealthProfile { paid_probes_per_hour: Some(0), ..Default::default() };
+        resources.put("chat", Spec::Pool(v1::PoolSpec { health: Some(health), ..Default::default() }));
+        for i in 0..mocks.len() {
+            resources.rebuild(&format!("b{i}"), |spec| {
+                let Spec::Backend(spec) = spec else { panic!("a backend") };
+                spec.max_concurrency = Some(slots);
+            });
+        }
+        resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
         resources
     }
 
@@ -183,9 +200,23 @@ pub async fn gateway_over(resources: &Resources, limiter: AnyLimiter) -> Gateway
     start(resources, Some(limiter), |_| {}).await
 }
 
+/// The same with a resolver of the test's own for hosts of backends.
+pub async fn gateway_resolving(resources: &Resources, resolver: Resolver) -> Gateway {
+    start_resolving(resources, None, resolver, |_| {}).await
+}
+
 async fn start(
     resources: &Resources,
     limiter: Option<AnyLimiter>,
+    change: impl FnOnce(&mut Config),
+) -> Gateway {
+    start_resolving(resources, limiter, Resolver::system(), change).await
+}
+
+async fn start_resolving(
+    resources: &Resources,
+    limiter: Option<AnyLimiter>,
+    resolver: Resolver,
     change: impl FnOnce(&mut Config),
 ) -> Gateway {
     let data = tempfile::tempdir().expect("a directory");
@@ -193,7 +224,8 @@ async fn start(
     let shutdown = CancellationToken::new();
     let mut config = gateway_config(data.path());
     change(&mut config);
-    let running = weir_gateway::start(config, limiter, shutdown.clone(), CancellationToken::new());
+    let force = CancellationToken::new();
+    let running = weir_gateway::start_resolving(config, limiter, resolver, shutdown.clone(), force);
     let running = running.await.expect("starts");
     running.serving().await;
     Gateway { client: Client::new(running.address, KEY), running, shutdown, _data: data }

@@ -11,6 +11,7 @@ pub mod plane;
 pub mod process;
 pub mod redis;
 pub mod scripted;
+pub mod sentinel;
 pub mod stack;
 
 use std::future::Future;

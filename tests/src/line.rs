@@ -1,4 +1,4 @@
-//! A line between a client and a server: it can be cut, kept from coming back, and fall silent.
+//! A line between a client and a server: it can be cut, kept from coming back, and fall silent, in one direction or both.
 
 use std::net::SocketAddr;
 
@@ -26,7 +26,13 @@ struct State {
     /// New connections are broken at once.
     down: bool,
     /// Nothing gets through, and nothing breaks.
-    silent: bool,
+    silent: Silent,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Silent {
+    to_server: bool,
+    to_client: bool,
 }
 
 impl Line {
@@ -51,12 +57,22 @@ impl Line {
 
     /// Lets nothing through, and breaks nothing, until it is mended.
     pub fn silence(&self) {
-        self.state.send_modify(|state| state.silent = true);
+        self.state.send_modify(|state| state.silent = Silent { to_server: true, to_client: true });
+    }
+
+    /// The same for what the client sends only.
+    pub fn silence_to_server(&self) {
+        self.state.send_modify(|state| state.silent.to_server = true);
+    }
+
+    /// The same for what the server sends only.
+    pub fn silence_to_client(&self) {
+        self.state.send_modify(|state| state.silent.to_client = true);
     }
 
     /// Makes it whole again. What was written into a silent line arrives.
     pub fn mend(&self) {
-        self.state.send_modify(|state| (state.down, state.silent) = (false, false));
+        self.state.send_modify(|state| (state.down, state.silent) = (false, Silent::default()));
     }
 }
 
@@ -77,19 +93,24 @@ async fn serve(listener: TcpListener, server: SocketAddr, state: watch::Receiver
             let mut cut = state.clone();
             // Whichever direction ends, both are dropped: a line has no half.
             tokio::select! {
-                () = pump(from_client, to_server, state.clone()) => {}
-                () = pump(from_server, to_client, state) => {}
+                () = pump(from_client, to_server, state.clone(), |silent| silent.to_server) => {}
+                () = pump(from_server, to_client, state, |silent| silent.to_client) => {}
                 _ = cut.wait_for(|state| state.cuts != now.cuts) => {}
             }
         });
     }
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut state: watch::Receiver<State>) {
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut state: watch::Receiver<State>,
+    is_silent: fn(&Silent) -> bool,
+) {
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
-        if state.wait_for(|state| !state.silent).await.is_err()
+        if state.wait_for(|state| !is_silent(&state.silent)).await.is_err()
             || to.write_all(&buffer[..count]).await.is_err()
         {
             return;

@@ -93,6 +93,11 @@ impl Process {
     pub async fn start_with(name: &str, args: &[&str], env: &[(&str, &str)], message: &str) -> Self {
         let mut command = command(name);
         command.args(args).envs(env.iter().copied());
+        Self::start_by(command, name, message).await
+    }
+
+    /// The same by a command of the test's own, such as a shell that sets limits and becomes the binary.
+    pub async fn start_by(mut command: Command, name: &str, message: &str) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().expect("starts");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let mut told = Vec::new();

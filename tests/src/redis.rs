@@ -1,6 +1,7 @@
 //! A `redis-server` of a test's own.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -35,18 +36,27 @@ impl Redis {
         let free = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = free.local_addr().expect("an address").port();
         drop(free);
-        let child = Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
-            .stdout(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("redis-server is needed: run `make tools`, or apt-get install redis-server");
-        let server = Self { child, port, looking: OnceCell::new() };
+        let server = Self { child: spawn(port), port, looking: OnceCell::new() };
+        server.listens().await;
+        server
+    }
+
+    async fn listens(&self) {
         crate::eventually("redis-server listens", || async {
-            TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+            TcpStream::connect(("127.0.0.1", self.port)).await.is_ok()
         })
         .await;
-        server
+    }
+
+    /// Starts it again, empty, after it was [killed](Self::kill).
+    pub async fn restart(&mut self) {
+        self.child = spawn(self.port);
+        self.listens().await;
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.port).into()
     }
 
     /// Its address.
@@ -103,6 +113,17 @@ impl Redis {
         self.child.kill().await.expect("killed");
         tokio::time::timeout(Duration::from_secs(5), self.child.wait()).await.expect("ends").expect("ended");
     }
+}
+
+fn spawn(port: u16) -> Child {
+    let mut command = Command::new("redis-server");
+    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
+    // A replica that begins again at once is what tests of replicas wait for.
+    command.args(["--repl-diskless-sync-delay", "0", "--enable-debug-command", "local"]);
+    // A replica leaves a dump in its folder; in a folder that cannot be written it does without.
+    command.args(["--repl-diskless-load", "swapdb", "--dbfilename", &format!("weir-test-{port}.rdb")]);
+    let spawned = command.current_dir(std::env::temp_dir()).stdout(Stdio::null()).kill_on_drop(true).spawn();
+    spawned.expect("redis-server is needed: run `make tools`, or apt-get install redis-server")
 }
 
 /// What the requests of a scope stand at: what was used and has not yet drained, and leases held.

@@ -52,17 +52,23 @@ impl Stack {
 
     /// The same, which finds the control plane at another address.
     pub async fn gateway_by(&self, k: usize, control_plane: &str) -> Process {
+        self.gateway_with(k, control_plane, 0).await
+    }
+
+    /// The same, which goes on accepting for so many seconds after it was told to end.
+    pub async fn gateway_with(&self, k: usize, control_plane: &str, pre_stop_s: u64) -> Process {
         let copy = self.data.path().join(format!("gateway-{k}"));
         let control_plane = format!("http://{control_plane}");
         let token_file = self.token_file();
         let redis = self.redis.url();
         let id = format!("gateway-{k}");
+        let pre_stop = format!("--pre-stop-s={pre_stop_s}");
         let args = [
             "--id",
             &id,
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--pre-stop-s=0",
+            &pre_stop,
             "--control-plane",
             &control_plane,
             "--gateway-token-file",
@@ -110,6 +116,11 @@ impl Stack {
             copy.to_str().expect("UTF-8"),
         ];
         Process::start("weir-ratelimit", &args, "serving").await
+    }
+
+    /// The key of its tenant.
+    pub fn key(&self) -> &str {
+        &self.key
     }
 
     /// A client of gateway `k`.

@@ -329,7 +329,7 @@ async fn http1<I, S, F, B>(
         if connection.clock.poll_cut(cx) {
             return Poll::Ready(End::Cut(Cut::Stalled));
         }
-        if !told && connection.ends() {
+        if !told && connection.ends_idle() {
             told = true;
             Pin::new(&mut driver).graceful_shutdown();
         }

@@ -213,6 +213,8 @@ pub struct Connection {
     cut: AtomicU8,
     /// Whether the process ends: no further request is wanted.
     draining: AtomicBool,
+    /// Whether nothing is accepted any more either: who is idle is closed.
+    closing: AtomicBool,
     malformed: AtomicBool,
     driver: AtomicWaker,
     reader: AtomicWaker,
@@ -238,6 +240,7 @@ impl Connection {
             in_head: AtomicBool::new(true),
             cut: AtomicU8::new(0),
             draining: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             malformed: AtomicBool::new(false),
             driver: AtomicWaker::new(),
             reader: AtomicWaker::new(),
@@ -344,8 +347,15 @@ impl Connection {
         self.is_draining() && self.begun.load(Ordering::Relaxed)
     }
 
-    fn drain(&self) {
+    /// The same for a protocol that cannot say so between two requests: closed while it is idle, a connection would lose
+    /// the request that is on its way. As long as others are accepted, its next answer says it.
+    pub(super) fn ends_idle(&self) -> bool {
+        self.ends() && self.closing.load(Ordering::Acquire)
+    }
+
+    fn drain(&self, closing: bool) {
         self.draining.store(true, Ordering::Release);
+        self.closing.fetch_or(closing, Ordering::AcqRel);
         self.driver.wake();
     }
 
@@ -432,6 +442,7 @@ pub(super) struct Table {
     pub(super) bounds: Bounds,
     metrics: EdgeMetrics,
     draining: AtomicBool,
+    closing: AtomicBool,
     /// Connections that have not closed yet, those that were evicted included.
     here: AtomicUsize,
     /// A connection has closed.
@@ -462,6 +473,7 @@ impl Table {
             bounds,
             metrics,
             draining: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             here: AtomicUsize::new(0),
             closed: Notify::new(),
             inner: Mutex::default(),
@@ -502,7 +514,7 @@ impl Table {
         self.here.fetch_add(1, Ordering::AcqRel);
         self.metrics.opened(self.name);
         if self.draining.load(Ordering::Acquire) {
-            connection.drain();
+            connection.drain(self.closing.load(Ordering::Acquire));
         }
         Some(Open { table: Arc::clone(self), id, connection })
     }
@@ -561,11 +573,12 @@ impl Table {
         }
     }
 
-    /// From now on every connection ends with the requests it has.
-    pub(super) fn drain(&self) {
+    /// From now on every connection ends with the requests it has; one of HTTP/1 that has none, when `closing`.
+    pub(super) fn drain(&self, closing: bool) {
         self.draining.store(true, Ordering::Release);
+        self.closing.fetch_or(closing, Ordering::AcqRel);
         let open: Vec<_> = lock(&self.inner).open.values().cloned().collect();
-        open.iter().for_each(|connection| connection.drain());
+        open.iter().for_each(|connection| connection.drain(closing));
     }
 
     /// Ends the answers that run, each with a last word.
