@@ -94,6 +94,7 @@ async fn streams_whose_connection_has_no_window_or_no_reader_give_their_slots_ba
     for i in 0..SHORT_SLOTS {
         assert!(connection.send(&chat(1 + 2 * i, "short", "fast")).await);
     }
+    all_are_taken(&lab).await;
     assert_slots_come_back(&lab, began, "the connection's window is used up").await;
     assert!(connection.answers_pings().await, "the connection is well");
 
@@ -103,6 +104,7 @@ async fn streams_whose_connection_has_no_window_or_no_reader_give_their_slots_ba
     for i in 0..SHORT_SLOTS {
         assert!(deaf.send(&chat(1 + 2 * i, "short", "fast")).await);
     }
+    all_are_taken(&lab).await;
     assert_slots_come_back(&lab, began, "HTTP/2, nobody reads the socket").await;
 
     let began = Instant::now();
@@ -112,6 +114,7 @@ async fn streams_whose_connection_has_no_window_or_no_reader_give_their_slots_ba
         socket.write_all(&http1::chat("short", "fast", false)).await.expect("sent");
         sockets.push(socket);
     }
+    all_are_taken(&lab).await;
     assert_slots_come_back(&lab, began, "HTTP/1, nobody reads the socket").await;
 }
 
