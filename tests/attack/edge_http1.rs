@@ -95,12 +95,11 @@ async fn ambiguous_framing_is_400_and_closed() {
     wrong.assert_none();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_malformed_head_is_400_and_closed() {
-    let lab = Lab::here().await;
+/// Heads that break the grammar.
+fn malformed() -> Vec<(&'static str, Vec<u8>)> {
     let list = |more: &str| models(more);
     let all_bare = String::from_utf8(models("")).expect("UTF-8").replace("\r\n", "\n").into_bytes();
-    let cases = vec![
+    vec![
         ("line feeds alone", all_bare),
         ("one line feed alone among fields", list("X-A: a\nX-B: b\r\n")),
         ("line feed alone behind the request line", list_but("HTTP/1.1\r\n", "HTTP/1.1\n")),
@@ -156,12 +155,45 @@ async fn a_malformed_head_is_400_and_closed() {
         ("two keys, the good one first", list("Authorization: Bearer bad\r\n")),
         ("two keys, the good one last", list_but("Host: x\r\n", "Host: x\r\nAuthorization: Bearer bad\r\n")),
         ("the same key twice", list(&format!("authorization: Bearer {KEY}\r\n"))),
-    ];
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_malformed_head_is_400_and_closed() {
+    let lab = Lab::here().await;
     let mut wrong = Wrong::default();
-    for (case, bytes) in cases {
+    for (case, bytes) in malformed() {
         // What stands behind it is a request that would be answered.
         let heard = exchange(lab.clients, [&bytes[..], &models("")].concat()).await;
         // What has no version may be called another version.
+        let statuses: &[u16] = if case.contains("version") { &[400, 505] } else { &[400] };
+        wrong.unless_refused(case, &heard, statuses);
+    }
+    wrong.assert_none();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_malformed_head_is_refused_alike_when_it_comes_in_pieces() {
+    /// Several to a line.
+    const PIECE_BYTES: usize = 5;
+    let lab = Lab::here().await;
+    let mut wrong = Wrong::default();
+    for (case, bytes) in malformed() {
+        let (mut reader, mut writer) = connect(lab.clients).await.into_split();
+        let sending = async {
+            for piece in [&bytes[..], &models("")].concat().chunks(PIECE_BYTES) {
+                // The peer may have refused already.
+                if writer.write_all(piece).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let heard = tokio::select! {
+            heard = listen(&mut reader, SOON) => heard,
+            () = sending => unreachable!("it only ends with the other"),
+        };
         let statuses: &[u16] = if case.contains("version") { &[400, 505] } else { &[400] };
         wrong.unless_refused(case, &heard, statuses);
     }

@@ -93,8 +93,8 @@ pub struct Framing {
     chunked: bool,
     coded: bool,
     hosts: u8,
-    /// Bytes of the latest call that belong to messages before the present one.
-    complete: usize,
+    /// Bytes of the latest call up to the end of the last whole line or part of a body.
+    checked: usize,
 }
 
 impl Framing {
@@ -113,7 +113,7 @@ impl Framing {
             chunked: false,
             coded: false,
             hosts: 0,
-            complete: 0,
+            checked: 0,
         }
     }
 
@@ -127,15 +127,16 @@ impl Framing {
         !matches!(self.state, State::Between(_) | State::RequestLine | State::Field)
     }
 
-    /// Bytes of the latest call up to the end of the last complete message: what may be parsed although an error follows.
-    pub const fn complete(&self) -> usize {
-        self.complete
+    /// Bytes of the latest call that are known to be right: all up to a line whose end has not come, or to an error. The
+    /// first bytes of that line may stand in earlier calls.
+    pub const fn checked(&self) -> usize {
+        self.checked
     }
 
     /// Follows the next bytes. An error comes once; nothing may be followed behind it.
     pub fn follow(&mut self, all: &[u8]) -> Result<(), Violation> {
         let mut bytes = all;
-        self.complete = 0;
+        self.checked = 0;
         while !bytes.is_empty() {
             bytes = match self.state {
                 State::Body(left) | State::Chunk(left) => {
@@ -151,8 +152,8 @@ impl Framing {
                 }
                 _ => self.follow_line(bytes)?,
             };
-            if let State::Between(0) = self.state {
-                self.complete = all.len() - bytes.len();
+            if self.line_bytes == 0 {
+                self.checked = all.len() - bytes.len();
             }
         }
         Ok(())

@@ -169,13 +169,52 @@ impl<I: AsyncRead + Unpin> AsyncRead for Begun<I> {
     }
 }
 
-/// The bytes of an HTTP/1 connection on their way to hyper, checked.
+/// What hyper may hold of a head beyond the bound of it.
+const HEAD_SLACK_BYTES: usize = 8 << 10;
+/// Bytes read at once behind the beginning of a line.
+const LINE_READ_BYTES: usize = 4 << 10;
+
+/// The bytes of an HTTP/1 connection on their way to hyper, checked. hyper parses what it has of a head, and answers what
+/// it finds wrong in its own way; it is therefore given whole lines alone.
 struct Framed<I> {
     begun: Begun<I>,
     framing: Framing,
+    /// What was read and not passed on: the beginning of a line, at most as long as a head may be.
+    held: Vec<u8>,
+    /// Bytes of `held` that are whole lines.
+    checked: usize,
     violation: Option<Violation>,
     ended: bool,
     connection: Arc<Connection>,
+}
+
+impl<I: AsyncRead + Unpin> Framed<I> {
+    /// Follows what was just read; returns how many bytes of it may be passed on.
+    fn follow(&mut self, read: &[u8]) -> usize {
+        let was_in_head = self.framing.in_head();
+        let followed = self.framing.follow(read);
+        if let Err(violation) = followed {
+            self.violation = Some(violation);
+            if !self.framing.in_body() {
+                self.connection.malformed();
+            }
+        } else if self.framing.in_head() && !was_in_head && !self.connection.is_busy() {
+            self.connection.head_began();
+        }
+        self.framing.checked()
+    }
+
+    /// Passes on what is held and checked, as far as there is room.
+    fn pass(&mut self, buffer: &mut ReadBuf<'_>) {
+        let count = self.checked.min(buffer.remaining());
+        buffer.put_slice(&self.held[..count]);
+        self.held.drain(..count);
+        self.checked -= count;
+        if self.held.is_empty() {
+            // Long lines are rare, and connections are many.
+            self.held = Vec::new();
+        }
+    }
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Framed<I> {
@@ -185,36 +224,49 @@ impl<I: AsyncRead + Unpin> AsyncRead for Framed<I> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.violation.is_some() {
-            // The driver answers and closes as soon as the requests before have their answers.
-            return Poll::Pending;
-        }
-        let before = buffer.filled().len();
-        ready!(this.begun.poll_replay(cx, buffer))?;
-        let read = &buffer.filled()[before..];
-        if read.is_empty() {
-            this.ended = true;
-            return Poll::Ready(Ok(()));
-        }
-        let was_in_head = this.framing.in_head();
-        match this.framing.follow(read) {
-            Ok(()) => {
-                if this.framing.in_head() && !was_in_head && !this.connection.is_busy() {
-                    this.connection.head_began();
-                }
-                Poll::Ready(Ok(()))
+        loop {
+            if this.checked > 0 {
+                this.pass(buffer);
+                return Poll::Ready(Ok(()));
             }
-            Err(violation) if this.framing.in_body() => {
+            match this.violation {
                 // Whoever reads the body says it.
-                this.violation = Some(violation);
-                Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation)))
+                Some(violation) if this.framing.in_body() => {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation)));
+                }
+                // The driver answers and closes as soon as the requests before have their answers.
+                Some(_) => return Poll::Pending,
+                None => {}
             }
-            Err(violation) => {
-                this.violation = Some(violation);
-                this.connection.malformed();
-                let complete = this.framing.complete();
-                buffer.set_filled(before + complete);
-                if complete > 0 { Poll::Ready(Ok(())) } else { Poll::Pending }
+            if this.held.is_empty() {
+                let before = buffer.filled().len();
+                ready!(this.begun.poll_replay(cx, buffer))?;
+                let read = &buffer.filled()[before..];
+                if read.is_empty() {
+                    this.ended = true;
+                    return Poll::Ready(Ok(()));
+                }
+                let checked = this.follow(read);
+                if this.violation.is_none() {
+                    this.held.extend_from_slice(&read[checked..]);
+                }
+                buffer.set_filled(before + checked);
+                if checked > 0 {
+                    return Poll::Ready(Ok(()));
+                }
+            } else {
+                let mut part = [0; LINE_READ_BYTES];
+                let mut part = ReadBuf::new(&mut part);
+                ready!(this.begun.poll_replay(cx, &mut part))?;
+                let read = part.filled();
+                if read.is_empty() {
+                    this.ended = true;
+                    return Poll::Ready(Ok(()));
+                }
+                let (before, checked) = (this.held.len(), this.follow(read));
+                this.held.extend_from_slice(read);
+                // The line that had begun is whole once anything behind it is.
+                this.checked = if checked > 0 { before + checked } else { 0 };
             }
         }
     }
@@ -300,8 +352,15 @@ async fn http1<I, S, F, B>(
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let framing = Framing::new(bounds.head);
-    let framed =
-        Framed { begun, framing, violation: None, ended: false, connection: Arc::clone(&connection) };
+    let framed = Framed {
+        begun,
+        framing,
+        held: Vec::new(),
+        checked: 0,
+        violation: None,
+        ended: false,
+        connection: Arc::clone(&connection),
+    };
     let client = Client { connection: Arc::clone(&connection), clock: Arc::clone(&connection.clock) };
     let service = service_fn(move |request: Request<Incoming>| {
         let busy = client.connection.begin();
@@ -318,8 +377,12 @@ async fn http1<I, S, F, B>(
         })
     });
     let mut builder = http1::Builder::new();
-    // The clock of a head is the connection's own; one field more than is let through, so that the framing refuses first.
-    builder.header_read_timeout(None).max_buf_size(bounds.head.bytes).max_headers(bounds.head.fields + 1);
+    // The clock of a head is the connection's own; more bytes and fields than are let through, so that the framing
+    // refuses first.
+    builder
+        .header_read_timeout(None)
+        .max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES)
+        .max_headers(bounds.head.fields + 1);
     let mut driver = builder.serve_connection(TokioIo::new(framed), service);
     let mut told = false;
     let end = poll_fn(|cx| {

@@ -135,8 +135,24 @@ fn of_a_read_that_ends_badly_what_came_before_can_be_served() {
     let good = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab";
     let mut framing = Framing::new(BOUNDS);
     assert!(framing.follow(format!("{good}{good}GET / HTTP/1.1\nHost: x\r\n").as_bytes()).is_err());
-    assert_eq!(framing.complete(), 2 * good.len());
+    assert_eq!(framing.checked(), 2 * good.len());
     let mut framing = Framing::new(BOUNDS);
     assert!(framing.follow(b"GET / HTTP/1.1\r\nHost: x\n").is_err());
-    assert_eq!(framing.complete(), 0);
+    assert_eq!(framing.checked(), "GET / HTTP/1.1\r\n".len());
+}
+
+#[test]
+fn only_whole_lines_of_a_head_and_all_of_a_body_are_checked() {
+    let mut framing = Framing::new(BOUNDS);
+    for (bytes, checked) in [
+        ("GE", 0),
+        ("T / HTTP/1.1\r", 0),
+        ("\nHost", 1),
+        (": x\r\nTransfer-Encoding: chunked\r\n\r\n5;a", 35),
+        ("\r\nab", 4),
+        ("cde\r\n0", 5),
+    ] {
+        framing.follow(bytes.as_bytes()).expect("good");
+        assert_eq!(framing.checked(), checked, "{bytes:?}");
+    }
 }
