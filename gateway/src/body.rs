@@ -23,6 +23,7 @@ use weir_runtime::edge::RequestClock;
 use crate::account::{Admission, STEP_TOKENS};
 use crate::context::RequestContext;
 use crate::error::GatewayError;
+use crate::intake::Room;
 use crate::runtime_state::{Attempt, InFlight};
 use crate::send::Target;
 use crate::server::WRITE_STALL;
@@ -90,12 +91,14 @@ impl http_body::Body for Body {
 pub struct WholeBody {
     rest: Bytes,
     clock: Arc<RequestClock>,
+    /// Given back with the last of it.
+    _room: Room,
 }
 
 impl WholeBody {
     /// All of `answer`; a client that takes nothing of it is cut by the request's clock.
-    pub const fn new(answer: Bytes, clock: Arc<RequestClock>) -> Self {
-        Self { rest: answer, clock }
+    pub const fn new(answer: Bytes, room: Room, clock: Arc<RequestClock>) -> Self {
+        Self { rest: answer, clock, _room: room }
     }
 
     fn next(&mut self) -> Option<Bytes> {

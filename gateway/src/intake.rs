@@ -1,7 +1,8 @@
 //! Takes a request's body within its bounds of size, time and memory.
 //!
 //! A body is held until its request ends, because it may have to be sent again. What all of them take together is
-//! bounded too: ten thousand connections with a full body each would be 160 GiB.
+//! bounded too: ten thousand connections with a full body each would be 160 GiB. Answers that are not streamed are held
+//! until the client has taken them, and count as well.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,7 +24,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two parts of a body.
 const BODY_PART_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The memory that bodies may take, all requests together.
+/// The memory that bodies of requests, and of answers that are not streamed, may take together.
 #[derive(Debug)]
 pub struct BodyMemory {
     used: AtomicUsize,
@@ -35,6 +36,11 @@ impl BodyMemory {
     /// With a bound in bytes; `gauge` shows what is in use.
     pub fn new(max: usize, gauge: Gauge) -> Arc<Self> {
         Arc::new(Self { used: AtomicUsize::new(0), max, gauge })
+    }
+
+    /// Room for a body that nothing has come of yet.
+    pub fn room(self: &Arc<Self>) -> Room {
+        Room { memory: self.clone(), bytes: 0 }
     }
 
     fn take(&self, bytes: usize) -> bool {
@@ -56,7 +62,11 @@ pub struct Room {
 }
 
 impl Room {
-    fn grow(&mut self, bytes: usize) -> Result<(), GatewayError> {
+    /// Takes room for so many bytes more.
+    ///
+    /// # Errors
+    /// [`GatewayError::BodyMemory`] when all bodies together have all there is.
+    pub fn grow(&mut self, bytes: usize) -> Result<(), GatewayError> {
         if !self.memory.take(bytes) {
             return Err(GatewayError::BodyMemory);
         }
@@ -86,7 +96,7 @@ pub async fn take(
     if announced.is_some_and(|n| n > BODY_MAX_BYTES) {
         return Err(too_large);
     }
-    let mut room = Room { memory: memory.clone(), bytes: 0 };
+    let mut room = memory.room();
     let whole = async {
         let mut first: Option<Bytes> = None;
         let mut rest = BytesMut::new();

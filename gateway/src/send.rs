@@ -17,6 +17,7 @@ use weir_runtime::RefusedAddress;
 
 use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
+use crate::intake::{BodyMemory, Room};
 use crate::headers;
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
 use crate::plausible::Implausible;
@@ -168,6 +169,8 @@ pub enum Answer {
         headers: HeaderMap,
         /// The body.
         body: Bytes,
+        /// The memory it takes.
+        room: Room,
     },
 }
 
@@ -180,6 +183,8 @@ pub struct Outgoing {
     pub headers: HeaderMap,
     /// The body, spliced for this backend.
     pub body: Bytes,
+    /// What answers that are not streamed may take.
+    pub memory: Arc<BodyMemory>,
     /// When the first byte must be there.
     pub first_byte_by: Instant,
     /// When the whole answer must be there.
@@ -219,7 +224,7 @@ impl From<GatewayError> for Failure {
 }
 
 async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure> {
-    let Outgoing { path, headers, body, first_byte_by, deadline } = outgoing;
+    let Outgoing { path, headers, body, memory, first_byte_by, deadline } = outgoing;
     let uri = target.backend.upstream.uri(path).map_err(|_| GatewayError::Internal)?;
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = http::Method::POST;
@@ -266,8 +271,9 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         return Ok(Answer::Stream { headers: head.headers, first, rest });
     }
     let idle = target.model.timeouts.idle;
-    let whole = timeout_at(deadline, whole(rest, idle)).await.map_err(|_| GatewayError::Deadline)??;
-    let Some(body) = whole else {
+    let whole = whole(rest, idle, memory.room());
+    let whole = timeout_at(deadline, whole).await.map_err(|_| GatewayError::Deadline)??;
+    let Some((body, room)) = whole else {
         return Err(target.invalid(format_args!("it is longer than {ANSWER_MAX_BYTES} bytes")));
     };
     if head.status.is_success() {
@@ -277,7 +283,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
             Err(fault) => return Err(target.invalid(format_args!("it is not a JSON object: {fault}"))),
         }
     }
-    Ok(Answer::Whole { status: head.status, headers: head.headers, body })
+    Ok(Answer::Whole { status: head.status, headers: head.headers, body, room })
 }
 
 /// Whose fault a status is. 2xx and the client's own mistakes go on to the client.
@@ -315,16 +321,35 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
 }
 
 /// All of a body; `None` when it is longer than it may be.
-async fn whole(mut body: Incoming, idle: Duration) -> Result<Option<Bytes>, Failure> {
+async fn whole(
+    mut body: Incoming,
+    idle: Duration,
+    mut room: Room,
+) -> Result<Option<(Bytes, Room)>, Failure> {
+    let mut first: Option<Bytes> = None;
     let mut taken = BytesMut::new();
+    let mut length = 0;
     let silent = |_| Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout));
     while let Some(frame) = timeout(idle, body.frame()).await.map_err(silent)? {
         let frame = frame.map_err(|_| (Attempt::ConnectFailure, GatewayError::UpstreamConnect))?;
         let Ok(data) = frame.into_data() else { continue };
-        if taken.len() + data.len() > ANSWER_MAX_BYTES {
+        length += data.len();
+        if length > ANSWER_MAX_BYTES {
             return Ok(None);
         }
-        taken.extend_from_slice(&data);
+        room.grow(data.len())?;
+        // Most answers come in one part and are not copied.
+        match &first {
+            None => first = Some(data),
+            Some(before) => {
+                if taken.is_empty() {
+                    taken.reserve(length * 2);
+                    taken.extend_from_slice(before);
+                }
+                taken.extend_from_slice(&data);
+            }
+        }
     }
-    Ok(Some(taken.freeze()))
+    let body = if taken.is_empty() { first.unwrap_or_default() } else { taken.freeze() };
+    Ok(Some((body, room)))
 }

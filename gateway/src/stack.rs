@@ -363,6 +363,7 @@ impl Call<'_> {
             path: self.path,
             headers,
             body: self.asked.forward(&self.body, &target.upstream_model, true),
+            memory: self.gateway.bodies.clone(),
             first_byte_by: Instant::now() + target.model.timeouts.first_byte,
             deadline,
         })
@@ -384,7 +385,7 @@ impl Call<'_> {
             HeaderValue::try_from(context.request_id.as_str()).map_err(|_| GatewayError::Internal)?;
         let prompt_tokens = self.prompt_tokens(&target.model);
         match answer {
-            Answer::Whole { status, headers, body } => {
+            Answer::Whole { status, headers, body, room } => {
                 let usage = usage_of_body(&body, &UsageBounds::of(&self.asked, self.body.len()));
                 if let Err(found) = &usage {
                     target.implausible(found);
@@ -418,7 +419,7 @@ impl Call<'_> {
                 let body = rename_model_in_body(&body, &self.asked.model);
                 context.finished(status, if status.is_success() { "ok" } else { "client_error" });
                 let mut response =
-                    Response::new(Body::Whole(WholeBody::new(body, context.client.clock.clone())));
+                    Response::new(Body::Whole(WholeBody::new(body, room, context.client.clock.clone())));
                 *response.status_mut() = status;
                 *response.headers_mut() = headers::to_client(&headers, request_id);
                 headers::content_type(response.headers_mut(), content);

@@ -17,6 +17,10 @@ mod resolve;
 
 pub use self::resolve::{Found, Lookup, Resolver};
 
+/// What is read of an answer ahead of its client, and the largest head of an answer. hyper's own bound of 400 KiB would be
+/// the memory of each stream whose client reads slowly.
+const READ_BUFFER_BYTES: usize = 32 << 10;
+
 /// The connections of one backend. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Upstream {
@@ -86,6 +90,7 @@ impl Upstream {
             // Retried by the stack, which knows what may be tried again.
             .retry_canceled_requests(false)
             .http1_max_headers(100)
+            .http1_max_buf_size(READ_BUFFER_BYTES)
             .build(connector);
         Self { settings: Arc::new(Settings::of(spec, connect_timeout)), client, host }
     }
