@@ -18,6 +18,7 @@ mod http2;
 mod json;
 mod keys;
 mod lab;
+mod limit_service;
 mod names;
 mod partitions;
 mod redis;
