@@ -20,8 +20,10 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// 5 s; a silent connection is found dead within 20 s, but on a line that is mended it goes on.
 const CONVERGED: Duration = Duration::from_secs(15);
 
-/// What becomes of a way.
-const FATES: [(&str, fn(&Line)); 4] = [
+/// What becomes of a way: its name, and what does it.
+type Fate = (&'static str, fn(&Line));
+
+const FATES: [Fate; 4] = [
     ("reset", Line::cut),
     ("a black hole", Line::silence),
     ("one-way, nothing arrives", Line::silence_to_server),
