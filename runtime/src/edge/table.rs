@@ -290,6 +290,12 @@ impl Connection {
         self.active.load(Ordering::Acquire) > 0
     }
 
+    /// Whether no request has run for so long, and nothing waits to be written.
+    fn is_idle_for(&self, time: Duration) -> bool {
+        let since = self.idle_since.load(Ordering::Relaxed);
+        !self.is_busy() && !self.is_write_waiting() && now_ms().saturating_sub(since) >= millis(time)
+    }
+
     /// The first byte of a further head was read.
     pub(super) fn head_began(&self) {
         let by = now_ms().saturating_add(millis(self.bounds.head));
@@ -587,10 +593,11 @@ impl Table {
         open.iter().for_each(|connection| connection.clocks(RequestClock::end));
     }
 
-    /// Ends all connections, or those without a request that runs.
-    pub(super) fn cut(&self, busy_too: bool) {
+    /// Ends all connections, or those that have been idle for `idle`: the last answer of one that has just become so may
+    /// not have left yet.
+    pub(super) fn cut(&self, idle: Option<Duration>) {
         let open: Vec<_> = lock(&self.inner).open.values().cloned().collect();
-        for connection in open.iter().filter(|c| busy_too || !c.is_busy()) {
+        for connection in open.iter().filter(|c| idle.is_none_or(|time| c.is_idle_for(time))) {
             connection.cut(Cut::Drained);
         }
     }
