@@ -17,8 +17,8 @@ use weir_runtime::RefusedAddress;
 
 use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
-use crate::intake::{BodyMemory, Room};
 use crate::headers;
+use crate::intake::{BodyMemory, Room};
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
 use crate::plausible::Implausible;
 use crate::runtime_state::Attempt;
@@ -321,11 +321,7 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
 }
 
 /// All of a body; `None` when it is longer than it may be.
-async fn whole(
-    mut body: Incoming,
-    idle: Duration,
-    mut room: Room,
-) -> Result<Option<(Bytes, Room)>, Failure> {
+async fn whole(mut body: Incoming, idle: Duration, mut room: Room) -> Result<Option<(Bytes, Room)>, Failure> {
     let mut first: Option<Bytes> = None;
     let mut taken = BytesMut::new();
     let mut length = 0;

@@ -20,6 +20,7 @@ mod http2;
 mod json;
 mod keys;
 mod lab;
+mod limit_service;
 mod logs;
 mod names;
 mod ops;

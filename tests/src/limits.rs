@@ -1,5 +1,6 @@
 //! Clients of limit services.
 
+use tonic::Status;
 use tonic::transport::Channel;
 use weir_proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor;
 use weir_proto::envoy::extensions::common::ratelimit::v3::rate_limit_descriptor::Entry;
@@ -36,12 +37,17 @@ impl Limits {
         };
         let request =
             RateLimitRequest { domain: "edge".into(), descriptors: vec![descriptor], hits_addend: 0 };
+        self.try_ask(request).await.expect("an answer")
+    }
+
+    /// Sends any request; it may be refused.
+    pub async fn try_ask(&self, request: RateLimitRequest) -> Result<RateLimitResponse, Status> {
         let mut request = tonic::Request::new(request);
         if let Some(token) = &self.token {
             let value = format!("Bearer {token}").parse().expect("a header value");
             request.metadata_mut().insert("authorization", value);
         }
-        self.client.clone().should_rate_limit(request).await.expect("an answer").into_inner()
+        self.client.clone().should_rate_limit(request).await.map(tonic::Response::into_inner)
     }
 
     /// Whether one hit of the tenant passes.

@@ -19,7 +19,7 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, timeout, timeout_at};
 
 use super::framing::{Framing, HeadBounds, Violation};
 use super::table::{Busy, Connection, Cut, RequestClock};
@@ -32,6 +32,8 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// figures of `lingering_time` and `lingering_timeout`. Closed at once, the reset would overtake the answer.
 const LINGER: Duration = Duration::from_secs(30);
 const LINGER_PAUSE: Duration = Duration::from_secs(5);
+/// An HTTP/2 client that was sent a GOAWAY has so long to close.
+const LINGER_HTTP2: Duration = Duration::from_secs(1);
 const LINGER_BUFFER_BYTES: usize = 16 << 10;
 /// What hyper holds of an answer for an HTTP/2 client that does not take it.
 const SEND_BUFFER_BYTES: usize = 32 << 10;
@@ -101,7 +103,7 @@ pub async fn serve_http<I, S, F, B>(
     B: Body<Data = Bytes> + Unpin + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let mut begun = Begun { io, prefix: [0; PREFACE.len()], length: 0, replayed: 0 };
+    let mut begun = Begun { io, prefix: [0; PREFACE.len()], length: 0, replayed: 0, until: None };
     match begun.is_http2().await {
         Ok(true) => http2(begun, connection, bounds, service).await,
         Ok(false) => http1(begun, connection, bounds, refuse, service).await,
@@ -123,7 +125,7 @@ pub async fn serve_http1<I, S, F, B>(
     B: Body<Data = Bytes> + Unpin + Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let begun = Begun { io, prefix: [0; PREFACE.len()], length: 0, replayed: 0 };
+    let begun = Begun { io, prefix: [0; PREFACE.len()], length: 0, replayed: 0, until: None };
     http1(begun, connection, bounds, refuse, service).await;
 }
 
@@ -133,6 +135,8 @@ struct Begun<I> {
     prefix: [u8; PREFACE.len()],
     length: usize,
     replayed: usize,
+    /// Of HTTP/2, once our side is closed: until when the client may close its own.
+    until: Option<Pin<Box<Sleep>>>,
 }
 
 impl<I: AsyncRead + Unpin> Begun<I> {
@@ -156,6 +160,31 @@ impl<I: AsyncRead + Unpin> Begun<I> {
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Begun<I> {
+    /// Closes. The end of an HTTP/2 connection waits for the client's: closed at once, a request on its way would be
+    /// answered by a reset, which takes the GOAWAY and the last answers with it. HTTP/1 does so by itself, in [`linger`].
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.until.is_none() {
+            ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+        }
+        if self.length < PREFACE.len() {
+            return Poll::Ready(Ok(()));
+        }
+        let until = self.until.get_or_insert_with(|| Box::pin(sleep(LINGER_HTTP2)));
+        if until.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        let mut part = [0; LINE_READ_BYTES];
+        loop {
+            let mut part = ReadBuf::new(&mut part);
+            match ready!(Pin::new(&mut self.io).poll_read(cx, &mut part)) {
+                Ok(()) if !part.filled().is_empty() => {}
+                _ => return Poll::Ready(Ok(())),
+            }
+        }
     }
 }
 
@@ -186,6 +215,12 @@ struct Framed<I> {
     violation: Option<Violation>,
     ended: bool,
     connection: Arc<Connection>,
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Framed<I> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.begun.io).poll_shutdown(cx)
+    }
 }
 
 impl<I: AsyncRead + Unpin> Framed<I> {
@@ -274,7 +309,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Framed<I> {
 
 macro_rules! write_through {
     ($wrapper:ident, $($field:ident).+) => {
-        impl<I: AsyncWrite + Unpin> AsyncWrite for $wrapper<I> {
+        impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for $wrapper<I> {
             fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
                 Pin::new(&mut self.$($field).+).poll_write(cx, bytes)
             }
@@ -296,7 +331,7 @@ macro_rules! write_through {
             }
 
             fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.$($field).+).poll_shutdown(cx)
+                self.poll_end(cx)
             }
         }
     };

@@ -37,7 +37,7 @@ pub use self::table::{Bounds, Busy, Connection, RequestClock};
 
 /// After an error of accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// While draining, connections without a request are closed after so long.
+/// While draining, connections that have been idle for so long are closed.
 const IDLE_GRACE: Duration = Duration::from_secs(1);
 /// At the end of a drain an answer has so long for its last word, and its connection to close.
 const LAST_WORD: Duration = Duration::from_secs(2);
@@ -75,7 +75,7 @@ impl EdgeHandle {
                 // holds up nobody.
                 self.closed_within(IDLE_GRACE).await;
                 while self.open() > 0 {
-                    self.0.cut(false);
+                    self.0.cut(Some(IDLE_GRACE));
                     self.closed_within(IDLE_GRACE).await;
                 }
             };
@@ -88,7 +88,7 @@ impl EdgeHandle {
         if !whole {
             self.0.end_answers();
             self.closed_within(LAST_WORD).await;
-            self.0.cut(true);
+            self.0.cut(None);
             self.closed_within(LAST_WORD).await;
         }
         whole

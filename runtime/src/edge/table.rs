@@ -24,6 +24,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
 /// One connection in so many, at least one, is ended when room is needed: one look at all of them makes room for the
 /// next hundred, so a flood costs little for each.
 const EVICTED_PART: usize = 100;
+/// While draining, a connection that has had no request yet is given so long for one.
+const NEW_GRACE: Duration = Duration::from_secs(3);
 /// No time at all.
 const NEVER: u64 = u64::MAX;
 
@@ -288,6 +290,14 @@ impl Connection {
     /// Whether a request runs.
     pub fn is_busy(&self) -> bool {
         self.active.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether no request has run for so long, and nothing waits to be written.
+    fn is_idle_for(&self, time: Duration) -> bool {
+        let since = self.idle_since.load(Ordering::Relaxed);
+        // A client that has just connected may be about to ask.
+        let time = if self.begun.load(Ordering::Relaxed) { time } else { time.max(NEW_GRACE) };
+        !self.is_busy() && !self.is_write_waiting() && now_ms().saturating_sub(since) >= millis(time)
     }
 
     /// The first byte of a further head was read.
@@ -587,10 +597,11 @@ impl Table {
         open.iter().for_each(|connection| connection.clocks(RequestClock::end));
     }
 
-    /// Ends all connections, or those without a request that runs.
-    pub(super) fn cut(&self, busy_too: bool) {
+    /// Ends all connections, or those that have been idle for `idle`: the last answer of one that has just become so may
+    /// not have left yet.
+    pub(super) fn cut(&self, idle: Option<Duration>) {
         let open: Vec<_> = lock(&self.inner).open.values().cloned().collect();
-        for connection in open.iter().filter(|c| busy_too || !c.is_busy()) {
+        for connection in open.iter().filter(|c| idle.is_none_or(|time| c.is_idle_for(time))) {
             connection.cut(Cut::Drained);
         }
     }

@@ -154,3 +154,29 @@ async fn a_request_is_cut_by_its_own_clock_and_the_connection_is_not() {
     drop((one, other));
     assert!(lock(&open.connection().streams).is_empty());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_closes_idle_connections_late_and_never_before_their_answer_has_left() {
+    let table = table(10, 10);
+    let open = table.admit(address("10.0.0.1")).expect("room");
+    let connection = open.connection();
+    let request = connection.begin();
+    table.drain(false);
+    assert!(
+        connection.ends() && !connection.ends_idle(),
+        "its next answer says it, as long as others are accepted"
+    );
+    table.drain(true);
+    assert!(connection.ends_idle());
+    tokio::time::sleep(5 * SECOND).await;
+    drop(request);
+    table.cut(Some(SECOND));
+    assert_eq!(connection.was_cut(), None, "the end of its answer may not have left yet");
+    connection.write_waits(true);
+    tokio::time::sleep(2 * SECOND).await;
+    table.cut(Some(SECOND));
+    assert_eq!(connection.was_cut(), None, "it waits for its client");
+    connection.write_waits(false);
+    table.cut(Some(SECOND));
+    assert_eq!(connection.was_cut(), Some(Cut::Drained));
+}
