@@ -16,7 +16,7 @@ use weir_proto::v1;
 use weir_runtime::edge::GrpcPeer;
 use weir_runtime::grpc::{Bound, Places, bounded};
 
-use super::{Authority, Caller, HEALTH_CHECK, bound};
+use super::{Authority, Caller, HEALTH_CHECK, bound, needs};
 use crate::tls;
 
 /// Who can reach a service.
@@ -81,11 +81,9 @@ where
             Ok(caller) => {
                 let mut bound = bound(request.uri().path());
                 let name = caller.as_ref().map_or_else(|| Arc::from("anybody"), |c| Arc::clone(&c.name));
-                // A token of one gateway has the streams of one; a shared one those of all.
-                if let (
-                    Bound::Stream(stream),
-                    Some(Caller { gateway_id: None, role: v1::Role::Gateway, .. }),
-                ) = (&mut bound, &caller)
+                // A token of one gateway has the streams of one; one that all share, the admin's too, those of all.
+                if let (Bound::Stream(stream), Some(Caller { gateway_id: None, .. })) = (&mut bound, &caller)
+                    && needs(request.uri().path()) == Some(v1::Role::Gateway)
                 {
                     stream.most_per_caller = stream.most;
                 }
