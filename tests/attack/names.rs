@@ -122,7 +122,8 @@ fn redis_has_no_port_and_no_neighbour_that_is_not_meant_to_use_it() {
         .collect();
     assert_eq!(neighbours, BTreeSet::from(["ratelimit", "redis"]), "who is on Redis's network by itself");
     // The gateways are, by what they have in common, and nobody else has that.
-    let common: Vec<&str> = compose.lines().skip_while(|line| *line != "x-gateway: &gateway").skip(1).collect();
+    let common: Vec<&str> =
+        compose.lines().skip_while(|line| *line != "x-gateway: &gateway").skip(1).collect();
     let common = common.iter().take_while(|line| line.starts_with(' ')).collect::<Vec<_>>();
     assert!(common.contains(&&"    state:"), "{common:#?}");
     let gateways: Vec<&str> = compose
