@@ -40,7 +40,7 @@ pub(crate) fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
     parsed.valid_uri_names().find_map(named)
 }
 
-fn named(uri: &str) -> Option<Identity> {
+pub(crate) fn named(uri: &str) -> Option<Identity> {
     let (role, name) = uri.strip_prefix(SCHEME)?.split_once('/')?;
     let role = match role {
         "viewer" => Role::Viewer,
