@@ -12,9 +12,7 @@ use tokio_util::sync::CancellationToken;
 use weir_control_plane::store::{EtcdConfig, EtcdStore, FileStore};
 use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
-use weir_runtime::{
-    AllowedHost, Cidr, Secret, exit, flush_logs_at_end, init_logs, say, shutdown_on_signals,
-};
+use weir_runtime::{AllowedHost, Cidr, Secret, exit, flush_logs_at_end, init_logs, say, shutdown_on_signals};
 
 /// Keeps what operators declare, hands it to gateways, and watches backends.
 #[derive(Parser)]

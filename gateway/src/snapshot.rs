@@ -242,9 +242,10 @@ impl Compiler {
             };
             let old = previous.backends.get(&resource.name);
             let connect = pool.spec.timeouts.connect;
-            let upstream = old
-                .filter(|o| o.upstream.serves(spec, connect))
-                .map_or_else(|| Upstream::new(spec, connect, &previous.egress, &previous.resolver), |o| o.upstream.clone());
+            let upstream = old.filter(|o| o.upstream.serves(spec, connect)).map_or_else(
+                || Upstream::new(spec, connect, &previous.egress, &previous.resolver),
+                |o| o.upstream.clone(),
+            );
             let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
             let entry = BackendEntry {
                 name: resource.name.clone(),

@@ -66,7 +66,12 @@ static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| {
 impl Upstream {
     /// Connections as the backend's spec asks for, to addresses that the policy allows; its host is looked up by
     /// `resolver`. None is opened yet.
-    pub fn new(spec: &Backend, connect_timeout: Duration, egress: &EgressPolicy, resolver: &Resolver) -> Self {
+    pub fn new(
+        spec: &Backend,
+        connect_timeout: Duration,
+        egress: &EgressPolicy,
+        resolver: &Resolver,
+    ) -> Self {
         let host = resolver.host(spec.url.host().unwrap_or_default()).waiting(connect_timeout);
         let http = EgressConnector::resolving(host.clone(), egress.clone(), |http| {
             http.set_nodelay(true);

@@ -18,7 +18,8 @@ pub(crate) fn run(data: &[u8]) {
         let mapped = IpAddr::V6(v4.to_ipv6_mapped());
         assert_eq!(policy.check(address).is_ok(), policy.check(mapped).is_ok());
         let compatible = Ipv6Addr::from_bits(u128::from(v4.to_bits()));
-        if policy.check(address).is_err() {
+        // ::1 is a loopback address and not 0.0.0.1.
+        if !compatible.is_loopback() && policy.check(address).is_err() {
             assert!(policy.check(IpAddr::V6(compatible)).is_err(), "{compatible} is let through");
         }
     }

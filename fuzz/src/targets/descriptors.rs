@@ -22,7 +22,7 @@ spec: {domain: d, entries: [{key: k, value: 'v*'}], limit: {requests_per_unit: 4
 ---
 kind: descriptor_rule
 name: consumes
-spec: {domain: d, entries: [{key: tenant}], consumes: [{tenant: '{tenant}'}], hits: tokens}
+spec: {domain: d, entries: [{key: tenant}], consumes: [{tenant: '{tenant}'}], counts: tokens}
 ---
 kind: descriptor_rule
 name: free

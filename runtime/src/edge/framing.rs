@@ -151,7 +151,8 @@ impl Framing {
                 }
                 _ => self.follow_line(bytes)?,
             };
-            if let State::Between(0) = self.state {
+            // Not behind the first half of an empty line, which belongs to what comes.
+            if self.state == State::Between(0) && self.line_bytes == 0 {
                 self.complete = all.len() - bytes.len();
             }
         }
