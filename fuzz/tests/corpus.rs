@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use weir_fuzz::TARGETS;
 
 /// What one corpus may take in the repository.
-const FILES_MAX: usize = 200;
+const FILES_MAX: usize = 100;
 const BYTES_MAX: usize = 256 << 10;
 
 fn corpora() -> PathBuf {

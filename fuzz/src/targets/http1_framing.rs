@@ -1,4 +1,4 @@
-use weir_runtime::edge::framing::{Framing, HeadBounds, Violation};
+use weir_runtime::edge::framing::{Framing, HeadBounds};
 
 use crate::input::{Input, chunks};
 
@@ -16,8 +16,9 @@ pub(crate) fn run(data: &[u8]) {
     agree(bytes);
 }
 
-/// The verdict, and where the last complete message ended.
-fn follow<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> (Result<(bool, bool), Violation>, usize) {
+/// Whether all is well and in what part of a message it ends, or that it is refused; and where the last complete message
+/// ended. Of several faults in one line the one named may depend on the cuts.
+fn follow<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> (Option<(bool, bool)>, usize) {
     let mut framing = Framing::new(BOUNDS);
     let (mut at, mut complete) = (0, 0);
     for chunk in chunks {
@@ -29,10 +30,10 @@ fn follow<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> (Result<(bool, bool), V
         at += chunk.len();
         if let Err(violation) = verdict {
             assert!(violation.status.is_client_error() || violation.status.is_server_error());
-            return (Err(violation), complete);
+            return (None, complete);
         }
     }
-    (Ok((framing.in_head(), framing.in_body())), complete)
+    (Some((framing.in_head(), framing.in_body())), complete)
 }
 
 /// The first message of the bytes, by both readers.
