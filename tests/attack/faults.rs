@@ -97,7 +97,8 @@ async fn gateways_killed_under_load_leave_one_charge_for_each_request_no_lease_a
         let ledger = if worker % 2 == 0 { at_doomed.clone() } else { at_safe.clone() };
         workers.spawn(async move {
             while !stop.load(Ordering::SeqCst) {
-                let client = if worker % 2 == 0 { doomed.lock().expect("whole").clone() } else { safe.clone() };
+                let client =
+                    if worker % 2 == 0 { doomed.lock().expect("whole").clone() } else { safe.clone() };
                 ledger.ask(&client, if worker < 4 { UNARY } else { STREAM }).await;
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -117,17 +118,23 @@ async fn gateways_killed_under_load_leave_one_charge_for_each_request_no_lease_a
         ended.expect("no panic");
     }
     assert_eq!(at_safe.failed.load(Ordering::SeqCst), 0, "the other gateway served everybody");
-    eventually("no lease of the dead is left", || async { stack.redis.standing("acme").await.leases == 0 }).await;
+    eventually("no lease of the dead is left", || async { stack.redis.standing("acme").await.leases == 0 })
+        .await;
     let standing = stack.redis.standing("acme").await;
     let both = |of: fn(&Ledger) -> &AtomicU64| {
         of(&at_doomed).load(Ordering::SeqCst) + of(&at_safe).load(Ordering::SeqCst)
     };
     let (sent, delivered) = (both(|l| &l.sent), both(|l| &l.delivered));
     let arrived = mock.handle.counters().requests;
-    eprintln!("{kills} kills: {sent} sent, {arrived} arrived, {delivered} tokens seen by clients; charged: {standing:?}");
+    eprintln!(
+        "{kills} kills: {sent} sent, {arrived} arrived, {delivered} tokens seen by clients; charged: {standing:?}"
+    );
     // A request that was admitted and not yet sent when its gateway died is charged and did not arrive.
     let requests = standing.requests..=standing.requests + drained(60, began);
-    assert!(*requests.end() >= arrived && *requests.start() <= sent, "{arrived} to {sent}: charged {requests:?}");
+    assert!(
+        *requests.end() >= arrived && *requests.start() <= sent,
+        "{arrived} to {sent}: charged {requests:?}"
+    );
     let tokens = standing.tokens..=standing.tokens + drained(600, began);
     assert!(*tokens.end() >= delivered, "{delivered} were delivered, charged {tokens:?}");
     assert!(*tokens.start() <= sent * (PROMPT_MAX + ANSWER), "{sent} were sent, charged {tokens:?}");
@@ -177,7 +184,8 @@ async fn a_gateway_paused_for_longer_than_its_leases_charges_nothing_twice_and_a
     assert!(most <= CONCURRENCY as usize + HELD, "{most} in flight of {CONCURRENCY}, {HELD} had run out");
     assert_eq!(paused.chat(UNARY).await.status, StatusCode::OK, "it serves again");
     drop(streams);
-    eventually("every lease is given back", || async { stack.redis.standing("acme").await.leases == 0 }).await;
+    eventually("every lease is given back", || async { stack.redis.standing("acme").await.leases == 0 })
+        .await;
     let (standing, arrived) = (stack.redis.standing("acme").await, mock.handle.counters().requests);
     let charged = standing.requests..=standing.requests + drained(60, began);
     assert!(charged.contains(&arrived), "{arrived} arrived, charged {charged:?}");
@@ -215,7 +223,8 @@ async fn a_gateway_without_descriptors_goes_on_with_what_it_has_rests_and_recove
     stream.frame().await.expect("a chunk").expect("whole");
     let mut held = Vec::new();
     for _ in 0..2 * DESCRIPTORS {
-        if let Ok(Ok(one)) = tokio::time::timeout(Duration::from_secs(1), TcpStream::connect(&address)).await {
+        if let Ok(Ok(one)) = tokio::time::timeout(Duration::from_secs(1), TcpStream::connect(&address)).await
+        {
             held.push(one);
         }
     }
@@ -282,7 +291,10 @@ async fn ten_times_the_load_leaves_the_good_answers_per_second_where_they_were()
     };
     let (alone, quiet) = offer(CAPACITY).await;
     let (crowded, counts) = offer(10 * CAPACITY).await;
-    eprintln!("{alone:.1} good answers a second at {CAPACITY}, {crowded:.1} at {}: {counts:?}", 10 * CAPACITY);
+    eprintln!(
+        "{alone:.1} good answers a second at {CAPACITY}, {crowded:.1} at {}: {counts:?}",
+        10 * CAPACITY
+    );
     quiet.only(&[200, 503], "at its capacity");
     counts.only(&[200, 503], "at ten times that");
     assert!(crowded >= KEPT * alone, "{crowded} of {alone} a second");

@@ -32,11 +32,7 @@ pub(crate) fn roomy() -> MockConfig {
 
 /// So many requests, which hardly drain.
 pub(crate) fn requests(count: u32) -> v1::Rates {
-    v1::Rates {
-        requests_per_minute: Some(1),
-        burst_multiplier: Some(f64::from(count)),
-        ..Default::default()
-    }
+    v1::Rates { requests_per_minute: Some(1), burst_multiplier: Some(f64::from(count)), ..Default::default() }
 }
 
 /// More requests than a test makes.
@@ -87,7 +83,11 @@ pub(crate) struct Fleet {
 impl Fleet {
     /// Starts it; `change` sets what is particular about each gateway. Returns once each holds the configuration and
     /// knows of the others.
-    pub(crate) async fn start(count: usize, resources: &Resources, change: impl Fn(usize, &mut Config)) -> Self {
+    pub(crate) async fn start(
+        count: usize,
+        resources: &Resources,
+        change: impl Fn(usize, &mut Config),
+    ) -> Self {
         let data = tempfile::tempdir().expect("a directory");
         let plane = plane::start("127.0.0.1:0", &data.path().join("plane"), None).await;
         let mut admin = plane.admin().await;
@@ -161,7 +161,8 @@ impl Fleet {
         let spec = v1::TenantSpec { display_name: word.into(), ..Default::default() };
         let spec = Some(v1::resource::Spec::Tenant(spec));
         let resource = v1::Resource { name: "touched".into(), spec, ..Default::default() };
-        let apply = v1::ApplyRequest { resources: vec![resource], apply_set: "t".into(), ..Default::default() };
+        let apply =
+            v1::ApplyRequest { resources: vec![resource], apply_set: "t".into(), ..Default::default() };
         self.admin.apply(apply).await.expect("applied").into_inner().revision
     }
 }
@@ -205,7 +206,8 @@ pub(crate) struct Traffic {
 impl Traffic {
     /// So many workers, each at one of the clients, with a pause after each answer.
     pub(crate) fn start(clients: &[Client], workers: usize, pause: Duration) -> Self {
-        let traffic = Self { counts: Arc::default(), stop: CancellationToken::new(), workers: JoinSet::new() };
+        let traffic =
+            Self { counts: Arc::default(), stop: CancellationToken::new(), workers: JoinSet::new() };
         let mut traffic = traffic;
         for worker in 0..workers {
             let client = clients[worker % clients.len()].clone();

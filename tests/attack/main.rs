@@ -1,6 +1,8 @@
 //! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
 //! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
+mod backend;
+mod credentials;
 mod dns;
 mod edge_drain;
 mod edge_grpc;
@@ -18,15 +20,13 @@ mod http2;
 mod json;
 mod keys;
 mod lab;
+mod logs;
 mod names;
+mod ops;
 mod partitions;
 mod redis;
 mod restarts;
+mod rogue;
 mod series;
 mod tls;
-mod backend;
-mod ops;
-mod rogue;
 mod watch;
-mod logs;
-mod credentials;

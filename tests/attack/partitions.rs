@@ -49,7 +49,11 @@ async fn a_gateway_cut_off_from_the_control_plane_in_any_way_serves_on_and_catch
         let revision = fleet.touch(fate).await;
         traffic.more(50).await;
         if !fate.contains("nothing arrives") {
-            assert_eq!(fleet.gateways[0].running.live.snapshot().revision, before, "{fate}: it hears nothing");
+            assert_eq!(
+                fleet.gateways[0].running.live.snapshot().revision,
+                before,
+                "{fate}: it hears nothing"
+            );
         }
         way.mend();
         let mended = Instant::now();
@@ -103,15 +107,16 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
         let initial = Some(prost_types::Duration { seconds: 0, nanos: 300_000_000 });
         pool.hedging = Some(v1::Hedging { initial, ..Default::default() });
         // Few requests: the budget of a quiet pool is not what is looked at.
-        pool.retry_budget =
-            Some(v1::RetryBudget { percent: 100, min_per_second: 100, ..Default::default() });
+        pool.retry_budget = Some(v1::RetryBudget { percent: 100, min_per_second: 100, ..Default::default() });
         let timeouts = v1::Timeouts { connect: seconds(2), idle: seconds(2), ..Default::default() };
         pool.timeouts = Some(timeouts);
     });
     resources.put("streams", Spec::Model(v1::ModelSpec { pool: "chat".into(), ..Default::default() }));
-    for (name, url, model) in
-        [("b0", ways[0].address, "gpt-4.1"), ("b1", mocks[1].address, "gpt-4.1"), ("b2", ways[1].address, "streams")]
-    {
+    for (name, url, model) in [
+        ("b0", ways[0].address, "gpt-4.1"),
+        ("b1", mocks[1].address, "gpt-4.1"),
+        ("b2", ways[1].address, "streams"),
+    ] {
         resources.rebuild(name, |spec| {
             let Spec::Backend(backend) = spec else { panic!("a backend") };
             backend.url = format!("http://{url}");
@@ -132,7 +137,10 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
         .await;
         let endless = ENDLESS.replace("gpt-4.1", "streams");
         eventually("the backend of streams is used", || async {
-            client.try_chat(&CHAT.replace("gpt-4.1", "streams")).await.is_ok_and(|a| a.status == StatusCode::OK)
+            client
+                .try_chat(&CHAT.replace("gpt-4.1", "streams"))
+                .await
+                .is_ok_and(|a| a.status == StatusCode::OK)
         })
         .await;
         let answer = client.send(Method::POST, "/v1/chat/completions", endless).await;

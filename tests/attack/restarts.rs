@@ -98,8 +98,7 @@ fn is_unread(error: &hyper_util::client::legacy::Error) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_no_stream() {
-    const UNARY: &str =
-        r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
+    const UNARY: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
     const STREAM: &str =
         r#"{"model":"gpt-4.1","stream":true,"max_tokens":10,"messages":[{"role":"user","content":"hi"}]}"#;
     let (rounds, per_second, streams) = if is_whole() { (20, 500, 200) } else { (2, 60, 20) };
@@ -126,7 +125,10 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
     let stop = CancellationToken::new();
     let lost = Arc::new(Mutex::new(Vec::<String>::new()));
     let (done, streamed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let judge = |lost: &Mutex<Vec<String>>, done: &AtomicUsize, answer: Result<(StatusCode, Bytes), String>, stream: bool| {
+    let judge = |lost: &Mutex<Vec<String>>,
+                 done: &AtomicUsize,
+                 answer: Result<(StatusCode, Bytes), String>,
+                 stream: bool| {
         done.fetch_add(1, Ordering::Relaxed);
         let problem = match answer {
             Err(why) => why,
@@ -137,7 +139,8 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
     };
     let mut load = JoinSet::new();
     for worker in 0..streams {
-        let (balancer, stop, lost, streamed) = (balancer.clone(), stop.clone(), lost.clone(), streamed.clone());
+        let (balancer, stop, lost, streamed) =
+            (balancer.clone(), stop.clone(), lost.clone(), streamed.clone());
         load.spawn(async move {
             while !stop.is_cancelled() {
                 judge(&lost, &streamed, balancer.ask(STREAM, worker % 2 == 0).await, true);
@@ -190,13 +193,16 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
     );
     let kinds: std::collections::BTreeSet<&String> = lost.iter().collect();
     assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), kinds.iter().take(5).collect::<Vec<_>>());
-    eventually("every lease is given back", || async { stack.redis.standing("acme").await.leases == 0 }).await;
+    eventually("every lease is given back", || async { stack.redis.standing("acme").await.leases == 0 })
+        .await;
 }
 
 /// What a process takes of memory, KiB: now, and at most so far. `None` where there is no /proc.
 fn memory_kib(id: u32) -> Option<(u64, u64)> {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
-    let of = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok());
+    let of = |name: &str| {
+        status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+    };
     Some((of("VmRSS:")?, of("VmHWM:")?))
 }
 
@@ -244,7 +250,8 @@ async fn everybody_back_at_once_after_an_outage_is_in_step_within_ten_seconds() 
     drop(held);
     traffic.more(100).await;
     let began = Instant::now();
-    let (plane, (), _held) = tokio::join!(plane::start(&listen, &directory, None), redis.restart(), connect());
+    let (plane, (), _held) =
+        tokio::join!(plane::start(&listen, &directory, None), redis.restart(), connect());
     fleet.plane = plane;
     fleet.admin = fleet.plane.admin().await;
     eprintln!("DBG back after {:?}", began.elapsed());

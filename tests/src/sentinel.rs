@@ -59,7 +59,8 @@ async fn serve(stream: TcpStream, mut told: watch::Receiver<Option<SocketAddr>>)
             ["SENTINEL", "MASTERS"] => {
                 let (ip, port) = (primary.ip().to_string(), primary.port().to_string());
                 let fields = ["name", "weir", "ip", &ip, "port", &port, "flags", "master"];
-                let fields: String = fields.iter().map(|word| format!("${}\r\n{word}\r\n", word.len())).collect();
+                let fields: String =
+                    fields.iter().map(|word| format!("${}\r\n{word}\r\n", word.len())).collect();
                 format!("*1\r\n*8\r\n{fields}")
             }
             ["ROLE"] => "*2\r\n$8\r\nsentinel\r\n*1\r\n$4\r\nweir\r\n".to_owned(),

@@ -67,7 +67,16 @@ fn a_secret_in_the_credential_field_is_refused_and_not_repeated() {
 
 #[test]
 fn urls_other_than_http_are_refused() {
-    for url in ["", "host:80", "file:///etc/passwd", "ftp://h", "http://h?x=1", "http://h#f", "http://h/v1#f", "http://"] {
+    for url in [
+        "",
+        "host:80",
+        "file:///etc/passwd",
+        "ftp://h",
+        "http://h?x=1",
+        "http://h#f",
+        "http://h/v1#f",
+        "http://",
+    ] {
         let wire =
             resource("b", v1::resource::Spec::Backend(v1::BackendSpec { url: url.into(), ..backend() }));
         assert_eq!(paths(&wire), ["backend.url"], "{url}");
