@@ -1,7 +1,7 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: test-envoy test-page test-sdk test check fmt tools build bench
+.PHONY: fuzz test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.
 test: tools build
@@ -43,11 +43,20 @@ test-page: build
 	target/page/bin/python tests/page/test_page.py target/debug/weir
 	target/page/bin/python tests/page/walkthrough.py target/debug
 
+# Each fuzz target for so many seconds, by libFuzzer. Installs a C++ compiler if there is none: see fuzz/run.
+FUZZ_SECONDS ?= 20
+fuzz:
+	fuzz/run all $(FUZZ_SECONDS)
+
 # What a change must pass besides its tests.
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	@awk '$$1 == "source" && $$3 !~ /^"registry\+/ { print "Cargo.lock: not from the registry: " $$3; bad = 1 } \
+		$$1 == "name" { name = $$3 } \
+		$$1 == "version" && name ~ /^"(h2|http|hyper|prost|rustls|tokio|tonic)"$$/ && seen[name]++ { print "Cargo.lock: two versions of " name; bad = 1 } \
+		END { exit bad }' Cargo.lock
 
 fmt:
 	cargo fmt --all

@@ -14,6 +14,8 @@ mod client;
 mod commands;
 mod contexts;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod import;
 mod output;
 mod tables;

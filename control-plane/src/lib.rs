@@ -13,6 +13,8 @@ mod auth;
 mod catalog;
 mod encoding;
 mod fleet;
+#[doc(hidden)]
+pub mod fuzzing;
 mod health;
 mod leader;
 mod metrics;

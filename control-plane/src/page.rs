@@ -5,7 +5,7 @@
 //! so that no other site can make a browser ask for it. Changes go through the admin service: the same roles, checks and
 //! audit log.
 
-mod act;
+pub(crate) mod act;
 mod feed;
 mod frame;
 

@@ -40,7 +40,7 @@ pub(crate) fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
     parsed.valid_uri_names().find_map(named)
 }
 
-fn named(uri: &str) -> Option<Identity> {
+pub(crate) fn named(uri: &str) -> Option<Identity> {
     let (role, name) = uri.strip_prefix(SCHEME)?.split_once('/')?;
     let role = match role {
         "viewer" => Role::Viewer,
@@ -50,7 +50,9 @@ fn named(uri: &str) -> Option<Identity> {
         "gateway" => Role::Gateway,
         _ => return None,
     };
-    let fits = !name.is_empty() && name.len() <= NAME_MAX_BYTES;
+    // It stands in logs and in the audit log: nothing there may look like something else.
+    let plain = name.bytes().all(|byte| byte.is_ascii_graphic());
+    let fits = !name.is_empty() && name.len() <= NAME_MAX_BYTES && plain;
     fits.then(|| Identity { role, name: name.into() })
 }
 
@@ -63,7 +65,14 @@ mod tests {
         let found = named("weir://gateway/gw-1").unwrap();
         assert_eq!((found.role, &*found.name), (Role::Gateway, "gw-1"));
         assert_eq!(named("weir://operator/ops").unwrap().role, Role::Operator);
-        for other in ["weir://root/x", "weir://gateway/", "https://gateway/x", "weir://gateway"] {
+        for other in [
+            "weir://root/x",
+            "weir://gateway/",
+            "https://gateway/x",
+            "weir://gateway",
+            "weir://admin/a\nb",
+            "weir://admin/é",
+        ] {
             assert_eq!(named(other), None, "{other}");
         }
     }

@@ -160,7 +160,9 @@ impl Held {
         (good, refused)
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// The file of a copy.
+    #[doc(hidden)]
+    pub fn encode(&self) -> Vec<u8> {
         let upserts = self.resources.iter().map(|((kind, name), (version, body))| v1::VersionedResource {
             kind: *kind,
             name: name.clone(),
@@ -181,7 +183,9 @@ impl Held {
         file
     }
 
-    fn decode(file: &[u8]) -> Result<Self, &'static str> {
+    /// What is in a file; the reason when it is not whole.
+    #[doc(hidden)]
+    pub fn decode(file: &[u8]) -> Result<Self, &'static str> {
         let rest = file.strip_prefix(MAGIC).ok_or("it is not a configuration copy of this version")?;
         let (digest, body) = rest.split_at_checked(32).ok_or("it is cut short")?;
         if Sha256::digest(body).as_slice() != digest {

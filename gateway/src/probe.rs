@@ -11,6 +11,8 @@
 mod budget;
 mod counted;
 mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 mod judge;
 pub mod lane;
 mod look;

@@ -301,7 +301,7 @@ fn judge_status(status: StatusCode, retry_after: Option<Duration>) -> Result<(),
     }
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse::<u64>().ok()?;
     Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
 }

@@ -9,6 +9,8 @@
 //! Needs Redis 7: scripts that free or credit are flagged to run even when memory is full.
 
 mod calls;
+#[doc(hidden)]
+pub mod fuzzing;
 mod lane;
 mod merge;
 mod refused;

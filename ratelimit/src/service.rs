@@ -13,6 +13,8 @@ mod auth;
 pub mod config;
 mod configuration;
 mod envoy;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 pub mod metrics;
 mod native;

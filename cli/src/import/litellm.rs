@@ -11,11 +11,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
 use weir_gateway::credentials::CredentialSources;
-use weir_proto::resource::CredentialRef;
+use weir_proto::resource::{CredentialRef, Resource, kind_name, kind_of};
 use weir_proto::v1::{self, resource::Spec};
 
 use super::providers;
-use super::{Import, resource_name};
+use super::{Import, Note, resource_name};
 
 /// The pool and the tenant everything belongs to.
 const POOL: &str = "litellm";
@@ -24,6 +24,9 @@ const TENANT: &str = "default";
 const MODELS_MAX: usize = 5_000;
 /// The largest rate of a limit.
 const RATE_MAX: u64 = weir_proto::resource::Rates::MAX_UNITS;
+
+/// The largest price, micro-dollars per million tokens.
+const PRICE_MAX: u64 = 1 << 40;
 
 /// Why a file cannot be read at all.
 #[derive(Debug, thiserror::Error)]
@@ -266,15 +269,21 @@ impl Reader {
         if alias != name {
             alias.clone_into(&mut model.client_name);
         }
-        let price = |field| params.get(field).or_else(|| info.get(field)).and_then(Value::as_f64);
         // Dollars per token -> micro-dollars per million tokens. Where deployments differ, the dearest counts.
-        let micro = |dollars: f64| (dollars * 1e12).round().clamp(0.0, 1e15) as u64;
-        if let Some(dollars) = price("input_cost_per_token") {
-            let price = micro(dollars);
+        let mut price = |field| {
+            let dollars = params.get(field).or_else(|| info.get(field)).and_then(Value::as_f64)?;
+            let micro = (dollars * 1e12).round();
+            if !(0.0..=PRICE_MAX as f64).contains(&micro) {
+                self.out.note(format!("{path}.{field}"), "not carried over: no price that Weir takes");
+                return None;
+            }
+            Some(micro as u64)
+        };
+        let prices = [price("input_cost_per_token"), price("output_cost_per_token")];
+        if let Some(price) = prices[0] {
             model.input_price_micro_dollars = model.input_price_micro_dollars.max(price);
         }
-        if let Some(dollars) = price("output_cost_per_token") {
-            let price = micro(dollars);
+        if let Some(price) = prices[1] {
             model.output_price_micro_dollars = model.output_price_micro_dollars.max(price);
         }
         if let Some(seconds) = params.get("timeout").and_then(Value::as_f64) {
@@ -430,6 +439,15 @@ impl Reader {
         }
         for (name, spec) in limits {
             put(name, Spec::Limit(spec));
+        }
+        // Said now and not only when it is applied: values come from a file that nobody checked by Weir's rules.
+        for resource in &self.out.resources {
+            let Err(violations) = Resource::try_from(resource) else { continue };
+            let name = format!("{} {}", kind_name(kind_of(resource)), resource.name);
+            self.out.notes.extend(violations.0.into_iter().map(|violation| Note {
+                path: name.clone(),
+                text: format!("has to be corrected by hand: {}: {}", violation.path, violation.message),
+            }));
         }
         self.out
     }

@@ -24,7 +24,7 @@ const DRAIN: &str = "/weir.v1.AdminService/Drain";
 
 /// What is to be done with a backend.
 #[derive(Debug, PartialEq, Eq)]
-enum Action {
+pub(crate) enum Action {
     Weight(u32),
     Drain,
     State(AdminState),
@@ -32,7 +32,7 @@ enum Action {
 
 impl Action {
     /// From the body, with the etag of what the page showed.
-    fn parse(body: &[u8]) -> Result<(Self, String), Status> {
+    pub(crate) fn parse(body: &[u8]) -> Result<(Self, String), Status> {
         let wrong = |what: &str| Status::invalid_argument(what);
         let value: Value =
             serde_json::from_slice(body).map_err(|_| wrong("the body must be a JSON object"))?;

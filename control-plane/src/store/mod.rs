@@ -22,6 +22,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+#[doc(hidden)]
+pub use etcd::fuzzing;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use log::Watch;
 pub use memory::MemoryStore;

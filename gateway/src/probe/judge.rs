@@ -6,6 +6,9 @@ use weir_proto::v1::ProbeOutcome;
 
 use crate::plausible::OVERSHOOT_TOKENS_MAX;
 
+/// Of the name that a model calls itself by, so much is remembered; an answer may be all name.
+const NAME_BYTES_MAX: usize = 256;
+
 /// What was seen, for the machine and for people. The text never holds what a backend sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -127,6 +130,7 @@ fn named(answer: &Value, asked: &str, known: Option<&str>, what: &str) -> (Seen,
     let Some(named) = answer["model"].as_str().filter(|name| !name.is_empty()) else {
         return (Seen::new(ProbeOutcome::Pass, what), None);
     };
+    let named = &named[..named.floor_char_boundary(NAME_BYTES_MAX)];
     if is_same_model(asked, named) {
         return (Seen::new(ProbeOutcome::Pass, what), Some(asked.to_owned()));
     }
@@ -232,6 +236,18 @@ mod tests {
         assert_eq!(answer("/models/q4.gguf", name.as_deref()).0, ProbeOutcome::Pass);
         assert_eq!(answer("/models/other.gguf", name.as_deref()).0, ProbeOutcome::WrongModel);
         assert_eq!(answer("llama", Some("gpt-4.1")).0, ProbeOutcome::WrongModel);
+    }
+
+    #[test]
+    fn of_a_name_without_end_little_is_remembered() {
+        let body =
+            format!(r#"{{"model":"{}","choices":[{{"finish_reason":"stop"}}]}}"#, "\u{e9}".repeat(100_000));
+        let (seen, name) = completion(StatusCode::OK, false, body.as_bytes(), "m", None);
+        assert_eq!(seen.outcome, ProbeOutcome::Pass);
+        let name = name.expect("a name");
+        assert!(name.len() <= NAME_BYTES_MAX);
+        let (again, _) = completion(StatusCode::OK, false, body.as_bytes(), "m", Some(&name));
+        assert_eq!(again.outcome, ProbeOutcome::Pass, "the same name is the same model");
     }
 
     #[test]

@@ -36,7 +36,10 @@ impl FromStr for AllowedHost {
     fn from_str(text: &str) -> Result<Self, String> {
         let name = text.strip_prefix("*.").unwrap_or(text);
         match Host::parse(name) {
-            Ok(Host { name: HostName::Name(_), port: None }) => Ok(Self(text.to_ascii_lowercase())),
+            // A colon without digits is no port, and no part of a name either.
+            Ok(Host { name: HostName::Name(_), port: None }) if !name.contains(':') => {
+                Ok(Self(text.to_ascii_lowercase()))
+            }
             _ => Err(format!(
                 "'{}' is not a host name; give one such as ops.example.com or *.example.com, without a port",
                 shown(text)

@@ -150,3 +150,26 @@ fn a_file_of_something_else_is_refused_by_name() {
     assert!(matches!(import("kind: pool", "f.yaml"), Err(Unreadable::NoModels(f)) if f == "f.yaml"));
     assert!(matches!(import("a: [", "f.yaml"), Err(Unreadable::Yaml(..))));
 }
+
+#[test]
+fn what_weir_does_not_take_is_said_and_not_made_up() {
+    let text = r#"
+model_list:
+  - model_name: m
+    litellm_params: { model: openai/m, api_base: "http://", input_cost_per_token: 1e9, output_cost_per_token: -1 }
+"#;
+    let import = import(text, "config.yaml").expect("readable");
+    let noted =
+        |part: &str| import.notes.iter().any(|note| format!("{} {}", note.path, note.text).contains(part));
+    assert!(
+        noted("input_cost_per_token not carried over") && noted("output_cost_per_token not carried over")
+    );
+    assert!(noted("has to be corrected by hand: backend.url"), "{:?}", import.notes);
+    let Some(Spec::Model(model)) = import.resources.iter().find_map(|r| match &r.spec {
+        Some(spec @ Spec::Model(_)) => Some(spec),
+        _ => None,
+    }) else {
+        panic!("no model")
+    };
+    assert_eq!((model.input_price_micro_dollars, model.output_price_micro_dollars), (0, 0));
+}

@@ -8,6 +8,9 @@ use weir_runtime::Secret;
 const PREFIX: &str = "/weir";
 const FORM: &str = "etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX], or etcds:// for TLS";
 
+/// Of a host that is refused, so many characters are repeated.
+const SHOWN_CHARS: usize = 64;
+
 /// An etcd cluster and the place of a store in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EtcdConfig {
@@ -31,7 +34,8 @@ impl EtcdConfig {
         let (scheme, rest) = match url.split_once("://") {
             Some(("etcd", rest)) => ("http", rest),
             Some(("etcds", rest)) => ("https", rest),
-            _ => return Err(format!("'{url}' is not a store; it is written {FORM}")),
+            // Not repeated: it may be the address of something else, with a password in it.
+            _ => return Err(format!("this is not the address of a store, which is written {FORM}")),
         };
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         let (user, hosts) = match authority.rsplit_once('@') {
@@ -43,14 +47,14 @@ impl EtcdConfig {
                 );
             }
             Some((user, hosts)) if !user.is_empty() => (Some(user.to_owned()), hosts),
-            Some(_) => return Err(format!("'{url}' has no user before the @; it is written {FORM}")),
+            Some(_) => return Err(format!("there is no user before the @; a store is written {FORM}")),
             None => (None, authority),
         };
         let endpoint = |host: &str| match host.rsplit_once(':') {
             Some((name, port)) if !name.is_empty() && port.parse::<u16>().is_ok() => {
                 Ok(format!("{scheme}://{host}"))
             }
-            _ => Err(format!("'{host}' is not HOST:PORT; a store is written {FORM}")),
+            _ => Err(format!("'{}' is not HOST:PORT; a store is written {FORM}", shown(host))),
         };
         let endpoints = hosts.split(',').map(endpoint).collect::<Result<Vec<_>, _>>()?;
         let path = path.trim_matches('/');
@@ -62,6 +66,12 @@ impl EtcdConfig {
     pub(super) fn names(&self) -> String {
         self.endpoints.join(", ")
     }
+}
+
+/// As much of a host as helps; no user, in case an @ stands where none belongs.
+fn shown(host: &str) -> String {
+    let host = host.rsplit('@').next().unwrap_or(host);
+    host.chars().take(SHOWN_CHARS).flat_map(char::escape_debug).collect()
 }
 
 #[cfg(test)]
@@ -81,6 +91,21 @@ mod tests {
             assert!(EtcdConfig::parse(wrong).unwrap_err().contains("etcd://[USER@]"), "{wrong}");
         }
         let refused = EtcdConfig::parse("etcd://weir:canary@a:1").unwrap_err();
-        assert!(refused.contains("--store-password-file") && !refused.contains("canary"), "{refused}");
+        assert!(refused.contains("--store-password-file"), "{refused}");
+    }
+
+    #[test]
+    fn no_refusal_repeats_a_password_or_a_long_host() {
+        let long = format!("etcd://{}", "h".repeat(4096));
+        for url in [
+            "etcd://weir:canary@a:1",
+            "http://weir:canary@a:1",
+            "weir:canary@a:1",
+            "etcd:///weir:canary@a",
+            &long,
+        ] {
+            let refused = EtcdConfig::parse(url).unwrap_err();
+            assert!(!refused.contains("canary") && refused.len() < 512, "{refused}");
+        }
     }
 }

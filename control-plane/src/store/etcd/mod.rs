@@ -9,6 +9,7 @@ mod client;
 mod commit;
 mod config;
 mod follow;
+pub mod fuzzing;
 mod layout;
 mod lease;
 

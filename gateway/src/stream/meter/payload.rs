@@ -15,6 +15,10 @@ pub struct Usage {
     pub completion: Option<u64>,
 }
 
+/// Places that name the model, of one payload. An answer has one or two; one of nothing but names would become many times
+/// larger when each is replaced.
+const MODELS_MAX: usize = 8;
+
 /// The facts of one payload.
 #[derive(Debug, Default)]
 pub(super) struct Payload {
@@ -75,7 +79,12 @@ impl Payload {
     /// Members that mean the same at the top and inside `response`.
     fn common(&mut self, s: &mut Scanner<'_>, name: Text<'_>) -> Result<(), Fault> {
         match (name.raw, s.kind()?) {
-            ("model", Kind::String) => self.models.push(s.string()?.range()),
+            ("model", Kind::String) => {
+                let range = s.string()?.range();
+                if self.models.len() < MODELS_MAX {
+                    self.models.push(range);
+                }
+            }
             ("usage", Kind::Object) => {
                 let mut most = 0;
                 self.usage = read_usage(s, &mut most)?.or(self.usage);

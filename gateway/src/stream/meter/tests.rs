@@ -195,3 +195,14 @@ proptest! {
         run(&plan("m", true, true), &chunks);
     }
 }
+
+#[test]
+fn an_answer_of_nothing_but_names_does_not_grow() {
+    let body = format!("{{{}}}", vec![r#""model":"""#; 10_000].join(","));
+    let name = "n".repeat(63);
+    let renamed = rename_model_in_body(&Bytes::from(body.clone()), &name);
+    assert!(renamed.len() <= body.len() + 8 * name.len(), "{} of {}", renamed.len(), body.len());
+    let event = format!("data: {}\n\n", &body.replace(&r#""model":"","#.repeat(9_000), ""));
+    let (out, _) = run(&plan(&name, false, false), &[event.as_bytes()]);
+    assert!(out.len() <= event.len() + 8 * name.len(), "{} of {}", out.len(), event.len());
+}

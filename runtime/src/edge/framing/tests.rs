@@ -131,6 +131,16 @@ fn it_is_told_where_a_message_stands() {
 }
 
 #[test]
+fn half_of_an_empty_line_behind_a_message_waits_for_its_other_half() {
+    let good = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab";
+    let mut framing = Framing::new(BOUNDS);
+    assert!(framing.follow(format!("{good}\r").as_bytes()).is_ok());
+    assert_eq!(framing.checked(), good.len());
+    assert!(framing.follow(b"\n").is_ok());
+    assert_eq!(framing.checked(), 1);
+}
+
+#[test]
 fn of_a_read_that_ends_badly_what_came_before_can_be_served() {
     let good = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab";
     let mut framing = Framing::new(BOUNDS);

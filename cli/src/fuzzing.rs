@@ -1,0 +1,9 @@
+//! What is private here and reads files of strangers, for the fuzz targets alone.
+
+use weir_proto::v1;
+
+/// The resources of a LiteLLM configuration, and what was noted: the place and the text.
+pub fn litellm(text: &str) -> Result<(Vec<v1::Resource>, Vec<(String, String)>), String> {
+    let import = crate::import::litellm::import(text, "config.yaml").map_err(|error| error.to_string())?;
+    Ok((import.resources, import.notes.into_iter().map(|note| (note.path, note.text)).collect()))
+}

@@ -1,0 +1,47 @@
+use bytes::Bytes;
+use serde_json::Value;
+use weir_gateway::plausible::UsageBounds;
+use weir_gateway::stream::meter::{
+    begins_with_error, is_error_body, is_error_object, rename_model_in_body, usage_of_body,
+};
+
+const MODEL: &str = "cli\"ent-🦊";
+const NAMES_MAX: usize = 8;
+
+/// An answer is an object or not, as for any JSON reader; it is named as the client asked and otherwise stays what it was; what
+/// it says of its usage is possible; and it grows by a few names at the most.
+pub(crate) fn run(data: &[u8]) {
+    begins_with_error(data);
+    let read = is_error_object(data);
+    assert_eq!(is_error_body(data), read == Ok(true));
+    let renamed = rename_model_in_body(&Bytes::copy_from_slice(data), MODEL);
+    assert!(renamed.len() <= data.len() + NAMES_MAX * 2 * MODEL.len(), "it grew to {}", renamed.len());
+    assert_eq!(rename_model_in_body(&renamed, MODEL), renamed, "renaming twice changes it again");
+    let bounds = UsageBounds { prompt: 1000, completion: 1000 };
+    if let Ok(Some(usage)) = usage_of_body(data, &bounds) {
+        assert!(usage.prompt.unwrap_or(0) <= 1000);
+        assert!(usage.completion.unwrap_or(0) <= 1000.max(data.len() as u64));
+    }
+    let Ok(mut theirs) = serde_json::from_slice::<Value>(data) else { return };
+    assert_eq!(read.is_ok(), theirs.is_object(), "{read:?}");
+    let Some(object) = theirs.as_object_mut() else {
+        assert_eq!(renamed, data);
+        return;
+    };
+    // Of repeated members this reader keeps the last one, as most do.
+    let ours: Value = serde_json::from_slice(&renamed).expect("a renamed answer is JSON");
+    if renamed == data {
+        return;
+    }
+    let of = |value: &Value| value.get("model").is_some_and(Value::is_string);
+    if ours["model"] == MODEL {
+        object.insert("model".to_owned(), MODEL.into());
+    }
+    if let Some(response) = object.get_mut("response")
+        && of(response)
+        && ours["response"]["model"] == MODEL
+    {
+        response["model"] = MODEL.into();
+    }
+    assert_eq!(ours, theirs, "something else was changed");
+}
