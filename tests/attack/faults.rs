@@ -253,12 +253,13 @@ async fn a_gateway_without_descriptors_goes_on_with_what_it_has_rests_and_recove
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_the_load_leaves_the_good_answers_per_second_where_they_were() {
-    const SLOTS: u32 = 5;
+    // Few, so that the machine is not what is overloaded.
+    const SLOTS: u32 = 2;
     /// Requests a second that the backend can serve: each holds a slot for 0.1 s.
-    const CAPACITY: u32 = 50;
+    const CAPACITY: u32 = 20;
     const FOR: Duration = Duration::from_secs(4);
     /// Of the answers per second at the load it can bear; what is lost on a busy machine included.
-    const KEPT: f64 = 0.7;
+    const KEPT: f64 = 0.5;
     let config = MockConfig {
         slots: SLOTS as usize,
         decode_tokens_per_s: 10.0 * ANSWER as f64,

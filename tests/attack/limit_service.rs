@@ -161,18 +161,33 @@ async fn floods_huge_descriptors_and_wrong_tokens_are_refused_and_disturb_nobody
     assert!(calls > 0);
 }
 
+/// Asks until the limit is used up; how often it passed. On a busy machine Redis may be late for a call, which is then
+/// UNAVAILABLE, and may be charged all the same.
+async fn until_over(limits: &Limits) -> u32 {
+    let mut passed = 0;
+    loop {
+        match timed(limits, of("acme")).await.map(|answer| answer.overall_code()) {
+            Ok(Verdict::Ok) => passed += 1,
+            Ok(Verdict::OverLimit) => return passed,
+            Ok(other) => panic!("{other:?}"),
+            Err(status) => {
+                assert!([Code::Unavailable, Code::DeadlineExceeded].contains(&status.code()), "{status:?}");
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_away_is_unavailable_at_once_and_what_was_used_counts_when_it_is_back() {
     const LIMIT: u32 = 50;
     let mut world = World::start(1, LIMIT).await;
     let limits = world.limits(0);
     eventually("served", || async { timed(&limits, of("big")).await.is_ok() }).await;
-    for _ in 0..LIMIT {
-        assert_eq!(timed(&limits, of("acme")).await.expect("served").overall_code(), Verdict::Ok);
-    }
+    let used_up = until_over(&limits).await;
+    assert!(used_up <= LIMIT, "{used_up}");
     // Scripts that are gone are sent again; nobody notices.
     world.redis.cli(&["SCRIPT", "FLUSH"]).await;
-    assert_eq!(timed(&limits, of("acme")).await.expect("served").overall_code(), Verdict::OverLimit);
+    assert_eq!(until_over(&limits).await, 0);
     // Silent, and back with what it knew.
     signal(world.redis.child(), "-STOP").await;
     for _ in 0..20 {
@@ -181,17 +196,13 @@ async fn redis_away_is_unavailable_at_once_and_what_was_used_counts_when_it_is_b
     }
     signal(world.redis.child(), "-CONT").await;
     eventually("served again", || async { timed(&limits, of("big")).await.is_ok() }).await;
-    assert_eq!(timed(&limits, of("acme")).await.expect("served").overall_code(), Verdict::OverLimit);
+    assert_eq!(until_over(&limits).await, 0, "it knew");
     // Killed, and back empty.
     world.redis.kill().await;
     eventually("the outage is noticed", || async { timed(&limits, of("big")).await.is_err() }).await;
     world.redis.restart().await;
     eventually("served again", || async { timed(&limits, of("big")).await.is_ok() }).await;
-    let mut admitted = 0;
-    for _ in 0..2 * LIMIT {
-        let answer = timed(&limits, of("acme")).await.expect("served");
-        admitted += u32::from(answer.overall_code() == Verdict::Ok);
-    }
+    let admitted = until_over(&limits).await;
     assert!(admitted <= LIMIT, "a lost data set grants the burst once more, and no second one: {admitted}");
 }
 

@@ -249,7 +249,9 @@ proptest! {
         let places = places(&allowed);
         let read = places.locate(&path).map(|(root, below)| file::read(&places, root, below));
         if let Some(Ok(found)) = read {
-            let real = std::fs::canonicalize(&path).expect("it was read");
+            // A `.` behind a file is left out when a path is taken apart; the system calls the file no directory.
+            let plain: PathBuf = path.components().collect();
+            let real = std::fs::canonicalize(plain).expect("it was read");
             prop_assert!(real.starts_with(std::fs::canonicalize(&allowed).expect("there")), "{path:?} is {real:?}");
             let text = std::fs::read_to_string(&real).expect("readable");
             prop_assert_eq!(found.secret.as_str(), text.trim());
