@@ -84,7 +84,8 @@ impl Bounds {
             head: Duration::from_secs(10),
             idle: Duration::from_secs(600),
             stranger_idle: Duration::from_secs(10),
-            write_stall: Duration::from_secs(60),
+            // Above the 120 s after which the control plane itself gives up a gateway that does not answer.
+            write_stall: Duration::from_secs(150),
         }
     }
 }
