@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use super::services::{Open, Service};
-use super::{EdgeArgs, metric};
+use super::{EdgeArgs, SLOTS, metric};
 use crate::load::{self, Outcome, Pacer, micros};
 use crate::process::{Log, Process};
 use crate::report::{Row, progress};
@@ -21,7 +21,7 @@ const RATE: f64 = 200.0;
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Enough lines to fill a pipe and the queue before it within the first seconds.
-const FILTER: &str = "trace";
+const FILTER: &str = "debug";
 
 const LOGS: [(Log, &str); 4] = [
     (Log::File, "a file"),
@@ -65,7 +65,7 @@ async fn start(process: &str, log: Log, directory: &Path) -> anyhow::Result<Targ
     let log = Logging { filter: FILTER, to: log };
     Ok(match process {
         "gateway" => {
-            let mock = MockArgs { model: "quick".into(), ..MockArgs::default() };
+            let mock = MockArgs { model: "quick".into(), slots: SLOTS, ..MockArgs::default() };
             let quick = Mock::start("quick", &mock, directory).await?;
             let mut resources = Resources::basic();
             resources.model_at("quick", quick.address);

@@ -24,6 +24,9 @@ use tokio::runtime::{Builder, Runtime};
 use crate::report::Report;
 use crate::roles::fetch;
 
+/// Answers at the same time of a simulated server: more than there ever are.
+const SLOTS: usize = 10_000;
+
 /// The arguments of `edge`. Without `--readers`, `--silent` or `--logs` all three run.
 #[derive(Debug, Args)]
 pub(crate) struct EdgeArgs {

@@ -9,10 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use hdrhistogram::Histogram;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{Instant, sleep};
 
-use super::{Aside, EdgeArgs, connect_narrow, http2, metric};
+use super::{Aside, EdgeArgs, SLOTS, connect_narrow, http2, metric};
 use crate::load::{self, Connection, micros};
 use crate::report::{Row, progress};
 use crate::resources::{KEY, Resources};
@@ -26,6 +26,8 @@ const STREAMS_PER_CONNECTION: u32 = 20;
 const READ_BYTES_PER_S: u32 = 2048;
 /// What the kernel keeps for a client of HTTP/1, and for one of HTTP/2.
 const RECEIVE_BYTES: [u32; 2] = [16 << 10, 32 << 10];
+/// What the kernel keeps for the backend on each connection: what nobody reads would otherwise take gigabytes there.
+const SEND_BYTES: u32 = 32 << 10;
 /// Between two connections that are opened.
 const OPEN_EVERY: Duration = Duration::from_millis(2);
 /// Who reads nothing is cut after 50 s (HTTP/2, whose pings it does not answer) or 60 s and would not notice: it comes again
@@ -119,13 +121,19 @@ struct Memory {
 
 async fn measure(scenario: Scenario, length: Duration, directory: &Path) -> anyhow::Result<Row> {
     let aside = Aside::start()?;
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    listener.set_nonblocking(true)?;
+    let listener = TcpSocket::new_v4()?;
+    listener.set_send_buffer_size(SEND_BYTES)?;
+    listener.bind(([127, 0, 0, 1], 0).into())?;
+    let listener = listener.listen(STREAMS)?.into_std()?;
     let poured = Arc::<AtomicU64>::default();
     let pours = listener.local_addr()?;
     aside.spawn(backend(listener, poured.clone()));
-    let quick =
-        Mock::start("quick", &MockArgs { model: QUICK.into(), ..MockArgs::default() }, directory).await?;
+    let quick = Mock::start(
+        "quick",
+        &MockArgs { model: QUICK.into(), slots: SLOTS, ..MockArgs::default() },
+        directory,
+    )
+    .await?;
     let mut resources = Resources::basic();
     resources.model_at(POURS, pours).model_at(QUICK, quick.address);
     let args = GatewayArgs { id: "gateway".into(), ..GatewayArgs::default() };

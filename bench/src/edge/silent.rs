@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
 
 use super::services::Service;
-use super::{Aside, EdgeArgs, http2, metric, ms};
+use super::{Aside, EdgeArgs, SLOTS, http2, metric, ms};
 use crate::load::{self, micros};
 use crate::process::Process;
 use crate::report::{Row, progress};
@@ -73,9 +73,12 @@ struct Port<'a> {
 /// Runs every kind on every port.
 pub(super) async fn run(args: &EdgeArgs, notes: &mut Vec<String>) -> anyhow::Result<Vec<Row>> {
     let directory = tempfile::tempdir()?;
-    let quick =
-        Mock::start("quick", &MockArgs { model: "quick".into(), ..MockArgs::default() }, directory.path())
-            .await?;
+    let quick = Mock::start(
+        "quick",
+        &MockArgs { model: "quick".into(), slots: SLOTS, ..MockArgs::default() },
+        directory.path(),
+    )
+    .await?;
     let mut resources = Resources::basic();
     resources.model_at("quick", quick.address);
     let (flags, tls) = certificate(directory.path())?;
@@ -213,7 +216,8 @@ async fn attack(
 ) -> anyhow::Result<Row> {
     let figure = format!("weir_listener_connections{{listener=\"{}\"}}", port.listener);
     // The connection that asks for the figure is one of them, where it comes to the same port.
-    let before = metric(port.ops, &figure).await?;
+    // A listener that had none yet has no figure.
+    let before = metric(port.ops, &figure).await.unwrap_or(0.0);
     let rss = || port.process.usage().rss_mib;
     let rss_before = rss();
     let aside = Aside::start()?;
