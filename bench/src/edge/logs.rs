@@ -21,7 +21,7 @@ const RATE: f64 = 200.0;
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Enough lines to fill a pipe and the queue before it within the first seconds.
-const FILTER: &str = "debug";
+const FILTER: &str = "trace";
 
 const LOGS: [(Log, &str); 4] = [
     (Log::File, "a file"),
