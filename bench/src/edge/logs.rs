@@ -20,8 +20,10 @@ const RATE: f64 = 200.0;
 /// Whether a process is ready is asked so often, and must be answered within this.
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Enough lines to fill a pipe and the queue before it within the first seconds.
-const FILTER: &str = "trace";
+/// Enough lines to fill a pipe and the queue before it within the first seconds: of a gateway, and of the services of gRPC, which
+/// tell more.
+const GATEWAY_FILTER: &str = "trace";
+const FILTER: &str = "debug";
 
 const LOGS: [(Log, &str); 4] = [
     (Log::File, "a file"),
@@ -55,14 +57,15 @@ pub(super) async fn run(args: &EdgeArgs, notes: &mut Vec<String>) -> anyhow::Res
         }
     }
     notes.push(format!(
-        "logs: {RATE} requests a second (chat; ListResources; ShouldRateLimit), --log {FILTER}; beside a_file: p99 over that \
+        "logs: {RATE} requests a second (chat; ListResources; ShouldRateLimit), --log {GATEWAY_FILTER} of a gateway, else {FILTER}; beside a_file: p99 over that \
          of the same process with a log in a file; /readyz each {READY_EVERY:?}"
     ));
     Ok(rows)
 }
 
 async fn start(process: &str, log: Log, directory: &Path) -> anyhow::Result<Target> {
-    let log = Logging { filter: FILTER, to: log };
+    let filter = if process == "gateway" { GATEWAY_FILTER } else { FILTER };
+    let log = Logging { filter, to: log };
     Ok(match process {
         "gateway" => {
             let mock = MockArgs { model: "quick".into(), slots: SLOTS, ..MockArgs::default() };
