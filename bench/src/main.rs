@@ -6,6 +6,7 @@
 
 mod accuracy;
 mod balance;
+mod edge;
 mod failover;
 mod fanout;
 mod fleet;
@@ -66,6 +67,8 @@ enum Bench {
     Fanout(fanout::FanoutArgs),
     /// Whether a backend that only some gateways can reach stays in use for the others
     Partition(partition::PartitionArgs),
+    /// What slow clients, silent strangers and a broken log cost, and whether others are served meanwhile
+    Edge(edge::EdgeArgs),
     /// Whether backends get their configured shares, their slots, and no needless probes
     Shares(shares::SharesArgs),
     /// A part of a bench, started by the bench itself
@@ -106,6 +109,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Failover(args) => failover::run(&args).await,
             Bench::Fanout(args) => fanout::run(&args).await,
             Bench::Partition(args) => partition::run(&args).await,
+            Bench::Edge(args) => edge::run(&args).await,
             Bench::Shares(args) => shares::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }

@@ -2,6 +2,7 @@
 //!
 //! A process is ended by its own id, at the latest when its handle is dropped.
 
+use std::io::PipeReader;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,6 +15,35 @@ use tokio::process::{Child, ChildStdout, Command};
 /// A process must have said that it serves within this.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What becomes of what a process writes to stderr.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Log {
+    /// A file beside its data.
+    #[default]
+    File,
+    /// A disk without room.
+    DiskFull,
+    /// A pipe that is open and that nobody reads.
+    ReaderStopped,
+    /// A pipe whose reader is gone.
+    ReaderGone,
+}
+
+impl Log {
+    /// Standard error, and what keeps it as it is.
+    fn open(self, file: &Path) -> std::io::Result<(Stdio, Option<PipeReader>)> {
+        Ok(match self {
+            Self::File => (std::fs::File::create(file)?.into(), None),
+            Self::DiskFull => (std::fs::File::options().write(true).open("/dev/full")?.into(), None),
+            Self::ReaderStopped => {
+                let (reader, writer) = std::io::pipe()?;
+                (writer.into(), Some(reader))
+            }
+            Self::ReaderGone => (std::io::pipe()?.1.into(), None),
+        })
+    }
+}
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -22,6 +52,8 @@ pub(crate) struct Process {
     pid: Pid,
     stdout: Option<BufReader<ChildStdout>>,
     log: PathBuf,
+    /// The end of a pipe that nobody reads.
+    _unread: Option<PipeReader>,
 }
 
 /// What processes have used.
@@ -37,9 +69,19 @@ pub(crate) struct Usage {
 
 impl Process {
     /// Starts a process; what it writes to stderr goes into a file in `directory`.
-    pub(crate) fn start(name: &str, mut command: Command, directory: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn start(name: &str, command: Command, directory: &Path) -> anyhow::Result<Self> {
+        Self::start_logging(name, command, directory, Log::File)
+    }
+
+    /// Starts a process with a log that may be broken.
+    pub(crate) fn start_logging(
+        name: &str,
+        mut command: Command,
+        directory: &Path,
+        to: Log,
+    ) -> anyhow::Result<Self> {
         let log = directory.join(format!("{name}.log"));
-        let stderr = std::fs::File::create(&log).with_context(|| format!("log of {name}"))?;
+        let (stderr, unread) = to.open(&log).with_context(|| format!("log of {name}"))?;
         for (variable, _) in std::env::vars().filter(|(v, _)| v.starts_with("WEIR_BENCH_") || v == "WEIR_LOG")
         {
             command.env_remove(variable);
@@ -49,7 +91,7 @@ impl Process {
         let pid = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
         let pid = pid.with_context(|| format!("{name} ended at once"))?;
         let stdout = child.stdout.take().map(BufReader::new);
-        Ok(Self { name: name.to_owned(), child, pid, stdout, log })
+        Ok(Self { name: name.to_owned(), child, pid, stdout, log, _unread: unread })
     }
 
     /// The next line it prints.

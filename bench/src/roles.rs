@@ -13,7 +13,7 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 use crate::load::{self, Connection};
-use crate::process::Process;
+use crate::process::{Log, Process};
 use crate::resources::Resources;
 
 /// A gateway must be ready this long after its start.
@@ -28,6 +28,8 @@ pub(crate) enum Role {
     Mock(MockArgs),
     /// A control plane with a file store.
     ControlPlane(ControlPlaneArgs),
+    /// A limit service.
+    LimitService(Box<weir_ratelimit::service::Config>),
 }
 
 /// A control plane on loopback.
@@ -42,6 +44,9 @@ pub(crate) struct ControlPlaneArgs {
     /// The file of its store; the token is beside it.
     #[arg(long)]
     store: PathBuf,
+    /// What it logs.
+    #[arg(long, default_value = "error")]
+    log: String,
 }
 
 /// A simulated LLM server on a free port.
@@ -89,7 +94,7 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
                 server.run(shutdown).await;
             }
             Role::ControlPlane(args) => {
-                weir_runtime::init_logs("error").map_err(anyhow::Error::msg)?;
+                weir_runtime::init_logs(&args.log).map_err(anyhow::Error::msg)?;
                 let config = weir_control_plane::Config {
                     listen: args.listen,
                     http_listen: args.http_listen,
@@ -99,6 +104,12 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
                 let running = weir_control_plane::ControlPlane::start(config, shutdown).await?;
                 say(&json!({ "grpc": running.grpc_addr, "http": running.http_addr }))?;
                 running.join.await.context("the control plane panicked")??;
+            }
+            Role::LimitService(config) => {
+                weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
+                let running = weir_ratelimit::service::start(*config, None, shutdown, hurry).await?;
+                say(&json!({ "grpc": running.address, "ops": running.ops_address }))?;
+                running.ended().await;
             }
         }
         Ok(())
@@ -174,6 +185,25 @@ pub(crate) struct GatewayArgs {
     pub(crate) strict: bool,
     /// Variables of its environment, such as credentials.
     pub(crate) env: Vec<(String, String)>,
+    /// More flags.
+    pub(crate) flags: Vec<String>,
+    /// Its log.
+    pub(crate) log: Logging,
+}
+
+/// What a process logs, and where to.
+#[derive(Debug, Clone)]
+pub(crate) struct Logging {
+    /// The filter.
+    pub(crate) filter: &'static str,
+    /// Where to.
+    pub(crate) to: Log,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { filter: "error", to: Log::File }
+    }
 }
 
 /// A gateway in a process of its own.
@@ -199,7 +229,7 @@ impl Gateway {
             resources.save(&data)?;
         }
         let mut command = this_binary("gateway")?;
-        command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", "error"]);
+        command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", args.log.filter]);
         command.args(["--pre-stop-s", "0", "--drain-s", "1", "--id", &args.id]);
         command.arg("--data-dir").arg(&data);
         if let Some(url) = &args.redis {
@@ -214,7 +244,8 @@ impl Gateway {
         command.args(["--control-plane", &format!("http://{plane}")]);
         command.env("WEIR_GATEWAY_TOKEN", token).env("WEIR_OPS_TOKEN", OPS_TOKEN);
         command.envs(args.env.iter().map(|(name, value)| (name, value)));
-        let mut process = Process::start(&args.id, command, directory)?;
+        command.args(&args.flags);
+        let mut process = Process::start_logging(&args.id, command, directory, args.log.to)?;
         let line = process.line().await?;
         let gateway = Self { address: address(&line, "clients")?, ops: address(&line, "ops")?, process };
         let ready = async {
@@ -248,17 +279,50 @@ impl ControlPlaneProcess {
         addresses: Option<(SocketAddr, SocketAddr)>,
         directory: &Path,
     ) -> anyhow::Result<Self> {
+        Self::start_logging(addresses, directory, &Logging::default()).await
+    }
+
+    /// Starts one with a log that may be broken.
+    pub(crate) async fn start_logging(
+        addresses: Option<(SocketAddr, SocketAddr)>,
+        directory: &Path,
+        log: &Logging,
+    ) -> anyhow::Result<Self> {
         let free = SocketAddr::from(([127, 0, 0, 1], 0));
         let (grpc, http) = addresses.unwrap_or((free, free));
         let mut command = this_binary("control-plane")?;
         command.args(["--listen", &grpc.to_string(), "--http-listen", &http.to_string()]);
         command.arg("--store").arg(directory.join("control-plane/store.redb"));
-        let mut process = Process::start("control-plane", command, directory)?;
+        command.args(["--log", log.filter]);
+        let mut process = Process::start_logging("control-plane", command, directory, log.to)?;
         let line = process.line().await?;
         let token = std::fs::read_to_string(directory.join("control-plane/admin.token"))
             .context("the control plane's token")?;
         let (grpc, http) = (address(&line, "grpc")?, address(&line, "http")?);
         Ok(Self { grpc, http, token: token.trim().to_owned(), process })
+    }
+}
+
+/// A limit service in a process of its own, with the limits of no one.
+#[derive(Debug)]
+pub(crate) struct LimitService {
+    /// Where its services are.
+    pub(crate) grpc: SocketAddr,
+    /// Where operations are served.
+    pub(crate) ops: SocketAddr,
+    /// Itself.
+    pub(crate) process: Process,
+}
+
+impl LimitService {
+    /// Starts one.
+    pub(crate) async fn start(directory: &Path, log: &Logging) -> anyhow::Result<Self> {
+        let mut command = this_binary("limit-service")?;
+        command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", log.filter]);
+        command.args(["--pre-stop-s", "0", "--drain-s", "1"]);
+        let mut process = Process::start_logging("limit-service", command, directory, log.to)?;
+        let line = process.line().await?;
+        Ok(Self { grpc: address(&line, "grpc")?, ops: address(&line, "ops")?, process })
     }
 }
 
