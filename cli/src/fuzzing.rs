@@ -2,8 +2,11 @@
 
 use weir_proto::v1;
 
+/// The resources, and the place and text of each note.
+pub type Imported = (Vec<v1::Resource>, Vec<(String, String)>);
+
 /// The resources of a LiteLLM configuration, and what was noted: the place and the text.
-pub fn litellm(text: &str) -> Result<(Vec<v1::Resource>, Vec<(String, String)>), String> {
+pub fn litellm(text: &str) -> Result<Imported, String> {
     let import = crate::import::litellm::import(text, "config.yaml").map_err(|error| error.to_string())?;
     Ok((import.resources, import.notes.into_iter().map(|note| (note.path, note.text)).collect()))
 }

@@ -19,7 +19,7 @@ pub use self::resolve::{Found, Lookup, Resolver};
 
 /// What is read of an answer ahead of its client, and the largest head of an answer. hyper's own bound of 400 KiB would be
 /// the memory of each stream whose client reads slowly.
-const READ_BUFFER_BYTES: usize = 32 << 10;
+const READ_BUFFER_BYTES: usize = 16 << 10;
 
 /// The connections of one backend. Cheap to clone.
 #[derive(Debug, Clone)]

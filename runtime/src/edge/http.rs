@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -36,7 +36,10 @@ const LINGER_PAUSE: Duration = Duration::from_secs(5);
 const LINGER_HTTP2: Duration = Duration::from_secs(1);
 const LINGER_BUFFER_BYTES: usize = 16 << 10;
 /// What hyper holds of an answer for an HTTP/2 client that does not take it.
-const SEND_BUFFER_BYTES: usize = 32 << 10;
+const SEND_BUFFER_BYTES: usize = 16 << 10;
+/// What is handed to hyper of an HTTP/1 answer before the socket has taken some of it. hyper's own bound is that of a head,
+/// which it fills before it writes.
+const AHEAD_BYTES: usize = 16 << 10;
 /// A silent HTTP/2 client is asked after so long whether it is there, and has so long to answer.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -343,7 +346,41 @@ write_through!(Framed, begun.io);
 /// The body of an answer; its request runs for as long as it is there.
 struct BusyBody<B> {
     body: B,
+    /// Of HTTP/1, where one task drives the body and the socket.
+    ahead: Option<Ahead>,
     _busy: Busy,
+}
+
+/// What hyper was handed of an answer and has not written.
+struct Ahead {
+    connection: Arc<Connection>,
+    bytes: usize,
+    /// What the socket had taken when this count began.
+    written: u64,
+}
+
+impl Ahead {
+    fn new(connection: Arc<Connection>) -> Self {
+        Self { bytes: 0, written: connection.written(), connection }
+    }
+
+    /// Whether there is enough of it. hyper writes as soon as a body has nothing for it; where the socket takes nothing, its
+    /// readiness wakes the task.
+    fn is_enough(&mut self, cx: &Context<'_>) -> bool {
+        if self.bytes < AHEAD_BYTES {
+            return false;
+        }
+        if self.connection.is_write_waiting() {
+            return true;
+        }
+        let written = self.connection.written();
+        if written == self.written {
+            cx.waker().wake_by_ref();
+            return true;
+        }
+        (self.bytes, self.written) = (0, written);
+        false
+    }
 }
 
 impl<B: Body + Unpin> Body for BusyBody<B> {
@@ -354,7 +391,14 @@ impl<B: Body + Unpin> Body for BusyBody<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        if self.ahead.as_mut().is_some_and(|ahead| ahead.is_enough(cx)) {
+            return Poll::Pending;
+        }
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let (Some(ahead), Some(Ok(frame))) = (&mut self.ahead, &frame) {
+            ahead.bytes += frame.data_ref().map_or(0, Buf::remaining);
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -401,9 +445,10 @@ async fn http1<I, S, F, B>(
         let busy = client.connection.begin();
         client.clock.stop();
         let (answer, connection) = (service(client.clone(), request), Arc::clone(&client.connection));
+        let ahead = Some(Ahead::new(Arc::clone(&connection)));
         // Boxed, since hyper moves it, and asks for what can be moved.
         Box::pin(async move {
-            let mut response = answer.await.map(|body| BusyBody { body, _busy: busy });
+            let mut response = answer.await.map(|body| BusyBody { body, ahead, _busy: busy });
             // Clients leave with their next answer instead of being cut between two requests.
             if connection.is_draining() {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -533,7 +578,11 @@ where
             // hyper polls this in the task of the stream.
             let clock = STREAM.try_with(Arc::clone).unwrap_or_default();
             let response = service(Client { connection, clock }, request).await;
-            Ok::<_, std::convert::Infallible>(response.map(|body| BusyBody { body, _busy: busy }))
+            Ok::<_, std::convert::Infallible>(response.map(|body| BusyBody {
+                body,
+                ahead: None,
+                _busy: busy,
+            }))
         }
     });
     let mut builder = http2::Builder::new(Streams(Arc::clone(&connection)));

@@ -35,8 +35,11 @@ impl Socket {
         self.open.connection()
     }
 
-    fn judge<T>(&self, cx: &Context<'_>, wrote: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn judge(&self, cx: &Context<'_>, wrote: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         let connection = self.connection();
+        if let Poll::Ready(Ok(bytes)) = &wrote {
+            connection.wrote(*bytes);
+        }
         connection.write_waits(wrote.is_pending());
         if wrote.is_pending() {
             connection.writes(cx.waker());

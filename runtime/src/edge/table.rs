@@ -66,8 +66,8 @@ impl Bounds {
     /// Of a port for operations: scrapers, probes and a few people.
     pub const fn operations() -> Self {
         Self {
-            connections: 256,
-            connections_per_address: 256,
+            connections: 1024,
+            connections_per_address: 1024,
             head: Duration::from_secs(10),
             // Scrapers keep their connection from one scrape to the next, and prove nothing.
             idle: Duration::from_secs(75),
@@ -207,6 +207,8 @@ pub struct Connection {
     busy_by: AtomicU64,
     /// Since when a write waits for the peer; [`NEVER`] when none does.
     blocked_since: AtomicU64,
+    /// Bytes that its socket has taken.
+    written: AtomicU64,
     /// Whether a request of it has proven who asks.
     known: AtomicBool,
     /// Whether there has been a request.
@@ -238,6 +240,7 @@ impl Connection {
             idle_since: AtomicU64::new(now),
             busy_by: AtomicU64::new(now.saturating_add(millis(bounds.head))),
             blocked_since: AtomicU64::new(NEVER),
+            written: AtomicU64::new(0),
             known: AtomicBool::new(false),
             begun: AtomicBool::new(false),
             in_head: AtomicBool::new(true),
@@ -315,6 +318,14 @@ impl Connection {
         } else if self.blocked_since.load(Ordering::Relaxed) != NEVER {
             self.blocked_since.store(NEVER, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn wrote(&self, bytes: usize) {
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_write_waiting(&self) -> bool {
