@@ -4,6 +4,7 @@
 //! `WEIR_TEST_SEED` makes the same draws again, `WEIR_TEST_SECONDS` says for how long.
 
 mod client;
+mod panics;
 mod script;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::Method;
+use tokio::io::AsyncWriteExt as _;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_gateway::config::Config;
@@ -19,7 +21,9 @@ use weir_proto::v1::{self, resource::Spec};
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_runtime::Secret;
 use weir_tests::client::Client;
-use weir_tests::cluster::{Resources, digest, gateway_config};
+use weir_tests::cluster::{Resources, digest, gateway_config, gateway_over};
+use weir_tests::eventually;
+use weir_tests::line::Line;
 use weir_tests::plane::{ADMIN_TOKEN, Admin};
 use weir_tests::process::Process;
 use weir_tests::redis::Redis;
@@ -27,6 +31,7 @@ use weir_tests::redis::Redis;
 use self::client::Heard;
 use self::script::Backends;
 use crate::fleet::Fleet;
+use crate::lab::{connect, http1};
 
 /// Clients at once.
 const CLIENTS: u64 = 24;
@@ -92,6 +97,11 @@ fn wire(time: Duration) -> Option<prost_types::Duration> {
     prost_types::Duration::try_from(time).ok()
 }
 
+/// On a busy machine a late answer of the store is no outage.
+fn patient() -> RedisOptions {
+    RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() }
+}
+
 /// A model `gpt-4.1` at two backends; `passing`, whose backend comes and goes, falls back to it; `seldom` may be asked
 /// seldom. Everything has few slots, short queues and short times.
 fn resources(backends: &Backends) -> Resources {
@@ -125,7 +135,7 @@ fn resources(backends: &Backends) -> Resources {
     for name in ["b0", "b1"] {
         resources.rebuild(name, |spec| {
             let Spec::Backend(spec) = spec else { panic!("a backend") };
-            spec.max_concurrency = Some(4);
+            spec.max_concurrency = Some(8);
         });
     }
     let aside = v1::BackendSpec {
@@ -251,6 +261,17 @@ async fn left_over(ops: &Client) -> Vec<String> {
     left.map(|(name, value)| format!("{name} is {value}")).collect()
 }
 
+/// All leases that the store holds. One that nobody gave back, and that ran out, is still there.
+async fn leases(redis: &Redis) -> Vec<String> {
+    // They are all the sorted sets but the roll of gateways.
+    let script = "local all = {}; for _, key in ipairs(redis.call('KEYS', '*')) do \
+                  if redis.call('TYPE', key).ok == 'zset' and not string.find(key, ':roll$') then \
+                  for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do table.insert(all, key .. ' ' .. id) end \
+                  end end; return all";
+    let printed = redis.cli(&["EVAL", script, "0"]).await;
+    printed.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
 /// Returns once nothing is left over.
 async fn at_rest<F: Future<Output = Vec<String>>>(what: &str, mut left: impl FnMut() -> F) {
     let until = Instant::now() + LONGEST;
@@ -298,7 +319,7 @@ async fn change(mut admin: Admin, whole: Resources, mut draw: Draw, stop: Cancel
         for name in ["b0", "b1"] {
             resources.rebuild(name, |spec| {
                 let Spec::Backend(spec) = spec else { panic!("a backend") };
-                spec.max_concurrency = Some(2 + u32::try_from(draw.below(4)).expect("small"));
+                spec.max_concurrency = Some(2 + u32::try_from(draw.below(7)).expect("small"));
                 if !is_last && draw.chance(20) {
                     spec.set_admin_state(v1::AdminState::Draining);
                 }
@@ -337,8 +358,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
     let whole = resources(&backends);
     let fleet = Fleet::start(0, &whole, |_, _| {}).await;
     let redis = Redis::start().await;
-    let patient = RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() };
-    let limiter = RedisLimiter::connect(&redis.url(), patient).await.expect("a Redis");
+    let limiter = RedisLimiter::connect(&redis.url(), patient()).await.expect("a Redis");
     let config = Config {
         control_plane: fleet.plane.url.clone(),
         gateway_token: Some(Secret::new(ADMIN_TOKEN.into())),
@@ -352,15 +372,6 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
     let ops = Client::new(gateway.ops_address, "");
     let (done, mut tally, mut changes) = (AtomicU64::new(0), Tally::default(), 0);
     let mut runtimes = BTreeMap::new();
-    // Leases are all the sorted sets but the roll of gateways. One that nobody gave back, and that ran out, is still there.
-    let leases = async || {
-        let script = "local all = {}; for _, key in ipairs(redis.call('KEYS', '*')) do \
-                      if redis.call('TYPE', key).ok == 'zset' and not string.find(key, ':roll$') then \
-                      for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do table.insert(all, key .. ' ' .. id) end \
-                      end end; return all";
-        let printed = redis.cli(&["EVAL", script, "0"]).await;
-        printed.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect::<Vec<_>>()
-    };
     for round in 1..=ROUNDS {
         let stop = CancellationToken::new();
         let changing = tokio::spawn(change(
@@ -375,7 +386,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
                 for backend in gateway.live.snapshot().backends.values() {
                     runtimes.insert(Arc::as_ptr(&backend.runtime) as usize, backend.runtime.clone());
                 }
-                most = most.max(leases().await.len());
+                most = most.max(leases(&redis).await.len());
                 tokio::select! {
                     () = stop.cancelled() => return most,
                     () = tokio::time::sleep(Duration::from_millis(100)) => {}
@@ -393,7 +404,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
         assert!(most > 0, "leases are counted");
         let left = || async {
             let mut left = left_over(&ops).await;
-            left.extend(leases().await.into_iter().map(|lease| format!("there is the lease {lease}")));
+            left.extend(leases(&redis).await.into_iter().map(|lease| format!("there is the lease {lease}")));
             left.extend(
                 runtimes
                     .values()
@@ -407,7 +418,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
         if round == ROUNDS {
             tokio::time::sleep(RENEWED).await;
             at_rest(&format!("seed {seed}, after leases were renewed"), left).await;
-            assert!(leases().await.is_empty(), "seed {seed}: nothing is renewed for ever");
+            assert!(leases(&redis).await.is_empty(), "seed {seed}: nothing is renewed for ever");
         }
     }
     let page = page(&ops).await;
@@ -463,4 +474,45 @@ async fn a_process_is_as_large_after_many_ways_out_as_before() {
     // The first round brings the code and the buffers that all need.
     let grown = sizes[2].saturating_sub(sizes[0]);
     assert!(grown <= NOISE_KIB, "seed {seed}: {sizes:?} KiB after each round");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_while_a_slot_is_asked_for_leaves_no_lease_behind() {
+    for hedges in [false, true] {
+        let end = CancellationToken::new();
+        let _guard = end.clone().drop_guard();
+        let backends = Backends::start(&end).await;
+        let redis = Redis::start().await;
+        let line = Line::to(redis.address(), &end).await;
+        let url = format!("redis://{}", line.address);
+        let limiter = RedisLimiter::connect(&url, patient()).await.expect("a Redis");
+        let gateway = gateway_over(&resources(&backends), limiter.into()).await;
+        let ops = Client::new(gateway.running.ops_address, "");
+        // The store learns each script by its first call, which takes two rounds. A retry moves a slot.
+        let heard = http1::exchange(gateway.running.address, http1::chat("gpt-4.1", "closed", true)).await;
+        assert_eq!(heard.statuses(), [502], "{heard:?}");
+        at_rest("before", || leases(&redis)).await;
+        let asked = backends.asked();
+        // What is decided from now on is not heard.
+        if !hedges {
+            line.silence_to_client();
+        }
+        let mut socket = connect(gateway.running.address).await;
+        // The first backend is silent; after a tenth of a second a slot of the other is asked for as well.
+        socket.write_all(&http1::chat("gpt-4.1", "hang", false)).await.expect("sent");
+        if hedges {
+            eventually("the first backend is asked", || async { backends.asked() == asked + 1 }).await;
+            line.silence_to_client();
+        }
+        let slots = async || leases(&redis).await.iter().filter(|lease| lease.contains("{b:")).count();
+        let taken = 1 + usize::from(hedges);
+        eventually("the store has granted it", || async { slots().await == taken }).await;
+        drop(socket);
+        eventually("nothing is under way", || async {
+            sum(&page(&ops).await, "weir_requests_in_flight", "") == 0.0
+        })
+        .await;
+        line.mend();
+        at_rest(&format!("hedges: {hedges}"), || leases(&redis)).await;
+    }
 }

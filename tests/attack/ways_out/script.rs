@@ -11,7 +11,11 @@ use weir_tests::scripted::{
 };
 
 /// Everything a backend may do with a request.
-pub(super) const ACTS: [&str; 20] = [
+pub(super) const ACTS: [&str; 24] = [
+    "good",
+    "good",
+    "good",
+    "good",
     "good",
     "good",
     "good",
@@ -44,21 +48,33 @@ const BURST_BYTES: usize = 16 << 10;
 /// Three backends. The second and the third do well when only the first shall not.
 pub(super) struct Backends {
     all: [Scripted; 3],
+    asked: Arc<AtomicU64>,
     poured: Arc<AtomicU64>,
 }
 
 impl Backends {
     pub(super) async fn start(end: &CancellationToken) -> Self {
-        let poured = Arc::<AtomicU64>::default();
+        let (asked, poured) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let one = async |number: u32| {
-            let poured = poured.clone();
-            Scripted::start(end, move |asked, wire| perform(asked, wire, number, poured.clone())).await
+            let (count, poured) = (asked.clone(), poured.clone());
+            Scripted::start(end, move |asked, wire| {
+                if !asked.head.starts_with("GET ") {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+                perform(asked, wire, number, poured.clone())
+            })
+            .await
         };
-        Self { all: [one(0).await, one(1).await, one(2).await], poured: poured.clone() }
+        Self { all: [one(0).await, one(1).await, one(2).await], asked: asked.clone(), poured: poured.clone() }
     }
 
     pub(super) fn addresses(&self) -> [SocketAddr; 3] {
         [self.all[0].address, self.all[1].address, self.all[2].address]
+    }
+
+    /// Requests that came, health checks left out.
+    pub(super) fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// Bytes that were sent of answers without an end.
