@@ -156,7 +156,16 @@ fn resources(backends: &Backends) -> Resources {
         concurrency: Some(16),
         ..Default::default()
     };
-    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(most), ..Default::default() }));
+    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(most.clone()), ..Default::default() }));
+    // Tries at the second backend have leases of its account as well.
+    resources.rebuild("b1", |spec| {
+        let Spec::Backend(spec) = spec else { panic!("a backend") };
+        spec.account = "provider".into();
+    });
+    let selector = v1::LimitSelector { account: "provider".into(), ..Default::default() };
+    let rates = v1::Rates { concurrency: Some(6), ..most };
+    let of_account = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
+    resources.put("of-provider", Spec::Limit(of_account));
     let few = v1::Rates { requests_per_minute: Some(60), concurrency: Some(1), ..Default::default() };
     resources.put("few", Spec::Tenant(v1::TenantSpec { limits: Some(few), ..Default::default() }));
     let known = v1::KeyDigest { sha256: digest(SELDOM_KEY), prefix: "weir_test".into(), expire_time: None };
@@ -310,7 +319,8 @@ async fn change(mut admin: Admin, whole: Resources, mut draw: Draw, stop: Cancel
     loop {
         let mut resources = whole.clone();
         let is_last = stop.is_cancelled();
-        if !is_last && draw.chance(50) {
+        // Only what was in the set can leave it.
+        if changes > 0 && !is_last && draw.chance(50) {
             resources = resources.without("b2");
             if draw.chance(50) {
                 resources = resources.without("passing");

@@ -1,5 +1,6 @@
 //! Bugs: a request that panics costs itself, and gives everything back.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,7 +18,7 @@ use weir_tests::redis::Redis;
 use super::script::Backends;
 use super::{at_rest, leases, left_over, page, patient, resources, sum};
 use crate::lab::http1::{self, End};
-use crate::lab::http2::{self, Ended, Http2};
+use crate::lab::http2::{self, DATA, END_STREAM, Ended, HEADERS, Http2, Next, RST_STREAM};
 use crate::lab::{SOON, connect};
 
 /// A log that panics with every line of this text.
@@ -136,12 +137,30 @@ async fn new(clients: SocketAddr, at: At, act: &str) {
     let mut connection = Http2::connect(clients, &[]).await;
     assert!(connection.send(&http2::chat(1, "gpt-4.1", "slower")).await);
     assert!(connection.send(&http2::chat(3, "gpt-4.1", act)).await);
-    let ended = connection.ended(3).await;
+    let ended = ends(&mut connection, [1, 3]).await;
     match at {
-        At::Answer => assert_eq!(ended, Ended::Answer(500)),
-        At::End => assert!(matches!(ended, Ended::Answer(200) | Ended::Reset(_)), "{ended:?}"),
+        At::Answer => assert_eq!(ended[&3], Ended::Answer(500)),
+        At::End => assert!(matches!(ended[&3], Ended::Answer(200) | Ended::Reset(_)), "{ended:?}"),
     }
-    assert_eq!(connection.ended(1).await, Ended::Answer(200), "{at:?}: the other stream of its connection");
+    assert_eq!(ended[&1], Ended::Answer(200), "{at:?}: the other stream of its connection");
     assert!(connection.send(&http2::models(5)).await);
     assert_eq!(connection.ended(5).await, Ended::Answer(200), "{at:?}: the next stream of its connection");
+}
+
+/// How these streams end, in whichever order.
+async fn ends(connection: &mut Http2, streams: [u32; 2]) -> BTreeMap<u32, Ended> {
+    let (mut statuses, mut ended) = (BTreeMap::new(), BTreeMap::new());
+    while ended.len() < streams.len() {
+        let Next::Frame(frame) = connection.next(SOON).await else { panic!("{statuses:?}, {ended:?}") };
+        if let Some(status) = frame.status() {
+            statuses.insert(frame.stream, status);
+        }
+        let is_end = matches!(frame.kind, HEADERS | DATA) && frame.flags & END_STREAM != 0;
+        if frame.kind == RST_STREAM {
+            ended.entry(frame.stream).or_insert(Ended::Reset(frame.error().unwrap_or(u32::MAX)));
+        } else if is_end && let Some(status) = statuses.get(&frame.stream) {
+            ended.insert(frame.stream, Ended::Answer(*status));
+        }
+    }
+    ended
 }
