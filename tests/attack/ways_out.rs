@@ -84,7 +84,7 @@ fn given(variable: &str) -> Option<u64> {
 /// The seed, which is printed.
 fn seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-    let seed = given("WEIR_TEST_SEED").unwrap_or_else(|| now.as_micros() as u64);
+    let seed = given("WEIR_TEST_SEED").unwrap_or(now.as_micros() as u64);
     println!("seed {seed}: WEIR_TEST_SEED={seed} makes the same draws again");
     seed
 }
@@ -156,7 +156,7 @@ fn resources(backends: &Backends) -> Resources {
         concurrency: Some(16),
         ..Default::default()
     };
-    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(most.clone()), ..Default::default() }));
+    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(most), ..Default::default() }));
     // Tries at the second backend have leases of its account as well.
     resources.rebuild("b1", |spec| {
         let Spec::Backend(spec) = spec else { panic!("a backend") };

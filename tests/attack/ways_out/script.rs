@@ -177,7 +177,7 @@ async fn perform(asked: Asked, mut wire: Wire, number: u32, poured: Arc<AtomicU6
         }
         "error" if is_stream => {
             let error = event(r#"{"error":{"message":"no","code":"no"}}"#);
-            let events = if asked.number % 2 == 0 { error } else { delta("hello") + &error };
+            let events = if asked.number.is_multiple_of(2) { error } else { delta("hello") + &error };
             wire.send([begin(), chunk(events), chunk("")].concat()).await;
             Some(wire)
         }
