@@ -30,7 +30,7 @@ use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Rene
 
 pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
 use self::open::OpenLeases;
-pub use self::slot::SlotLease;
+pub use self::slot::{NewSlot, SlotLease};
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
 use crate::snapshot::LEASE_TTL;
@@ -81,6 +81,8 @@ enum Job {
     /// It ended; each is made after the one before it, and once, however often it is tried. With a credit, less was
     /// used than reserved: somebody who waits for a bucket may fit then.
     Settle(Settles, Credit),
+    /// The same for one that ended while it was asked for: afterwards the slots are freed that the call may have taken.
+    Cancel(Settles, Box<(Uuid, Vec<Key>)>),
     /// It goes on without this slot, or this lease of an account.
     Release(Uuid, Key),
 }
@@ -100,6 +102,11 @@ impl Job {
                 let leases = scopes.filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
                 leases.chain(settles.iter().filter_map(|settle| settle.slot.as_ref())).collect()
             }
+            Job::Cancel(settles, perhaps) => {
+                let scopes = settles.iter().flat_map(|settle| &settle.scopes);
+                let leases = scopes.filter(|s| s.concurrency.is_some()).map(|s| &s.leases);
+                leases.chain(&perhaps.1).collect()
+            }
             Job::Release(_, slot) => smallvec::smallvec![slot],
         }
     }
@@ -107,7 +114,7 @@ impl Job {
     /// The buckets that have more room afterwards.
     fn records(&self) -> SmallVec<[&Key; 4]> {
         match self {
-            Job::Settle(settles, true) => {
+            Job::Settle(settles, true) | Job::Cancel(settles, _) => {
                 settles.iter().flat_map(|settle| &settle.scopes).map(|s| &s.record).collect()
             }
             Job::Settle(_, false) | Job::Release(..) => SmallVec::new(),
@@ -244,6 +251,11 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
     for attempt in 1..=TRIES {
         let done = match &job {
             Job::Settle(settles, _) => settle_all(&ledger, settles).await,
+            Job::Cancel(settles, perhaps) => match settle_all(&ledger, settles).await {
+                // Later: from now on the call is refused if it has not arrived yet.
+                Ok(()) => limiter.release(perhaps.0, &perhaps.1).await,
+                failed => failed,
+            },
             Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
         };
         match done {
@@ -262,7 +274,7 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
             }
             Err(error) => {
                 match &job {
-                    Job::Settle(settles, _) => {
+                    Job::Settle(settles, _) | Job::Cancel(settles, _) => {
                         ledger.metrics.settlements_lost.inc();
                         let id = settles.last().map(|settle| settle.id).unwrap_or_default();
                         tracing::error!(%error, reservation = %id, "settlement lost: the reservation stands");

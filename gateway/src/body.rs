@@ -302,14 +302,15 @@ impl Drop for StreamBody {
         let facts = self.rewriter.facts();
         let (prompt, completion, source) =
             usage_or_count(facts.usage, self.end.prompt_tokens, facts.completion_estimate());
+        // First: it is charged whatever becomes of the rest.
+        self.end.context.tokens = Some((prompt, completion, source));
+        let cost = self.end.target.cost(prompt, completion);
+        self.end.admission.used(cost);
         if let Some(found) = &facts.implausible {
             self.end.target.implausible(found);
         } else if facts.complete() {
             let prompt = facts.usage.and_then(|usage| usage.prompt);
             self.end.admission.learn(prompt, Some(completion));
         }
-        self.end.context.tokens = Some((prompt, completion, source));
-        let cost = self.end.target.cost(prompt, completion);
-        self.end.admission.used(cost);
     }
 }

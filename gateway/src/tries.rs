@@ -17,9 +17,9 @@ use futures_util::stream::FuturesUnordered;
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
 use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
-use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome};
+use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Outcome};
 
-use crate::account::{Admission, Asked};
+use crate::account::{Admission, Asked, NewSlot};
 use crate::balance::Place;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
@@ -75,6 +75,14 @@ struct Try {
 struct Taken {
     index: usize,
     account: Option<Box<Admission>>,
+}
+
+/// What a slot was taken with: it is given back with this value.
+enum Held {
+    /// By itself, for the request's own reservation.
+    Slot(NewSlot),
+    /// With a reservation at the account of its backend.
+    Account(Box<Admission>),
 }
 
 type Done = (u32, Result<Answer, GatewayError>);
@@ -149,19 +157,19 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             return self.move_slot(None, left).await;
         }
         let (groups, whole) = self.whole(left);
-        let (decision, account) = ask(self.admission, &groups, &whole, None).await?;
-        Ok(self.taken(&decision, account, left))
+        let (decision, held) = ask(self.admission, &groups, &whole, None).await?;
+        Ok(self.taken(&decision, held, left))
     }
 
     /// The same where no account is limited, in place of `from` if there is one.
     async fn move_slot(&mut self, from: Option<&Key>, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
         let candidates = candidates(self.model, left);
-        let limiter = self.admission.limiter();
-        let taken = limiter.move_slot(self.admission.id, from, &candidates, LEASE_TTL).await?;
+        let ledger = self.admission.ledger();
+        let taken = ledger.take_slot(self.admission.id, from.cloned(), candidates).await?;
         if let Some(from) = from {
             self.admission.moved(from);
         }
-        Ok(taken.map(|at| self.took(at, None, left)))
+        Ok(taken.map(|(at, slot)| self.took(at, Held::Slot(slot), left)))
     }
 
     /// The same for a request whose try has failed and that has no other one under way, in place of that: when all slots
@@ -230,24 +238,23 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         (groups, call)
     }
 
-    fn taken(
-        &mut self,
-        decision: &Decision,
-        account: Option<Box<Admission>>,
-        left: &mut Vec<Place>,
-    ) -> Option<Taken> {
+    fn taken(&mut self, decision: &Decision, held: Option<Held>, left: &mut Vec<Place>) -> Option<Taken> {
         match decision.outcome {
-            Outcome::Granted { slot: Some(at) } => Some(self.took(at, account, left)),
+            Outcome::Granted { slot: Some(at) } => Some(self.took(at, held?, left)),
             _ => None,
         }
     }
 
-    fn took(&mut self, at: usize, account: Option<Box<Admission>>, left: &mut Vec<Place>) -> Taken {
+    fn took(&mut self, at: usize, held: Held, left: &mut Vec<Place>) -> Taken {
         let index = left.remove(at).index;
-        // With an account the slot is part of the reservation there.
-        if account.is_none() {
-            self.admission.took(self.model.backends[index].0.slots.clone());
-        }
+        let account = match held {
+            // The slot is part of the reservation there.
+            Held::Account(account) => Some(account),
+            Held::Slot(slot) => {
+                slot.keep().into_iter().for_each(|slot| self.admission.took(slot));
+                None
+            }
+        };
         Taken { index, account }
     }
 
@@ -364,16 +371,18 @@ async fn ask(
     groups: &Groups,
     whole: &Acquire,
     queue: Option<&QueueId>,
-) -> Result<(Decision, Option<Box<Admission>>), Error> {
+) -> Result<(Decision, Option<Held>), Error> {
     let ledger = admission.ledger();
     let mut round = groups.round(whole, |scopes| ledger.waiting.is_awaited(scopes, queue));
     while let Some((run, call)) = round.next() {
-        let (decision, account) = match run.account {
+        let (decision, held) = match run.account {
             None => {
-                let slot = ledger.limiter.move_slot(admission.id, None, &call.candidates, LEASE_TTL).await?;
-                let outcome =
-                    slot.map_or(Outcome::NoSlot { wait: LEASE_TTL }, |s| Outcome::Granted { slot: Some(s) });
-                (Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, None)
+                let taken = ledger.take_slot(admission.id, None, call.candidates).await?;
+                let (outcome, held) = match taken {
+                    Some((at, slot)) => (Outcome::Granted { slot: Some(at) }, Some(Held::Slot(slot))),
+                    None => (Outcome::NoSlot { wait: LEASE_TTL }, None),
+                };
+                (Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, held)
             }
             Some(_) => {
                 let candidates = call.candidates.clone();
@@ -384,11 +393,11 @@ async fn ask(
                 if let Outcome::Granted { slot } = decision.outcome {
                     admission.granted(slot.map(|slot| candidates[slot].leases.clone()));
                 }
-                (decision, Some(Box::new(admission)))
+                (decision, Some(Held::Account(Box::new(admission))))
             }
         };
         if let Some(decision) = round.heard(&run, decision) {
-            return Ok((decision, account));
+            return Ok((decision, held));
         }
     }
     Ok((round.refusal(|_| LEASE_TTL), None))

@@ -79,6 +79,11 @@ async fn a_connection_without_a_whole_first_request_is_cut_after_ten_seconds_on_
         ("limit service, gRPC", at(limits.text("grpc"))),
         ("limit service, operations", at(limits.text("ops"))),
     ];
+    let greeting: &'static [u8] = [PREFACE, &http2::settings(&[])].concat().leak();
+    // Without END_HEADERS, and without the CONTINUATION that must follow.
+    let half = http2::frame(http2::HEADERS, 0, 1, &http2::block(&[(b":method", b"GET")]));
+    let half_head: &'static [u8] = [greeting, &half].concat().leak();
+    let long_frame: &'static [u8] = [greeting, &[0, 0x20, 0, http2::HEADERS, 0, 0, 0, 0, 1]].concat().leak();
     let kinds = [
         ("nothing", Stranger::Says(b"")),
         ("P", Stranger::Says(b"P")),
@@ -86,6 +91,9 @@ async fn a_connection_without_a_whole_first_request_is_cut_after_ten_seconds_on_
         ("half a head", Stranger::Says(HALF_HEAD)),
         ("a head, a byte each second", Stranger::Trickles(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ")),
         ("a request line, a byte each second", Stranger::Trickles(b"GET /")),
+        ("HTTP/2 without a request", Stranger::Says(greeting)),
+        ("half a head of HTTP/2", Stranger::Says(half_head)),
+        ("a frame of HTTP/2, a byte each second", Stranger::Trickles(long_frame)),
     ];
     let secure = [("gateway, TLS", tls_gateway.clients), ("control plane, TLS", at(&tls_plane.url))];
     let hellos = [

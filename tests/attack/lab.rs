@@ -125,7 +125,7 @@ impl Lab {
 
     /// Resident memory of the gateway's process.
     pub(crate) fn resident_kib(&self) -> u64 {
-        status_kib(self.pid(), "VmRSS:")
+        resident_kib(self.pid())
     }
 
     /// The most resident memory that the gateway's process ever had.
@@ -151,6 +151,11 @@ impl Lab {
         assert_eq!(heard.statuses(), [200], "a good client, {meanwhile}: {heard:?}");
         assert!(took <= within, "a good client was answered after {took:?}, {meanwhile}");
     }
+}
+
+/// Resident memory of a process.
+pub(crate) fn resident_kib(pid: u32) -> u64 {
+    status_kib(pid, "VmRSS:")
 }
 
 fn status_kib(pid: u32, field: &str) -> u64 {

@@ -31,3 +31,4 @@ mod rogue;
 mod series;
 mod tls;
 mod watch;
+mod ways_out;

@@ -70,6 +70,13 @@ impl Resources {
         change(resource.spec.as_mut().expect("a spec"));
     }
 
+    /// All but the resources of this name.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.0.retain(|(_, known), _| known != name);
+        self
+    }
+
     /// A pool `chat`, a model `gpt-4.1` and one backend per mock, a tenant `acme` and its key.
     pub fn in_front_of(mocks: &[Mock]) -> Self {
         Self::at(&mocks.iter().map(|mock| mock.address).collect::<Vec<_>>())

@@ -68,7 +68,25 @@ pub struct Admission {
     subject: Option<Subject>,
     /// One, or two while a silent backend is not waited for alone.
     slots: SmallVec<[Key; 2]>,
+    /// Slots of which a call without an answer may have taken one.
+    perhaps: Vec<Key>,
     armed: bool,
+}
+
+/// The limiter is being asked for an admission. Dropped before it has answered, as with a client that goes away, it leaves
+/// behind what the call may have taken.
+struct Asking<'a> {
+    admission: &'a mut Admission,
+    call: &'a Acquire,
+    answered: bool,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.admission.perhaps = self.call.candidates.iter().map(|place| place.leases.clone()).collect();
+        }
+    }
 }
 
 impl Admission {
@@ -89,6 +107,7 @@ impl Admission {
             stepped: Cost::default(),
             subject,
             slots: SmallVec::new(),
+            perhaps: Vec::new(),
             armed: true,
         }
     }
@@ -105,17 +124,23 @@ impl Admission {
             Some(refusal) => Ok(refusal),
             None => {
                 let before = ledger.denials.before(&call);
+                let mut asking = Asking { admission: &mut admission, call: &call, answered: false };
                 let decision = ledger.limiter.acquire(&call).await;
+                asking.answered = decision.is_ok();
+                drop(asking);
                 if let Ok(decision) = &decision {
                     ledger.denials.note(&call, decision, &before);
                 }
                 decision
             }
         };
-        if let Ok(decision) = &decision
-            && !matches!(decision.outcome, Outcome::Granted { .. })
-        {
-            admission.refused();
+        match decision.as_ref().map(|decision| &decision.outcome) {
+            Ok(Outcome::Granted { slot }) => {
+                let place = slot.and_then(|at| call.candidates.get(at));
+                admission.slots = place.map(|place| place.leases.clone()).into_iter().collect();
+            }
+            Ok(_) => admission.refused(),
+            Err(_) => {}
         }
         Asked { decision, admission, by_memory }
     }
@@ -290,7 +315,11 @@ impl Drop for Admission {
         self.ledger.leases().remove(self.id);
         let actual = minus(&self.actual, &self.stepped);
         let credit = Kind::ALL.iter().any(|kind| self.actual.get(*kind) < self.reserved.get(*kind));
-        let job = Job::Settle(self.settlements(actual), credit);
+        let (settlements, perhaps) = (self.settlements(actual), std::mem::take(&mut self.perhaps));
+        let job = match perhaps.is_empty() {
+            true => Job::Settle(settlements, credit),
+            false => Job::Cancel(settlements, Box::new((self.id, perhaps))),
+        };
         if self.ledger.queue.try_send(job).is_err() {
             self.ledger.metrics.settlements_lost.inc();
         }

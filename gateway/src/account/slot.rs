@@ -8,13 +8,63 @@ use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
-use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Limiter, Outcome, Scopes};
+use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome, Scopes};
 
 use super::{Job, Ledger};
 use crate::snapshot::{BackendEntry, LEASE_TTL, ModelEntry};
 
 /// Whose turn a probe takes when it waits.
 const PROBES: &str = "weir-probe";
+
+/// A slot that the limiter has given to a reservation. Dropped, it is given back, unless it was [kept](Self::keep).
+#[derive(Debug)]
+pub struct NewSlot {
+    ledger: Arc<Ledger>,
+    id: Uuid,
+    leases: Option<Key>,
+}
+
+impl NewSlot {
+    /// Whoever keeps it gives it back with the reservation.
+    pub fn keep(mut self) -> Option<Key> {
+        self.leases.take()
+    }
+}
+
+impl Drop for NewSlot {
+    fn drop(&mut self) {
+        if let Some(leases) = self.leases.take() {
+            // Without room in the queue it runs out.
+            let _ = self.ledger.queue.try_send(Job::Release(self.id, leases));
+        }
+    }
+}
+
+impl Ledger {
+    /// Takes a slot for a reservation at the first candidate that has one, in place of `from`; which candidate it is.
+    /// Cancel-safe: what was taken for a caller that is gone is given back.
+    ///
+    /// # Errors
+    /// Those of the limiter.
+    pub async fn take_slot(
+        self: &Arc<Self>,
+        id: Uuid,
+        from: Option<Key>,
+        candidates: Vec<Candidate>,
+    ) -> Result<Option<(usize, NewSlot)>, Error> {
+        let ledger = self.clone();
+        // Ends with the limiter's answer, for which the limiter has a deadline. In a task of its own: a call that was sent
+        // takes a slot also if nobody waits for its answer any more.
+        let taking = tokio::spawn(async move {
+            let taken = ledger.limiter.move_slot(id, from.as_ref(), &candidates, LEASE_TTL).await?;
+            Ok(taken.and_then(|at| {
+                let leases = Some(candidates.get(at)?.leases.clone());
+                Some((at, NewSlot { ledger, id, leases }))
+            }))
+        });
+        taking.await.unwrap_or_else(|_| Err(Error::Unreachable("the call did not come to its end".into())))
+    }
+}
 
 /// A lease that is renewed until it is dropped, and freed then. Like those of requests it bears the mark of this process
 /// and ends with it.
@@ -23,7 +73,7 @@ pub struct SlotLease {
     ledger: Arc<Ledger>,
     id: Uuid,
     place: Candidate,
-    taken: bool,
+    slot: Option<NewSlot>,
 }
 
 impl SlotLease {
@@ -33,17 +83,18 @@ impl SlotLease {
             max_concurrency: backend.spec.max_concurrency,
             bound: None,
         };
-        // Said to be taken from before the limiter is asked: whoever is cut off meanwhile leaves nothing behind.
-        Self { ledger: ledger.clone(), id: ledger.holder.id(), place, taken: true }
+        Self { ledger: ledger.clone(), id: ledger.holder.id(), place, slot: None }
     }
 
-    async fn ask(&self) -> Result<bool, Error> {
-        let place = std::slice::from_ref(&self.place);
-        let taken = self.ledger.limiter.move_slot(self.id, None, place, LEASE_TTL).await?.is_some();
-        if taken {
-            self.ledger.leases().insert(self.id, smallvec![self.place.leases.clone()]);
-        }
-        Ok(taken)
+    async fn ask(&self) -> Result<Option<NewSlot>, Error> {
+        let taken = self.ledger.take_slot(self.id, None, vec![self.place.clone()]).await?;
+        Ok(taken.map(|(_, slot)| slot))
+    }
+
+    fn holding(mut self, slot: Option<NewSlot>) -> Option<Self> {
+        self.slot = Some(slot?);
+        self.ledger.leases().insert(self.id, smallvec![self.place.leases.clone()]);
+        Some(self)
     }
 
     /// Takes one of the backend's slots of the whole cluster; `None` when there is none. Cancel-safe.
@@ -51,9 +102,9 @@ impl SlotLease {
     /// # Errors
     /// Those of the limiter, which decides by this gateway's share while its store is away.
     pub async fn take(ledger: &Arc<Ledger>, backend: &BackendEntry) -> Result<Option<Self>, Error> {
-        let mut lease = Self::of(ledger, backend);
-        lease.taken = lease.ask().await?;
-        Ok(lease.taken.then_some(lease))
+        let lease = Self::of(ledger, backend);
+        let slot = lease.ask().await?;
+        Ok(lease.holding(slot))
     }
 
     /// The same, waiting for at most `max_wait` where requests for `model` wait, and before them. Cancel-safe.
@@ -66,7 +117,7 @@ impl SlotLease {
         model: &ModelEntry,
         max_wait: Duration,
     ) -> Result<Option<Self>, Error> {
-        let mut lease = Self::of(ledger, backend);
+        let lease = Self::of(ledger, backend);
         let patience = Patience {
             tenant: PROBES.into(),
             priority: Priority::High,
@@ -89,24 +140,22 @@ impl SlotLease {
             lease_ttl: LEASE_TTL,
         };
         let ask = |_: Option<&QueueId>| async {
-            let outcome = match lease.ask().await? {
-                true => Outcome::Granted { slot: Some(0) },
-                false => Outcome::NoSlot { wait: LEASE_TTL },
+            let slot = lease.ask().await?;
+            let outcome = match slot {
+                Some(_) => Outcome::Granted { slot: Some(0) },
+                None => Outcome::NoSlot { wait: LEASE_TTL },
             };
-            Ok::<_, Error>((Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, ()))
+            Ok::<_, Error>((Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, slot))
         };
         let waited = ledger.waiting.acquire(&call, &patience, ask).await?;
-        lease.taken = matches!(waited.decision.outcome, Outcome::Granted { .. });
-        Ok(lease.taken.then_some(lease))
+        Ok(lease.holding(waited.with.flatten()))
     }
 }
 
 impl Drop for SlotLease {
     fn drop(&mut self) {
-        if self.taken {
+        if self.slot.is_some() {
             self.ledger.leases().remove(self.id);
-            // Without room in the queue it runs out.
-            let _ = self.ledger.queue.try_send(Job::Release(self.id, self.place.leases.clone()));
         }
     }
 }

@@ -12,11 +12,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use hyper_util::client::legacy::connect::dns::Name;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -237,12 +239,15 @@ impl Host {
     }
 
     async fn look_up(self: Arc<Self>) {
-        let found = timeout(LOOKUP_MAX, (self.lookup)(&self.name)).await;
+        // Were it to panic, this host would count as being looked up for ever.
+        let lookup = AssertUnwindSafe(async { (self.lookup)(&self.name).await }).catch_unwind();
+        let found = timeout(LOOKUP_MAX, lookup).await;
         let now = Instant::now();
         let found = match found {
-            Ok(Ok(addresses)) if addresses.is_empty() => Err("the answer has no address".to_owned()),
-            Ok(Ok(addresses)) => Ok(addresses),
-            Ok(Err(error)) => Err(error.to_string()),
+            Ok(Ok(Ok(addresses))) if addresses.is_empty() => Err("the answer has no address".to_owned()),
+            Ok(Ok(Ok(addresses))) => Ok(addresses),
+            Ok(Ok(Err(error))) => Err(error.to_string()),
+            Ok(Err(_)) => Err("it panicked, which is a bug of ours".to_owned()),
             Err(_) => Err(format!("no answer within {} s", LOOKUP_MAX.as_secs())),
         };
         let outcome = if found.is_ok() { "ok" } else { "failed" };
@@ -340,6 +345,7 @@ mod tests {
         These(Vec<IpAddr>),
         No,
         Nothing,
+        Panic,
     }
 
     fn address(last: u8) -> IpAddr {
@@ -366,6 +372,7 @@ mod tests {
                         Says::These(addresses) => Ok(addresses),
                         Says::No => Err(io::Error::other("no such name")),
                         Says::Nothing => std::future::pending().await,
+                        Says::Panic => panic!("a bug"),
                     };
                     own.at_once.fetch_sub(1, Ordering::SeqCst);
                     found
@@ -485,5 +492,16 @@ mod tests {
         assert!(found.iter().all(IpAddr::is_loopback), "{found:?}");
         let error = ask_system(Arc::new(Semaphore::new(0)), "localhost".into()).await.expect_err("full");
         assert!(error.to_string().contains("resolv.conf"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_up_that_panics_is_one_that_failed() {
+        let (script, resolver) = Script::new(Says::Panic);
+        let host = resolver.host("backend.example");
+        let error = host.host.addresses(LOOKUP_SLOW).await.expect_err("it panicked");
+        assert!(error.to_string().contains("panicked"), "{error}");
+        script.say(Says::These(vec![address(1)]));
+        tokio::time::sleep(LOOKUP_EVERY).await;
+        assert_eq!(*host.host.addresses(LOOKUP_SLOW).await.expect("asked again"), [address(1)]);
     }
 }
