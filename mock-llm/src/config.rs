@@ -30,7 +30,7 @@ pub struct Config {
     pub models: Vec<String>,
     /// Region told in the header `x-mock-region`; at most 128 visible ASCII characters.
     pub region: String,
-    /// Name told in the header `x-mock-instance`; at most 128 visible ASCII characters. Empty: `mock-<port>`.
+    /// Name told in the header `x-mock-instance`, and as `req-NAME` in `request-id`, which gateways pass on; at most 128 visible ASCII characters. Empty: `mock-<port>`.
     pub instance: String,
     /// Prompt tokens read per second, 0 to 1e9. 0: the prompt costs no time.
     pub prefill_tokens_per_s: f64,

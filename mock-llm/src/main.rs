@@ -34,7 +34,7 @@ struct Args {
     /// Region told in the header x-mock-region
     #[arg(long, env = "MOCK_LLM_REGION", default_value_t = Config::default().region)]
     region: String,
-    /// Name told in the header x-mock-instance [default: mock-<port>]
+    /// Name told in the header x-mock-instance, and as req-NAME in request-id [default: mock-<port>]
     #[arg(long, env = "MOCK_LLM_INSTANCE", default_value = "", hide_default_value = true)]
     instance: String,
     /// Prompt tokens read per second; 0 is no delay

@@ -44,6 +44,8 @@ const H2_STREAMS_MAX: u32 = 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REGION: HeaderName = HeaderName::from_static("x-mock-region");
 const INSTANCE: HeaderName = HeaderName::from_static("x-mock-instance");
+/// Passed on by gateways, which keep a server's own headers to themselves.
+const PASSED_ON: HeaderName = HeaderName::from_static("request-id");
 
 /// A bound simulated LLM server.
 #[derive(Debug)]
@@ -59,6 +61,7 @@ pub struct Server {
 struct Stamp {
     region: HeaderValue,
     instance: HeaderValue,
+    passed_on: HeaderValue,
 }
 
 impl Server {
@@ -79,6 +82,7 @@ impl Server {
         let stamp = Stamp {
             region: HeaderValue::from_str(&config.region).map_err(|error| invalid(&error))?,
             instance: HeaderValue::from_str(&instance).map_err(|error| invalid(&error))?,
+            passed_on: HeaderValue::from_str(&format!("req-{instance}")).map_err(|error| invalid(&error))?,
         };
         Ok(Self { listener, local_addr, stamp, shared: Arc::new(Shared::new(config)) })
     }
@@ -210,5 +214,6 @@ async fn respond(
     }
     headers.insert(REGION, stamp.region.clone());
     headers.insert(INSTANCE, stamp.instance.clone());
+    headers.insert(PASSED_ON, stamp.passed_on.clone());
     response
 }

@@ -23,7 +23,7 @@ async fn up_answers_shifts_weight_on_every_gateway_and_stops_when_told() {
     for k in 0..3 {
         for _ in 0..10 {
             let answer = up.client(k).chat(CHAT).await;
-            assert_eq!(answer.headers["x-mock-instance"], "sgp", "gateway {k} holds the new weights");
+            assert_eq!(answer.headers["request-id"], "req-sgp", "gateway {k} holds the new weights");
         }
     }
     signal(&up.child, "-TERM").await;
