@@ -7,11 +7,12 @@
 //! an operator has set), and a good one is not even looked up here.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use weir_runtime::edge::household;
 
 /// What is counted together, and the time between two lines about one address.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -119,14 +120,6 @@ impl Table {
             self.by_address.retain(|_, count| !count.is_over(now));
         }
         if self.by_address.len() < ADDRESSES_MAX { address } else { None }
-    }
-}
-
-/// IPv6 is handed out in networks of 64 bits: whoever has one has all addresses in it.
-fn household(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V4(v4) => IpAddr::V4(v4),
-        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
     }
 }
 

@@ -33,7 +33,7 @@ pub use self::head::check;
 pub use self::http::{Client, HttpBounds, Refusal, Refuse, serve_http, serve_http1};
 pub use self::metrics::EdgeMetrics;
 pub use self::socket::Socket;
-pub use self::table::{Bounds, Busy, Connection, RequestClock};
+pub use self::table::{Bounds, Busy, Connection, RequestClock, household};
 
 /// After an error of accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);

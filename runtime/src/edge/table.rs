@@ -670,8 +670,8 @@ impl Drop for Open {
     }
 }
 
-/// IPv6 is handed out in networks of 64 bits: whoever has one has all addresses in it.
-fn household(peer: IpAddr) -> IpAddr {
+/// Whom an address belongs to. IPv6 is handed out in networks of 64 bits: whoever has one has all addresses in it.
+pub fn household(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V4(v4) => IpAddr::V4(v4),
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
