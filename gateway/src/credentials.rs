@@ -2,8 +2,8 @@
 //!
 //! [`Credentials::of`] answers at once with what is known. A file that is new is read by a thread of this module, not by
 //! tokio's: a file system that hangs keeps its thread for ever, and would keep tokio from ending too. Threads are few
-//! per allowed directory, one file is never read twice at once, and a read that takes longer than [`READ_TIMEOUT`] is
-//! given up by all who wait for it. Files are read again every [`LOOK_EVERY`], so a secret that was exchanged is in use
+//! per allowed directory, one file is never read twice at once, and a read that takes longer than `READ_TIMEOUT` is
+//! given up by all who wait for it. Files are read again every `LOOK_EVERY`, so a secret that was exchanged is in use
 //! without a change of the configuration; while the new one cannot be used the old one stays.
 
 mod file;
