@@ -464,17 +464,12 @@ async fn http1<I, S, F, B>(
         .max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES)
         .max_headers(bounds.head.fields + 1);
     let mut driver = builder.serve_connection(TokioIo::new(framed), service);
-    let mut told = false;
     let end = poll_fn(|cx| {
         if let Some(why) = connection.poll_cut(cx) {
             return Poll::Ready(End::Cut(why));
         }
         if connection.clock.poll_cut(cx) {
             return Poll::Ready(End::Cut(Cut::Stalled));
-        }
-        if !told && connection.ends_idle() {
-            told = true;
-            Pin::new(&mut driver).graceful_shutdown();
         }
         if let Poll::Ready(done) = driver.poll_without_shutdown(cx) {
             if let Err(error) = done {

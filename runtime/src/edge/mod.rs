@@ -62,13 +62,13 @@ impl EdgeHandle {
     /// From now on every connection ends with the requests it has, and each new one after its first. One of HTTP/1 that
     /// has none ends with its next one, or when all [close](Self::close).
     pub fn drain(&self) {
-        self.0.drain(false);
+        self.0.drain();
     }
 
     /// Drains: lets requests run for `limit` or until `hurry` is done, then has those that remain say their last word, and
     /// closes every connection. Returns when all are closed; whether none had to be cut.
     pub async fn close(&self, limit: Duration, hurry: impl Future<Output = ()>) -> bool {
-        self.0.drain(true);
+        self.drain();
         let whole = {
             let ended = async {
                 // A peer of HTTP/2 may not have seen the GOAWAY yet, and have sent a request; one that sends nothing

@@ -218,8 +218,6 @@ pub struct Connection {
     cut: AtomicU8,
     /// Whether the process ends: no further request is wanted.
     draining: AtomicBool,
-    /// Whether nothing is accepted any more either: who is idle is closed.
-    closing: AtomicBool,
     malformed: AtomicBool,
     driver: AtomicWaker,
     reader: AtomicWaker,
@@ -246,7 +244,6 @@ impl Connection {
             in_head: AtomicBool::new(true),
             cut: AtomicU8::new(0),
             draining: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
             malformed: AtomicBool::new(false),
             driver: AtomicWaker::new(),
             reader: AtomicWaker::new(),
@@ -364,20 +361,13 @@ impl Connection {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Whether the connection is to end with the requests it has; one that has had none is still given an answer.
+    /// Whether an HTTP/2 connection is to say that it ends; one that has had no request is still given an answer.
     pub(super) fn ends(&self) -> bool {
         self.is_draining() && self.begun.load(Ordering::Relaxed)
     }
 
-    /// The same for a protocol that cannot say so between two requests: closed while it is idle, a connection would lose
-    /// the request that is on its way. As long as others are accepted, its next answer says it.
-    pub(super) fn ends_idle(&self) -> bool {
-        self.ends() && self.closing.load(Ordering::Acquire)
-    }
-
-    fn drain(&self, closing: bool) {
+    fn drain(&self) {
         self.draining.store(true, Ordering::Release);
-        self.closing.fetch_or(closing, Ordering::AcqRel);
         self.driver.wake();
     }
 
@@ -464,7 +454,6 @@ pub(super) struct Table {
     pub(super) bounds: Bounds,
     metrics: EdgeMetrics,
     draining: AtomicBool,
-    closing: AtomicBool,
     /// Connections that have not closed yet, those that were evicted included.
     here: AtomicUsize,
     /// A connection has closed.
@@ -495,7 +484,6 @@ impl Table {
             bounds,
             metrics,
             draining: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
             here: AtomicUsize::new(0),
             closed: Notify::new(),
             inner: Mutex::default(),
@@ -536,7 +524,7 @@ impl Table {
         self.here.fetch_add(1, Ordering::AcqRel);
         self.metrics.opened(self.name);
         if self.draining.load(Ordering::Acquire) {
-            connection.drain(self.closing.load(Ordering::Acquire));
+            connection.drain();
         }
         Some(Open { table: Arc::clone(self), id, connection })
     }
@@ -595,12 +583,12 @@ impl Table {
         }
     }
 
-    /// From now on every connection ends with the requests it has; one of HTTP/1 that has none, when `closing`.
-    pub(super) fn drain(&self, closing: bool) {
+    /// From now on every connection ends with the requests it has. HTTP/1 cannot say so between two requests, and closed
+    /// while it is idle it would lose the request that is on its way: its next answer says it.
+    pub(super) fn drain(&self) {
         self.draining.store(true, Ordering::Release);
-        self.closing.fetch_or(closing, Ordering::AcqRel);
         let open: Vec<_> = lock(&self.inner).open.values().cloned().collect();
-        open.iter().for_each(|connection| connection.drain(closing));
+        open.iter().for_each(|connection| connection.drain());
     }
 
     /// Ends the answers that run, each with a last word.
