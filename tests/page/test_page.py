@@ -122,6 +122,8 @@ class Page(unittest.TestCase):
     def open(self, token):
         b = self.browser
         b.open(f"{self.base}/")
+        # A page that is still starting would write back the token that it has read.
+        b.until("!document.querySelector('#gate').hidden || !document.querySelector('#board').hidden")
         b.js("sessionStorage.clear()")
         b.open("about:blank")
         b.open(f"{self.base}/#token={token}")
