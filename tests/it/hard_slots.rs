@@ -117,7 +117,8 @@ async fn a_backend_that_hangs_with_all_its_slots_taken_is_judged_all_the_same() 
     mock.handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
     eventually("its verdict tells the truth", async || is("unhealthy").await).await;
     let why = stack.weir(&["-o", "json", "why", "b0"]).await;
-    assert!(why.contains("readiness_quorum"), "{why}");
+    // By both gateways, or by one where the other was late.
+    assert!(why.contains("\"rule\": \"readiness_"), "{why}");
     mock.handle.clear_faults();
     eventually("it is back under the same requests", async || is("healthy").await).await;
 }
