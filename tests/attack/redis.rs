@@ -44,10 +44,11 @@ async fn redis_flushed_emptied_and_killed_under_traffic_costs_no_request() {
     redis.restart().await;
     fleet.uses_redis().await;
     traffic.more(100).await;
-    let before = fleet.outages().await;
+    // Back at once: whether a gateway calls that an outage depends on how many calls fell into it.
     redis.kill().await;
     redis.restart().await;
-    fleet.was_away(&before, 0..2).await;
+    traffic.more(100).await;
+    fleet.uses_redis().await;
     traffic.more(100).await;
     let counts = traffic.end().await;
     counts.only(&[200], "Redis came and went");
