@@ -152,6 +152,17 @@ fn what_is_of_another_set_is_taken_over_only_when_that_is_meant() {
 }
 
 #[test]
+fn the_example_with_two_backends_can_be_applied() {
+    let example = include_str!("../../../deploy/examples/two-backends.yaml");
+    let resources = weir_proto::manifest::parse(example, "two-backends.yaml").unwrap();
+    let empty = state(&[]);
+    let edits = apply_edits(&empty, &resources, "default", false, false).unwrap();
+    let plan = plan(&empty, edits, Options::default()).unwrap();
+    assert_eq!(plan.steps.len(), resources.len());
+    assert!(plan.steps.iter().all(|step| step.action == v1::ChangeAction::Create));
+}
+
+#[test]
 fn content_decides_version_and_etag() {
     let bare = Stored::new(pool("p")).unwrap();
     let times = Some(prost_types::Timestamp { seconds: 9, nanos: 0 });

@@ -246,6 +246,19 @@ fn every_violation_and_every_duplicate_is_reported() {
 }
 
 #[test]
+fn the_example_with_two_backends_is_valid_and_the_readme_shows_it() {
+    let example = include_str!("../../../deploy/examples/two-backends.yaml");
+    let resources = parse(example, "two-backends.yaml").unwrap_or_else(|error| panic!("{error}"));
+    let kinds: Vec<_> = resources.iter().map(|resource| kind_name(kind_of(resource))).collect();
+    assert_eq!(kinds, ["pool", "backend", "backend", "model", "tenant", "limit"]);
+    let block = format!("```yaml\n{example}```\n");
+    assert!(
+        include_str!("../../../README.md").contains(&block),
+        "README.md must contain deploy/examples/two-backends.yaml as it is"
+    );
+}
+
+#[test]
 fn a_secret_in_a_file_is_not_repeated() {
     let text = "kind: backend\nname: b\nspec:\n  pool: p\n  url: http://h\n  models: {m: }\n  credential: sk-canary\n";
     let found = error(text);
