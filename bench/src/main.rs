@@ -115,8 +115,8 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
         }
     };
     runtime.block_on(async {
-        let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry));
+        let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), force));
         tokio::select! {
             done = bench => done,
             // Dropping the bench ends every process it started.

@@ -79,12 +79,12 @@ pub(crate) struct MockArgs {
 pub(crate) fn run(role: Role) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
+        let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), force.clone()));
         match role {
             Role::Gateway(config) => {
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
-                let running = weir_gateway::start(*config, None, shutdown, hurry).await?;
+                let running = weir_gateway::start(*config, None, shutdown, force).await?;
                 say(&json!({ "clients": running.address, "ops": running.ops_address }))?;
                 running.ended().await?;
             }
@@ -107,7 +107,7 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
             }
             Role::LimitService(config) => {
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
-                let running = weir_ratelimit::service::start(*config, None, shutdown, hurry).await?;
+                let running = weir_ratelimit::service::start(*config, None, shutdown, force).await?;
                 say(&json!({ "grpc": running.address, "ops": running.ops_address }))?;
                 running.ended().await;
             }

@@ -123,11 +123,11 @@ async fn run(config: Config, restore: Option<PathBuf>) -> Result<(), weir_contro
         tracing::info!(revision, from = %from.display(), "the store is restored");
     }
     let failed = |e: &dyn std::fmt::Display| weir_control_plane::Error::Failed(e.to_string());
-    let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
+    let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
     let mut running = ControlPlane::start(config, shutdown.clone()).await?;
     tokio::select! {
         ended = &mut running.join => return ended.map_err(|e| failed(&e))?,
-        signals = shutdown_on_signals(shutdown.clone(), hurry.clone()) => signals.map_err(|e| failed(&e))?,
+        signals = shutdown_on_signals(shutdown.clone(), force.clone()) => signals.map_err(|e| failed(&e))?,
     }
     // A second signal: what is still open is cut.
     Ok(())

@@ -21,7 +21,7 @@ use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
 use weir_proto::v1::report_service_server::ReportServiceServer;
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
-use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Places, STREAMS_PER_CONNECTION};
+use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Permits, STREAMS_PER_CONNECTION};
 use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, Secret, ServerTls, serve_ops_with};
 
 use crate::auth::{Authority, Caller, Gated, GatewayTokens, Reach};
@@ -268,7 +268,7 @@ async fn serve(
     weir_runtime::register(&mut registry);
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
-    let places = Places::default();
+    let permits = Permits::default();
     // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
     for name in HEALTH_NAMES {
         health.set_service_status(name, ServingStatus::Serving).await;
@@ -309,11 +309,11 @@ async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
-        .add_service(Gated::new(health_service, authority.clone(), Reach::Probes, places.clone()))
-        .add_service(Gated::new(reflection, authority.clone(), reflection_reach, places.clone()))
-        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised, places.clone()))
-        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised, places.clone()))
-        .add_service(Gated::new(reports, authority, Reach::Authorised, places))
+        .add_service(Gated::new(health_service, authority.clone(), Reach::Probes, permits.clone()))
+        .add_service(Gated::new(reflection, authority.clone(), reflection_reach, permits.clone()))
+        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised, permits.clone()))
+        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised, permits.clone()))
+        .add_service(Gated::new(reports, authority, Reach::Authorised, permits))
         .serve_with_incoming_shutdown(incoming, stopping);
     let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
     let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());

@@ -45,9 +45,9 @@ pub struct StreamBound {
     pub age: Option<Duration>,
 }
 
-/// The streams that are open. Cheap to clone.
+/// The permits of open streams. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Places(Arc<Mutex<Open>>);
+pub struct Permits(Arc<Mutex<Open>>);
 
 /// Holds no more than what is open.
 #[derive(Debug, Default)]
@@ -56,24 +56,24 @@ struct Open {
     by_caller: BTreeMap<(&'static str, Arc<str>), usize>,
 }
 
-/// The place of one stream; dropping it gives it to the next.
+/// The permit of one stream; dropping it frees it for the next.
 #[derive(Debug)]
-pub struct Place {
-    places: Places,
+pub struct Permit {
+    permits: Permits,
     kind: &'static str,
     caller: Arc<str>,
 }
 
-impl Places {
+impl Permits {
     fn open(&self) -> MutexGuard<'_, Open> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a stream of a caller.
+    /// Takes a permit for a stream of a caller.
     ///
     /// # Errors
     /// RESOURCE_EXHAUSTED when all of them, or all of this caller's, are taken.
-    pub fn take(&self, bound: &StreamBound, caller: &Arc<str>) -> Result<Place, Status> {
+    pub fn take(&self, bound: &StreamBound, caller: &Arc<str>) -> Result<Permit, Status> {
         let StreamBound { kind, most, most_per_caller, .. } = *bound;
         let mut open = self.open();
         if open.by_kind.get(kind).is_some_and(|open| *open >= most) {
@@ -87,13 +87,13 @@ impl Places {
         *open.by_kind.entry(kind).or_default() += 1;
         *open.by_caller.entry(key).or_default() += 1;
         drop(open);
-        Ok(Place { places: self.clone(), kind, caller: Arc::clone(caller) })
+        Ok(Permit { permits: self.clone(), kind, caller: Arc::clone(caller) })
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let mut open = self.places.open();
+        let mut open = self.permits.open();
         if let Some(count) = open.by_kind.get_mut(self.kind) {
             *count = count.saturating_sub(1);
         }
@@ -110,7 +110,7 @@ impl Drop for Place {
 /// Carries a call out within its bound.
 pub async fn bounded(
     bound: Bound,
-    places: Places,
+    permits: Permits,
     caller: Arc<str>,
     call: impl Future<Output = Result<http::Response<Body>, Infallible>>,
 ) -> Result<http::Response<Body>, Infallible> {
@@ -123,37 +123,37 @@ pub async fn bounded(
             }
         },
         Bound::Stream(bound) => {
-            let place = match places.take(&bound, &caller) {
-                Ok(place) => place,
+            let permit = match permits.take(&bound, &caller) {
+                Ok(permit) => permit,
                 Err(status) => return Ok(status.into_http()),
             };
             match timeout(HEAD_TIMEOUT, call).await {
-                Ok(answer) => answer.map(|answer| answer.map(|body| Held::of(body, bound.age, place))),
+                Ok(answer) => answer.map(|answer| answer.map(|body| PermitBody::of(body, bound.age, permit))),
                 Err(_) => Ok(Status::deadline_exceeded("no message within 30 s").into_http()),
             }
         }
     }
 }
 
-/// The body of a stream, which holds its place.
-struct Held {
+/// The body of a stream, which holds its permit.
+struct PermitBody {
     /// `None` after its end.
     body: Option<Body>,
     end: Option<Pin<Box<Sleep>>>,
-    place: Option<Place>,
+    permit: Option<Permit>,
 }
 
-impl Held {
-    fn of(body: Body, age: Option<Duration>, place: Place) -> Body {
+impl PermitBody {
+    fn of(body: Body, age: Option<Duration>, permit: Permit) -> Body {
         // A refusal in the head alone holds nothing.
         if body.is_end_stream() {
             return body;
         }
-        Body::new(Self { body: Some(body), end: age.map(|age| Box::pin(sleep(age))), place: Some(place) })
+        Body::new(Self { body: Some(body), end: age.map(|age| Box::pin(sleep(age))), permit: Some(permit) })
     }
 }
 
-impl http_body::Body for Held {
+impl http_body::Body for PermitBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -164,7 +164,7 @@ impl http_body::Body for Held {
         let this = self.get_mut();
         let Some(body) = &mut this.body else { return Poll::Ready(None) };
         if this.end.as_mut().is_some_and(|end| end.as_mut().poll(context).is_ready()) {
-            (this.body, this.place) = (None, None);
+            (this.body, this.permit) = (None, None);
             let mut trailers = HeaderMap::new();
             let status = Status::unavailable("the stream has reached its age; open a new one");
             return Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))));
@@ -190,37 +190,37 @@ mod tests {
     const TWO: StreamBound = StreamBound { kind: "watches", most: 3, most_per_caller: 2, age: None };
 
     #[test]
-    fn places_are_bounded_by_caller_and_in_all_and_come_back() {
-        let places = Places::default();
+    fn permits_are_bounded_by_caller_and_in_all_and_come_back() {
+        let permits = Permits::default();
         let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
-        let first = places.take(&TWO, &a).expect("free");
-        let _second = places.take(&TWO, &a).expect("free");
-        let refused = places.take(&TWO, &a).expect_err("of one caller");
+        let first = permits.take(&TWO, &a).expect("free");
+        let _second = permits.take(&TWO, &a).expect("free");
+        let refused = permits.take(&TWO, &a).expect_err("of one caller");
         assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
         assert!(refused.message().contains("a has 2 watches"), "{refused:?}");
-        let _third = places.take(&TWO, &b).expect("another caller's");
-        assert!(places.take(&TWO, &b).expect_err("in all").message().contains("3 watches"));
+        let _third = permits.take(&TWO, &b).expect("another caller's");
+        assert!(permits.take(&TWO, &b).expect_err("in all").message().contains("3 watches"));
         drop(first);
-        drop(places.take(&TWO, &b).expect("free again"));
-        assert_eq!(places.open().by_caller.len(), 2);
+        drop(permits.take(&TWO, &b).expect("free again"));
+        assert_eq!(permits.open().by_caller.len(), 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_call_whose_message_never_comes_ends() {
         let never = pending::<Result<http::Response<Body>, Infallible>>();
         let bound = Bound::Unary(Duration::from_secs(5));
-        let answer = bounded(bound, Places::default(), "a".into(), never).await.expect("infallible");
+        let answer = bounded(bound, Permits::default(), "a".into(), never).await.expect("infallible");
         assert_eq!(answer.headers()["grpc-status"], "4");
         let never = pending::<Result<http::Response<Body>, Infallible>>();
-        let places = Places::default();
+        let permits = Permits::default();
         let answer =
-            bounded(Bound::Stream(TWO), places.clone(), "a".into(), never).await.expect("infallible");
+            bounded(Bound::Stream(TWO), permits.clone(), "a".into(), never).await.expect("infallible");
         assert_eq!(answer.headers()["grpc-status"], "4");
-        assert!(places.open().by_caller.is_empty(), "its place is free");
+        assert!(permits.open().by_caller.is_empty(), "its permit is free");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_ends_at_its_age_and_frees_its_place() {
+    async fn a_stream_ends_at_its_age_and_frees_its_permit() {
         struct Silent;
         impl http_body::Body for Silent {
             type Data = Bytes;
@@ -232,17 +232,17 @@ mod tests {
                 Poll::Pending
             }
         }
-        let places = Places::default();
+        let permits = Permits::default();
         let bound = StreamBound { age: Some(Duration::from_secs(30)), ..TWO };
         let call = ready(Ok(http::Response::new(Body::new(Silent))));
         let answer =
-            bounded(Bound::Stream(bound), places.clone(), "a".into(), call).await.expect("infallible");
-        assert_eq!(places.open().by_caller.len(), 1);
+            bounded(Bound::Stream(bound), permits.clone(), "a".into(), call).await.expect("infallible");
+        assert_eq!(permits.open().by_caller.len(), 1);
         let mut body = answer.into_body();
         let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
         let trailers = frame.expect("a frame").expect("no error").into_trailers().expect("trailers");
         assert_eq!(trailers["grpc-status"], "14");
-        assert!(places.open().by_caller.is_empty());
+        assert!(permits.open().by_caller.is_empty());
         assert!(std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.is_none());
     }
 }

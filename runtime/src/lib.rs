@@ -5,6 +5,7 @@
 
 use std::sync::LazyLock;
 
+mod backoff;
 pub mod edge;
 mod egress;
 pub mod grpc;
@@ -14,6 +15,7 @@ mod secret;
 mod signals;
 mod tls;
 
+pub use backoff::Backoff;
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
 pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
 pub use ops::{

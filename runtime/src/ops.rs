@@ -97,9 +97,13 @@ pub async fn serve_ops_with(
         };
         let (app, connection) = (app.clone(), socket.connection().clone());
         // Ends with the connection, which its clocks and the end of the process end.
-        tokio::spawn(serve_http1(socket, connection, BOUNDS, refuse, move |client: Client, request| {
-            answer(app.clone(), client, request)
-        }));
+        tokio::spawn(serve_http1(
+            socket,
+            connection,
+            BOUNDS,
+            refuse,
+            move |client: Client, request: Request<Incoming>| answer(app.clone(), client, request),
+        ));
     }
     drop(edge);
     handle.close(CLOSE_TIMEOUT, std::future::pending()).await;

@@ -7,15 +7,15 @@ use tokio_util::sync::CancellationToken;
 /// Linux and macOS, on x86 and ARM.
 const SIGXFSZ: i32 = 25;
 
-/// Cancels `shutdown` at the first SIGTERM or SIGINT and `hurry` at the second. Runs until the process ends.
+/// Cancels `shutdown` at the first SIGTERM or SIGINT and `force` at the second. Runs until the process ends.
 pub async fn shutdown_on_signals(
     shutdown: CancellationToken,
-    hurry: CancellationToken,
+    force: CancellationToken,
 ) -> std::io::Result<()> {
     // Whoever hears it does not end of it; the write fails then, as on a full disk. Whatever cannot be heard is not.
     let _too_large = signal(SignalKind::from_raw(SIGXFSZ)).ok();
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    for token in [shutdown, hurry] {
+    for token in [shutdown, force] {
         let name = tokio::select! {
             _ = term.recv() => "SIGTERM",
             _ = int.recv() => "SIGINT",

@@ -14,7 +14,7 @@ use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use weir_proto::v1;
 use weir_runtime::edge::GrpcPeer;
-use weir_runtime::grpc::{Bound, Places, bounded};
+use weir_runtime::grpc::{Bound, Permits, bounded};
 
 use super::{Authority, Caller, HEALTH_CHECK, bound, needs};
 use crate::tls;
@@ -36,12 +36,12 @@ pub(crate) struct Gated<S> {
     inner: S,
     authority: Authority,
     reach: Reach,
-    places: Places,
+    permits: Permits,
 }
 
 impl<S> Gated<S> {
-    pub(crate) const fn new(inner: S, authority: Authority, reach: Reach, places: Places) -> Self {
-        Self { inner, authority, reach, places }
+    pub(crate) const fn new(inner: S, authority: Authority, reach: Reach, permits: Permits) -> Self {
+        Self { inner, authority, reach, permits }
     }
 
     /// Decided by the head alone: nothing of the message of a call that is refused is read.
@@ -90,7 +90,7 @@ where
                 if let Some(caller) = caller {
                     request.extensions_mut().insert(caller);
                 }
-                bounded(bound, self.places.clone(), name, self.inner.call(request)).boxed()
+                bounded(bound, self.permits.clone(), name, self.inner.call(request)).boxed()
             }
             Err(status) => ready(Ok(status.into_http())).boxed(),
         }

@@ -13,7 +13,7 @@ use tonic::transport::Server;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
-use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Places};
+use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Permits};
 use weir_runtime::{AllowedHosts, Readiness, exit, serve_ops};
 
 use super::auth::Guard;
@@ -113,7 +113,7 @@ pub async fn start(
     let readiness = Readiness::not_ready("starting");
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
-    let (guard, places) = (Guard::new(token.as_ref()), Places::default());
+    let (guard, permits) = (Guard::new(token.as_ref()), Permits::default());
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
         .build_v1()
@@ -157,10 +157,10 @@ pub async fn start(
         .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(Gated::new(health_service, guard.clone(), places.clone()))
-        .add_service(Gated::new(reflection, guard.clone(), places.clone()))
-        .add_service(Gated::new(native, guard.clone(), places.clone()))
-        .add_service(Gated::new(envoy, guard, places))
+        .add_service(Gated::new(health_service, guard.clone(), permits.clone()))
+        .add_service(Gated::new(reflection, guard.clone(), permits.clone()))
+        .add_service(Gated::new(native, guard.clone(), permits.clone()))
+        .add_service(Gated::new(envoy, guard, permits))
         .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
     let (pre_stop, drain) = (config.pre_stop(), config.drain());
     tasks.spawn(async move {

@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use http_body::{Body, Frame, SizeHint};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
@@ -16,8 +15,9 @@ use tonic::codegen::Service;
 use tonic::transport::server::Connected;
 use tower_layer::Layer;
 
+use super::busy::BusyBody;
+use super::connection::{Busy, Connection};
 use super::socket::Socket;
-use super::table::{Busy, Connection};
 use super::{Edge, ServerTls};
 
 /// Connections that wait to be served.
@@ -178,7 +178,7 @@ where
     S: Service<http::Request<Q>, Response = http::Response<B>>,
     S::Future: Unpin,
 {
-    type Response = http::Response<BusyCall<B>>;
+    type Response = http::Response<BusyBody<B>>;
     type Error = S::Error;
     type Future = BusyFuture<S::Future>;
 
@@ -203,38 +203,11 @@ impl<F, B, E> Future for BusyFuture<F>
 where
     F: Future<Output = Result<http::Response<B>, E>> + Unpin,
 {
-    type Output = Result<http::Response<BusyCall<B>>, E>;
+    type Output = Result<http::Response<BusyBody<B>>, E>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = ready!(Pin::new(&mut self.answer).poll(cx))?;
         let busy = self.busy.take();
-        Poll::Ready(Ok(answer.map(|body| BusyCall { body, _busy: busy })))
-    }
-}
-
-/// See [`BusyLayer`].
-#[derive(Debug)]
-pub struct BusyCall<B> {
-    body: B,
-    _busy: Option<Busy>,
-}
-
-impl<B: Body + Unpin> Body for BusyCall<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        Poll::Ready(Ok(answer.map(|body| BusyBody::new(body, busy))))
     }
 }

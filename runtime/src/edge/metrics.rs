@@ -6,7 +6,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::table::Cut;
+use super::connection::Cut;
 
 /// Of one listener.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

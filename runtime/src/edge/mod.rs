@@ -1,9 +1,11 @@
 //! What every listener of every process does with strangers: one set of bounds and clocks.
 //!
-//! * `table`: the open connections of a listener, who goes first when there are too many, and the clocks;
+//! * `connection`: the bounds of one connection and the clocks that end it; `clock`: the clock of one request;
+//! * `table`: the open connections of a listener, and which go first when there are too many;
 //! * `descriptors`: how many file descriptors strangers may take;
-//! * `socket`: a connection's socket; `framing`: the grammar of HTTP/1; `head`: what is refused of a head that is well
-//!   formed; `http`: serving HTTP/1 and HTTP/2 on a socket; `grpc`: sockets for tonic.
+//! * `socket`: a connection's socket; `framing`: the grammar of HTTP/1; `framed`: the bytes on their way to hyper,
+//!   checked; `head`: what is refused of a head that is well formed; `http`: serving HTTP/1 and HTTP/2 on a socket;
+//!   `busy`: the body of an answer; `grpc`: sockets for tonic.
 //!
 //! Invariants:
 //! - A connection that has not sent the head of a request within its time is closed, whatever it does instead.
@@ -11,7 +13,11 @@
 //! - The accept loop waits for nothing but connections: handshakes and everything else belong to the connection's task.
 //! - Connections take at most half of the process's file descriptors.
 
+mod busy;
+mod clock;
+mod connection;
 mod descriptors;
+mod framed;
 pub mod framing;
 mod grpc;
 mod head;
@@ -28,12 +34,15 @@ use tokio::net::TcpListener;
 
 use crate::ServerTls;
 
+pub use self::busy::BusyBody;
+pub use self::clock::RequestClock;
+pub use self::connection::{Bounds, Busy, Connection};
 pub use self::grpc::{BusyLayer, GrpcPeer, GrpcSocket, incoming};
 pub use self::head::check;
-pub use self::http::{Client, HttpBounds, Refusal, Refuse, serve_http, serve_http1};
+pub use self::http::{Client, Handler, HttpBounds, Refusal, Refuse, Transport, serve_http, serve_http1};
 pub use self::metrics::EdgeMetrics;
 pub use self::socket::Socket;
-pub use self::table::{Bounds, Busy, Connection, RequestClock, household};
+pub use self::table::household;
 
 /// After an error of accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
@@ -65,9 +74,9 @@ impl EdgeHandle {
         self.0.drain();
     }
 
-    /// Drains: lets requests run for `limit` or until `hurry` is done, then has those that remain say their last word, and
+    /// Drains: lets requests run for `limit` or until `force` is done, then has those that remain say their last word, and
     /// closes every connection. Returns when all are closed; whether none had to be cut.
-    pub async fn close(&self, limit: Duration, hurry: impl Future<Output = ()>) -> bool {
+    pub async fn close(&self, limit: Duration, force: impl Future<Output = ()>) -> bool {
         self.drain();
         let whole = {
             let ended = async {
@@ -82,7 +91,7 @@ impl EdgeHandle {
             tokio::select! {
                 () = ended => true,
                 () = tokio::time::sleep(limit) => false,
-                () = hurry => false,
+                () = force => false,
             }
         };
         if !whole {

@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::table::{Connection, Cut, Open};
+use super::connection::{Connection, Cut};
+use super::table::Open;
 
 /// Bytes that the kernel holds for a peer beyond what is on its way: with what the kernel takes by itself, megabytes of
 /// each answer would lie there for a peer that reads slowly, and the room would be noticed only when a third is free.

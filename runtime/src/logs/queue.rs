@@ -60,7 +60,7 @@ struct State {
     settled: u64,
     writer: Activity,
     /// Somebody waits for the log to be written, so the writer does not gather.
-    hurry: bool,
+    force: bool,
 }
 
 /// What the writer does. It is woken only when it would otherwise not see a line in time.
@@ -123,7 +123,7 @@ impl Queue {
     /// Starts the thread that writes to `sink`. `lost` counts lines that were not written.
     pub(super) fn start(sink: Box<dyn Write + Send>, form: Form, lost: Counter) -> io::Result<Self> {
         let state =
-            State { waiting: Batch::new(), pushed: 0, settled: 0, writer: Activity::Gathering, hurry: false };
+            State { waiting: Batch::new(), pushed: 0, settled: 0, writer: Activity::Gathering, force: false };
         let queue = Self(Arc::new(Inner {
             state: Mutex::new(state),
             wake: Condvar::new(),
@@ -169,7 +169,7 @@ impl Queue {
         let mut state = self.state();
         let target = state.pushed;
         while state.settled < target {
-            state.hurry = true;
+            state.force = true;
             self.0.wake.notify_one();
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -223,7 +223,7 @@ impl Writer {
             state.settled += batch.ends.len() as u64;
             state.writer = Activity::Gathering;
             self.queue.0.settled.notify_all();
-            let gather = |state: &mut State| !state.hurry && !state.waiting.half_full();
+            let gather = |state: &mut State| !state.force && !state.waiting.half_full();
             let gathered = self.queue.0.wake.wait_timeout_while(state, GATHER, gather);
             drop(gathered.unwrap_or_else(PoisonError::into_inner));
             batch.clear();
@@ -234,7 +234,7 @@ impl Writer {
     fn next(&mut self, batch: &mut Batch) {
         let mut state = self.queue.state();
         if state.waiting.is_empty() {
-            state.hurry = false;
+            state.force = false;
             state.writer = Activity::Waiting;
             let empty = |state: &mut State| state.waiting.is_empty();
             let wake = &self.queue.0.wake;
