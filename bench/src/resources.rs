@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use prost::Message;
 use sha2::{Digest, Sha256};
-use weir_discovery::{Disk, Held};
+use weir_discovery::{ConfigState, Disk};
 use weir_proto::v1::{self, resource::Spec};
 
 /// The tenant of [`Resources::basic`] and its key.
@@ -60,7 +60,7 @@ impl Resources {
 
     /// Writes the copy that a gateway with this data directory starts from.
     pub(crate) fn save(&self, directory: &Path) -> anyhow::Result<()> {
-        let mut held = Held { epoch: "bench".into(), revision: 1, ..Held::default() };
+        let mut held = ConfigState { epoch: "bench".into(), revision: 1, ..ConfigState::default() };
         for (id, resource) in &self.0 {
             let body: Bytes = resource.encode_to_vec().into();
             held.resources.insert(id.clone(), ("1".into(), body));

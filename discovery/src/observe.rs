@@ -8,16 +8,17 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
-use weir_proto::v1::{Applied, Hello, ResourceError, StreamConfigRequest};
+use weir_proto::v1::{Applied, Hello, ResourceError};
+use weir_runtime::Backoff;
 
-use crate::subscribe::{Backoff, Identity, Link, SILENCE_MAX, error_chain};
+use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
 
 /// Between two words about what is held: changes in between are merged.
 const TELL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What a subscriber holds, as it tells it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Standing {
+pub(crate) struct SubscriberStatus {
     /// As Hello says it.
     pub(crate) hello: Hello,
     /// What of it was refused.
@@ -31,16 +32,16 @@ pub(crate) async fn run(
     at: usize,
     link: Link,
     identity: Arc<Identity>,
-    mut standing: watch::Receiver<Standing>,
+    mut status: watch::Receiver<SubscriberStatus>,
     mut followed: watch::Receiver<usize>,
 ) {
-    let mut backoff = Backoff::default();
+    let mut backoff = reconnect_backoff();
     loop {
         if followed.wait_for(|followed| *followed != at).await.is_err() {
             return;
         }
         let ended = tokio::select! {
-            ended = tell(&link, &identity, &mut standing, &mut backoff) => ended,
+            ended = tell(&link, &identity, &mut status, &mut backoff) => ended,
             followed = followed.wait_for(|followed| *followed == at) => match followed {
                 Ok(_) => continue,
                 Err(_) => return,
@@ -54,50 +55,45 @@ pub(crate) async fn run(
 async fn tell(
     link: &Link,
     identity: &Identity,
-    standing: &mut watch::Receiver<Standing>,
+    status: &mut watch::Receiver<SubscriberStatus>,
     backoff: &mut Backoff,
 ) -> Result<(), String> {
     let channel = link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
     let mut client = DiscoveryServiceClient::new(channel);
     let (up, messages) = mpsc::channel(2);
-    let said = standing.borrow_and_update().clone();
-    send(&up, Up::Hello(Hello { observer: true, ..said.hello.clone() })).await?;
-    if !said.errors.is_empty() {
-        send(&up, applied(said)).await?;
+    let sent = status.borrow_and_update().clone();
+    send(&up, Up::Hello(Hello { observer: true, ..sent.hello.clone() })).await?;
+    if !sent.errors.is_empty() {
+        send(&up, applied(sent)).await?;
     }
     let request = identity.request(ReceiverStream::new(messages))?;
     let mut stream = client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
     loop {
         tokio::select! {
-            heard = tokio::time::timeout(SILENCE_MAX, stream.message()) => {
-                match heard.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))? {
+            received = tokio::time::timeout(SILENCE_MAX, stream.message()) => {
+                match received.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))? {
                     // Nothing but heartbeats comes here.
                     Ok(Some(_)) => backoff.reset(),
                     Ok(None) => return Ok(()),
-                    Err(status) => return Err(status.message().to_owned()),
+                    Err(error) => return Err(error.message().to_owned()),
                 }
             }
-            changed = standing.changed() => {
+            changed = status.changed() => {
                 changed.map_err(|_| "the subscriber ended".to_owned())?;
                 tokio::time::sleep(TELL_INTERVAL).await;
-                let said = standing.borrow_and_update().clone();
-                send(&up, applied(said)).await?;
+                let sent = status.borrow_and_update().clone();
+                send(&up, applied(sent)).await?;
             }
         }
     }
 }
 
-fn applied(standing: Standing) -> Up {
+fn applied(status: SubscriberStatus) -> Up {
     Up::Applied(Applied {
-        store_epoch: standing.hello.store_epoch,
-        store_revision: standing.hello.store_revision,
-        held: if standing.errors.is_empty() { Vec::new() } else { standing.hello.held },
-        errors: standing.errors,
-        answered_revision: standing.answered,
+        store_epoch: status.hello.store_epoch,
+        store_revision: status.hello.store_revision,
+        held: if status.errors.is_empty() { Vec::new() } else { status.hello.held },
+        errors: status.errors,
+        answered_revision: status.answered,
     })
-}
-
-async fn send(up: &mpsc::Sender<StreamConfigRequest>, message: Up) -> Result<(), String> {
-    let sent = up.send(StreamConfigRequest { message: Some(message) }).await;
-    sent.map_err(|_| "the stream ended".to_owned())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::held::{Disk, Held};
+use crate::config_state::{ConfigState, Disk};
 
 /// How long the answer to a change waits for its copy; on a disk that is well it takes milliseconds.
 const SAVED_WITHIN: Duration = Duration::from_millis(250);
@@ -31,7 +31,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Next {
-    copy: Option<(u64, Held)>,
+    copy: Option<(u64, ConfigState)>,
     writing: bool,
 }
 
@@ -42,7 +42,7 @@ impl Saver {
     }
 
     /// Has this written, instead of what waits to be.
-    pub(crate) fn save(&mut self, held: &Held) {
+    pub(crate) fn save(&mut self, held: &ConfigState) {
         self.asked += 1;
         let mut next = self.shared.next();
         next.copy = Some((self.asked, held.clone()));

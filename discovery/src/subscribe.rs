@@ -1,4 +1,4 @@
-//! One task owns the [`Held`] resources. It loads the disk copy first, then follows the control plane; when the
+//! One task owns the [`ConfigState`] resources. It loads the disk copy first, then follows the control plane; when the
 //! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
 //!
 //! A change is in force before anything is waited for: a resource that the owner cannot use yet, such as a backend whose
@@ -6,9 +6,7 @@
 //! that by less than a second. So the next change, which may revoke a key, never waits for them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, watch};
@@ -16,27 +14,19 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Request;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::Channel;
 use weir_proto::resource::Resource;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
-use weir_proto::v1::{
-    Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry, StreamConfigRequest, SubscriberRole,
-};
+use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry};
+use weir_runtime::Backoff;
 
-use crate::held::{Disk, Held, Refused};
-use crate::observe::{self, Standing};
+use crate::config_state::{ConfigState, Disk, Refused};
+use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
+use crate::observe::{self, SubscriberStatus};
 use crate::save::Saver;
 
-/// Longest pause between two tries to connect: everybody is back within ten seconds of an outage, however long it was.
-const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// First pause.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// A control plane that says nothing for so long (three heartbeats) is taken for dead.
-pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Largest message: a full synchronisation of some ten thousand resources.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
@@ -67,120 +57,6 @@ pub trait Apply: Send {
     fn connected(&mut self, connected: bool);
 }
 
-/// Who this process is to the control plane.
-#[derive(Debug, Clone)]
-pub struct Identity {
-    /// Its name.
-    pub id: String,
-    /// What it is: decides which kinds of resources it gets.
-    pub role: SubscriberRole,
-    /// This start of the process.
-    pub incarnation: String,
-    /// Where it runs.
-    pub region: String,
-    /// Sent as the bearer token; `None` to a control plane in the same process without one.
-    pub token: Option<weir_runtime::Secret>,
-}
-
-impl Identity {
-    /// A request with the token.
-    pub fn request<T>(&self, message: T) -> Result<Request<T>, String> {
-        let mut request = Request::new(message);
-        if let Some(token) = &self.token {
-            let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
-                .parse()
-                .map_err(|_| "the token for the control plane is not a valid header value".to_owned())?;
-            value.set_sensitive(true);
-            request.metadata_mut().insert("authorization", value);
-        }
-        Ok(request)
-    }
-}
-
-/// Where a control plane is, how it is known, and as whom this process is known to it.
-#[derive(Debug, Clone)]
-pub struct Link {
-    url: String,
-    ca: Option<PathBuf>,
-    own: Option<(PathBuf, PathBuf)>,
-}
-
-impl Link {
-    /// The control planes at URLs with commas between them: all of one store. For https: who signs their certificates
-    /// (`None`: who the system trusts), and this process's own certificate and key.
-    pub fn all(
-        urls: &str,
-        ca: Option<PathBuf>,
-        own: Option<(PathBuf, PathBuf)>,
-    ) -> Result<Vec<Self>, String> {
-        let mut links: Vec<Self> = Vec::new();
-        for url in urls.split(',').map(str::trim) {
-            if links.iter().any(|link| link.url == url) {
-                return Err(format!("control plane address '{url}' is given twice"));
-            }
-            links.push(Self::new(url, ca.clone(), own.clone())?);
-        }
-        Ok(links)
-    }
-
-    fn new(url: &str, ca: Option<PathBuf>, own: Option<(PathBuf, PathBuf)>) -> Result<Self, String> {
-        let link = Self { url: url.to_owned(), ca, own };
-        if (link.ca.is_some() || link.own.is_some()) && !url.starts_with("https://") {
-            return Err(format!("certificates are for https, and the control plane address is '{url}'"));
-        }
-        link.endpoint().map(|_| link)
-    }
-
-    /// Its address.
-    pub fn url(&self) -> &str {
-        &self.url
-    }
-
-    /// A channel with bounds on connecting and silence. The files are read each time, so that the next connection uses
-    /// a renewed certificate; they are small.
-    pub fn endpoint(&self) -> Result<Endpoint, String> {
-        let endpoint = Endpoint::from_shared(self.url.clone())
-            .map_err(|_| {
-                format!("control plane address '{}' is not a URL, such as http://host:7070", self.url)
-            })?
-            .connect_timeout(Duration::from_secs(5))
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(10))
-            .keep_alive_while_idle(true);
-        if !self.url.starts_with("https://") {
-            return Ok(endpoint);
-        }
-        let read = |path: &PathBuf| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
-        let mut tls = match &self.ca {
-            Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
-            None => ClientTlsConfig::new().with_native_roots(),
-        };
-        if let Some((cert, key)) = &self.own {
-            tls = tls.identity(tonic::transport::Identity::from_pem(read(cert)?, read(key)?));
-        }
-        endpoint.tls_config(tls).map_err(|e| error_chain(&e))
-    }
-}
-
-/// Pauses that grow to a bound, each drawn from the whole range so that subscribers do not come back together.
-#[derive(Debug, Default)]
-pub struct Backoff(u32);
-
-impl Backoff {
-    /// The next pause.
-    pub fn next_pause(&mut self) -> Duration {
-        let ceiling = BACKOFF_MIN.saturating_mul(1 << self.0.min(10)).min(BACKOFF_MAX);
-        self.0 = self.0.saturating_add(1);
-        ceiling.mul_f64(weir_runtime::random_unit())
-    }
-
-    /// Back to the start, after something worked.
-    pub fn reset(&mut self) {
-        self.0 = 0;
-    }
-}
-
 /// The task; ends with `shutdown`.
 #[derive(Debug)]
 pub struct Subscriber<A> {
@@ -190,11 +66,11 @@ pub struct Subscriber<A> {
     links: Vec<Link>,
     /// The one that is followed, or tried.
     followed: watch::Sender<usize>,
-    standing: watch::Sender<Standing>,
+    status: watch::Sender<SubscriberStatus>,
     saver: Option<Saver>,
     /// What the disk held at the start, until it is in force.
-    loaded: Option<Held>,
-    held: Held,
+    loaded: Option<ConfigState>,
+    config: ConfigState,
     /// The revision that was answered last, whether all of it was taken or not.
     answered: u64,
     /// What is refused by now, by kind and name, with the reasons.
@@ -214,10 +90,10 @@ impl<A: Apply> Subscriber<A> {
             identity: Arc::new(identity),
             links,
             followed: watch::Sender::new(first),
-            standing: watch::Sender::default(),
+            status: watch::Sender::default(),
             loaded: disk.as_ref().and_then(Disk::load),
             saver: disk.map(Saver::new),
-            held: Held::default(),
+            config: ConfigState::default(),
             answered: 0,
             refusing: BTreeMap::new(),
             retry: false,
@@ -236,20 +112,14 @@ impl<A: Apply> Subscriber<A> {
             self.owner.refused(refused.len());
             tracing::info!(revision, refused = refused.len(), "serving the configuration kept on disk");
         }
-        let mut backoff = Backoff::default();
-        self.stand(&[]);
+        let mut backoff = reconnect_backoff();
+        self.publish_status(&[]);
         // Ends with this task.
         let mut observers = JoinSet::new();
         if self.links.len() > 1 {
             for (at, link) in self.links.iter().enumerate() {
-                let (standing, followed) = (self.standing.subscribe(), self.followed.subscribe());
-                observers.spawn(observe::run(
-                    at,
-                    link.clone(),
-                    Arc::clone(&self.identity),
-                    standing,
-                    followed,
-                ));
+                let (status, followed) = (self.status.subscribe(), self.followed.subscribe());
+                observers.spawn(observe::run(at, link.clone(), Arc::clone(&self.identity), status, followed));
             }
         }
         tokio::select! {
@@ -271,7 +141,7 @@ impl<A: Apply> Subscriber<A> {
             let reason = ended.err().unwrap_or_else(|| "the stream ended".into());
             tracing::warn!(
                 reason,
-                revision = self.held.revision,
+                revision = self.config.revision,
                 ?pause,
                 "control plane away; configuration stays"
             );
@@ -335,42 +205,42 @@ impl<A: Apply> Subscriber<A> {
             incarnation: self.identity.incarnation.clone(),
             region: self.identity.region.clone(),
             build: weir_runtime::version().to_owned(),
-            store_epoch: self.held.epoch.clone(),
-            store_revision: self.held.revision,
-            held: self.held.versions(),
+            store_epoch: self.config.epoch.clone(),
+            store_revision: self.config.revision,
+            held: self.config.versions(),
             observer: false,
         }
     }
 
     /// Says to the control planes that are not followed what is held by now.
-    fn stand(&self, errors: &[ResourceError]) {
+    fn publish_status(&self, errors: &[ResourceError]) {
         if self.links.len() > 1 {
             let (hello, answered) = (self.hello(), self.answered);
-            self.standing.send_replace(Standing { hello, errors: errors.to_vec(), answered });
+            self.status.send_replace(SubscriberStatus { hello, errors: errors.to_vec(), answered });
         }
     }
 
     async fn apply(&mut self, delta: Delta) -> Up {
         let nonce = delta.nonce;
         self.answered = delta.target_revision.max(delta.store_revision);
-        let next = match self.held.after(&delta) {
+        let next = match self.config.after(&delta) {
             Ok(next) => next,
             Err(error) => {
                 tracing::error!(%error, "configuration refused whole");
                 self.owner.refused(1);
                 let errors = vec![ResourceError { resource: None, message: error.to_string() }];
-                self.stand(&errors);
+                self.publish_status(&errors);
                 return Up::Nack(Nack { nonce, errors });
             }
         };
         let refused = self.take(next, &delta).await;
         if let Some(saver) = &mut self.saver {
-            saver.save(&self.held);
+            saver.save(&self.config);
             saver.saved().await;
         }
         say(&refused);
         tracing::info!(
-            revision = self.held.revision,
+            revision = self.config.revision,
             changed = delta.upserts.len(),
             removed = delta.removals.len(),
             refused = refused.len(),
@@ -388,14 +258,14 @@ impl<A: Apply> Subscriber<A> {
             message: message.to_owned(),
         };
         let all = self.refusing.iter().map(|((kind, name), message)| error(*kind, name, message));
-        self.stand(&all.collect::<Vec<_>>());
+        self.publish_status(&all.collect::<Vec<_>>());
         let errors: Vec<_> = refused.iter().map(|r| error(r.kind as i32, &r.name, &r.message)).collect();
         if errors.is_empty() { Up::Ack(Ack { nonce }) } else { Up::Nack(Nack { nonce, errors }) }
     }
 
     /// Puts a delta's resources in force, at once those that the owner can use at once.
-    async fn take(&mut self, next: Held, delta: &Delta) -> Vec<Refused> {
-        let before = self.held.clone();
+    async fn take(&mut self, next: ConfigState, delta: &Delta) -> Vec<Refused> {
+        let before = self.config.clone();
         if before.epoch.is_empty() {
             // Nothing serves yet, and what is revoked is in force nowhere.
             self.owner.check(&next.epoch, next.revision, &next.checked().0);
@@ -407,7 +277,12 @@ impl<A: Apply> Subscriber<A> {
     }
 
     /// Of a changed resource that cannot be used, the version that was held before stays.
-    fn enforce_or_keep(&mut self, mut next: Held, before: &Held, delta: &Delta) -> Vec<Refused> {
+    fn enforce_or_keep(
+        &mut self,
+        mut next: ConfigState,
+        before: &ConfigState,
+        delta: &Delta,
+    ) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
         refused.extend(self.owner.check(&next.epoch, next.revision, &resources));
         if !next.keep(before, delta, &refused) {
@@ -422,19 +297,19 @@ impl<A: Apply> Subscriber<A> {
     }
 
     /// Puts resources in force; what could not be used is left out and returned.
-    fn enforce(&mut self, next: Held) -> Vec<Refused> {
+    fn enforce(&mut self, next: ConfigState) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
         refused.extend(self.owner.apply(&next.epoch, next.revision, &resources));
-        self.held = next;
+        self.config = next;
         refused
     }
 
     /// Puts what is held in force anew, since something else has changed, and has sent again what was refused before.
     fn renew(&mut self) {
-        let held = std::mem::take(&mut self.held);
+        let held = std::mem::take(&mut self.config);
         let refused = self.enforce(held);
         say(&refused);
-        tracing::info!(revision = self.held.revision, refused = refused.len(), "configuration renewed");
+        tracing::info!(revision = self.config.revision, refused = refused.len(), "configuration renewed");
         self.owner.refused(self.refusing.len().max(refused.len()));
         self.retry = !self.refusing.is_empty();
     }
@@ -449,21 +324,4 @@ fn say(refused: &[Refused]) {
             "resource not used"
         );
     }
-}
-
-async fn send(up: &mpsc::Sender<StreamConfigRequest>, message: Up) -> Result<(), String> {
-    let sent = up.send(StreamConfigRequest { message: Some(message) }).await;
-    sent.map_err(|_| "the stream ended".to_owned())
-}
-
-/// An error with its causes: transport errors keep the useful part in the source.
-pub fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -11,7 +11,7 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
-use weir_discovery::{Disk, Held};
+use weir_discovery::{ConfigState, Disk};
 use weir_gateway::Running;
 use weir_gateway::config::Config;
 use weir_gateway::upstream::Resolver;
@@ -126,7 +126,7 @@ impl Resources {
 
     /// Writes them as the copy that a gateway with this data directory serves without a control plane.
     pub fn save(&self, directory: &Path) {
-        let mut held = Held { epoch: "test".into(), revision: 1, ..Held::default() };
+        let mut held = ConfigState { epoch: "test".into(), revision: 1, ..ConfigState::default() };
         for (id, resource) in &self.0 {
             let body: Bytes = resource.encode_to_vec().into();
             held.resources.insert(id.clone(), ("1".into(), body));

@@ -12,12 +12,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
-use weir_discovery::Backoff;
+use weir_discovery::reconnect_backoff;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
 use weir_proto::v1::{self, HealthState, ProbeOutcome, ProbeTier};
+use weir_runtime::Backoff;
 
 use super::authorized;
 
@@ -219,7 +220,7 @@ enum Lane {
 
 /// Comes back whenever a stream ends, as a gateway does.
 async fn again(board: Arc<Board>, i: usize, lane: Lane) {
-    let mut backoff = Backoff::default();
+    let mut backoff = reconnect_backoff();
     loop {
         let ended = match lane {
             Lane::Config => config(&board, i, &mut backoff).await,

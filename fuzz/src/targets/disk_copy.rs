@@ -1,4 +1,4 @@
-use weir_discovery::Held;
+use weir_discovery::ConfigState;
 
 use crate::input::{Input, sealed};
 
@@ -6,8 +6,8 @@ use crate::input::{Input, sealed};
 pub(crate) fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let right = input.byte() & 1 == 0;
-    let Ok(held) = Held::decode(&sealed(b"WEIRCFG1", right, input.rest())) else { return };
-    let again = Held::decode(&held.encode()).expect("what was written is read");
+    let Ok(held) = ConfigState::decode(&sealed(b"WEIRCFG1", right, input.rest())) else { return };
+    let again = ConfigState::decode(&held.encode()).expect("what was written is read");
     assert_eq!((again.epoch, again.revision), (held.epoch.clone(), held.revision));
     assert_eq!(again.resources, held.resources);
     let (good, refused) = held.checked();

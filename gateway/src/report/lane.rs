@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use weir_discovery::{Backoff, Identity, Link, error_chain};
+use weir_discovery::{Identity, Link, error_chain, reconnect_backoff};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{StreamReportsRequest, StreamReportsResponse};
+use weir_runtime::Backoff;
 
 use super::outgoing::{Outgoing, Seen};
 use crate::live::Live;
@@ -37,7 +38,7 @@ pub(super) struct Lane {
 impl Lane {
     /// Never ends by itself, but when nobody listens to its news any more.
     pub(super) async fn run(self) {
-        let mut backoff = Backoff::default();
+        let mut backoff = reconnect_backoff();
         loop {
             let ended = self.follow(&mut backoff).await;
             self.outgoing.close();

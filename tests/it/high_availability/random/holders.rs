@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
-use weir_discovery::{Disk, Held};
+use weir_discovery::{ConfigState, Disk};
 use weir_tests::stack::CREDENTIAL;
 
 use super::history::{SET, State};
@@ -21,7 +21,7 @@ const TENANT: i32 = ResourceKind::Tenant as i32;
 /// A backend whose credential only the gateway that is a process can read.
 const PICKY: &str = "picky";
 
-fn loaded(directory: &Path) -> Held {
+fn loaded(directory: &Path) -> ConfigState {
     Disk::new(directory).expect("there").load().expect("a copy")
 }
 
@@ -140,7 +140,12 @@ async fn everybody_holds(stage: &Stage, revision: u64, deleted: &BTreeSet<String
 }
 
 /// Of what a follower refuses, the last version that it accepted is held and in force.
-fn keeps_what_it_had(follower: &Follower, held: &Held, refused: &BTreeSet<Key>, deleted: &BTreeSet<String>) {
+fn keeps_what_it_had(
+    follower: &Follower,
+    held: &ConfigState,
+    refused: &BTreeSet<Key>,
+    deleted: &BTreeSet<String>,
+) {
     let seen = follower.seen.lock().expect("not poisoned");
     for key in refused {
         let kept =
@@ -156,7 +161,7 @@ fn keeps_what_it_had(follower: &Follower, held: &Held, refused: &BTreeSet<Key>, 
 }
 
 /// A control plane shows what is refused, each with a reason, and that nothing else differs.
-async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &Held, refused: &BTreeSet<Key>) {
+async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, refused: &BTreeSet<Key>) {
     let mut admin = stage.world.admin(plane).await;
     let list = admin.list_gateways(v1::ListGatewaysRequest {}).await.expect("answers").into_inner();
     let listed = list.gateways.iter().find(|gateway| gateway.id == id).expect("listed");

@@ -23,7 +23,7 @@ const MAX_BYTES: u64 = 256 << 20;
 
 /// Resources by kind and name, each with its version and encoded body.
 #[derive(Debug, Clone, Default)]
-pub struct Held {
+pub struct ConfigState {
     /// The store's history; empty when nothing is held.
     pub epoch: String,
     /// The revision held.
@@ -66,7 +66,7 @@ pub enum DeltaError {
     },
 }
 
-impl Held {
+impl ConfigState {
     /// What Hello says.
     pub fn versions(&self) -> Vec<v1::HeldResource> {
         let held = self.resources.iter();
@@ -218,7 +218,7 @@ impl Disk {
     }
 
     /// Writes a copy durably; blocks. The former newest becomes the previous one.
-    pub fn save(&self, held: &Held) -> std::io::Result<()> {
+    pub fn save(&self, held: &ConfigState) -> std::io::Result<()> {
         let temporary = self.directory.join("config.writing");
         let mut file = std::fs::OpenOptions::new()
             .write(true)
@@ -236,7 +236,7 @@ impl Disk {
     }
 
     /// The newest good copy; `None` when there is none. Blocks.
-    pub fn load(&self) -> Option<Held> {
+    pub fn load(&self) -> Option<ConfigState> {
         [self.newest(), self.previous()].into_iter().find_map(|path| match load(&path) {
             Ok(held) => held,
             Err(reason) => {
@@ -247,7 +247,7 @@ impl Disk {
     }
 }
 
-fn load(path: &Path) -> Result<Option<Held>, String> {
+fn load(path: &Path) -> Result<Option<ConfigState>, String> {
     match std::fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e.to_string()),
@@ -255,7 +255,7 @@ fn load(path: &Path) -> Result<Option<Held>, String> {
         Ok(_) => {}
     }
     let file = std::fs::read(path).map_err(|e| e.to_string())?;
-    Held::decode(&file).map(Some).map_err(str::to_owned)
+    ConfigState::decode(&file).map(Some).map_err(str::to_owned)
 }
 
 #[cfg(test)]
@@ -277,11 +277,11 @@ mod tests {
         }
     }
 
-    fn held(names: &[&str], revision: u64) -> Held {
+    fn held(names: &[&str], revision: u64) -> ConfigState {
         let upserts = names.iter().map(|n| backend(n, revision)).collect();
         let delta =
             v1::Delta { store_epoch: "e".into(), store_revision: revision, upserts, ..Default::default() };
-        Held::default().after(&delta).expect("applies")
+        ConfigState::default().after(&delta).expect("applies")
     }
 
     #[test]
