@@ -1,6 +1,8 @@
 //! The arguments.
 
+mod defaults;
 mod groups;
+mod up;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -10,10 +12,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use weir_proto::resource::Name;
 use weir_proto::{manifest, v1};
 
+pub(crate) use defaults::fill;
 pub use groups::{
     AuditArgs, BackupArgs, ContextCommand, DrainArgs, GatewayCommand, KnownEntry, ProbeArgs, Reference,
     RoleName, RollbackArgs, TierName, TokenCommand, UsageArgs, UsageBy, WatchArgs,
 };
+pub use up::UpArgs;
 
 /// Manages a Weir cluster: resources, keys, gateways.
 ///
@@ -72,7 +76,7 @@ pub struct Cli {
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Run everything in this process: control plane, gateways, limits, and three simulated regions
-    Up(crate::up::UpArgs),
+    Up(UpArgs),
     /// Show a resource, or all of a kind
     Get {
         /// pool, backend, model, tenant, key or limit; plural and short forms (be, mo, te, li, po) too

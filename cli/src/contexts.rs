@@ -9,11 +9,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::ArgMatches;
-use clap::parser::ValueSource;
 use serde_json::{Value, json};
 
-use crate::args::{Cli, Servers};
 use crate::error::Error;
 
 /// Longest name of a context.
@@ -78,46 +75,6 @@ pub(crate) fn path() -> Result<PathBuf, Error> {
     var("WEIR_CONFIG")
         .or_else(|| Some(var("XDG_CONFIG_HOME").or_else(home)?.join("weir/contexts.json")))
         .ok_or_else(|| Error::Setting("there is no home directory; set WEIR_CONFIG to a file".to_owned()))
-}
-
-/// Fills in what neither flags nor variables say.
-///
-/// # Errors
-/// When a context is named that is not there, or the file cannot be read.
-pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
-    let given = matches.value_source("server").is_some_and(|source| source != ValueSource::DefaultValue);
-    if cli.context.is_none() && given {
-        return Ok(());
-    }
-    let contexts = match path() {
-        Ok(path) => Contexts::read(&path)?,
-        // Without a home there is no context, which matters only to those who ask for one.
-        Err(_) if cli.context.is_none() => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let Some(name) = cli.context.as_ref().or(contexts.current.as_ref()) else { return Ok(()) };
-    if given {
-        return Err(Error::Setting(
-            "--context and a server of its own (--server, WEIR_SERVER) exclude each other".into(),
-        ));
-    }
-    let context = contexts.all.get(name).ok_or_else(|| {
-        Error::Setting(format!("there is no context {name}; weir context list shows those there are"))
-    })?;
-    cli.server = Servers::from_str(&context.server).map_err(Error::Setting)?;
-    // What the person says now counts more than what was noted once.
-    if cli.token_file.is_none() && std::env::var_os("WEIR_TOKEN").is_none() {
-        match &context.token {
-            Some(TokenRef::File(path)) => cli.token_file = Some(path.clone()),
-            Some(TokenRef::Env(name)) => cli.token_env = Some(name.clone()),
-            None => {}
-        }
-    }
-    cli.ca = cli.ca.take().or_else(|| context.ca.clone());
-    if cli.cert.is_none() && cli.key.is_none() {
-        (cli.cert, cli.key) = (context.cert.clone(), context.key.clone());
-    }
-    Ok(())
 }
 
 impl Contexts {
@@ -197,8 +154,6 @@ pub(crate) fn name(text: &str) -> Result<String, String> {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
-    use clap::{CommandFactory as _, FromArgMatches as _};
-
     use super::*;
 
     #[test]
@@ -228,17 +183,5 @@ mod tests {
         for wrong in ["s3cr3t", "file:", "env:", "env:A B", "vault:x"] {
             assert!(wrong.parse::<TokenRef>().is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn who_names_a_server_uses_no_context() {
-        let matches =
-            Cli::command().try_get_matches_from(["weir", "whoami", "--server", "h:1"]).expect("valid");
-        let mut cli = Cli::from_arg_matches(&matches).expect("valid");
-        fill(&mut cli, &matches).expect("nothing to do");
-        assert_eq!(
-            (cli.server.to_string(), cli.token_file, cli.token_env),
-            ("http://h:1".to_owned(), None, None)
-        );
     }
 }

@@ -29,10 +29,9 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 pub use args::{
     ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, ContextCommand, DrainArgs, FileArgs,
     GatewayCommand, KeyCommand, Kind, KnownEntry, OutputFormat, ProbeArgs, Reference, RoleName, RollbackArgs,
-    Servers, TierName, TokenCommand, UsageArgs, UsageBy, WaitArgs, WatchArgs,
+    Servers, TierName, TokenCommand, UpArgs, UsageArgs, UsageBy, WaitArgs, WatchArgs,
 };
 pub use error::Error;
-pub use up::UpArgs;
 
 /// The arguments of the process, with what the context in use adds to them. Wrong usage, and questions such as
 /// `--help`, end the process.
@@ -40,7 +39,7 @@ pub fn arguments() -> Result<Cli, Error> {
     let matches = Cli::command().get_matches();
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if !matches!(cli.command, Command::Context(_) | Command::Up(_)) {
-        contexts::fill(&mut cli, &matches)?;
+        args::fill(&mut cli, &matches)?;
     }
     Ok(cli)
 }

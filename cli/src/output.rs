@@ -86,9 +86,3 @@ impl Io<'_> {
         Ok(writeln!(self.err, "{text}")?)
     }
 }
-
-/// A point in time, RFC 3339 to the second; "-" for none.
-pub(crate) fn time(time: Option<&prost_types::Timestamp>) -> String {
-    let second = time.and_then(|t| jiff::Timestamp::from_second(t.seconds).ok());
-    second.map_or_else(|| "-".to_owned(), |t| t.to_string())
-}

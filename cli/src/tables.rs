@@ -5,8 +5,6 @@ use weir_proto::manifest::format_duration;
 use weir_proto::v1;
 use weir_proto::v1::resource::Spec;
 
-use crate::output::time;
-
 /// A table of a header and rows, each line without blanks at its end.
 pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
@@ -214,6 +212,12 @@ pub(crate) fn dollars(micro: u64) -> String {
     let (whole, part) = (micro / 1_000_000, format!("{:06}", micro % 1_000_000));
     let cents = part.trim_end_matches('0');
     format!("${whole}.{cents:0<2}")
+}
+
+/// A point in time, RFC 3339 to the second; "-" for none.
+pub(crate) fn time(time: Option<&prost_types::Timestamp>) -> String {
+    let second = time.and_then(|t| jiff::Timestamp::from_second(t.seconds).ok());
+    second.map_or_else(|| "-".to_owned(), |t| t.to_string())
 }
 
 #[cfg(test)]

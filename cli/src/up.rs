@@ -5,10 +5,8 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
 use mock_llm::Server as Mock;
 use tokio_util::sync::CancellationToken;
 use weir_control_plane::{Config as ControlPlaneConfig, ControlPlane, StoreConfig};
@@ -19,9 +17,9 @@ use weir_proto::{manifest, resource, v1};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_runtime::{Cidr, Secret};
+use weir_runtime::Secret;
 
-use crate::args::OutputFormat;
+use crate::args::{OutputFormat, UpArgs};
 use crate::error::Error;
 use crate::output::Io;
 
@@ -34,38 +32,6 @@ const REGIONS: [(&str, &str, f64); 3] =
 const KEY_NAME: &str = "first-look";
 /// Every gateway holds the configuration within this, or the start has failed.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Gateways in one process at most.
-const GATEWAYS_MAX: i64 = 64;
-
-/// The arguments of `weir up`.
-#[derive(Debug, Clone, Args)]
-pub struct UpArgs {
-    /// Gateways to run, 1 to 64; gateway k listens on the port of --listen plus k
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=GATEWAYS_MAX), value_name = "N")]
-    pub gateways: u16,
-    /// Address of the first gateway; port 0 takes free ports for everything
-    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
-    pub listen: SocketAddr,
-    /// Keep limits in this Redis instead of in this process, such as redis://127.0.0.1:6379
-    #[arg(long, env = "WEIR_REDIS", hide_env_values = true, value_name = "URL")]
-    pub redis: Option<String>,
-    /// Run these resources instead of the example; taken when the store is still empty
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Keep resources here; without it they go with the process
-    #[arg(long, value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
-    /// Networks that backends may be in although such addresses are refused, such as link-local 169.254.10.0/24
-    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
-    pub allow_backend_cidr: Vec<Cidr>,
-    /// Where backends' credentials may be found
-    #[command(flatten)]
-    pub credentials: CredentialSources,
-    /// What is logged, such as info or weir_gateway=debug
-    #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
-    pub log: String,
-}
-
 /// Where everything is.
 #[derive(Debug)]
 struct Started {
@@ -81,8 +47,8 @@ struct Started {
 /// Runs until a signal.
 pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     weir_runtime::init_logs(&args.log).map_err(Error::Setting)?;
-    let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
-    tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
+    let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
+    tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), force.clone()));
     // Whatever ends this function ends every part.
     let end = shutdown.clone().drop_guard();
 
@@ -154,7 +120,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
             log: args.log.clone(),
         };
         let gateway =
-            weir_gateway::start(config, Some(limiter.clone()), shutdown.clone(), hurry.clone()).await;
+            weir_gateway::start(config, Some(limiter.clone()), shutdown.clone(), force.clone()).await;
         running.push(
             gateway.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?,
         );

@@ -11,6 +11,14 @@ use crate::error::Error;
 use crate::output::Io;
 use crate::tables;
 
+/// One field of a backend as it is to be.
+struct Change {
+    spec: v1::BackendSpec,
+    field: &'static str,
+    /// What is printed when it is done.
+    done: String,
+}
+
 pub(super) async fn set_state(
     cli: &Cli,
     io: &mut Io<'_>,
@@ -18,8 +26,8 @@ pub(super) async fn set_state(
     state: v1::AdminState,
 ) -> Result<(), Error> {
     let spec = v1::BackendSpec { admin_state: state.into(), ..Default::default() };
-    let said = format!("backend {} is {}", args.backend, tables::state(state));
-    change(cli, io, &args.backend, spec, "admin_state", said, &args.wait).await
+    let done = format!("backend {} is {}", args.backend, tables::state(state));
+    change(cli, io, &args.backend, Change { spec, field: "admin_state", done }, &args.wait).await
 }
 
 pub(super) async fn set_weight(
@@ -30,24 +38,22 @@ pub(super) async fn set_weight(
     wait: &WaitArgs,
 ) -> Result<(), Error> {
     let spec = v1::BackendSpec { weight: Some(weight), ..Default::default() };
-    let said = format!("backend {backend} has weight {weight}");
-    change(cli, io, backend, spec, "weight", said, wait).await
+    let done = format!("backend {backend} has weight {weight}");
+    change(cli, io, backend, Change { spec, field: "weight", done }, wait).await
 }
 
 async fn change(
     cli: &Cli,
     io: &mut Io<'_>,
     backend: &str,
-    spec: v1::BackendSpec,
-    mask: &str,
-    said: String,
+    change: Change,
     wait: &WaitArgs,
 ) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
-    let resource = update(&client, backend, Spec::Backend(spec), mask).await?;
+    let resource = update(&client, backend, Spec::Backend(change.spec), change.field).await?;
     let revision = resource.revision;
     io.result(
-        || said + "\n",
+        || change.done + "\n",
         || json!({"kind": "backend", "name": backend, "action": "update", "revision": revision}),
     )?;
     wait::applied(&client, io, wait, revision).await

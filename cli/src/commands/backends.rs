@@ -9,7 +9,7 @@ use weir_proto::v1;
 use crate::args::Cli;
 use crate::client::{Client, Retry};
 use crate::error::Error;
-use crate::output::{Io, time};
+use crate::output::Io;
 use crate::tables;
 
 pub(super) async fn backends(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
@@ -59,7 +59,7 @@ pub(super) fn table(backends: &[v1::BackendStatus]) -> String {
             b.tokens_per_second.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.0}")),
             list(&probers(b, v1::ProbeTier::Liveness)),
             list(&b.ejected_by),
-            time(health.since.as_ref()),
+            tables::time(health.since.as_ref()),
             or_dash(&health.reason),
         ]
     });
@@ -100,7 +100,7 @@ fn table_wide(backends: &[v1::BackendStatus]) -> String {
             list(&probers(b, v1::ProbeTier::Readiness)),
             list(&probers(b, v1::ProbeTier::Deep)),
             list(&b.ejected_by),
-            time(health.since.as_ref()),
+            tables::time(health.since.as_ref()),
             or_dash(&health.reason),
         ]
     });
@@ -157,7 +157,7 @@ fn status_value(b: &v1::BackendStatus) -> Value {
         "health": health_name(health.state()),
         "rule": health.rule,
         "reason": health.reason,
-        "since": health.since.as_ref().map(|t| time(Some(t))),
+        "since": health.since.as_ref().map(|t| tables::time(Some(t))),
         "suspect": health.suspect,
         "stale": health.stale,
         "overridden": health.overridden,
@@ -182,7 +182,7 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
     let status = answer.status.clone().unwrap_or_default();
     let health = status.health.clone().unwrap_or_default();
     let mut text = String::new();
-    let since = time(health.since.as_ref());
+    let since = tables::time(health.since.as_ref());
     let _ = writeln!(text, "{} is {} since {since}", status.backend, state_text(&status, &health));
     let _ = writeln!(text, "  rule          {} ({})", or_dash(&health.rule), or_dash(&health.reason));
     let _ = writeln!(
@@ -191,7 +191,11 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
         status.weight, status.effective_weight, status.in_flight, status.max_concurrency
     );
     if answer.may_return_time.is_some() {
-        let _ = writeln!(text, "  may return    {} at the earliest", time(answer.may_return_time.as_ref()));
+        let _ = writeln!(
+            text,
+            "  may return    {} at the earliest",
+            tables::time(answer.may_return_time.as_ref())
+        );
     }
     for (i, condition) in answer.conditions.iter().enumerate() {
         let _ = writeln!(text, "  {}{condition}", if i == 0 { "takes         " } else { "              " });
@@ -212,7 +216,7 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
                 or_dash(&vote.detail),
                 vote.passes.to_string(),
                 vote.failures.to_string(),
-                time(vote.time.as_ref()),
+                tables::time(vote.time.as_ref()),
                 if vote.ignored.is_empty() { "yes".to_owned() } else { format!("no: {}", vote.ignored) },
             ]
         });
@@ -234,7 +238,7 @@ fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
             "detail": vote.detail,
             "passes": vote.passes,
             "failures": vote.failures,
-            "time": time(vote.time.as_ref()),
+            "time": tables::time(vote.time.as_ref()),
             "ignored": vote.ignored,
         })
     });
@@ -246,7 +250,7 @@ fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
         "status": status_value(&answer.status.clone().unwrap_or_default()),
         "votes": votes.collect::<Vec<_>>(),
         "suspicions": suspicions.collect::<Vec<_>>(),
-        "may_return_time": answer.may_return_time.as_ref().map(|t| time(Some(t))),
+        "may_return_time": answer.may_return_time.as_ref().map(|t| tables::time(Some(t))),
         "conditions": answer.conditions,
         "events": answer.events.iter().map(event_value).collect::<Vec<_>>(),
     })
@@ -254,7 +258,12 @@ fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
 
 fn events_table(events: &[v1::HealthEvent]) -> String {
     let rows = events.iter().map(|event| {
-        vec![time(event.time.as_ref()), event.kind.clone(), or_dash(&event.subject), event.message.clone()]
+        vec![
+            tables::time(event.time.as_ref()),
+            event.kind.clone(),
+            or_dash(&event.subject),
+            event.message.clone(),
+        ]
     });
     tables::table(&["TIME", "KIND", "SUBJECT", "WHAT"], rows.collect())
 }
@@ -262,7 +271,7 @@ fn events_table(events: &[v1::HealthEvent]) -> String {
 fn event_value(event: &v1::HealthEvent) -> Value {
     json!({
         "number": event.number,
-        "time": time(event.time.as_ref()),
+        "time": tables::time(event.time.as_ref()),
         "kind": event.kind,
         "subject": event.subject,
         "message": event.message,

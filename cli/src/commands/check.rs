@@ -10,132 +10,167 @@ use crate::client::{Client, Retry};
 use crate::error::Error;
 use crate::output::Io;
 
-/// One thing that was looked at.
+/// The result of one check.
 struct Finding {
     what: &'static str,
     /// What is wrong, and what to do.
     wrong: Option<(String, &'static str)>,
 }
 
+/// Everything that is verified, read once.
+#[derive(Default)]
+struct Cluster {
+    who: v1::WhoAmIResponse,
+    gateways: Vec<v1::Gateway>,
+    status: Vec<v1::BackendStatus>,
+    pools: Vec<v1::Resource>,
+    backends: Vec<v1::Resource>,
+    models: Vec<v1::Resource>,
+    keys: Vec<v1::Resource>,
+    limits: Vec<v1::Resource>,
+    audit: v1::VerifyAuditResponse,
+}
+
 pub(super) async fn check(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
-    let client = Client::connect(cli).await?;
-    let who = token::who_am_i(&client).await?;
-    let all = gateways::read(&client).await?;
-    let status = backends::read(&client).await?;
-    let pools = get::read_all(&client, v1::ResourceKind::Pool).await?;
-    let backends = get::read_all(&client, v1::ResourceKind::Backend).await?;
-    let models = get::read_all(&client, v1::ResourceKind::Model).await?;
-    let keys = get::read_all(&client, v1::ResourceKind::ApiKey).await?;
-    let limits = get::read_all(&client, v1::ResourceKind::Limit).await?;
-    let request = v1::VerifyAuditRequest::default();
-    let audit = client.call(Retry::Once, request, |mut c, r| async move { c.verify_audit(r).await }).await?;
-    let findings = findings(&who, &all, &status, &pools, &backends, &models, &keys, &limits, &audit);
+    let cluster = Cluster::read(&Client::connect(cli).await?).await?;
+    let findings = cluster.findings();
     io.result(|| text(&findings), || Value::Array(findings.iter().map(value).collect()))?;
     let wrong = findings.iter().filter(|f| f.wrong.is_some()).count();
     if wrong == 0 { Ok(()) } else { Err(Error::Check(wrong)) }
 }
 
-#[expect(clippy::too_many_arguments, reason = "everything that was read, once")]
-fn findings(
-    who: &v1::WhoAmIResponse,
-    all: &v1::ListGatewaysResponse,
-    status: &[v1::BackendStatus],
-    pools: &[v1::Resource],
-    backends: &[v1::Resource],
-    models: &[v1::Resource],
-    keys: &[v1::Resource],
-    limits: &[v1::Resource],
-    audit: &v1::VerifyAuditResponse,
-) -> Vec<Finding> {
-    let found = |what, names: Vec<String>, remedy| Finding {
-        what,
-        wrong: (!names.is_empty()).then(|| (names.join(", "), remedy)),
-    };
-    let connected: Vec<&v1::Gateway> = all.gateways.iter().filter(|g| g.connected).collect();
-    let with = |sync: v1::SyncState| {
-        connected.iter().filter(|g| g.sync() == sync).map(|g| g.id.clone()).collect::<Vec<_>>()
-    };
-    let spec = |resource: &v1::Resource| match &resource.spec {
-        Some(Spec::Backend(backend)) => Some(backend.clone()),
-        _ => None,
-    };
-    let active =
-        |b: &v1::BackendSpec| matches!(b.admin_state(), v1::AdminState::Active | v1::AdminState::Unspecified);
-    let usable = |pool: &str| {
-        backends.iter().any(|resource| {
-            let state = status.iter().find(|s| s.backend == resource.name).and_then(|s| s.health.as_ref());
-            let well = state.is_none_or(|h| h.state() != v1::HealthState::Unhealthy);
-            well && spec(resource).is_some_and(|b| b.pool == pool && active(&b))
+impl Cluster {
+    async fn read(client: &Client) -> Result<Self, Error> {
+        let request = v1::VerifyAuditRequest::default();
+        Ok(Self {
+            who: token::who_am_i(client).await?,
+            gateways: gateways::read(client).await?.gateways,
+            status: backends::read(client).await?,
+            pools: get::read_all(client, v1::ResourceKind::Pool).await?,
+            backends: get::read_all(client, v1::ResourceKind::Backend).await?,
+            models: get::read_all(client, v1::ResourceKind::Model).await?,
+            keys: get::read_all(client, v1::ResourceKind::ApiKey).await?,
+            limits: get::read_all(client, v1::ResourceKind::Limit).await?,
+            audit: client
+                .call(Retry::Once, request, |mut c, r| async move { c.verify_audit(r).await })
+                .await?,
         })
-    };
-    let empty = pools.iter().filter(|pool| !usable(&pool.name)).map(|pool| pool.name.clone());
-    let served =
-        |model: &str| backends.iter().filter_map(spec).any(|b| active(&b) && b.models.contains_key(model));
-    let unserved = models.iter().filter(|model| !served(&model.name)).map(|model| model.name.clone());
-    let now = jiff::Timestamp::now().as_second();
-    let ends_soon = |key: &&v1::Resource| match &key.spec {
-        Some(Spec::ApiKey(key)) if !key.revoked => {
-            let ends = key.digests.iter().map(|d| d.expire_time.as_ref().map_or(i64::MAX, |t| t.seconds));
-            ends.max().is_some_and(|end| end < now + SOON_S)
-        }
-        _ => false,
-    };
-    let ending = keys.iter().filter(ends_soon).map(|key| key.name.clone());
-    let billed = |account: &str| backends.iter().filter_map(spec).any(|b| b.account == account);
-    let of_nobody = limits.iter().filter(|limit| match &limit.spec {
-        Some(Spec::Limit(spec)) => {
-            let account = spec.selector.as_ref().map_or("", |selector| &selector.account);
-            !account.is_empty() && !billed(account)
-        }
-        _ => false,
-    });
-    let of_nobody = of_nobody.map(|limit| limit.name.clone());
-    let none = if connected.is_empty() { vec!["no gateway is connected".to_owned()] } else { Vec::new() };
-    let problem = if audit.problem.is_empty() { Vec::new() } else { vec![audit.problem.clone()] };
-    vec![
-        Finding { what: "the control plane answers and the token is valid", wrong: None },
-        found(
-            "the versions of the gateways are that of the control plane",
-            connected.iter().filter(|g| g.build != who.build).map(|g| g.id.clone()).collect(),
-            "upgrade them, one at a time",
-        ),
-        found(
-            "gateways are connected",
-            none,
-            "start weir-gateway with --control-plane and its token; its log says why it cannot connect",
-        ),
-        found(
-            "every connected gateway answers",
-            with(v1::SyncState::Stale),
-            "look at its load and its log; its stream is closed after 120 s and begins anew",
-        ),
-        found(
-            "no gateway refuses anything",
-            with(v1::SyncState::Error),
-            "weir gateway diff ID shows what and why; change the resource or what it needs on that gateway",
-        ),
-        found(
-            "every pool has a backend that can be used",
-            empty.collect(),
-            "weir backends shows why; add one, enable one, or delete the pool",
-        ),
-        found(
-            "every model is served by an active backend",
-            unserved.collect(),
-            "add the model to a backend's models, or delete it",
-        ),
-        found(
-            "every account that is limited is one that a backend bills",
-            of_nobody.collect(),
-            "name the account in its backends, or delete the limit: it limits nothing",
-        ),
-        found("no API key ends within a week", ending.collect(), "weir key rotate NAME"),
-        found(
-            "the audit log is whole",
-            problem,
-            "restore the store from a backup, and find out who wrote to its file",
-        ),
-    ]
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let connected = || self.gateways.iter().filter(|gateway| gateway.connected);
+        let names = |wrong: &dyn Fn(&v1::Gateway) -> bool| {
+            connected().filter(|gateway| wrong(gateway)).map(|gateway| gateway.id.clone()).collect()
+        };
+        let none = if connected().next().is_none() {
+            vec!["no gateway is connected".to_owned()]
+        } else {
+            Vec::new()
+        };
+        let problem = Some(self.audit.problem.clone()).filter(|problem| !problem.is_empty());
+        vec![
+            Finding { what: "the control plane answers and the token is valid", wrong: None },
+            finding(
+                "the versions of the gateways are that of the control plane",
+                names(&|gateway| gateway.build != self.who.build),
+                "upgrade them, one at a time",
+            ),
+            finding(
+                "gateways are connected",
+                none,
+                "start weir-gateway with --control-plane and its token; its log says why it cannot connect",
+            ),
+            finding(
+                "every connected gateway answers",
+                names(&|gateway| gateway.sync() == v1::SyncState::Stale),
+                "look at its load and its log; its stream is closed after 120 s and begins anew",
+            ),
+            finding(
+                "no gateway refuses anything",
+                names(&|gateway| gateway.sync() == v1::SyncState::Error),
+                "weir gateway diff ID shows what and why; change the resource or what it needs on that gateway",
+            ),
+            finding(
+                "every pool has a backend that can be used",
+                self.pools_without_backend(),
+                "weir backends shows why; add one, enable one, or delete the pool",
+            ),
+            finding(
+                "every model is served by an active backend",
+                self.unserved_models(),
+                "add the model to a backend's models, or delete it",
+            ),
+            finding(
+                "every account that is limited is one that a backend bills",
+                self.limits_of_unknown_accounts(),
+                "name the account in its backends, or delete the limit: it limits nothing",
+            ),
+            finding("no API key ends within a week", self.ending_keys(), "weir key rotate NAME"),
+            finding(
+                "the audit log is whole",
+                problem.into_iter().collect(),
+                "restore the store from a backup, and find out who wrote to its file",
+            ),
+        ]
+    }
+
+    fn backend_specs(&self) -> impl Iterator<Item = (&v1::Resource, &v1::BackendSpec)> {
+        self.backends.iter().filter_map(|resource| match &resource.spec {
+            Some(Spec::Backend(backend)) => Some((resource, backend)),
+            _ => None,
+        })
+    }
+
+    fn pools_without_backend(&self) -> Vec<String> {
+        let is_well = |backend: &str| {
+            let health = self.status.iter().find(|s| s.backend == backend).and_then(|s| s.health.as_ref());
+            health.is_none_or(|health| health.state() != v1::HealthState::Unhealthy)
+        };
+        let is_usable = |pool: &str| {
+            self.backend_specs()
+                .any(|(resource, b)| b.pool == pool && is_active(b) && is_well(&resource.name))
+        };
+        self.pools.iter().filter(|pool| !is_usable(&pool.name)).map(|pool| pool.name.clone()).collect()
+    }
+
+    fn unserved_models(&self) -> Vec<String> {
+        let is_served =
+            |model: &str| self.backend_specs().any(|(_, b)| is_active(b) && b.models.contains_key(model));
+        self.models.iter().filter(|model| !is_served(&model.name)).map(|model| model.name.clone()).collect()
+    }
+
+    fn limits_of_unknown_accounts(&self) -> Vec<String> {
+        let is_billed = |account: &str| self.backend_specs().any(|(_, b)| b.account == account);
+        let is_lost = |limit: &&v1::Resource| match &limit.spec {
+            Some(Spec::Limit(spec)) => {
+                let account = spec.selector.as_ref().map_or("", |selector| &selector.account);
+                !account.is_empty() && !is_billed(account)
+            }
+            _ => false,
+        };
+        self.limits.iter().filter(is_lost).map(|limit| limit.name.clone()).collect()
+    }
+
+    fn ending_keys(&self) -> Vec<String> {
+        let now = jiff::Timestamp::now().as_second();
+        let ends_soon = |key: &&v1::Resource| match &key.spec {
+            Some(Spec::ApiKey(key)) if !key.revoked => {
+                let ends = key.digests.iter().map(|d| d.expire_time.as_ref().map_or(i64::MAX, |t| t.seconds));
+                ends.max().is_some_and(|end| end < now + SOON_S)
+            }
+            _ => false,
+        };
+        self.keys.iter().filter(ends_soon).map(|key| key.name.clone()).collect()
+    }
+}
+
+/// A check that fails when it finds any names.
+fn finding(what: &'static str, names: Vec<String>, remedy: &'static str) -> Finding {
+    Finding { what, wrong: (!names.is_empty()).then(|| (names.join(", "), remedy)) }
+}
+
+fn is_active(backend: &v1::BackendSpec) -> bool {
+    matches!(backend.admin_state(), v1::AdminState::Active | v1::AdminState::Unspecified)
 }
 
 /// A week.
@@ -172,10 +207,9 @@ mod tests {
             resource(name, Spec::Limit(v1::LimitSpec { selector: Some(selector), rates: None }))
         };
         let backend = v1::BackendSpec { account: "openai".into(), ..Default::default() };
-        let backends = [resource("b", Spec::Backend(backend))];
-        let limits = [limit("used", "openai"), limit("everything", ""), limit("lost", "opneai")];
-        let (who, gateways, audit) = Default::default();
-        let findings = findings(&who, &gateways, &[], &[], &backends, &[], &[], &limits, &audit);
+        let backends = vec![resource("b", Spec::Backend(backend))];
+        let limits = vec![limit("used", "openai"), limit("everything", ""), limit("lost", "opneai")];
+        let findings = Cluster { backends, limits, ..Cluster::default() }.findings();
         let wrong: Vec<_> = findings.iter().filter_map(|f| Some((f.what, f.wrong.as_ref()?))).collect();
         let about = wrong.iter().find(|(what, _)| what.contains("account")).expect("told");
         assert_eq!(about.1.0, "lost");

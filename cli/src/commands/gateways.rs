@@ -8,7 +8,7 @@ use weir_runtime::exit;
 use crate::args::{Cli, GatewayCommand};
 use crate::client::{Client, Retry};
 use crate::error::Error;
-use crate::output::{Io, time};
+use crate::output::Io;
 use crate::tables;
 
 pub(super) async fn gateways(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
@@ -173,9 +173,9 @@ fn value(answer: &v1::ListGatewaysResponse) -> Value {
             "build": g.build,
             "connected": g.connected,
             "sync": sync(g.sync()),
-            "unanswered_since": g.unanswered_since.as_ref().map(|t| time(Some(t))),
+            "unanswered_since": g.unanswered_since.as_ref().map(|t| tables::time(Some(t))),
             "applied_revision": g.applied_revision,
-            "last_seen_time": g.last_seen_time.as_ref().map(|t| time(Some(t))),
+            "last_seen_time": g.last_seen_time.as_ref().map(|t| tables::time(Some(t))),
             "errors": errors.collect::<Vec<_>>(),
         })
     });

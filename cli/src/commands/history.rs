@@ -8,7 +8,7 @@ use super::{apply, wait};
 use crate::args::{AuditArgs, Cli, RollbackArgs};
 use crate::client::{Client, Retry, request_id};
 use crate::error::Error;
-use crate::output::{Io, time};
+use crate::output::Io;
 use crate::tables;
 
 /// Entries asked for at once.
@@ -61,7 +61,7 @@ fn text(entries: &[v1::AuditEntry], of: Option<&v1::ResourceRef>) -> String {
     }
     let mut text = String::new();
     for entry in entries {
-        let when = time(entry.time.as_ref());
+        let when = tables::time(entry.time.as_ref());
         let (revision, actor, method) = (entry.revision, &entry.actor, &entry.method);
         text.push_str(&format!("revision {revision}  {when}  {actor}  {method}\n"));
         for change in shown(entry, of) {
@@ -87,7 +87,7 @@ fn value(entry: &v1::AuditEntry, of: Option<&v1::ResourceRef>) -> Value {
     json!({
         "sequence": entry.sequence,
         "revision": entry.revision,
-        "time": time(entry.time.as_ref()),
+        "time": tables::time(entry.time.as_ref()),
         "actor": entry.actor,
         "role": entry.role().as_str_name(),
         "method": entry.method,
@@ -155,15 +155,4 @@ pub(super) async fn rollback(cli: &Cli, io: &mut Io<'_>, args: &RollbackArgs) ->
         return Ok(());
     }
     wait::applied(&client, io, &args.wait, answer.revision).await
-}
-
-/// `backends`' cousin for tokens.
-pub(super) fn tokens_table(tokens: &[v1::Token]) -> String {
-    let rows = tokens.iter().map(|t| {
-        let secrets: Vec<String> = t.secrets.iter().map(|s| format!("{}...", s.prefix)).collect();
-        let ends = t.secrets.first().and_then(|s| s.expire_time.as_ref());
-        let gateway = if t.gateway_id.is_empty() { "-".to_owned() } else { t.gateway_id.clone() };
-        vec![t.name.clone(), super::token::role(t.role()).to_owned(), gateway, secrets.join(","), time(ends)]
-    });
-    tables::table(&["NAME", "ROLE", "GATEWAY", "SECRETS", "EXPIRES"], rows.collect())
 }

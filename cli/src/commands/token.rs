@@ -4,11 +4,11 @@ use serde_json::{Value, json};
 use weir_proto::v1;
 use weir_runtime::Secret;
 
-use super::history::tokens_table;
 use crate::args::{Cli, TokenCommand};
 use crate::client::{Client, Retry};
 use crate::error::Error;
-use crate::output::{Io, time};
+use crate::output::Io;
+use crate::tables::{table, time};
 
 pub(super) async fn token(cli: &Cli, io: &mut Io<'_>, command: &TokenCommand) -> Result<(), Error> {
     let client = Client::connect(cli).await?;
@@ -58,6 +58,16 @@ pub(super) async fn token(cli: &Cli, io: &mut Io<'_>, command: &TokenCommand) ->
 fn show(io: &mut Io<'_>, name: &str, secret: &Secret) -> Result<(), Error> {
     io.result(|| format!("{}\n", secret.expose()), || json!({"name": name, "secret": secret.expose()}))?;
     io.note("keep this token now: it is shown this once and stored nowhere")
+}
+
+fn tokens_table(tokens: &[v1::Token]) -> String {
+    let rows = tokens.iter().map(|t| {
+        let secrets: Vec<String> = t.secrets.iter().map(|s| format!("{}...", s.prefix)).collect();
+        let ends = t.secrets.first().and_then(|s| s.expire_time.as_ref());
+        let gateway = if t.gateway_id.is_empty() { "-".to_owned() } else { t.gateway_id.clone() };
+        vec![t.name.clone(), role(t.role()).to_owned(), gateway, secrets.join(","), time(ends)]
+    });
+    table(&["NAME", "ROLE", "GATEWAY", "SECRETS", "EXPIRES"], rows.collect())
 }
 
 fn value(token: &v1::Token) -> Value {
