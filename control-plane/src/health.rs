@@ -21,11 +21,13 @@ pub(crate) mod rule;
 pub(crate) mod tally;
 #[cfg(test)]
 mod tests;
+mod tier;
 
 pub(crate) use assign::Regions;
 pub(crate) use cluster::{Cluster, Order, Target};
-pub(crate) use evidence::{Cause, Moment, Observation, Outcome, Passive, Reading, Tier, Vantage};
+pub(crate) use evidence::{Cause, Moment, Observation, Outcome, Passive, Reading, Vantage};
 pub(crate) use rule::{Rule, State};
+pub(crate) use tier::Tier;
 
 #[cfg(test)]
 fn observer_for_tests() -> observer::Observers {

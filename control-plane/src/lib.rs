@@ -12,24 +12,21 @@
 mod auth;
 mod catalog;
 mod encoding;
-mod fleet;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gateways;
 mod health;
 mod leader;
 mod metrics;
 mod model;
 mod page;
-mod presence;
 mod probe;
 mod publish;
-mod registry;
 mod server;
 mod services;
 pub mod store;
 mod tls;
 mod tree;
-mod trends;
 mod verdicts;
 
 pub use server::{Config, ControlPlane, Error, Running, StoreConfig};

@@ -1,6 +1,6 @@
 //! Every metric of the control plane. Labels come from configured names and fixed sets only.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -8,10 +8,10 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use weir_proto::v1;
 
 use crate::health::cluster::Alarm;
 use crate::health::{Outcome, State, Tier};
-use crate::verdicts::Healths;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct AdminCall {
@@ -155,7 +155,7 @@ impl Metrics {
     }
 
     /// Shows the verdicts and alarms there are, and no others.
-    pub(crate) fn health(&self, healths: &Healths, alarms: &BTreeSet<Alarm>) {
+    pub(crate) fn health(&self, healths: &BTreeMap<String, v1::BackendHealth>, alarms: &BTreeSet<Alarm>) {
         self.backend_states.clear();
         self.backend_factors.clear();
         self.alarms.clear();

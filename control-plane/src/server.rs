@@ -26,15 +26,15 @@ use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, Secret, ServerTls, ser
 
 use crate::auth::{Authority, Caller, Gated, GatewayTokens, Reach};
 use crate::catalog::Catalog;
-use crate::fleet::Fleet;
+use crate::gateways::aggregate::Aggregate;
+use crate::gateways::membership::Membership;
+use crate::gateways::registry::Registry;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
 use crate::model::{BOOTSTRAP_SET, Edit, plan};
 use crate::page::{self, Feed};
-use crate::presence::Presence;
 use crate::probe::Prober;
 use crate::publish::{Differences, publish};
-use crate::registry::Registry;
 use crate::services::Shared;
 use crate::services::admin::{self, Admin};
 use crate::services::discovery::Discovery;
@@ -123,14 +123,14 @@ impl ControlPlane {
         let mut candidate = Candidate::new(store, name, Arc::clone(&metrics));
         let leads = candidate.leads();
         let verdicts = Verdicts::new(Arc::clone(&metrics), config.store.beside("health.json"), leads.clone());
-        let presence = Presence::default();
+        let membership = Membership::default();
         let shared = Shared {
             catalog: Arc::clone(&catalog),
             snapshots: snapshots.subscribe(),
             differences: Differences::default(),
             registry: Registry::default(),
-            fleet: Fleet::new(verdicts.clone(), presence.clone()),
-            presence,
+            aggregate: Aggregate::new(verdicts.clone(), membership.clone()),
+            membership,
             verdicts: verdicts.clone(),
             leads,
             metrics,
@@ -156,7 +156,7 @@ impl ControlPlane {
         shared.tasks.spawn(verdicts.run(catalog.subscribe(), follow_stop.clone()));
         let registry = shared.registry.clone();
         let connected = move |id: &str| registry.is_connected(id);
-        shared.tasks.spawn(shared.fleet.clone().run(connected, follow_stop.clone()));
+        shared.tasks.spawn(shared.aggregate.clone().run(connected, follow_stop.clone()));
         shared.tasks.spawn(prober.run(catalog.subscribe(), follow_stop.clone()));
         shared.tasks.spawn(measure(shared.clone(), follow_stop.clone()));
         let feed: Arc<Feed> = Arc::default();

@@ -6,8 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::evidence::{Tier, Vantage};
+use super::evidence::Vantage;
 use super::params::vantages;
+use super::tier::Tier;
 
 /// Vantage points with their regions.
 pub(crate) type Regions = BTreeMap<Vantage, String>;

@@ -12,13 +12,14 @@ use std::time::Duration;
 use weir_proto::resource::HealthProfile;
 
 use super::degrade::Signs;
-use super::evidence::{Cause, Moment, Observation, Outcome, Passive, Tier, Vantage, cut};
+use super::evidence::{Cause, Moment, Observation, Outcome, Passive, Vantage, cut};
 use super::params::{
     ACCUSATIONS, ACQUITTAL, CONFIRM_SLACK, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES, QUORUM,
     RAMP_FLOOR, RECHECK,
 };
 use super::rule::{Rule, State};
 use super::tally::{Context, Tally, Votes};
+use super::tier::Tier;
 
 /// The tiers that can condemn.
 const JUDGING: [Tier; 2] = [Tier::Liveness, Tier::Readiness];

@@ -7,7 +7,7 @@ use weir_proto::resource::HealthProfile;
 
 use super::assign::{Probers, Regions, rank};
 use super::case::{Action, Case};
-use super::evidence::{Moment, Observation, Passive, Tier, Vantage};
+use super::evidence::{Moment, Observation, Passive, Vantage};
 use super::guard::{self, Member, Ruling, Standing, Use};
 use super::observer::{Observers, Sight};
 use super::params::{
@@ -16,6 +16,7 @@ use super::params::{
 };
 use super::rule::State;
 use super::tally::Context;
+use super::tier::Tier;
 
 /// A backend as it is declared.
 #[derive(Debug, Clone, PartialEq)]

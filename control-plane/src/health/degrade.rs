@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use super::evidence::{Moment, Observation, Outcome, Passive, Tier};
+use super::evidence::{Moment, Observation, Outcome, Passive};
 use super::params::{
     BASELINE_TAU, BUSY_FOR, CACHE_FULL, ERRORS_DEGRADE, ERRORS_HALF_WINDOW, ERRORS_MIN_REQUESTS,
     ERRORS_SUSPECT, READINGS, SLOW_FLOOR, SLOW_RATIO, TOKENS_RATIO,
 };
 use super::rule::Rule;
+use super::tier::Tier;
 
 /// An average that forgets with time.
 #[derive(Debug, Clone, Copy, Default)]

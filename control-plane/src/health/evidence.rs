@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::params::DETAIL_MAX_BYTES;
+use super::tier::Tier;
 
 /// Time since the machine was made. Monotonic; the shell keeps its origin.
 pub(crate) type Moment = Duration;
@@ -23,29 +24,6 @@ impl fmt::Display for Vantage {
         match self {
             Self::ControlPlane => f.write_str("control-plane"),
             Self::Gateway(id) => f.write_str(id),
-        }
-    }
-}
-
-/// How deep a probe looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Tier {
-    /// The server answers.
-    Liveness,
-    /// The model answers.
-    Readiness,
-    /// It answers as fast as it should.
-    Deep,
-}
-
-impl Tier {
-    pub(crate) const ALL: [Self; 3] = [Self::Liveness, Self::Readiness, Self::Deep];
-
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Liveness => "liveness",
-            Self::Readiness => "readiness",
-            Self::Deep => "deep",
         }
     }
 }

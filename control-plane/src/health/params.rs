@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::evidence::Tier;
+use super::tier::Tier;
 
 /// Vantage points per backend. Three see a liveness failure within a third of the interval and can outvote one of
 /// them; readiness costs tokens, so two; deep only ever degrades, so one.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::evidence::{Moment, Outcome, Tier, Vantage, Vote};
+use super::evidence::{Moment, Outcome, Vantage, Vote};
 use super::observer::Observers;
 use super::params::{EXPIRY_INTERVALS, EXPIRY_MIN, QUORUM, VOTES_MAX};
+use super::tier::Tier;
 use weir_proto::resource::HealthProfile;
 
 /// What the judge of one backend is told about the rest of the cluster.

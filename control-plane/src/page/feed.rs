@@ -15,8 +15,8 @@ use weir_proto::v1::ResourceKind;
 
 use super::frame::{Frame, event};
 use crate::auth::{Caller, role_name};
+use crate::gateways::timeseries::SAMPLE;
 use crate::services::Shared;
-use crate::trends::SAMPLE;
 
 /// Pages open at once.
 const WATCHERS_MAX: usize = 64;
@@ -31,7 +31,7 @@ pub(crate) struct Feed {
     frames: watch::Sender<Option<Arc<Frame>>>,
     /// A picture is wanted now.
     wanted: Notify,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl Default for Feed {
@@ -39,7 +39,7 @@ impl Default for Feed {
         Self {
             frames: watch::Sender::new(None),
             wanted: Notify::new(),
-            places: Arc::new(Semaphore::new(WATCHERS_MAX)),
+            permits: Arc::new(Semaphore::new(WATCHERS_MAX)),
         }
     }
 }
@@ -55,8 +55,8 @@ impl Feed {
                 _ = samples.tick() => {
                     let state = shared.catalog.state();
                     let backends = state.of_kind(ResourceKind::Backend).map(|stored| stored.wire.name.as_str());
-                    let loads = shared.fleet.loads().borrow().clone();
-                    shared.fleet.trends().sample(&loads, backends);
+                    let loads = shared.aggregate.loads().borrow().clone();
+                    shared.aggregate.timeseries().sample(&loads, backends);
                 }
                 () = self.wanted.notified() => {}
             }
@@ -83,14 +83,14 @@ impl Feed {
         caller: Caller,
         operates: bool,
     ) -> Result<ReceiverStream<Result<Bytes, Infallible>>, Status> {
-        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!("{WATCHERS_MAX} pages are open already; close one"))
         })?;
         let (outbox, events) = mpsc::channel(1);
         let (frames, shared, feed) = (self.frames.subscribe(), shared.clone(), self.clone());
         // Ends with its reader, with its token, or with the stop signal.
         shared.tasks.clone().spawn(async move {
-            let _place = place;
+            let _permit = permit;
             let stop = shared.stop.clone();
             tokio::select! {
                 () = feed.send(frames, &shared, &caller, operates, &outbox) => {}

@@ -6,10 +6,10 @@ use tokio::time::Duration;
 use weir_proto::resource::{Spec, kind_name};
 use weir_proto::v1::{self, ResourceKind};
 
+use crate::gateways::timeseries::{Line, POINTS, Reader, SAMPLE, SAMPLES};
 use crate::health::State as Health;
 use crate::services::Shared;
 use crate::services::admin::Admin;
-use crate::trends::{Line, POINTS, Reader, SAMPLE, SAMPLES};
 
 /// Events and changes shown.
 const LOG_SHOWN: usize = 40;
@@ -40,7 +40,7 @@ pub(super) fn event(name: &str, value: &Value) -> Bytes {
 impl Frame {
     /// The picture now. What has not changed since the one before is taken over.
     pub(super) async fn of(shared: &Shared, before: Option<&Self>) -> Self {
-        let (closed, state, point, lines) = shared.fleet.trends().read(|figures| {
+        let (closed, state, point, lines) = shared.aggregate.timeseries().read(|figures| {
             let fresh = before.is_none_or(|before| before.closed != figures.closed());
             let drawn = match before {
                 Some(before) if !fresh => (before.point.clone(), before.lines.clone()),
@@ -79,7 +79,7 @@ impl Reader<'_> {
     fn totals(self) -> Value {
         let traffic = self.traffic();
         let mut limits: Vec<_> = self.limits().collect();
-        let rank = |limit: &crate::trends::Limit| {
+        let rank = |limit: &crate::gateways::timeseries::Limit| {
             let fill = limit.used.unwrap_or(0) as f64 / limit.limit.max(1) as f64;
             (limit.refusals.per_second(self.second), fill)
         };
@@ -150,12 +150,12 @@ fn whole(shared: &Shared, mut totals: Value) -> Value {
     let state = shared.catalog.state();
     let revision = state.revision;
     let limits = totals["limits"].take();
-    let trends = shared.fleet.trends();
+    let timeseries = shared.aggregate.timeseries();
     let gateways: Vec<Value> = shared
         .registry
         .list(revision)
         .iter()
-        .map(|gateway| trends.read(|figures| gateway_row(gateway, revision, figures)))
+        .map(|gateway| timeseries.read(|figures| gateway_row(gateway, revision, figures)))
         .collect();
     let admin = Admin::new(shared.clone());
     let backends: Vec<Value> = state
@@ -163,7 +163,7 @@ fn whole(shared: &Shared, mut totals: Value) -> Value {
         .filter_map(|stored| {
             let status = admin.status(stored)?;
             let Spec::Backend(spec) = &stored.checked.spec else { return None };
-            let (p50, p99) = trends.read(|figures| {
+            let (p50, p99) = timeseries.read(|figures| {
                 let of = |q| figures.latency_of(&status.backend, q);
                 (of(0.5), of(0.99))
             });

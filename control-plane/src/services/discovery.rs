@@ -20,9 +20,9 @@ use weir_proto::v1::{self, StreamConfigRequest, StreamConfigResponse};
 use self::session::{Answered, Lateness, Session};
 use super::{Shared, check_about};
 use crate::auth::Caller;
+use crate::gateways::registry::{Claim, Connection, Taken};
 use crate::model::Key;
 use crate::publish::{Held, Snapshot};
-use crate::registry::{Claim, Connection, Taken};
 
 /// A stream that does not say hello by then is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -137,7 +137,7 @@ async fn serve(
     let claim = Claim::of(&caller);
     let connection = shared.registry.connect(&hello, &session.held, applied, claim).map_err(taken)?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
-    let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
+    let _present = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
     let replaced = connection.replaced.clone();
     tracing::info!(
         gateway = hello.gateway_id,

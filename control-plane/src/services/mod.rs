@@ -18,13 +18,13 @@ use weir_proto::status::{self, with_reason};
 
 use crate::auth::{Authority, Caller};
 use crate::catalog::{self, Catalog};
-use crate::fleet::Fleet;
+use crate::gateways::aggregate::Aggregate;
+use crate::gateways::membership::Membership;
+use crate::gateways::registry::Registry;
 use crate::leader::Leads;
 use crate::metrics::Metrics;
 use crate::model::Refusal;
-use crate::presence::Presence;
 use crate::publish::{Differences, Snapshot};
-use crate::registry::Registry;
 use crate::store;
 use crate::verdicts::Verdicts;
 
@@ -35,8 +35,8 @@ pub(crate) struct Shared {
     pub(crate) snapshots: watch::Receiver<Snapshot>,
     pub(crate) differences: Differences,
     pub(crate) registry: Registry,
-    pub(crate) presence: Presence,
-    pub(crate) fleet: Fleet,
+    pub(crate) membership: Membership,
+    pub(crate) aggregate: Aggregate,
     pub(crate) verdicts: Verdicts,
     /// Whether this control plane speaks for all.
     pub(crate) leads: Leads,

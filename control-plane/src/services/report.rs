@@ -1,13 +1,13 @@
-//! The report lane: takes in what gateways see, tells each what all of them see. The latest value wins: while a
-//! gateway does not read, nothing queues up, and then it gets what differs from what it last got.
+//! The report stream: takes in what gateways see, and sends each of them what all of them see. The latest value wins:
+//! while a gateway does not read, nothing queues up, and then it is sent the difference to what it was last sent.
 //!
-//! Of several control planes only the one that leads tells; the others say that they do not lead, and take in.
+//! Of several control planes only the leader sends; the others say that they do not lead, and take reports in.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -19,9 +19,11 @@ use weir_proto::v1::{
 
 use super::{Shared, check_about};
 use crate::auth::Caller;
-use crate::fleet::{Loads, ToldSpeeds, Traffic};
+use crate::gateways::aggregate::{Departures, LastSentSpeeds, Reporter};
+use crate::gateways::loads::{Loads, Traffic};
+use crate::gateways::registry::Claim;
 use crate::health::Vantage;
-use crate::registry::Claim;
+use crate::leader::Leads;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
 /// Answers that may lie unread; the latest value wins.
@@ -29,12 +31,12 @@ const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Loads change all the time, and how many gateways there are changes with each that comes; verdicts do not wait for this.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
-/// Of a large fleet each gateway is told less often, so that all together are told so often a second.
+/// In a large fleet each gateway is sent loads less often, so that all together are sent so many a second.
 const LOADS_PER_SECOND: f64 = 2000.0;
-/// But never less often than that: a picture of the loads is not to be older than their reports.
+/// But never less often than that: loads must not be older than their reports.
 const LOAD_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// The service that gateways report to.
 #[derive(Debug, Clone)]
 pub(crate) struct Reports(pub(crate) Shared);
 
@@ -52,12 +54,12 @@ impl ReportService for Reports {
     }
 }
 
-/// What a gateway was last told.
+/// What a gateway was last sent.
 #[derive(Default)]
-struct Told {
+struct LastSent {
     healths: Arc<Healths>,
     loads: Arc<Loads>,
-    speeds: ToldSpeeds,
+    speeds: LastSentSpeeds,
     traffic: Traffic,
     live: u32,
     assignments: Arc<ProbeAssignments>,
@@ -67,16 +69,86 @@ struct Told {
     departure: u64,
 }
 
-impl Told {
-    /// Whether a gateway has to do something that it was not yet told.
-    fn misses(&self, duties: &Duties, of: &Vantage) -> bool {
+/// What may be sent now.
+struct Current {
+    healths: Arc<Healths>,
+    loads: Arc<Loads>,
+    live: u32,
+}
+
+impl LastSent {
+    /// Whether the gateway has to do something that it was not sent yet.
+    fn lacks(&self, duties: &Duties, of: &Vantage) -> bool {
         assignments(duties, of) != self.assignments || duties.orders_after(self.serial, of).next().is_some()
+    }
+
+    /// The difference between what was sent and what there is now, which counts as sent from then on.
+    fn advance(
+        &mut self,
+        now: Current,
+        duties: &Duties,
+        own: &Vantage,
+        verdicts: &Verdicts,
+    ) -> StreamReportsResponse {
+        let health = now.healths.iter().filter(|(name, health)| self.healths.get(*name) != Some(health));
+        let changed = now.loads.iter().filter(|(name, load)| self.loads.get(*name) != Some(load));
+        // Of a backend that nobody reports any more, nothing is in flight.
+        let gone = self.loads.iter().filter(|(name, load)| **load > 0 && !now.loads.contains_key(*name));
+        let load = changed.map(|(name, load)| (name, *load)).chain(gone.map(|(name, _)| (name, 0)));
+        let order = |order: &crate::health::Order| ProbeOrder {
+            backend: order.backend.clone(),
+            tier: view::tier(order.tier).into(),
+        };
+        let assigned = assignments(duties, own);
+        let answer = StreamReportsResponse {
+            health: health.map(|(_, health)| verdicts.at_present(health)).collect(),
+            load: load.map(|(name, in_flight)| FleetLoad { backend: name.clone(), in_flight }).collect(),
+            live_gateways: now.live,
+            assignments: (assigned != self.assignments).then(|| (*assigned).clone()),
+            orders: duties.orders_after(self.serial, own).map(order).collect(),
+            ..StreamReportsResponse::default()
+        };
+        (self.healths, self.loads, self.live) = (now.healths, now.loads, now.live);
+        self.assignments = assigned;
+        self.serial = duties.serial().max(self.serial);
+        answer
     }
 }
 
-/// What a gateway is assigned; nothing is an assignment too.
+/// The probe assignments of one gateway. An empty list is an assignment too.
 fn assignments(duties: &Duties, of: &Vantage) -> Arc<ProbeAssignments> {
     duties.assignments.get(of).cloned().unwrap_or_default()
+}
+
+/// Everything that may be sent, with its changes.
+struct Sources {
+    healths: watch::Receiver<Arc<Healths>>,
+    duties: watch::Receiver<Arc<Duties>>,
+    loads: watch::Receiver<Arc<Loads>>,
+    /// Changes when there are new speeds or traffic.
+    served: watch::Receiver<()>,
+    departures: watch::Receiver<Departures>,
+    live: watch::Receiver<u32>,
+    leads: Leads,
+}
+
+/// One report stream: what its gateway was sent, and what is still to be sent.
+struct ReportStream {
+    shared: Shared,
+    gateway_id: String,
+    own: Vantage,
+    reporter: Reporter,
+    sources: Sources,
+    sent: LastSent,
+    /// The fencing number, while this control plane leads.
+    leading: Option<u64>,
+    /// Who leads, until the gateway was sent it.
+    leadership: Option<Leadership>,
+    /// Something is to be sent at once.
+    urgent: bool,
+    /// Something is to be sent when the next loads are due.
+    load_changed: bool,
+    load_due: Instant,
 }
 
 async fn serve(
@@ -91,138 +163,185 @@ async fn serve(
     let first = first.ok_or_else(|| Status::invalid_argument("the first message is a report"))?;
     check_about(&first.gateway_id, &[("region", &first.region), ("incarnation", &first.incarnation)])?;
     shared.authority.speaks_for(&caller, &first.gateway_id)?;
-    let own = gateway(&first.gateway_id);
-    let (mut healths, mut duties) = (shared.verdicts.healths(), shared.verdicts.duties());
-    // What was ordered before this stream was there is answered or given up by now.
-    let mut told = Told { serial: duties.borrow_and_update().serial(), ..Told::default() };
-    let mut departures = shared.fleet.departures();
-    told.departure = departures.borrow_and_update().last();
-    let reporter = shared.fleet.join(&first, &Claim::of(&caller)).map_err(|taken| {
-        tracing::warn!(reason = %taken, "the reports of a gateway were refused");
-        Status::aborted(taken.to_string())
-    })?;
-    reporter.report(&first);
-    let (mut loads, mut served) = (shared.fleet.loads(), shared.fleet.served());
-    let mut live = shared.presence.count();
-    let mut leads = shared.leads.clone();
-    let mut leading = *leads.borrow_and_update();
-    let mut leadership = Some(claim(&shared, leading));
-    // At first the whole picture, whatever it is.
-    let (mut urgent, mut load_changed) = (true, true);
-    let mut load_due = Instant::now();
-    loop {
-        let load_ready = load_changed && load_due <= Instant::now();
-        tokio::select! {
-            permit = outbox.reserve(), if leadership.is_some() || leading.is_some() && (urgent || load_ready) => {
-                let permit = permit.map_err(|_| Status::cancelled("the stream is closed"))?;
-                // Perhaps it was waited for longer than the lease.
-                if *leads.borrow() != leading {
-                    continue;
+    ReportStream::open(shared, &caller, &first)?.run(inbound, outbox).await
+}
+
+impl ReportStream {
+    fn open(shared: Shared, caller: &Caller, first: &StreamReportsRequest) -> Result<Self, Status> {
+        // Orders and departures from before this stream are answered or given up by now.
+        let mut duties = shared.verdicts.duties();
+        let serial = duties.borrow_and_update().serial();
+        let mut departures = shared.aggregate.departures();
+        let departure = departures.borrow_and_update().last();
+        let reporter = shared.aggregate.join(first, &Claim::of(caller)).map_err(|taken| {
+            tracing::warn!(reason = %taken, "the reports of a gateway were refused");
+            Status::aborted(taken.to_string())
+        })?;
+        reporter.report(first);
+        let mut leads = shared.leads.clone();
+        let leading = *leads.borrow_and_update();
+        let sources = Sources {
+            healths: shared.verdicts.healths(),
+            duties,
+            loads: shared.aggregate.loads(),
+            served: shared.aggregate.served(),
+            departures,
+            live: shared.membership.count(),
+            leads,
+        };
+        Ok(Self {
+            gateway_id: first.gateway_id.clone(),
+            own: gateway(&first.gateway_id),
+            reporter,
+            sources,
+            sent: LastSent { serial, departure, ..LastSent::default() },
+            leading,
+            leadership: Some(claim(&shared, leading)),
+            // The first message has everything.
+            urgent: true,
+            load_changed: true,
+            load_due: Instant::now(),
+            shared,
+        })
+    }
+
+    async fn run(
+        mut self,
+        mut inbound: Streaming<StreamReportsRequest>,
+        outbox: Outbox,
+    ) -> Result<(), Status> {
+        loop {
+            let load_ready = self.load_changed && self.load_due <= Instant::now();
+            let to_send = self.leadership.is_some() || self.leading.is_some() && (self.urgent || load_ready);
+            tokio::select! {
+                permit = outbox.reserve(), if to_send => {
+                    let permit = permit.map_err(|_| Status::cancelled("the stream is closed"))?;
+                    if let Some(message) = self.next_message(load_ready) {
+                        permit.send(Ok(message));
+                    }
                 }
-                if leading.is_none() {
-                    let leadership = leadership.take();
-                    permit.send(Ok(StreamReportsResponse { leadership, ..Default::default() }));
-                    continue;
+                message = inbound.message() => match message? {
+                    None => return Ok(()),
+                    Some(report) => {
+                        self.reporter.report(&report);
+                    }
+                },
+                changed = self.sources.leads.changed() => {
+                    changed.map_err(stopping)?;
+                    self.leader_changed();
                 }
-                let now = Told {
-                    healths: healths.borrow_and_update().clone(),
-                    // Loads and speeds ride along with a verdict when they are due, never earlier.
-                    loads: if load_ready { loads.borrow_and_update().clone() } else { told.loads.clone() },
-                    live: if load_ready { *live.borrow_and_update() } else { told.live },
-                    speeds: ToldSpeeds::default(),
-                    traffic: Traffic::default(),
-                    assignments: told.assignments.clone(),
-                    serial: told.serial,
-                    departure: told.departure,
-                };
-                let (mut now, mut answer) = {
-                    let duties = duties.borrow_and_update();
-                    difference(&told, now, &duties, &own, &shared.verdicts)
-                };
-                if shared.fleet.cleans_up(&first.gateway_id) {
-                    answer.gone_incarnations = departures.borrow_and_update().after(told.departure);
+                changed = self.sources.healths.changed() => {
+                    changed.map_err(stopping)?;
+                    self.urgent |= is_urgent(&self.sent.healths, &self.sources.healths.borrow_and_update());
+                    self.load_changed = true;
                 }
-                now.departure = departures.borrow().last();
-                (now.speeds, now.traffic) = (told.speeds, told.traffic);
-                if load_ready {
-                    answer.speeds = now.speeds.news(&shared.fleet.speeds_without(&first.gateway_id));
-                    let traffic = shared.fleet.traffic_at(&paid(&now.assignments));
-                    let news = |(name, traffic): &(&String, &FleetTraffic)| now.traffic.get(*name) != Some(traffic);
-                    answer.traffic = traffic.iter().filter(news).map(|(_, traffic)| traffic.clone()).collect();
-                    now.traffic = traffic;
+                changed = self.sources.duties.changed() => {
+                    changed.map_err(stopping)?;
+                    self.urgent |= self.sent.lacks(&self.sources.duties.borrow_and_update(), &self.own);
                 }
-                answer.leadership = leadership.take();
-                let nothing = StreamReportsResponse { live_gateways: told.live, ..StreamReportsResponse::default() };
-                if answer != nothing {
-                    permit.send(Ok(answer));
+                changed = self.sources.departures.changed() => {
+                    changed.map_err(stopping)?;
+                    self.urgent |= self.shared.aggregate.cleans_up(&self.gateway_id);
                 }
-                told = now;
-                urgent = false;
-                if load_ready {
-                    load_changed = false;
-                    load_due = Instant::now() + load_interval(told.live);
+                // These wait for the next loads. Once something is to be sent then, further changes wake nobody: they
+                // would wake each of a thousand streams a thousand times a second.
+                changed = self.sources.loads.changed(), if !self.load_changed => {
+                    changed.map_err(stopping)?;
+                    self.load_changed = *self.sources.loads.borrow_and_update() != self.sent.loads;
                 }
-            }
-            said = inbound.message() => match said? {
-                None => return Ok(()),
-                Some(report) => {
-                    reporter.report(&report);
+                changed = self.sources.served.changed(), if !self.load_changed => {
+                    changed.map_err(stopping)?;
+                    self.load_changed = true;
                 }
-            },
-            changed = leads.changed() => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                leading = *leads.borrow_and_update();
-                leadership = Some(claim(&shared, leading));
-                // What another one said since is not known here: the whole picture again, and all departures of this
-                // stream's time, since the one that led may have gone with one of them.
-                let serial = duties.borrow_and_update().serial();
-                told = Told { serial, departure: told.departure, ..Told::default() };
-                (urgent, load_changed, load_due) = (true, true, Instant::now());
+                changed = self.sources.live.changed(), if !self.load_changed => {
+                    changed.map_err(stopping)?;
+                    self.load_changed = *self.sources.live.borrow_and_update() != self.sent.live;
+                }
+                () = sleep_until(self.load_due), if self.load_changed && !load_ready => {}
             }
-            changed = healths.changed() => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent |= is_urgent(&told.healths, &healths.borrow_and_update());
-                load_changed = true;
-            }
-            changed = duties.changed() => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent |= told.misses(&duties.borrow_and_update(), &own);
-            }
-            // Once there is something to say, more of it wakes nobody: of a thousand streams each would wake a thousand times
-            // a second.
-            changed = loads.changed(), if !load_changed => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                load_changed = *loads.borrow_and_update() != told.loads;
-            }
-            changed = served.changed(), if !load_changed => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                load_changed = true;
-            }
-            changed = departures.changed() => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                urgent |= shared.fleet.cleans_up(&first.gateway_id);
-            }
-            changed = live.changed(), if !load_changed => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                load_changed = *live.borrow_and_update() != told.live;
-            }
-            () = sleep_until(load_due), if load_changed && !load_ready => {}
         }
+    }
+
+    /// What to send now, if anything.
+    fn next_message(&mut self, load_ready: bool) -> Option<StreamReportsResponse> {
+        // The wait for room may have outlasted the lease.
+        if *self.sources.leads.borrow() != self.leading {
+            return None;
+        }
+        if self.leading.is_none() {
+            let leadership = self.leadership.take();
+            return Some(StreamReportsResponse { leadership, ..Default::default() });
+        }
+        let empty = StreamReportsResponse { live_gateways: self.sent.live, ..Default::default() };
+        let sources = &mut self.sources;
+        let now = Current {
+            healths: sources.healths.borrow_and_update().clone(),
+            // Loads go along with a verdict when they are due, never earlier.
+            loads: if load_ready {
+                sources.loads.borrow_and_update().clone()
+            } else {
+                self.sent.loads.clone()
+            },
+            live: if load_ready { *sources.live.borrow_and_update() } else { self.sent.live },
+        };
+        let verdicts = &self.shared.verdicts;
+        let mut answer = self.sent.advance(now, &sources.duties.borrow_and_update(), &self.own, verdicts);
+        let cleans_up = self.shared.aggregate.cleans_up(&self.gateway_id);
+        {
+            let departures = sources.departures.borrow_and_update();
+            if cleans_up {
+                answer.gone_incarnations = departures.after(self.sent.departure);
+            }
+            self.sent.departure = departures.last();
+        }
+        if load_ready {
+            self.add_figures(&mut answer);
+            self.load_changed = false;
+            self.load_due = Instant::now() + load_interval(self.sent.live);
+        }
+        self.urgent = false;
+        answer.leadership = self.leadership.take();
+        (answer != empty).then_some(answer)
+    }
+
+    /// Adds the speeds and the traffic that are new to the gateway.
+    fn add_figures(&mut self, answer: &mut StreamReportsResponse) {
+        let aggregate = &self.shared.aggregate;
+        answer.speeds = self.sent.speeds.news(&aggregate.speeds_without(&self.gateway_id));
+        let traffic = aggregate.traffic_at(&paid(&self.sent.assignments));
+        let is_news =
+            |(name, traffic): &(&String, &FleetTraffic)| self.sent.traffic.get(*name) != Some(traffic);
+        answer.traffic = traffic.iter().filter(is_news).map(|(_, traffic)| traffic.clone()).collect();
+        self.sent.traffic = traffic;
+    }
+
+    fn leader_changed(&mut self) {
+        self.leading = *self.sources.leads.borrow_and_update();
+        self.leadership = Some(claim(&self.shared, self.leading));
+        // What another leader sent is not known here, so everything is sent again; and all departures of this stream's
+        // time, since the former leader may have gone with one of them.
+        let serial = self.sources.duties.borrow_and_update().serial();
+        self.sent = LastSent { serial, departure: self.sent.departure, ..LastSent::default() };
+        (self.urgent, self.load_changed, self.load_due) = (true, true, Instant::now());
     }
 }
 
-/// Between two times a gateway is told the loads, in a fleet of so many.
+fn stopping(_: watch::error::RecvError) -> Status {
+    Status::unavailable("the control plane is stopping")
+}
+
+/// The time between two messages with loads to one gateway, when so many gateways are there.
 fn load_interval(live: u32) -> Duration {
     Duration::from_secs_f64(f64::from(live) / LOADS_PER_SECOND).clamp(LOAD_INTERVAL, LOAD_INTERVAL_MAX)
 }
 
-/// Whether verdicts differ in how backends are used. That one is suspected, and why, can wait for the next loads: on a
-/// large fleet the push would otherwise be still under way when the verdict itself follows.
-fn is_urgent(told: &Healths, now: &Healths) -> bool {
+/// Whether verdicts differ in how backends are used. That a backend is suspect, and why, can wait for the next loads: in a
+/// large fleet its push would otherwise still be under way when the verdict itself follows.
+fn is_urgent(sent: &Healths, now: &Healths) -> bool {
     let used = |health: &v1::BackendHealth| {
         (health.state, health.factor, health.overridden, health.stale, health.ramp)
     };
-    now.iter().any(|(name, health)| told.get(name).is_none_or(|told| used(told) != used(health)))
+    now.iter().any(|(name, health)| sent.get(name).is_none_or(|sent| used(sent) != used(health)))
 }
 
 fn claim(shared: &Shared, leading: Option<u64>) -> Leadership {
@@ -234,38 +353,6 @@ fn claim(shared: &Shared, leading: Option<u64>) -> Leadership {
 fn paid(assignments: &ProbeAssignments) -> BTreeSet<&str> {
     let paid = assignments.assignments.iter().filter(|a| a.tier() != ProbeTier::Liveness);
     paid.map(|a| a.backend.as_str()).collect()
-}
-
-/// What a gateway does not know yet, and what it will know then.
-fn difference(
-    told: &Told,
-    mut now: Told,
-    duties: &Duties,
-    own: &Vantage,
-    verdicts: &Verdicts,
-) -> (Told, StreamReportsResponse) {
-    let health = now.healths.iter().filter(|(name, health)| told.healths.get(*name) != Some(health));
-    let changed = now.loads.iter().filter(|(name, load)| told.loads.get(*name) != Some(load));
-    // Of a backend that nobody reports any more, nothing is in flight.
-    let gone = told.loads.iter().filter(|(name, load)| **load > 0 && !now.loads.contains_key(*name));
-    let load = changed.map(|(name, load)| (name, *load)).chain(gone.map(|(name, _)| (name, 0)));
-    let orders = duties.orders_after(told.serial, own);
-    let order = |order: &crate::health::Order| ProbeOrder {
-        backend: order.backend.clone(),
-        tier: view::tier(order.tier).into(),
-    };
-    let assigned = assignments(duties, own);
-    let answer = StreamReportsResponse {
-        health: health.map(|(_, health)| verdicts.at_present(health)).collect(),
-        load: load.map(|(name, in_flight)| FleetLoad { backend: name.clone(), in_flight }).collect(),
-        live_gateways: now.live,
-        assignments: (assigned != told.assignments).then(|| (*assigned).clone()),
-        orders: orders.map(order).collect(),
-        ..StreamReportsResponse::default()
-    };
-    now.assignments = assigned;
-    now.serial = duties.serial().max(told.serial);
-    (now, answer)
 }
 
 #[cfg(test)]
@@ -295,12 +382,13 @@ mod tests {
         let loads = |pairs: &[(&str, u32)]| {
             Arc::new(pairs.iter().map(|(name, load)| ((*name).to_owned(), *load)).collect::<Loads>())
         };
-        let told = Told { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..Told::default() };
-        let now = Told { loads: loads(&[("a", 1), ("b", 5)]), ..Told::default() };
+        let mut sent = LastSent { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..LastSent::default() };
+        let now =
+            Current { loads: loads(&[("a", 1), ("b", 5)]), healths: sent.healths.clone(), live: sent.live };
         let load = |name: &str, in_flight| FleetLoad { backend: name.into(), in_flight };
         let verdicts =
             Verdicts::new(Arc::default(), None, tokio::sync::watch::Sender::new(Some(1)).subscribe());
-        let (_, answer) = difference(&told, now, &Duties::default(), &gateway("g"), &verdicts);
+        let answer = sent.advance(now, &Duties::default(), &gateway("g"), &verdicts);
         assert_eq!(answer.load, [load("b", 5), load("c", 0)]);
     }
 }

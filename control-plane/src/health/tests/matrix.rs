@@ -1,7 +1,8 @@
 //! The failure matrix: what fails, and what the cluster must make of it.
 
 use super::world::*;
-use crate::health::evidence::{Outcome, Passive, Tier, Vantage};
+use crate::health::Tier;
+use crate::health::evidence::{Outcome, Passive, Vantage};
 use crate::health::params::HOLD_MAX;
 use crate::health::{Moment, Rule, State};
 use weir_proto::resource::HealthProfile;

@@ -6,11 +6,11 @@ use proptest::prelude::*;
 
 use super::world::*;
 use crate::health::case::Case;
-use crate::health::evidence::{Observation, Outcome, Reading, Tier, Vantage};
+use crate::health::evidence::{Observation, Outcome, Reading, Vantage};
 use crate::health::guard::budget;
 use crate::health::observer_for_tests;
 use crate::health::tally::Context;
-use crate::health::{Moment, State};
+use crate::health::{Moment, State, Tier};
 use weir_proto::resource::HealthProfile;
 
 fn seen(outcome: Outcome) -> Observation {

@@ -9,8 +9,8 @@ use weir_proto::resource::HealthProfile;
 use crate::health::assign::Probers;
 use crate::health::case::Case;
 use crate::health::cluster::Standard;
-use crate::health::evidence::{Cause, Moment, Observation, Outcome, Reading, Tier, Vantage};
-use crate::health::{Cluster, Order, State, Target};
+use crate::health::evidence::{Cause, Moment, Observation, Outcome, Reading, Vantage};
+use crate::health::{Cluster, Order, State, Target, Tier};
 
 pub(super) const REFUSED: Outcome = Outcome::Failed(Cause::Refused);
 pub(super) const SILENT: Outcome = Outcome::Failed(Cause::Timeout);

@@ -24,8 +24,8 @@ impl Admin {
         let (shared, name) = (&self.0, &stored.wire.name);
         let health =
             shared.verdicts.healths().borrow().get(name).map(|health| shared.verdicts.at_present(health));
-        let in_flight = shared.fleet.loads().borrow().get(name).copied().unwrap_or_default();
-        let pace = shared.fleet.pace(name);
+        let in_flight = shared.aggregate.loads().borrow().get(name).copied().unwrap_or_default();
+        let pace = shared.aggregate.pace(name);
         let admin_state = match spec.admin_state {
             AdminState::Active => v1::AdminState::Active,
             AdminState::Draining => v1::AdminState::Draining,
@@ -35,7 +35,7 @@ impl Admin {
             backend: name.clone(),
             health: Some(health.unwrap_or_else(|| unknown(name))),
             in_flight,
-            ejected_by: shared.fleet.ejected_by(name),
+            ejected_by: shared.aggregate.ejected_by(name),
             pool: spec.pool.to_string(),
             weight: spec.weight,
             effective_weight: 0.0,

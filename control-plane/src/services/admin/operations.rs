@@ -82,7 +82,7 @@ impl Admin {
             return Err(Status::not_found(format!("{key} is not draining: it is active")));
         }
         let revision = stored.wire.revision;
-        let reports = self.0.fleet.in_flight_at(backend);
+        let reports = self.0.aggregate.in_flight_at(backend);
         let (mut applied, mut connected, mut waiting_for) = (0, 0, Vec::new());
         for (id, since) in self.0.registry.applied_since(revision) {
             connected += 1;

@@ -7,8 +7,8 @@ use weir_proto::v1::{self, StreamConfigRequest};
 
 use super::{HEARTBEAT, Outbox, age_limit, heartbeat, taken};
 use crate::auth::Caller;
+use crate::gateways::registry::Claim;
 use crate::publish::{Held, Snapshot, versions};
-use crate::registry::Claim;
 use crate::services::Shared;
 
 /// Serves it to its end.
@@ -26,7 +26,7 @@ pub(super) async fn serve(
     let claim = Claim::of(&caller);
     let connection = shared.registry.connect(&hello, &held, applied, claim).map_err(taken)?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
-    let _present = (!limit_service).then(|| shared.presence.enter(&hello.gateway_id));
+    let _present = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
     tracing::debug!(gateway = hello.gateway_id, "observed: it follows another control plane");
     let mut beat = interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -12,9 +12,9 @@ use tokio::time::Instant;
 use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
 
 /// Backend, model, measure.
-pub(crate) type PaceKey = (String, String, i32);
+pub(crate) type SpeedKey = (String, String, i32);
 /// What one gateway saw, or what a gateway was told.
-pub(crate) type Speeds = BTreeMap<PaceKey, Average>;
+pub(crate) type Speeds = BTreeMap<SpeedKey, Average>;
 
 /// Most averages of one gateway; more than any configuration has.
 const SPEEDS_MAX: usize = 30_000;
@@ -49,7 +49,7 @@ impl Average {
     }
 
     /// For the wire.
-    fn wire(&self, (backend, model, measure): &PaceKey) -> FleetSpeed {
+    fn wire(&self, (backend, model, measure): &SpeedKey) -> FleetSpeed {
         let Self { count, mean, variance } = *self;
         let speed = ModelSpeed { model: model.clone(), measure: *measure, count, mean, variance };
         FleetSpeed { backend: backend.clone(), speed: Some(speed) }
@@ -58,9 +58,9 @@ impl Average {
 
 /// What a gateway was told, and when.
 #[derive(Debug, Default)]
-pub(crate) struct Told(BTreeMap<PaceKey, (Average, Instant)>);
+pub(crate) struct LastSentSpeeds(BTreeMap<SpeedKey, (Average, Instant)>);
 
-impl Told {
+impl LastSentSpeeds {
     /// What is new to it, which it then knows. What is gone fades there by itself.
     pub(crate) fn news(&mut self, speeds: &Speeds) -> Vec<FleetSpeed> {
         let now = Instant::now();
@@ -115,13 +115,13 @@ impl Sum {
 
 /// What one gateway saw, and what of it is in the sums.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Seen {
+pub(super) struct ReportedSpeeds {
     speeds: Arc<Speeds>,
     at: Option<Instant>,
-    counted: BTreeMap<PaceKey, Sum>,
+    counted: BTreeMap<SpeedKey, Sum>,
 }
 
-impl Seen {
+impl ReportedSpeeds {
     /// A gateway's report.
     pub(super) fn report<'a>(&mut self, backends: impl Iterator<Item = (&'a String, &'a Vec<ModelSpeed>)>) {
         let speeds = backends.flat_map(|(backend, speeds)| speeds.iter().map(move |speed| (backend, speed)));
@@ -139,14 +139,14 @@ impl Seen {
 
 /// The sums over all gateways.
 #[derive(Debug, Default)]
-pub(super) struct Paces {
-    sums: BTreeMap<PaceKey, Sum>,
+pub(super) struct SpeedSums {
+    sums: BTreeMap<SpeedKey, Sum>,
     at: Option<Instant>,
 }
 
-impl Paces {
+impl SpeedSums {
     /// Adds up anew what gateways saw, unless that was done just now.
-    pub(super) fn refresh<'a>(&mut self, gateways: impl Iterator<Item = &'a mut Seen>) {
+    pub(super) fn refresh<'a>(&mut self, gateways: impl Iterator<Item = &'a mut ReportedSpeeds>) {
         let now = Instant::now();
         if self.at.is_some_and(|at| now - at < REFRESH) {
             return;
@@ -164,7 +164,7 @@ impl Paces {
     }
 
     /// What all but one saw.
-    pub(super) fn without(&self, own: &Seen) -> Speeds {
+    pub(super) fn without(&self, own: &ReportedSpeeds) -> Speeds {
         let others = self.sums.iter().filter_map(|(key, sum)| {
             let sum = own.counted.get(key).map_or(*sum, |own| sum.plus(*own, -1.0));
             Some((key.clone(), sum.average()?))
@@ -177,10 +177,10 @@ impl Paces {
 mod tests {
     use super::*;
 
-    fn seen(count: f64, mean: f64, variance: f64) -> Seen {
+    fn seen(count: f64, mean: f64, variance: f64) -> ReportedSpeeds {
         let speed =
             ModelSpeed { model: "m".into(), measure: SpeedMeasure::Whole.into(), count, mean, variance };
-        let mut seen = Seen::default();
+        let mut seen = ReportedSpeeds::default();
         seen.report([(&"b".to_owned(), &vec![speed])].into_iter());
         seen
     }
@@ -192,9 +192,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_is_told_what_all_others_saw() {
         let mut all = [seen(10.0, 1.0, 0.0), seen(30.0, 2.0, 0.5), seen(f64::NAN, 1.0, 0.0)];
-        let mut paces = Paces::default();
+        let mut paces = SpeedSums::default();
         paces.refresh(all.iter_mut());
-        let told = |paces: &Paces, to: &Seen| paces.without(to).into_values().next();
+        let told = |paces: &SpeedSums, to: &ReportedSpeeds| paces.without(to).into_values().next();
         let Average { count, mean, variance } = told(&paces, &all[2]).unwrap();
         assert!(close(count, 40.0) && close(mean, 1.75) && close(variance, 0.5625), "{mean} {variance}");
         let first = told(&paces, &all[0]).unwrap();
@@ -207,7 +207,7 @@ mod tests {
         paces.refresh(all.iter_mut());
         let faded = told(&paces, &all[0]).unwrap();
         assert!(close(faded.count, 30.0 / std::f64::consts::E) && close(faded.mean, 2.0), "{faded:?}");
-        let mut known = Told::default();
+        let mut known = LastSentSpeeds::default();
         assert_eq!(known.news(&paces.without(&all[0])).len(), 1);
         assert_eq!(known.news(&paces.without(&all[0])).len(), 0, "it was told just now");
         tokio::time::advance(TAU / 2).await;

@@ -12,7 +12,7 @@ use weir_proto::latency::{INTERVALS, quantile_ms};
 use weir_proto::v1;
 
 pub(crate) use self::series::{Line, Rate};
-use crate::fleet::Loads;
+use super::loads::Loads;
 
 /// How often loads are sampled.
 pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ const LIMIT_KNOWN_FOR: Duration = Duration::from_secs(60);
 
 /// The figures. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Trends(Arc<Mutex<Inner>>);
+pub(crate) struct Timeseries(Arc<Mutex<Inner>>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -148,7 +148,7 @@ impl Traffic {
     }
 }
 
-impl Trends {
+impl Timeseries {
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -347,16 +347,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn rates_and_lines_follow_what_gateways_say() {
-        let trends = Trends::default();
+        let timeseries = Timeseries::default();
         let loads: Loads = [("b".to_owned(), 4)].into();
         for _ in 0..5 {
-            trends.report("g", &report(18, 2));
-            trends.report("h", &report(10, 0));
+            timeseries.report("g", &report(18, 2));
+            timeseries.report("h", &report(10, 0));
             tokio::time::advance(SAMPLE).await;
-            trends.sample(&loads, ["b"].into_iter());
+            timeseries.sample(&loads, ["b"].into_iter());
         }
-        assert_eq!(trends.read(|figures| figures.closed()), 1);
-        trends.read(|figures| {
+        assert_eq!(timeseries.read(|figures| figures.closed()), 1);
+        timeseries.read(|figures| {
             assert_eq!(figures.traffic().requests.per_second(figures.second), 30.0);
             assert_eq!(figures.traffic().failed.per_second(figures.second), 2.0);
             assert_eq!(figures.traffic().in_flight, 6);
@@ -366,20 +366,20 @@ mod tests {
             assert!((80.0..130.0).contains(&p50), "{p50}");
             assert_eq!(figures.lines().requests.values().last(), Some(Some(30.0)));
         });
-        trends.left("g");
-        trends.left("h");
+        timeseries.left("g");
+        timeseries.left("h");
         for _ in 0..POINTS as u32 * SAMPLES * 2 {
             tokio::time::advance(SAMPLE).await;
-            trends.sample(&Loads::new(), ["b"].into_iter());
+            timeseries.sample(&Loads::new(), ["b"].into_iter());
         }
-        trends.read(|figures| {
+        timeseries.read(|figures| {
             assert_eq!(figures.traffic().requests.per_second(figures.second), 0.0);
             assert_eq!(figures.lines().requests.values().count(), POINTS, "a line has a bound");
             assert_eq!(figures.latency_of("b", 0.5), None, "what faded away says nothing");
         });
-        trends.sample(&Loads::new(), [].into_iter());
+        timeseries.sample(&Loads::new(), [].into_iter());
         assert_eq!(
-            trends.read(|figures| figures.backends().count()),
+            timeseries.read(|figures| figures.backends().count()),
             0,
             "a backend that is gone leaves nothing"
         );
@@ -387,7 +387,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn no_number_of_a_gateway_makes_a_sum_begin_again() {
-        let trends = Trends::default();
+        let timeseries = Timeseries::default();
         let absurd = v1::TrafficReport {
             succeeded: u64::MAX,
             refused: u64::MAX,
@@ -400,18 +400,18 @@ mod tests {
         };
         let report = v1::StreamReportsRequest { traffic: Some(absurd), ..Default::default() };
         for gateway in ["a", "b", "a"] {
-            trends.report(gateway, &report);
+            timeseries.report(gateway, &report);
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        trends.sample(&Loads::default(), std::iter::empty());
-        assert_eq!(trends.inner().lines.sum.requests, u64::MAX);
-        let rate = trends.read(|figures| figures.traffic().output_tokens.per_second(figures.second));
+        timeseries.sample(&Loads::default(), std::iter::empty());
+        assert_eq!(timeseries.inner().lines.sum.requests, u64::MAX);
+        let rate = timeseries.read(|figures| figures.traffic().output_tokens.per_second(figures.second));
         assert!(rate > 1e18, "{rate}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn limits_are_bounded_and_forgotten() {
-        let trends = Trends::default();
+        let timeseries = Timeseries::default();
         let limits = (0..LIMITS_MAX + 10).map(|i| v1::LimitReport {
             scope_kind: "tenant".into(),
             scope: i.to_string(),
@@ -421,10 +421,10 @@ mod tests {
             refusals: 5,
             ..Default::default()
         });
-        trends.report("g", &v1::StreamReportsRequest { limits: limits.collect(), ..Default::default() });
-        assert_eq!(trends.read(|figures| figures.limits().count()), LIMITS_MAX);
+        timeseries.report("g", &v1::StreamReportsRequest { limits: limits.collect(), ..Default::default() });
+        assert_eq!(timeseries.read(|figures| figures.limits().count()), LIMITS_MAX);
         tokio::time::advance(LIMIT_KNOWN_FOR).await;
-        (0..SAMPLES).for_each(|_| trends.sample(&Loads::new(), [].into_iter()));
-        assert_eq!(trends.read(|figures| figures.limits().count()), 0);
+        (0..SAMPLES).for_each(|_| timeseries.sample(&Loads::new(), [].into_iter()));
+        assert_eq!(timeseries.read(|figures| figures.limits().count()), 0);
     }
 }

@@ -1,11 +1,8 @@
-//! What gateways see, gathered: the latest value wins, and what a gateway said goes when its stream ends.
+//! The reports of all gateways, summed. The latest report of a gateway counts, and is taken off when its stream ends.
 //!
-//! Loads are summed here; probes and the outcomes of requests go on to the [`Verdicts`], figures for people to the
-//! [`Trends`]. A report costs what it says, not what all gateways together have said: with a thousand of them, a thousand
-//! reports come every second.
-
-mod departures;
-mod pace;
+//! Loads are summed here. Probe results and the outcomes of requests go on to the [`Verdicts`], figures for people to the
+//! [`Timeseries`]. The cost of a report depends on that report alone: with a thousand gateways, a thousand reports come
+//! every second.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,20 +13,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
 
-pub(crate) use self::departures::Departures;
-use self::departures::Leaving;
-pub(crate) use self::pace::Told as ToldSpeeds;
-use self::pace::{Paces, Seen, Speeds};
-use crate::presence::{Presence, Present};
-use crate::registry::{Claim, Taken};
-use crate::trends::Trends;
+pub(crate) use super::departures::Departures;
+use super::departures::Leaving;
+use super::loads::{Loads, Traffic};
+use super::membership::{Membership, OpenStream};
+use super::registry::{Claim, Taken};
+pub(crate) use super::speeds::LastSentSpeeds;
+use super::speeds::{ReportedSpeeds, SpeedSums, Speeds};
+use super::timeseries::Timeseries;
 use crate::verdicts::{Verdicts, gateway};
-
-/// In flight over all gateways, by backend.
-pub(crate) type Loads = BTreeMap<String, u32>;
-
-/// What requests of the whole fleet came to since the start, by backend.
-pub(crate) type Traffic = BTreeMap<String, v1::FleetTraffic>;
 
 /// Most backends one gateway may report on; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
@@ -39,14 +31,14 @@ const RESULTS_MAX: usize = 10_000;
 const CLEANERS: usize = 3;
 /// Loads are published this often at most.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
-/// What is new on how backends serve is said no more often.
-const TELL_EVERY: Duration = Duration::from_millis(250);
+/// Gateways are sent new speeds and traffic at most this often.
+const NEWS_INTERVAL: Duration = Duration::from_millis(250);
 /// The time constant of the paces shown to people.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
 /// The gathered picture. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct Fleet {
+pub(crate) struct Aggregate {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
     /// Told when a load has changed that is not published.
@@ -55,8 +47,8 @@ pub(crate) struct Fleet {
     /// Told when there is something new on how backends serve.
     served: watch::Sender<()>,
     verdicts: Verdicts,
-    presence: Presence,
-    trends: Trends,
+    membership: Membership,
+    timeseries: Timeseries,
 }
 
 #[derive(Debug, Default)]
@@ -67,10 +59,10 @@ struct Reports {
     streams: u64,
     leaving: Leaving,
     paces: BTreeMap<String, Pace>,
-    speeds: Paces,
+    speeds: SpeedSums,
     traffic: Traffic,
-    /// When it was last said that there is something new on how backends serve.
-    told_at: Option<Instant>,
+    /// When gateways were last woken for new speeds and traffic.
+    news_sent_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -81,7 +73,7 @@ struct Report {
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
     /// How fast it saw backends serve.
-    seen: Seen,
+    reported_speeds: ReportedSpeeds,
     /// When the last report came.
     at: Instant,
 }
@@ -123,14 +115,14 @@ impl Average {
 /// The place of one report stream; dropping it takes away what came over it.
 #[derive(Debug)]
 pub(crate) struct Reporter {
-    fleet: Fleet,
+    aggregate: Aggregate,
     gateway: String,
     stream: u64,
-    _present: Present,
+    _present: OpenStream,
 }
 
-impl Fleet {
-    pub(crate) fn new(verdicts: Verdicts, presence: Presence) -> Self {
+impl Aggregate {
+    pub(crate) fn new(verdicts: Verdicts, membership: Membership) -> Self {
         Self {
             reports: Arc::default(),
             loads: watch::Sender::default(),
@@ -138,8 +130,8 @@ impl Fleet {
             departures: watch::Sender::default(),
             served: watch::Sender::default(),
             verdicts,
-            presence,
-            trends: Trends::default(),
+            membership,
+            timeseries: Timeseries::default(),
         }
     }
 
@@ -163,8 +155,8 @@ impl Fleet {
     }
 
     /// The last minutes in figures.
-    pub(crate) const fn trends(&self) -> &Trends {
-        &self.trends
+    pub(crate) const fn timeseries(&self) -> &Timeseries {
+        &self.timeseries
     }
 
     /// A gateway's stream begins with its first report; an older stream of the same process has no say any more, and that
@@ -182,7 +174,7 @@ impl Fleet {
             incarnation: first.incarnation.clone(),
             sequence: 0,
             backends: BTreeMap::new(),
-            seen: Seen::default(),
+            reported_speeds: ReportedSpeeds::default(),
             at: Instant::now(),
         };
         let mut gone = reports.leaving.back(&first.gateway_id, &first.incarnation);
@@ -195,8 +187,8 @@ impl Fleet {
         let (id, region) = (gateway(&first.gateway_id), first.region.clone());
         self.verdicts.set_gateway(id, first.probes.then_some(region));
         self.changed.notify_one();
-        let present = self.presence.enter(&first.gateway_id);
-        Ok(Reporter { fleet: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present })
+        let present = self.membership.enter(&first.gateway_id);
+        Ok(Reporter { aggregate: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present })
     }
 
     /// The gateways that keep away from a backend.
@@ -265,8 +257,8 @@ impl Fleet {
     pub(crate) fn speeds_without(&self, gateway: &str) -> Speeds {
         let mut reports = self.reports();
         let Reports { by_gateway, speeds, .. } = &mut *reports;
-        speeds.refresh(by_gateway.values_mut().map(|report| &mut report.seen));
-        by_gateway.get(gateway).map(|own| speeds.without(&own.seen)).unwrap_or_default()
+        speeds.refresh(by_gateway.values_mut().map(|report| &mut report.reported_speeds));
+        by_gateway.get(gateway).map(|own| speeds.without(&own.reported_speeds)).unwrap_or_default()
     }
 
     /// What requests of the fleet came to at these backends.
@@ -312,9 +304,9 @@ impl Reports {
         let now = Instant::now();
         let says =
             report.backends.iter().any(|b| b.successes > 0 || b.timed_answers > 0 || !b.speeds.is_empty());
-        let due = says && self.told_at.is_none_or(|at| now - at >= TELL_EVERY);
+        let due = says && self.news_sent_at.is_none_or(|at| now - at >= NEWS_INTERVAL);
         if due {
-            self.told_at = Some(now);
+            self.news_sent_at = Some(now);
         }
         due
     }
@@ -369,7 +361,7 @@ impl Reporter {
     /// Takes a report over. False: it was older than the last one, or of another incarnation, or the stream has
     /// been replaced.
     pub(crate) fn report(&self, report: &v1::StreamReportsRequest) -> bool {
-        let mut reports = self.fleet.reports();
+        let mut reports = self.aggregate.reports();
         let Some(own) = reports.by_gateway.get_mut(&self.gateway) else { return false };
         if own.stream != self.stream
             || own.incarnation != report.incarnation
@@ -398,25 +390,26 @@ impl Reporter {
         }
         if let Some(own) = reports.by_gateway.get_mut(&self.gateway) {
             own.backends = known;
-            own.seen.report(report.backends.iter().map(|backend| (&backend.backend, &backend.speeds)));
+            own.reported_speeds
+                .report(report.backends.iter().map(|backend| (&backend.backend, &backend.speeds)));
         }
         let news = reports.is_news_due(report);
         drop(reports);
         if news {
-            self.fleet.served.send_replace(());
+            self.aggregate.served.send_replace(());
         }
         if changed {
-            self.fleet.changed.notify_one();
+            self.aggregate.changed.notify_one();
         }
-        self.fleet.trends.report(&self.gateway, report);
-        self.fleet.verdicts.report(&gateway(&self.gateway), report);
+        self.aggregate.timeseries.report(&self.gateway, report);
+        self.aggregate.verdicts.report(&gateway(&self.gateway), report);
         true
     }
 }
 
 impl Drop for Reporter {
     fn drop(&mut self) {
-        let mut reports = self.fleet.reports();
+        let mut reports = self.aggregate.reports();
         if reports.by_gateway.get(&self.gateway).is_none_or(|own| own.stream != self.stream) {
             return;
         }
@@ -424,10 +417,10 @@ impl Drop for Reporter {
             reports.forget(&own);
             reports.leaving.left(&self.gateway, own.incarnation);
         }
-        self.fleet.trends.left(&self.gateway);
+        self.aggregate.timeseries.left(&self.gateway);
         drop(reports);
-        self.fleet.verdicts.set_gateway(gateway(&self.gateway), None);
-        self.fleet.changed.notify_one();
+        self.aggregate.verdicts.set_gateway(gateway(&self.gateway), None);
+        self.aggregate.changed.notify_one();
     }
 }
 
@@ -462,35 +455,35 @@ mod tests {
 
     #[tokio::test]
     async fn late_reports_are_dropped_and_data_goes_with_the_stream() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None, alone()), Presence::default());
-        let old = fleet
+        let aggregate = Aggregate::new(Verdicts::new(Arc::default(), None, alone()), Membership::default());
+        let old = aggregate
             .join(&v1::StreamReportsRequest { incarnation: "h".into(), ..report(0, 0) }, &Claim::Own)
             .unwrap();
-        let reporter = fleet.join(&report(0, 0), &Claim::Own).unwrap();
+        let reporter = aggregate.join(&report(0, 0), &Claim::Own).unwrap();
         assert!(!old.report(&report(9, 9)), "a replaced stream");
         drop(old);
         assert!(reporter.report(&report(2, 5)));
         assert!(!reporter.report(&report(1, 7)), "an older sequence");
         assert!(!reporter.report(&v1::StreamReportsRequest { incarnation: "x".into(), ..report(3, 7) }));
-        fleet.publish();
-        assert_eq!(fleet.loads().borrow().get("b"), Some(&5));
+        aggregate.publish();
+        assert_eq!(aggregate.loads().borrow().get("b"), Some(&5));
         assert_eq!(
-            fleet.traffic_at(&["b", "c"].into()).values().map(|t| (t.good, t.bad)).collect::<Vec<_>>(),
+            aggregate.traffic_at(&["b", "c"].into()).values().map(|t| (t.good, t.bad)).collect::<Vec<_>>(),
             [(4, 4)]
         );
         drop(reporter);
-        fleet.publish();
-        assert!(fleet.loads().borrow().is_empty());
+        aggregate.publish();
+        assert!(aggregate.loads().borrow().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_does_not_come_back_is_gone_and_who_does_is_not() {
-        let fleet = Fleet::new(Verdicts::new(Arc::default(), None, alone()), Presence::default());
-        let (stop, mut departures) = (CancellationToken::new(), fleet.departures());
+        let aggregate = Aggregate::new(Verdicts::new(Arc::default(), None, alone()), Membership::default());
+        let (stop, mut departures) = (CancellationToken::new(), aggregate.departures());
         let connected = Arc::new(std::sync::atomic::AtomicBool::new(true));
         let held = connected.clone();
         let running = tokio::spawn(
-            fleet.clone().run(move |_| held.load(std::sync::atomic::Ordering::Relaxed), stop.clone()),
+            aggregate.clone().run(move |_| held.load(std::sync::atomic::Ordering::Relaxed), stop.clone()),
         );
         let of = |id: &str, incarnation: &str| v1::StreamReportsRequest {
             gateway_id: id.into(),
@@ -498,22 +491,22 @@ mod tests {
             ..report(0, 0)
         };
         // Its stream breaks and it returns.
-        drop(fleet.join(&of("a", "a1"), &Claim::Own).unwrap());
-        let stays = fleet.join(&of("a", "a1"), &Claim::Own).unwrap();
+        drop(aggregate.join(&of("a", "a1"), &Claim::Own).unwrap());
+        let stays = aggregate.join(&of("a", "a1"), &Claim::Own).unwrap();
         // Still there for its configuration.
-        drop(fleet.join(&of("b", "b1"), &Claim::Own).unwrap());
-        tokio::time::sleep(departures::GRACE * 10).await;
+        drop(aggregate.join(&of("b", "b1"), &Claim::Own).unwrap());
+        tokio::time::sleep(crate::gateways::departures::GRACE * 10).await;
         assert_eq!(departures.borrow_and_update().last(), 0);
         connected.store(false, std::sync::atomic::Ordering::Relaxed);
         departures.changed().await.expect("open");
         assert_eq!(departures.borrow_and_update().after(0), ["b1"]);
         // Another process under the same name: at once, and the one before it is gone for good.
-        let again = fleet.join(&of("a", "a2"), &Claim::Own).unwrap();
+        let again = aggregate.join(&of("a", "a2"), &Claim::Own).unwrap();
         assert_eq!(departures.borrow_and_update().after(1), ["a1"]);
         drop((stays, again));
-        let _third = fleet.join(&of("a", "a3"), &Claim::Own).unwrap();
+        let _third = aggregate.join(&of("a", "a3"), &Claim::Own).unwrap();
         assert_eq!(departures.borrow_and_update().after(1), ["a1", "a2"]);
-        assert!(fleet.cleans_up("a") && !fleet.cleans_up("b"));
+        assert!(aggregate.cleans_up("a") && !aggregate.cleans_up("b"));
         stop.cancel();
         running.await.expect("ended");
     }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 /// The gateways that are there. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Presence {
+pub(crate) struct Membership {
     /// Open streams by gateway.
     streams: Arc<Mutex<BTreeMap<String, usize>>>,
     count: watch::Sender<u32>,
@@ -15,22 +15,22 @@ pub(crate) struct Presence {
 
 /// One open stream of a gateway; dropping it ends that.
 #[derive(Debug)]
-pub(crate) struct Present {
-    presence: Presence,
+pub(crate) struct OpenStream {
+    membership: Membership,
     gateway: String,
 }
 
-impl Presence {
+impl Membership {
     fn streams(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A gateway opened a stream.
-    pub(crate) fn enter(&self, gateway: &str) -> Present {
+    pub(crate) fn enter(&self, gateway: &str) -> OpenStream {
         let mut streams = self.streams();
         *streams.entry(gateway.to_owned()).or_default() += 1;
         self.tell(&streams);
-        Present { presence: self.clone(), gateway: gateway.to_owned() }
+        OpenStream { membership: self.clone(), gateway: gateway.to_owned() }
     }
 
     /// How many there are, and every change of it.
@@ -44,16 +44,16 @@ impl Presence {
     }
 }
 
-impl Drop for Present {
+impl Drop for OpenStream {
     fn drop(&mut self) {
-        let mut streams = self.presence.streams();
+        let mut streams = self.membership.streams();
         if let Some(open) = streams.get_mut(&self.gateway) {
             *open -= 1;
             if *open == 0 {
                 streams.remove(&self.gateway);
             }
         }
-        self.presence.tell(&streams);
+        self.membership.tell(&streams);
     }
 }
 
@@ -63,9 +63,9 @@ mod tests {
 
     #[test]
     fn a_gateway_with_two_streams_is_one_until_both_are_gone() {
-        let presence = Presence::default();
-        let count = presence.count();
-        let (config, report, other) = (presence.enter("g"), presence.enter("g"), presence.enter("h"));
+        let membership = Membership::default();
+        let count = membership.count();
+        let (config, report, other) = (membership.enter("g"), membership.enter("g"), membership.enter("h"));
         assert_eq!(*count.borrow(), 2);
         drop(config);
         assert_eq!(*count.borrow(), 2);
