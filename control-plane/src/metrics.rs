@@ -10,7 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use weir_proto::v1;
 
-use crate::health::cluster::Alarm;
+use crate::health::event::{Alarm, EventKind};
 use crate::health::{Outcome, State, Tier};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -117,7 +117,7 @@ impl Metrics {
         registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
         registry.register(
             "weir_probes",
-            "Probes of backends taken into account, by all vantage points",
+            "Probes of backends taken into account, by all observers",
             self.probes.clone(),
         );
         registry.register("weir_health_events", "Events of health, by kind", self.health_events.clone());
@@ -150,8 +150,8 @@ impl Metrics {
         self.probes.get_or_create(&labels).inc();
     }
 
-    pub(crate) fn health_event(&self, kind: &'static str) {
-        self.health_events.get_or_create(&HealthEvent { kind }).inc();
+    pub(crate) fn health_event(&self, kind: EventKind) {
+        self.health_events.get_or_create(&HealthEvent { kind: kind.as_str() }).inc();
     }
 
     /// Shows the verdicts and alarms there are, and no others.
@@ -166,7 +166,7 @@ impl Metrics {
             self.backend_factors.get_or_create(&labels).set(health.factor.unwrap_or(1.0));
         }
         for alarm in alarms {
-            let labels = AlarmLabels { alarm: alarm.kind, subject: alarm.subject.clone() };
+            let labels = AlarmLabels { alarm: alarm.kind.as_str(), subject: alarm.subject.clone() };
             self.alarms.get_or_create(&labels).set(1);
         }
     }

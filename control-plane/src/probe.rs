@@ -1,4 +1,4 @@
-//! The control plane as a vantage point: looks at the liveness of backends where there are too few gateways, and when
+//! The control plane as an observer: looks at the liveness of backends where there are too few gateways, and when
 //! it is asked to confirm. It holds no credentials and asks no model for anything.
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use weir_proto::resource::{AdminState, HealthProfile, Spec};
 use weir_proto::v1::{ProbeTier, ResourceKind};
 use weir_runtime::{EgressConnector, EgressPolicy, RefusedAddress};
 
-use crate::health::{Cause, Observation, Outcome, Reading, Tier, Vantage};
+use crate::health::{Cause, Observation, Observer, Outcome, Reading, Tier};
 use crate::model::{Key, State};
 use crate::verdicts::{Duties, Verdicts};
 
@@ -185,7 +185,7 @@ impl Prober {
     /// Takes up what is assigned and ordered.
     fn take(&mut self, duties: &Duties) {
         let now = Instant::now();
-        let own = duties.assignments.get(&Vantage::ControlPlane);
+        let own = duties.assignments.get(&Observer::ControlPlane);
         let turns: BTreeMap<&str, (u32, u32)> = own
             .iter()
             .flat_map(|own| &own.assignments)
@@ -195,7 +195,7 @@ impl Prober {
         for (name, target) in &mut self.targets {
             target.assign(turns.get(name.as_str()).copied(), now);
         }
-        for order in duties.orders_after(self.serial, &Vantage::ControlPlane) {
+        for order in duties.orders_after(self.serial, &Observer::ControlPlane) {
             if let Some(target) =
                 self.targets.get_mut(&order.backend).filter(|_| order.tier == Tier::Liveness)
             {
@@ -228,11 +228,11 @@ impl Prober {
         let Some(target) = self.targets.get_mut(backend).filter(|target| target.uri == *uri) else { return };
         let interval = target.profile.liveness_interval;
         target.ended(seen.outcome, Instant::now(), |turn| until_turn(interval, turn));
-        self.verdicts.observe(&Vantage::ControlPlane, backend, seen);
+        self.verdicts.observe(&Observer::ControlPlane, backend, seen);
     }
 }
 
-/// The time to our next turn. Turns are counted in Unix time, so that vantage points that never speak to each other
+/// The time to our next turn. Turns are counted in Unix time, so that observers that never speak to each other
 /// look one after the other. A clock that is wrong makes turns fall together, which costs only evenness.
 fn until_turn(interval: Duration, (turn, turns): (u32, u32)) -> Duration {
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

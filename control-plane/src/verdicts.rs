@@ -1,6 +1,6 @@
 //! The shell around [`crate::health`]: brings it what is seen and the time, and publishes what it decides.
 //!
-//! The machine is behind a lock that is held for one report or one look, never across an await. What it decides goes
+//! The machine is behind a lock that is held for one report or one observation, never across an await. What it decides goes
 //! into watches at once: the streams of the gateways send it on without waiting for anything.
 
 mod checkpoint;
@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{AdminState, Spec};
 use weir_proto::v1::{self, ResourceKind};
 
-use crate::health::{self, Cluster, Moment, Observation, Order, Regions, Target, Tier, Vantage};
+use crate::health::event::EventKind;
+use crate::health::{self, Cluster, Observation, Observer, Order, Regions, Target, Tier, Timestamp};
 use crate::leader::Leads;
 use crate::metrics::Metrics;
 use crate::model::{Key, State};
@@ -30,34 +31,34 @@ const GATHER: Duration = Duration::from_millis(50);
 /// Between two checkpoints at least.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks that wait for those who asked for one; who is further behind misses some.
-const LOOKS_KEPT: usize = 1024;
+/// Observations that wait for callers of [`Verdicts::probe_now`]; one that is further behind misses some.
+const OBSERVATIONS_KEPT: usize = 1024;
 
-/// What one vantage point saw.
+/// An observation and who made it.
 #[derive(Debug, Clone)]
-pub(crate) struct Look {
-    pub(crate) vantage: Vantage,
+pub(crate) struct Observed {
+    pub(crate) observer: Observer,
     pub(crate) backend: String,
     pub(crate) seen: Observation,
 }
 
-/// Who looks at what.
+/// Who observations at what.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Duties {
-    /// All that is assigned, by vantage point; the same `Arc` as long as it is the same.
-    pub(crate) assignments: BTreeMap<Vantage, Arc<v1::ProbeAssignments>>,
+    /// All that is assigned, by observer; the same `Arc` as long as it is the same.
+    pub(crate) assignments: BTreeMap<Observer, Arc<v1::ProbeAssignments>>,
     /// The last order per backend and tier: of two for the same, the later one is enough.
     pub(crate) orders: BTreeMap<(String, Tier), Order>,
 }
 
 impl Duties {
-    /// What a vantage point is to look at now, and the highest serial there is.
+    /// The orders after a serial for one observer.
     pub(crate) fn orders_after<'a>(
         &'a self,
         serial: u64,
-        vantage: &'a Vantage,
+        observer: &'a Observer,
     ) -> impl Iterator<Item = &'a Order> {
-        self.orders.values().filter(move |o| o.serial > serial && o.vantages.contains(vantage))
+        self.orders.values().filter(move |o| o.serial > serial && o.observers.contains(observer))
     }
 
     /// The highest serial.
@@ -79,8 +80,8 @@ struct Inner {
     origin_wall: SystemTime,
     healths: watch::Sender<Arc<Healths>>,
     duties: watch::Sender<Arc<Duties>>,
-    /// Every look there is, for those who asked for one.
-    looks: broadcast::Sender<Arc<Look>>,
+    /// Every observation, for callers of [`Verdicts::probe_now`].
+    observations: broadcast::Sender<Arc<Observed>>,
     /// Told when the next tick may be due earlier than was thought.
     wake: Notify,
     metrics: Arc<Metrics>,
@@ -99,7 +100,7 @@ struct Machine {
     /// Read at the start, taken over by the first configuration.
     saved: checkpoint::Saved,
     /// Gateways that are not yet taken into account, and when they will be.
-    gathered: Option<(Regions, Moment)>,
+    gathered: Option<(Regions, Timestamp)>,
 }
 
 impl Verdicts {
@@ -113,7 +114,7 @@ impl Verdicts {
             origin_wall: SystemTime::now(),
             healths: watch::Sender::default(),
             duties: watch::Sender::default(),
-            looks: broadcast::Sender::new(LOOKS_KEPT),
+            observations: broadcast::Sender::new(OBSERVATIONS_KEPT),
             wake: Notify::new(),
             metrics,
             leads,
@@ -126,16 +127,16 @@ impl Verdicts {
         self.inner.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn now(&self) -> Moment {
+    fn now(&self) -> Timestamp {
         self.inner.origin.elapsed()
     }
 
-    fn wall(&self, at: Moment) -> prost_types::Timestamp {
+    fn wall(&self, at: Timestamp) -> prost_types::Timestamp {
         (self.inner.origin_wall + at).into()
     }
 
     /// Changes the machine and publishes what that made of it.
-    fn with<T>(&self, change: impl FnOnce(&mut Machine, Moment) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut Machine, Timestamp) -> T) -> T {
         let now = self.now();
         let mut machine = self.machine();
         let before = machine.cluster.generation();
@@ -152,23 +153,27 @@ impl Verdicts {
         machine.generation = machine.cluster.generation().max(1);
         let healths: Healths = machine
             .cluster
-            .cases()
-            .map(|(name, case)| (name.clone(), self.health(&machine.cluster, name, case)))
+            .records()
+            .map(|(name, record)| (name.clone(), self.health(&machine.cluster, name, record)))
             .collect();
         for event in machine.cluster.events(machine.cluster.logged()) {
-            let (subject, kind, message) = (&event.subject, event.kind, &event.message);
-            self.inner.metrics.health_event(kind);
+            let (subject, kind, message) = (&event.subject, event.kind.as_str(), &event.message);
+            self.inner.metrics.health_event(event.kind);
             // What is well needs nobody's attention.
-            let state = machine.cluster.case(subject).map(|case| case.state);
+            let state = machine.cluster.record(subject).map(|record| record.state);
             let leads = self.inner.leads.borrow().is_some();
-            match kind {
+            match event.kind {
                 _ if !leads => {
                     tracing::debug!(subject, kind, message, "health, as one that does not lead sees it")
                 }
-                "state" if matches!(state, Some(health::State::Healthy | health::State::Recovering)) => {
+                EventKind::State
+                    if matches!(state, Some(health::State::Healthy | health::State::Recovering)) =>
+                {
                     tracing::info!(subject, kind, message, "health");
                 }
-                "state" | "alarm" | "isolated" => tracing::warn!(subject, kind, message, "health"),
+                EventKind::State | EventKind::Alarm | EventKind::Isolated => {
+                    tracing::warn!(subject, kind, message, "health")
+                }
                 _ => tracing::info!(subject, kind, message, "health"),
             }
         }
@@ -193,10 +198,10 @@ impl Verdicts {
             }
             if assigned {
                 let cluster = &machine.cluster;
-                duties.orders.retain(|(backend, _), _| cluster.case(backend).is_some());
+                duties.orders.retain(|(backend, _), _| cluster.record(backend).is_some());
                 let mut next = view::assignments(cluster);
-                for (vantage, assignments) in &mut next {
-                    if let Some(same) = duties.assignments.get(vantage).filter(|old| *old == assignments) {
+                for (observer, assignments) in &mut next {
+                    if let Some(same) = duties.assignments.get(observer).filter(|old| *old == assignments) {
                         *assignments = Arc::clone(same);
                     }
                 }
@@ -210,7 +215,7 @@ impl Verdicts {
     pub(crate) fn configure(&self, state: &State) {
         let targets = targets(state);
         self.with(|machine, now| {
-            for (gone, _) in machine.cluster.cases().filter(|(name, _)| !targets.contains_key(*name)) {
+            for (gone, _) in machine.cluster.records().filter(|(name, _)| !targets.contains_key(*name)) {
                 self.inner.metrics.forget_backend(gone);
             }
             machine.cluster.configure(targets, now);
@@ -220,14 +225,14 @@ impl Verdicts {
     }
 
     /// A gateway of a region carries out probes; without a region it does not, or is gone.
-    pub(crate) fn set_gateway(&self, vantage: Vantage, region: Option<String>) {
+    pub(crate) fn set_gateway(&self, observer: Observer, region: Option<String>) {
         let now = self.now();
         let mut machine = self.machine();
         let Machine { cluster, gathered, .. } = &mut *machine;
         let (gateways, _) = gathered.get_or_insert_with(|| (cluster.gateways().clone(), now + GATHER));
         match region {
-            Some(region) => gateways.insert(vantage, region),
-            None => gateways.remove(&vantage),
+            Some(region) => gateways.insert(observer, region),
+            None => gateways.remove(&observer),
         };
         drop(machine);
         self.inner.wake.notify_one();
@@ -252,49 +257,52 @@ impl Verdicts {
         });
     }
 
-    /// Takes in one look.
-    pub(crate) fn observe(&self, vantage: &Vantage, backend: &str, seen: &Observation) {
-        tracing::debug!(%vantage, backend, tier = seen.tier.name(), outcome = seen.outcome.name(), "look");
+    /// Takes in one observation.
+    pub(crate) fn observe(&self, observer: &Observer, backend: &str, seen: &Observation) {
+        tracing::debug!(%observer, backend, tier = seen.tier.name(), outcome = seen.outcome.name(), "observation");
         let known = self.with(|machine, now| {
             // Only of backends there are: the name comes from outside.
-            let known = machine.cluster.case(backend).is_some();
+            let known = machine.cluster.record(backend).is_some();
             if known {
                 self.inner.metrics.probed(backend, seen.tier, seen.outcome);
-                machine.cluster.observe(vantage, backend, seen, now);
+                machine.cluster.observe(observer, backend, seen, now);
             }
             known
         });
-        // Who waits for looks finds the verdict they made published.
-        if known && self.inner.looks.receiver_count() > 0 {
-            let (vantage, backend) = (vantage.clone(), backend.to_owned());
+        // Who waits for observations finds the verdict they made published.
+        if known && self.inner.observations.receiver_count() > 0 {
+            let (observer, backend) = (observer.clone(), backend.to_owned());
             // Nobody listens any more: nobody misses it.
-            let _ = self.inner.looks.send(Arc::new(Look { vantage, backend, seen: seen.clone() }));
+            let _ =
+                self.inner.observations.send(Arc::new(Observed { observer, backend, seen: seen.clone() }));
         }
     }
 
-    /// Has a backend looked at now. Who was asked, and every look from then on; `None` for one that nobody looks at.
-    pub(crate) fn look(
+    /// Has a backend probed now. Returns the observers that were asked and every observation from then on; `None` for a backend
+    /// that nobody probes.
+    pub(crate) fn probe_now(
         &self,
         backend: &str,
         tier: Tier,
-    ) -> Option<(BTreeSet<Vantage>, broadcast::Receiver<Arc<Look>>)> {
-        let looks = self.inner.looks.subscribe();
+    ) -> Option<(BTreeSet<Observer>, broadcast::Receiver<Arc<Observed>>)> {
+        let observations = self.inner.observations.subscribe();
         let asked = self.with(|machine, _| {
-            machine.cluster.case(backend).is_some().then(|| machine.cluster.look(backend, tier))
+            machine.cluster.record(backend).is_some().then(|| machine.cluster.probe_now(backend, tier))
         })?;
-        Some((asked, looks))
+        Some((asked, observations))
     }
 
     /// Takes in a whole report: its probes, then its requests.
-    pub(crate) fn report(&self, vantage: &Vantage, report: &v1::StreamReportsRequest) {
-        let looks = report.results.iter().filter_map(|result| view::observation(result).map(|o| (result, o)));
-        for (result, seen) in looks {
-            self.observe(vantage, &result.backend, &seen);
+    pub(crate) fn report(&self, observer: &Observer, report: &v1::StreamReportsRequest) {
+        let observations =
+            report.results.iter().filter_map(|result| view::observation(result).map(|o| (result, o)));
+        for (result, seen) in observations {
+            self.observe(observer, &result.backend, &seen);
         }
         let said = report.backends.iter().filter(|backend| view::is_news(backend));
         for backend in said {
             let passive = view::passive(backend);
-            self.with(|machine, now| machine.cluster.requests(vantage, &backend.backend, &passive, now));
+            self.with(|machine, now| machine.cluster.requests(observer, &backend.backend, &passive, now));
         }
     }
 
@@ -303,7 +311,7 @@ impl Verdicts {
         self.inner.healths.subscribe()
     }
 
-    /// Who looks at what, and every change of it.
+    /// Who observations at what, and every change of it.
     pub(crate) fn duties(&self) -> watch::Receiver<Arc<Duties>> {
         self.inner.duties.subscribe()
     }
@@ -356,7 +364,7 @@ impl Verdicts {
     }
 }
 
-/// What is declared, as the machine takes it. A disabled backend is neither used nor looked at.
+/// What is declared, as the machine takes it. A disabled backend is neither used nor probed.
 fn targets(state: &State) -> BTreeMap<String, Target> {
     let mut targets = BTreeMap::new();
     for stored in state.of_kind(ResourceKind::Backend) {
@@ -379,7 +387,7 @@ fn targets(state: &State) -> BTreeMap<String, Target> {
     targets
 }
 
-/// The vantage point of a gateway.
-pub(crate) fn gateway(id: &str) -> Vantage {
-    Vantage::Gateway(id.into())
+/// The observer of a gateway.
+pub(crate) fn gateway(id: &str) -> Observer {
+    Observer::Gateway(id.into())
 }

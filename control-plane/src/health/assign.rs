@@ -1,37 +1,37 @@
-//! Who looks at what: rendezvous hashing of (backend, tier, vantage point), spread over regions.
+//! Which observers probe which backends: rendezvous hashing of (backend, tier, observer), spread over regions.
 //!
 //! Every backend has a fixed number of probers per tier however many gateways there are, so the cost of probing does
 //! not grow with replicas. A gateway that comes or goes moves only the probes that it takes or leaves. The control
-//! plane looks only where there are too few gateways, and only at liveness: it holds no credentials.
+//! plane probes only where there are too few gateways, and only at liveness: it holds no credentials.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::evidence::Vantage;
-use super::params::vantages;
+use super::evidence::Observer;
+use super::params::observers_wanted;
 use super::tier::Tier;
 
-/// Vantage points with their regions.
-pub(crate) type Regions = BTreeMap<Vantage, String>;
+/// Observers with their regions.
+pub(crate) type Regions = BTreeMap<Observer, String>;
 
-/// Who looks at one backend, by tier; in the order of their turns within an interval.
+/// The observers of one backend, by tier, in the order of their turns within an interval.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Probers {
-    by_tier: [Vec<Vantage>; 3],
+    by_tier: [Vec<Observer>; 3],
 }
 
 impl Probers {
-    pub(crate) fn of(&self, tier: Tier) -> &[Vantage] {
+    pub(crate) fn of(&self, tier: Tier) -> &[Observer] {
         &self.by_tier[tier as usize]
     }
 
     /// Assigns one backend.
     pub(crate) fn assign(backend: &str, gateways: &Regions) -> Self {
         let choose = |tier: Tier| {
-            let wanted = vantages(tier);
+            let wanted = observers_wanted(tier);
             let mut chosen = rank(backend, tier, gateways, &BTreeSet::new());
             chosen.truncate(wanted);
             if tier == Tier::Liveness && chosen.len() < wanted {
-                chosen.push(Vantage::ControlPlane);
+                chosen.push(Observer::ControlPlane);
             }
             chosen
         };
@@ -39,36 +39,36 @@ impl Probers {
     }
 }
 
-/// Vantage points in order of preference for a backend: by their hash, those of regions that are not yet among the
+/// Observers in order of preference for a backend: by their hash, those of regions that are not yet among the
 /// chosen first, since what breaks one path tends to break its neighbours'.
 pub(crate) fn rank(
     backend: &str,
     tier: Tier,
     gateways: &Regions,
-    without: &BTreeSet<Vantage>,
-) -> Vec<Vantage> {
-    let mut scored: Vec<(u64, &Vantage, &str)> = gateways
+    without: &BTreeSet<Observer>,
+) -> Vec<Observer> {
+    let mut scored: Vec<(u64, &Observer, &str)> = gateways
         .iter()
-        .filter(|(vantage, _)| !without.contains(vantage))
-        .map(|(vantage, region)| (score(backend, tier, vantage), vantage, region.as_str()))
+        .filter(|(observer, _)| !without.contains(observer))
+        .map(|(observer, region)| (score(backend, tier, observer), observer, region.as_str()))
         .collect();
     scored.sort_unstable_by(|a, b| b.cmp(a));
     // The best of each region, then the second best of each, and so on.
     let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut rounds: Vec<(usize, usize, &Vantage)> = Vec::with_capacity(scored.len());
-    for (place, (_, vantage, region)) in scored.into_iter().enumerate() {
+    let mut rounds: Vec<(usize, usize, &Observer)> = Vec::with_capacity(scored.len());
+    for (place, (_, observer, region)) in scored.into_iter().enumerate() {
         let round = seen.entry(region).or_default();
-        rounds.push((*round, place, vantage));
+        rounds.push((*round, place, observer));
         *round += 1;
     }
     rounds.sort_unstable();
-    rounds.into_iter().map(|(_, _, vantage)| vantage.clone()).collect()
+    rounds.into_iter().map(|(_, _, observer)| observer.clone()).collect()
 }
 
 /// FNV-1a with a finaliser: the same on every replica and after every restart, which the standard hasher is not.
-fn score(backend: &str, tier: Tier, vantage: &Vantage) -> u64 {
+fn score(backend: &str, tier: Tier, observer: &Observer) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let text = vantage.to_string();
+    let text = observer.to_string();
     for byte in backend.bytes().chain([0, tier as u8, 0]).chain(text.bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }
@@ -83,7 +83,7 @@ mod tests {
 
     fn gateways(n: usize, regions: usize) -> Regions {
         (0..n)
-            .map(|i| (Vantage::Gateway(format!("gateway-{i}").into()), format!("r{}", i % regions)))
+            .map(|i| (Observer::Gateway(format!("gateway-{i}").into()), format!("r{}", i % regions)))
             .collect()
     }
 
@@ -111,11 +111,11 @@ mod tests {
     #[test]
     fn with_too_few_gateways_the_control_plane_looks_at_liveness_and_only_then() {
         let liveness = |n| Probers::assign("b", &gateways(n, 1)).of(Tier::Liveness).to_vec();
-        assert_eq!(liveness(0), [Vantage::ControlPlane]);
+        assert_eq!(liveness(0), [Observer::ControlPlane]);
         for n in 1..=5 {
             let chosen = liveness(n);
             assert_eq!(chosen.len(), (n + 1).min(3));
-            assert_eq!(chosen.contains(&Vantage::ControlPlane), n < 3);
+            assert_eq!(chosen.contains(&Observer::ControlPlane), n < 3);
         }
         assert_eq!(Probers::assign("b", &gateways(0, 1)).of(Tier::Readiness), []);
     }
@@ -123,12 +123,12 @@ mod tests {
     #[test]
     fn a_gateway_that_comes_or_goes_moves_only_its_own_share() {
         let (before, after) = (all(1000, &gateways(30, 1)), all(1000, &gateways(31, 1)));
-        let newcomer = Vantage::Gateway("gateway-30".into());
+        let newcomer = Observer::Gateway("gateway-30".into());
         let mut moved = 0;
         for (old, new) in before.iter().zip(&after) {
             for tier in Tier::ALL {
-                for vantage in new.of(tier).iter().filter(|v| !old.of(tier).contains(v)) {
-                    assert_eq!(*vantage, newcomer, "nobody but the newcomer takes anything over");
+                for observer in new.of(tier).iter().filter(|v| !old.of(tier).contains(v)) {
+                    assert_eq!(*observer, newcomer, "nobody but the newcomer takes anything over");
                     moved += 1;
                 }
             }
@@ -140,13 +140,13 @@ mod tests {
     #[test]
     fn probers_are_of_different_regions_and_the_load_is_even() {
         let gateways = gateways(30, 3);
-        let mut load: BTreeMap<Vantage, usize> = BTreeMap::new();
+        let mut load: BTreeMap<Observer, usize> = BTreeMap::new();
         for probers in all(1000, &gateways) {
             let chosen = probers.of(Tier::Liveness);
             let regions: BTreeSet<&String> = chosen.iter().map(|v| &gateways[v]).collect();
             assert_eq!(regions.len(), 3);
-            for vantage in chosen {
-                *load.entry(vantage.clone()).or_default() += 1;
+            for observer in chosen {
+                *load.entry(observer.clone()).or_default() += 1;
             }
         }
         let (least, most) = (load.values().min().unwrap(), load.values().max().unwrap());

@@ -1,4 +1,5 @@
-//! All backends together: assigns who looks, feeds each case, judges observers and pools, remembers what happened.
+//! The health of all backends: assigns observers, feeds the record of each backend, judges observers and pools, and
+//! remembers events.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -6,14 +7,15 @@ use std::time::Duration;
 use weir_proto::resource::HealthProfile;
 
 use super::assign::{Probers, Regions, rank};
-use super::case::{Action, Case};
-use super::evidence::{Moment, Observation, Passive, Vantage};
-use super::guard::{self, Member, Ruling, Standing, Use};
-use super::observer::{Observers, Sight};
+use super::event::{Alarm, AlarmKind, Event, EventKind};
+use super::evidence::{Observation, Observer, Passive, Timestamp};
+use super::guard::{self, Member, MemberStatus, PoolDecision, Use};
+use super::isolation::{IsolatedObservers, ObserverCounts};
 use super::params::{
     CONFIRMERS, DEGRADED_FACTOR, EVENTS_MAX, FLIP_ALL_SHARE, FLIP_MIN, FLIP_POOL_SHARE, FLIP_WINDOW,
-    OBSERVER_WINDOW, QUORUM, vantages,
+    OBSERVER_WINDOW, QUORUM, observers_wanted,
 };
+use super::record::{Action, HealthRecord};
 use super::rule::State;
 use super::tally::Context;
 use super::tier::Tier;
@@ -22,67 +24,47 @@ use super::tier::Tier;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Target {
     pub(crate) pool: String,
-    /// What makes it this backend: one that moved is looked at anew.
+    /// What makes it this backend: one that moved starts with a new record.
     pub(crate) identity: String,
     pub(crate) weight: u32,
-    /// ACTIVE: it takes part in its pool. One that drains is looked at, but not counted.
+    /// ACTIVE: it takes part in its pool. One that drains is probed, but not counted.
     pub(crate) active: bool,
     pub(crate) profile: HealthProfile,
     /// The pool's bound on ejections.
     pub(crate) max_ejected_percent: u32,
 }
 
-/// Something that happened, for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Event {
-    /// Rises by one with every event.
-    pub(crate) number: u64,
-    pub(crate) at: Moment,
-    /// A backend, a pool or a gateway.
-    pub(crate) subject: String,
-    pub(crate) kind: &'static str,
-    pub(crate) message: String,
-}
-
-/// Look now.
+/// An order to probe now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Order {
     /// Rises with every order.
     pub(crate) serial: u64,
     pub(crate) backend: String,
     pub(crate) tier: Tier,
-    pub(crate) vantages: BTreeSet<Vantage>,
+    pub(crate) observers: BTreeSet<Observer>,
 }
 
-/// How much something is to be used.
+/// How much a backend is to be used.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Standard {
+pub(crate) struct Weighting {
     /// What is left of its weight, slow start aside; zero: only when nothing else is left.
     pub(crate) factor: f64,
-    /// Its pool uses it against its state.
+    /// Its pool uses it although its state says otherwise.
     pub(crate) overridden: bool,
 }
 
-/// An alarm that is on.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Alarm {
-    pub(crate) kind: &'static str,
-    /// A pool or a vantage point; empty: all of it.
-    pub(crate) subject: String,
-}
-
-/// The machine.
+/// The state machine of all backends.
 #[derive(Debug, Default)]
 pub(crate) struct Cluster {
     targets: BTreeMap<String, Target>,
-    cases: BTreeMap<String, Case>,
+    records: BTreeMap<String, HealthRecord>,
     gateways: Regions,
     probers: BTreeMap<String, Probers>,
-    observers: Observers,
-    rulings: BTreeMap<String, Standard>,
-    pools: BTreeMap<String, Ruling>,
+    isolated: IsolatedObservers,
+    weightings: BTreeMap<String, Weighting>,
+    pools: BTreeMap<String, PoolDecision>,
     alarms: BTreeSet<Alarm>,
-    falls: VecDeque<(Moment, String)>,
+    ejections: VecDeque<(Timestamp, String)>,
     events: VecDeque<Event>,
     last_event: u64,
     orders: Vec<Order>,
@@ -94,48 +76,48 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Takes up what is declared.
-    pub(crate) fn configure(&mut self, targets: BTreeMap<String, Target>, now: Moment) {
+    /// Takes the declared backends over.
+    pub(crate) fn configure(&mut self, targets: BTreeMap<String, Target>, now: Timestamp) {
         let old = std::mem::replace(&mut self.targets, targets);
-        self.cases.retain(|name, _| {
+        self.records.retain(|name, _| {
             let identity = |all: &BTreeMap<String, Target>| all.get(name).map(|t| t.identity.clone());
             identity(&self.targets).is_some_and(|new| identity(&old) == Some(new))
         });
         for (name, target) in &self.targets {
-            match self.cases.get_mut(name) {
-                Some(case) => case.profile = target.profile,
+            match self.records.get_mut(name) {
+                Some(record) => record.profile = target.profile,
                 None => {
-                    self.cases.insert(name.clone(), Case::new(target.profile, now));
+                    self.records.insert(name.clone(), HealthRecord::new(target.profile, now));
                 }
             }
         }
         self.assign();
-        self.rule(now);
+        self.apply_pool_rules(now);
     }
 
     /// Goes on from what was known of a backend before a restart.
-    pub(crate) fn restore(&mut self, backend: &str, restore: impl FnOnce(&mut Case)) {
-        if let Some(case) = self.cases.get_mut(backend) {
-            restore(case);
+    pub(crate) fn restore(&mut self, backend: &str, restore: impl FnOnce(&mut HealthRecord)) {
+        if let Some(record) = self.records.get_mut(backend) {
+            restore(record);
         }
     }
 
     /// Everything that was known has been put back.
-    pub(crate) fn restored(&mut self, now: Moment) {
-        self.rule(now);
+    pub(crate) fn restored(&mut self, now: Timestamp) {
+        self.apply_pool_rules(now);
     }
 
     /// Whether anybody asks a backend for completions; where nobody does, liveness has to do.
-    pub(crate) fn is_ready_capable(&self, case: &Case) -> bool {
-        !self.gateways.is_empty() && case.profile.paid_probes_per_hour > 0
+    pub(crate) fn is_ready_capable(&self, record: &HealthRecord) -> bool {
+        !self.gateways.is_empty() && record.profile.paid_probes_per_hour > 0
     }
 
-    /// Takes over which gateways probe.
+    /// The gateways that probe.
     pub(crate) fn gateways(&self) -> &Regions {
         &self.gateways
     }
 
-    /// See [`Self::gateways`].
+    /// Sets which gateways probe.
     pub(crate) fn set_gateways(&mut self, gateways: Regions) {
         if gateways != self.gateways {
             self.gateways = gateways;
@@ -158,47 +140,51 @@ impl Cluster {
         self.assigned
     }
 
-    /// Takes in one look.
-    pub(crate) fn observe(&mut self, vantage: &Vantage, backend: &str, seen: &Observation, now: Moment) {
-        let Some(case) = self.cases.get_mut(backend) else { return };
-        case.observe(vantage, seen, now);
+    /// Takes in one observation.
+    pub(crate) fn observe(&mut self, observer: &Observer, backend: &str, seen: &Observation, now: Timestamp) {
+        let Some(record) = self.records.get_mut(backend) else { return };
+        record.observe(observer, seen, now);
         self.judge(backend, now);
     }
 
     /// Takes in what a gateway's requests came to.
-    pub(crate) fn requests(&mut self, vantage: &Vantage, backend: &str, passive: &Passive, now: Moment) {
-        let Some(case) = self.cases.get_mut(backend) else { return };
-        case.requests(vantage, passive, now);
+    pub(crate) fn requests(&mut self, observer: &Observer, backend: &str, passive: &Passive, now: Timestamp) {
+        let Some(record) = self.records.get_mut(backend) else { return };
+        record.requests(observer, passive, now);
         self.judge(backend, now);
     }
 
     /// Time has passed.
-    pub(crate) fn tick(&mut self, now: Moment) {
+    pub(crate) fn tick(&mut self, now: Timestamp) {
         let lost = self.weigh_observers(now);
-        let names: Vec<String> = self.cases.keys().cloned().collect();
+        let names: Vec<String> = self.records.keys().cloned().collect();
         for name in names {
             self.judge(&name, now);
         }
         // Alarms end by themselves.
-        if lost || !self.alarms.is_empty() || !self.falls.is_empty() {
-            self.rule(now);
+        if lost || !self.alarms.is_empty() || !self.ejections.is_empty() {
+            self.apply_pool_rules(now);
         }
     }
 
     /// When to tick next at the latest.
-    pub(crate) fn next_tick(&self, now: Moment) -> Moment {
+    pub(crate) fn next_tick(&self, now: Timestamp) -> Timestamp {
         let coarse = now + Duration::from_secs(1);
-        self.cases.values().filter_map(|case| case.next(now)).min().map_or(coarse, |next| next.min(coarse))
+        self.records
+            .values()
+            .filter_map(|record| record.next(now))
+            .min()
+            .map_or(coarse, |next| next.min(coarse))
     }
 
-    fn judge(&mut self, backend: &str, now: Moment) {
-        let Some(case) = self.cases.get_mut(backend) else { return };
-        let before = (case.state, case.rule, case.stale);
-        let ready_capable = !self.gateways.is_empty() && case.profile.paid_probes_per_hour > 0;
-        let context = Context { observers: &self.observers, ready_capable };
-        let actions = case.judge(now, &context);
-        let fell = before.0 != State::Unhealthy && case.state == State::Unhealthy;
-        let changed = before != (case.state, case.rule, case.stale);
+    fn judge(&mut self, backend: &str, now: Timestamp) {
+        let Some(record) = self.records.get_mut(backend) else { return };
+        let before = (record.state, record.rule, record.stale);
+        let ready_capable = !self.gateways.is_empty() && record.profile.paid_probes_per_hour > 0;
+        let context = Context { isolated: &self.isolated, ready_capable };
+        let actions = record.judge(now, &context);
+        let fell = before.0 != State::Unhealthy && record.state == State::Unhealthy;
+        let changed = before != (record.state, record.rule, record.stale);
         for action in actions {
             match action {
                 Action::Note { kind, message } => self.note(backend, kind, message, now),
@@ -206,24 +192,24 @@ impl Cluster {
             }
         }
         if fell {
-            self.falls.push_back((now, backend.to_owned()));
+            self.ejections.push_back((now, backend.to_owned()));
         }
         if changed {
-            self.rule(now);
+            self.apply_pool_rules(now);
         }
     }
 
-    /// Has the assigned vantage points look now, and some more: those assigned may share a broken path.
-    fn ask(&mut self, backend: &str, tier: Tier, reporter: Option<Vantage>) {
-        let without: BTreeSet<Vantage> = reporter.into_iter().collect();
+    /// Orders probes from the assigned observers and some more: those assigned may share a broken path.
+    fn ask(&mut self, backend: &str, tier: Tier, reporter: Option<Observer>) {
+        let without: BTreeSet<Observer> = reporter.into_iter().collect();
         let mut asked = rank(backend, tier, &self.gateways, &without);
         asked.truncate(CONFIRMERS);
-        let few = asked.len() + without.len() < vantages(tier);
-        if tier == Tier::Liveness && few && !without.contains(&Vantage::ControlPlane) {
-            asked.push(Vantage::ControlPlane);
+        let few = asked.len() + without.len() < observers_wanted(tier);
+        if tier == Tier::Liveness && few && !without.contains(&Observer::ControlPlane) {
+            asked.push(Observer::ControlPlane);
         }
-        if let Some(case) = self.cases.get_mut(backend) {
-            case.asked(tier, asked.iter().cloned());
+        if let Some(record) = self.records.get_mut(backend) {
+            record.asked(tier, asked.iter().cloned());
         }
         if asked.is_empty() {
             return;
@@ -231,121 +217,125 @@ impl Cluster {
         self.order(backend, tier, asked.into_iter().collect());
     }
 
-    /// Has those who look at a backend anyway look now, whatever is thought of it; says who they are.
-    pub(crate) fn look(&mut self, backend: &str, tier: Tier) -> BTreeSet<Vantage> {
-        let vantages: BTreeSet<Vantage> = self
+    /// Orders probes from the assigned observers, whatever the state of the backend is. Returns the observers.
+    pub(crate) fn probe_now(&mut self, backend: &str, tier: Tier) -> BTreeSet<Observer> {
+        let observers: BTreeSet<Observer> = self
             .probers
             .get(backend)
             .map(|probers| probers.of(tier).iter().cloned().collect())
             .unwrap_or_default();
-        if !vantages.is_empty() {
-            self.order(backend, tier, vantages.clone());
+        if !observers.is_empty() {
+            self.order(backend, tier, observers.clone());
         }
-        vantages
+        observers
     }
 
-    fn order(&mut self, backend: &str, tier: Tier, vantages: BTreeSet<Vantage>) {
+    fn order(&mut self, backend: &str, tier: Tier, observers: BTreeSet<Observer>) {
         self.last_order += 1;
         self.generation += 1;
-        self.orders.push(Order { serial: self.last_order, backend: backend.to_owned(), tier, vantages });
+        self.orders.push(Order { serial: self.last_order, backend: backend.to_owned(), tier, observers });
     }
 
-    /// Whether anybody lost its vote.
-    fn weigh_observers(&mut self, now: Moment) -> bool {
-        let mut sights: BTreeMap<Vantage, Sight> = BTreeMap::new();
-        for case in self.cases.values() {
-            let fresh: Vec<(&Vantage, bool)> = case
+    /// Takes the vote from isolated observers. Returns whether one lost it.
+    fn weigh_observers(&mut self, now: Timestamp) -> bool {
+        let mut counts: BTreeMap<Observer, ObserverCounts> = BTreeMap::new();
+        for record in self.records.values() {
+            let fresh: Vec<(&Observer, bool)> = record
                 .votes
                 .iter()
                 .filter(|(tier, _, vote)| {
                     *tier == Tier::Liveness && now.saturating_sub(vote.at) <= OBSERVER_WINDOW
                 })
-                .map(|(_, vantage, vote)| (vantage, vote.last.is_good()))
+                .map(|(_, observer, vote)| (observer, vote.last.is_good()))
                 .collect();
             let well = fresh.iter().filter(|(_, good)| *good).count();
-            for (vantage, good) in &fresh {
-                let sight = sights.entry((*vantage).clone()).or_default();
-                sight.seen += 1;
+            for (observer, good) in &fresh {
+                let count = counts.entry((*observer).clone()).or_default();
+                count.seen += 1;
                 if !good {
-                    sight.failed += 1;
-                    // One that says that all is well does not outweigh two that say it is not: it may lie, or look at
+                    count.failed += 1;
+                    // One that says that all is well does not outweigh two that say it is not: it may lie, or probe
                     // something else.
-                    sight.contradicted += usize::from(well >= QUORUM || well > fresh.len() - well);
+                    count.contradicted += usize::from(well >= QUORUM || well > fresh.len() - well);
                 }
             }
         }
-        let lost = self.observers.weigh(&sights, now);
-        for vantage in &lost {
+        let lost = self.isolated.weigh(&counts, now);
+        for observer in &lost {
             let message = "sees most backends fail while others do not: its votes do not count for a while";
-            self.note(&vantage.to_string(), "isolated", message.into(), now);
+            self.note(&observer.to_string(), EventKind::Isolated, message.into(), now);
         }
         !lost.is_empty()
     }
 
-    /// Rules on every pool, and keeps the alarms true.
-    fn rule(&mut self, now: Moment) {
+    /// Decides for every pool which backends it uses, and updates the alarms.
+    fn apply_pool_rules(&mut self, now: Timestamp) {
         let mut pools: BTreeMap<&str, (Vec<Member>, &Target)> = BTreeMap::new();
-        let mut rulings = BTreeMap::new();
+        let mut weightings = BTreeMap::new();
         for (name, target) in &self.targets {
-            let Some(case) = self.cases.get(name) else { continue };
-            let standing = match case.state {
-                State::Unknown => Standing::Unproven,
-                State::Unhealthy => Standing::Broken { fell_at: case.fell_at, refused: case.refused },
-                State::Healthy | State::Degraded | State::Recovering => Standing::Usable,
+            let Some(record) = self.records.get(name) else { continue };
+            let status = match record.state {
+                State::Unknown => MemberStatus::Unproven,
+                State::Unhealthy => {
+                    MemberStatus::Broken { ejected_at: record.ejected_at, refused: record.refused }
+                }
+                State::Healthy | State::Degraded | State::Recovering => MemberStatus::Usable,
             };
-            let own = if case.state == State::Degraded { DEGRADED_FACTOR } else { 1.0 };
-            rulings.insert(name.clone(), Standard { factor: own, overridden: false });
+            let own = if record.state == State::Degraded { DEGRADED_FACTOR } else { 1.0 };
+            weightings.insert(name.clone(), Weighting { factor: own, overridden: false });
             if target.active {
-                let member = Member { name: name.clone(), weight: target.weight, standing };
+                let member = Member { name: name.clone(), weight: target.weight, status };
                 pools.entry(&target.pool).or_insert_with(|| (Vec::new(), target)).0.push(member);
-            } else if standing != Standing::Usable {
-                rulings.insert(name.clone(), Standard { factor: 0.0, overridden: false });
+            } else if status != MemberStatus::Usable {
+                weightings.insert(name.clone(), Weighting { factor: 0.0, overridden: false });
             }
         }
-        self.falls.retain(|(at, _)| now.saturating_sub(*at) < FLIP_WINDOW);
-        let fallen: BTreeSet<&str> = self.falls.iter().map(|(_, backend)| backend.as_str()).collect();
+        self.ejections.retain(|(at, _)| now.saturating_sub(*at) < FLIP_WINDOW);
+        let fallen: BTreeSet<&str> = self.ejections.iter().map(|(_, backend)| backend.as_str()).collect();
         let mut alarms: BTreeSet<Alarm> = BTreeSet::new();
         let flips =
             |fallen: usize, of: usize, share: f64| fallen >= FLIP_MIN && fallen as f64 > of as f64 * share;
-        let mut ruled: BTreeMap<String, Ruling> = BTreeMap::new();
+        let mut ruled: BTreeMap<String, PoolDecision> = BTreeMap::new();
         for (pool, (members, target)) in pools {
-            let ruling = guard::rule(&members, target.max_ejected_percent, target.profile.panic_percent);
-            for (member, r#use) in members.iter().zip(&ruling.uses) {
-                if let Some(standard) = rulings.get_mut(&member.name) {
+            let decision = guard::decide(&members, target.max_ejected_percent, target.profile.panic_percent);
+            for (member, r#use) in members.iter().zip(&decision.uses) {
+                if let Some(weighting) = weightings.get_mut(&member.name) {
                     match r#use {
                         Use::Normal => {}
-                        Use::Out => *standard = Standard { factor: 0.0, overridden: false },
-                        Use::Overridden => *standard = Standard { factor: 1.0, overridden: true },
+                        Use::Out => *weighting = Weighting { factor: 0.0, overridden: false },
+                        Use::Overridden => *weighting = Weighting { factor: 1.0, overridden: true },
                     }
                 }
             }
             let here = members.iter().filter(|m| fallen.contains(m.name.as_str())).count();
             let alarm = |kind| Alarm { kind, subject: pool.to_owned() };
-            alarms.extend(ruling.panic.then(|| alarm("panic")));
-            alarms.extend((ruling.over_budget > 0).then(|| alarm("ejection_budget")));
-            alarms.extend(flips(here, members.len(), FLIP_POOL_SHARE).then(|| alarm("correlated_flip")));
-            ruled.insert(pool.to_owned(), ruling);
+            alarms.extend(decision.panic.then(|| alarm(AlarmKind::Panic)));
+            alarms.extend((decision.over_budget > 0).then(|| alarm(AlarmKind::EjectionBudget)));
+            alarms.extend(
+                flips(here, members.len(), FLIP_POOL_SHARE).then(|| alarm(AlarmKind::CorrelatedFlip)),
+            );
+            ruled.insert(pool.to_owned(), decision);
         }
-        let everywhere = flips(fallen.len(), self.cases.len(), FLIP_ALL_SHARE) && fallen.len() > FLIP_MIN;
-        alarms.extend(everywhere.then(|| Alarm { kind: "correlated_flip", subject: String::new() }));
-        let isolated = self.observers.isolated().filter(|(_, until)| now < *until);
-        alarms.extend(isolated.map(|(v, _)| Alarm { kind: "isolated", subject: v.to_string() }));
-        (self.rulings, self.pools) = (rulings, ruled);
+        let everywhere = flips(fallen.len(), self.records.len(), FLIP_ALL_SHARE) && fallen.len() > FLIP_MIN;
+        alarms.extend(everywhere.then(|| Alarm { kind: AlarmKind::CorrelatedFlip, subject: String::new() }));
+        let isolated = self.isolated.iter().filter(|(_, until)| now < *until);
+        alarms.extend(isolated.map(|(v, _)| Alarm { kind: AlarmKind::Isolated, subject: v.to_string() }));
+        (self.weightings, self.pools) = (weightings, ruled);
         self.generation += 1;
         let old = std::mem::replace(&mut self.alarms, alarms);
         let (raised, cleared): (Vec<Alarm>, Vec<Alarm>) = (
             self.alarms.difference(&old).cloned().collect(),
             old.difference(&self.alarms).cloned().collect(),
         );
-        for (alarms, kind) in [(raised, "alarm"), (cleared, "alarm_over")] {
+        for (alarms, kind) in [(raised, EventKind::Alarm), (cleared, EventKind::AlarmOver)] {
             for alarm in alarms {
-                let message = format!("{}: {}", alarm.kind, alarm_text(alarm.kind));
+                let message = format!("{}: {}", alarm.kind.as_str(), alarm.kind.explanation());
                 self.note(&alarm.subject, kind, message, now);
             }
         }
     }
 
-    fn note(&mut self, subject: &str, kind: &'static str, message: String, now: Moment) {
+    fn note(&mut self, subject: &str, kind: EventKind, message: String, now: Timestamp) {
         self.last_event += 1;
         if self.events.len() >= EVENTS_MAX {
             self.events.pop_front();
@@ -384,12 +374,12 @@ impl Cluster {
         &self.alarms
     }
 
-    pub(crate) fn cases(&self) -> impl Iterator<Item = (&String, &Case)> {
-        self.cases.iter()
+    pub(crate) fn records(&self) -> impl Iterator<Item = (&String, &HealthRecord)> {
+        self.records.iter()
     }
 
-    pub(crate) fn case(&self, backend: &str) -> Option<&Case> {
-        self.cases.get(backend)
+    pub(crate) fn record(&self, backend: &str) -> Option<&HealthRecord> {
+        self.records.get(backend)
     }
 
     pub(crate) fn target(&self, backend: &str) -> Option<&Target> {
@@ -405,21 +395,11 @@ impl Cluster {
     }
 
     /// How much a backend is to be used.
-    pub(crate) fn standard(&self, backend: &str) -> Standard {
-        self.rulings.get(backend).copied().unwrap_or(Standard { factor: 1.0, overridden: false })
+    pub(crate) fn weighting(&self, backend: &str) -> Weighting {
+        self.weightings.get(backend).copied().unwrap_or(Weighting { factor: 1.0, overridden: false })
     }
 
-    pub(crate) fn observers(&self) -> &Observers {
-        &self.observers
-    }
-}
-
-const fn alarm_text(kind: &str) -> &'static str {
-    match kind.as_bytes() {
-        b"panic" => "too little of the pool is well; every active backend that can be connected to is used",
-        b"ejection_budget" => "more backends are unhealthy than may be left out; the rest stays in use",
-        b"correlated_flip" => "many backends fell at once: look at what they share before you look at each",
-        b"isolated" => "it sees most backends fail while others do not",
-        _ => "",
+    pub(crate) fn isolated_observers(&self) -> &IsolatedObservers {
+        &self.isolated
     }
 }

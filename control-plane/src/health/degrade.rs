@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::evidence::{Moment, Observation, Outcome, Passive};
+use super::evidence::{Observation, Outcome, Passive, Timestamp};
 use super::params::{
     BASELINE_TAU, BUSY_FOR, CACHE_FULL, ERRORS_DEGRADE, ERRORS_HALF_WINDOW, ERRORS_MIN_REQUESTS,
     ERRORS_SUSPECT, READINGS, SLOW_FLOOR, SLOW_RATIO, TOKENS_RATIO,
@@ -12,14 +12,14 @@ use super::tier::Tier;
 
 /// An average that forgets with time.
 #[derive(Debug, Clone, Copy, Default)]
-struct Baseline(Option<(f64, Moment)>);
+struct Baseline(Option<(f64, Timestamp)>);
 
 impl Baseline {
     fn value(&self) -> Option<f64> {
         self.0.map(|(value, _)| value)
     }
 
-    fn learn(&mut self, sample: f64, now: Moment) {
+    fn learn(&mut self, sample: f64, now: Timestamp) {
         self.0 = Some(match self.0 {
             None => (sample, now),
             Some((value, at)) => {
@@ -34,13 +34,13 @@ impl Baseline {
 /// Counts requests over the last one to two half windows.
 #[derive(Debug, Clone, Copy, Default)]
 struct Window {
-    began: Moment,
+    began: Timestamp,
     current: (u64, u64),
     previous: (u64, u64),
 }
 
 impl Window {
-    fn turn(&mut self, now: Moment) {
+    fn turn(&mut self, now: Timestamp) {
         let age = now.saturating_sub(self.began);
         if age >= ERRORS_HALF_WINDOW * 2 {
             (self.previous, self.current, self.began) = ((0, 0), (0, 0), now);
@@ -50,7 +50,7 @@ impl Window {
         }
     }
 
-    fn count(&mut self, requests: u64, failures: u64, now: Moment) {
+    fn count(&mut self, requests: u64, failures: u64, now: Timestamp) {
         self.turn(now);
         self.current.0 = self.current.0.saturating_add(requests);
         self.current.1 = self.current.1.saturating_add(failures);
@@ -67,7 +67,7 @@ impl Window {
 /// The signs of one backend.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Signs {
-    busy_at: Option<Moment>,
+    busy_at: Option<Timestamp>,
     errors: Window,
     slow: u32,
     latency: Baseline,
@@ -81,7 +81,7 @@ pub(crate) struct Signs {
 }
 
 impl Signs {
-    pub(crate) fn observe(&mut self, seen: &Observation, now: Moment) {
+    pub(crate) fn observe(&mut self, seen: &Observation, now: Timestamp) {
         if seen.outcome == Outcome::Busy {
             self.busy_at = Some(now);
         }
@@ -99,7 +99,7 @@ impl Signs {
         }
     }
 
-    fn answered(&mut self, latency: Duration, now: Moment) {
+    fn answered(&mut self, latency: Duration, now: Timestamp) {
         let usual = self.latency.value();
         let slow = latency > SLOW_FLOOR && usual.is_some_and(|u| latency.as_secs_f64() > SLOW_RATIO * u);
         self.slow = if slow { self.slow.saturating_add(1) } else { 0 };
@@ -107,7 +107,7 @@ impl Signs {
         self.latency.learn(latency.as_secs_f64(), now);
     }
 
-    fn read(&mut self, seen: &Observation, now: Moment) {
+    fn read(&mut self, seen: &Observation, now: Timestamp) {
         if let Some(tokens) = seen.reading.tokens_per_second.filter(|t| t.is_finite() && *t > 0.0) {
             let slow = self.tokens.value().is_some_and(|usual| tokens < TOKENS_RATIO * usual);
             self.slow_tokens = if slow { self.slow_tokens.saturating_add(1) } else { 0 };
@@ -120,7 +120,7 @@ impl Signs {
         self.full = if full { self.full.saturating_add(1) } else { 0 };
     }
 
-    pub(crate) fn requests(&mut self, passive: &Passive, now: Moment) {
+    pub(crate) fn requests(&mut self, passive: &Passive, now: Timestamp) {
         if passive.busy > 0 {
             self.busy_at = Some(now);
         }
@@ -129,13 +129,13 @@ impl Signs {
     }
 
     /// So many requests fail that it may be broken.
-    pub(crate) fn is_failing(&mut self, now: Moment) -> bool {
+    pub(crate) fn is_failing(&mut self, now: Timestamp) -> bool {
         self.errors.turn(now);
         self.errors.rate().is_some_and(|rate| rate >= ERRORS_SUSPECT)
     }
 
     /// The first rule that degrades it now, and what was seen.
-    pub(crate) fn degrade(&mut self, now: Moment) -> Option<(Rule, String)> {
+    pub(crate) fn degrade(&mut self, now: Timestamp) -> Option<(Rule, String)> {
         self.errors.turn(now);
         if self.busy_at.is_some_and(|at| now.saturating_sub(at) < BUSY_FOR) {
             return Some((Rule::Busy, "it answered that it is busy (429, or 503 with Retry-After)".into()));

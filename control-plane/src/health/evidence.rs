@@ -8,18 +8,18 @@ use super::params::DETAIL_MAX_BYTES;
 use super::tier::Tier;
 
 /// Time since the machine was made. Monotonic; the shell keeps its origin.
-pub(crate) type Moment = Duration;
+pub(crate) type Timestamp = Duration;
 
-/// From where a backend is looked at.
+/// Who observes a backend.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Vantage {
+pub(crate) enum Observer {
     /// The control plane itself.
     ControlPlane,
     /// A gateway, by id.
     Gateway(Arc<str>),
 }
 
-impl fmt::Display for Vantage {
+impl fmt::Display for Observer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ControlPlane => f.write_str("control-plane"),
@@ -45,7 +45,7 @@ pub(crate) enum Cause {
     BadAnswer,
 }
 
-/// What one look saw.
+/// The outcome of one probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// All is well.
@@ -94,7 +94,7 @@ pub(crate) struct Reading {
     pub(crate) queue: Option<u64>,
 }
 
-/// One look at one backend.
+/// One probe of one backend.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Observation {
     pub(crate) tier: Tier,
@@ -125,21 +125,21 @@ impl Passive {
     }
 }
 
-/// What is left of the looks of one vantage point at one tier.
+/// The vote of one observer at one tier: the summary of its probes.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Vote {
     pub(crate) last: Outcome,
-    pub(crate) at: Moment,
-    /// Looks in a row that were not good.
+    pub(crate) at: Timestamp,
+    /// Failed probes in a row.
     pub(crate) failures: u32,
-    /// Looks in a row that were.
+    /// Passed probes in a row.
     pub(crate) passes: u32,
     pub(crate) detail: String,
 }
 
 impl Vote {
-    /// The vote after one more look.
-    pub(crate) fn after(before: Option<&Self>, outcome: Outcome, detail: &str, at: Moment) -> Self {
+    /// The vote after one more probe.
+    pub(crate) fn after(before: Option<&Self>, outcome: Outcome, detail: &str, at: Timestamp) -> Self {
         let (failures, passes) = before.map_or((0, 0), |v| (v.failures, v.passes));
         let (failures, passes) =
             if outcome.is_good() { (0, passes.saturating_add(1)) } else { (failures.saturating_add(1), 0) };

@@ -1,26 +1,26 @@
 //! What a pool makes of its backends' states: how many may be left out, and when observed health is overridden.
 //!
-//! Observed health can be overridden, an operator's word never: only ACTIVE backends are given to [`rule`].
+//! Observed health can be overridden, an operator's word never: only ACTIVE backends are given to [`decide`].
 
-use super::evidence::Moment;
+use super::evidence::Timestamp;
 
 /// One ACTIVE backend of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) weight: u32,
-    pub(crate) standing: Standing,
+    pub(crate) status: MemberStatus,
 }
 
 /// What its state says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Standing {
+pub(crate) enum MemberStatus {
     /// In use.
     Usable,
     /// Nobody has seen it work yet.
     Unproven,
-    /// Seen to be broken: when it fell, and whether since nobody could connect.
-    Broken { fell_at: Moment, refused: bool },
+    /// Unhealthy: when it was ejected, and whether because nobody could connect.
+    Broken { ejected_at: Timestamp, refused: bool },
 }
 
 /// What a pool does with a backend.
@@ -34,9 +34,9 @@ pub(crate) enum Use {
     Overridden,
 }
 
-/// The ruling on a pool.
+/// Which backends a pool uses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Ruling {
+pub(crate) struct PoolDecision {
     /// In the order of the members.
     pub(crate) uses: Vec<Use>,
     /// Too little is left: everything that can be connected to is used.
@@ -50,38 +50,38 @@ pub(crate) const fn budget(members: usize, max_ejected_percent: u32) -> usize {
     members * max_ejected_percent as usize / 100
 }
 
-/// Rules on a pool.
-pub(crate) fn rule(members: &[Member], max_ejected_percent: u32, panic_percent: u32) -> Ruling {
+/// Decides which backends a pool uses.
+pub(crate) fn decide(members: &[Member], max_ejected_percent: u32, panic_percent: u32) -> PoolDecision {
     let weight = |member: &Member| u64::from(member.weight.max(1));
-    let sum = |keep: &dyn Fn(&Standing) -> bool| {
-        members.iter().filter(|m| keep(&m.standing)).map(weight).sum::<u64>()
+    let sum = |keep: &dyn Fn(&MemberStatus) -> bool| {
+        members.iter().filter(|m| keep(&m.status)).map(weight).sum::<u64>()
     };
-    let proven = sum(&|s| *s == Standing::Usable);
-    let unproven = sum(&|s| *s == Standing::Unproven);
-    let broken = sum(&|s| matches!(s, Standing::Broken { .. }));
+    let proven = sum(&|s| *s == MemberStatus::Usable);
+    let unproven = sum(&|s| *s == MemberStatus::Unproven);
+    let broken = sum(&|s| matches!(s, MemberStatus::Broken { .. }));
     // Who has not been seen to work is used only when nobody has.
     let usable = if proven > 0 { proven } else { unproven };
     let panic = broken > 0 && usable * 100 < (usable + broken) * u64::from(panic_percent);
-    let refused = |m: &Member| matches!(m.standing, Standing::Broken { refused: true, .. });
+    let refused = |m: &Member| matches!(m.status, MemberStatus::Broken { refused: true, .. });
     let mut left = budget(members.len(), max_ejected_percent)
         .saturating_sub(members.iter().filter(|m| refused(m)).count());
-    // Who fell first is out first.
-    let mut order: Vec<(Moment, usize)> = members
+    // Backends are left out in the order in which they were ejected.
+    let mut order: Vec<(Timestamp, usize)> = members
         .iter()
         .enumerate()
-        .filter_map(|(i, m)| match m.standing {
-            Standing::Broken { fell_at, refused: false } => Some((fell_at, i)),
+        .filter_map(|(i, m)| match m.status {
+            MemberStatus::Broken { ejected_at, refused: false } => Some((ejected_at, i)),
             _ => None,
         })
         .collect();
     order.sort_unstable();
     let mut uses: Vec<Use> = members
         .iter()
-        .map(|m| match m.standing {
-            Standing::Usable => Use::Normal,
-            Standing::Unproven if proven > 0 => Use::Out,
-            Standing::Unproven => Use::Normal,
-            Standing::Broken { .. } => Use::Out,
+        .map(|m| match m.status {
+            MemberStatus::Usable => Use::Normal,
+            MemberStatus::Unproven if proven > 0 => Use::Out,
+            MemberStatus::Unproven => Use::Normal,
+            MemberStatus::Broken { .. } => Use::Out,
         })
         .collect();
     let mut over_budget = 0;
@@ -96,7 +96,7 @@ pub(crate) fn rule(members: &[Member], max_ejected_percent: u32, panic_percent: 
     if !members.is_empty() && uses.iter().all(|u| *u == Use::Out) {
         uses.fill(Use::Overridden);
     }
-    Ruling { uses, panic, over_budget }
+    PoolDecision { uses, panic, over_budget }
 }
 
 #[cfg(test)]
@@ -109,23 +109,23 @@ mod tests {
         let member = |(i, c): (usize, char)| Member {
             name: i.to_string(),
             weight: 100,
-            standing: match c {
-                'u' => Standing::Usable,
-                '?' => Standing::Unproven,
-                c => Standing::Broken { fell_at: Duration::from_secs(i as u64), refused: c == 'r' },
+            status: match c {
+                'u' => MemberStatus::Usable,
+                '?' => MemberStatus::Unproven,
+                c => MemberStatus::Broken { ejected_at: Duration::from_secs(i as u64), refused: c == 'r' },
             },
         };
         text.chars().enumerate().map(member).collect()
     }
 
     fn uses(text: &str) -> (String, bool) {
-        let ruling = rule(&members(text), 50, 50);
+        let decision = decide(&members(text), 50, 50);
         let letter = |u: &Use| match u {
             Use::Normal => 'n',
             Use::Out => '-',
             Use::Overridden => '!',
         };
-        (ruling.uses.iter().map(letter).collect(), ruling.panic)
+        (decision.uses.iter().map(letter).collect(), decision.panic)
     }
 
     #[test]
@@ -152,15 +152,15 @@ mod tests {
         ] {
             assert_eq!(uses(pool), (expected.to_owned(), panic), "{pool}");
         }
-        assert_eq!(rule(&[], 50, 50), Ruling::default());
+        assert_eq!(decide(&[], 50, 50), PoolDecision::default());
     }
 
     #[test]
     fn the_budget_binds_where_panic_does_not() {
-        let ruling = rule(&members("uuuubbb"), 20, 10);
-        assert_eq!(ruling.uses.iter().filter(|u| **u == Use::Out).count(), 1);
-        assert_eq!(ruling.uses[4], Use::Out, "who fell first");
-        assert!(!ruling.panic);
-        assert_eq!(ruling.over_budget, 2);
+        let decision = decide(&members("uuuubbb"), 20, 10);
+        assert_eq!(decision.uses.iter().filter(|u| **u == Use::Out).count(), 1);
+        assert_eq!(decision.uses[4], Use::Out, "who fell first");
+        assert!(!decision.panic);
+        assert_eq!(decision.over_budget, 2);
     }
 }

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::tier::Tier;
 
-/// Vantage points per backend. Three see a liveness failure within a third of the interval and can outvote one of
+/// Observers per backend. Three see a liveness failure within a third of the interval and can outvote one of
 /// them; readiness costs tokens, so two; deep only ever degrades, so one.
-pub(crate) const fn vantages(tier: Tier) -> usize {
+pub(crate) const fn observers_wanted(tier: Tier) -> usize {
     match tier {
         Tier::Liveness => 3,
         Tier::Readiness => 2,
@@ -14,33 +14,33 @@ pub(crate) const fn vantages(tier: Tier) -> usize {
     }
 }
 
-/// Vantage points that must accuse before the cluster believes it, and that together can acquit: one may be wrong.
+/// Observers that must see failures before a backend is ejected, and that together can clear it: one may be wrong.
 pub(crate) const QUORUM: usize = 2;
-/// Failures in a row that make a vantage point an accuser: one may be a lost packet.
-pub(crate) const ACCUSATIONS: u32 = 2;
-/// Vantage points that are asked to confirm, the assigned ones first: when those share a broken path, others can
-/// acquit. More of them would cost more than they could tell.
+/// Failures in a row before the vote of an observer is against a backend: one may be a lost packet.
+pub(crate) const FAILURES_IN_A_ROW: u32 = 2;
+/// Observers that are asked to confirm, the assigned ones first: when those share a broken path, others can
+/// clear the backend. More of them would cost more than they could tell.
 pub(crate) const CONFIRMERS: usize = 8;
 /// Beyond the probe's own timeout: half a second between its two probes, the rest for the way there and back.
 pub(crate) const CONFIRM_SLACK: Duration = Duration::from_millis(1500);
-/// How long a vantage point that was outvoted opens no new suspicion on its own.
-pub(crate) const ACQUITTAL: Duration = Duration::from_secs(30);
+/// How long an observer that was outvoted makes no backend suspect on its own.
+pub(crate) const CLEARED_FOR: Duration = Duration::from_secs(30);
 /// A vote counts for so many intervals of its tier: two probes may be lost.
 pub(crate) const EXPIRY_INTERVALS: u32 = 3;
-/// And never for less than this: a vote must outlive the looks that confirm it.
+/// And never for less than this: a vote must outlive the probes that confirm it.
 pub(crate) const EXPIRY_MIN: Duration = Duration::from_secs(15);
 /// Votes kept per backend; beyond what is assigned and asked, only expired ones would be.
 pub(crate) const VOTES_MAX: usize = 64;
 /// Longest detail of a vote or a rule, bytes.
 pub(crate) const DETAIL_MAX_BYTES: usize = 200;
 
-/// The second fall holds so long before recovery may begin, each further one twice as long.
+/// The second ejection holds so long before recovery may begin, each further one twice as long.
 pub(crate) const HOLD_FIRST: Duration = Duration::from_secs(10);
 /// The longest hold-down.
 pub(crate) const HOLD_MAX: Duration = Duration::from_secs(300);
-/// One step of damping is forgiven for so long in use.
+/// One step of damping is taken back for so long in use.
 pub(crate) const HOLD_DECAY: Duration = Duration::from_secs(300);
-/// A backend that flashes up is looked at from elsewhere at most so often.
+/// A backend that answers only now and then is probed by other observers at most so often.
 pub(crate) const RECHECK: Duration = Duration::from_secs(5);
 /// The weight with which a slow start begins; less would leave small pools without evidence.
 pub(crate) const RAMP_FLOOR: f64 = 0.1;
@@ -74,18 +74,18 @@ pub(crate) const BASELINE_TAU: Duration = Duration::from_secs(3600);
 
 /// What an observer saw in this window is compared with the others.
 pub(crate) const OBSERVER_WINDOW: Duration = Duration::from_secs(10);
-/// Backends it must have looked at before "most" means something.
+/// Backends it must have probed before "most" means something.
 pub(crate) const OBSERVER_MIN_BACKENDS: usize = 4;
 /// An observer that alone sees most backends fail has no vote for so long.
 pub(crate) const ISOLATION: Duration = Duration::from_secs(60);
 
-/// Falls within this window are counted together...
+/// Ejections within this window are counted together...
 pub(crate) const FLIP_WINDOW: Duration = Duration::from_secs(30);
 /// ...and more than this share of a pool at once is rather the probers', DNS's or a shared dependency's fault...
 pub(crate) const FLIP_POOL_SHARE: f64 = 0.5;
 /// ...as is more than this share of all backends.
 pub(crate) const FLIP_ALL_SHARE: f64 = 0.3;
-/// Falls before a share means anything.
+/// Ejections before a share means anything.
 pub(crate) const FLIP_MIN: usize = 2;
 
 /// Events remembered.

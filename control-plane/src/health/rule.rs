@@ -69,19 +69,19 @@ macro_rules! rules {
 }
 
 rules! {
-    /// Nobody has looked yet.
+    /// No observer has probed it yet.
     NotProbed = "not_probed",
     /// It says that it is loading its model.
     Loading = "loading",
     /// It passed for the first time.
     FirstPass = "first_pass",
-    /// Several vantage points cannot reach it.
+    /// Several observers cannot reach it.
     LivenessQuorum = "liveness_quorum",
-    /// The only vantage point there is cannot reach it.
+    /// The only observer there is cannot reach it.
     LivenessAlone = "liveness_alone",
-    /// Several vantage points get no completion.
+    /// Several observers get no completion.
     ReadinessQuorum = "readiness_quorum",
-    /// The only vantage point there is gets no completion.
+    /// The only observer there is gets no completion.
     ReadinessAlone = "readiness_alone",
     /// It has been loading for longer than anybody waits.
     LoadingTooLong = "loading_too_long",

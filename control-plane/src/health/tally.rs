@@ -1,65 +1,72 @@
-//! Counting votes: who accuses, who dissents, and what that amounts to.
+//! Counting votes: which observers see a backend fail, which see it pass, and whether that ejects it.
 
 use std::collections::BTreeMap;
 
-use super::evidence::{Moment, Outcome, Vantage, Vote};
-use super::observer::Observers;
+use super::evidence::{Observer, Outcome, Timestamp, Vote};
+use super::isolation::IsolatedObservers;
 use super::params::{EXPIRY_INTERVALS, EXPIRY_MIN, QUORUM, VOTES_MAX};
 use super::tier::Tier;
 use weir_proto::resource::HealthProfile;
 
-/// What the judge of one backend is told about the rest of the cluster.
+/// What is known of the cluster when one backend is judged.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Context<'a> {
-    /// Who has a vote.
-    pub(crate) observers: &'a Observers,
-    /// Somebody is there who can ask for completions.
+    /// The observers without a vote.
+    pub(crate) isolated: &'a IsolatedObservers,
+    /// Whether any observer can ask for completions.
     pub(crate) ready_capable: bool,
 }
 
 /// The votes on one backend.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Votes {
-    by: BTreeMap<(Tier, Vantage), Vote>,
+    by: BTreeMap<(Tier, Observer), Vote>,
     /// Those that reached it at least once, by any tier.
-    reached: BTreeMap<Vantage, Moment>,
+    reached: BTreeMap<Observer, Timestamp>,
 }
 
-/// The votes at one tier since some moment, each vantage point once.
+/// The votes at one tier since some time, each observer once.
 #[derive(Debug, Default)]
 pub(crate) struct Tally<'a> {
     /// Failed often enough in a row.
-    pub(crate) accusers: Vec<(&'a Vantage, &'a Vote)>,
+    pub(crate) failing: Vec<(&'a Observer, &'a Vote)>,
     /// Failed, but not yet often enough.
-    pub(crate) undecided: Vec<(&'a Vantage, &'a Vote)>,
-    /// Saw it do its work.
-    pub(crate) dissenters: Vec<&'a Vantage>,
+    pub(crate) undecided: Vec<(&'a Observer, &'a Vote)>,
+    /// Passed.
+    pub(crate) passing: Vec<&'a Observer>,
 }
 
 impl Tally<'_> {
     pub(crate) fn voters(&self) -> usize {
-        self.accusers.len() + self.undecided.len() + self.dissenters.len()
+        self.failing.len() + self.undecided.len() + self.passing.len()
     }
 
-    /// Enough vantage points agree, more than object, and fewer than a quorum object.
-    pub(crate) fn condemns(&self) -> bool {
-        self.condemns_whatever(0)
+    /// Enough observers agree, more than object, and fewer than a quorum object.
+    pub(crate) fn ejects(&self) -> bool {
+        self.ejects_despite(0)
     }
 
     /// The same, even if so many more should object: they need not be waited for.
-    pub(crate) fn condemns_whatever(&self, open: usize) -> bool {
-        let (accusers, dissenters) = (self.accusers.len(), self.dissenters.len() + open);
-        accusers >= QUORUM && accusers > dissenters && dissenters < QUORUM
+    pub(crate) fn ejects_despite(&self, open: usize) -> bool {
+        let (failing, passing) = (self.failing.len(), self.passing.len() + open);
+        failing >= QUORUM && failing > passing && passing < QUORUM
     }
 }
 
 impl Votes {
-    /// Takes one look in.
-    pub(crate) fn cast(&mut self, tier: Tier, vantage: &Vantage, outcome: Outcome, detail: &str, at: Moment) {
+    /// Counts one probe.
+    pub(crate) fn cast(
+        &mut self,
+        tier: Tier,
+        observer: &Observer,
+        outcome: Outcome,
+        detail: &str,
+        at: Timestamp,
+    ) {
         if outcome.is_good() {
-            self.reached.insert(vantage.clone(), at);
+            self.reached.insert(observer.clone(), at);
         }
-        let key = (tier, vantage.clone());
+        let key = (tier, observer.clone());
         let vote = Vote::after(self.by.get(&key), outcome, detail, at);
         if self.by.len() >= VOTES_MAX && !self.by.contains_key(&key) {
             let oldest = self.by.iter().min_by_key(|(_, vote)| vote.at).map(|(key, _)| key.clone());
@@ -70,11 +77,11 @@ impl Votes {
         self.by.insert(key, vote);
     }
 
-    /// Forgets votes that have expired, and with the last vote of a vantage point that it ever got through.
-    pub(crate) fn expire(&mut self, profile: &HealthProfile, now: Moment) {
+    /// Forgets votes that have expired, and with the last vote of an observer that it ever got through.
+    pub(crate) fn expire(&mut self, profile: &HealthProfile, now: Timestamp) {
         self.by.retain(|(tier, _), vote| now.saturating_sub(vote.at) <= expiry(profile, *tier));
         let by = &self.by;
-        self.reached.retain(|vantage, _| by.keys().any(|(_, voter)| voter == vantage));
+        self.reached.retain(|observer, _| by.keys().any(|(_, voter)| voter == observer));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -82,63 +89,63 @@ impl Votes {
     }
 
     /// Every vote, for explanations.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (Tier, &Vantage, &Vote)> {
-        self.by.iter().map(|((tier, vantage), vote)| (*tier, vantage, vote))
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Tier, &Observer, &Vote)> {
+        self.by.iter().map(|((tier, observer), vote)| (*tier, observer, vote))
     }
 
-    pub(crate) fn get(&self, tier: Tier, vantage: &Vantage) -> Option<&Vote> {
-        self.by.get(&(tier, vantage.clone()))
+    pub(crate) fn get(&self, tier: Tier, observer: &Observer) -> Option<&Vote> {
+        self.by.get(&(tier, observer.clone()))
     }
 
     /// Votes of one tier that count: of observers that are believed, and that can reach the backend if anybody can.
-    /// A vantage point without a way to it (a firewall, another network) would otherwise accuse for ever.
+    /// An observer without a way to it (a firewall, another network) would otherwise vote against it for ever.
     pub(crate) fn counted<'a>(
         &'a self,
         tier: Tier,
         context: &Context<'a>,
-        now: Moment,
-    ) -> impl Iterator<Item = (&'a Vantage, &'a Vote)> {
-        let observers = context.observers;
+        now: Timestamp,
+    ) -> impl Iterator<Item = (&'a Observer, &'a Vote)> {
+        let isolated = context.isolated;
         self.iter()
             .filter(move |(of, _, _)| *of == tier)
-            .filter(move |(_, vantage, _)| !observers.is_isolated(vantage, now))
-            .filter(move |(_, vantage, vote)| self.is_able(vantage, vote))
-            .map(|(_, vantage, vote)| (vantage, vote))
+            .filter(move |(_, observer, _)| !isolated.contains(observer, now))
+            .filter(move |(_, observer, vote)| self.is_able(observer, vote))
+            .map(|(_, observer, vote)| (observer, vote))
     }
 
-    /// Whether a vantage point can reach the backend, as far as anybody can.
-    pub(crate) fn is_able(&self, vantage: &Vantage, vote: &Vote) -> bool {
-        self.reached.is_empty() || vote.last.is_good() || self.reached.contains_key(vantage)
+    /// Whether an observer can reach the backend, as far as anybody can.
+    pub(crate) fn is_able(&self, observer: &Observer, vote: &Vote) -> bool {
+        self.reached.is_empty() || vote.last.is_good() || self.reached.contains_key(observer)
     }
 
-    /// The votes cast since a moment.
+    /// The votes cast since a time.
     pub(crate) fn tally<'a>(
         &'a self,
         tier: Tier,
-        since: Moment,
+        since: Timestamp,
         needed: u32,
         context: &Context<'a>,
-        now: Moment,
+        now: Timestamp,
     ) -> Tally<'a> {
         let mut tally = Tally::default();
-        for (vantage, vote) in self.counted(tier, context, now).filter(|(_, vote)| vote.at >= since) {
+        for (observer, vote) in self.counted(tier, context, now).filter(|(_, vote)| vote.at >= since) {
             if vote.last.is_good() {
-                tally.dissenters.push(vantage);
+                tally.passing.push(observer);
             } else if vote.failures >= needed {
-                tally.accusers.push((vantage, vote));
+                tally.failing.push((observer, vote));
             } else {
-                tally.undecided.push((vantage, vote));
+                tally.undecided.push((observer, vote));
             }
         }
         tally
     }
 }
 
-fn expiry(profile: &HealthProfile, tier: Tier) -> Moment {
+fn expiry(profile: &HealthProfile, tier: Tier) -> Timestamp {
     interval(profile, tier).saturating_mul(EXPIRY_INTERVALS).max(EXPIRY_MIN)
 }
 
-/// Between two looks of one vantage point.
+/// The time between two probes of one observer.
 pub(crate) const fn interval(profile: &HealthProfile, tier: Tier) -> std::time::Duration {
     match tier {
         Tier::Liveness => profile.liveness_interval,

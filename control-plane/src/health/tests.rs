@@ -1,4 +1,4 @@
-//! The machine against a world of simulated vantage points, in simulated time.
+//! The machine against a world of simulated observers, in simulated time.
 
 mod matrix;
 mod properties;

@@ -1,6 +1,6 @@
 //! The tiers of probes.
 
-/// How deep a probe looks.
+/// What a probe checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Tier {
     /// The server answers.

@@ -22,7 +22,7 @@ use crate::auth::Caller;
 use crate::gateways::aggregate::{Departures, LastSentSpeeds, Reporter};
 use crate::gateways::loads::{Loads, Traffic};
 use crate::gateways::registry::Claim;
-use crate::health::Vantage;
+use crate::health::Observer;
 use crate::leader::Leads;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
@@ -78,7 +78,7 @@ struct Current {
 
 impl LastSent {
     /// Whether the gateway has to do something that it was not sent yet.
-    fn lacks(&self, duties: &Duties, of: &Vantage) -> bool {
+    fn lacks(&self, duties: &Duties, of: &Observer) -> bool {
         assignments(duties, of) != self.assignments || duties.orders_after(self.serial, of).next().is_some()
     }
 
@@ -87,7 +87,7 @@ impl LastSent {
         &mut self,
         now: Current,
         duties: &Duties,
-        own: &Vantage,
+        own: &Observer,
         verdicts: &Verdicts,
     ) -> StreamReportsResponse {
         let health = now.healths.iter().filter(|(name, health)| self.healths.get(*name) != Some(health));
@@ -116,7 +116,7 @@ impl LastSent {
 }
 
 /// The probe assignments of one gateway. An empty list is an assignment too.
-fn assignments(duties: &Duties, of: &Vantage) -> Arc<ProbeAssignments> {
+fn assignments(duties: &Duties, of: &Observer) -> Arc<ProbeAssignments> {
     duties.assignments.get(of).cloned().unwrap_or_default()
 }
 
@@ -136,7 +136,7 @@ struct Sources {
 struct ReportStream {
     shared: Shared,
     gateway_id: String,
-    own: Vantage,
+    own: Observer,
     reporter: Reporter,
     sources: Sources,
     sent: LastSent,

@@ -1,11 +1,11 @@
-//! What was known, over a restart. It is a start, not the truth: until somebody looks, it is marked stale.
+//! The states of backends over a restart. They are marked stale until the first probe.
 
 use std::io::Write as _;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::health::{Cluster, Moment, Rule, State};
+use crate::health::{Cluster, Rule, State, Timestamp};
 
 /// Of another form it is not read.
 const FORMAT: u64 = 1;
@@ -18,7 +18,7 @@ pub(super) struct Saved(Vec<Value>);
 
 impl Saved {
     /// Puts back what is known of backends that are still the same.
-    pub(super) fn restore(self, cluster: &mut Cluster, now: Moment) {
+    pub(super) fn restore(self, cluster: &mut Cluster, now: Timestamp) {
         for saved in self.0 {
             let text = |key: &str| saved[key].as_str().unwrap_or_default();
             let (backend, identity) = (text("backend"), text("identity"));
@@ -29,7 +29,7 @@ impl Saved {
                 continue;
             };
             let damping = saved["damping"].as_u64().and_then(|n| u32::try_from(n).ok()).unwrap_or_default();
-            cluster.restore(backend, |case| case.restore(state, rule, text("detail"), damping, now));
+            cluster.restore(backend, |record| record.restore(state, rule, text("detail"), damping, now));
         }
         cluster.restored(now);
     }
@@ -37,15 +37,15 @@ impl Saved {
 
 /// The checkpoint of a cluster.
 pub(super) fn text(cluster: &Cluster) -> String {
-    let backends = cluster.cases().filter_map(|(name, case)| {
+    let backends = cluster.records().filter_map(|(name, record)| {
         let target = cluster.target(name)?;
         Some(json!({
             "backend": name,
             "identity": target.identity,
-            "state": case.state.name(),
-            "rule": case.rule.name(),
-            "detail": case.detail,
-            "damping": case.damping(),
+            "state": record.state.name(),
+            "rule": record.rule.name(),
+            "detail": record.detail,
+            "damping": record.damping(),
         }))
     });
     json!({"format": FORMAT, "backends": backends.collect::<Vec<_>>()}).to_string()

@@ -7,10 +7,12 @@ use std::time::Duration;
 use weir_proto::v1;
 
 use super::Verdicts;
-use crate::health::case::Case;
-use crate::health::cluster::Event;
+use crate::health::event::Event;
 use crate::health::evidence::Vote;
-use crate::health::{Cause, Cluster, Moment, Observation, Outcome, Passive, Reading, State, Tier, Vantage};
+use crate::health::record::HealthRecord;
+use crate::health::{
+    Cause, Cluster, Observation, Observer, Outcome, Passive, Reading, State, Tier, Timestamp,
+};
 
 /// Events shown with one backend.
 const EVENTS_SHOWN: usize = 20;
@@ -63,7 +65,7 @@ const fn outcome_of(wire: v1::ProbeOutcome) -> Option<Outcome> {
     })
 }
 
-/// A look as the machine takes it; `None` when this version does not know what it is.
+/// An observation as the machine takes it; `None` when this version does not know what it is.
 pub(super) fn observation(wire: &v1::ProbeResult) -> Option<Observation> {
     Some(Observation {
         tier: tier_of(wire.tier())?,
@@ -99,24 +101,24 @@ pub(super) const fn passive(wire: &v1::BackendReport) -> Passive {
     }
 }
 
-/// What every vantage point is to look at.
-pub(super) fn assignments(cluster: &Cluster) -> BTreeMap<Vantage, Arc<v1::ProbeAssignments>> {
-    let mut by_vantage: BTreeMap<Vantage, v1::ProbeAssignments> = BTreeMap::new();
+/// What every observer is to probe.
+pub(super) fn assignments(cluster: &Cluster) -> BTreeMap<Observer, Arc<v1::ProbeAssignments>> {
+    let mut by_observer: BTreeMap<Observer, v1::ProbeAssignments> = BTreeMap::new();
     for (backend, probers) in cluster.assignments() {
         for of in Tier::ALL {
             let chosen = probers.of(of);
-            for (turn, vantage) in chosen.iter().enumerate() {
+            for (turn, observer) in chosen.iter().enumerate() {
                 let assignment = v1::ProbeAssignment {
                     backend: backend.clone(),
                     tier: tier(of).into(),
                     turn: turn as u32,
                     turns: chosen.len() as u32,
                 };
-                by_vantage.entry(vantage.clone()).or_default().assignments.push(assignment);
+                by_observer.entry(observer.clone()).or_default().assignments.push(assignment);
             }
         }
     }
-    by_vantage.into_iter().map(|(vantage, assignments)| (vantage, Arc::new(assignments))).collect()
+    by_observer.into_iter().map(|(observer, assignments)| (observer, Arc::new(assignments))).collect()
 }
 
 fn duration(duration: Duration) -> Option<prost_types::Duration> {
@@ -124,24 +126,24 @@ fn duration(duration: Duration) -> Option<prost_types::Duration> {
 }
 
 impl Verdicts {
-    pub(super) fn health(&self, cluster: &Cluster, name: &str, case: &Case) -> v1::BackendHealth {
-        let standard = cluster.standard(name);
+    pub(super) fn health(&self, cluster: &Cluster, name: &str, record: &HealthRecord) -> v1::BackendHealth {
+        let weighting = cluster.weighting(name);
         v1::BackendHealth {
             backend: name.to_owned(),
-            state: case.state.wire().into(),
-            reason: case.detail.clone(),
-            since: Some(self.wall(case.since)),
-            rule: case.rule.name().to_owned(),
-            factor: Some(standard.factor),
-            overridden: standard.overridden,
-            stale: case.stale,
-            suspect: case.suspicions.iter().any(Option::is_some),
-            ramp: (case.state == State::Recovering).then(|| duration(case.profile.slow_start)).flatten(),
+            state: record.state.wire().into(),
+            reason: record.detail.clone(),
+            since: Some(self.wall(record.since)),
+            rule: record.rule.name().to_owned(),
+            factor: Some(weighting.factor),
+            overridden: weighting.overridden,
+            stale: record.stale,
+            suspect: record.suspects.iter().any(Option::is_some),
+            ramp: (record.state == State::Recovering).then(|| duration(record.profile.slow_start)).flatten(),
             ramp_elapsed: None,
         }
     }
 
-    /// A verdict as it is sent now: how far a slow start has come is said by the moment.
+    /// A verdict as it is sent now: the progress of a slow start is that of now.
     pub(crate) fn at_present(&self, health: &v1::BackendHealth) -> v1::BackendHealth {
         let since = health.since.and_then(|since| std::time::SystemTime::try_from(since).ok());
         let ramp = health.ramp.and_then(|ramp| Duration::try_from(ramp).ok());
@@ -157,39 +159,39 @@ impl Verdicts {
     pub(crate) fn fill(&self, status: &mut v1::BackendStatus) {
         let (now, machine) = (self.now(), self.machine());
         let cluster = &machine.cluster;
-        let Some(case) = cluster.case(&status.backend) else { return };
+        let Some(record) = cluster.record(&status.backend) else { return };
         status.effective_weight =
-            f64::from(status.weight) * cluster.standard(&status.backend).factor * case.ramp(now);
-        status.tokens_per_second = status.tokens_per_second.or(case.signs.tokens_per_second());
-        (status.cache_used, status.queue) = (case.signs.cache_used(), case.signs.queue());
+            f64::from(status.weight) * cluster.weighting(&status.backend).factor * record.ramp(now);
+        status.tokens_per_second = status.tokens_per_second.or(record.signs.tokens_per_second());
+        (status.cache_used, status.queue) = (record.signs.cache_used(), record.signs.queue());
         if let Some(probers) = cluster.probers(&status.backend) {
             status.probers = Tier::ALL
                 .into_iter()
-                .flat_map(|of| probers.of(of).iter().map(move |vantage| (of, vantage)))
-                .map(|(of, vantage)| v1::backend_status::Prober {
-                    vantage: vantage.to_string(),
+                .flat_map(|of| probers.of(of).iter().map(move |observer| (of, observer)))
+                .map(|(of, observer)| v1::backend_status::Prober {
+                    vantage: observer.to_string(),
                     tier: tier(of).into(),
                 })
                 .collect();
         }
     }
 
-    /// What a verdict rests on. `None` for a backend that is not looked at.
+    /// What a verdict rests on. `None` for a backend that is not probed.
     pub(crate) fn explain(&self, backend: &str) -> Option<v1::ExplainBackendResponse> {
         let (now, machine) = (self.now(), self.machine());
         let cluster = &machine.cluster;
-        let case = cluster.case(backend)?;
-        let votes = case.votes.iter().map(|(tier, vantage, vote)| {
-            self.vote(tier, vantage, vote, ignored(cluster, case, tier, vantage, vote, now))
+        let record = cluster.record(backend)?;
+        let votes = record.votes.iter().map(|(tier, observer, vote)| {
+            self.vote(tier, observer, vote, ignored(cluster, record, tier, observer, vote, now))
         });
-        let suspicions = [Tier::Liveness, Tier::Readiness].into_iter().zip(&case.suspicions);
-        let suspicions = suspicions.filter_map(|(of, suspicion)| {
-            let suspicion = suspicion.as_ref()?;
+        let suspects = [Tier::Liveness, Tier::Readiness].into_iter().zip(&record.suspects);
+        let suspects = suspects.filter_map(|(of, suspect)| {
+            let suspect = suspect.as_ref()?;
             Some(v1::explain_backend_response::Suspicion {
                 tier: tier(of).into(),
-                reporter: suspicion.reporter.to_string(),
-                asked: suspicion.asked.iter().map(ToString::to_string).collect(),
-                deadline: Some(self.wall(suspicion.deadline)),
+                reporter: suspect.reporter.to_string(),
+                asked: suspect.asked.iter().map(ToString::to_string).collect(),
+                deadline: Some(self.wall(suspect.deadline)),
             })
         });
         let events: Vec<&Event> = cluster.events(0).filter(|event| event.subject == backend).collect();
@@ -197,9 +199,9 @@ impl Verdicts {
         Some(v1::ExplainBackendResponse {
             status: None,
             votes: votes.collect(),
-            suspicions: suspicions.collect(),
-            may_return_time: case.may_return(now).map(|at| self.wall(at)),
-            conditions: case.conditions(now, cluster.is_ready_capable(case)),
+            suspicions: suspects.collect(),
+            may_return_time: record.may_return(now).map(|at| self.wall(at)),
+            conditions: record.conditions(now, cluster.is_ready_capable(record)),
             events: events[shown..].iter().map(|event| self.event(event)).collect(),
         })
     }
@@ -207,12 +209,12 @@ impl Verdicts {
     fn vote(
         &self,
         of: Tier,
-        vantage: &Vantage,
+        observer: &Observer,
         vote: &Vote,
         ignored: &str,
     ) -> v1::explain_backend_response::Vote {
         v1::explain_backend_response::Vote {
-            vantage: vantage.to_string(),
+            vantage: observer.to_string(),
             tier: tier(of).into(),
             outcome: outcome(vote.last).into(),
             detail: vote.detail.clone(),
@@ -228,7 +230,7 @@ impl Verdicts {
             number: event.number,
             time: Some(self.wall(event.at)),
             subject: event.subject.clone(),
-            kind: event.kind.to_owned(),
+            kind: event.kind.as_str().to_owned(),
             message: event.message.clone(),
         }
     }
@@ -244,17 +246,17 @@ impl Verdicts {
 /// Why a vote does not count; empty when it does.
 fn ignored(
     cluster: &Cluster,
-    case: &Case,
+    record: &HealthRecord,
     tier: Tier,
-    vantage: &Vantage,
+    observer: &Observer,
     vote: &Vote,
-    now: Moment,
+    now: Timestamp,
 ) -> &'static str {
-    if cluster.observers().is_isolated(vantage, now) {
+    if cluster.isolated_observers().contains(observer, now) {
         "it sees most backends fail while others do not"
-    } else if case.acquitted(tier, vantage) {
+    } else if record.is_cleared(tier, observer) {
         "it alone sees this; the others outvoted it"
-    } else if !case.votes.is_able(vantage, vote) {
+    } else if !record.votes.is_able(observer, vote) {
         "it has never reached this backend, others have"
     } else {
         ""

@@ -2,30 +2,30 @@
 
 use super::world::*;
 use crate::health::Tier;
-use crate::health::evidence::{Outcome, Passive, Vantage};
+use crate::health::evidence::{Observer, Outcome, Passive};
 use crate::health::params::HOLD_MAX;
-use crate::health::{Moment, Rule, State};
+use crate::health::{Rule, State, Timestamp};
 use weir_proto::resource::HealthProfile;
 
 const PASS: Option<Outcome> = Some(Outcome::Pass);
 
 /// The longest time from a death to the verdict, over the moments within an interval at which it may die. Every second
 /// prober is late by all that turns are spread by, and of those who are asked `mute` says nothing at all.
-fn slowest(gateways: usize, outcome: Outcome, mute: Option<&Vantage>) -> Moment {
+fn slowest(gateways: usize, outcome: Outcome, mute: Option<&Observer>) -> Timestamp {
     let profile = HealthProfile::default();
     let died = |after: u64| {
         let death = secs(20) + ms(after);
         let mute = mute.cloned();
-        let behave = move |vantage: &Vantage, backend: &str, _: Tier, at: Moment| {
+        let behave = move |observer: &Observer, backend: &str, _: Tier, at: Timestamp| {
             let dead = backend == "b0" && at >= death;
-            (!dead || mute.as_ref() != Some(vantage)).then_some(if dead { outcome } else { Outcome::Pass })
+            (!dead || mute.as_ref() != Some(observer)).then_some(if dead { outcome } else { Outcome::Pass })
         };
         let late = profile.liveness_interval.mul_f64(TURN_JITTER);
         let mut world = World::uneven(gateways, 3, profile, Box::new(behave), late);
         world.run_until(death);
         assert_eq!(world.state("b0"), State::Healthy);
         let found = world.run_to(death + secs(30), |w| w.state("b0") == State::Unhealthy);
-        assert_eq!(world.falls("b1") + world.falls("b2"), 0);
+        assert_eq!(world.ejections("b1") + world.ejections("b2"), 0);
         found.expect("it is found") - death
     };
     (0..5000).step_by(50).map(died).max().expect("some")
@@ -35,7 +35,7 @@ fn slowest(gateways: usize, outcome: Outcome, mute: Option<&Vantage>) -> Moment 
 const TURN_JITTER: f64 = 0.05;
 
 /// Until the next of three probers looks, its answer, half a second and the second answers; and the ways there and back.
-fn bound(answer: Moment) -> Moment {
+fn bound(answer: Timestamp) -> Timestamp {
     let interval = HealthProfile::default().liveness_interval;
     interval / 3 + interval.mul_f64(TURN_JITTER) + answer + ms(500) + answer + ms(30)
 }
@@ -66,11 +66,11 @@ fn one_gateway_of_five_cut_off_from_a_healthy_backend_ejects_nothing() {
     for cut in 0..5 {
         let mut world = World::new(5, 3);
         world.run_until(secs(20));
-        world.behave = Box::new(move |vantage, backend, _, _| {
-            Some(if *vantage == gateway(cut) && backend == "b0" { SILENT } else { Outcome::Pass })
+        world.behave = Box::new(move |observer, backend, _, _| {
+            Some(if *observer == gateway(cut) && backend == "b0" { SILENT } else { Outcome::Pass })
         });
         world.run_until(secs(1200));
-        assert_eq!(world.falls("b0"), 0, "gateway {cut}");
+        assert_eq!(world.ejections("b0"), 0, "gateway {cut}");
         assert_eq!(world.state("b0"), State::Healthy);
     }
 }
@@ -83,11 +83,11 @@ fn three_of_five_cut_off_eject_nothing_while_two_still_reach_it() {
             let mut world = World::new(5, 1);
             world.run_until(secs(20));
             let cut = [gateway(a), gateway(b), gateway(c)];
-            world.behave = Box::new(move |vantage, _, _, _| {
-                Some(if cut.contains(vantage) { outcome } else { Outcome::Pass })
+            world.behave = Box::new(move |observer, _, _, _| {
+                Some(if cut.contains(observer) { outcome } else { Outcome::Pass })
             });
             world.run_until(secs(600));
-            assert_eq!(world.falls("b0"), 0, "{a} {b} {c} {outcome:?}");
+            assert_eq!(world.ejections("b0"), 0, "{a} {b} {c} {outcome:?}");
         }
     }
 }
@@ -98,11 +98,11 @@ fn all_three_assigned_of_ten_cut_off_eject_nothing() {
     world.run_until(secs(20));
     let assigned = world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).to_vec();
     assert_eq!(assigned.len(), 3);
-    world.behave = Box::new(move |vantage, _, _, _| {
-        Some(if assigned.contains(vantage) { SILENT } else { Outcome::Pass })
+    world.behave = Box::new(move |observer, _, _, _| {
+        Some(if assigned.contains(observer) { SILENT } else { Outcome::Pass })
     });
     world.run_until(secs(600));
-    assert_eq!(world.falls("b0"), 0);
+    assert_eq!(world.ejections("b0"), 0);
 }
 
 #[test]
@@ -113,8 +113,8 @@ fn with_one_vantage_point_three_in_a_row_decide() {
     assert_eq!(world.state("b0"), State::Healthy, "liveness is enough where nobody can ask for completions");
     world.behave = Box::new(|_, backend, _, _| Some(if backend == "b0" { REFUSED } else { Outcome::Pass }));
     world.run_to(secs(40), |w| w.state("b0") == State::Unhealthy).expect("found");
-    assert_eq!(world.case("b0").rule, Rule::LivenessAlone);
-    assert_eq!(world.case("b0").votes.iter().map(|(_, _, vote)| vote.failures).max(), Some(3));
+    assert_eq!(world.health_record("b0").rule, Rule::LivenessAlone);
+    assert_eq!(world.health_record("b0").votes.iter().map(|(_, _, vote)| vote.failures).max(), Some(3));
 }
 
 #[test]
@@ -127,9 +127,12 @@ fn all_failing_readiness_is_panic_that_keeps_serving_and_an_alarm() {
     for b in 0..4 {
         let name = format!("b{b}");
         assert_eq!(world.state(&name), State::Unhealthy, "the verdict tells the truth");
-        assert_eq!(world.case(&name).rule, Rule::ReadinessQuorum);
-        let standard = world.standard(&name);
-        assert!(standard.overridden && standard.factor == 1.0, "and it is used all the same: {standard:?}");
+        assert_eq!(world.health_record(&name).rule, Rule::ReadinessQuorum);
+        let weighting = world.weighting(&name);
+        assert!(
+            weighting.overridden && weighting.factor == 1.0,
+            "and it is used all the same: {weighting:?}"
+        );
     }
     assert!(world.alarms().contains("panic"), "{:?}", world.alarms());
     let flips = world.cluster.events(0).filter(|e| e.message.starts_with("correlated_flip")).count();
@@ -148,7 +151,7 @@ fn a_backend_that_hangs_with_a_living_health_page_falls_by_readiness_within_a_mi
         Some(if backend == "b0" && tier == Tier::Readiness { SILENT } else { Outcome::Pass })
     });
     world.run_to(secs(100), |w| w.state("b0") == State::Unhealthy).expect("found within a minute");
-    assert_eq!(world.standard("b0").factor, 0.0);
+    assert_eq!(world.weighting("b0").factor, 0.0);
 }
 
 #[test]
@@ -174,7 +177,7 @@ fn failing_requests_alone_eject_nothing_that_all_probes_reach() {
         world.cluster.requests(&gateway(1), "b0", &passive, world.now);
         world.run_until(secs(40 + i));
     }
-    assert_eq!(world.falls("b0"), 0, "what only one gateway sees is its own problem");
+    assert_eq!(world.ejections("b0"), 0, "what only one gateway sees is its own problem");
 }
 
 #[test]
@@ -190,8 +193,8 @@ fn a_backend_returns_by_liveness_and_readiness_and_slowly() {
     assert_eq!(world.state("b0"), State::Unhealthy, "that it can be reached restores nothing");
     world.behave = Box::new(|_, _, _, _| PASS);
     let back = world.run_to(secs(260), |w| w.state("b0") == State::Recovering).expect("returns");
-    assert!((world.case("b0").ramp(back) - 0.1).abs() < 1e-9);
-    assert!((world.case("b0").ramp(back + secs(30)) - 0.5).abs() < 1e-9);
+    assert!((world.health_record("b0").ramp(back) - 0.1).abs() < 1e-9);
+    assert!((world.health_record("b0").ramp(back + secs(30)) - 0.5).abs() < 1e-9);
     let whole = world.run_to(back + secs(70), |w| w.state("b0") == State::Healthy).expect("ramps");
     assert_eq!(whole - back, secs(60));
 }
@@ -220,34 +223,34 @@ fn flapping_doubles_the_hold_down_and_bounds_the_falls() {
         Some(if backend == "b0" && (at.as_secs() / 20) % 2 == 0 { REFUSED } else { Outcome::Pass })
     });
     world.run_until(secs(3640));
-    let first_hour = world.falls("b0");
+    let first_hour = world.ejections("b0");
     world.run_until(secs(7240));
-    let second_hour = world.falls("b0") - first_hour;
+    let second_hour = world.ejections("b0") - first_hour;
     assert!(first_hour <= 18, "{first_hour}");
     assert!(second_hour <= 12, "{second_hour}");
-    assert!(world.case("b0").hold_until - world.case("b0").fell_at <= HOLD_MAX);
+    assert!(world.health_record("b0").hold_until - world.health_record("b0").ejected_at <= HOLD_MAX);
 }
 
 #[test]
 fn a_model_that_loads_for_ten_minutes_is_unknown_not_dead() {
-    let loading = |until: Moment| -> Behaviour {
+    let loading = |until: Timestamp| -> Behaviour {
         Box::new(move |_, backend, _, at| {
             Some(if backend == "b0" && at < until { Outcome::Loading } else { Outcome::Pass })
         })
     };
     let mut world = World::with(5, 3, HealthProfile::default(), loading(secs(600)));
     world.run_until(secs(599));
-    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Unknown));
-    assert_eq!(world.case("b0").rule, Rule::Loading);
-    assert_eq!(world.standard("b0").factor, 0.0, "not used while others are");
+    assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Unknown));
+    assert_eq!(world.health_record("b0").rule, Rule::Loading);
+    assert_eq!(world.weighting("b0").factor, 0.0, "not used while others are");
     assert!(world.alarms().is_empty());
     world.run_until(secs(660));
-    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Healthy));
+    assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Healthy));
 
     let mut world = World::with(5, 3, HealthProfile::default(), loading(secs(10_000)));
     world.run_to(secs(1400), |w| w.state("b0") == State::Unhealthy).expect("patience ends after 20 min");
     assert!(world.now >= secs(1200));
-    assert_eq!(world.case("b0").rule, Rule::LoadingTooLong);
+    assert_eq!(world.health_record("b0").rule, Rule::LoadingTooLong);
 }
 
 #[test]
@@ -257,8 +260,8 @@ fn one_that_loads_again_after_it_served_is_left_out_without_being_called_dead() 
     world.behave =
         Box::new(|_, backend, _, _| Some(if backend == "b0" { Outcome::Loading } else { Outcome::Pass }));
     world.run_until(secs(80));
-    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Unknown));
-    assert_eq!(world.standard("b0").factor, 0.0);
+    assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Unknown));
+    assert_eq!(world.weighting("b0").factor, 0.0);
     world.behave = Box::new(|_, _, _, _| PASS);
     world.run_until(secs(120));
     assert_eq!(world.state("b0"), State::Recovering, "its caches are cold: a slow start");
@@ -276,9 +279,9 @@ fn busy_degrades_and_never_kills() {
         world.cluster.requests(&gateway(0), "b0", &passive, world.now);
         world.run_until(secs(40 + i));
     }
-    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Degraded));
-    assert_eq!(world.case("b0").rule, Rule::Busy);
-    assert!((world.standard("b0").factor - 0.5).abs() < 1e-9);
+    assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Degraded));
+    assert_eq!(world.health_record("b0").rule, Rule::Busy);
+    assert!((world.weighting("b0").factor - 0.5).abs() < 1e-9);
     world.behave = Box::new(|_, _, _, _| PASS);
     world.run_until(secs(700));
     assert_eq!(world.state("b0"), State::Healthy);
@@ -297,11 +300,11 @@ fn silence_keeps_the_last_state_and_marks_it_stale() {
         world.behave = Box::new(|_, _, _, _| None);
         world.run_until(secs(2000));
         assert_eq!(world.state("b0"), before);
-        assert!(world.case("b0").stale);
-        assert!(world.standard("b0").factor > 0.0, "all of the pool being dead, it is used");
+        assert!(world.health_record("b0").stale);
+        assert!(world.weighting("b0").factor > 0.0, "all of the pool being dead, it is used");
         world.behave = Box::new(|_, _, _, _| PASS);
         world.run_until(secs(2050));
-        assert!(!world.case("b0").stale);
+        assert!(!world.health_record("b0").stale);
     }
 }
 
@@ -313,24 +316,25 @@ fn the_votes_of_a_gateway_that_left_expire_and_others_look_instead() {
         let mut world = World::new(5, 3);
         world.run_until(secs(40));
         let probers = world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).to_vec();
-        let is_gateway = |vantage: &&Vantage| matches!(vantage, Vantage::Gateway(_));
+        let is_gateway = |observer: &&Observer| matches!(observer, Observer::Gateway(_));
         let gone = probers.iter().find(is_gateway).expect("a gateway looks").clone();
         let own = gone.clone();
-        world.behave = Box::new(move |vantage, backend, _, _| {
-            let accused = accuses && backend == "b0" && *vantage == own;
+        world.behave = Box::new(move |observer, backend, _, _| {
+            let accused = accuses && backend == "b0" && *observer == own;
             Some(if accused { REFUSED } else { Outcome::Pass })
         });
         world.run_until(secs(50));
-        let voted = |world: &World| world.case("b0").votes.iter().any(|(_, vantage, _)| *vantage == gone);
+        let voted =
+            |world: &World| world.health_record("b0").votes.iter().any(|(_, observer, _)| *observer == gone);
         assert!(voted(&world));
         let left = gone.clone();
-        world.behave = Box::new(move |vantage, _, _, _| (*vantage != left).then_some(Outcome::Pass));
-        let rest = (0..5).map(gateway).filter(|vantage| *vantage != gone);
-        world.cluster.set_gateways(rest.map(|vantage| (vantage, String::new())).collect());
+        world.behave = Box::new(move |observer, _, _, _| (*observer != left).then_some(Outcome::Pass));
+        let rest = (0..5).map(gateway).filter(|observer| *observer != gone);
+        world.cluster.set_gateways(rest.map(|observer| (observer, String::new())).collect());
         assert!(!world.cluster.probers("b0").expect("assigned").of(Tier::Liveness).contains(&gone));
         world.run_until(secs(400));
         assert!(!voted(&world), "accuses: {accuses}");
-        assert_eq!((0..3).map(|b| world.falls(&format!("b{b}"))).sum::<usize>(), 0);
+        assert_eq!((0..3).map(|b| world.ejections(&format!("b{b}"))).sum::<usize>(), 0);
         assert_eq!(world.state("b0"), State::Healthy);
     }
 }
@@ -340,15 +344,15 @@ fn a_gateway_that_alone_sees_most_backends_fail_loses_its_vote_for_a_while() {
     let mut world = World::new(3, 8);
     world.run_until(secs(40));
     world.behave =
-        Box::new(|vantage, _, _, _| Some(if *vantage == gateway(1) { SILENT } else { Outcome::Pass }));
+        Box::new(|observer, _, _, _| Some(if *observer == gateway(1) { SILENT } else { Outcome::Pass }));
     world.run_until(secs(60));
-    assert!(world.cluster.observers().is_isolated(&gateway(1), world.now));
+    assert!(world.cluster.isolated_observers().contains(&gateway(1), world.now));
     assert!(world.alarms().contains("isolated"));
     world.run_until(secs(900));
-    assert_eq!((0..8).map(|b| world.falls(&format!("b{b}"))).sum::<usize>(), 0);
+    assert_eq!((0..8).map(|b| world.ejections(&format!("b{b}"))).sum::<usize>(), 0);
     world.behave = Box::new(|_, _, _, _| PASS);
     world.run_until(secs(1100));
-    assert!(!world.cluster.observers().is_isolated(&gateway(1), world.now));
+    assert!(!world.cluster.isolated_observers().contains(&gateway(1), world.now));
     assert!(!world.alarms().contains("isolated"));
 }
 
@@ -359,16 +363,16 @@ fn a_vantage_point_without_a_way_there_cannot_accuse() {
         2,
         1,
         HealthProfile::default(),
-        Box::new(|vantage, _, _, _| {
-            Some(if *vantage == Vantage::ControlPlane { SILENT } else { Outcome::Pass })
+        Box::new(|observer, _, _, _| {
+            Some(if *observer == Observer::ControlPlane { SILENT } else { Outcome::Pass })
         }),
     );
     world.run_until(secs(120));
-    assert_eq!((world.falls("b0"), world.state("b0")), (0, State::Healthy));
+    assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Healthy));
     world.behave =
-        Box::new(|vantage, _, _, _| Some(if *vantage == gateway(1) { Outcome::Pass } else { SILENT }));
+        Box::new(|observer, _, _, _| Some(if *observer == gateway(1) { Outcome::Pass } else { SILENT }));
     world.run_until(secs(600));
-    assert_eq!(world.falls("b0"), 0);
+    assert_eq!(world.ejections("b0"), 0);
 }
 
 #[test]

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::world::*;
-use crate::health::case::Case;
-use crate::health::evidence::{Observation, Outcome, Reading, Vantage};
+use crate::health::evidence::{Observation, Observer, Outcome, Reading};
 use crate::health::guard::budget;
-use crate::health::observer_for_tests;
+use crate::health::no_isolated_observers;
+use crate::health::record::HealthRecord;
 use crate::health::tally::Context;
-use crate::health::{Moment, State, Tier};
+use crate::health::{State, Tier, Timestamp};
 use weir_proto::resource::HealthProfile;
 
 fn seen(outcome: Outcome) -> Observation {
@@ -23,54 +23,54 @@ fn seen(outcome: Outcome) -> Observation {
     }
 }
 
-/// Three vantage points, each of which passes, fails or is silent in each of four rounds: all 531 441 histories.
+/// Three observers, each of which passes, fails or is silent in each of four rounds: all 531 441 histories.
 #[test]
 fn no_history_of_three_vantage_points_ejects_on_the_word_of_one() {
-    let vantages: Vec<Vantage> = (0..3).map(gateway).collect();
-    let observers = observer_for_tests();
-    let context = Context { observers: &observers, ready_capable: false };
-    let mut healthy = Case::new(HealthProfile::default(), Moment::ZERO);
-    for vantage in &vantages {
-        healthy.observe(vantage, &seen(Outcome::Pass), ms(1));
+    let observers: Vec<Observer> = (0..3).map(gateway).collect();
+    let isolated = no_isolated_observers();
+    let context = Context { isolated: &isolated, ready_capable: false };
+    let mut healthy = HealthRecord::new(HealthProfile::default(), Timestamp::ZERO);
+    for observer in &observers {
+        healthy.observe(observer, &seen(Outcome::Pass), ms(1));
     }
     healthy.judge(ms(1), &context);
     assert_eq!(healthy.state, State::Healthy);
     let (mut fallen, mut all) = (0, 0);
     // Depth first, so that what histories share is played once.
-    let mut open: Vec<(Case, usize, [[u8; 3]; 4])> = vec![(healthy, 0, [[2; 3]; 4])];
-    while let Some((case, round, history)) = open.pop() {
+    let mut open: Vec<(HealthRecord, usize, [[u8; 3]; 4])> = vec![(healthy, 0, [[2; 3]; 4])];
+    while let Some((record, round, history)) = open.pop() {
         if round == 4 {
             all += 1;
             let failed = |v: usize| history.iter().filter(|round| round[v] == 1).count();
             let passed = |v: usize| history.iter().filter(|round| round[v] == 0).count();
-            let accusers = (0..3).filter(|v| failed(*v) > 0).count();
+            let failing = (0..3).filter(|v| failed(*v) > 0).count();
             let others_pass = (0..3).any(|v| failed(v) == 0 && passed(v) == 4);
-            if case.state == State::Unhealthy {
+            if record.state == State::Unhealthy {
                 fallen += 1;
-                assert!(accusers > 1 || !others_pass, "{history:?}");
+                assert!(failing > 1 || !others_pass, "{history:?}");
             }
             if history.iter().all(|round| *round == [1; 3]) {
-                assert_eq!(case.state, State::Unhealthy, "all fail all the time");
+                assert_eq!(record.state, State::Unhealthy, "all fail all the time");
             }
             if history.iter().all(|round| *round == [2; 3]) {
-                assert_eq!(case.state, State::Healthy, "silence changes nothing");
+                assert_eq!(record.state, State::Healthy, "silence changes nothing");
             }
             continue;
         }
         for code in 0..27 {
             let outcomes = [code % 3, code / 3 % 3, code / 9];
             let now = secs(1) + ms(600) * round as u32;
-            let mut next = case.clone();
-            for (vantage, outcome) in vantages.iter().zip(outcomes) {
+            let mut next = record.clone();
+            for (observer, outcome) in observers.iter().zip(outcomes) {
                 let outcome = match outcome {
                     0 => Outcome::Pass,
                     1 => SILENT,
                     _ => continue,
                 };
-                next.observe(vantage, &seen(outcome), now);
+                next.observe(observer, &seen(outcome), now);
                 next.judge(now, &context);
                 // Whoever judges has everybody asked.
-                next.asked(Tier::Liveness, vantages.iter().cloned());
+                next.asked(Tier::Liveness, observers.iter().cloned());
             }
             next.judge(now, &context);
             let mut history = history;
@@ -98,10 +98,10 @@ proptest! {
         let death = secs(20) + ms(moment);
         let mut world = World::new(gateways, 2);
         world.run_until(death);
-        let dead: BTreeSet<Vantage> = cut.iter().map(|g| gateway(*g)).collect();
+        let dead: BTreeSet<Observer> = cut.iter().map(|g| gateway(*g)).collect();
         let everybody = cut.len() == gateways;
-        world.behave = Box::new(move |vantage, backend, _, _| {
-            let gone = backend == "b0" && (dead.contains(vantage) || everybody);
+        world.behave = Box::new(move |observer, backend, _, _| {
+            let gone = backend == "b0" && (dead.contains(observer) || everybody);
             Some(if gone { outcome } else { Outcome::Pass })
         });
         if everybody {
@@ -110,10 +110,10 @@ proptest! {
         } else {
             world.run_until(death + secs(120));
             if gateways - cut.len() >= 2 {
-                prop_assert_eq!(world.falls("b0"), 0);
+                prop_assert_eq!(world.ejections("b0"), 0);
             }
         }
-        prop_assert_eq!(world.falls("b1"), 0);
+        prop_assert_eq!(world.ejections("b1"), 0);
     }
 
     /// Whatever dies how, a pool keeps what its budget leaves it, refused connections aside, and is never empty; and
@@ -143,14 +143,14 @@ proptest! {
         for second in 41..260 {
             world.run_until(secs(second));
             let (mut out, mut used) = (0, 0);
-            for (name, case) in world.cluster.cases() {
-                let standard = world.standard(name);
-                prop_assert!(!case.rule.name().is_empty() && !case.detail.is_empty());
-                prop_assert!(!case.conditions(world.now, true).is_empty());
-                if standard.factor > 0.0 {
+            for (name, record) in world.cluster.records() {
+                let weighting = world.weighting(name);
+                prop_assert!(!record.rule.name().is_empty() && !record.detail.is_empty());
+                prop_assert!(!record.conditions(world.now, true).is_empty());
+                if weighting.factor > 0.0 {
                     used += 1;
                 } else {
-                    out += usize::from(!case.refused);
+                    out += usize::from(!record.refused);
                 }
             }
             prop_assert!(out <= budget(backends, 50), "{} of {} out at {} s", out, backends, second);

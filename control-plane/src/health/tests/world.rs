@@ -7,9 +7,9 @@ use std::time::Duration;
 use weir_proto::resource::HealthProfile;
 
 use crate::health::assign::Probers;
-use crate::health::case::Case;
-use crate::health::cluster::Standard;
-use crate::health::evidence::{Cause, Moment, Observation, Outcome, Reading, Vantage};
+use crate::health::cluster::Weighting;
+use crate::health::evidence::{Cause, Observation, Observer, Outcome, Reading, Timestamp};
+use crate::health::record::HealthRecord;
 use crate::health::{Cluster, Order, State, Target, Tier};
 
 pub(super) const REFUSED: Outcome = Outcome::Failed(Cause::Refused);
@@ -26,31 +26,31 @@ pub(super) fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-pub(super) fn gateway(n: usize) -> Vantage {
-    Vantage::Gateway(format!("gateway-{n}").into())
+pub(super) fn gateway(n: usize) -> Observer {
+    Observer::Gateway(format!("gateway-{n}").into())
 }
 
-/// What a look sees: `None` is a vantage point that says nothing.
-pub(super) type Behaviour = Box<dyn Fn(&Vantage, &str, Tier, Moment) -> Option<Outcome>>;
+/// What a look sees: `None` is an observer that says nothing.
+pub(super) type Behaviour = Box<dyn Fn(&Observer, &str, Tier, Timestamp) -> Option<Outcome>>;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
-    Look { vantage: Vantage, backend: String, tier: Tier, left: u32, regular: bool },
-    Seen { vantage: Vantage, backend: String, tier: Tier, left: u32, regular: bool, at: Moment },
+    Look { observer: Observer, backend: String, tier: Tier, left: u32, regular: bool },
+    Seen { observer: Observer, backend: String, tier: Tier, left: u32, regular: bool, at: Timestamp },
 }
 
 pub(super) struct World {
     pub(super) cluster: Cluster,
-    pub(super) now: Moment,
+    pub(super) now: Timestamp,
     pub(super) behave: Behaviour,
     pub(super) profile: HealthProfile,
-    steps: BinaryHeap<Reverse<(Moment, u64, Step)>>,
+    steps: BinaryHeap<Reverse<(Timestamp, u64, Step)>>,
     number: u64,
-    failing: BTreeMap<(Vantage, String, Tier), u32>,
+    failing: BTreeMap<(Observer, String, Tier), u32>,
     /// Looks made, by tier.
     pub(super) looks: BTreeMap<Tier, usize>,
     /// Every state each backend was in, since when.
-    pub(super) history: BTreeMap<String, Vec<(Moment, State)>>,
+    pub(super) history: BTreeMap<String, Vec<(Timestamp, State)>>,
 }
 
 impl World {
@@ -63,7 +63,7 @@ impl World {
         Self::uneven(gateways, backends, profile, behave, Duration::ZERO)
     }
 
-    /// The same, in which every second vantage point is so late in each of its turns.
+    /// The same, in which every second observer is so late in each of its turns.
     pub(super) fn uneven(
         gateways: usize,
         backends: usize,
@@ -101,14 +101,14 @@ impl World {
         for (backend, probers) in assigned {
             for tier in Tier::ALL {
                 let turns = probers.of(tier).len() as u32;
-                for (turn, vantage) in probers.of(tier).iter().enumerate() {
+                for (turn, observer) in probers.of(tier).iter().enumerate() {
                     let phase = world.interval(tier) * turn as u32 / turns + late * (turn as u32 % 2);
-                    let (vantage, backend) = (vantage.clone(), backend.clone());
-                    let look = Step::Look { vantage, backend, tier, left: 1, regular: true };
+                    let (observer, backend) = (observer.clone(), backend.clone());
+                    let look = Step::Look { observer, backend, tier, left: 1, regular: true };
                     // Whatever is newly assigned is looked at at once, then in its turn.
-                    if let Step::Look { vantage, backend, .. } = &look {
+                    if let Step::Look { observer, backend, .. } = &look {
                         let first = Step::Look {
-                            vantage: vantage.clone(),
+                            observer: observer.clone(),
                             backend: backend.clone(),
                             tier,
                             left: 1,
@@ -127,23 +127,23 @@ impl World {
         crate::health::tally::interval(&self.profile, tier)
     }
 
-    fn push(&mut self, at: Moment, step: Step) {
+    fn push(&mut self, at: Timestamp, step: Step) {
         self.number += 1;
         self.steps.push(Reverse((at, self.number, step)));
     }
 
     /// Lets time pass up to a moment.
-    pub(super) fn run_until(&mut self, end: Moment) {
+    pub(super) fn run_until(&mut self, end: Timestamp) {
         self.run_while(end, |_| true);
     }
 
     /// Lets time pass until something is so, or a moment is reached; says when it was so.
-    pub(super) fn run_to(&mut self, end: Moment, wanted: impl Fn(&Self) -> bool) -> Option<Moment> {
+    pub(super) fn run_to(&mut self, end: Timestamp, wanted: impl Fn(&Self) -> bool) -> Option<Timestamp> {
         self.run_while(end, |world| !wanted(world));
         wanted(self).then_some(self.now)
     }
 
-    fn run_while(&mut self, end: Moment, go_on: impl Fn(&Self) -> bool) {
+    fn run_while(&mut self, end: Timestamp, go_on: impl Fn(&Self) -> bool) {
         while go_on(self) {
             let tick = self.cluster.next_tick(self.now);
             let step = self.steps.peek().map(|Reverse((at, _, _))| *at);
@@ -167,10 +167,10 @@ impl World {
 
     fn step(&mut self, step: Step) {
         match step {
-            Step::Look { vantage, backend, tier, left, regular } => {
+            Step::Look { observer, backend, tier, left, regular } => {
                 if regular {
                     let again = Step::Look {
-                        vantage: vantage.clone(),
+                        observer: observer.clone(),
                         backend: backend.clone(),
                         tier,
                         left: 1,
@@ -179,27 +179,27 @@ impl World {
                     self.push(self.now + self.interval(tier), again);
                 }
                 *self.looks.entry(tier).or_default() += 1;
-                let latency = match (self.behave)(&vantage, &backend, tier, self.now) {
+                let latency = match (self.behave)(&observer, &backend, tier, self.now) {
                     None => return,
                     Some(SILENT) => self.profile.timeout,
                     Some(_) => ms(1),
                 };
                 let at = self.now;
                 if left > 1 {
-                    let (vantage, backend) = (vantage.clone(), backend.clone());
-                    let more = Step::Look { vantage, backend, tier, left: left - 1, regular: false };
+                    let (observer, backend) = (observer.clone(), backend.clone());
+                    let more = Step::Look { observer, backend, tier, left: left - 1, regular: false };
                     self.push(self.now + AGAIN, more);
                 }
-                self.push(self.now + latency, Step::Seen { vantage, backend, tier, left, regular, at });
+                self.push(self.now + latency, Step::Seen { observer, backend, tier, left, regular, at });
             }
-            Step::Seen { vantage, backend, tier, left, at, .. } => {
-                let Some(outcome) = (self.behave)(&vantage, &backend, tier, at) else { return };
-                let key = (vantage.clone(), backend.clone(), tier);
+            Step::Seen { observer, backend, tier, left, at, .. } => {
+                let Some(outcome) = (self.behave)(&observer, &backend, tier, at) else { return };
+                let key = (observer.clone(), backend.clone(), tier);
                 let failing = self.failing.entry(key).or_default();
                 *failing = if outcome.is_good() { 0 } else { *failing + 1 };
                 if *failing == 1 && left == 1 && tier != Tier::Deep && outcome != Outcome::Loading {
-                    let (vantage, backend) = (vantage.clone(), backend.clone());
-                    let again = Step::Look { vantage, backend, tier, left: 2, regular: false };
+                    let (observer, backend) = (observer.clone(), backend.clone());
+                    let again = Step::Look { observer, backend, tier, left: 2, regular: false };
                     self.push(self.now + AGAIN, again);
                 }
                 let seen = Observation {
@@ -209,16 +209,16 @@ impl World {
                     latency: outcome.is_good().then_some(ms(1)),
                     reading: Reading::default(),
                 };
-                self.cluster.observe(&vantage, &backend, &seen, self.now);
+                self.cluster.observe(&observer, &backend, &seen, self.now);
             }
         }
     }
 
     fn obey(&mut self) {
-        for Order { backend, tier, vantages, .. } in self.cluster.take_orders() {
+        for Order { backend, tier, observers, .. } in self.cluster.take_orders() {
             let left = if tier == Tier::Liveness { 2 } else { 1 };
-            for vantage in vantages {
-                let look = Step::Look { vantage, backend: backend.clone(), tier, left, regular: false };
+            for observer in observers {
+                let look = Step::Look { observer, backend: backend.clone(), tier, left, regular: false };
                 // On its way there.
                 self.push(self.now + ms(10), look);
             }
@@ -226,33 +226,33 @@ impl World {
     }
 
     fn record(&mut self) {
-        for (name, case) in self.cluster.cases() {
+        for (name, record) in self.cluster.records() {
             let states = self.history.entry(name.clone()).or_default();
-            if states.last().is_none_or(|(_, state)| *state != case.state) {
-                states.push((self.now, case.state));
+            if states.last().is_none_or(|(_, state)| *state != record.state) {
+                states.push((self.now, record.state));
             }
         }
     }
 
-    pub(super) fn case(&self, backend: &str) -> &Case {
-        self.cluster.case(backend).expect("configured")
+    pub(super) fn health_record(&self, backend: &str) -> &HealthRecord {
+        self.cluster.record(backend).expect("configured")
     }
 
     pub(super) fn state(&self, backend: &str) -> State {
-        self.case(backend).state
+        self.health_record(backend).state
     }
 
-    pub(super) fn standard(&self, backend: &str) -> Standard {
-        self.cluster.standard(backend)
+    pub(super) fn weighting(&self, backend: &str) -> Weighting {
+        self.cluster.weighting(backend)
     }
 
     /// How often a backend fell.
-    pub(super) fn falls(&self, backend: &str) -> usize {
+    pub(super) fn ejections(&self, backend: &str) -> usize {
         let states = self.history.get(backend).map(Vec::as_slice).unwrap_or_default();
         states.iter().filter(|(_, state)| *state == State::Unhealthy).count()
     }
 
     pub(super) fn alarms(&self) -> BTreeSet<&'static str> {
-        self.cluster.alarms().iter().map(|alarm| alarm.kind).collect()
+        self.cluster.alarms().iter().map(|alarm| alarm.kind.as_str()).collect()
     }
 }

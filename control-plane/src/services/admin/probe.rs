@@ -1,7 +1,5 @@
 //! Probe now: those who look at a backend anyway look at once, and the caller is told what each saw.
 
-use std::sync::Arc;
-
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
@@ -11,10 +9,10 @@ use super::view::wait_limit;
 use super::{Admin, Handle};
 use crate::health::Tier;
 use crate::model::{Key, Refusal};
-use crate::verdicts::{Look, view};
+use crate::verdicts::{Observed, view};
 
-/// Looks in one answer at most.
-const LOOKS_MAX: usize = 64;
+/// Probe results in one answer at most.
+const RESULTS_MAX: usize = 64;
 
 impl Handle<v1::ProbeBackendRequest> for Admin {
     type Answer = v1::ProbeBackendResponse;
@@ -33,10 +31,10 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
                 "this control plane does not lead, and gateways look when the one that leads says so; ask that one",
             ));
         }
-        let _place = self.0.probes.clone().try_acquire_owned().map_err(|_| {
+        let _permit = self.0.probes.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted("too many backends are being probed on demand; try again in a moment")
         })?;
-        let (mut pending, mut heard) = self.0.verdicts.look(name, tier).ok_or_else(|| {
+        let (mut pending, mut observations) = self.0.verdicts.probe_now(name, tier).ok_or_else(|| {
             Refusal::Precondition(format!("{key} is disabled, so nobody looks at it; enable it first"))
         })?;
         if pending.is_empty() {
@@ -44,15 +42,15 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
             return Err(Refusal::Precondition(why.to_owned()).into());
         }
         let mut looks = Vec::new();
-        while !pending.is_empty() && looks.len() < LOOKS_MAX {
-            let look = tokio::select! {
+        while !pending.is_empty() && looks.len() < RESULTS_MAX {
+            let observed = tokio::select! {
                 () = self.0.stop.cancelled() => break,
-                look = timeout_at(deadline, heard.recv()) => look,
+                observed = timeout_at(deadline, observations.recv()) => observed,
             };
-            match look {
-                Ok(Ok(look)) if look.backend == name && look.seen.tier == tier => {
-                    pending.remove(&look.vantage);
-                    looks.push(told(&look));
+            match observed {
+                Ok(Ok(observed)) if observed.backend == name && observed.seen.tier == tier => {
+                    pending.remove(&observed.observer);
+                    looks.push(result(&observed));
                 }
                 Ok(Ok(_) | Err(RecvError::Lagged(_))) => {}
                 Ok(Err(RecvError::Closed)) | Err(_) => break,
@@ -67,12 +65,12 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
     }
 }
 
-fn told(look: &Arc<Look>) -> probe_backend_response::Look {
+fn result(observed: &Observed) -> probe_backend_response::Look {
     probe_backend_response::Look {
-        vantage: look.vantage.to_string(),
-        tier: view::tier(look.seen.tier).into(),
-        outcome: view::outcome(look.seen.outcome).into(),
-        detail: look.seen.detail.clone(),
-        latency: look.seen.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
+        vantage: observed.observer.to_string(),
+        tier: view::tier(observed.seen.tier).into(),
+        outcome: view::outcome(observed.seen.outcome).into(),
+        detail: observed.seen.detail.clone(),
+        latency: observed.seen.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
     }
 }

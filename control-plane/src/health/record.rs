@@ -1,10 +1,10 @@
-//! The case of one backend: from looks to a verdict. Pure; time is an argument.
+//! The health record of one backend: from probes to a verdict. Pure; time is an argument.
 //!
-//! A first failure makes it *suspect*: it stays in use while others are asked to look now. Only what a quorum sees
-//! since the suspicion began condemns it; what one vantage point alone sees acquits it (see [`Tally::condemns`]).
+//! A first failure makes it *suspect*: it stays in use while other observers are asked to probe it now. Only what a quorum
+//! has seen since then ejects it; what one observer alone sees clears it (see [`Tally::ejects`]).
 //! Two ways of failing are judged apart: it cannot be reached (liveness), or it gives no completion (readiness).
 //!
-//! [`Tally::condemns`]: super::tally::Tally::condemns
+//! [`Tally::ejects`]: super::tally::Tally::ejects
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,71 +12,72 @@ use std::time::Duration;
 use weir_proto::resource::HealthProfile;
 
 use super::degrade::Signs;
-use super::evidence::{Cause, Moment, Observation, Outcome, Passive, Vantage, cut};
+use super::event::EventKind;
+use super::evidence::{Cause, Observation, Observer, Outcome, Passive, Timestamp, cut};
 use super::params::{
-    ACCUSATIONS, ACQUITTAL, CONFIRM_SLACK, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES, QUORUM,
-    RAMP_FLOOR, RECHECK,
+    CLEARED_FOR, CONFIRM_SLACK, FAILURES_IN_A_ROW, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES,
+    QUORUM, RAMP_FLOOR, RECHECK,
 };
 use super::rule::{Rule, State};
 use super::tally::{Context, Tally, Votes};
 use super::tier::Tier;
 
-/// The tiers that can condemn.
+/// The tiers that can eject.
 const JUDGING: [Tier; 2] = [Tier::Liveness, Tier::Readiness];
 
-/// What a case asks of whoever runs it.
+/// What a record asks of whoever runs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Have vantage points look now: those assigned and some more, but not `reporter`, who does on its own.
-    Ask { tier: Tier, reporter: Option<Vantage> },
+    /// Have observers probe now: those assigned and some more, but not `reporter`, which does so on its own.
+    Ask { tier: Tier, reporter: Option<Observer> },
     /// Something happened that people want to know.
-    Note { kind: &'static str, message: String },
+    Note { kind: EventKind, message: String },
 }
 
-/// A suspicion that is being looked into.
+/// Why a backend is suspect at one tier, until the asked observers have answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Suspicion {
-    pub(crate) since: Moment,
-    pub(crate) reporter: Vantage,
+pub(crate) struct Suspect {
+    pub(crate) since: Timestamp,
+    pub(crate) reporter: Observer,
     /// Who was asked; filled in by whoever asks.
-    pub(crate) asked: BTreeSet<Vantage>,
+    pub(crate) asked: BTreeSet<Observer>,
     /// Whoever has not answered by then is not waited for.
-    pub(crate) deadline: Moment,
+    pub(crate) deadline: Timestamp,
 }
 
 /// One backend.
 #[derive(Debug, Clone)]
-pub(crate) struct Case {
+pub(crate) struct HealthRecord {
     pub(crate) profile: HealthProfile,
     pub(crate) state: State,
     pub(crate) rule: Rule,
     pub(crate) detail: String,
-    pub(crate) since: Moment,
+    pub(crate) since: Timestamp,
     pub(crate) votes: Votes,
     pub(crate) signs: Signs,
     /// By [`JUDGING`].
-    pub(crate) suspicions: [Option<Suspicion>; 2],
-    /// Who was outvoted, and until when its failures open no new suspicion.
-    acquitted: BTreeMap<(Tier, Vantage), Moment>,
-    /// A gateway's own requests fail; by [`JUDGING`].
-    alleged: [Option<Vantage>; 2],
-    /// Steps of damping, and since when the last one is being forgiven.
+    pub(crate) suspects: [Option<Suspect>; 2],
+    /// Observers that were outvoted, and until when their failures do not make the backend suspect.
+    cleared: BTreeMap<(Tier, Observer), Timestamp>,
+    /// A gateway whose own requests fail; by [`JUDGING`].
+    passive_reporters: [Option<Observer>; 2],
+    /// Steps of damping, and since when the last one decays.
     damping: u32,
-    forgiving_since: Moment,
-    pub(crate) hold_until: Moment,
-    pub(crate) fell_at: Moment,
-    /// It fell since nobody could connect.
+    damping_since: Timestamp,
+    pub(crate) hold_until: Timestamp,
+    pub(crate) ejected_at: Timestamp,
+    /// It was ejected because nobody could connect.
     pub(crate) refused: bool,
-    rechecked: [Option<Moment>; 2],
-    loading_since: Option<Moment>,
+    rechecked: [Option<Timestamp>; 2],
+    loading_since: Option<Timestamp>,
     has_served: bool,
     pub(crate) stale: bool,
-    last_seen: Moment,
+    last_seen: Timestamp,
 }
 
-impl Case {
+impl HealthRecord {
     /// Nothing is known yet.
-    pub(crate) fn new(profile: HealthProfile, now: Moment) -> Self {
+    pub(crate) fn new(profile: HealthProfile, now: Timestamp) -> Self {
         Self {
             profile,
             state: State::Unknown,
@@ -85,13 +86,13 @@ impl Case {
             since: now,
             votes: Votes::default(),
             signs: Signs::default(),
-            suspicions: [None, None],
-            acquitted: BTreeMap::new(),
-            alleged: [None, None],
+            suspects: [None, None],
+            cleared: BTreeMap::new(),
+            passive_reporters: [None, None],
             damping: 0,
-            forgiving_since: now,
-            hold_until: Moment::ZERO,
-            fell_at: Moment::ZERO,
+            damping_since: now,
+            hold_until: Timestamp::ZERO,
+            ejected_at: Timestamp::ZERO,
             refused: false,
             rechecked: [None, None],
             loading_since: None,
@@ -101,8 +102,8 @@ impl Case {
         }
     }
 
-    /// Goes on from what was known before a restart; nothing is seen yet, so it is stale until somebody looks.
-    pub(crate) fn restore(&mut self, state: State, rule: Rule, detail: &str, damping: u32, now: Moment) {
+    /// Goes on from what was known before a restart; nothing is observed yet, so it is stale until the first probe.
+    pub(crate) fn restore(&mut self, state: State, rule: Rule, detail: &str, damping: u32, now: Timestamp) {
         (self.state, self.rule, self.detail, self.since) = (state, rule, cut(detail).to_owned(), now);
         self.damping = damping;
         self.has_served = state != State::Unknown;
@@ -113,8 +114,8 @@ impl Case {
         self.damping
     }
 
-    /// Takes in one look.
-    pub(crate) fn observe(&mut self, vantage: &Vantage, seen: &Observation, now: Moment) {
+    /// Takes in one observation.
+    pub(crate) fn observe(&mut self, observer: &Observer, seen: &Observation, now: Timestamp) {
         self.last_seen = now;
         self.signs.observe(seen, now);
         match (seen.tier, seen.outcome) {
@@ -126,23 +127,23 @@ impl Case {
             _ => {}
         }
         if seen.tier != Tier::Deep {
-            self.votes.cast(seen.tier, vantage, seen.outcome, &seen.detail, now);
+            self.votes.cast(seen.tier, observer, seen.outcome, &seen.detail, now);
             if seen.outcome.is_good() {
-                self.acquitted.remove(&(seen.tier, vantage.clone()));
+                self.cleared.remove(&(seen.tier, observer.clone()));
             }
         }
     }
 
-    /// Takes in what a gateway's requests came to.
-    pub(crate) fn requests(&mut self, vantage: &Vantage, passive: &Passive, now: Moment) {
+    /// Takes in how the requests of a gateway ended.
+    pub(crate) fn requests(&mut self, observer: &Observer, passive: &Passive, now: Timestamp) {
         self.signs.requests(passive, now);
         let failures = passive.failures();
         if failures == 0 && passive.successes > 0 {
             // Real traffic proves more than any probe.
             self.last_seen = now;
             for tier in JUDGING {
-                self.votes.cast(tier, vantage, Outcome::Pass, "requests succeed", now);
-                self.acquitted.remove(&(tier, vantage.clone()));
+                self.votes.cast(tier, observer, Outcome::Pass, "requests succeed", now);
+                self.cleared.remove(&(tier, observer.clone()));
             }
             self.loading_since = None;
         }
@@ -150,30 +151,30 @@ impl Case {
         if broken || passive.ejected || (failures > 0 && self.signs.is_failing(now)) {
             // Liveness costs nothing and tells soonest; a completion is asked for where connections are not the trouble.
             let reached = passive.connect_failures * 2 <= failures;
-            self.alleged = [Some(vantage.clone()), reached.then(|| vantage.clone())];
+            self.passive_reporters = [Some(observer.clone()), reached.then(|| observer.clone())];
         }
     }
 
-    /// Notes who was asked to look.
-    pub(crate) fn asked(&mut self, tier: Tier, vantages: impl IntoIterator<Item = Vantage>) {
-        if let Some(suspicion) = index(tier).and_then(|i| self.suspicions[i].as_mut()) {
-            suspicion.asked.extend(vantages);
+    /// Notes which observers were asked to probe.
+    pub(crate) fn asked(&mut self, tier: Tier, observers: impl IntoIterator<Item = Observer>) {
+        if let Some(suspect) = index(tier).and_then(|i| self.suspects[i].as_mut()) {
+            suspect.asked.extend(observers);
         }
     }
 
     /// Draws the conclusions of everything seen by now.
-    pub(crate) fn judge(&mut self, now: Moment, context: &Context<'_>) -> Vec<Action> {
+    pub(crate) fn judge(&mut self, now: Timestamp, context: &Context<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
         self.votes.expire(&self.profile, now);
-        self.acquitted.retain(|_, until| now < *until);
-        self.forgive(now);
+        self.cleared.retain(|_, until| now < *until);
+        self.decay_damping(now);
         if self.state == State::Unhealthy {
-            self.suspicions = [None, None];
-            self.alleged = [None, None];
+            self.suspects = [None, None];
+            self.passive_reporters = [None, None];
             self.recover(now, context, &mut actions);
         } else {
             for (i, tier) in JUDGING.into_iter().enumerate() {
-                self.suspect(i, tier, now, context, &mut actions);
+                self.judge_suspect(i, tier, now, context, &mut actions);
                 if self.state == State::Unhealthy {
                     break;
                 }
@@ -182,7 +183,10 @@ impl Case {
         }
         let stale = self.votes.is_empty() && self.state != State::Unknown;
         if stale && !self.stale {
-            actions.push(Action::Note { kind: "stale", message: "nobody reports on it any more".into() });
+            actions.push(Action::Note {
+                kind: EventKind::Stale,
+                message: "nobody reports on it any more".into(),
+            });
         }
         self.stale = stale;
         actions
@@ -194,7 +198,7 @@ impl Case {
     }
 
     /// How far a slow start has come, 0.1 to 1.
-    pub(crate) fn ramp(&self, now: Moment) -> f64 {
+    pub(crate) fn ramp(&self, now: Timestamp) -> f64 {
         if self.state != State::Recovering {
             return 1.0;
         }
@@ -203,17 +207,17 @@ impl Case {
     }
 
     /// When its state may next change for the better without anything new being asked of anybody.
-    pub(crate) fn may_return(&self, now: Moment) -> Option<Moment> {
+    pub(crate) fn may_return(&self, now: Timestamp) -> Option<Timestamp> {
         (self.state == State::Unhealthy).then(|| self.hold_until.max(now))
     }
 
-    /// Whether a vantage point was outvoted lately.
-    pub(crate) fn acquitted(&self, tier: Tier, vantage: &Vantage) -> bool {
-        self.acquitted.contains_key(&(tier, vantage.clone()))
+    /// Whether an observer was outvoted lately.
+    pub(crate) fn is_cleared(&self, tier: Tier, observer: &Observer) -> bool {
+        self.cleared.contains_key(&(tier, observer.clone()))
     }
 
     /// What the next change waits for, for people.
-    pub(crate) fn conditions(&self, now: Moment, ready_capable: bool) -> Vec<String> {
+    pub(crate) fn conditions(&self, now: Timestamp, ready_capable: bool) -> Vec<String> {
         let mut conditions = Vec::new();
         match self.state {
             State::Unhealthy => {
@@ -227,7 +231,7 @@ impl Case {
                     conditions.push(text);
                 }
                 conditions.push(format!(
-                    "{} liveness passes in a row from {QUORUM} vantage points (or the only one that reaches it)",
+                    "{} liveness passes in a row from {QUORUM} observers (or the only one that reaches it)",
                     self.profile.healthy_threshold
                 ));
                 if ready_capable {
@@ -237,23 +241,23 @@ impl Case {
             State::Recovering => {
                 let left = self.profile.slow_start.saturating_sub(now.saturating_sub(self.since));
                 conditions.push(format!("its slow start takes {} s more", left.as_secs() + 1));
-                conditions.push(format!("one failure at {QUORUM} vantage points would send it back"));
+                conditions.push(format!("one failure at {QUORUM} observers would send it back"));
             }
             State::Unknown if ready_capable => conditions.push("one readiness pass".into()),
             State::Unknown => conditions.push("one liveness pass".into()),
             State::Healthy | State::Degraded => {
                 conditions.push(format!(
-                    "{QUORUM} vantage points with {ACCUSATIONS} failures each would take it out, unless {QUORUM} others reach it"
+                    "{QUORUM} observers with {FAILURES_IN_A_ROW} failures each would take it out, unless {QUORUM} others reach it"
                 ));
             }
         }
-        for (tier, suspicion) in JUDGING.iter().zip(&self.suspicions) {
-            if let Some(suspicion) = suspicion {
+        for (tier, suspect) in JUDGING.iter().zip(&self.suspects) {
+            if let Some(suspect) = suspect {
                 conditions.push(format!(
                     "suspected at {} by {}; {} others were asked",
                     tier.name(),
-                    suspicion.reporter,
-                    suspicion.asked.len()
+                    suspect.reporter,
+                    suspect.asked.len()
                 ));
             }
         }
@@ -261,162 +265,175 @@ impl Case {
     }
 
     /// When to judge again, though nothing new was seen.
-    pub(crate) fn next(&self, now: Moment) -> Option<Moment> {
-        let deadlines = self.suspicions.iter().flatten().map(|s| s.deadline);
+    pub(crate) fn next(&self, now: Timestamp) -> Option<Timestamp> {
+        let deadlines = self.suspects.iter().flatten().map(|s| s.deadline);
         let hold = (self.state == State::Unhealthy).then_some(self.hold_until);
         let ramp = (self.state == State::Recovering).then(|| self.since + self.profile.slow_start);
         deadlines.chain(hold).chain(ramp).filter(|at| *at > now).min()
     }
 
-    fn become_(&mut self, state: State, rule: Rule, detail: String, now: Moment, actions: &mut Vec<Action>) {
+    fn become_(
+        &mut self,
+        state: State,
+        rule: Rule,
+        detail: String,
+        now: Timestamp,
+        actions: &mut Vec<Action>,
+    ) {
         let detail = cut(&detail).to_owned();
         if state != self.state {
             let message = format!("{} -> {} by {}: {detail}", self.state.name(), state.name(), rule.name());
-            actions.push(Action::Note { kind: "state", message });
+            actions.push(Action::Note { kind: EventKind::State, message });
             self.since = now;
-            self.forgiving_since = now;
+            self.damping_since = now;
         }
         (self.state, self.rule, self.detail) = (state, rule, detail);
         self.has_served |= self.is_usable();
     }
 
     /// A quorum, or the only one there is, says that it is broken.
-    fn fall(&mut self, rule: Rule, detail: String, refused: bool, now: Moment, actions: &mut Vec<Action>) {
+    fn eject(
+        &mut self,
+        rule: Rule,
+        detail: String,
+        refused: bool,
+        now: Timestamp,
+        actions: &mut Vec<Action>,
+    ) {
         let relapse = self.state == State::Recovering;
         let hold = match self.damping {
             0 => Duration::ZERO,
             n => HOLD_FIRST.saturating_mul(1 << (n - 1).min(16)).min(HOLD_MAX),
         };
         self.damping = self.damping.saturating_add(1).min(16);
-        (self.hold_until, self.fell_at, self.refused) = (now + hold, now, refused);
-        self.suspicions = [None, None];
-        self.alleged = [None, None];
+        (self.hold_until, self.ejected_at, self.refused) = (now + hold, now, refused);
+        self.suspects = [None, None];
+        self.passive_reporters = [None, None];
         self.rechecked = [None, None];
         let rule = if relapse { Rule::Relapse } else { rule };
         self.become_(State::Unhealthy, rule, detail, now, actions);
     }
 
-    fn forgive(&mut self, now: Moment) {
-        if self.is_usable() && self.damping > 0 && now.saturating_sub(self.forgiving_since) >= HOLD_DECAY {
+    fn decay_damping(&mut self, now: Timestamp) {
+        if self.is_usable() && self.damping > 0 && now.saturating_sub(self.damping_since) >= HOLD_DECAY {
             self.damping -= 1;
-            self.forgiving_since = now;
+            self.damping_since = now;
         }
     }
 
-    /// Opens, judges or drops the suspicion at one tier.
-    fn suspect(
+    /// Makes the backend suspect at one tier, ejects it, or clears it.
+    fn judge_suspect(
         &mut self,
         i: usize,
         tier: Tier,
-        now: Moment,
+        now: Timestamp,
         context: &Context<'_>,
         actions: &mut Vec<Action>,
     ) {
-        if self.suspicions[i].is_none() {
+        if self.suspects[i].is_none() {
             let Some((reporter, since, why)) = self.ground(tier, now, context) else { return };
             // Who reported from its own requests has not probed yet.
             let probes = self.votes.get(tier, &reporter).is_some_and(|vote| vote.failures > 0);
             let deadline = now + self.profile.timeout + CONFIRM_SLACK;
             let message = format!("{} fails for {reporter}: {why}; others are asked", tier.name());
-            actions.push(Action::Note { kind: "suspect", message });
+            actions.push(Action::Note { kind: EventKind::Suspect, message });
             actions.push(Action::Ask { tier, reporter: probes.then(|| reporter.clone()) });
             let asked = if probes { BTreeSet::new() } else { [reporter.clone()].into() };
-            self.suspicions[i] = Some(Suspicion { since, reporter, asked, deadline });
-            // Judged when the answers come: with nobody asked yet it would look as if all had answered.
+            self.suspects[i] = Some(Suspect { since, reporter, asked, deadline });
+            // Judged when the answers come: with nobody asked yet, all would seem to have answered.
             return;
         }
-        let Some(suspicion) = self.suspicions[i].clone() else { return };
-        let tally = self.votes.tally(tier, suspicion.since, self.needed(), context, now);
-        let answered = |vantage: &Vantage| {
-            let vote = self.votes.get(tier, vantage).filter(|vote| vote.at >= suspicion.since);
-            vote.is_some_and(|vote| vote.last.is_good() || vote.failures >= ACCUSATIONS)
+        let Some(suspect) = self.suspects[i].clone() else { return };
+        let tally = self.votes.tally(tier, suspect.since, self.needed(), context, now);
+        let answered = |observer: &Observer| {
+            let vote = self.votes.get(tier, observer).filter(|vote| vote.at >= suspect.since);
+            vote.is_some_and(|vote| vote.last.is_good() || vote.failures >= FAILURES_IN_A_ROW)
         };
-        let late = now >= suspicion.deadline;
+        let late = now >= suspect.deadline;
         // Who was asked and has not answered, and who failed once and may yet pass.
-        let asked = &suspicion.asked;
-        let undecided = tally.undecided.iter().filter(|(vantage, _)| !asked.contains(*vantage)).count();
-        let open = asked.iter().filter(|vantage| !answered(vantage)).count() + undecided;
-        let settled = late || asked.iter().all(answered) || tally.condemns_whatever(open);
-        if settled && let Some(sentence) = self.sentence(tier, &tally) {
-            match sentence {
-                Sentence::Loading(detail) => {
-                    self.suspicions[i] = None;
+        let asked = &suspect.asked;
+        let undecided = tally.undecided.iter().filter(|(observer, _)| !asked.contains(*observer)).count();
+        let open = asked.iter().filter(|observer| !answered(observer)).count() + undecided;
+        let settled = late || asked.iter().all(answered) || tally.ejects_despite(open);
+        if settled && let Some(decision) = self.decide(tier, &tally) {
+            match decision {
+                Decision::Loading(detail) => {
+                    self.suspects[i] = None;
                     self.become_(State::Unknown, Rule::Loading, detail, now, actions);
                 }
-                Sentence::Unhealthy { rule, detail, refused } => {
-                    self.fall(rule, detail, refused, now, actions);
+                Decision::Unhealthy { rule, detail, refused } => {
+                    self.eject(rule, detail, refused, now, actions);
                 }
             }
-        } else if settled && !tally.dissenters.is_empty() {
-            let outvoted: Vec<Vantage> =
-                tally.accusers.iter().chain(&tally.undecided).map(|(v, _)| (*v).clone()).collect();
-            let others = tally.dissenters.len();
-            self.suspicions[i] = None;
-            for vantage in &outvoted {
-                let message = format!("{} fails for {vantage} alone, {others} others are well", tier.name());
-                actions.push(Action::Note { kind: "acquitted", message });
-                self.acquitted.insert((tier, vantage.clone()), now + ACQUITTAL);
+        } else if settled && !tally.passing.is_empty() {
+            let outvoted: Vec<Observer> =
+                tally.failing.iter().chain(&tally.undecided).map(|(v, _)| (*v).clone()).collect();
+            let others = tally.passing.len();
+            self.suspects[i] = None;
+            for observer in &outvoted {
+                let message = format!("{} fails for {observer} alone, {others} others are well", tier.name());
+                actions.push(Action::Note { kind: EventKind::Cleared, message });
+                self.cleared.insert((tier, observer.clone()), now + CLEARED_FOR);
             }
         } else if late && tally.voters() == 0 {
             // Nobody says anything: silence is no evidence.
-            self.suspicions[i] = None;
+            self.suspects[i] = None;
         } else if late {
             let deadline = now + self.profile.timeout + CONFIRM_SLACK;
-            if let Some(suspicion) = &mut self.suspicions[i] {
-                suspicion.deadline = deadline;
+            if let Some(suspect) = &mut self.suspects[i] {
+                suspect.deadline = deadline;
             }
             actions.push(Action::Ask { tier, reporter: None });
         }
     }
 
-    /// A reason for suspicion: who reports it, since when, and what.
+    /// A reason to suspect the backend: who reports it, since when, and what.
     fn ground(
         &mut self,
         tier: Tier,
-        now: Moment,
+        now: Timestamp,
         context: &Context<'_>,
-    ) -> Option<(Vantage, Moment, String)> {
-        // At birth and while it loads, that it does not answer is no news; only a sentence is.
+    ) -> Option<(Observer, Timestamp, String)> {
+        // At birth and while it loads, that it does not answer is no news; only a decision is.
         let quiet = self.rule == Rule::Loading && !self.loading_too_long(now);
         let failing = self
             .votes
             .counted(tier, context, now)
             .filter(|(_, vote)| !(vote.last.is_good() || quiet && vote.last == Outcome::Loading))
-            .find(|(vantage, _)| !self.acquitted.contains_key(&(tier, (*vantage).clone())))
-            .map(|(vantage, vote)| (vantage.clone(), vote.at, vote.detail.clone()));
-        let alleged = index(tier).and_then(|i| self.alleged[i].take());
+            .find(|(observer, _)| !self.cleared.contains_key(&(tier, (*observer).clone())))
+            .map(|(observer, vote)| (observer.clone(), vote.at, vote.detail.clone()));
+        let passive_reporters = index(tier).and_then(|i| self.passive_reporters[i].take());
         failing.or_else(|| {
-            let vantage = alleged?;
-            if context.observers.is_isolated(&vantage, now)
-                || self.acquitted.contains_key(&(tier, vantage.clone()))
+            let observer = passive_reporters?;
+            if context.isolated.contains(&observer, now)
+                || self.cleared.contains_key(&(tier, observer.clone()))
             {
                 return None;
             }
-            Some((vantage, now, "its requests fail".into()))
+            Some((observer, now, "its requests fail".into()))
         })
     }
 
-    /// Failures in a row that make an accuser: in a slow start the benefit of the doubt is used up.
+    /// Failures in a row that count against the backend: in a slow start one is enough.
     const fn needed(&self) -> u32 {
-        if matches!(self.state, State::Recovering) { 1 } else { ACCUSATIONS }
+        if matches!(self.state, State::Recovering) { 1 } else { FAILURES_IN_A_ROW }
     }
 
-    fn loading_too_long(&self, now: Moment) -> bool {
+    fn loading_too_long(&self, now: Timestamp) -> bool {
         self.loading_since.is_some_and(|at| now.saturating_sub(at) >= self.profile.loading_patience)
     }
 
-    fn sentence(&self, tier: Tier, tally: &Tally<'_>) -> Option<Sentence> {
+    fn decide(&self, tier: Tier, tally: &Tally<'_>) -> Option<Decision> {
         let wrong =
             |cause| move |(_, vote): &&(_, &super::evidence::Vote)| vote.last == Outcome::Failed(cause);
-        let failing = || tally.accusers.iter().chain(&tally.undecided);
+        let failing = || tally.failing.iter().chain(&tally.undecided);
         // That the model is not there is said by the server itself: once each is enough.
         let missing = failing().filter(|f| wrong(Cause::WrongModel)(f)).count();
-        let missing =
-            missing >= QUORUM && missing > tally.dissenters.len() && tally.dissenters.len() < QUORUM;
+        let missing = missing >= QUORUM && missing > tally.passing.len() && tally.passing.len() < QUORUM;
         let alone = tally.voters() == 1
             && failing()
                 .any(|(_, vote)| vote.failures >= self.profile.unhealthy_threshold.max(self.needed()));
-        if !(tally.condemns() || missing || alone) {
+        if !(tally.ejects() || missing || alone) {
             return None;
         }
         let said: Vec<String> =
@@ -427,7 +444,7 @@ impl Case {
         let newest = failing().map(|(_, vote)| vote.at).max().unwrap_or_default();
         let too_long = self.loading_too_long(newest);
         if loading && !too_long {
-            return Some(Sentence::Loading(detail));
+            return Some(Decision::Loading(detail));
         }
         let rule = match (tier, alone) {
             _ if loading => Rule::LoadingTooLong,
@@ -437,11 +454,11 @@ impl Case {
             (_, true) => Rule::ReadinessAlone,
         };
         let refused = failing().all(|f| wrong(Cause::Refused)(&f));
-        Some(Sentence::Unhealthy { rule, detail, refused })
+        Some(Decision::Unhealthy { rule, detail, refused })
     }
 
     /// While it is in use: first passes, the end of a slow start, degradations.
-    fn settle(&mut self, now: Moment, context: &Context<'_>, actions: &mut Vec<Action>) {
+    fn settle(&mut self, now: Timestamp, context: &Context<'_>, actions: &mut Vec<Action>) {
         match self.state {
             State::Unknown => {
                 let tier = if context.ready_capable { Tier::Readiness } else { Tier::Liveness };
@@ -451,8 +468,8 @@ impl Case {
                     .votes
                     .counted(tier, context, now)
                     .find(|(_, vote)| vote.last.is_good() && vote.at >= since);
-                if let Some((vantage, _)) = pass {
-                    let detail = format!("{} passed for {vantage}", tier.name());
+                if let Some((observer, _)) = pass {
+                    let detail = format!("{} passed for {observer}", tier.name());
                     if self.has_served {
                         self.become_(State::Recovering, Rule::Recovery, detail, now, actions);
                     } else {
@@ -478,13 +495,13 @@ impl Case {
     }
 
     /// The way back: reached from a quorum (or all there are), one completion, and the hold-down over.
-    fn recover(&mut self, now: Moment, context: &Context<'_>, actions: &mut Vec<Action>) {
-        let fell = self.fell_at;
-        let live: Vec<(&Vantage, u32)> = self
+    fn recover(&mut self, now: Timestamp, context: &Context<'_>, actions: &mut Vec<Action>) {
+        let fell = self.ejected_at;
+        let live: Vec<(&Observer, u32)> = self
             .votes
             .counted(Tier::Liveness, context, now)
             .filter(|(_, vote)| vote.at > fell && vote.last.is_good())
-            .map(|(vantage, vote)| (vantage, vote.passes))
+            .map(|(observer, vote)| (observer, vote.passes))
             .collect();
         let able = self.votes.counted(Tier::Liveness, context, now).count();
         let enough = live.iter().filter(|(_, passes)| *passes >= self.profile.healthy_threshold).count();
@@ -494,20 +511,20 @@ impl Case {
                 .votes
                 .counted(Tier::Readiness, context, now)
                 .any(|(_, vote)| vote.at > fell && vote.last.is_good());
-        let (glimpsed, by_liveness) =
+        let (reached_once, by_liveness) =
             (!live.is_empty(), matches!(self.rule, Rule::LivenessQuorum | Rule::LivenessAlone));
         if now < self.hold_until {
             return;
         }
         if reached && ready {
-            let detail = format!("{enough} vantage points reach it and it answers again");
+            let detail = format!("{enough} observers reach it and it answers again");
             self.become_(State::Recovering, Rule::Recovery, detail, now, actions);
             return;
         }
-        // Not to wait for the next round: those who have not looked since are asked. One that fell for its answers
+        // Not to wait for the next round: observers that have not probed since are asked. A backend ejected for its answers
         // waits for its regular probe, which costs tokens.
-        let due = |at: Option<Moment>| at.is_none_or(|at| now.saturating_sub(at) >= RECHECK);
-        if glimpsed && !reached && due(self.rechecked[0]) {
+        let due = |at: Option<Timestamp>| at.is_none_or(|at| now.saturating_sub(at) >= RECHECK);
+        if reached_once && !reached && due(self.rechecked[0]) {
             self.rechecked[0] = Some(now);
             actions.push(Action::Ask { tier: Tier::Liveness, reporter: None });
         }
@@ -518,8 +535,8 @@ impl Case {
     }
 }
 
-/// What a tally amounts to.
-enum Sentence {
+/// What follows from a tally.
+enum Decision {
     Loading(String),
     Unhealthy { rule: Rule, detail: String, refused: bool },
 }
