@@ -22,11 +22,11 @@ mod model;
 mod page;
 mod probe;
 mod publish;
+mod reflect;
 mod server;
 mod services;
 pub mod store;
 mod tls;
-mod tree;
 mod verdicts;
 
 pub use server::{Config, ControlPlane, Error, Running, StoreConfig};

@@ -17,8 +17,8 @@ use weir_proto::resource::{Resource, Spec, Violation, Violations, kind_name, kin
 use weir_proto::v1;
 
 use crate::encoding::short_hash;
+use crate::reflect::canonical;
 use crate::store::{Batch, Range, Write};
-use crate::tree::canonical;
 
 pub(crate) use edit::{BOOTSTRAP_SET, apply_edits, update_edit};
 pub(crate) use plan::{Edit, Options, Plan, TokenStep, plan};

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use data_encoding::BASE64;
 use serde_json::json;
 
 use crate::body::{Frames, Part};
@@ -143,7 +144,8 @@ impl Answer {
         let value = 1.0 / (dimensions as f32).sqrt();
         let vector = if base64 {
             let bytes: Vec<u8> = std::iter::repeat_n(value.to_le_bytes(), dimensions).flatten().collect();
-            format!("\"{}\"", encode_base64(&bytes))
+            // As OpenAI's SDKs ask for it.
+            format!("\"{}\"", BASE64.encode(&bytes))
         } else {
             let numbers = vec![value.to_string(); dimensions];
             format!("[{}]", numbers.join(","))
@@ -167,24 +169,9 @@ impl Answer {
     }
 }
 
-/// Standard alphabet with padding; OpenAI's SDKs ask for embeddings in it.
-fn encode_base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let bits =
-            group.iter().enumerate().fold(0u32, |bits, (i, byte)| bits | u32::from(*byte) << (16 - 8 * i));
-        for digit in 0..4 {
-            let value = (bits >> (18 - 6 * digit)) & 0x3f;
-            text.push(if digit <= group.len() { char::from(ALPHABET[value as usize]) } else { '=' });
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
-    use super::encode_base64;
+    use super::BASE64;
 
     #[test]
     fn base64_matches_the_test_vectors_of_rfc_4648() {
@@ -196,7 +183,7 @@ mod tests {
             ("foob", "Zm9vYg=="),
             ("foobar", "Zm9vYmFy"),
         ] {
-            assert_eq!(encode_base64(plain.as_bytes()), encoded);
+            assert_eq!(BASE64.encode(plain.as_bytes()), encoded);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use data_encoding::HEXLOWER_PERMISSIVE;
 use weir_proto::resource::Name;
 use weir_proto::v1;
 
@@ -41,11 +42,8 @@ impl FromStr for KnownEntry {
         let rule = "must be SEQUENCE:HASH as weir audit --verify prints them";
         let (sequence, digits) = text.split_once(':').ok_or(rule)?;
         let sequence = sequence.parse().map_err(|_| rule)?;
-        let digits: Option<Vec<u32>> = digits.chars().map(|c| c.to_digit(16)).collect();
-        let digits = digits.filter(|d| d.len() == 64).ok_or(rule)?;
-        let byte = |pair: &[u32]| u8::try_from(pair[0] << 4 | pair[1]).map_err(|_| rule);
-        let hash = digits.chunks(2).map(byte).collect::<Result<_, _>>()?;
-        Ok(Self { sequence, hash })
+        let hash = HEXLOWER_PERMISSIVE.decode(digits.as_bytes()).map_err(|_| rule)?;
+        if hash.len() == 32 { Ok(Self { sequence, hash }) } else { Err(rule.to_owned()) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! `history`, `audit` and `rollback`.
 
+use data_encoding::HEXLOWER;
 use serde_json::{Value, json};
 use weir_proto::resource::kind_name;
 use weir_proto::v1;
@@ -93,13 +94,9 @@ fn value(entry: &v1::AuditEntry, of: Option<&v1::ResourceRef>) -> Value {
         "method": entry.method,
         "request_id": entry.request_id,
         "changes": shown(entry, of).map(change).collect::<Vec<_>>(),
-        "hash": hex(&entry.hash),
-        "previous_hash": hex(&entry.previous_hash),
+        "hash": HEXLOWER.encode(&entry.hash),
+        "previous_hash": HEXLOWER.encode(&entry.previous_hash),
     })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The whole log, or the check of its chain.
@@ -114,7 +111,7 @@ pub(super) async fn audit(cli: &Cli, io: &mut Io<'_>, args: &AuditArgs) -> Resul
         known_hash: known.map(|known| known.hash.clone()).unwrap_or_default(),
     };
     let found = client.call(Retry::Once, request, |mut c, r| async move { c.verify_audit(r).await }).await?;
-    let hash = hex(&found.last_hash);
+    let hash = HEXLOWER.encode(&found.last_hash);
     io.result(
         || match found.verified {
             0 => "the audit log is empty\n".to_owned(),

@@ -8,14 +8,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message as _;
+use prost_reflect::DynamicMessage;
 use prost_types::Timestamp;
 use weir_proto::resource::{kind_name, kind_of};
 use weir_proto::v1;
 
 use super::{Key, Plan, State, Stored, Unreadable};
 use crate::encoding::sha256;
-use crate::tree::Tree;
-use crate::tree::json::{Difference, differences};
+use crate::reflect::diff::{Difference, differences};
+use crate::reflect::{decode, descriptor, reflect};
 
 /// Records kept; older ones are deleted as new ones are written.
 pub(crate) const AUDIT_MAX: u64 = 100_000;
@@ -248,8 +249,11 @@ impl Recorded {
     fn to_wire(&self) -> v1::AuditChange {
         let action = self.action().into();
         if self.is_token() {
-            let tree = |bytes: &Bytes| Tree::decode("weir.v1.Token", bytes).unwrap_or_default();
-            let fields = differences("weir.v1.Token", &tree(&self.before), &tree(&self.after));
+            const TOKEN: &str = "weir.v1.Token";
+            let token = |bytes: &Bytes| {
+                decode(TOKEN, bytes).unwrap_or_else(|_| DynamicMessage::new(descriptor(TOKEN)))
+            };
+            let fields = differences(&token(&self.before), &token(&self.after));
             let fields = fields.into_iter().map(field_change).collect();
             return v1::AuditChange { r#ref: None, token: self.name.clone(), action, fields };
         }
@@ -291,7 +295,7 @@ pub(crate) fn field_change((path, before, after): Difference) -> v1::FieldChange
 /// Digests are left out: a changed key shows by its prefix.
 pub(crate) fn fields(before: Option<&v1::Resource>, after: Option<&v1::Resource>) -> Vec<Difference> {
     const RESOURCE: &str = "weir.v1.Resource";
-    let tree = |wire: Option<&v1::Resource>| {
+    let visible = |wire: Option<&v1::Resource>| {
         let shown = |wire: &v1::Resource| {
             let mut spec = wire.spec.clone();
             if let Some(v1::resource::Spec::ApiKey(key)) = &mut spec {
@@ -299,9 +303,10 @@ pub(crate) fn fields(before: Option<&v1::Resource>, after: Option<&v1::Resource>
             }
             v1::Resource { spec, ..v1::Resource::default() }
         };
-        wire.and_then(|wire| Tree::of(RESOURCE, &shown(wire)).ok()).unwrap_or_default()
+        wire.and_then(|wire| reflect(RESOURCE, &shown(wire)).ok())
+            .unwrap_or_else(|| DynamicMessage::new(descriptor(RESOURCE)))
     };
-    let mut fields = differences(RESOURCE, &tree(before), &tree(after));
+    let mut fields = differences(&visible(before), &visible(after));
     let kind = after.or(before).map_or(v1::ResourceKind::Unspecified, kind_of);
     let prefix = format!("{}.", kind_name(kind));
     for (path, _, _) in &mut fields {

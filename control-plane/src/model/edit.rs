@@ -1,12 +1,12 @@
 //! From requests to edits: masks, apply sets, pruning.
 
-use prost::Message as _;
+use prost_reflect::{DynamicMessage, Kind, Value};
 use weir_proto::resource::{Violation, kind_name, kind_of};
 use weir_proto::v1;
 
 use super::{Edit, Key, Refusal, State};
-use crate::tree::mask::{assign, populated};
-use crate::tree::{Tree, Value, fields_of};
+use crate::reflect::mask::{assign, populated};
+use crate::reflect::{descriptor, reflect};
 
 /// The message types of the specs are the types of the fields of `Resource`.
 const RESOURCE: &str = "weir.v1.Resource";
@@ -41,14 +41,15 @@ fn masked(
     paths: Option<&[String]>,
 ) -> Result<Option<v1::resource::Spec>, Refusal> {
     let unreadable = |e: &dyn std::fmt::Display| Refusal::invalid("resource", e.to_string());
-    let field = fields_of(RESOURCE).iter().find(|f| f.name == kind_name(kind_of(given)));
-    let Some((field, crate::tree::Kind::Message(message))) = field.map(|f| (f, &f.kind)) else {
+    let resource = descriptor(RESOURCE);
+    let field = resource.get_field_by_name(kind_name(kind_of(given)));
+    let Some((field, Kind::Message(message))) = field.map(|field| (field.clone(), field.kind())) else {
         return Err(Refusal::invalid("resource", "one of the specs must be set: it says the kind"));
     };
-    let spec = |wire: &v1::Resource| match Tree::of(RESOURCE, wire) {
-        Ok(tree) => match tree.0.get(&field.number) {
-            Some(Value::Message(spec)) => Ok(spec.clone()),
-            _ => Ok(Tree::default()),
+    let spec = |wire: &v1::Resource| match reflect(RESOURCE, wire) {
+        Ok(resource) => match resource.get_field(&field).as_message() {
+            Some(spec) => Ok(spec.clone()),
+            None => Ok(DynamicMessage::new(message.clone())),
         },
         Err(e) => Err(unreadable(&e)),
     };
@@ -57,13 +58,13 @@ fn masked(
     let paths = match paths {
         Some(paths) => paths,
         None => {
-            implied = populated(message, &source);
+            implied = populated(&source);
             &implied
         }
     };
     let mut violations = Vec::new();
     for path in paths {
-        if let Err(unknown) = assign(message, &mut target, &source, path) {
+        if let Err(unknown) = assign(&mut target, &source, path) {
             let below = if unknown.below.is_empty() { kind_name(kind_of(given)) } else { &unknown.below };
             let valid = match unknown.valid.as_slice() {
                 [] => format!("{below} has no fields of its own"),
@@ -76,8 +77,9 @@ fn masked(
     if !violations.is_empty() {
         return Err(Refusal::Invalid(violations));
     }
-    let whole = Tree([(field.number, Value::Message(target))].into());
-    v1::Resource::decode(&*whole.encode()).map(|resource| resource.spec).map_err(|e| unreadable(&e))
+    let mut whole = DynamicMessage::new(resource);
+    whole.set_field(&field, Value::Message(target));
+    whole.transcode_to::<v1::Resource>().map(|resource| resource.spec).map_err(|e| unreadable(&e))
 }
 
 /// The set of the resources that a store began with. Whoever applies one of them first has it.

@@ -9,7 +9,7 @@ use weir_proto::v1;
 
 use super::audit::fields;
 use super::{Key, Refusal, State, Stored};
-use crate::tree::json::Difference;
+use crate::reflect::diff::Difference;
 
 /// One thing to do.
 #[derive(Debug, Clone)]

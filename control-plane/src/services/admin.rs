@@ -26,7 +26,7 @@ use crate::catalog::{Answer, Call};
 use crate::encoding::sha256;
 use crate::model::audit::{Actor, field_change};
 use crate::model::{Options, Plan, Refusal, State};
-use crate::tree::canonical;
+use crate::reflect::canonical;
 
 /// The service, and of one call its caller.
 #[derive(Debug, Clone)]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time;
 
+use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::mirror::{Absent, Mirror};
@@ -191,8 +192,7 @@ impl Absent for Sha256 {
 
 impl Serialize for Sha256 {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let hex: String = self.0.iter().map(|b| format!("{b:02x}")).collect();
-        serializer.serialize_str(&hex)
+        serializer.serialize_str(&HEXLOWER.encode(&self.0))
     }
 }
 
@@ -202,10 +202,9 @@ impl<'de> Deserialize<'de> for Sha256 {
     }
 }
 
+/// The 32 bytes of 64 hex digits in either case.
 fn hex(text: &str) -> Option<Vec<u8>> {
-    let digits: Vec<u8> =
-        text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect::<Option<Vec<u8>>>()?;
-    (digits.len() == 64).then(|| digits.chunks_exact(2).map(|d| d[0] << 4 | d[1]).collect())
+    HEXLOWER_PERMISSIVE.decode(text.as_bytes()).ok().filter(|bytes| bytes.len() == 32)
 }
 
 /// Declares an enum's form in a file: the name without its prefix, in lower case.

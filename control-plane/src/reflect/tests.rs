@@ -34,43 +34,43 @@ fn map_order_does_not_show_in_the_canonical_encoding() {
 
 #[test]
 fn differences_name_leaves_and_map_entries() {
-    let before = Tree::of(BACKEND, &backend(&[("a", "1"), ("b", "")])).unwrap();
-    let after = Tree::of(BACKEND, &backend(&[("b", "2"), ("c", "3")])).unwrap();
+    let before = reflect(BACKEND, &backend(&[("a", "1"), ("b", "")])).unwrap();
+    let after = reflect(BACKEND, &backend(&[("b", "2"), ("c", "3")])).unwrap();
     assert_eq!(
-        json::differences(BACKEND, &before, &after),
+        diff::differences(&before, &after),
         [
             ("models[a]".into(), "\"1\"".into(), String::new()),
             ("models[b]".into(), "\"\"".into(), "\"2\"".into()),
             ("models[c]".into(), String::new(), "\"3\"".into()),
         ]
     );
-    let (before, after) = (Tree::of(POOL, &pool(None, Some(1))), Tree::of(POOL, &pool(Some(90), Some(1))));
+    let (before, after) = (reflect(POOL, &pool(None, Some(1))), reflect(POOL, &pool(Some(90), Some(1))));
     assert_eq!(
-        json::differences(POOL, &before.unwrap(), &after.unwrap()),
+        diff::differences(&before.unwrap(), &after.unwrap()),
         [("timeouts.total".to_owned(), String::new(), "\"90s\"".to_owned())]
     );
 }
 
 #[test]
 fn a_mask_changes_what_it_names_and_nothing_else() {
-    let mut target = Tree::of(POOL, &pool(Some(60), Some(5))).unwrap();
-    let source = Tree::of(POOL, &pool(Some(90), None)).unwrap();
-    assert_eq!(mask::populated(POOL, &source), ["timeouts.total"]);
-    mask::assign(POOL, &mut target, &source, "timeouts.total").unwrap();
-    assert_eq!(target, Tree::of(POOL, &pool(Some(90), Some(5))).unwrap());
-    mask::assign(POOL, &mut target, &source, "timeouts.connect").unwrap();
+    let mut target = reflect(POOL, &pool(Some(60), Some(5))).unwrap();
+    let source = reflect(POOL, &pool(Some(90), None)).unwrap();
+    assert_eq!(mask::populated(&source), ["timeouts.total"]);
+    mask::assign(&mut target, &source, "timeouts.total").unwrap();
+    assert_eq!(target, reflect(POOL, &pool(Some(90), Some(5))).unwrap());
+    mask::assign(&mut target, &source, "timeouts.connect").unwrap();
     assert_eq!(target, source, "a path that the source lacks is cleared");
-    let unknown = mask::assign(POOL, &mut target, &source, "timeouts.totl").unwrap_err();
+    let unknown = mask::assign(&mut target, &source, "timeouts.totl").unwrap_err();
     assert_eq!(unknown.valid, ["connect", "first_byte", "idle", "total"]);
-    assert!(mask::assign(POOL, &mut target, &source, "regions.x").is_err());
+    assert!(mask::assign(&mut target, &source, "regions.x").is_err());
     let bare = target.clone();
-    mask::assign(POOL, &mut target, &source, "ejection.base_duration").unwrap();
+    mask::assign(&mut target, &source, "ejection.base_duration").unwrap();
     assert_eq!(target, bare, "clearing below an absent message adds nothing");
 }
 
 #[test]
 fn rubbish_is_refused_without_a_panic() {
     for bytes in [&[0xff_u8; 12][..], &[0x0a, 0x7f], &[0x0b]] {
-        assert!(Tree::decode(POOL, bytes).is_err());
+        assert!(decode(POOL, bytes).is_err());
     }
 }
