@@ -52,7 +52,7 @@ pub(crate) async fn publish(
 
 /// What a gateway holds, as far as it has said. Gateways in sync share one map.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Held {
+pub(crate) struct ConfigState {
     pub(crate) epoch: Arc<str>,
     pub(crate) revision: u64,
     pub(crate) versions: Arc<Versions>,
@@ -85,7 +85,7 @@ pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versi
     })
 }
 
-impl Held {
+impl ConfigState {
     /// From what a gateway says on connecting.
     pub(crate) fn of(hello: &v1::Hello) -> Self {
         let versions =
@@ -146,7 +146,7 @@ impl Difference {
         self.upserts.is_empty() && self.removals.is_empty()
     }
 
-    fn between(held: &Held, snapshot: &State) -> Self {
+    fn between(held: &ConfigState, snapshot: &State) -> Self {
         let (role, held) = (held.role, &*held.versions);
         let differs = |key: &Key, version: &str| held.get(key).is_none_or(|held| **held != *version);
         let gone = |key: &&Key| !snapshot.resources.contains_key(*key) || !wanted(role, key.kind);
@@ -163,10 +163,10 @@ impl Difference {
 
 /// Differences already found: a thousand gateways that hold the same need one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Differences(Arc<Mutex<VecDeque<Known>>>);
+pub(crate) struct Differences(Arc<Mutex<VecDeque<KnownDifference>>>);
 
 #[derive(Debug)]
-struct Known {
+struct KnownDifference {
     role: v1::SubscriberRole,
     held: Arc<Versions>,
     snapshot: Snapshot,
@@ -177,8 +177,8 @@ struct Known {
 const REMEMBERED: usize = 8;
 
 impl Differences {
-    pub(crate) fn between(&self, held: &Held, snapshot: &Snapshot) -> Arc<Difference> {
-        let is = |known: &&Known| {
+    pub(crate) fn between(&self, held: &ConfigState, snapshot: &Snapshot) -> Arc<Difference> {
+        let is = |known: &&KnownDifference| {
             known.role == held.role
                 && Arc::ptr_eq(&known.held, &held.versions)
                 && Arc::ptr_eq(&known.snapshot, snapshot)
@@ -189,7 +189,7 @@ impl Differences {
         }
         let difference = Arc::new(Difference::between(held, snapshot));
         // Kept alive here, so that no other map can come to lie at the same address.
-        let known = Known {
+        let known = KnownDifference {
             role: held.role,
             held: Arc::clone(&held.versions),
             snapshot: Arc::clone(snapshot),
@@ -207,7 +207,7 @@ impl Differences {
 /// Within an epoch, every removal has passed the guard here, one change at a time; several merged into one delta
 /// may look like a mass removal to a gateway, and are meant. Another epoch is another history: there, only the
 /// operator's word counts, so that an empty new store takes nothing away from anybody.
-pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &Held) -> bool {
+pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &ConfigState) -> bool {
     if held.epoch == snapshot.epoch {
         snapshot.removal > held.revision || snapshot.allowed > held.revision
     } else {
@@ -229,12 +229,12 @@ mod tests {
         state
     }
 
-    fn synced(state: &State) -> Held {
-        Held {
+    fn synced(state: &State) -> ConfigState {
+        ConfigState {
             epoch: state.epoch.clone(),
             revision: state.revision,
             versions: versions(state, v1::SubscriberRole::Gateway).clone(),
-            ..Held::default()
+            ..ConfigState::default()
         }
     }
 
@@ -249,16 +249,16 @@ mod tests {
         assert_eq!(difference.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["b0"]);
         assert_eq!(difference.removals, [Key::new(v1::ResourceKind::Backend, "b1")]);
         assert!(Arc::ptr_eq(&difference, &known.between(&held, &new)));
-        let own = Held { versions: Arc::new(Versions::clone(&held.versions)), ..held };
+        let own = ConfigState { versions: Arc::new(Versions::clone(&held.versions)), ..held };
         assert!(!Arc::ptr_eq(&difference, &known.between(&own, &new)));
     }
 
     #[test]
     fn who_is_in_sync_shares_the_map_of_the_snapshot() {
         let state = state(1, 2);
-        let mut held = Held {
+        let mut held = ConfigState {
             versions: Arc::new(Versions::clone(versions(&state, v1::SubscriberRole::Gateway))),
-            ..Held::default()
+            ..ConfigState::default()
         };
         held.share(&state);
         assert!(Arc::ptr_eq(&held.versions, versions(&state, v1::SubscriberRole::Gateway)));

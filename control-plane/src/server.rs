@@ -14,8 +14,10 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 use weir_proto::v1;
 use weir_proto::v1::admin_service_server::AdminServiceServer;
 use weir_proto::v1::discovery_service_server::DiscoveryServiceServer;
@@ -106,18 +108,10 @@ impl ControlPlane {
         bootstrap(&catalog, &config.bootstrap).await?;
         let tls = config.tls.as_ref().map(TlsConfig::open).transpose();
         let tls = tls.map_err(|e| Error::Config(format!("tls: {e}")))?;
-        let grpc = bind("listen", config.listen).await?;
-        let http = bind("http-listen", config.http_listen).await?;
-        let grpc_addr = grpc.local_addr().map_err(Error::bind("listen", config.listen))?;
-        let http_addr = http.local_addr().map_err(Error::bind("http-listen", config.http_listen))?;
+        let (grpc, grpc_addr) = bind("listen", config.listen)?;
+        let (http, http_addr) = bind("http-listen", config.http_listen)?;
         let snapshots = watch::Sender::new(catalog.state());
-        let bound = GatewayTokens::open(config.gateway_tokens.as_deref())
-            .map_err(|e| Error::Config(format!("gateway-tokens-dir: {e}")))?;
-        if let Some(directory) = config.gateway_tokens {
-            tasks.spawn(bound.clone().follow(directory, follow_stop.clone()));
-        }
-        let gateway_token = config.gateway_token.as_ref();
-        let authority = Authority::new(Arc::clone(&catalog), &admin_token, gateway_token, bound);
+        let authority = authority(&config, &catalog, &admin_token, &tasks, &follow_stop)?;
         let metrics: Arc<Metrics> = Arc::default();
         let name = format!("control-plane-{}", uuid::Uuid::new_v4().simple());
         let mut candidate = Candidate::new(store, name, Arc::clone(&metrics));
@@ -162,8 +156,9 @@ impl ControlPlane {
         let feed: Arc<Feed> = Arc::default();
         shared.tasks.spawn(feed.clone().run(shared.clone(), follow_stop.clone()));
         undo.disarm();
-        let serve = serve(shared, feed, tls, grpc_addr.ip().is_loopback(), grpc, (http, hosts), follow_stop);
-        Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serve) })
+        let loopback = grpc_addr.ip().is_loopback();
+        let serving = Serving { shared, feed, tls, loopback, grpc, http, hosts, follow_stop };
+        Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serving.run()) })
     }
 }
 
@@ -179,14 +174,32 @@ async fn open(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
     }
 }
 
-async fn bind(name: &'static str, addr: SocketAddr) -> Result<TcpListener, Error> {
+fn bind(name: &'static str, addr: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {
     let bound = || {
         let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         socket.set_reuseaddr(true)?;
         socket.bind(addr)?;
-        socket.listen(BACKLOG)
+        let listener = socket.listen(BACKLOG)?;
+        let local = listener.local_addr()?;
+        Ok((listener, local))
     };
     bound().map_err(Error::bind(name, addr))
+}
+
+/// Who may call: the tokens given at the start, those of the store, and those of the directory of gateway tokens.
+fn authority(
+    config: &Config,
+    catalog: &Arc<Catalog>,
+    admin_token: &Secret,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> Result<Authority, Error> {
+    let bound = GatewayTokens::open(config.gateway_tokens.as_deref())
+        .map_err(|e| Error::Config(format!("gateway-tokens-dir: {e}")))?;
+    if let Some(directory) = config.gateway_tokens.clone() {
+        tasks.spawn(bound.clone().follow(directory, stop.clone()));
+    }
+    Ok(Authority::new(Arc::clone(catalog), admin_token, config.gateway_token.as_ref(), bound))
 }
 
 /// Gateways that may take everything at once: enough to be quick, few enough that those already in sync do not wait.
@@ -252,23 +265,79 @@ async fn measure(shared: Shared, stop: CancellationToken) {
     }
 }
 
-async fn serve(
+/// What is served, and where.
+struct Serving {
     shared: Shared,
     feed: Arc<Feed>,
     tls: Option<ServerTls>,
+    /// Whether only processes of this machine can connect to gRPC.
     loopback: bool,
     grpc: TcpListener,
-    (http, hosts): (TcpListener, AllowedHosts),
+    http: TcpListener,
+    hosts: AllowedHosts,
+    /// Ends what follows the store, once all streams have ended.
     follow_stop: CancellationToken,
-) -> Result<(), Error> {
-    let (tasks, shutdown) = (shared.tasks.clone(), shared.stop.clone());
-    let readiness = Readiness::not_ready("starting");
-    let mut registry = prometheus_client::registry::Registry::default();
-    shared.metrics.register(&mut registry);
-    weir_runtime::register(&mut registry);
+}
+
+impl Serving {
+    async fn run(self) -> Result<(), Error> {
+        let (routes, health) = routes(&self.shared, self.loopback).await?;
+        let Self { shared, feed, tls, grpc, http, hosts, follow_stop, .. } = self;
+        let (tasks, shutdown) = (shared.tasks.clone(), shared.stop.clone());
+        let readiness = Readiness::not_ready("starting");
+        let mut registry = prometheus_client::registry::Registry::default();
+        shared.metrics.register(&mut registry);
+        weir_runtime::register(&mut registry);
+        let listeners = EdgeMetrics::new(&mut registry);
+        let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners.clone());
+        let incoming = ReceiverStream::new(edge::incoming(grpc, tls, &tasks, shutdown.clone()));
+        let stopping = {
+            let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
+            async move {
+                shutdown.cancelled().await;
+                readiness.set(Err("stopping".into()));
+                for name in HEALTH_NAMES {
+                    health.set_service_status(name, ServingStatus::NotServing).await;
+                }
+            }
+        };
+        let server = Server::builder()
+            .layer(BusyLayer)
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .max_concurrent_streams(STREAMS_PER_CONNECTION)
+            .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, stopping);
+        let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
+        let pages = page::routes(shared, feed);
+        let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
+        readiness.set(Ok(()));
+        let ended = {
+            let both = async { tokio::join!(server, ops) };
+            let cut = async {
+                shutdown.cancelled().await;
+                tokio::time::sleep(STOP_TIMEOUT).await;
+            };
+            tokio::select! {
+                (server, ()) = both => server.map_err(|e| Error::Failed(e.to_string())),
+                () = cut => Ok(()),
+            }
+        };
+        // Streams watch the same signal; what they hold of the store goes with them.
+        shutdown.cancel();
+        follow_stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+        tracing::info!("control plane stopped");
+        ended
+    }
+}
+
+/// The gRPC services, each behind the gate, and what says whether they serve.
+async fn routes(shared: &Shared, loopback: bool) -> Result<(Routes, HealthReporter), Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
-    let permits = Permits::default();
     // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
     for name in HEALTH_NAMES {
         health.set_service_status(name, ServingStatus::Serving).await;
@@ -278,7 +347,6 @@ async fn serve(
         .build_v1()
         .map_err(|e| Error::Failed(e.to_string()))?;
     let reflection_reach = if loopback { Reach::Everybody } else { Reach::Authorised };
-    let authority = shared.authority.clone();
     let admin = |most| {
         AdminServiceServer::new(Admin::new(shared.clone()))
             .max_decoding_message_size(most)
@@ -288,54 +356,15 @@ async fn serve(
     let discovery = DiscoveryServiceServer::new(Discovery(shared.clone()))
         .max_decoding_message_size(HELLO_BYTES_MAX)
         .max_encoding_message_size(APPLY_BYTES_MAX);
-    let pages = page::routes(shared.clone(), feed);
-    let reports = ReportServiceServer::new(Reports(shared)).max_decoding_message_size(REPORT_BYTES_MAX);
-    let listeners = EdgeMetrics::new(&mut registry);
-    let grpc = Edge::new("grpc", grpc, edge::Bounds::grpc(), listeners.clone());
-    let incoming = ReceiverStream::new(edge::incoming(grpc, tls, &tasks, shutdown.clone()));
-    let stopping = {
-        let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
-        async move {
-            shutdown.cancelled().await;
-            readiness.set(Err("stopping".into()));
-            for name in HEALTH_NAMES {
-                health.set_service_status(name, ServingStatus::NotServing).await;
-            }
-        }
-    };
-    let server = Server::builder()
-        .layer(BusyLayer)
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
-        .max_concurrent_streams(STREAMS_PER_CONNECTION)
-        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
-        .add_service(Gated::new(health_service, authority.clone(), Reach::Probes, permits.clone()))
+    let reports =
+        ReportServiceServer::new(Reports(shared.clone())).max_decoding_message_size(REPORT_BYTES_MAX);
+    let (authority, permits) = (&shared.authority, Permits::default());
+    let routes = Routes::new(Gated::new(health_service, authority.clone(), Reach::Probes, permits.clone()))
         .add_service(Gated::new(reflection, authority.clone(), reflection_reach, permits.clone()))
         .add_service(Gated::new(admin, authority.clone(), Reach::Authorised, permits.clone()))
         .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised, permits.clone()))
-        .add_service(Gated::new(reports, authority, Reach::Authorised, permits))
-        .serve_with_incoming_shutdown(incoming, stopping);
-    let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
-    let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
-    readiness.set(Ok(()));
-    let ended = {
-        let both = async { tokio::join!(server, ops) };
-        let cut = async {
-            shutdown.cancelled().await;
-            tokio::time::sleep(STOP_TIMEOUT).await;
-        };
-        tokio::select! {
-            (server, ()) = both => server.map_err(|e| Error::Failed(e.to_string())),
-            () = cut => Ok(()),
-        }
-    };
-    // Streams watch the same signal; what they hold of the store goes with them.
-    shutdown.cancel();
-    follow_stop.cancel();
-    tasks.close();
-    tasks.wait().await;
-    tracing::info!("control plane stopped");
-    ended
+        .add_service(Gated::new(reports, authority.clone(), Reach::Authorised, permits));
+    Ok((routes, health))
 }
 
 #[cfg(test)]

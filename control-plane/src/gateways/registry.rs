@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, SyncState};
 
 use crate::auth::Caller;
-use crate::publish::Held;
+use crate::publish::ConfigState;
 
 /// How long a gateway that left is shown.
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
@@ -74,7 +74,7 @@ struct Gateways {
 #[derive(Debug)]
 struct Entry {
     gateway: v1::Gateway,
-    held: Arc<Held>,
+    held: Arc<ConfigState>,
     /// The newest revision it has answered, whether it took all of it or not.
     answered: u64,
     /// Revision and time of its last answers, the oldest first.
@@ -113,7 +113,7 @@ impl Registry {
     pub(crate) fn connect(
         &self,
         hello: &v1::Hello,
-        held: &Held,
+        held: &ConfigState,
         applied_revision: u64,
         claim: Claim,
     ) -> Result<Connection, Taken> {
@@ -185,7 +185,7 @@ impl Registry {
     }
 
     /// What a gateway holds and what it refuses; `None` when it is not known.
-    pub(crate) fn held(&self, id: &str) -> Option<(Arc<Held>, Vec<v1::gateway::ResourceError>)> {
+    pub(crate) fn held(&self, id: &str) -> Option<(Arc<ConfigState>, Vec<v1::gateway::ResourceError>)> {
         let gateways = self.gateways();
         let own = |limit_service: bool| gateways.by_id.get(&(limit_service, id.to_owned()));
         let entry = own(false).or_else(|| own(true))?;
@@ -269,7 +269,7 @@ impl Entry {
         }
     }
 
-    fn answered(&mut self, revision: u64, held: &Held) {
+    fn answered(&mut self, revision: u64, held: &ConfigState) {
         self.gateway.unanswered_since = None;
         self.stale = false;
         self.answered = self.answered.max(revision);
@@ -298,7 +298,7 @@ impl Connection {
     }
 
     /// It applied everything up to a revision.
-    pub(crate) fn acknowledged(&self, revision: u64, held: &Held) {
+    pub(crate) fn acknowledged(&self, revision: u64, held: &ConfigState) {
         self.update(|entry| {
             entry.gateway.last_seen_time = Some(SystemTime::now().into());
             entry.gateway.applied_revision = revision;
@@ -312,12 +312,12 @@ impl Connection {
     }
 
     /// What it holds is known by now.
-    pub(crate) fn holds(&self, held: &Held) {
+    pub(crate) fn holds(&self, held: &ConfigState) {
         self.update(|entry| entry.held = Arc::new(held.clone()));
     }
 
     /// It refused something of a revision; it stays at the one before.
-    pub(crate) fn refused(&self, errors: &[v1::ResourceError], revision: u64, held: &Held) {
+    pub(crate) fn refused(&self, errors: &[v1::ResourceError], revision: u64, held: &ConfigState) {
         let errors = errors
             .iter()
             .map(|e| v1::gateway::ResourceError { r#ref: e.resource.clone(), message: e.message.clone() });
@@ -351,7 +351,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_newest_stream_wins_and_who_left_is_forgotten_after_an_hour() {
         let registry = Registry::default();
-        let held = Held::default();
+        let held = ConfigState::default();
         let first = registry.connect(&hello("1"), &held, 3, Claim::Own).unwrap();
         let second = registry.connect(&hello("2"), &held, 4, Claim::Own).unwrap();
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn with_a_shared_token_no_other_process_takes_the_id_of_one_that_is_here() {
         let registry = Registry::default();
-        let held = Held::default();
+        let held = ConfigState::default();
         let first = registry.connect(&hello("1"), &held, 3, Claim::Shared).unwrap();
         let rogue = registry.connect(&hello("2"), &held, 3, Claim::Shared);
         assert_eq!(rogue.err(), Some(Taken::ByAnother("g".into())));
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn who_follows_another_control_plane_is_counted_once_and_gives_way_to_its_own_stream() {
         let registry = Registry::default();
-        let held = Held::default();
+        let held = ConfigState::default();
         let observer = v1::Hello { observer: true, ..hello("1") };
         let observing = registry.connect(&observer, &held, 3, Claim::Own).unwrap();
         observing.acknowledged(4, &held);
@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn limit_services_are_counted_apart_from_gateways_of_the_same_name() {
         let registry = Registry::default();
-        let held = Held::default();
+        let held = ConfigState::default();
         let gateway = registry.connect(&hello("1"), &held, 3, Claim::Own).unwrap();
         let role = v1::SubscriberRole::LimitService.into();
         let service = registry.connect(&v1::Hello { role, ..hello("2") }, &held, 2, Claim::Own).unwrap();

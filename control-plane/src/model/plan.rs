@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use prost_types::Timestamp;
-use weir_proto::resource::{Resource, Spec, Violation, kind_of};
+use weir_proto::resource::{EntryPattern, Resource, Spec, Violation, kind_of};
 use weir_proto::v1;
 
 use super::audit::fields;
@@ -199,47 +199,55 @@ fn missing_references(result: &Outcome<'_>, prefix: &str, step: &Step, out: &mut
     }
 }
 
-/// No two keys with one digest, no two models with one client name.
+/// A value that only one resource may have.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Unique<'a> {
+    Digest([u8; 32]),
+    ClientName(&'a str),
+    Descriptors(&'a str, &'a [EntryPattern]),
+}
+
+impl<'a> Unique<'a> {
+    fn of(stored: &'a Stored) -> Vec<Self> {
+        match &stored.checked.spec {
+            Spec::ApiKey(api_key) => api_key.digests.iter().map(|d| Self::Digest(d.sha256)).collect(),
+            Spec::Model(model) => vec![Self::ClientName(&model.client_name)],
+            Spec::DescriptorRule(rule) => vec![Self::Descriptors(&rule.domain, &rule.entries)],
+            Spec::Pool(_) | Spec::Backend(_) | Spec::Tenant(_) | Spec::Limit(_) => Vec::new(),
+        }
+    }
+
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Digest(_) => "api_key.digests",
+            Self::ClientName(_) => "model.client_name",
+            Self::Descriptors(..) => "descriptor_rule.entries",
+        }
+    }
+
+    /// What is wrong when two resources have it.
+    fn clash(self, other: &Key, key: &Key) -> String {
+        match self {
+            Self::Digest(_) => format!("{other} and {key} have the same digest"),
+            Self::ClientName(name) => format!("{other} and {key} have the same client name {name}"),
+            Self::Descriptors(..) => format!("{other} and {key} match the same descriptors"),
+        }
+    }
+}
+
+/// No two keys with one digest, no two models with one client name, no two rules with one pattern.
 fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
-    if !steps.iter().any(|(_, step)| {
-        matches!(step.resource.checked.spec, Spec::ApiKey(_) | Spec::Model(_) | Spec::DescriptorRule(_))
-    }) {
+    if steps.iter().all(|(_, step)| Unique::of(&step.resource).is_empty()) {
         return;
     }
-    let mut digests: HashMap<[u8; 32], Key> = HashMap::new();
-    let mut client_names: HashMap<String, Key> = HashMap::new();
-    let mut patterns: HashMap<_, Key> = HashMap::new();
+    let mut owners: HashMap<Unique<'_>, Key> = HashMap::new();
     for stored in result.all() {
         let key = stored.key();
-        let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
-        match &stored.checked.spec {
-            Spec::ApiKey(api_key) => {
-                for digest in &api_key.digests {
-                    if let Some(other) = digests.insert(digest.sha256, key.clone()) {
-                        out.push(Violation {
-                            path: format!("{prefix}api_key.digests"),
-                            message: format!("{other} and {key} have the same digest"),
-                        });
-                    }
-                }
-            }
-            Spec::Model(model) => {
-                if let Some(other) = client_names.insert(model.client_name.clone(), key.clone()) {
-                    out.push(Violation {
-                        path: format!("{prefix}model.client_name"),
-                        message: format!("{other} and {key} have the same client name {}", model.client_name),
-                    });
-                }
-            }
-            Spec::DescriptorRule(rule) => {
-                if let Some(other) = patterns.insert((&rule.domain, &rule.entries), key.clone()) {
-                    out.push(Violation {
-                        path: format!("{prefix}descriptor_rule.entries"),
-                        message: format!("{other} and {key} match the same descriptors"),
-                    });
-                }
-            }
-            Spec::Pool(_) | Spec::Backend(_) | Spec::Tenant(_) | Spec::Limit(_) => {}
+        for unique in Unique::of(stored) {
+            let Some(other) = owners.insert(unique, key.clone()) else { continue };
+            let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
+            let (path, message) = (format!("{prefix}{}", unique.path()), unique.clash(&other, &key));
+            out.push(Violation { path, message });
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The configuration lane: one task per gateway, one delta at a time.
+//! The configuration stream: one task per gateway, one delta at a time.
 
 mod observer;
 mod session;
@@ -8,33 +8,34 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::discovery_service_server::DiscoveryService;
-use weir_proto::v1::stream_config_request::Message as Said;
-use weir_proto::v1::stream_config_response::Message as Say;
+use weir_proto::v1::stream_config_request::Message as Up;
+use weir_proto::v1::stream_config_response::Message as Down;
 use weir_proto::v1::{self, StreamConfigRequest, StreamConfigResponse};
 
 use self::session::{Answered, Lateness, Session};
 use super::{Shared, check_about};
 use crate::auth::Caller;
+use crate::gateways::membership::OpenStream;
 use crate::gateways::registry::{Claim, Connection, Taken};
 use crate::model::Key;
-use crate::publish::{Held, Snapshot};
+use crate::publish::{ConfigState, Snapshot};
 
 /// A stream that does not say hello by then is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// A stream ends about this old, so that gateways spread over replicas and read their certificates anew.
 const AGE: Duration = Duration::from_secs(30 * 60);
-/// One delta is in flight at most, so it always finds a place; heartbeats leave one free.
+/// One delta is in flight at most, so it always finds room; heartbeats leave room for it.
 const OUTBOX: usize = 4;
-/// An initial synchronisation has its place for so long at most; most are answered within milliseconds.
-const PLACE_MAX: Duration = Duration::from_secs(3);
+/// An initial synchronisation has its permit for so long at most; most are answered within milliseconds.
+const PERMIT_MAX: Duration = Duration::from_secs(3);
 
-/// See the module.
+/// The service that gateways follow.
 #[derive(Debug, Clone)]
 pub(crate) struct Discovery(pub(crate) Shared);
 
@@ -56,7 +57,7 @@ async fn hello(inbound: &mut Streaming<StreamConfigRequest>) -> Result<v1::Hello
     let first = timeout(HELLO_TIMEOUT, inbound.message())
         .await
         .map_err(|_| Status::invalid_argument("no hello within 5 s"))??;
-    let Some(Said::Hello(hello)) = first.and_then(|request| request.message) else {
+    let Some(Up::Hello(hello)) = first.and_then(|request| request.message) else {
         return Err(Status::invalid_argument("the first message on a stream is hello"));
     };
     let about = [("region", &*hello.region), ("build", &hello.build), ("incarnation", &hello.incarnation)];
@@ -64,21 +65,21 @@ async fn hello(inbound: &mut Streaming<StreamConfigRequest>) -> Result<v1::Hello
     Ok(hello)
 }
 
-/// A place among those that take everything at once.
+/// The permit for an initial synchronisation: few gateways take everything at once.
 enum Admission {
     /// It is not needed, or not any more.
     None,
     Asked(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
-    /// Held until the first answer, or until then: who does not answer must not keep the others waiting.
+    /// ConfigState until the first answer, at most until the time given: a gateway that does not answer must not keep others waiting.
     Granted {
-        #[expect(dead_code, reason = "held, not read: dropping it gives the place to the next")]
-        place: OwnedSemaphorePermit,
+        #[expect(dead_code, reason = "held, not read: dropping it frees it for the next")]
+        permit: OwnedSemaphorePermit,
         until: Instant,
     },
 }
 
 impl Admission {
-    /// When a place that is held is given up.
+    /// When a permit that is held is given up.
     const fn ends(&self) -> Option<Instant> {
         match self {
             Self::Granted { until, .. } => Some(*until),
@@ -90,8 +91,11 @@ impl Admission {
 /// One gateway's stream.
 struct Stream {
     shared: Shared,
+    caller: Caller,
     outbox: Outbox,
     connection: Connection,
+    /// Of a gateway: it counts as there while its stream is open.
+    _member: Option<OpenStream>,
     session: Session,
     admission: Admission,
     id: String,
@@ -105,92 +109,13 @@ async fn serve(
 ) -> Result<(), Status> {
     let hello = hello(&mut inbound).await?;
     shared.authority.speaks_for(&caller, &hello.gateway_id)?;
-    let mut snapshots = shared.snapshots.clone();
-    let mut snapshot = snapshots.borrow_and_update().clone();
-    let session = Session::new(Held::of(&hello), shared.differences.clone());
     if hello.observer {
         return observer::serve(shared, caller, hello, inbound, outbox).await;
     }
-    let known = session.held.epoch == snapshot.epoch;
-    if known && session.held.revision > snapshot.revision {
-        tracing::warn!(
-            gateway = hello.gateway_id,
-            revision = session.held.revision,
-            "a gateway is ahead of this store"
-        );
-        return Err(Status::failed_precondition("this control plane is behind what the gateway holds"));
-    }
-    if !known && !session.held.versions.is_empty() {
-        shared.metrics.foreign_epochs.inc();
-        tracing::error!(
-            gateway = hello.gateway_id,
-            held_epoch = &*session.held.epoch,
-            store_epoch = &*snapshot.epoch,
-            resources = session.held.versions.len(),
-            "a gateway holds the configuration of another store; was this one replaced or lost? It takes no mass \
-             removal without allow_mass_removal"
-        );
-    }
-    // Who says it is at this revision but holds something else has yet to apply it.
-    let differs = session.held.is(&snapshot) && session.differs(&snapshot);
-    let applied = if known && !differs { session.held.revision } else { 0 };
-    let claim = Claim::of(&caller);
-    let connection = shared.registry.connect(&hello, &session.held, applied, claim).map_err(taken)?;
-    let limit_service = hello.role() == v1::SubscriberRole::LimitService;
-    let _present = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
-    let replaced = connection.replaced.clone();
-    tracing::info!(
-        gateway = hello.gateway_id,
-        caller = &*caller.name,
-        build = hello.build,
-        region = hello.region,
-        "gateway connected"
-    );
-    let admission = if session.lacks(&snapshot) {
-        let place = Arc::clone(&shared.initial_syncs).acquire_owned();
-        Admission::Asked(async move { place.await.ok() }.boxed())
-    } else {
-        Admission::None
-    };
-    let id = hello.gateway_id;
-    let mut stream = Stream { shared, outbox, connection, session, admission, id };
-    let mut heartbeat = interval(HEARTBEAT);
-    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    heartbeat.reset();
-    let ends = Instant::now() + age_limit()?;
-    loop {
-        stream.send_delta(&snapshot)?;
-        let deadline = stream.session.deadline();
-        let asked = matches!(stream.admission, Admission::Asked(_));
-        let ends_place = stream.admission.ends();
-        tokio::select! {
-            () = replaced.cancelled() => {
-                return Err(Status::aborted("another stream of this gateway took over"));
-            }
-            place = stream.place(), if asked => {
-                let place = place.ok_or_else(|| Status::unavailable("the control plane is stopping"))?;
-                stream.admission = Admission::Granted { place, until: Instant::now() + PLACE_MAX };
-            }
-            () = sleep_until(ends_place.unwrap_or_else(Instant::now)), if ends_place.is_some() => {
-                stream.admission = Admission::None;
-            }
-            said = inbound.message() => match said? {
-                None => return Ok(()),
-                Some(request) => stream.answered(request)?,
-            },
-            changed = snapshots.changed() => {
-                changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
-                snapshot = snapshots.borrow_and_update().clone();
-            }
-            _ = heartbeat.tick() => {
-                stream.shared.authority.still(&caller)?;
-                stream.heartbeat();
-            }
-            // A clean end between two deltas: the gateway comes back at once, perhaps to another replica.
-            () = sleep_until(ends), if !stream.session.is_waiting() => return Ok(()),
-            () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => stream.late()?,
-        }
-    }
+    let mut snapshots = shared.snapshots.clone();
+    let snapshot = snapshots.borrow_and_update().clone();
+    let stream = Stream::open(shared, caller, &hello, outbox, &snapshot)?;
+    stream.run(inbound, snapshots, snapshot).await
 }
 
 /// Why a stream of a gateway is not taken. It comes back by itself.
@@ -205,7 +130,7 @@ fn taken(taken: Taken) -> Status {
 fn heartbeat(outbox: &Outbox, store_revision: u64) {
     let heartbeat = v1::Heartbeat { store_revision, time: Some(SystemTime::now().into()) };
     if outbox.capacity() > 1 {
-        let response = StreamConfigResponse { message: Some(Say::Heartbeat(heartbeat)) };
+        let response = StreamConfigResponse { message: Some(Down::Heartbeat(heartbeat)) };
         let _ = outbox.try_send(Ok(response));
     }
 }
@@ -219,10 +144,108 @@ fn age_limit() -> Result<Duration, Status> {
 }
 
 impl Stream {
-    /// Waits for a place. Cancel-safe: the place in the queue is kept.
-    async fn place(&mut self) -> Option<OwnedSemaphorePermit> {
+    fn open(
+        shared: Shared,
+        caller: Caller,
+        hello: &v1::Hello,
+        outbox: Outbox,
+        snapshot: &Snapshot,
+    ) -> Result<Self, Status> {
+        let session = Session::new(ConfigState::of(hello), shared.differences.clone());
+        let known = session.config.epoch == snapshot.epoch;
+        if known && session.config.revision > snapshot.revision {
+            tracing::warn!(
+                gateway = hello.gateway_id,
+                revision = session.config.revision,
+                "a gateway is ahead of this store"
+            );
+            return Err(Status::failed_precondition("this control plane is behind what the gateway holds"));
+        }
+        if !known && !session.config.versions.is_empty() {
+            shared.metrics.foreign_epochs.inc();
+            tracing::error!(
+                gateway = hello.gateway_id,
+                held_epoch = &*session.config.epoch,
+                store_epoch = &*snapshot.epoch,
+                resources = session.config.versions.len(),
+                "a gateway holds the configuration of another store; was this one replaced or lost? It takes no mass \
+                 removal without allow_mass_removal"
+            );
+        }
+        // A gateway that names this revision and holds something else has yet to apply it.
+        let differs = session.config.is(snapshot) && session.differs(snapshot);
+        let applied = if known && !differs { session.config.revision } else { 0 };
+        let claim = Claim::of(&caller);
+        let connection = shared.registry.connect(hello, &session.config, applied, claim).map_err(taken)?;
+        let limit_service = hello.role() == v1::SubscriberRole::LimitService;
+        let member = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
+        tracing::info!(
+            gateway = hello.gateway_id,
+            caller = &*caller.name,
+            build = hello.build,
+            region = hello.region,
+            "gateway connected"
+        );
+        let admission = if session.lacks(snapshot) {
+            let permit = Arc::clone(&shared.initial_syncs).acquire_owned();
+            Admission::Asked(async move { permit.await.ok() }.boxed())
+        } else {
+            Admission::None
+        };
+        let id = hello.gateway_id.clone();
+        Ok(Self { shared, caller, outbox, connection, _member: member, session, admission, id })
+    }
+
+    async fn run(
+        mut self,
+        mut inbound: Streaming<StreamConfigRequest>,
+        mut snapshots: watch::Receiver<Snapshot>,
+        mut snapshot: Snapshot,
+    ) -> Result<(), Status> {
+        let replaced = self.connection.replaced.clone();
+        let mut heartbeat = interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeat.reset();
+        let ends = Instant::now() + age_limit()?;
+        loop {
+            self.send_delta(&snapshot)?;
+            let deadline = self.session.deadline();
+            let asked = matches!(self.admission, Admission::Asked(_));
+            let permit_ends = self.admission.ends();
+            tokio::select! {
+                () = replaced.cancelled() => {
+                    return Err(Status::aborted("another stream of this gateway took over"));
+                }
+                permit = self.permit(), if asked => {
+                    let permit = permit.ok_or_else(|| Status::unavailable("the control plane is stopping"))?;
+                    self.admission = Admission::Granted { permit, until: Instant::now() + PERMIT_MAX };
+                }
+                () = sleep_until(permit_ends.unwrap_or_else(Instant::now)), if permit_ends.is_some() => {
+                    self.admission = Admission::None;
+                }
+                message = inbound.message() => match message? {
+                    None => return Ok(()),
+                    Some(request) => self.answered(request)?,
+                },
+                changed = snapshots.changed() => {
+                    changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
+                    snapshot = snapshots.borrow_and_update().clone();
+                }
+                _ = heartbeat.tick() => {
+                    self.shared.authority.still(&self.caller)?;
+                    self.heartbeat();
+                }
+                // A clean end between two deltas: the gateway comes back at once, perhaps to another replica.
+                () = sleep_until(ends), if !self.session.is_waiting() => return Ok(()),
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => self.late()?,
+            }
+        }
+    }
+
+    /// Waits for the permit. Cancel-safe: the turn in the queue is kept.
+    async fn permit(&mut self) -> Option<OwnedSemaphorePermit> {
         match &mut self.admission {
-            Admission::Asked(place) => place.await,
+            Admission::Asked(permit) => permit.await,
             Admission::None | Admission::Granted { .. } => std::future::pending().await,
         }
     }
@@ -234,7 +257,7 @@ impl Stream {
         let Some(delta) = self.session.next(snapshot, Instant::now()) else { return Ok(()) };
         let bytes: usize = delta.upserts.iter().map(|upsert| upsert.body.len()).sum();
         self.shared.metrics.sent(delta.upserts.len(), bytes);
-        let response = StreamConfigResponse { message: Some(Say::Delta(delta)) };
+        let response = StreamConfigResponse { message: Some(Down::Delta(delta)) };
         self.outbox.try_send(Ok(response)).map_err(|_| Status::cancelled("the stream is closed"))?;
         self.connection.sent();
         Ok(())
@@ -242,17 +265,17 @@ impl Stream {
 
     fn answered(&mut self, request: StreamConfigRequest) -> Result<(), Status> {
         let (nonce, errors) = match request.message {
-            Some(Said::Ack(ack)) => (ack.nonce, Vec::new()),
-            Some(Said::Nack(nack)) if nack.errors.is_empty() => {
+            Some(Up::Ack(ack)) => (ack.nonce, Vec::new()),
+            Some(Up::Nack(nack)) if nack.errors.is_empty() => {
                 let whole = v1::ResourceError { resource: None, message: "the whole delta".into() };
                 (nack.nonce, vec![whole])
             }
-            Some(Said::Nack(nack)) => (nack.nonce, nack.errors),
-            Some(Said::Retry(_)) => {
+            Some(Up::Nack(nack)) => (nack.nonce, nack.errors),
+            Some(Up::Retry(_)) => {
                 self.session.retry();
                 return Ok(());
             }
-            Some(Said::Hello(_) | Said::Applied(_)) => {
+            Some(Up::Hello(_) | Up::Applied(_)) => {
                 return Err(Status::invalid_argument("hello is said once, and applied by observers"));
             }
             None => return Err(Status::invalid_argument("a message is needed")),
@@ -261,11 +284,11 @@ impl Stream {
             Answered::Late => return Ok(()),
             Answered::Applied(revision) => {
                 self.shared.metrics.acks.inc();
-                self.connection.acknowledged(revision, &self.session.held);
+                self.connection.acknowledged(revision, &self.session.config);
             }
             Answered::Still { errors, revision } => {
                 self.shared.metrics.acks.inc();
-                self.connection.refused(&errors, revision, &self.session.held);
+                self.connection.refused(&errors, revision, &self.session.config);
             }
             Answered::Refused { errors, revision, whole } => {
                 for error in &errors {
@@ -279,7 +302,7 @@ impl Stream {
                 if whole {
                     self.shared.metrics.refused_whole.inc();
                 }
-                self.connection.refused(&errors, revision, &self.session.held);
+                self.connection.refused(&errors, revision, &self.session.config);
             }
         }
         self.admission = Admission::None;
@@ -287,7 +310,7 @@ impl Stream {
     }
 
     fn heartbeat(&self) {
-        heartbeat(&self.outbox, self.session.held.revision);
+        heartbeat(&self.outbox, self.session.config.revision);
     }
 
     fn late(&mut self) -> Result<(), Status> {

@@ -42,9 +42,9 @@ pub(crate) struct Shared {
     pub(crate) leads: Leads,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) authority: Authority,
-    /// Places for gateways that take everything at once.
+    /// Permits for gateways that take everything at once.
     pub(crate) initial_syncs: Arc<Semaphore>,
-    /// Places for probes on demand.
+    /// Permits for probes on demand.
     pub(crate) probes: Arc<Semaphore>,
     /// Streams are tasks of their own; the end waits for them.
     pub(crate) tasks: TaskTracker,

@@ -2,13 +2,13 @@
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tonic::{Status, Streaming};
-use weir_proto::v1::stream_config_request::Message as Said;
+use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::{self, StreamConfigRequest};
 
 use super::{HEARTBEAT, Outbox, age_limit, heartbeat, taken};
 use crate::auth::Caller;
 use crate::gateways::registry::Claim;
-use crate::publish::{Held, Snapshot, versions};
+use crate::publish::{ConfigState, Snapshot, versions};
 use crate::services::Shared;
 
 /// Serves it to its end.
@@ -21,7 +21,7 @@ pub(super) async fn serve(
 ) -> Result<(), Status> {
     let mut snapshots = shared.snapshots.clone();
     let mut snapshot = snapshots.borrow_and_update().clone();
-    let mut held = Held::of(&hello);
+    let mut held = ConfigState::of(&hello);
     let applied = if held.epoch == snapshot.epoch { held.revision } else { 0 };
     let claim = Claim::of(&caller);
     let connection = shared.registry.connect(&hello, &held, applied, claim).map_err(taken)?;
@@ -45,7 +45,7 @@ pub(super) async fn serve(
             }
             said = inbound.message() => match said?.map(|said| said.message) {
                 None => return Ok(()),
-                Some(Some(Said::Applied(applied))) => {
+                Some(Some(Up::Applied(applied))) => {
                     held.epoch = applied.store_epoch.as_str().into();
                     held.revision = applied.store_revision;
                     whole = applied.errors.is_empty();
@@ -55,7 +55,7 @@ pub(super) async fn serve(
                         connection.acknowledged(revision, &held);
                     } else {
                         let hello = v1::Hello { held: applied.held, ..v1::Hello::default() };
-                        held.versions = Held::of(&hello).versions;
+                        held.versions = ConfigState::of(&hello).versions;
                         connection.refused(&applied.errors, applied.answered_revision, &held);
                     }
                 }
@@ -75,7 +75,7 @@ pub(super) async fn serve(
 }
 
 /// Who applied all of a revision holds what is in it. Says whether that was not known.
-fn share(held: &mut Held, snapshot: &Snapshot) -> bool {
+fn share(held: &mut ConfigState, snapshot: &Snapshot) -> bool {
     if !held.is(snapshot) {
         return false;
     }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use weir_proto::v1::{self, ResourceKind};
 
 use crate::model::Key;
-use crate::publish::{Differences, Held, Snapshot, mass_removal_is_meant};
+use crate::publish::{ConfigState, Differences, Snapshot, mass_removal_is_meant};
 
 /// Without an answer to a delta for so long, a gateway is stale.
 pub(super) const STALE_AFTER: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) held: Held,
+    pub(super) config: ConfigState,
     /// The epoch and revision that the gateway takes itself to be at. Ahead of what is held after a refusal, since it took
     /// the rest; it refuses whatever is older.
     at: (Arc<str>, u64),
@@ -89,11 +89,11 @@ fn named(error: &v1::ResourceError) -> Option<Key> {
 }
 
 impl Session {
-    pub(super) fn new(held: Held, differences: Differences) -> Self {
-        let at = (Arc::clone(&held.epoch), held.revision);
+    pub(super) fn new(config: ConfigState, differences: Differences) -> Self {
+        let at = (Arc::clone(&config.epoch), config.revision);
         let refusals = BTreeMap::new();
         Self {
-            held,
+            config,
             at,
             differences,
             waiting: None,
@@ -111,12 +111,12 @@ impl Session {
 
     /// Whether bodies are to be sent.
     pub(super) fn lacks(&self, snapshot: &Snapshot) -> bool {
-        !self.differences.between(&self.held, snapshot).upserts.is_empty()
+        !self.differences.between(&self.config, snapshot).upserts.is_empty()
     }
 
     /// Whether anything differs at all.
     pub(super) fn differs(&self, snapshot: &Snapshot) -> bool {
-        !self.differences.between(&self.held, snapshot).is_empty()
+        !self.differences.between(&self.config, snapshot).is_empty()
     }
 
     /// What was refused is sent again, although there is no newer snapshot.
@@ -130,8 +130,8 @@ impl Session {
         if self.waiting.is_some() {
             return None;
         }
-        self.held.share(snapshot);
-        let difference = self.differences.between(&self.held, snapshot);
+        self.config.share(snapshot);
+        let difference = self.differences.between(&self.config, snapshot);
         let refused = self.refused.filter(|refused| refused.revision == snapshot.revision);
         if refused.is_some_and(|refused| refused.whole) {
             return None;
@@ -151,7 +151,7 @@ impl Session {
             (Vec::new(), removals)
         } else if difference.upserts.is_empty() {
             // Of what it holds and does not use nothing is to be sent: it is asked what it says of that now.
-            if difference.removals.is_empty() && self.held.is(snapshot) && !self.retry {
+            if difference.removals.is_empty() && self.config.is(snapshot) && !self.retry {
                 return None;
             }
             (Vec::new(), difference.removals.clone())
@@ -173,7 +173,7 @@ impl Session {
             nonce: self.nonce,
             store_epoch: snapshot.epoch.to_string(),
             store_revision,
-            allow_mass_removal: mass_removal_is_meant(snapshot, &self.held),
+            allow_mass_removal: mass_removal_is_meant(snapshot, &self.config),
             upserts,
             removals: removals.iter().map(Key::to_ref).collect(),
             target_revision: snapshot.revision,
@@ -204,22 +204,22 @@ impl Session {
         }
         if errors.is_empty() {
             let refused: Vec<Key> = self.refusals.keys().cloned().collect();
-            self.held.apply(&delta, &refused);
+            self.config.apply(&delta, &refused);
             if !refused.is_empty() {
                 return Answered::Still { errors: self.refusals.values().cloned().collect(), revision };
             }
-            self.held.share(&snapshot);
-            self.due.retain(|key| self.held.versions.contains_key(key));
+            self.config.share(&snapshot);
+            self.due.retain(|key| self.config.versions.contains_key(key));
             if !delta.upserts.is_empty() {
                 self.refused = None;
-                self.due = self.differences.between(&self.held, &snapshot).removals.clone();
+                self.due = self.differences.between(&self.config, &snapshot).removals.clone();
             }
-            return Answered::Applied(self.held.revision);
+            return Answered::Applied(self.config.revision);
         }
         let whole = keys.is_none();
         let serving = match keys {
             Some(keys) => {
-                self.held.apply(&delta, &keys);
+                self.config.apply(&delta, &keys);
                 keys.iter().any(|key| is_serving(key.kind))
             }
             None => true,

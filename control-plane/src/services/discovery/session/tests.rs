@@ -20,7 +20,7 @@ fn cluster(backends: &[&str]) -> Vec<v1::Resource> {
 }
 
 fn session() -> Session {
-    Session::new(Held::default(), Differences::default())
+    Session::new(ConfigState::default(), Differences::default())
 }
 
 /// A session that has applied a snapshot.
@@ -29,7 +29,7 @@ fn synced(snapshot: &Snapshot) -> Session {
     while let Some(delta) = session.next(snapshot, Instant::now()) {
         session.answered(delta.nonce, vec![]);
     }
-    assert!(session.held.is(snapshot));
+    assert!(session.config.is(snapshot));
     session
 }
 
@@ -125,7 +125,7 @@ async fn after_a_refusal_what_is_gone_goes_at_the_revision_of_the_rest() {
         let still = session.answered(third.nonce, vec![]);
         let errors = vec![error(ResourceKind::Tenant, "refused")];
         assert_eq!(still, Answered::Still { errors, revision: 6 }, "it is shown until it is put right");
-        assert!(!session.held.is(&next), "{epoch}");
+        assert!(!session.config.is(&next), "{epoch}");
         let right = of(7, &["u", "v"]);
         let last = session.next(&right, Instant::now()).unwrap();
         assert_eq!((removals(&last), last.store_revision), (vec![], 7), "{epoch}");
@@ -142,7 +142,7 @@ async fn a_delta_refused_whole_is_not_sent_again_and_applies_nothing() {
     assert_eq!((delta.removals.len(), delta.allow_mass_removal), (5, false));
     let whole = v1::ResourceError { resource: None, message: "mass removal".into() };
     assert!(matches!(session.answered(delta.nonce, vec![whole]), Answered::Refused { whole: true, .. }));
-    assert_eq!(session.held.versions, *crate::publish::versions(&old, v1::SubscriberRole::Gateway));
+    assert_eq!(session.config.versions, *crate::publish::versions(&old, v1::SubscriberRole::Gateway));
     assert_eq!(session.next(&empty, Instant::now()), None);
     let allowed = Arc::new(State { revision: 10, allowed: 10, ..State::clone(&empty) });
     assert!(session.next(&allowed, Instant::now()).unwrap().allow_mass_removal);
