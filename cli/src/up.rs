@@ -4,12 +4,14 @@
 //! and one limiter they share. Only the processes are missing.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use mock_llm::Server as Mock;
 use tokio_util::sync::CancellationToken;
-use weir_control_plane::{Config as ControlPlaneConfig, ControlPlane, StoreConfig};
+use weir_control_plane::{
+    Config as ControlPlaneConfig, ControlPlane, Handle as ControlPlaneHandle, StoreConfig,
+};
 use weir_gateway::config::Config as GatewayConfig;
 use weir_gateway::credentials::CredentialSources;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
@@ -32,6 +34,7 @@ const REGIONS: [(&str, &str, f64); 3] =
 const KEY_NAME: &str = "first-look";
 /// Every gateway holds the configuration within this, or the start has failed.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Where everything is.
 #[derive(Debug)]
 struct Started {
@@ -53,72 +56,17 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     let end = shutdown.clone().drop_guard();
 
     let resources = resources(args, &shutdown).await?;
-    let zero = args.listen.port() == 0;
-    let beside = |port: u16| SocketAddr::new(args.listen.ip(), if zero { 0 } else { port });
-    // Admin and operations stay on loopback wherever clients are served: a first look must not open them.
-    let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], if zero { 0 } else { port }));
-    let store = match &args.data_dir {
-        Some(directory) => StoreConfig::File(directory.join("weir.redb")),
-        None => StoreConfig::Memory,
-    };
-    let config = ControlPlaneConfig {
-        listen: local(7070),
-        http_listen: local(7080),
-        store,
-        bootstrap: resources.clone(),
-        allow_backend_cidr: args.allow_backend_cidr.clone(),
-        ..ControlPlaneConfig::default()
-    };
+    let config = control_plane_config(args, resources.clone());
     // The gateways drain first and the control plane ends last.
     let gateways_ended = CancellationToken::new();
     let control_plane = ControlPlane::start(config, gateways_ended.clone())
         .await
         .map_err(|e| Error::Start { code: e.exit_code(), reason: e.to_string() })?;
     let gateways_guard = gateways_ended.drop_guard();
-    let limiter = match &args.redis {
-        None => AnyLimiter::from(MemoryLimiter::new()),
-        Some(url) => {
-            AnyLimiter::from(RedisLimiter::connect(url, RedisOptions::default()).await.map_err(|e| {
-                let reason = format!("--redis: {e}; start it (redis-server), or leave --redis out");
-                Error::Start { code: weir_runtime::exit::UNAVAILABLE, reason }
-            })?)
-        }
-    };
+    let limiter = limiter(args).await?;
     let mut running = Vec::new();
     for k in 0..args.gateways {
-        let config = GatewayConfig {
-            listen: beside(args.listen.port().saturating_add(k)),
-            ops_listen: local(9100 + k),
-            ops_token_file: None,
-            // One token opens everything of this process.
-            ops_token: Some(control_plane.admin_token.clone()),
-            ops_allowed_hosts: Vec::new(),
-            control_plane: format!("http://{}", control_plane.grpc_addr),
-            control_plane_ca: None,
-            control_plane_cert: None,
-            control_plane_key: None,
-            gateway_token_file: None,
-            gateway_token: Some(control_plane.admin_token.clone()),
-            redis: None,
-            cold_start: Default::default(),
-            data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
-            credentials: CredentialSources {
-                // The store, and the copies of the other gateways.
-                never: args.data_dir.iter().cloned().collect(),
-                ..args.credentials.clone()
-            },
-            id: Some(format!("gateway-{k}")),
-            region: String::new(),
-            allow_backend_cidr: args.allow_backend_cidr.clone(),
-            max_connections: 10_000,
-            max_connections_per_address: None,
-            body_memory_mib: 1024,
-            tls_cert: None,
-            tls_key: None,
-            pre_stop_s: 0,
-            drain_s: 600,
-            log: args.log.clone(),
-        };
+        let config = gateway_config(args, &control_plane, k);
         let gateway =
             weir_gateway::start(config, Some(limiter.clone()), shutdown.clone(), force.clone()).await;
         running.push(
@@ -154,6 +102,76 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         Ok(Err(error)) => Err(Error::Start { code: error.exit_code(), reason: error.to_string() }),
         Err(error) => Err(Error::Start { code: weir_runtime::exit::FAILED, reason: error.to_string() }),
     }
+}
+
+/// An address of the operator's choice; every port is free to choose when that of the first gateway is.
+fn address(args: &UpArgs, ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip, if args.listen.port() == 0 { 0 } else { port })
+}
+
+/// Admin and operations stay on loopback wherever clients are served: a first look must not open them.
+fn local(args: &UpArgs, port: u16) -> SocketAddr {
+    address(args, IpAddr::from([127, 0, 0, 1]), port)
+}
+
+fn control_plane_config(args: &UpArgs, bootstrap: Vec<v1::Resource>) -> ControlPlaneConfig {
+    let store = match &args.data_dir {
+        Some(directory) => StoreConfig::File(directory.join("weir.redb")),
+        None => StoreConfig::Memory,
+    };
+    ControlPlaneConfig {
+        listen: local(args, 7070),
+        http_listen: local(args, 7080),
+        store,
+        bootstrap,
+        allow_backend_cidr: args.allow_backend_cidr.clone(),
+        ..ControlPlaneConfig::default()
+    }
+}
+
+fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> GatewayConfig {
+    GatewayConfig {
+        listen: address(args, args.listen.ip(), args.listen.port().saturating_add(k)),
+        ops_listen: local(args, 9100 + k),
+        ops_token_file: None,
+        // One token opens everything of this process.
+        ops_token: Some(control_plane.admin_token.clone()),
+        ops_allowed_hosts: Vec::new(),
+        control_plane: format!("http://{}", control_plane.grpc_addr),
+        control_plane_ca: None,
+        control_plane_cert: None,
+        control_plane_key: None,
+        gateway_token_file: None,
+        gateway_token: Some(control_plane.admin_token.clone()),
+        redis: None,
+        cold_start: Default::default(),
+        data_dir: args.data_dir.as_ref().map(|d| d.join(format!("gateway-{k}"))),
+        credentials: CredentialSources {
+            // The store, and the copies of the other gateways.
+            never: args.data_dir.iter().cloned().collect(),
+            ..args.credentials.clone()
+        },
+        id: Some(format!("gateway-{k}")),
+        region: String::new(),
+        allow_backend_cidr: args.allow_backend_cidr.clone(),
+        max_connections: 10_000,
+        max_connections_per_address: None,
+        body_memory_mib: 1024,
+        tls_cert: None,
+        tls_key: None,
+        pre_stop_s: 0,
+        drain_s: 600,
+        log: args.log.clone(),
+    }
+}
+
+async fn limiter(args: &UpArgs) -> Result<AnyLimiter, Error> {
+    let Some(url) = &args.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
+    let redis = RedisLimiter::connect(url, RedisOptions::default()).await.map_err(|e| {
+        let reason = format!("--redis: {e}; start it (redis-server), or leave --redis out");
+        Error::Start { code: weir_runtime::exit::UNAVAILABLE, reason }
+    })?;
+    Ok(AnyLimiter::from(redis))
 }
 
 /// The operator's resources, or the example in front of three simulated regions that are started here.

@@ -29,5 +29,5 @@ pub mod store;
 mod tls;
 mod verdicts;
 
-pub use server::{Config, ControlPlane, Error, Running, StoreConfig};
+pub use server::{Config, ControlPlane, Error, Handle, StoreConfig};
 pub use tls::TlsConfig;

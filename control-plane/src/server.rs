@@ -75,9 +75,9 @@ const HEALTH_NAMES: [&str; 4] =
 #[derive(Debug)]
 pub struct ControlPlane;
 
-/// A control plane that serves.
+/// A control plane that serves: where it listens, and when it has ended.
 #[derive(Debug)]
-pub struct Running {
+pub struct Handle {
     /// Where admin, discovery and report services listen.
     pub grpc_addr: SocketAddr,
     /// Where the live page is, and `/livez`, `/readyz` and `/metrics`.
@@ -90,7 +90,7 @@ pub struct Running {
 
 impl ControlPlane {
     /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
-    pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Running, Error> {
+    pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Handle, Error> {
         let admin_token = config.check()?;
         let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(Error::Config)?;
         let hosts = AllowedHosts::new(&config.ops_allowed_hosts)
@@ -158,7 +158,7 @@ impl ControlPlane {
         undo.disarm();
         let loopback = grpc_addr.ip().is_loopback();
         let serving = Serving { shared, feed, tls, loopback, grpc, http, hosts, follow_stop };
-        Ok(Running { grpc_addr, http_addr, admin_token, join: tokio::spawn(serving.run()) })
+        Ok(Handle { grpc_addr, http_addr, admin_token, join: tokio::spawn(serving.run()) })
     }
 }
 

@@ -8,10 +8,11 @@ use hyper::{Method, Request, Response};
 use serde_json::json;
 
 use crate::body::Body;
+use crate::error::ApiError;
 use crate::faults::Faults;
 use crate::generate::read;
 use crate::handle::{Handle, Shared};
-use crate::openai::ApiError;
+use crate::openai::error_response;
 
 /// Largest body of `POST /admin/faults`.
 const FAULTS_BYTES_MAX: usize = 64 * 1024;
@@ -58,7 +59,7 @@ pub(crate) async fn answer(
 
 /// 405 with the methods that would do.
 pub(crate) fn wrong_method(allowed: &'static str) -> Response<Body> {
-    let mut response = ApiError::WrongMethod.response();
+    let mut response = error_response(&ApiError::WrongMethod);
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     response
 }

@@ -160,6 +160,14 @@ pub(crate) struct Interrupt {
     pub(crate) action: Action,
 }
 
+/// What comes next of an answer.
+enum Next {
+    Bytes(Bytes),
+    /// Nothing yet: a part has ended, or a token is not due.
+    Later,
+    End,
+}
+
 /// An answer being played.
 pub(crate) struct Generation {
     parts: VecDeque<Part>,
@@ -275,43 +283,12 @@ impl Generation {
                 Some(interrupt) => interrupt.after_tokens - self.sent_tokens,
                 None => u64::MAX,
             };
-            let bytes = match self.parts.front_mut() {
-                None => {
+            let bytes = match self.next_bytes(before_interrupt) {
+                Next::Bytes(bytes) => bytes,
+                Next::Later => continue,
+                Next::End => {
                     self.end();
                     return Poll::Ready(None);
-                }
-                Some(Part::Tokens { left: 0, .. } | Part::Text { left: 0, .. }) => {
-                    self.parts.pop_front();
-                    continue;
-                }
-                Some(Part::Bytes(bytes)) => {
-                    let bytes = std::mem::take(bytes);
-                    self.parts.pop_front();
-                    bytes
-                }
-                Some(Part::Text { frames, left }) => {
-                    let (bytes, taken) = frames.take(*left);
-                    *left -= taken;
-                    bytes
-                }
-                Some(Part::Tokens { frames, left }) => {
-                    let count = if self.pace.has_token_delay() {
-                        if Instant::now() < self.due {
-                            self.sleep = Some(Box::pin(sleep_until(self.due)));
-                            continue;
-                        }
-                        self.due += self.pace.next_token();
-                        1
-                    } else {
-                        before_interrupt
-                    };
-                    let (bytes, taken) = frames.take(count.min(*left));
-                    *left -= taken;
-                    self.sent_tokens += taken;
-                    if let Some(active) = self.active.as_mut() {
-                        active.sent(taken);
-                    }
-                    bytes
                 }
             };
             if self.parts.is_empty() {
@@ -320,6 +297,46 @@ impl Generation {
             }
             if !bytes.is_empty() {
                 return Poll::Ready(Some(Ok(bytes)));
+            }
+        }
+    }
+
+    /// The bytes that are due of the next part, with at most as many tokens as come before the next interrupt.
+    fn next_bytes(&mut self, before_interrupt: u64) -> Next {
+        match self.parts.front_mut() {
+            None => Next::End,
+            Some(Part::Tokens { left: 0, .. } | Part::Text { left: 0, .. }) => {
+                self.parts.pop_front();
+                Next::Later
+            }
+            Some(Part::Bytes(bytes)) => {
+                let bytes = std::mem::take(bytes);
+                self.parts.pop_front();
+                Next::Bytes(bytes)
+            }
+            Some(Part::Text { frames, left }) => {
+                let (bytes, taken) = frames.take(*left);
+                *left -= taken;
+                Next::Bytes(bytes)
+            }
+            Some(Part::Tokens { frames, left }) => {
+                let count = if self.pace.has_token_delay() {
+                    if Instant::now() < self.due {
+                        self.sleep = Some(Box::pin(sleep_until(self.due)));
+                        return Next::Later;
+                    }
+                    self.due += self.pace.next_token();
+                    1
+                } else {
+                    before_interrupt
+                };
+                let (bytes, taken) = frames.take(count.min(*left));
+                *left -= taken;
+                self.sent_tokens += taken;
+                if let Some(active) = self.active.as_mut() {
+                    active.sent(taken);
+                }
+                Next::Bytes(bytes)
             }
         }
     }

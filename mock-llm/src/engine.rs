@@ -11,9 +11,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::error::ApiError;
 use crate::handle::Shared;
 use crate::metrics::ModelMetrics;
-use crate::openai::ApiError;
 use crate::rng::Rng;
 
 /// Longest single delay; what a tiny rate and a huge prompt would ask for beyond it is cut off.

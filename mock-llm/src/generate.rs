@@ -1,5 +1,6 @@
 //! Life of a request that costs tokens: faults that come first, checks, a slot, then the answer.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime};
@@ -12,14 +13,15 @@ use hyper::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderVa
 use hyper::{Response, Version};
 use tokio::time::{Instant, sleep};
 
-use crate::body::{Action, Body, Generation, Interrupt};
+use crate::body::{Action, Body, Generation, Interrupt, Part};
 use crate::chat::{Answer, DONE, Usage};
 use crate::config::{CHUNK_BYTES_MAX, OUTPUT_TOKENS_MAX};
 use crate::connection::Control;
 use crate::engine::{Active, Load, Pace};
+use crate::error::ApiError;
 use crate::faults::{Drawn, ErrorStatus, GarbageAt, HangAt};
 use crate::handle::Shared;
-use crate::openai::{ApiError, Endpoint, REQUEST_BYTES_MAX, Request};
+use crate::openai::{Endpoint, REQUEST_BYTES_MAX, Request};
 use crate::rng::Rng;
 
 /// Body of a 200 that is neither UTF-8 nor JSON nor an event stream.
@@ -55,7 +57,8 @@ pub(crate) async fn generate(
         return Err(ApiError::Invalid { param: "model", message });
     }
     let measured = request.measured(endpoint)?;
-    let answer = answer(shared, endpoint, &request, &head.headers, &drawn, measured.tokens(), id)?;
+    let asked = Asked { shared, endpoint, request: &request, headers: &head.headers, drawn: &drawn };
+    let answer = asked.answer(measured.tokens(), id)?;
     let embedding = embedding(shared, &request)?;
 
     let output_tokens = if endpoint == Endpoint::Embeddings { 0 } else { answer.output_tokens() };
@@ -70,15 +73,7 @@ pub(crate) async fn generate(
         return Ok(garbage);
     }
     let mut pace = Pace::new(&shared.config, answer.prompt_tokens, answer.choices, drawn.slow_factor, rng);
-    let parts = match (endpoint, streams) {
-        (Endpoint::Chat | Endpoint::Completions, true) => answer.stream(),
-        (Endpoint::Chat | Endpoint::Completions, false) => answer.whole(),
-        (Endpoint::Responses, true) => answer.stream_response(),
-        (Endpoint::Responses, false) => answer.whole_response(),
-        (Endpoint::Embeddings, _) => {
-            answer.embeddings(measured.items, embedding.dimensions, embedding.base64)
-        }
-    };
+    let parts = asked.parts(&answer, measured.items, &embedding, streams);
     if !streams {
         let whole = pace.whole(output_tokens);
         if !whole.is_zero() {
@@ -93,13 +88,17 @@ pub(crate) async fn generate(
     let interrupts = interrupts(&drawn, &answer, output_tokens, streams);
     let control = if version == Version::HTTP_2 { Arc::default() } else { Arc::clone(control) };
     let generation = Generation::new(active, parts, interrupts, pace, Arc::clone(shared), control);
-    Ok(if streams {
-        let mut response = ok("text/event-stream; charset=utf-8", Body::Generation(Box::new(generation)));
-        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        response
-    } else {
-        ok("application/json", Body::Generation(Box::new(generation.with_known_length())))
-    })
+    Ok(if streams { stream_of(generation) } else { whole(generation) })
+}
+
+fn stream_of(generation: Generation) -> Response<Body> {
+    let mut response = ok("text/event-stream; charset=utf-8", Body::Generation(Box::new(generation)));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
+}
+
+fn whole(generation: Generation) -> Response<Body> {
+    ok("application/json", Body::Generation(Box::new(generation.with_known_length())))
 }
 
 /// The whole body, refused as soon as it is known to be larger than `bytes_max`.
@@ -114,48 +113,69 @@ pub(crate) async fn read(body: Incoming, bytes_max: usize) -> Result<Bytes, ApiE
     }
 }
 
-fn answer(
-    shared: &Shared,
+/// A request, and the faults that were drawn for it.
+struct Asked<'a> {
+    shared: &'a Shared,
     endpoint: Endpoint,
-    request: &Request,
-    headers: &HeaderMap,
-    drawn: &Drawn,
-    prompt_tokens: u64,
-    id: String,
-) -> Result<Answer, ApiError> {
-    let config = &shared.config;
-    let asked = header_number(headers, "x-mock-output-tokens", 1, OUTPUT_TOKENS_MAX)?;
-    let chunk_bytes = header_number(headers, "x-mock-chunk-bytes", 0, CHUNK_BYTES_MAX as u64)?;
-    let tokens_max = request.tokens_max()?.unwrap_or(u64::MAX);
-    let tokens = asked.unwrap_or(config.output_tokens.min(tokens_max));
-    let choices = if endpoint == Endpoint::Responses { 1 } else { request.choices()? };
-    let prefix = match endpoint {
-        Endpoint::Chat => "chatcmpl-",
-        Endpoint::Completions => "cmpl-",
-        Endpoint::Embeddings => "embd-",
-        Endpoint::Responses => "resp_",
-    };
-    // A streamed chat tells usage only when asked; everything else always does.
-    let asks_usage = !request.streams() || endpoint == Endpoint::Responses || request.include_usage();
-    let usage = match (drawn.no_usage, drawn.usage_on_last_choice) {
-        (true, _) => Usage::Nowhere,
-        (false, true) => Usage::LastChoice,
-        (false, false) if asks_usage => Usage::OwnChunk,
-        (false, false) => Usage::Nowhere,
-    };
-    Ok(Answer {
-        endpoint,
-        id: format!("{prefix}{id}"),
-        created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs(),
-        model: drawn.wrong_model_name.clone().unwrap_or_else(|| request.model.clone()),
-        choices,
-        tokens,
-        prompt_tokens,
-        finish_reason: if asked.is_none() && tokens == tokens_max { "length" } else { "stop" },
-        chunk_bytes: chunk_bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(config.chunk_bytes),
-        usage,
-        done: !drawn.no_done,
-    })
+    request: &'a Request,
+    headers: &'a HeaderMap,
+    drawn: &'a Drawn,
+}
+
+impl Asked<'_> {
+    /// What is to be answered.
+    fn answer(&self, prompt_tokens: u64, id: String) -> Result<Answer, ApiError> {
+        let config = &self.shared.config;
+        let asked = header_number(self.headers, "x-mock-output-tokens", 1, OUTPUT_TOKENS_MAX)?;
+        let chunk_bytes = header_number(self.headers, "x-mock-chunk-bytes", 0, CHUNK_BYTES_MAX as u64)?;
+        let tokens_max = self.request.tokens_max()?.unwrap_or(u64::MAX);
+        let tokens = asked.unwrap_or(config.output_tokens.min(tokens_max));
+        let choices = if self.endpoint == Endpoint::Responses { 1 } else { self.request.choices()? };
+        let prefix = match self.endpoint {
+            Endpoint::Chat => "chatcmpl-",
+            Endpoint::Completions => "cmpl-",
+            Endpoint::Embeddings => "embd-",
+            Endpoint::Responses => "resp_",
+        };
+        // A streamed chat tells usage only when asked; everything else always does.
+        let asks_usage =
+            !self.request.streams() || self.endpoint == Endpoint::Responses || self.request.include_usage();
+        let usage = match (self.drawn.no_usage, self.drawn.usage_on_last_choice) {
+            (true, _) => Usage::Nowhere,
+            (false, true) => Usage::LastChoice,
+            (false, false) if asks_usage => Usage::OwnChunk,
+            (false, false) => Usage::Nowhere,
+        };
+        Ok(Answer {
+            endpoint: self.endpoint,
+            id: format!("{prefix}{id}"),
+            created: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or(Duration::ZERO)
+                .as_secs(),
+            model: self.drawn.wrong_model_name.clone().unwrap_or_else(|| self.request.model.clone()),
+            choices,
+            tokens,
+            prompt_tokens,
+            finish_reason: if asked.is_none() && tokens == tokens_max { "length" } else { "stop" },
+            chunk_bytes: chunk_bytes
+                .and_then(|bytes| usize::try_from(bytes).ok())
+                .unwrap_or(config.chunk_bytes),
+            usage,
+            done: !self.drawn.no_done,
+        })
+    }
+
+    /// The answer in the form of the endpoint.
+    fn parts(&self, answer: &Answer, inputs: usize, embedding: &Embedding, streams: bool) -> VecDeque<Part> {
+        match (self.endpoint, streams) {
+            (Endpoint::Chat | Endpoint::Completions, true) => answer.stream(),
+            (Endpoint::Chat | Endpoint::Completions, false) => answer.whole(),
+            (Endpoint::Responses, true) => answer.stream_response(),
+            (Endpoint::Responses, false) => answer.whole_response(),
+            (Endpoint::Embeddings, _) => answer.embeddings(inputs, embedding.dimensions, embedding.base64),
+        }
+    }
 }
 
 /// How embeddings are asked for.

@@ -30,6 +30,7 @@ mod chat;
 mod config;
 mod connection;
 mod engine;
+mod error;
 mod faults;
 mod generate;
 mod handle;

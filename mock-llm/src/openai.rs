@@ -1,12 +1,11 @@
 //! The part of OpenAI's API that all endpoints share: what is read of a request, and the shape of errors.
 
+use hyper::Response;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
-use hyper::{Response, StatusCode};
 use serde::Deserialize;
-use serde_json::json;
 
 use crate::body::Body;
-use crate::faults::ErrorStatus;
+use crate::error::ApiError;
 use crate::text::{Kind, Measured};
 
 /// Largest request body; larger is answered 413.
@@ -15,9 +14,6 @@ pub(crate) const REQUEST_BYTES_MAX: usize = 32 * 1024 * 1024;
 const CHOICES_MAX: u32 = 128;
 /// Most inputs of one embedding request, as at OpenAI.
 const EMBEDDING_INPUTS_MAX: usize = 2048;
-/// What a client is told to wait when the queue is full.
-const RETRY_AFTER_S: u32 = 1;
-
 /// The endpoints that cost tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Endpoint {
@@ -115,97 +111,13 @@ impl Request {
     }
 }
 
-/// Every answer that is not the one asked for.
-#[derive(Clone, Debug)]
-pub(crate) enum ApiError {
-    BadJson(String),
-    Invalid { param: &'static str, message: &'static str },
-    InvalidFaults(String),
-    BodyTooLarge,
-    BodyIncomplete,
-    UnknownModel(String),
-    UnknownPath,
-    WrongMethod,
-    QueueFull,
-    Loading,
-    Fault(ErrorStatus),
-}
-
-impl ApiError {
-    pub(crate) fn status(&self) -> StatusCode {
-        match self {
-            Self::BadJson(_) | Self::Invalid { .. } | Self::InvalidFaults(_) | Self::BodyIncomplete => {
-                StatusCode::BAD_REQUEST
-            }
-            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::UnknownModel(_) | Self::UnknownPath => StatusCode::NOT_FOUND,
-            Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
-            Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
-            Self::Loading => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Fault(fault) => {
-                StatusCode::from_u16(fault.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-            }
-        }
+/// The answer that tells a client about an error.
+pub(crate) fn error_response(error: &ApiError) -> Response<Body> {
+    let mut response = Response::new(Body::full(error.json()));
+    *response.status_mut() = error.status();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(seconds) = error.retry_after_s() {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
-
-    /// Message, `param` and `code` of OpenAI's error object.
-    fn texts(&self) -> (String, Option<&'static str>, Option<&'static str>) {
-        match self {
-            Self::BadJson(why) => (format!("could not parse the JSON body: {why}"), None, None),
-            Self::Invalid { param, message } => {
-                (format!("{param} {message}"), Some(param), Some("invalid_value"))
-            }
-            Self::InvalidFaults(why) => (why.clone(), None, Some("invalid_value")),
-            Self::BodyTooLarge => {
-                ("request body is larger than 32 MiB".to_owned(), None, Some("body_too_large"))
-            }
-            Self::BodyIncomplete => ("request body ended early".to_owned(), None, None),
-            Self::UnknownModel(model) => {
-                (format!("the model `{model}` does not exist"), Some("model"), Some("model_not_found"))
-            }
-            Self::UnknownPath => ("unknown path".to_owned(), None, Some("unknown_url")),
-            Self::WrongMethod => ("method not allowed".to_owned(), None, Some("method_not_allowed")),
-            Self::QueueFull => ("the request queue is full".to_owned(), None, Some("rate_limit_exceeded")),
-            Self::Loading => ("the model is loading".to_owned(), None, Some("model_loading")),
-            Self::Fault(_) => ("simulated error".to_owned(), None, Some("simulated_error")),
-        }
-    }
-
-    fn retry_after_s(&self) -> Option<u32> {
-        match self {
-            Self::QueueFull | Self::Loading => Some(RETRY_AFTER_S),
-            Self::Fault(fault) => fault.retry_after_s,
-            Self::BadJson(_)
-            | Self::Invalid { .. }
-            | Self::InvalidFaults(_)
-            | Self::BodyTooLarge
-            | Self::BodyIncomplete
-            | Self::UnknownModel(_)
-            | Self::UnknownPath
-            | Self::WrongMethod => None,
-        }
-    }
-
-    /// OpenAI's error object, as it also appears inside streams.
-    pub(crate) fn json(&self) -> String {
-        let (message, param, code) = self.texts();
-        let kind = match self.status() {
-            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            StatusCode::UNAUTHORIZED => "authentication_error",
-            StatusCode::FORBIDDEN => "permission_error",
-            status if status.is_server_error() => "server_error",
-            _ => "invalid_request_error",
-        };
-        json!({ "error": { "message": message, "type": kind, "param": param, "code": code } }).to_string()
-    }
-
-    pub(crate) fn response(&self) -> Response<Body> {
-        let mut response = Response::new(Body::full(self.json()));
-        *response.status_mut() = self.status();
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Some(seconds) = self.retry_after_s() {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        response
-    }
+    response
 }

@@ -24,10 +24,11 @@ use crate::admin;
 use crate::body::Body;
 use crate::config::Config;
 use crate::connection::{Connection, Control};
+use crate::error::ApiError;
 use crate::faults::HangAt;
 use crate::generate::generate;
 use crate::handle::{Handle, Shared};
-use crate::openai::{ApiError, Endpoint};
+use crate::openai::{Endpoint, error_response};
 use crate::rng::Rng;
 
 /// Longest time for a request head. It also ends idle connections, so it is longer than clients keep them.
@@ -207,7 +208,7 @@ async fn respond(
         Some(_) => Ok(admin::wrong_method("POST")),
         None => admin::answer(shared, request).await,
     };
-    let mut response = answer.unwrap_or_else(|error: ApiError| error.response());
+    let mut response = answer.unwrap_or_else(|error: ApiError| error_response(&error));
     let headers = response.headers_mut();
     if let Some(id) = request_id {
         headers.insert(REQUEST_ID, id);

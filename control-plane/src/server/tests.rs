@@ -42,7 +42,7 @@ impl Interceptor for Bearer {
 type Client = InterceptedService<Channel, Bearer>;
 
 struct Plane {
-    running: Running,
+    running: Handle,
     shutdown: CancellationToken,
 }
 

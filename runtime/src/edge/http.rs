@@ -212,6 +212,17 @@ async fn http1<I: Transport>(
     let parts = driver.into_parts();
     let unread = !parts.read_buf.is_empty();
     let mut framed = parts.io.into_inner();
+    finish(&mut framed, &connection, end, unread, refuse).await;
+}
+
+/// Tells the client why the connection ends, where that is its doing, and closes.
+async fn finish<I: Transport>(
+    framed: &mut Framed<I>,
+    connection: &Connection,
+    end: End,
+    unread: bool,
+    refuse: Refuse,
+) {
     let refusal = match (end, framed.violation()) {
         (End::Malformed, Some(violation)) => Some(violation),
         (End::Cut(Cut::Head), _) if framed.is_in_head() => {
@@ -228,7 +239,7 @@ async fn http1<I: Transport>(
         }
     }
     let is_sending = framed.is_sending(unread);
-    linger(framed.io(), &connection, is_sending).await;
+    linger(framed.io(), connection, is_sending).await;
 }
 
 fn in_full(violation: Violation, refusal: Refusal) -> String {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use weir_proto::etcd::{RequestOp, TxnRequest, request_op};
+use weir_runtime::Backoff;
 
 use super::layout::{self, Tip};
 use super::{Inner, one};
@@ -16,8 +17,9 @@ use crate::store::{Compare, Error, Transaction, Write};
 
 /// Tries against other writers.
 const TRIES: u32 = 64;
-/// Longest pause between two of them; each is drawn.
-const PAUSE: Duration = Duration::from_millis(20);
+/// First and longest pause between two of them; each is drawn.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(20);
 /// Operations of one level: three levels stay below etcd's bound.
 const WIDTH: usize = 40;
 /// Most operations of a transaction.
@@ -51,7 +53,8 @@ impl Inner {
             return Err(Error::TooLarge);
         }
         let mut slot = self.known.lock().await;
-        for attempt in 0..TRIES {
+        let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        for _ in 0..TRIES {
             // What is remembered can be behind, so that only what is read now says that there is a conflict.
             let before = match slot.take().filter(|known| known.fits(&compares)) {
                 Some(known) => known,
@@ -81,8 +84,7 @@ impl Inner {
             if done.unsure && self.was_made(revision, &id).await? {
                 return Ok(revision);
             }
-            let pause = PAUSE.min(Duration::from_millis(u64::from(attempt) + 1));
-            tokio::time::sleep(pause.mul_f64(weir_runtime::random_unit())).await;
+            tokio::time::sleep(backoff.next_pause()).await;
         }
         Err(Error::Failed("too many others write at once; try again".into()))
     }

@@ -216,6 +216,67 @@ impl HealthProfile {
     }
 }
 
+impl Ejection {
+    fn judge(wire: Option<&v1::Ejection>, check: &mut Check) -> Self {
+        let e = wire.copied().unwrap_or_default();
+        Self {
+            consecutive_failures: check.range(
+                "ejection.consecutive_failures",
+                or(e.consecutive_failures, 3),
+                1,
+                1000,
+            ),
+            base_duration: check.duration("ejection.base_duration", e.base_duration.as_ref(), secs(5), DAY),
+            max_duration: check.duration("ejection.max_duration", e.max_duration.as_ref(), secs(300), DAY),
+            max_ejected_percent: check.range(
+                "ejection.max_ejected_percent",
+                or(e.max_ejected_percent, 50),
+                1,
+                100,
+            ),
+            failure_percent: check.range("ejection.failure_percent", or(e.failure_percent, 50), 1, 100),
+            failure_min_requests: check.range(
+                "ejection.failure_min_requests",
+                or(e.failure_min_requests, 10),
+                1,
+                100_000,
+            ),
+        }
+    }
+}
+
+impl RetryBudget {
+    fn judge(wire: Option<&v1::RetryBudget>, check: &mut Check) -> Self {
+        let r = wire.copied().unwrap_or_default();
+        Self {
+            percent: check.range("retry_budget.percent", or(r.percent, 10), 1, 100),
+            min_per_second: check.range("retry_budget.min_per_second", or(r.min_per_second, 3), 1, 10_000),
+            max_attempts: check.range("retry_budget.max_attempts", or(r.max_attempts, 3), 1, 10),
+        }
+    }
+}
+
+impl Affinity {
+    fn judge(wire: Option<&v1::Affinity>, check: &mut Check) -> Self {
+        let a = wire.copied().unwrap_or_default();
+        Self {
+            prefix_bytes: check.range("affinity.prefix_bytes", or(a.prefix_bytes, 256), 1, 65_536),
+            load_percent: check.range("affinity.load_percent", or(a.load_percent, 125), 100, 1000),
+        }
+    }
+}
+
+impl Hedging {
+    fn judge(wire: Option<&v1::Hedging>, check: &mut Check) -> Self {
+        let hedging = wire.copied().unwrap_or_default();
+        Self {
+            enabled: !hedging.disabled,
+            initial: check.duration("hedging.initial", hedging.initial.as_ref(), secs(5), DAY),
+            floor: check.duration("hedging.floor", hedging.floor.as_ref(), Duration::from_millis(250), DAY),
+        }
+    }
+}
+
 /// Backends that can stand in for each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
@@ -261,73 +322,16 @@ impl Pool {
         for (i, region) in w.regions.iter().enumerate() {
             check.text(&format!("regions[{i}]"), region, Name::MAX_BYTES);
         }
-        let e = w.ejection.unwrap_or_default();
-        let r = w.retry_budget.unwrap_or_default();
-        let a = w.affinity.unwrap_or_default();
-        let hedging = w.hedging.unwrap_or_default();
         Self {
             queue: Queue::judge(w.queue.as_ref(), check),
             balancing_policy,
             regions: w.regions.clone(),
             timeouts: TimeoutOverrides::judge(w.timeouts.as_ref(), check).over(&Timeouts::default()),
-            ejection: Ejection {
-                consecutive_failures: check.range(
-                    "ejection.consecutive_failures",
-                    or(e.consecutive_failures, 3),
-                    1,
-                    1000,
-                ),
-                base_duration: check.duration(
-                    "ejection.base_duration",
-                    e.base_duration.as_ref(),
-                    secs(5),
-                    DAY,
-                ),
-                max_duration: check.duration(
-                    "ejection.max_duration",
-                    e.max_duration.as_ref(),
-                    secs(300),
-                    DAY,
-                ),
-                max_ejected_percent: check.range(
-                    "ejection.max_ejected_percent",
-                    or(e.max_ejected_percent, 50),
-                    1,
-                    100,
-                ),
-                failure_percent: check.range("ejection.failure_percent", or(e.failure_percent, 50), 1, 100),
-                failure_min_requests: check.range(
-                    "ejection.failure_min_requests",
-                    or(e.failure_min_requests, 10),
-                    1,
-                    100_000,
-                ),
-            },
-            retry_budget: RetryBudget {
-                percent: check.range("retry_budget.percent", or(r.percent, 10), 1, 100),
-                min_per_second: check.range(
-                    "retry_budget.min_per_second",
-                    or(r.min_per_second, 3),
-                    1,
-                    10_000,
-                ),
-                max_attempts: check.range("retry_budget.max_attempts", or(r.max_attempts, 3), 1, 10),
-            },
+            ejection: Ejection::judge(w.ejection.as_ref(), check),
+            retry_budget: RetryBudget::judge(w.retry_budget.as_ref(), check),
             health: HealthProfile::judge(w.health.as_ref(), check),
-            affinity: Affinity {
-                prefix_bytes: check.range("affinity.prefix_bytes", or(a.prefix_bytes, 256), 1, 65_536),
-                load_percent: check.range("affinity.load_percent", or(a.load_percent, 125), 100, 1000),
-            },
-            hedging: Hedging {
-                enabled: !hedging.disabled,
-                initial: check.duration("hedging.initial", hedging.initial.as_ref(), secs(5), DAY),
-                floor: check.duration(
-                    "hedging.floor",
-                    hedging.floor.as_ref(),
-                    Duration::from_millis(250),
-                    DAY,
-                ),
-            },
+            affinity: Affinity::judge(w.affinity.as_ref(), check),
+            hedging: Hedging::judge(w.hedging.as_ref(), check),
         }
     }
 }
