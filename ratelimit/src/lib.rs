@@ -1,6 +1,6 @@
 //! Limits that hold for the whole cluster.
 //!
-//! This crate knows keys and budgets; it does not know HTTP ([`service`] hands it to others by gRPC). One [`Limiter::acquire`] decides every limit a
+//! This crate knows keys and budgets; it does not know HTTP, nor gRPC: the crate `weir-ratelimit-service` serves it. One [`Limiter::acquire`] decides every limit a
 //! request is under and takes a concurrency slot at the first candidate backend that has one, atomically.
 //!
 //! # The contract
@@ -41,7 +41,6 @@ pub mod lag;
 pub mod memory;
 pub mod rates;
 pub mod redis;
-pub mod service;
 pub mod types;
 pub mod usage;
 pub mod waiting;

@@ -72,7 +72,7 @@ async fn it_says_that_it_leaves_serves_on_and_then_ends() {
     let hurry = tokio_util::sync::CancellationToken::new();
     let shutdown = tokio_util::sync::CancellationToken::new();
     let running =
-        weir_ratelimit::service::start(config, None, shutdown.clone(), hurry.clone()).await.expect("starts");
+        weir_ratelimit_service::start(config, None, shutdown.clone(), hurry.clone()).await.expect("starts");
     let endpoint =
         tonic::transport::Channel::from_shared(format!("http://{}", running.address)).expect("a URL");
     let mut service =

@@ -13,10 +13,10 @@ use tonic::{Code, Request, Response, Status};
 use weir_proto::v1;
 use weir_proto::v1::limit_service_server::LimitService;
 
-use super::metrics::Metrics;
-use super::wire::{Check, duration, limit_states, refusal};
-use crate::waiting::{Alternatives, Patience, Priority, QueueId, Waiting};
-use crate::{Acquire, AnyLimiter, Error, Limiter, Outcome, Renewal, Settle};
+use crate::metrics::Metrics;
+use crate::wire::{Check, duration, limit_states, refusal};
+use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, Waiting};
+use weir_ratelimit::{Acquire, AnyLimiter, Error, Limiter, Outcome, Renewal, Settle};
 
 /// See the module.
 #[derive(Debug, Clone)]

@@ -9,9 +9,9 @@ use weir_proto::envoy::service::ratelimit::v3::rate_limit_response::rate_limit::
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_response::{Code, DescriptorStatus, RateLimit};
 use weir_proto::resource::TimeUnit;
 
-use super::rules::Rule;
-use super::wire::duration;
-use crate::{Charge, ChargeRule, Decision, FOREVER, LimitState, Outcome, Verdict};
+use crate::rules::Rule;
+use crate::wire::duration;
+use weir_ratelimit::{Charge, ChargeRule, Decision, FOREVER, LimitState, Outcome, Verdict};
 
 /// A descriptor, the rule it matched and the limits it met.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use clap::Parser;
 use weir_proto::resource::Resource;
 use weir_runtime::{AllowedHost, Secret};
 
-use crate::redis::ColdStart;
+use weir_ratelimit::redis::ColdStart;
 
 /// Shorter tokens could be guessed.
 const TOKEN_MIN_CHARS: usize = 16;

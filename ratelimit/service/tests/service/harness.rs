@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use weir_proto::v1::limit_service_client::LimitServiceClient;
-use weir_ratelimit::service::{Config, Running, start};
+use weir_ratelimit_service::{Config, Running, start};
 
 /// A service that ends with the test.
 pub(crate) struct Service {

@@ -14,7 +14,7 @@ use tonic::server::NamedService;
 use weir_runtime::edge::GrpcPeer;
 use weir_runtime::grpc::{Bound, Places, StreamBound, bounded};
 
-use super::auth::Guard;
+use crate::auth::Guard;
 
 /// The one method that everybody may call: kubelets and proxies ask for health and have no token.
 const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";

@@ -9,10 +9,10 @@ use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber};
 use weir_proto::resource::Resource;
 use weir_proto::v1::SubscriberRole;
 
-use super::config::Config;
-use super::metrics::Metrics;
-use super::rules::Rules;
-use super::run::StartError;
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::rules::Rules;
+use crate::run::StartError;
 
 /// The rules in force and whether there are any to be in force.
 #[derive(Debug, Clone)]

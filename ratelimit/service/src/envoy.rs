@@ -15,11 +15,11 @@ use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLi
 use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitResponse};
 use weir_proto::resource::{RuleMode, TimeUnit};
 
-use super::answer::{Asked, answer};
-use super::metrics::Metrics;
-use super::rules::{Entry, Rule, Rules};
-use super::wire::{Check, refusal};
-use crate::{
+use crate::answer::{Asked, answer};
+use crate::metrics::Metrics;
+use crate::rules::{Entry, Rule, Rules};
+use crate::wire::{Check, refusal};
+use weir_ratelimit::{
     AnyLimiter, Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome,
 };
 

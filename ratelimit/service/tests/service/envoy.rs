@@ -12,7 +12,7 @@ use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_client::RateLi
 use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitResponse};
 use weir_proto::status::field_violations;
 use weir_proto::v1;
-use weir_ratelimit::service::Config;
+use weir_ratelimit_service::Config;
 
 use crate::harness::{Redis, Service, config};
 

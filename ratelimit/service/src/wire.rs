@@ -8,7 +8,7 @@ use tonic::Status;
 use weir_proto::resource::{Name, Rates, Violation, Violations};
 use weir_proto::{status, v1};
 
-use crate::{
+use weir_ratelimit::{
     Cost, Error, FOREVER, Key, LimitState, MAX_SCOPES, ReservationId, Scope, Scopes, Trouble, Verdict, What,
     scope_keys, scope_limits,
 };

@@ -11,12 +11,12 @@ use weir_proto::resource::Resource;
 use weir_proto::v1;
 use weir_proto::v1::limit_service_server::LimitService as _;
 
-use super::envoy::Envoy;
-use super::metrics::Metrics;
-use super::native::Native;
-use super::rules::Rules;
-use crate::AnyLimiter;
-use crate::memory::MemoryLimiter;
+use crate::envoy::Envoy;
+use crate::metrics::Metrics;
+use crate::native::Native;
+use crate::rules::Rules;
+use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::memory::MemoryLimiter;
 
 /// Both services over limits of this process.
 #[derive(Debug, Clone)]

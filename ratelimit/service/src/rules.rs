@@ -9,8 +9,8 @@ use weir_proto::resource::{
     TimeUnit, ValuePattern,
 };
 
-use crate::rates::tightest;
-use crate::{Bucket, Key, Kind, Scope, ScopeLimits, scope_limits};
+use weir_ratelimit::rates::tightest;
+use weir_ratelimit::{Bucket, Key, Kind, Scope, ScopeLimits, scope_limits};
 
 /// One entry of a descriptor.
 pub(super) type Entry<'a> = (&'a str, &'a str);
@@ -142,7 +142,7 @@ impl Rules {
         entries: &'a [Entry<'a>],
     ) -> impl Iterator<Item = &'a Named> {
         let scopes = rule.consumes.iter().filter_map(|pattern| scope(pattern, entries));
-        scopes.filter_map(|scope| self.limits.get(&crate::scope_keys(scope).0))
+        scopes.filter_map(|scope| self.limits.get(&weir_ratelimit::scope_keys(scope).0))
     }
 }
 

@@ -8,6 +8,9 @@
 //! A process without its store runs and is not ready: it comes back by itself, and meanwhile answers UNAVAILABLE at
 //! once, so that a caller's own policy decides (Envoy's `failure_mode_deny`).
 
+// They panic when the stream is gone, and hang when nobody reads it.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 mod answer;
 mod auth;
 pub mod config;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
-use weir_ratelimit::service::{self, Config};
+use weir_ratelimit_service::Config;
 use weir_runtime::exit;
 
 fn main() -> ExitCode {
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
 async fn run(config: Config) -> u8 {
     let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
-    match service::start(config, None, shutdown, hurry).await {
+    match weir_ratelimit_service::start(config, None, shutdown, hurry).await {
         Ok(running) => {
             tracing::info!(grpc = %running.address, ops = %running.ops_address, "serving");
             running.ended().await;

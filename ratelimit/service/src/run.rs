@@ -16,17 +16,17 @@ use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
 use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Places};
 use weir_runtime::{AllowedHosts, Readiness, exit, serve_ops};
 
-use super::auth::Guard;
-use super::config::Config;
-use super::configuration;
-use super::envoy::Envoy;
-use super::gate::Gated;
-use super::metrics::Metrics;
-use super::native::Native;
-use super::store::Watcher;
-use crate::AnyLimiter;
-use crate::memory::MemoryLimiter;
-use crate::redis::{RedisLimiter, RedisOptions};
+use crate::auth::Guard;
+use crate::config::Config;
+use crate::configuration;
+use crate::envoy::Envoy;
+use crate::gate::Gated;
+use crate::metrics::Metrics;
+use crate::native::Native;
+use crate::store::Watcher;
+use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 
 /// Largest request.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;

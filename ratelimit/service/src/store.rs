@@ -12,7 +12,7 @@ use weir_runtime::Readiness;
 
 use weir_proto::resource::Rates;
 
-use crate::{AnyLimiter, Limiter, Scope, ScopeLimits, scope_limits};
+use weir_ratelimit::{AnyLimiter, Limiter, Scope, ScopeLimits, scope_limits};
 
 /// Between two questions.
 const INTERVAL: Duration = Duration::from_secs(1);
