@@ -23,10 +23,10 @@ use smallvec::SmallVec;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weir_ratelimit::denials::Denials;
+use weir_ratelimit::deny_cache::DenyCache;
 use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Renewal, Settle, Trouble};
+use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Key, Limiter, OwnerId, Renewal, Settle, Trouble};
 
 pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
 use self::open::OpenLeases;
@@ -59,11 +59,11 @@ pub struct Ledger {
     /// Who waits for them.
     pub waiting: Waiting,
     /// Refusals that need not be asked for again.
-    pub denials: Denials,
+    pub denials: DenyCache,
     /// What requests will probably cost.
     pub estimates: Estimates,
     metrics: Metrics,
-    holder: Holder,
+    holder: OwnerId,
     queue: mpsc::Sender<Job>,
     leases: Mutex<OpenLeases>,
 }
@@ -126,7 +126,7 @@ impl Ledger {
     /// A ledger and the worker that must be run for it; its leases bear the mark of `holder`. Needs a tokio runtime.
     pub fn new(
         limiter: AnyLimiter,
-        holder: Holder,
+        holder: OwnerId,
         gateways: LiveGateways,
         metrics: Metrics,
     ) -> (Arc<Self>, LedgerWorker) {
@@ -135,7 +135,7 @@ impl Ledger {
         let ledger = Arc::new(Self {
             limiter,
             waiting: Waiting::default(),
-            denials: Denials::default(),
+            denials: DenyCache::default(),
             estimates: Estimates::default(),
             metrics,
             holder,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 use uuid::Uuid;
-use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
+use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy, SlotQueue};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome, Scopes};
 
 use super::{Job, Ledger};
@@ -118,12 +118,12 @@ impl SlotLease {
         max_wait: Duration,
     ) -> Result<Option<Self>, Error> {
         let lease = Self::of(ledger, backend);
-        let patience = Patience {
+        let patience = QueuePolicy {
             tenant: PROBES.into(),
             priority: Priority::High,
             deadline: Instant::now() + max_wait,
             scopes: SmallVec::new(),
-            slots: Some(SlotPatience {
+            slots: Some(SlotQueue {
                 queue: model.queue.clone(),
                 max_wait,
                 bound: model.pool.spec.queue.max_waiting as usize,

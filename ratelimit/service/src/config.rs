@@ -75,7 +75,7 @@ pub struct Config {
     #[arg(long, env = "WEIR_REDIS_DEADLINE_MS", default_value_t = 50, value_name = "MS",
           value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub redis_deadline_ms: u64,
-    /// What a limit's meter that is not in Redis means. burst: it was never used. strict: it may have been lost with an
+    /// What a bucket that is not in Redis means. burst: it was never used. strict: it may have been lost with an
     /// older data set, so it was full when this data set was born: a Redis that lost its data grants no burst, and a new
     /// one none at first either.
     #[arg(long, env = "WEIR_COLD_START", value_enum, default_value_t = ColdStart::Burst)]

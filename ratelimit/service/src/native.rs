@@ -15,7 +15,7 @@ use weir_proto::v1::limit_service_server::LimitService;
 
 use crate::metrics::Metrics;
 use crate::wire::{Check, duration, limit_states, refusal};
-use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, Waiting};
+use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy, Waiting};
 use weir_ratelimit::{Acquire, AnyLimiter, Error, Limiter, Outcome, Renewal, Settle};
 
 /// See the module.
@@ -67,7 +67,7 @@ impl Native {
         };
         let call = check.finish(call)?;
         let deadline = Instant::now() + max_wait;
-        let patience = Patience {
+        let policy = QueuePolicy {
             tenant,
             priority: Priority::Normal,
             deadline: until.map_or(deadline, |until| until.min(deadline)),
@@ -81,7 +81,7 @@ impl Native {
             false => {
                 let ask =
                     |_: Option<&QueueId>| async { Ok::<_, Error>((self.limiter.acquire(&call).await?, ())) };
-                self.waiting.acquire(&call, &patience, ask).await.map_err(|e| refusal(&e))?.decision
+                self.waiting.acquire(&call, &policy, ask).await.map_err(|e| refusal(&e))?.decision
             }
         };
         let (granted, wait) = match decision.outcome {

@@ -241,7 +241,8 @@ impl Server {
 }
 
 async fn limiter_of(url: &str) -> RedisLimiter {
-    let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 2, ..RedisOptions::default() };
+    let options =
+        RedisOptions { deadline: Duration::from_secs(10), connections: 2, ..RedisOptions::default() };
     RedisLimiter::connect(url, options).await.expect("connect")
 }
 
