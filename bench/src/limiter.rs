@@ -24,8 +24,8 @@ use weir_ratelimit::deny_cache::DenyCache;
 use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{
-    Acquire, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits, Scopes, Settle,
-    Tally, Usage, scope_keys,
+    Acquire, AnyLimiter, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits,
+    Scopes, ServiceStack, Settle, Tally, Usage, scope_keys,
 };
 
 use crate::load;
@@ -192,7 +192,8 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
         merge: mode.merge,
         ..RedisOptions::default()
     };
-    let limiter = Arc::new(QuotaPrefetch::new(RedisLimiter::connect(&redis.url(), options).await?));
+    let store = RedisLimiter::connect(&redis.url(), options).await?;
+    let limiter = ServiceStack::new(store.into()).limiter;
     let deny_cache = Arc::new(DenyCache::default());
     let started = Instant::now() + WARM_UP;
     let mut callers = JoinSet::new();
@@ -230,20 +231,12 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
 
 /// One refusal, as gateways decide it; says how long it took.
 async fn refuse(
-    limiter: &QuotaPrefetch<RedisLimiter>,
+    limiter: &QuotaPrefetch<AnyLimiter>,
     deny_cache: &DenyCache,
     call: &Acquire,
 ) -> anyhow::Result<Duration> {
     let asked = Instant::now();
-    let decision = match deny_cache.answer(call) {
-        Some(refusal) => refusal,
-        None => {
-            let before = deny_cache.before(call);
-            let decision = limiter.acquire(call).await?;
-            deny_cache.note(call, &decision, &before);
-            decision
-        }
-    };
+    let (decision, _) = deny_cache.acquire(limiter, call).await?;
     let took = asked.elapsed();
     anyhow::ensure!(!matches!(decision.outcome, Outcome::NoSlot { .. }), "no slot");
     Ok(took)
@@ -251,7 +244,7 @@ async fn refuse(
 
 /// One full decision; says how long the admission took.
 async fn decide(
-    limiter: &QuotaPrefetch<RedisLimiter>,
+    limiter: &QuotaPrefetch<AnyLimiter>,
     call: &Acquire,
     usage: bool,
 ) -> anyhow::Result<Duration> {

@@ -278,8 +278,8 @@ async fn watch(
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
-        metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
-        let ahead = ledger.limiter.store().prefetched();
+        metrics.merged.set(ledger.limiter.store().store().merged_calls().try_into().unwrap_or(i64::MAX));
+        let ahead = ledger.limiter.store().status();
         metrics.from_quota.set(ahead.decided.try_into().unwrap_or(i64::MAX));
         for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
             let of_kind = metrics.ahead.get_or_create(&KindLabels { kind: kind.name() });

@@ -29,6 +29,8 @@
 mod layers;
 pub mod membership;
 mod model;
+pub mod reservation;
+pub mod stack;
 mod store;
 
 pub use layers::fallback::Fallback;
@@ -48,5 +50,6 @@ pub use model::limits::{LimitState, MAX_SCOPES, Mode, ScopeLimits, Scopes, Verdi
 pub use model::rates::{max_wait, scope_limits};
 pub use model::usage::{Tally, Usage, UsageLines};
 pub use model::{data_set, leaky_bucket, rates, usage};
+pub use stack::{LimitStack, ServiceStack};
 pub use store::any::AnyLimiter;
 pub use store::{memory, redis};

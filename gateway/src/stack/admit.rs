@@ -103,7 +103,7 @@ impl Call<'_> {
             Outcome::NoSlot { .. } => Some(GatewayError::Busy { retry_after: None }),
         };
         // How an account stands is the operator's to know: headers tell of the caller's limits.
-        decision.limits.retain(|limit| limit.scope < own);
+        decision.limits.retain(|limit| limit.scope_in(&call.scopes[..own]).is_some());
         if let Some(context) = slot {
             context.limits = refusal::shown(&decision);
         }

@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::rules::{Entry, Rule, Rules};
 use crate::wire::{Check, refusal};
 use weir_ratelimit::{
-    AnyLimiter, Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome,
+    Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome, ServiceStack,
 };
 
 /// Longest key or value, bytes.
@@ -31,7 +31,7 @@ const ENTRIES_MAX: usize = 32;
 /// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Envoy {
-    pub(super) limiter: AnyLimiter,
+    pub(super) stack: Arc<ServiceStack>,
     pub(super) rules: Arc<ArcSwap<Rules>>,
     pub(super) metrics: Metrics,
     /// Checks with no hits need room for one.
@@ -81,7 +81,7 @@ impl Envoy {
                 now_us: 0,
                 degraded: false,
             },
-            1..=MAX_CHARGES => self.limiter.charge(&charges).await.map_err(|e| refusal(&e))?,
+            1..=MAX_CHARGES => self.stack.limiter.charge(&charges).await.map_err(|e| refusal(&e))?,
             n => {
                 let message = format!("descriptors: they meet {n} limits, more than {MAX_CHARGES}");
                 return Err(Status::invalid_argument(message));

@@ -15,7 +15,7 @@ use crate::envoy::Envoy;
 use crate::metrics::Metrics;
 use crate::native::Native;
 use crate::rules::Rules;
-use weir_ratelimit::AnyLimiter;
+use weir_ratelimit::ServiceStack;
 use weir_ratelimit::memory::MemoryLimiter;
 
 /// Both services over limits of this process.
@@ -28,16 +28,16 @@ pub struct Services {
 impl Services {
     /// With the rules of these resources.
     pub fn new(resources: &[Resource]) -> Self {
-        let limiter = AnyLimiter::Memory(Arc::new(MemoryLimiter::new()));
+        let stack = Arc::new(ServiceStack::new(MemoryLimiter::new().into()));
         let metrics = Metrics::new(&mut Registry::default());
         let (rules, _) = Rules::compile(resources);
         let envoy = Envoy {
-            limiter: limiter.clone(),
+            stack: stack.clone(),
             rules: Arc::new(ArcSwap::from_pointee(rules)),
             metrics: metrics.clone(),
             strict_zero_hits: false,
         };
-        Self { envoy, native: Native { limiter, waiting: Arc::default(), metrics } }
+        Self { envoy, native: Native { stack, metrics } }
     }
 
     /// A call of Envoy.

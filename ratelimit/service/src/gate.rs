@@ -50,12 +50,12 @@ fn bound(path: &str) -> Bound {
 pub(super) struct Gated<S> {
     inner: S,
     guard: Guard,
-    places: Places,
+    permits: Places,
 }
 
 impl<S> Gated<S> {
-    pub(super) const fn new(inner: S, guard: Guard, places: Places) -> Self {
-        Self { inner, guard, places }
+    pub(super) const fn new(inner: S, guard: Guard, permits: Places) -> Self {
+        Self { inner, guard, permits }
     }
 }
 
@@ -86,7 +86,7 @@ where
             peer.connection.trust();
         }
         let bound = bound(path);
-        bounded(bound, self.places.clone(), Arc::from("callers"), self.inner.call(request)).boxed()
+        bounded(bound, self.permits.clone(), Arc::from("callers"), self.inner.call(request)).boxed()
     }
 }
 

@@ -15,14 +15,13 @@ use weir_proto::v1::limit_service_server::LimitService;
 
 use crate::metrics::Metrics;
 use crate::wire::{Check, duration, limit_states, refusal};
-use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy, Waiting};
-use weir_ratelimit::{Acquire, AnyLimiter, Error, Limiter, Outcome, Renewal, Settle};
+use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy};
+use weir_ratelimit::{Acquire, Error, Limiter, Outcome, Renewal, ServiceStack, Settle};
 
 /// See the module.
 #[derive(Debug, Clone)]
 pub(super) struct Native {
-    pub(super) limiter: AnyLimiter,
-    pub(super) waiting: Arc<Waiting>,
+    pub(super) stack: Arc<ServiceStack>,
     pub(super) metrics: Metrics,
 }
 
@@ -77,11 +76,12 @@ impl Native {
             alternatives: Alternatives::new(),
         };
         let decision = match max_wait.is_zero() {
-            true => self.limiter.acquire(&call).await.map_err(|e| refusal(&e))?,
+            true => self.stack.limiter.acquire(&call).await.map_err(|e| refusal(&e))?,
             false => {
-                let ask =
-                    |_: Option<&QueueId>| async { Ok::<_, Error>((self.limiter.acquire(&call).await?, ())) };
-                self.waiting.acquire(&call, &policy, ask).await.map_err(|e| refusal(&e))?.decision
+                let ask = |_: Option<&QueueId>| async {
+                    Ok::<_, Error>((self.stack.limiter.acquire(&call).await?, ()))
+                };
+                self.stack.waiting.acquire(&call, &policy, ask).await.map_err(|e| refusal(&e))?.decision
             }
         };
         let (granted, wait) = match decision.outcome {
@@ -89,7 +89,7 @@ impl Native {
             Outcome::Limited { wait } => (false, wait),
             Outcome::NoSlot { wait } => (false, Some(wait)),
         };
-        let limits = limit_states(&decision.limits);
+        let limits = limit_states(&decision.limits, &call.scopes);
         Ok(v1::AcquireResponse { granted, wait: wait.and_then(duration), limits })
     }
 
@@ -103,9 +103,12 @@ impl Native {
             usage: None,
         };
         let call = check.finish(call)?;
-        let settled = self.limiter.settle(&call).await.map_err(|e| refusal(&e))?;
-        self.waiting.released(call.scopes.iter().flat_map(|scope| [&scope.record, &scope.leases]));
-        Ok(v1::SettleResponse { applied: settled.applied, limits: limit_states(&settled.limits) })
+        let settled = self.stack.limiter.settle(&call).await.map_err(|e| refusal(&e))?;
+        self.stack.waiting.released(call.scopes.iter().flat_map(|scope| [&scope.record, &scope.leases]));
+        Ok(v1::SettleResponse {
+            applied: settled.applied,
+            limits: limit_states(&settled.limits, &call.scopes),
+        })
     }
 
     async fn do_renew(&self, request: v1::RenewRequest) -> Result<v1::RenewResponse, Status> {
@@ -116,7 +119,7 @@ impl Native {
         let ids = check.finish(ids)?;
         let renewals: Vec<Renewal> =
             ids.into_iter().map(|id| Renewal { id, leases: leases.clone() }).collect();
-        let lost = self.limiter.renew(&renewals, lease_ttl).await.map_err(|e| refusal(&e))?;
+        let lost = self.stack.limiter.renew(&renewals, lease_ttl).await.map_err(|e| refusal(&e))?;
         Ok(v1::RenewResponse { lost: lost.iter().map(ToString::to_string).collect() })
     }
 
@@ -125,8 +128,8 @@ impl Native {
         let id = check.id("reservation_id", &request.reservation_id);
         let leases = check.lease_sets(&request.scopes);
         let id = check.finish(id)?;
-        self.limiter.release(id, &leases).await.map_err(|e| refusal(&e))?;
-        self.waiting.released(&leases);
+        self.stack.limiter.release(id, &leases).await.map_err(|e| refusal(&e))?;
+        self.stack.waiting.released(&leases);
         Ok(v1::ReleaseResponse {})
     }
 
@@ -134,8 +137,8 @@ impl Native {
         let mut check = Check::default();
         let scopes = check.scopes(&request.scopes);
         let scopes = check.finish(scopes)?;
-        let limits = self.limiter.peek(&scopes).await.map_err(|e| refusal(&e))?;
-        Ok(v1::PeekResponse { limits: limit_states(&limits) })
+        let limits = self.stack.limiter.peek(&scopes).await.map_err(|e| refusal(&e))?;
+        Ok(v1::PeekResponse { limits: limit_states(&limits, &scopes) })
     }
 }
 

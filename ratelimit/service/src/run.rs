@@ -24,9 +24,9 @@ use crate::gate::Gated;
 use crate::metrics::Metrics;
 use crate::native::Native;
 use crate::store::Watcher;
-use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::{AnyLimiter, ServiceStack};
 
 /// Largest request.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
@@ -90,18 +90,18 @@ async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener,
     Ok((listener, address))
 }
 
-/// Starts a limit service. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
+/// Starts a limit service. `store` is the one to share inside a process; `None` makes what the settings ask for.
 /// `shutdown` begins the drain, `hurry` cuts it short.
 pub async fn start(
     config: Config,
-    limiter: Option<AnyLimiter>,
+    store: Option<AnyLimiter>,
     shutdown: CancellationToken,
     hurry: CancellationToken,
 ) -> Result<Running, StartError> {
     let token = config.checked_token().map_err(StartError::Config)?;
     let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
         .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
-    let limiter = limiter.map_or_else(|| open(&config), Ok)?;
+    let stack = Arc::new(ServiceStack::new(store.map_or_else(|| open(&config), Ok)?));
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let listeners = EdgeMetrics::new(&mut registry);
@@ -113,24 +113,20 @@ pub async fn start(
     let readiness = Readiness::not_ready("starting");
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
-    let (guard, places) = (Guard::new(token.as_ref()), Places::default());
+    let (guard, permits) = (Guard::new(token.as_ref()), Places::default());
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|e| StartError::Config(format!("reflection: {e}")))?;
     let envoy = RateLimitServiceServer::new(Envoy {
-        limiter: limiter.clone(),
+        stack: stack.clone(),
         rules: Arc::clone(&configuration.rules),
         metrics: metrics.clone(),
         strict_zero_hits: config.strict_zero_hits,
     })
     .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let native = LimitServiceServer::new(Native {
-        limiter: limiter.clone(),
-        waiting: Arc::default(),
-        metrics: metrics.clone(),
-    })
-    .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let native = LimitServiceServer::new(Native { stack: stack.clone(), metrics: metrics.clone() })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
 
     let tasks = TaskTracker::new();
     // The operations port outlives the calls.
@@ -139,7 +135,7 @@ pub async fn start(
         tasks.spawn(subscriber.run(drained.clone()));
     }
     let watcher = Watcher {
-        limiter,
+        stack,
         known: configuration.known,
         readiness: readiness.clone(),
         health,
@@ -157,10 +153,10 @@ pub async fn start(
         .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(Gated::new(health_service, guard.clone(), places.clone()))
-        .add_service(Gated::new(reflection, guard.clone(), places.clone()))
-        .add_service(Gated::new(native, guard.clone(), places.clone()))
-        .add_service(Gated::new(envoy, guard, places))
+        .add_service(Gated::new(health_service, guard.clone(), permits.clone()))
+        .add_service(Gated::new(reflection, guard.clone(), permits.clone()))
+        .add_service(Gated::new(native, guard.clone(), permits.clone()))
+        .add_service(Gated::new(envoy, guard, permits))
         .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
     let (pre_stop, drain) = (config.pre_stop(), config.drain());
     tasks.spawn(async move {
@@ -189,7 +185,7 @@ pub async fn start(
     Ok(Running { address, ops_address, tasks })
 }
 
-/// The limiter of the settings. It connects in the background: a service that starts before its Redis becomes ready
+/// The store of the settings. It connects in the background: a service that starts before its Redis becomes ready
 /// with it.
 fn open(config: &Config) -> Result<AnyLimiter, StartError> {
     let Some(url) = &config.redis else {

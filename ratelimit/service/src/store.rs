@@ -1,5 +1,6 @@
 //! Whether the store answers, asked once a second, and what follows from it for readiness and health.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::metrics::gauge::Gauge;
@@ -12,7 +13,7 @@ use weir_runtime::Readiness;
 
 use weir_proto::resource::Rates;
 
-use weir_ratelimit::{AnyLimiter, Limiter, Scope, ScopeLimits, scope_limits};
+use weir_ratelimit::{Error, Limiter, Scope, ScopeLimits, ServiceStack, scope_limits};
 
 /// Between two questions.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -24,7 +25,7 @@ pub(super) const HEALTH_NAMES: [&str; 3] =
 
 /// What the watcher keeps true.
 pub(super) struct Watcher {
-    pub(super) limiter: AnyLimiter,
+    pub(super) stack: Arc<ServiceStack>,
     /// Whether a configuration is in force, where one is asked for.
     pub(super) known: watch::Receiver<bool>,
     pub(super) readiness: Readiness,
@@ -46,26 +47,15 @@ impl Watcher {
                 Ok(()) = self.known.changed() => {}
                 () = shutdown.cancelled() => break,
             }
-            let question = self.limiter.peek(&[nothing()]).await;
+            let question = self.stack.limiter.peek(&[nothing()]).await;
             if question.is_ok() {
                 answered = Some(Instant::now());
             }
             let up = answered.is_some_and(|at| at.elapsed() < AWAY_AFTER);
             self.store_up.set(i64::from(up));
-            let state = match (up, *self.known.borrow()) {
-                (false, _) => Err("the limit store does not answer; see --redis"),
-                (true, false) => {
-                    Err("no configuration: the control plane has not been reached and there is no copy \
-                                      on disk; see --control-plane and --data-dir")
-                }
-                (true, true) => Ok(()),
-            };
+            let state = readiness_of(up, *self.known.borrow());
             if said != Some(state) {
-                match (&question, state) {
-                    (Err(error), Err(reason)) => tracing::error!(%error, reason, "not ready"),
-                    (Ok(_), Err(reason)) => tracing::warn!(reason, "not ready"),
-                    (_, Ok(())) => tracing::info!("ready"),
-                }
+                log_readiness(state, question.err());
                 self.say(state).await;
                 said = Some(state);
             }
@@ -79,6 +69,26 @@ impl Watcher {
         for name in HEALTH_NAMES {
             self.health.set_service_status(name, status).await;
         }
+    }
+}
+
+/// Whether the process is ready, or why not.
+const fn readiness_of(store_up: bool, configured: bool) -> Result<(), &'static str> {
+    match (store_up, configured) {
+        (false, _) => Err("the limit store does not answer; see --redis"),
+        (true, false) => {
+            Err("no configuration: the control plane has not been reached and there is no copy on disk; \
+                              see --control-plane and --data-dir")
+        }
+        (true, true) => Ok(()),
+    }
+}
+
+fn log_readiness(state: Result<(), &'static str>, failed: Option<Error>) {
+    match (failed, state) {
+        (Some(error), Err(reason)) => tracing::error!(%error, reason, "not ready"),
+        (None, Err(reason)) => tracing::warn!(reason, "not ready"),
+        (_, Ok(())) => tracing::info!("ready"),
     }
 }
 

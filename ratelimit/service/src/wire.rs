@@ -9,8 +9,8 @@ use weir_proto::resource::{Name, Rates, Violation, Violations};
 use weir_proto::{status, v1};
 
 use weir_ratelimit::{
-    Cost, Error, FOREVER, Key, LimitState, MAX_SCOPES, ReservationId, Scope, Scopes, Trouble, Verdict, What,
-    scope_keys, scope_limits,
+    Cost, Error, FOREVER, Key, LimitState, MAX_SCOPES, ReservationId, Scope, ScopeLimits, Scopes, Trouble,
+    Verdict, What, scope_keys, scope_limits,
 };
 
 /// Most reservations in one renewal.
@@ -168,9 +168,11 @@ const fn refuses(limit: &LimitState) -> bool {
     !matches!(limit.verdict, Verdict::Fits)
 }
 
-pub(super) fn limit_states(limits: &[LimitState]) -> Vec<v1::LimitState> {
+/// Limits as the caller counts them: by the position of their scopes in its request.
+pub(super) fn limit_states(limits: &[LimitState], scopes: &[ScopeLimits]) -> Vec<v1::LimitState> {
+    let position = |limit: &LimitState| limit.position_in(scopes).and_then(|at| u32::try_from(at).ok());
     let state = |limit: &LimitState| v1::LimitState {
-        scope: u32::try_from(limit.scope).unwrap_or(u32::MAX),
+        scope: position(limit).unwrap_or(u32::MAX),
         kind: match limit.what {
             What::Bucket(kind) => kind.name().to_owned(),
             What::Concurrency => "concurrency".to_owned(),

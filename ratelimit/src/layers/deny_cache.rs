@@ -21,9 +21,10 @@ use tokio::time::Instant;
 
 use crate::model::call::{Acquire, Decision, Outcome};
 use crate::model::checks::{self, lines, reserved};
+use crate::model::error::Error;
 use crate::model::key::Key;
-use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{FOREVER, Terms};
+use crate::model::limiter::Limiter;
 use crate::model::limits::{Mode, Scopes, Verdict, What};
 
 /// The longest a refusal is kept.
@@ -97,6 +98,21 @@ impl DenyCache {
         Some(decision)
     }
 
+    /// Decides a call: from here where that is possible, else by `limiter`. True when it was decided from here. The
+    /// call's id must be fresh, as for [`DenyCache::answer`].
+    ///
+    /// # Errors
+    /// Those of the limiter.
+    pub async fn acquire(&self, limiter: &impl Limiter, call: &Acquire) -> Result<(Decision, bool), Error> {
+        if let Some(refusal) = self.answer(call) {
+            return Ok((refusal, true));
+        }
+        let before = self.before(call);
+        let decision = limiter.acquire(call).await?;
+        self.note(call, &decision, &before);
+        Ok((decision, false))
+    }
+
     /// Refusals answered so far.
     pub fn answered(&self) -> u64 {
         self.answered.load(Ordering::Relaxed)
@@ -165,7 +181,7 @@ impl CachedRefusal {
     /// With the scope that refused for longest; none when it was not a bucket that did.
     fn of(call: &Acquire, decision: &Decision, now: Instant) -> Option<(usize, Self)> {
         let waits = decision.limits.iter().enumerate().filter_map(|(at, limit)| match limit.verdict {
-            Verdict::Wait(wait) if call.scopes[limit.scope].mode == Mode::Enforce => Some((at, limit, wait)),
+            Verdict::Wait(wait) if limit.refuses(&call.scopes) => Some((at, limit, wait)),
             Verdict::Wait(_) | Verdict::Fits | Verdict::Never => None,
         });
         let (limit, refusing, wait) = waits.max_by_key(|(.., wait)| *wait)?;
@@ -180,7 +196,7 @@ impl CachedRefusal {
             since: now,
             until: now + wait.min(LIFE),
         };
-        Some((refusing.scope, denial))
+        Some((refusing.position_in(&call.scopes)?, denial))
     }
 
     /// Whether every limit would say to this call what it said, and the refusing one the same or more.
@@ -205,18 +221,19 @@ impl CachedRefusal {
         let passed = now.saturating_duration_since(self.since);
         let mut decision = self.decision.clone();
         decision.now_us = decision.now_us.saturating_add(passed.as_micros() as u64);
+        let longer = self.longer(call);
         for (at, limit) in decision.limits.iter_mut().enumerate() {
             if limit.reset < FOREVER {
                 limit.reset = limit.reset.saturating_sub(passed);
             }
-            if let (Verdict::Wait(wait), What::Bucket(kind)) = (&mut limit.verdict, limit.what) {
+            if let (Verdict::Wait(wait), What::Bucket(_)) = (&mut limit.verdict, limit.what) {
                 if at == self.limit {
-                    *wait = wait.saturating_add(self.longer(call, kind, limit.scope));
+                    *wait = wait.saturating_add(longer);
                 }
                 *wait = wait.saturating_sub(passed).max(Duration::from_micros(1));
             }
         }
-        let waits = decision.limits.iter().filter(|l| call.scopes[l.scope].mode == Mode::Enforce);
+        let waits = decision.limits.iter().filter(|limit| limit.refuses(&call.scopes));
         let longest = waits.filter_map(|limit| match limit.verdict {
             Verdict::Wait(wait) => Some(wait),
             Verdict::Fits | Verdict::Never => None,
@@ -226,9 +243,12 @@ impl CachedRefusal {
     }
 
     /// How much longer a larger cost has to wait.
-    fn longer(&self, call: &Acquire, kind: Kind, scope: usize) -> Duration {
+    fn longer(&self, call: &Acquire) -> Duration {
         let more = amounts(call)[self.refusing] - self.amounts[self.refusing];
-        let Some(bucket) = call.scopes[scope].buckets[kind as usize] else { return Duration::ZERO };
+        let refusing = &self.decision.limits[self.limit];
+        let What::Bucket(kind) = refusing.what else { return Duration::ZERO };
+        let bucket = refusing.scope_in(&call.scopes).and_then(|scope| scope.buckets[kind as usize]);
+        let Some(bucket) = bucket else { return Duration::ZERO };
         checks::micros(Terms::of(kind, &bucket).time_to_drain(more).unwrap_or(0.0))
     }
 }
@@ -240,8 +260,7 @@ mod tests {
     use crate::model::cost::Cost;
     use crate::model::id::ReservationId;
     use crate::model::key::{Scope, scope_keys};
-    use crate::model::kind::Bucket;
-    use crate::model::limiter::Limiter;
+    use crate::model::kind::{Bucket, Kind};
     use crate::model::limits::{ScopeLimits, WithoutStore};
     use crate::store::memory::MemoryLimiter;
 

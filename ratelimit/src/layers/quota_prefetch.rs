@@ -15,7 +15,7 @@
 //! **Little is refused.** While less than a quarter of its capacity is left nothing is taken ahead, so near the limit
 //! the store decides each request; and the set-aside part can never be used at once: that is the price.
 //!
-//! Settlements of what was admitted here are summed up and told to the store every [`TELL_EVERY`].
+//! Settlements of what was admitted here are summed up and reported to the store every [`REPORT_EVERY`].
 
 mod quota;
 #[cfg(test)]
@@ -47,8 +47,8 @@ use crate::model::limiter::Limiter;
 use crate::model::limits::{LimitState, Mode, ScopeLimits, Scopes};
 use crate::model::usage::UsageLines;
 
-/// How often settlements are told.
-pub const TELL_EVERY: Duration = Duration::from_millis(50);
+/// How often settlements are reported to the store.
+pub const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// Admissions from quota that are not settled; past that the store is asked.
 const OPEN_MAX: usize = 262_144;
 /// Settled ones that are recognised, where the store knows nothing of them.
@@ -56,12 +56,16 @@ const ENDED_MAX: usize = 65_536;
 /// Scopes with quota; past that the store is asked.
 const SCOPES_MAX: usize = 1_024;
 
-/// A limiter that takes quota ahead from the one inside. Dropping it stops its background task; what is held then
-/// stands as used.
+/// A limiter that takes quota ahead from the one inside. Clones share what is held. Dropping the last one stops the
+/// background task; what is held then stands as used.
 pub struct QuotaPrefetch<L> {
     inner: Arc<Inner<L>>,
-    worker: JoinHandle<()>,
+    /// `None` when nothing is taken ahead.
+    worker: Option<Arc<Worker>>,
 }
+
+/// The background task; ends with its owner.
+struct Worker(JoinHandle<()>);
 
 /// What is taken ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -81,7 +85,7 @@ struct Inner<L> {
 #[derive(Default)]
 struct State {
     quotas: HashMap<Key, Quota>,
-    open: HashMap<ReservationId, Partly>,
+    open: HashMap<ReservationId, Prefetched>,
     ended: VecDeque<ReservationId>,
     /// The store's time, and when it was that, for decisions the store is not asked about.
     clock: Option<(u64, Instant)>,
@@ -89,13 +93,13 @@ struct State {
 
 /// An admission of which a part came from quota.
 #[derive(Debug, Clone)]
-struct Partly {
-    took: SmallVec<[Took; 2]>,
+struct Prefetched {
+    took: SmallVec<[Taken; 2]>,
     stage: Stage,
 }
 
 #[derive(Debug, Clone)]
-struct Took {
+struct Taken {
     record: Key,
     units: Units,
     until: Instant,
@@ -113,20 +117,49 @@ impl State {
     fn clock(&self, now: Instant) -> u64 {
         self.clock.map_or(0, |(us, at)| us + now.saturating_duration_since(at).as_micros() as u64)
     }
+
+    /// `used` was used in place of what was taken.
+    fn settle(&mut self, took: &Taken, scope: Option<&ScopeLimits>, used: &Units) {
+        if let Some(quota) = self.quotas.get_mut(&took.record) {
+            quota.settle(&took.units, used);
+        } else if let Some(scope) = scope {
+            // Forgotten by now, since nobody else was under this limit for long.
+            let mut quota = Quota::new(scope, Instant::now());
+            quota.settle(&took.units, used);
+            self.quotas.insert(took.record.clone(), quota);
+        }
+    }
+
+    /// Recognises a second settlement, for a while.
+    fn remember_ended(&mut self, id: ReservationId) {
+        self.ended.push_back(id);
+        if self.ended.len() > ENDED_MAX
+            && let Some(oldest) = self.ended.pop_front()
+        {
+            self.open.remove(&oldest);
+        }
+    }
 }
 
 impl<L: Limiter + 'static> QuotaPrefetch<L> {
     /// Starts the background task; needs a tokio runtime.
     pub fn new(store: L) -> Self {
-        let inner = Arc::new(Inner { store, state: Mutex::default(), decided: AtomicU64::new(0) });
-        let background = inner.clone();
+        let mut prefetch = Self::off(store);
+        let background = prefetch.inner.clone();
         let worker = tokio::spawn(async move {
             loop {
-                tokio::time::sleep(TELL_EVERY).await;
-                background.tell().await;
+                tokio::time::sleep(REPORT_EVERY).await;
+                background.report().await;
             }
         });
-        Self { inner, worker }
+        prefetch.worker = Some(Arc::new(Worker(worker)));
+        prefetch
+    }
+
+    /// Asks the limiter inside for every decision.
+    pub fn off(store: L) -> Self {
+        let inner = Arc::new(Inner { store, state: Mutex::default(), decided: AtomicU64::new(0) });
+        Self { inner, worker: None }
     }
 
     /// The limiter inside.
@@ -145,15 +178,21 @@ impl<L: Limiter + 'static> QuotaPrefetch<L> {
         Status { held, decided: self.inner.decided.load(Ordering::Relaxed) }
     }
 
-    /// Tells the store what was settled so far; for the end of a process.
+    /// Reports to the store what was settled so far; for the end of a process.
     pub async fn flush(&self) {
-        self.inner.tell().await;
+        self.inner.report().await;
     }
 }
 
-impl<L> Drop for QuotaPrefetch<L> {
+impl<L> Clone for QuotaPrefetch<L> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), worker: self.worker.clone() }
+    }
+}
+
+impl Drop for Worker {
     fn drop(&mut self) {
-        self.worker.abort();
+        self.0.abort();
     }
 }
 
@@ -176,7 +215,7 @@ fn rest_of(scope: &ScopeLimits) -> Option<ScopeLimits> {
 }
 
 /// What is asked of the store for a call of which these records' buckets are decided here.
-fn rest(scopes: &[ScopeLimits], took: &[Took]) -> Scopes {
+fn rest(scopes: &[ScopeLimits], took: &[Taken]) -> Scopes {
     let here = |scope: &ScopeLimits| took.iter().any(|took| took.record == scope.record);
     scopes.iter().filter_map(|scope| if here(scope) { rest_of(scope) } else { Some(scope.clone()) }).collect()
 }
@@ -197,14 +236,14 @@ impl<L: Limiter + 'static> Inner<L> {
     }
 
     /// Takes from quota what can be; the scopes that want more chunks are seen to in the background.
-    fn draw(self: &Arc<Self>, call: &Acquire) -> Option<Partly> {
+    fn draw(self: &Arc<Self>, call: &Acquire) -> Option<Prefetched> {
         let now = Instant::now();
         let mut state = self.state();
         if let Some(known) = state.open.get(&call.id) {
             return Some(known.clone());
         }
         let room = state.open.len() < OPEN_MAX;
-        let mut took: SmallVec<[Took; 2]> = SmallVec::new();
+        let mut took: SmallVec<[Taken; 2]> = SmallVec::new();
         for scope in call.scopes.iter().filter(|scope| has_quota(scope)) {
             if !state.quotas.contains_key(&scope.record) {
                 if state.quotas.len() >= SCOPES_MAX {
@@ -216,7 +255,7 @@ impl<L: Limiter + 'static> Inner<L> {
             quota.follow(scope);
             let units = units(scope, reserved(call));
             if room && let Some(until) = quota.take(&units, now) {
-                took.push(Took { record: scope.record.clone(), units, until });
+                took.push(Taken { record: scope.record.clone(), units, until });
             }
             if let Some((charges, units)) = quota.want(now) {
                 // Bounded: one per scope, and each by the store's deadline.
@@ -226,9 +265,9 @@ impl<L: Limiter + 'static> Inner<L> {
         if took.is_empty() {
             return None;
         }
-        let partly = Partly { took, stage: Stage::Open };
-        state.open.insert(call.id, partly.clone());
-        Some(partly)
+        let prefetched = Prefetched { took, stage: Stage::Open };
+        state.open.insert(call.id, prefetched.clone());
+        Some(prefetched)
     }
 
     async fn fetch(self: Arc<Self>, record: Key, charges: Vec<Charge>, units: Units) {
@@ -252,8 +291,8 @@ impl<L: Limiter + 'static> Inner<L> {
     /// Nothing of this admission was or will be used.
     fn put_back(&self, id: ReservationId) {
         let mut state = self.state();
-        let Some(partly) = state.open.remove(&id) else { return };
-        for took in &partly.took {
+        let Some(prefetched) = state.open.remove(&id) else { return };
+        for took in &prefetched.took {
             if let Some(quota) = state.quotas.get_mut(&took.record) {
                 quota.put_back(&took.units, took.until);
             }
@@ -261,22 +300,35 @@ impl<L: Limiter + 'static> Inner<L> {
     }
 
     /// The whole answer, of what the store said about the rest of the call.
-    fn full(&self, call: &Acquire, took: &[Took], of_rest: Option<Decision>) -> Decision {
+    fn full(&self, call: &Acquire, took: &[Taken], of_rest: Option<Decision>) -> Decision {
         let now = Instant::now();
         let state = self.state();
-        let clock =
-            state.clock.map_or(0, |(us, at)| us + now.saturating_duration_since(at).as_micros() as u64);
         let mut decision = of_rest.unwrap_or(Decision {
             outcome: Outcome::Granted { slot: None },
             limits: Vec::new(),
-            now_us: clock,
+            now_us: state.clock(now),
             degraded: false,
         });
         decision.limits = full_limits(&state, &call.scopes, took, &decision.limits, now);
         decision
     }
 
-    async fn tell(&self) {
+    /// Settles the part of a reservation that came from quota: what it took, and whether this is its first settlement.
+    /// `None` when all of it is the store's.
+    fn settle_quota(&self, call: &Settle) -> Option<(SmallVec<[Taken; 2]>, bool)> {
+        let mut state = self.state();
+        let prefetched = state.open.get_mut(&call.id)?;
+        let first = std::mem::replace(&mut prefetched.stage, Stage::Settled) == Stage::Open;
+        let took = prefetched.took.clone();
+        for took in took.iter().filter(|_| first) {
+            let scope = call.scopes.iter().find(|scope| scope.record == took.record);
+            let used = scope.map_or(took.units, |scope| units(scope, spent(&call.actual)));
+            state.settle(took, scope, &used);
+        }
+        Some((took, first))
+    }
+
+    async fn report(&self) {
         let now = Instant::now();
         let owed: Vec<Charge> = {
             let mut state = self.state();
@@ -289,7 +341,7 @@ impl<L: Limiter + 'static> Inner<L> {
             let mut state = self.state();
             for charge in charges {
                 if let Some(quota) = state.quotas.get_mut(&charge.record) {
-                    quota.untold(charge, error.trouble() == Trouble::Unknown);
+                    quota.not_reported(charge, error.trouble() == Trouble::Unknown);
                 }
             }
         }
@@ -300,22 +352,17 @@ impl<L: Limiter + 'static> Inner<L> {
 fn full_limits(
     state: &State,
     scopes: &[ScopeLimits],
-    took: &[Took],
+    took: &[Taken],
     of_rest: &[LimitState],
     now: Instant,
 ) -> Vec<LimitState> {
     let mut limits = Vec::with_capacity(of_rest.len() + 2 * took.len());
-    let mut asked = 0;
-    for (at, scope) in scopes.iter().enumerate() {
+    for scope in scopes {
         let here = took.iter().any(|took| took.record == scope.record);
         if here && let Some(quota) = state.quotas.get(&scope.record) {
-            limits.extend(Kind::ALL.into_iter().filter_map(|kind| quota.stands(kind, at, now)));
+            limits.extend(Kind::ALL.into_iter().filter_map(|kind| quota.limit_state(kind, now)));
         }
-        if !here || scope.concurrency.is_some() {
-            let theirs = of_rest.iter().filter(|limit| limit.scope == asked);
-            limits.extend(theirs.map(|limit| LimitState { scope: at, ..*limit }));
-            asked += 1;
-        }
+        limits.extend(of_rest.iter().filter(|limit| limit.scope == scope.record).cloned());
     }
     limits
 }
@@ -327,21 +374,21 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
 
     async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
         let inner = &self.inner;
-        if !call.scopes.iter().any(has_quota) {
+        if self.worker.is_none() || !call.scopes.iter().any(has_quota) {
             return inner.store.acquire(call).await;
         }
         checks::check_acquire(call)?;
-        let Some(partly) = inner.draw(call) else { return inner.store.acquire(call).await };
-        inner.decided.fetch_add(partly.took.len() as u64, Ordering::Relaxed);
-        let scopes = rest(&call.scopes, &partly.took);
+        let Some(prefetched) = inner.draw(call) else { return inner.store.acquire(call).await };
+        inner.decided.fetch_add(prefetched.took.len() as u64, Ordering::Relaxed);
+        let scopes = rest(&call.scopes, &prefetched.took);
         if scopes.is_empty() && call.candidates.is_empty() {
-            return Ok(inner.full(call, &partly.took, None));
+            return Ok(inner.full(call, &prefetched.took, None));
         }
         // On the heap: futures that hold a call each would grow with every layer.
         let part = Box::new(Acquire { scopes, ..call.clone() });
         match inner.store.acquire(&part).await {
             Ok(decision) => {
-                let full = inner.full(call, &partly.took, Some(decision));
+                let full = inner.full(call, &prefetched.took, Some(decision));
                 if !matches!(full.outcome, Outcome::Granted { .. }) {
                     inner.put_back(call.id);
                 }
@@ -359,39 +406,9 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
 
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
         let inner = &self.inner;
-        let partly = {
-            let mut state = inner.state();
-            match state.open.get_mut(&call.id) {
-                None => None,
-                Some(partly) => {
-                    let partly = partly.clone();
-                    if partly.stage == Stage::Open {
-                        for took in &partly.took {
-                            let scope = call.scopes.iter().find(|scope| scope.record == took.record);
-                            let used = scope.map_or(took.units, |scope| units(scope, spent(&call.actual)));
-                            // Forgotten by now if nobody else was under this limit for long.
-                            match (state.quotas.get_mut(&took.record), scope) {
-                                (Some(quota), _) => quota.settle(&took.units, &used),
-                                (None, Some(scope)) => {
-                                    let mut quota = Quota::new(scope, Instant::now());
-                                    quota.settle(&took.units, &used);
-                                    state.quotas.insert(took.record.clone(), quota);
-                                }
-                                (None, None) => {}
-                            }
-                        }
-                        if let Some(partly) = state.open.get_mut(&call.id) {
-                            partly.stage = Stage::Settled;
-                        }
-                    }
-                    Some(partly)
-                }
-            }
-        };
-        let Some(partly) = partly else { return inner.store.settle(call).await };
-        let scopes = rest(&call.scopes, &partly.took);
+        let Some((took, first)) = inner.settle_quota(call) else { return inner.store.settle(call).await };
+        let scopes = rest(&call.scopes, &took);
         let alone = scopes.is_empty() && call.slot.is_none();
-        let first = partly.stage == Stage::Open;
         let mut settled = Settled { applied: first, limits: Vec::new(), now_us: 0 };
         // Usage is the store's also where nothing else is: it recognises the id.
         if !alone || call.usage.is_some() {
@@ -405,19 +422,12 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
         if settled.now_us == 0 {
             settled.now_us = state.clock(Instant::now());
         }
-        settled.limits = full_limits(&state, &call.scopes, &partly.took, &settled.limits, Instant::now());
-        if alone {
-            // The store knows nothing of it; a second settlement is recognised here, for a while.
-            if first {
-                state.ended.push_back(call.id);
-            }
-            if state.ended.len() > ENDED_MAX
-                && let Some(oldest) = state.ended.pop_front()
-            {
-                state.open.remove(&oldest);
-            }
-        } else {
-            state.open.remove(&call.id);
+        settled.limits = full_limits(&state, &call.scopes, &took, &settled.limits, Instant::now());
+        // What the store knows nothing of is remembered here, so that a second settlement is recognised.
+        match (alone, first) {
+            (true, true) => state.remember_ended(call.id),
+            (true, false) => {}
+            (false, _) => drop(state.open.remove(&call.id)),
         }
         Ok(settled)
     }

@@ -51,9 +51,9 @@ pub(crate) fn spent(actual: &Cost) -> impl Fn(Kind, &Bucket) -> f64 {
 /// Every limit of these scopes in the order of [`crate::model::call::Decision::limits`], not yet judged.
 pub(crate) fn blank_limits(scopes: &[ScopeLimits]) -> Vec<LimitState> {
     let mut limits = Vec::with_capacity(scopes.len() * 2);
-    for (scope, of) in scopes.iter().enumerate() {
+    for of in scopes {
         let blank = |what, limit| LimitState {
-            scope,
+            scope: of.record.clone(),
             what,
             verdict: Verdict::Fits,
             limit,
@@ -146,7 +146,12 @@ pub(crate) fn check_usage(records: &[Key]) -> Result<(), Error> {
     Ok(())
 }
 
-pub(crate) fn check_candidates(candidates: &[Candidate]) -> Result<(), Error> {
+pub(crate) fn check_move(candidates: &[Candidate], lease_ttl: Duration) -> Result<(), Error> {
+    check_candidates(candidates)?;
+    check_lease(lease_ttl)
+}
+
+fn check_candidates(candidates: &[Candidate]) -> Result<(), Error> {
     if candidates.len() > MAX_CANDIDATES {
         return Err(Error::Invalid("too many candidates"));
     }

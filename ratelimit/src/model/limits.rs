@@ -63,10 +63,11 @@ impl Key {
 }
 
 /// The state of one limit after a decision.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitState {
-    /// Index into [`Acquire::scopes`].
-    pub scope: usize,
+    /// The record of its scope, [`ScopeLimits::record`]: with [`LimitState::what`] the id of the limit, whatever the
+    /// call it came from.
+    pub scope: Key,
     /// What was limited.
     pub what: What,
     /// What this limit said.
@@ -78,6 +79,24 @@ pub struct LimitState {
     /// Time until the bucket state is empty again; zero for concurrency, [`crate::model::leaky_bucket::FOREVER`] for a bucket state that does not
     /// drain.
     pub reset: Duration,
+}
+
+impl LimitState {
+    /// The scope that this limit is one of.
+    pub fn scope_in<'a>(&self, scopes: &'a [ScopeLimits]) -> Option<&'a ScopeLimits> {
+        scopes.iter().find(|scope| scope.record == self.scope)
+    }
+
+    /// Where that scope stands among these.
+    pub fn position_in(&self, scopes: &[ScopeLimits]) -> Option<usize> {
+        scopes.iter().position(|scope| scope.record == self.scope)
+    }
+
+    /// Whether this limit refuses a call under these scopes.
+    pub fn refuses(&self, scopes: &[ScopeLimits]) -> bool {
+        self.verdict != Verdict::Fits
+            && self.scope_in(scopes).is_some_and(|scope| scope.mode == Mode::Enforce)
+    }
 }
 
 /// A bucket of some kind, or the number of requests in flight.

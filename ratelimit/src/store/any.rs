@@ -1,9 +1,8 @@
-//! Either limiter, chosen at start.
+//! Either store, chosen at start.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::layers::quota_prefetch::{self, QuotaPrefetch};
 use crate::model::call::{Acquire, Candidate, Charge, Decision, Renewal, Settle, Settled};
 use crate::model::data_set::DataSetsLost;
 use crate::model::error::Error;
@@ -15,13 +14,13 @@ use crate::model::usage::UsageLines;
 use crate::store::memory::MemoryLimiter;
 use crate::store::redis::RedisLimiter;
 
-/// A limiter whose store is known only at run time. Clones share the store.
+/// A store that is known only at run time. Clones share it.
 #[derive(Debug, Clone)]
 pub enum AnyLimiter {
     /// Inside this process.
     Memory(Arc<MemoryLimiter>),
-    /// Shared through Redis, with quota taken ahead where limits say so.
-    Redis(Arc<QuotaPrefetch<RedisLimiter>>),
+    /// Shared through Redis.
+    Redis(Arc<RedisLimiter>),
 }
 
 impl AnyLimiter {
@@ -29,23 +28,7 @@ impl AnyLimiter {
     pub fn merged_calls(&self) -> u64 {
         match self {
             AnyLimiter::Memory(_) => 0,
-            AnyLimiter::Redis(limiter) => limiter.store().merged_calls(),
-        }
-    }
-
-    /// What is taken ahead.
-    pub fn prefetched(&self) -> quota_prefetch::Status {
-        match self {
-            AnyLimiter::Memory(_) => quota_prefetch::Status::default(),
-            AnyLimiter::Redis(limiter) => limiter.status(),
-        }
-    }
-
-    /// Tells the store what was settled out of quota; for the end of a process.
-    pub async fn flush(&self) {
-        match self {
-            AnyLimiter::Memory(_) => {}
-            AnyLimiter::Redis(limiter) => limiter.flush().await,
+            AnyLimiter::Redis(limiter) => limiter.merged_calls(),
         }
     }
 }
@@ -58,7 +41,7 @@ impl From<MemoryLimiter> for AnyLimiter {
 
 impl From<RedisLimiter> for AnyLimiter {
     fn from(limiter: RedisLimiter) -> Self {
-        AnyLimiter::Redis(Arc::new(QuotaPrefetch::new(limiter)))
+        AnyLimiter::Redis(Arc::new(limiter))
     }
 }
 

@@ -75,8 +75,7 @@ impl MemoryLimiter {
         candidates: &[Candidate],
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
-        checks::check_candidates(candidates)?;
-        checks::check_lease(lease_ttl)?;
+        checks::check_move(candidates, lease_ttl)?;
         let (mut state, now) = self.enter();
         Ok(state.move_slot(id, from, candidates, lease_ttl, now))
     }

@@ -38,7 +38,7 @@ pub(crate) async fn a_refused_charge_changes_nothing(world: World) {
     assert!(!ok);
     assert_eq!((limits[0].verdict, limits[1].verdict), (Verdict::Fits, Verdict::Never));
     assert_eq!(limits.iter().map(|l| l.remaining).collect::<Vec<_>>(), [10, 3, 10]);
-    assert_eq!(limits[1].scope, 1);
+    assert_eq!(limits[1].scope, enforce("a", 10, 4).record);
     assert_eq!(world.dump().await, before);
 }
 

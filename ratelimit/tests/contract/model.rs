@@ -25,9 +25,9 @@ pub(crate) enum Said {
 }
 
 /// What must be said of one limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Expected {
-    pub(crate) scope: usize,
+    pub(crate) scope: Key,
     pub(crate) what: What,
     pub(crate) said: Said,
     pub(crate) limit: u64,
@@ -154,7 +154,7 @@ impl Model {
         };
         let mut limits = self.peek(&call.scopes, now);
         for limit in &mut limits {
-            let scope = &call.scopes[limit.scope];
+            let scope = call.scopes.iter().find(|scope| scope.record == limit.scope).expect("of the call");
             if let What::Bucket(kind) = limit.what {
                 let bucket = scope.buckets[kind as usize].expect("it was listed");
                 limit.said = self.bucket_state(&scope.record, kind, now).judge(
@@ -165,9 +165,12 @@ impl Model {
                 );
             }
         }
+        let enforced = |limit: &Expected| {
+            call.scopes.iter().any(|scope| scope.record == limit.scope && scope.mode == Mode::Enforce)
+        };
         let refusals: Vec<Said> = limits
             .iter()
-            .filter(|limit| call.scopes[limit.scope].mode == Mode::Enforce && limit.said != Said::Fits)
+            .filter(|limit| limit.said != Said::Fits && enforced(limit))
             .map(|limit| limit.said)
             .collect();
         if !refusals.is_empty() {
@@ -300,13 +303,13 @@ impl Model {
     /// How every limit must stand.
     pub(crate) fn peek(&self, scopes: &[ScopeLimits], now: i128) -> Vec<Expected> {
         let mut limits = Vec::new();
-        for (at, scope) in scopes.iter().enumerate() {
+        for scope in scopes {
             for (kind, bucket) in buckets(scope) {
                 let bucket_state = self.bucket_state(&scope.record, kind, now);
                 let left =
                     (capacity(kind, &bucket) - bucket_state.at(kind, &bucket, now)).max(0) / unit(kind);
                 limits.push(Expected {
-                    scope: at,
+                    scope: scope.record.clone(),
                     what: What::Bucket(kind),
                     said: bucket_state.judge(kind, &bucket, 0, now),
                     limit: bucket.capacity,
@@ -322,7 +325,7 @@ impl Model {
                 None => Said::Never,
             };
             limits.push(Expected {
-                scope: at,
+                scope: scope.record.clone(),
                 what: What::Concurrency,
                 said,
                 limit: u64::from(most),

@@ -188,7 +188,7 @@ struct Made {
 fn same_limits(said: &[LimitState], must: &[Expected]) -> Result<(), TestCaseError> {
     prop_assert_eq!(said.len(), must.len());
     for (said, must) in said.iter().zip(must) {
-        prop_assert_eq!((said.scope, said.what, said.limit), (must.scope, must.what, must.limit));
+        prop_assert_eq!((&said.scope, said.what, said.limit), (&must.scope, must.what, must.limit));
         prop_assert_eq!(said.remaining, must.remaining, "{:?} {:?}", said, must);
         let reset = must.reset.map_or(FOREVER, |us| Duration::from_micros(us as u64));
         prop_assert_eq!(said.reset, reset, "{:?} {:?}", said, must);

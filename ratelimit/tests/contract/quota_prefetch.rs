@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use smallvec::smallvec;
+use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::*;
 
 use crate::harness::*;
@@ -16,7 +17,7 @@ fn hot(requests: u64) -> Scopes {
 }
 
 /// Each asks for more than there is, until what others may hold has long been given back; all that was admitted.
-async fn admitted_by(processes: &[AnyLimiter], scopes: &Scopes) -> u64 {
+async fn admitted_by(processes: &[QuotaPrefetch<AnyLimiter>], scopes: &Scopes) -> u64 {
     let mut tasks = tokio::task::JoinSet::new();
     for limiter in processes {
         let (limiter, scopes) = (limiter.clone(), scopes.clone());
@@ -40,9 +41,9 @@ async fn admitted_by(processes: &[AnyLimiter], scopes: &Scopes) -> u64 {
     tasks.join_all().await.into_iter().sum()
 }
 
-fn nothing_is_held(processes: &[AnyLimiter]) {
-    assert!(processes.iter().map(|process| process.prefetched().decided).sum::<u64>() > 0);
-    assert!(processes.iter().all(|process| process.prefetched().held == [0; Kind::COUNT]));
+fn nothing_is_held(processes: &[QuotaPrefetch<AnyLimiter>]) {
+    assert!(processes.iter().map(|process| process.status().decided).sum::<u64>() > 0);
+    assert!(processes.iter().all(|process| process.status().held == [0; Kind::COUNT]));
 }
 
 /// Four processes ask at once for more than there is: what is not set aside is admitted, to the request, whatever was
@@ -52,7 +53,7 @@ async fn exactly_the_limit_by_four_processes_that_take_ahead() {
     let server = Server::start().await;
     let mut processes = Vec::new();
     for _ in 0..4 {
-        processes.push(AnyLimiter::from(server.limiter().await));
+        processes.push(ServiceStack::new(server.limiter().await.into()).limiter);
     }
     assert_eq!(admitted_by(&processes, &hot(5_000)).await, 4_000);
     nothing_is_held(&processes);
@@ -65,7 +66,7 @@ async fn exactly_the_limit_on_a_cluster() {
     let cluster = Cluster::start().await;
     let mut processes = Vec::new();
     for _ in 0..2 {
-        processes.push(AnyLimiter::from(cluster.limiter().await));
+        processes.push(ServiceStack::new(cluster.limiter().await.into()).limiter);
     }
     let mut scopes = hot(1_000);
     scopes.push(limited("beside", Kind::Requests, bucket(10_000, 0, Duration::from_secs(60))));

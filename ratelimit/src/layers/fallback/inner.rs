@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::breaker::{Breaker, Phase};
 use super::last_seen::LastSeen;
-use super::local::{Local, Pending};
+use super::local::{ClusterView, Local, Pending};
 use super::store_leases::{Leases, StoreLeases};
 use crate::model::call::{Acquire, Decision, Outcome, Settle};
 use crate::model::data_set::DataSetsLost;
@@ -220,7 +220,9 @@ impl<L: Limiter> Inner<L> {
         error: &Error,
         unknown: bool,
     ) -> Result<Decision, Error> {
-        local.decide(call, self.gateways(), &self.last_seen, self.now_us(), error, unknown)
+        let cluster =
+            ClusterView { gateways: self.gateways(), last_seen: &self.last_seen, now_us: self.now_us() };
+        local.decide(call, &cluster, error, unknown)
     }
 
     /// False, and counted, when there is no room.

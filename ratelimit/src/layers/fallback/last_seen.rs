@@ -39,7 +39,7 @@ impl LastSeen {
         let mut seen_state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let SeenState { records: seen, in_flight } = &mut *seen_state;
         for limit in limits {
-            let Some(scope) = scopes.get(limit.scope) else { continue };
+            let Some(scope) = limit.scope_in(scopes) else { continue };
             let What::Bucket(kind) = limit.what else {
                 let live = limit.limit.saturating_sub(limit.remaining);
                 note_in_flight(in_flight, &scope.leases, u32::try_from(live).unwrap_or(u32::MAX));
@@ -120,7 +120,7 @@ mod tests {
             prefetch: Default::default(),
         };
         let used_up = LimitState {
-            scope: 0,
+            scope: record.clone(),
             what: What::Bucket(Kind::Requests),
             verdict: Verdict::Fits,
             limit: 60,
@@ -128,10 +128,10 @@ mod tests {
             reset: Duration::from_secs(60),
         };
         let seen = LastSeen::default();
-        seen.note(std::slice::from_ref(&scope), &[used_up], 5e6);
+        seen.note(std::slice::from_ref(&scope), std::slice::from_ref(&used_up), 5e6);
         let level = |now| seen.level(&record, Kind::Requests, now) / 1e6;
         assert_eq!((level(5e6), level(6e6), level(9e6)), (60.0, 60.0, 57.0));
-        let nearly = LimitState { remaining: 10, reset: Duration::from_secs(50), ..used_up };
+        let nearly = LimitState { remaining: 10, reset: Duration::from_secs(50), ..used_up.clone() };
         seen.note(std::slice::from_ref(&scope), &[nearly], 9e6);
         assert_eq!((level(9e6), level(11e6)), (51.0, 49.0), "others may have used one since");
     }

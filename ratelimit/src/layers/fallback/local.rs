@@ -23,7 +23,7 @@ use crate::model::limits::{LimitState, Mode, ScopeLimits, Verdict, What, Without
 use crate::model::usage::Tally;
 use crate::store::memory::MemoryLimiter;
 
-/// Records that may be metered here. A call that would need more is refused the way a closed limit is.
+/// Records that may be counted here. A call that would need more is refused the way a closed limit is.
 const RECORDS_MAX: usize = 65_536;
 /// Settlements and releases that may wait for the store.
 pub(super) const PENDING_MAX: usize = 65_536;
@@ -68,6 +68,16 @@ struct UnreportedUsage {
     tally: Tally,
     /// What it is being sent, under its id until the outcome is known.
     reporting: Option<Settle>,
+}
+
+/// What this process knows of the cluster while it decides alone.
+pub(super) struct ClusterView<'a> {
+    /// How many gateways share the limits, this one included.
+    pub(super) gateways: u32,
+    /// How buckets and leases stood when the store last answered.
+    pub(super) last_seen: &'a LastSeen,
+    /// The time, microseconds of this process.
+    pub(super) now_us: f64,
 }
 
 #[derive(Debug)]
@@ -127,33 +137,30 @@ impl Local {
         &self,
         full: &ScopeLimits,
         life: Duration,
-        gateways: u32,
-        seen: &LastSeen,
-        now: f64,
+        cluster: &ClusterView<'_>,
     ) -> Option<(u32, Duration)> {
         let (since, own) = self.engaged.as_ref()?;
         let own = own.get(&full.leases).copied().unwrap_or(0);
-        let part = local_share::at_first(full.concurrency?, gateways, own, seen.in_flight(&full.leases)?);
-        let left = life.checked_sub(Duration::from_micros((now - since) as u64))?;
+        let in_flight = cluster.last_seen.in_flight(&full.leases)?;
+        let part = local_share::at_first(full.concurrency?, cluster.gateways, own, in_flight);
+        let left = life.checked_sub(Duration::from_micros((cluster.now_us - since) as u64))?;
         (!left.is_zero()).then_some((part, left))
     }
 
     pub(super) fn decide(
         &mut self,
         call: &Acquire,
-        gateways: u32,
-        seen: &LastSeen,
-        now: f64,
+        cluster: &ClusterView<'_>,
         error: &Error,
         unknown: bool,
     ) -> Result<Decision, Error> {
-        let mut share = local_share::call(call, gateways);
+        let mut share = local_share::call(call, cluster.gateways);
         let mut leases_in = SmallVec::<[Duration; 8]>::new();
         for (full, share) in call.scopes.iter().zip(&mut share.scopes) {
-            let at_first = self.at_first(full, call.lease_ttl, gateways, seen, now);
+            let at_first = self.at_first(full, call.lease_ttl, cluster);
             share.concurrency = at_first.map(|(part, _)| part).or(share.concurrency);
             leases_in.push(at_first.map_or(call.lease_ttl, |(_, rest)| rest));
-            self.base(full, share, gateways, seen, now).ok_or_else(|| error.clone())?;
+            self.start_record(full, share, cluster).ok_or_else(|| error.clone())?;
         }
         let mut decision = self.limiter.decide(&share)?;
         decision.degraded = true;
@@ -176,14 +183,12 @@ impl Local {
         Ok(decision)
     }
 
-    /// Starts metering a record where the cluster's bucket state was last seen.
-    fn base(
+    /// Starts counting a record from where the cluster's bucket state was last seen. `None` when there is no room.
+    fn start_record(
         &mut self,
         full: &ScopeLimits,
         share: &ScopeLimits,
-        gateways: u32,
-        seen: &LastSeen,
-        now: f64,
+        cluster: &ClusterView<'_>,
     ) -> Option<()> {
         if let Some(base) = self.records.get_mut(&full.record) {
             base.full = full.clone();
@@ -193,8 +198,10 @@ impl Local {
             return None;
         }
         let known = Kind::ALL.map(|kind| BucketState {
-            level: (seen.level(&full.record, kind, now) / f64::from(gateways)).ceil(),
-            ts: now,
+            level: (cluster.last_seen.level(&full.record, kind, cluster.now_us)
+                / f64::from(cluster.gateways))
+            .ceil(),
+            ts: cluster.now_us,
         });
         if known.iter().any(|bucket_state| bucket_state.level > 0.0) {
             self.limiter.put_bucket_states(share, known);
@@ -203,7 +210,7 @@ impl Local {
         Some(())
     }
 
-    /// Of a grant made here; `None` when the store made it.
+    /// Settles a reservation that this process granted. `None` when the store granted it.
     pub(super) fn settle(&mut self, call: &Settle, gateways: u32) -> Option<Result<Settled, Error>> {
         let grant = self.grants.remove(&call.id)?;
         // Its usage is for the store alone.
@@ -226,12 +233,12 @@ impl Local {
         Some(settled)
     }
 
-    /// Of a grant of the store that ends while it is away.
+    /// Frees the leases of a reservation that the store granted and that ends while the store is away.
     pub(super) fn forget_held(&mut self, id: ReservationId, leases: &[Key]) {
         self.limiter.free(id, leases);
     }
 
-    /// What may have been granted under this id is undone when the store is back. Without room it stands there.
+    /// Undoes at the store, once it is back, what it may have granted under this id. Without room for that it stands.
     fn cancel(&mut self, id: ReservationId, scopes: &[ScopeLimits], slot: Option<Key>) {
         let cancel = Settle { id, actual: Cost::default(), scopes: scopes.into(), slot, usage: None };
         self.defer(Pending::Settle(Box::new(cancel)));
@@ -253,7 +260,7 @@ impl Local {
         }
     }
 
-    /// Whatever it said is not known here: the grant stands and is told like any other.
+    /// The answer is not known here: the grant stands and is reported like any other.
     pub(super) fn asked(&mut self, id: ReservationId) {
         if let Some(grant) = self.grants.get_mut(&id) {
             (grant.asking, grant.unknown) = (false, true);
@@ -376,11 +383,12 @@ fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) 
         Outcome::Limited { wait } => wait,
     };
     for limit in &mut decision.limits {
-        let open = call.scopes.get(limit.scope).is_some_and(|scope| scope.concurrency != Some(0));
+        let open = limit.scope_in(&call.scopes).is_some_and(|scope| scope.concurrency != Some(0));
         if limit.what != What::Concurrency || limit.verdict == Verdict::Fits || !open {
             continue;
         }
-        let most = leases_in.get(limit.scope).copied().unwrap_or_default();
+        let at = limit.position_in(&call.scopes);
+        let most = at.and_then(|at| leases_in.get(at)).copied().unwrap_or_default();
         limit.verdict = match limit.verdict {
             Verdict::Wait(wait) => Verdict::Wait(wait.min(most)),
             _ => Verdict::Wait(most),
@@ -388,7 +396,7 @@ fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) 
     }
     let refuses = |s: &ScopeLimits| s.mode == Mode::Enforce && s.without_store != WithoutStore::Open;
     let mut refusing =
-        decision.limits.iter().filter(|limit| call.scopes.get(limit.scope).is_some_and(refuses));
+        decision.limits.iter().filter(|limit| limit.scope_in(&call.scopes).is_some_and(refuses));
     *wait = refusing.try_fold(Duration::ZERO, |longest, limit| match limit.verdict {
         Verdict::Fits => Some(longest),
         Verdict::Wait(wait) => Some(longest.max(wait)),
@@ -399,7 +407,7 @@ fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) 
 /// Clients are told their limit, not this process's share of it.
 fn show_full_limits(limits: &mut [LimitState], scopes: &[ScopeLimits]) {
     for limit in limits {
-        let Some(scope) = scopes.get(limit.scope) else { continue };
+        let Some(scope) = limit.scope_in(scopes) else { continue };
         let full = match limit.what {
             What::Bucket(kind) => scope.buckets[kind as usize].map(|bucket| bucket.capacity),
             What::Concurrency => scope.concurrency.map(u64::from),

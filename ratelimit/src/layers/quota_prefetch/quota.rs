@@ -66,7 +66,7 @@ impl Quota {
             taking: false,
             not_before: now,
             owed: [0; Kind::COUNT],
-            seen: [None; Kind::COUNT],
+            seen: Default::default(),
             used: now,
         }
     }
@@ -78,7 +78,7 @@ impl Quota {
             for chunk in std::mem::take(&mut self.chunks) {
                 self.return_to_store(&chunk.left);
             }
-            self.seen = [None; Kind::COUNT];
+            self.seen = Default::default();
         }
     }
 
@@ -212,7 +212,7 @@ impl Quota {
         // Two charges per kind: of the limit, and of what is set aside.
         for limit in limits.iter().step_by(2) {
             if let What::Bucket(kind) = limit.what {
-                self.seen[kind as usize] = Some((*limit, now));
+                self.seen[kind as usize] = Some((limit.clone(), now));
             }
         }
     }
@@ -224,7 +224,7 @@ impl Quota {
     }
 
     /// How a limit of this scope stands, as far as it is known here.
-    pub(super) fn stands(&self, kind: Kind, scope: usize, now: Instant) -> Option<LimitState> {
+    pub(super) fn limit_state(&self, kind: Kind, now: Instant) -> Option<LimitState> {
         let bucket = self.limits.buckets[kind as usize]?;
         let held = self.held(now)[kind as usize];
         let (remaining, reset) = match &self.seen[kind as usize] {
@@ -237,7 +237,7 @@ impl Quota {
             }
             None => (bucket.capacity, Duration::ZERO),
         };
-        let what = What::Bucket(kind);
+        let (scope, what) = (self.limits.record.clone(), What::Bucket(kind));
         Some(LimitState { scope, what, verdict: Verdict::Fits, limit: bucket.capacity, remaining, reset })
     }
 
@@ -255,7 +255,7 @@ impl Quota {
     }
 
     /// It was not told, or nobody knows. What is owed is owed; a credit is given once or not at all.
-    pub(super) fn untold(&mut self, charge: &Charge, unknown: bool) {
+    pub(super) fn not_reported(&mut self, charge: &Charge, unknown: bool) {
         if charge.added > 0 || !unknown {
             let owed = &mut self.owed[charge.kind as usize];
             *owed = owed.saturating_add(charge.added);

@@ -81,7 +81,7 @@ async fn a_hot_limit_is_decided_here_and_settled_in_the_store() {
         pass(Duration::from_millis(1)).await;
     }
     assert!(hot.status().decided > 1_800, "{:?}", hot.status());
-    pass(VALID + TELL_EVERY * 2).await;
+    pass(VALID + REPORT_EVERY * 2).await;
     assert_eq!(hot.status().held, [0; Kind::COUNT], "what is not used is given back");
     let stands: Vec<u64> = store.peek(&scopes).await.expect("peek").iter().map(|l| l.remaining).collect();
     assert_eq!(stands, [80_000 - 2_000, 8_000_000 - used]);
@@ -98,7 +98,10 @@ async fn the_other_limits_of_a_request_are_asked_about() {
     for _ in 0..400 {
         let call = call(&scopes, 10);
         let decision = hot.acquire(&call).await.expect("decided");
-        assert_eq!(decision.limits.iter().map(|l| l.scope).collect::<Vec<_>>(), [0, 0, 1, 1, 1]);
+        assert_eq!(
+            decision.limits.iter().map(|l| l.position_in(&call.scopes)).collect::<Vec<_>>(),
+            [0, 0, 1, 1, 1].map(Some)
+        );
         if granted(&decision) {
             admitted += 1;
             assert!(granted(&hot.acquire(&call).await.expect("decided")), "the same id, the same answer");
@@ -108,7 +111,7 @@ async fn the_other_limits_of_a_request_are_asked_about() {
     }
     assert!(hot.status().decided > 100);
     assert_eq!(admitted, 300);
-    pass(VALID + TELL_EVERY * 2).await;
+    pass(VALID + REPORT_EVERY * 2).await;
     let stands: Vec<u64> = store.peek(&scopes).await.expect("peek").iter().map(|l| l.remaining).collect();
     assert_eq!(stands, [80_000 - 300, 8_000_000 - 3_000, 0, 97_000, 2], "refused ones gave theirs back");
 }

@@ -75,16 +75,16 @@ pub enum Turn {
 }
 
 /// How a queue was refused last: what newcomers are told without asking.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Note {
-    /// The limit that refused; its scope index is the refused call's.
+    /// The limit that refused.
     pub state: LimitState,
     /// The bucket, when it was one: its pace says how long a queue takes.
     pub bucket: Option<(Kind, Bucket)>,
 }
 
 /// What a newcomer finds.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Outlook {
     /// Waiters that are served before it.
     pub ahead: usize,
@@ -242,7 +242,7 @@ impl<H: Clone> Queues<H> {
                 clock = clock.saturating_add(queue.units(&waiter.cost));
             }
         }
-        let pace = queue.note.and_then(|note| note.bucket).filter(|_| ahead > 0);
+        let pace = queue.note.as_ref().and_then(|note| note.bucket).filter(|_| ahead > 0);
         let fits_at = pace.and_then(|(kind, bucket)| {
             let head = queue.head()?;
             // At its due moment the head fits exactly; each one after it needs its own cost drained.
@@ -250,7 +250,7 @@ impl<H: Clone> Queues<H> {
             let us = (u128::from(after) * bucket.period.as_micros()).checked_div(u128::from(bucket.rate))?;
             Some(head.due.saturating_add(u64::try_from(us).unwrap_or(u64::MAX)))
         });
-        Some(Outlook { ahead, fits_at, note: queue.note })
+        Some(Outlook { ahead, fits_at, note: queue.note.clone() })
     }
 
     /// Takes a place that is due at that moment, in a queue of at most `bound`. Returns its number.
@@ -302,7 +302,7 @@ impl<H: Clone> Queues<H> {
         let due = if self.released_since(seen, id, &wakes) { 0 } else { due };
         if let Some(queue) = self.queues.get_mut(id) {
             queue.hold.asked(false);
-            queue.note = note.or(queue.note);
+            queue.note = note.or_else(|| queue.note.take());
             if let Some(waiter) = queue.find(number) {
                 waiter.due = due;
             }
@@ -401,7 +401,7 @@ impl<H> Queue<H> {
 
     /// What a cost counts for here: in the refusing bucket's kind, or one.
     fn units(&self, cost: &Cost) -> u64 {
-        self.note.and_then(|note| note.bucket).map_or(1, |(kind, _)| cost.get(kind).max(1))
+        self.note.as_ref().and_then(|note| note.bucket).map_or(1, |(kind, _)| cost.get(kind).max(1))
     }
 
     fn next_flow(class: &Class<H>) -> Option<(&Arc<str>, &Flow<H>)> {

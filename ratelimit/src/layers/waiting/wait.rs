@@ -112,6 +112,10 @@ impl<'a> Wait<'a> {
         })
     }
 
+    fn max_wait_for(&self, limit: &LimitState) -> Duration {
+        limit.position_in(&self.call.scopes).map_or(Duration::ZERO, |at| self.max_wait(at))
+    }
+
     fn max_wait(&self, scope: usize) -> Duration {
         self.policy.scopes.get(scope).copied().unwrap_or_default()
     }
@@ -239,7 +243,7 @@ impl<'a> Wait<'a> {
         let now = Instant::now();
         let plan = self.plan(decision, now).ok_or(GaveUp::TooLong)?;
         let until = self.until(&plan.id, plan.max_wait, now);
-        if now >= until || (plan.due > until && plan.note.is_some_and(|n| n.bucket.is_some())) {
+        if now >= until || (plan.due > until && plan.note.as_ref().is_some_and(|n| n.bucket.is_some())) {
             let expired = self.since.iter().any(|(id, _)| *id == plan.id);
             return Err(if expired { GaveUp::Expired } else { GaveUp::TooLong });
         }
@@ -268,14 +272,10 @@ impl<'a> Wait<'a> {
                 note: None,
             });
         }
-        let enforced = |l: &&LimitState| {
-            let scope = self.call.scopes.get(l.scope);
-            l.verdict != Verdict::Fits && scope.is_some_and(|scope| scope.mode == Mode::Enforce)
-        };
         let mut worst: Option<(&LimitState, Duration)> = None;
-        for limit in decision.limits.iter().filter(enforced) {
+        for limit in decision.limits.iter().filter(|limit| limit.refuses(&self.call.scopes)) {
             let Verdict::Wait(wait) = limit.verdict else { return None };
-            let max_wait = self.max_wait(limit.scope);
+            let max_wait = self.max_wait_for(limit);
             // A lease may end sooner than its expiry says, a bucket never has room sooner than this.
             let (least, sure) = match limit.what {
                 What::Bucket(_) => (wait, true),
@@ -293,30 +293,30 @@ impl<'a> Wait<'a> {
             }
         }
         let (limit, wait) = worst?;
-        let (limit, max_wait) = (*limit, self.max_wait(limit.scope));
-        let id = QueueId::Limit(self.key(&limit)?);
+        let max_wait = self.max_wait_for(limit);
+        let id = QueueId::Limit(self.key(limit)?);
         let pause = match limit.what {
             What::Bucket(_) => wait.max(ASK_PAUSE_MIN),
             What::Concurrency => self.next_poll(),
         };
         let bucket = match limit.what {
-            What::Bucket(kind) => self.bucket(limit.scope, kind),
+            What::Bucket(kind) => self.bucket(limit, kind),
             What::Concurrency => None,
         };
-        let note = Some(Note { state: limit, bucket });
+        let note = Some(Note { state: limit.clone(), bucket });
         Some(Plan { id, max_wait, bound: LIMIT_QUEUE_MAX, due: now + pause, note })
     }
 
     fn key(&self, limit: &LimitState) -> Option<Key> {
-        let scope = self.call.scopes.get(limit.scope)?;
+        let scope = limit.scope_in(&self.call.scopes)?;
         Some(match limit.what {
             What::Bucket(_) => scope.record.clone(),
             What::Concurrency => scope.leases.clone(),
         })
     }
 
-    fn bucket(&self, scope: usize, kind: Kind) -> Option<(Kind, crate::model::kind::Bucket)> {
-        let bucket = self.call.scopes.get(scope)?.buckets[kind as usize]?;
+    fn bucket(&self, limit: &LimitState, kind: Kind) -> Option<(Kind, crate::model::kind::Bucket)> {
+        let bucket = limit.scope_in(&self.call.scopes)?.buckets[kind as usize]?;
         Some((kind, bucket))
     }
 
@@ -332,13 +332,13 @@ impl<'a> Wait<'a> {
         let QueuePolicy { tenant, priority, .. } = self.policy;
         let outlook = self.waiting.queues().outlook(&seat.id, tenant, *priority, &self.call.cost);
         let now = Instant::now();
-        let wait = outlook.and_then(|o| self.waiting.at(o.fits_at?));
+        let wait = outlook.as_ref().and_then(|o| self.waiting.at(o.fits_at?));
         let wait = wait.map_or(POLL_MAX, |at| at.saturating_duration_since(now)).max(ASK_PAUSE_MIN);
         self.refusal(&seat.id, outlook.and_then(|o| o.note), wait)
     }
 
     fn refusal(&self, id: &QueueId, note: Option<Note>, wait: Duration) -> Decision {
-        let QueueId::Limit(key) = id else {
+        let QueueId::Limit(_) = id else {
             return Decision {
                 outcome: Outcome::NoSlot { wait },
                 limits: Vec::new(),
@@ -346,12 +346,7 @@ impl<'a> Wait<'a> {
                 degraded: false,
             };
         };
-        let scope = self.call.scopes.iter().position(|s| s.record == *key || s.leases == *key);
-        let state = note.zip(scope).map(|(note, scope)| LimitState {
-            scope,
-            verdict: Verdict::Wait(wait),
-            ..note.state
-        });
+        let state = note.map(|note| LimitState { verdict: Verdict::Wait(wait), ..note.state });
         let limits = state.into_iter().collect();
         Decision { outcome: Outcome::Limited { wait: Some(wait) }, limits, now_us: 0, degraded: false }
     }

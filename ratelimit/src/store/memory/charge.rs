@@ -48,11 +48,11 @@ impl State {
         for (key, kinds) in written {
             self.write_kinds(key, kinds, before.get(key).copied().unwrap_or_default(), now);
         }
-        let limits = charges.iter().zip(verdicts).enumerate().map(|(index, (c, verdict))| {
+        let limits = charges.iter().zip(verdicts).map(|(c, verdict)| {
             let terms = Terms::of(c.kind, &c.bucket);
             let bucket_state = before.get(&c.record).copied().unwrap_or_default()[c.kind as usize];
             LimitState {
-                scope: index,
+                scope: c.record.clone(),
                 what: What::Bucket(c.kind),
                 verdict,
                 limit: c.bucket.capacity,

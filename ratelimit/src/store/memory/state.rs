@@ -23,16 +23,8 @@ impl State {
     pub(super) fn acquire(&mut self, call: &Acquire, now: u64) -> Decision {
         let at = now as f64;
         let key = Key::reservation_of(&call.scopes, call.id);
-        if let Some(held) = self.reservation(&key, now) {
-            let outcome = match held.stage {
-                Stage::NeverGranted => Outcome::Limited { wait: None },
-                Stage::Open | Stage::Settled => Outcome::Granted {
-                    slot: call.candidates.iter().position(|c| held.slot.as_ref() == Some(&c.leases)),
-                },
-            };
-            let mut limits = self.peek(&call.scopes, now);
-            limits.iter_mut().for_each(|limit| limit.verdict = Verdict::Fits);
-            return Decision { outcome, limits, now_us: now, degraded: false };
+        if let Some(known) = self.known_decision(call, &key, now) {
+            return known;
         }
 
         let mut limits = self.peek(&call.scopes, now);
@@ -63,7 +55,42 @@ impl State {
             return Decision { outcome, limits, now_us: now, degraded: false };
         }
 
-        let expiry = later(now, call.lease_ttl);
+        let charged = self.charge_scopes(call, judged, now);
+        let slot_key = slot.map(|slot| call.candidates[slot].leases.clone());
+        if let Some(key) = &slot_key {
+            self.take_lease(key, call.id, later(now, call.lease_ttl));
+        }
+        let expires = later(now, RESERVATION_LIFE);
+        let open = Reservation { stage: Stage::Open, slot: slot_key, reserved: charged, expires };
+        self.write_reservation(key, open, now);
+        for (after, limit) in self.peek(&call.scopes, now).into_iter().zip(&mut limits) {
+            *limit = LimitState { verdict: limit.verdict, ..after };
+        }
+        Decision { outcome: Outcome::Granted { slot }, limits, now_us: now, degraded: false }
+    }
+
+    /// The decision of a call whose id is known already.
+    fn known_decision(&mut self, call: &Acquire, key: &Key, now: u64) -> Option<Decision> {
+        let held = self.reservation(key, now)?;
+        let outcome = match held.stage {
+            Stage::NeverGranted => Outcome::Limited { wait: None },
+            Stage::Open | Stage::Settled => Outcome::Granted {
+                slot: call.candidates.iter().position(|c| held.slot.as_ref() == Some(&c.leases)),
+            },
+        };
+        let mut limits = self.peek(&call.scopes, now);
+        limits.iter_mut().for_each(|limit| limit.verdict = Verdict::Fits);
+        Some(Decision { outcome, limits, now_us: now, degraded: false })
+    }
+
+    /// Charges every scope and takes its lease; what was charged to each.
+    fn charge_scopes(
+        &mut self,
+        call: &Acquire,
+        judged: Vec<Judged>,
+        now: u64,
+    ) -> Vec<(Key, [f64; Kind::COUNT])> {
+        let (at, expiry) = (now as f64, later(now, call.lease_ttl));
         let mut charged = Vec::with_capacity(call.scopes.len());
         for (scope, Judged { lines, mut bucket_states }) in call.scopes.iter().zip(judged) {
             let mut amounts = [0.0; Kind::COUNT];
@@ -83,17 +110,7 @@ impl State {
             }
             charged.push((scope.record.clone(), amounts));
         }
-        let slot_key = slot.map(|slot| call.candidates[slot].leases.clone());
-        if let Some(key) = &slot_key {
-            self.take_lease(key, call.id, expiry);
-        }
-        let expires = later(now, RESERVATION_LIFE);
-        let open = Reservation { stage: Stage::Open, slot: slot_key, reserved: charged, expires };
-        self.write_reservation(key, open, now);
-        for (after, limit) in self.peek(&call.scopes, now).into_iter().zip(&mut limits) {
-            *limit = LimitState { verdict: limit.verdict, ..after };
-        }
-        Decision { outcome: Outcome::Granted { slot }, limits, now_us: now, degraded: false }
+        charged
     }
 
     pub(super) fn settle(&mut self, call: &Settle, now: u64) -> Settled {
@@ -205,7 +222,7 @@ impl State {
         let at = now as f64;
         let mut limits = blank_limits(scopes);
         for limit in &mut limits {
-            let scope = &scopes[limit.scope];
+            let Some(scope) = limit.scope_in(scopes) else { continue };
             match limit.what {
                 What::Bucket(kind) => {
                     let Some(line) = lines(scope, |_, _| 0.0).into_iter().find(|line| line.kind == kind)

@@ -128,8 +128,7 @@ impl Limiter for RedisLimiter {
         candidates: &[Candidate],
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
-        checks::check_candidates(candidates)?;
-        checks::check_lease(lease_ttl)?;
+        checks::check_move(candidates, lease_ttl)?;
         if self.splits(candidates.iter().map(|candidate| &candidate.leases).chain(from)) {
             return self.move_split(id, from, candidates, lease_ttl).await;
         }

@@ -85,9 +85,9 @@ impl<'a> Reader<'a> {
             _ => return Err(malformed()),
         };
         let mut limits = Vec::with_capacity(charges.len());
-        for (scope, charge) in charges.iter().enumerate() {
+        for charge in charges {
             let mut limit = LimitState {
-                scope,
+                scope: charge.record.clone(),
                 what: What::Bucket(charge.kind),
                 verdict: Verdict::Fits,
                 limit: charge.bucket.capacity,

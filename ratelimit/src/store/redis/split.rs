@@ -59,20 +59,19 @@ fn pick(scopes: &[ScopeLimits], of: &Group) -> Scopes {
     of.scopes.iter().map(|&at| scopes[at].clone()).collect()
 }
 
-/// Puts a group's limits where they belong in the whole answer.
-fn place(all: &mut Vec<LimitState>, of: &Group, limits: Vec<LimitState>) {
-    for mut limit in limits {
-        limit.scope = of.scopes[limit.scope];
-        match all.iter_mut().find(|known| (known.scope, known.what) == (limit.scope, limit.what)) {
+/// Adds what a group said of its limits, in place of what it said before.
+fn note(all: &mut Vec<LimitState>, limits: Vec<LimitState>) {
+    for limit in limits {
+        match all.iter_mut().find(|known| known.scope == limit.scope && known.what == limit.what) {
             Some(known) => *known = limit,
             None => all.push(limit),
         }
     }
 }
 
-fn in_order(mut limits: Vec<LimitState>) -> Vec<LimitState> {
+fn in_order(mut limits: Vec<LimitState>, scopes: &[ScopeLimits]) -> Vec<LimitState> {
     // Within a scope a group already has them in order, and the sort is stable.
-    limits.sort_by_key(|limit| limit.scope);
+    limits.sort_by_key(|limit| limit.position_in(scopes));
     limits
 }
 
@@ -94,28 +93,28 @@ impl RedisLimiter {
             let (decision, before) = self.ask_group(&part, &group.tag, RESERVATION_LIFE).await?;
             again |= before;
             now_us = now_us.max(decision.now_us);
-            place(&mut limits, group, decision.limits);
+            note(&mut limits, decision.limits);
             let Outcome::Limited { mut wait } = decision.outcome else { continue };
             self.recent_refusals.note(&group.tag);
             self.undo(call, &groups[..n], &mut limits).await?;
             for group in &groups[n + 1..] {
                 let part = of_group(call, pick(&call.scopes, group), Vec::new());
                 let (looked, _) = self.ask_group(&part, &group.tag, Duration::ZERO).await?;
-                place(&mut limits, group, looked.limits);
+                note(&mut limits, looked.limits);
                 if let Outcome::Limited { wait: more } = looked.outcome {
                     wait = wait.zip(more).map(|(a, b)| a.max(b));
                 }
             }
-            return Ok(decided(Outcome::Limited { wait }, limits, now_us));
+            return Ok(decided(call, Outcome::Limited { wait }, limits, now_us));
         }
         if call.candidates.is_empty() {
-            return Ok(decided(Outcome::Granted { slot: None }, limits, now_us));
+            return Ok(decided(call, Outcome::Granted { slot: None }, limits, now_us));
         }
         if again {
             // It was granted before: it holds a slot or has been settled, and must not take another one.
             for (at, candidate) in call.candidates.iter().enumerate() {
                 if self.ask_slot(call, candidate, Duration::ZERO).await?.1 {
-                    return Ok(decided(Outcome::Granted { slot: Some(at) }, limits, now_us));
+                    return Ok(decided(call, Outcome::Granted { slot: Some(at) }, limits, now_us));
                 }
             }
         }
@@ -124,19 +123,21 @@ impl RedisLimiter {
             let (decision, _) = self.ask_slot(call, candidate, TOMBSTONE_LIFE).await?;
             match decision.outcome {
                 Outcome::Granted { .. } => {
-                    return Ok(decided(Outcome::Granted { slot: Some(at) }, limits, now_us));
+                    return Ok(decided(call, Outcome::Granted { slot: Some(at) }, limits, now_us));
                 }
                 Outcome::NoSlot { wait } => {
                     self.recent_refusals.note(candidate.leases.tag());
                     soonest = Some(soonest.map_or(wait, |s: Duration| s.min(wait)));
                 }
                 // Settled before it was ever granted.
-                Outcome::Limited { wait } => return Ok(decided(Outcome::Limited { wait }, limits, now_us)),
+                Outcome::Limited { wait } => {
+                    return Ok(decided(call, Outcome::Limited { wait }, limits, now_us));
+                }
             }
         }
         self.undo(call, &groups, &mut limits).await?;
         let wait = soonest.unwrap_or(call.lease_ttl);
-        Ok(decided(Outcome::NoSlot { wait }, limits, now_us))
+        Ok(decided(call, Outcome::NoSlot { wait }, limits, now_us))
     }
 
     /// The refusal of a call whose candidates were all full lately and still are; charges nothing.
@@ -157,7 +158,7 @@ impl RedisLimiter {
             let part = of_group(call, pick(&call.scopes, group), Vec::new());
             let (looked, _) = self.ask_group(&part, &group.tag, Duration::ZERO).await?;
             now_us = now_us.max(looked.now_us);
-            place(&mut limits, group, looked.limits);
+            note(&mut limits, looked.limits);
             if let Outcome::Limited { wait } = looked.outcome {
                 let wait = match outcome {
                     Outcome::Limited { wait: known } => known.zip(wait).map(|(a, b)| a.max(b)),
@@ -166,7 +167,7 @@ impl RedisLimiter {
                 outcome = Outcome::Limited { wait };
             }
         }
-        Ok(Some(decided(outcome, limits, now_us)))
+        Ok(Some(decided(call, outcome, limits, now_us)))
     }
 
     async fn ask_slot(
@@ -197,7 +198,7 @@ impl RedisLimiter {
             };
             let mut after = settled.limits;
             after.iter_mut().for_each(|limit| limit.verdict = Verdict::Fits);
-            place(limits, group, after);
+            note(limits, after);
         }
         Ok(())
     }
@@ -213,7 +214,7 @@ impl RedisLimiter {
             let settled = self.settle_group(&part, &group.tag, TOMBSTONE_LIFE).await?;
             applied |= settled.applied;
             now_us = now_us.max(settled.now_us);
-            place(&mut limits, group, settled.limits);
+            note(&mut limits, settled.limits);
         }
         if let Some(slot) = &call.slot {
             let part = Settle { scopes: Scopes::new(), usage: None, ..call.clone() };
@@ -224,7 +225,7 @@ impl RedisLimiter {
             let part = Settle { scopes: Scopes::new(), slot: None, usage: Some(usage), ..call.clone() };
             self.settle_group(&part, &tag, TOMBSTONE_LIFE).await?;
         }
-        Ok(Settled { applied, limits: in_order(limits), now_us })
+        Ok(Settled { applied, limits: in_order(limits, &call.scopes), now_us })
     }
 
     pub(super) async fn move_split(
@@ -304,35 +305,17 @@ impl RedisLimiter {
         let mut tags: Vec<&str> = charges.iter().map(|charge| charge.record.tag()).collect();
         tags.sort_by_key(|tag| (rank(tag), *tag));
         tags.dedup();
-        let mut limits: Vec<Option<LimitState>> = vec![None; charges.len()];
-        let mut now_us = 0;
-        for tag in &tags {
-            let part = part_of(charges, tag, |_| true);
-            let judged: Vec<Charge> = part.iter().map(|(_, c)| Charge { added: 0, ..(*c).clone() }).collect();
-            let decision = self.charge_one_slot(&judged).await?;
-            now_us = now_us.max(decision.now_us);
-            for ((at, _), limit) in part.iter().zip(decision.limits) {
-                limits[*at] = Some(LimitState { scope: *at, ..limit });
-            }
-        }
+        let (mut limits, now_us) = self.judge_charges(charges, &tags).await?;
         let refuses = |rule: ChargeRule| {
-            let over = |(c, l): &(&Charge, &Option<LimitState>)| {
-                c.rule == rule && l.is_some_and(|limit| limit.verdict != Verdict::Fits)
-            };
-            charges.iter().zip(&limits).any(|both| over(&both))
+            charges.iter().zip(&limits).any(|(charge, limit)| {
+                charge.rule == rule && limit.as_ref().is_some_and(|limit| limit.verdict != Verdict::Fits)
+            })
         };
         let (refused, over) = (refuses(ChargeRule::AllOrNothing), refuses(ChargeRule::Always));
-        let mut wait = Some(Duration::ZERO);
-        for (charge, limit) in charges.iter().zip(limits.iter().flatten()) {
-            wait = match limit.verdict {
-                _ if charge.rule == ChargeRule::Note => wait,
-                Verdict::Fits => wait,
-                Verdict::Wait(more) => wait.map(|wait| wait.max(more)),
-                Verdict::Never => None,
-            };
-        }
-        let mut outcome =
-            if refused || over { Outcome::Limited { wait } } else { Outcome::Granted { slot: None } };
+        let mut outcome = match refused || over {
+            true => Outcome::Limited { wait: wait_of(charges, &limits) },
+            false => Outcome::Granted { slot: None },
+        };
         let mut written: Vec<Charge> = Vec::new();
         for tag in tags.iter().filter(|_| !refused) {
             let part = part_of(charges, tag, |charge| !over || charge.rule != ChargeRule::AllOrNothing);
@@ -341,20 +324,12 @@ impl RedisLimiter {
             }
             let part_charges: Vec<Charge> = part.iter().map(|(_, charge)| (*charge).clone()).collect();
             let decision = self.charge_one_slot(&part_charges).await?;
-            for ((at, _), limit) in part.iter().zip(&decision.limits) {
-                let verdict =
-                    if over { limits[*at].map_or(limit.verdict, |l| l.verdict) } else { limit.verdict };
-                limits[*at] = Some(LimitState { scope: *at, verdict, ..*limit });
+            for ((at, _), limit) in part.iter().zip(decision.limits) {
+                let judged = limits[*at].as_ref().filter(|_| over).map(|judged| judged.verdict);
+                limits[*at] = Some(LimitState { verdict: judged.unwrap_or(limit.verdict), ..limit });
             }
-            if !over && let Outcome::Limited { .. } = decision.outcome {
-                let back: Vec<Charge> = written.into_iter().map(given_back).collect();
-                for tag in &tags {
-                    let part = part_of(&back, tag, |_| true);
-                    let part: Vec<Charge> = part.into_iter().map(|(_, charge)| charge.clone()).collect();
-                    if !part.is_empty() {
-                        self.charge_one_slot(&part).await?;
-                    }
-                }
+            if !over && matches!(decision.outcome, Outcome::Limited { .. }) {
+                self.give_back(written, &tags).await?;
                 outcome = decision.outcome;
                 break;
             }
@@ -363,12 +338,44 @@ impl RedisLimiter {
         Ok(Decision { outcome, limits: limits.into_iter().flatten().collect(), now_us, degraded: false })
     }
 
+    /// How each charge stands, and the store's time; writes nothing.
+    async fn judge_charges(
+        &self,
+        charges: &[Charge],
+        tags: &[&str],
+    ) -> Result<(Vec<Option<LimitState>>, u64), Error> {
+        let mut limits: Vec<Option<LimitState>> = vec![None; charges.len()];
+        let mut now_us = 0;
+        for tag in tags {
+            let part = part_of(charges, tag, |_| true);
+            let judged: Vec<Charge> = part.iter().map(|(_, c)| Charge { added: 0, ..(*c).clone() }).collect();
+            let decision = self.charge_one_slot(&judged).await?;
+            now_us = now_us.max(decision.now_us);
+            for ((at, _), limit) in part.iter().zip(decision.limits) {
+                limits[*at] = Some(limit);
+            }
+        }
+        Ok((limits, now_us))
+    }
+
+    async fn give_back(&self, written: Vec<Charge>, tags: &[&str]) -> Result<(), Error> {
+        let back: Vec<Charge> = written.into_iter().map(given_back).collect();
+        for tag in tags {
+            let part = part_of(&back, tag, |_| true);
+            let part: Vec<Charge> = part.into_iter().map(|(_, charge)| charge.clone()).collect();
+            if !part.is_empty() {
+                self.charge_one_slot(&part).await?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) async fn peek_split(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
         let mut limits = Vec::new();
         for group in groups(scopes).iter().filter(|group| !group.scopes.is_empty()) {
-            place(&mut limits, group, self.peek_one_slot(&pick(scopes, group)).await?);
+            note(&mut limits, self.peek_one_slot(&pick(scopes, group)).await?);
         }
-        Ok(in_order(limits))
+        Ok(in_order(limits, scopes))
     }
 
     pub(super) async fn usage_split(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
@@ -397,12 +404,24 @@ fn part_of<'a>(
     charges.iter().enumerate().filter(|(_, charge)| charge.record.tag() == tag && wanted(charge)).collect()
 }
 
+/// When every charge that can refuse would fit; `None` when one of them never does.
+fn wait_of(charges: &[Charge], limits: &[Option<LimitState>]) -> Option<Duration> {
+    let limits = charges.iter().zip(limits).filter(|(charge, _)| charge.rule != ChargeRule::Note);
+    limits.filter_map(|(_, limit)| limit.as_ref()).try_fold(Duration::ZERO, |wait, limit| {
+        match limit.verdict {
+            Verdict::Fits => Some(wait),
+            Verdict::Wait(more) => Some(wait.max(more)),
+            Verdict::Never => None,
+        }
+    })
+}
+
 fn given_back(charge: Charge) -> Charge {
     Charge { needed: 0, added: charge.added.saturating_neg(), rule: ChargeRule::Note, ..charge }
 }
 
-fn decided(outcome: Outcome, limits: Vec<LimitState>, now_us: u64) -> Decision {
-    Decision { outcome, limits: in_order(limits), now_us, degraded: false }
+fn decided(call: &Acquire, outcome: Outcome, limits: Vec<LimitState>, now_us: u64) -> Decision {
+    Decision { outcome, limits: in_order(limits, &call.scopes), now_us, degraded: false }
 }
 
 #[cfg(test)]

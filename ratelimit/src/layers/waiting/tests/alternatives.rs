@@ -13,8 +13,7 @@ async fn ask_either(process: &Process, full: &Acquire, policy: &QueuePolicy) -> 
                     continue;
                 }
                 let call = Acquire { id: Uuid::now_v7(), ..call(&full.scopes[run..=run], 1, vec![]) };
-                let mut decision = process.limiter.acquire(&call).await?;
-                decision.limits.iter_mut().for_each(|limit| limit.scope = run);
+                let decision = process.limiter.acquire(&call).await?;
                 let wait = |of: &Decision| match of.outcome {
                     Outcome::Limited { wait } => wait,
                     _ => None,
