@@ -20,7 +20,7 @@ WORKDIR /src
 ARG LTO=thin
 ENV CARGO_INCREMENTAL=0 CARGO_PROFILE_RELEASE_LTO=$LTO CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
     CARGO_NET_RETRY=5 \
-    PACKAGES="-p weir -p weir-gateway -p weir-control-plane -p weir-ratelimit -p mock-llm"
+    PACKAGES="-p weir -p weir-gateway -p weir-control-plane -p weir-ratelimit-service -p mock-llm"
 COPY --from=skeleton /skeleton .
 RUN cargo build --release --locked --bins $PACKAGES
 COPY . .

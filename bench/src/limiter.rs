@@ -20,12 +20,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 use weir_proto::v1::{self, resource::Spec};
-use weir_ratelimit::ahead::Ahead;
-use weir_ratelimit::denials::Denials;
+use weir_ratelimit::deny_cache::DenyCache;
+use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{
-    Acquire, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits, Scopes, Settle,
-    Tally, Usage, scope_keys,
+    Acquire, AnyLimiter, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits,
+    Scopes, ServiceStack, Settle, Tally, Usage, scope_keys,
 };
 
 use crate::load;
@@ -77,7 +77,7 @@ pub(crate) struct LimiterArgs {
 struct Asking {
     name: &'static str,
     callers: usize,
-    lanes: usize,
+    connections: usize,
     tenants: u64,
     models: u64,
     /// Whether calls under the same limits travel as one.
@@ -96,7 +96,7 @@ struct Asking {
 const UNBATCHED: Asking = Asking {
     name: "unbatched",
     callers: 1,
-    lanes: 1,
+    connections: 1,
     tenants: TENANTS,
     models: MODELS,
     merge: false,
@@ -106,7 +106,7 @@ const UNBATCHED: Asking = Asking {
     refused: false,
 };
 /// Whatever waits on a connection travels together.
-const PIPELINED: Asking = Asking { name: "pipelined", callers: CALLERS, lanes: 2, ..UNBATCHED };
+const PIPELINED: Asking = Asking { name: "pipelined", callers: CALLERS, connections: 2, ..UNBATCHED };
 /// The same when everybody is under the same limits: one tenant, one model.
 const ONE_TENANT: Asking = Asking { name: "pipelined_one_tenant", tenants: 1, models: 1, ..PIPELINED };
 
@@ -186,20 +186,26 @@ fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
 }
 
 async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
-    let options =
-        RedisOptions { deadline: DEADLINE, lanes: mode.lanes, merge: mode.merge, ..RedisOptions::default() };
-    let limiter = Arc::new(Ahead::new(RedisLimiter::connect(&redis.url(), options).await?));
-    let denials = Arc::new(Denials::default());
+    let options = RedisOptions {
+        deadline: DEADLINE,
+        connections: mode.connections,
+        merge: mode.merge,
+        ..RedisOptions::default()
+    };
+    let store = RedisLimiter::connect(&redis.url(), options).await?;
+    let limiter = ServiceStack::new(store.into()).limiter;
+    let deny_cache = Arc::new(DenyCache::default());
     let started = Instant::now() + WARM_UP;
     let mut callers = JoinSet::new();
     for caller in 0..mode.callers {
-        let (limiter, denials, mut rng) = (limiter.clone(), denials.clone(), Rng::new(7, caller as u64));
+        let (limiter, deny_cache, mut rng) =
+            (limiter.clone(), deny_cache.clone(), Rng::new(7, caller as u64));
         callers.spawn(async move {
             let mut latency = load::latencies();
             while started.elapsed() < length {
                 let call = call(rng.between(1, mode.tenants), rng.between(1, mode.models), &mode);
                 let asked = match mode.refused {
-                    true => refuse(&limiter, &denials, &call).await?,
+                    true => refuse(&limiter, &deny_cache, &call).await?,
                     false => decide(&limiter, &call, mode.usage).await?,
                 };
                 if Instant::now() >= started {
@@ -225,27 +231,23 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
 
 /// One refusal, as gateways decide it; says how long it took.
 async fn refuse(
-    limiter: &Ahead<RedisLimiter>,
-    denials: &Denials,
+    limiter: &QuotaPrefetch<AnyLimiter>,
+    deny_cache: &DenyCache,
     call: &Acquire,
 ) -> anyhow::Result<Duration> {
     let asked = Instant::now();
-    let decision = match denials.answer(call) {
-        Some(refusal) => refusal,
-        None => {
-            let before = denials.before(call);
-            let decision = limiter.acquire(call).await?;
-            denials.note(call, &decision, &before);
-            decision
-        }
-    };
+    let (decision, _) = deny_cache.acquire(limiter, call).await?;
     let took = asked.elapsed();
     anyhow::ensure!(!matches!(decision.outcome, Outcome::NoSlot { .. }), "no slot");
     Ok(took)
 }
 
 /// One full decision; says how long the admission took.
-async fn decide(limiter: &Ahead<RedisLimiter>, call: &Acquire, usage: bool) -> anyhow::Result<Duration> {
+async fn decide(
+    limiter: &QuotaPrefetch<AnyLimiter>,
+    call: &Acquire,
+    usage: bool,
+) -> anyhow::Result<Duration> {
     let asked = Instant::now();
     let decision = limiter.acquire(call).await?;
     let took = asked.elapsed();

@@ -29,7 +29,7 @@ pub(crate) enum Role {
     /// A control plane with a file store.
     ControlPlane(ControlPlaneArgs),
     /// A limit service.
-    LimitService(Box<weir_ratelimit::service::Config>),
+    LimitService(Box<weir_ratelimit_service::Config>),
 }
 
 /// A control plane on loopback.
@@ -107,7 +107,7 @@ pub(crate) fn run(role: Role) -> anyhow::Result<()> {
             }
             Role::LimitService(config) => {
                 weir_runtime::init_logs(&config.log).map_err(anyhow::Error::msg)?;
-                let running = weir_ratelimit::service::start(*config, None, shutdown, force).await?;
+                let running = weir_ratelimit_service::start(*config, None, shutdown, force).await?;
                 say(&json!({ "grpc": running.address, "ops": running.ops_address }))?;
                 running.ended().await;
             }

@@ -12,10 +12,9 @@
 //! <https://platform.openai.com/docs/guides/rate-limits>).
 
 mod admission;
-mod open;
 mod slot;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -23,13 +22,14 @@ use smallvec::SmallVec;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use weir_ratelimit::denials::Denials;
+use weir_ratelimit::deny_cache::DenyCache;
 use weir_ratelimit::fallback::LiveGateways;
+use weir_ratelimit::quota_prefetch::QuotaPrefetch;
+use weir_ratelimit::reservation::{LeaseBook, Leases};
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Renewal, Settle, Trouble};
+use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Key, LimitStack, Limiter, OwnerId, Settle, Trouble};
 
 pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
-use self::open::OpenLeases;
 pub use self::slot::{NewSlot, SlotLease};
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
@@ -47,25 +47,21 @@ const RETAKES: usize = 64;
 /// At the end of the process: for what was decided while the limit store was away.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Owns what is reserved and not yet settled.
 #[derive(Debug)]
 pub struct Ledger {
     /// Decides limits for the cluster, and this gateway's share of them while the cluster's store is away.
-    pub limiter: Fallback<AnyLimiter>,
+    pub limiter: Fallback<QuotaPrefetch<AnyLimiter>>,
     /// Who waits for them.
     pub waiting: Waiting,
     /// Refusals that need not be asked for again.
-    pub denials: Denials,
+    pub denials: DenyCache,
     /// What requests will probably cost.
     pub estimates: Estimates,
     metrics: Metrics,
-    holder: Holder,
+    holder: OwnerId,
     queue: mpsc::Sender<Job>,
-    leases: Mutex<OpenLeases>,
+    leases: LeaseBook,
 }
 
 /// The worker's end of a ledger.
@@ -126,38 +122,34 @@ impl Ledger {
     /// A ledger and the worker that must be run for it; its leases bear the mark of `holder`. Needs a tokio runtime.
     pub fn new(
         limiter: AnyLimiter,
-        holder: Holder,
+        holder: OwnerId,
         gateways: LiveGateways,
         metrics: Metrics,
     ) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
-        let limiter = Fallback::new(limiter, gateways);
+        let LimitStack { waiting, deny_cache, limiter } = LimitStack::new(limiter, gateways);
         let ledger = Arc::new(Self {
             limiter,
-            waiting: Waiting::default(),
-            denials: Denials::default(),
+            waiting,
+            denials: deny_cache,
             estimates: Estimates::default(),
             metrics,
             holder,
             queue: sender,
-            leases: Mutex::default(),
+            leases: LeaseBook::default(),
         });
         (ledger.clone(), LedgerWorker { ledger, queue })
     }
 
-    fn leases(&self) -> MutexGuard<'_, OpenLeases> {
-        lock(&self.leases)
-    }
-
     /// The store has freed a lease: somebody who waits, here or at another gateway, has a place.
     fn gave_back(&self, key: &Key) {
-        let held = self.leases().at(key);
+        let held = self.leases.count(key);
         self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
     /// Reservations that hold leases now: one for each request, and where accounts are limited for each later try.
     pub fn open_leases(&self) -> usize {
-        self.leases().len()
+        self.leases.len()
     }
 }
 
@@ -197,18 +189,15 @@ impl LedgerWorker {
 }
 
 async fn renew(ledger: Arc<Ledger>) {
-    let renewals: Vec<Renewal> =
-        ledger.leases().iter().map(|(id, leases)| Renewal { id, leases: leases.clone() }).collect();
+    let renewals = ledger.leases.renewals();
     if renewals.is_empty() {
         return;
     }
     match ledger.limiter.renew(&renewals, LEASE_TTL).await {
         Ok(lost) => {
             // A request that ended meanwhile has released its own; only those still open have lost one.
-            let lost: Vec<(Uuid, SmallVec<[Key; 4]>)> = {
-                let open = ledger.leases();
-                lost.iter().filter_map(|id| Some((*id, open.get(*id)?.clone()))).collect()
-            };
+            let lost: Vec<(Uuid, Leases)> =
+                lost.iter().filter_map(|id| Some((*id, ledger.leases.leases_of(*id)?))).collect();
             if !lost.is_empty() {
                 ledger.metrics.leases_lost.inc_by(lost.len() as u64);
                 let lost_now = lost.len();
@@ -226,7 +215,7 @@ async fn renew(ledger: Arc<Ledger>) {
 
 /// A request goes on although its leases ran out, or somebody freed them: it is counted again, also above the maximum,
 /// so that nobody is let in beside it. The next ones wait until the count has come down.
-async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
+async fn retake(ledger: &Ledger, id: Uuid, leases: Leases) {
     for key in &leases {
         let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX, bound: None }];
         match ledger.limiter.move_slot(id, None, &place, LEASE_TTL).await {
@@ -239,7 +228,7 @@ async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
         };
     }
     // It may have ended meanwhile, before its leases were taken again.
-    let ended = ledger.leases().get(id).is_none();
+    let ended = ledger.leases.leases_of(id).is_none();
     if ended && let Err(error) = ledger.limiter.release(id, &leases).await {
         tracing::debug!(%error, reservation = %id, "a lease of an ended request runs out by itself");
     }

@@ -155,7 +155,7 @@ async fn rows<'a>(
     let scopes: Vec<ScopeLimits> = entries.iter().map(|e| e.limits.clone()).collect();
     let limits = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
     let row = |limit: &LimitState| {
-        let entry = entries.get(limit.scope)?;
+        let entry = entries.iter().find(|e| e.limits.record == limit.scope)?;
         let needs = match limit.what {
             What::Bucket(kind) => cost.get(kind),
             What::Concurrency => 1,
@@ -210,7 +210,7 @@ impl<'a> Row<'a> {
             Ok(_) => "refuses",
             Err(()) => "never fits",
         };
-        Self { entry, limit: *limit, needs, says, wait_ms: wait.ok().filter(|ms| *ms > 0) }
+        Self { entry, limit: limit.clone(), needs, says, wait_ms: wait.ok().filter(|ms| *ms > 0) }
     }
 
     fn refuses(&self) -> bool {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use weir_ratelimit::waiting::Alternatives;
-use weir_ratelimit::{Acquire, Decision, LimitState, Mode, Outcome, ScopeLimits, Scopes, Verdict, What};
+use weir_ratelimit::{Acquire, Decision, LimitState, Outcome, ScopeLimits, Scopes, Verdict, What};
 
 use crate::balance::Place;
 use crate::snapshot::{Accounts, ScopeEntry};
@@ -152,12 +152,7 @@ impl Round<'_> {
 
     /// What the limiter said to a run. The decision on the whole call, unless the next run is to be asked.
     pub(crate) fn heard(&mut self, run: &Run, mut decision: Decision) -> Option<Decision> {
-        let (own, scopes) = (self.groups.own, self.groups.scopes(run.account));
-        for limit in &mut decision.limits {
-            if limit.scope >= own {
-                limit.scope = limit.scope - own + scopes.start;
-            }
-        }
+        let own = &self.whole.scopes[..self.groups.own];
         match &mut decision.outcome {
             Outcome::Granted { slot } => {
                 *slot = slot.map(|slot| run.places.start + slot);
@@ -167,15 +162,18 @@ impl Round<'_> {
                 self.no_slot = Some(self.no_slot.map_or(*wait, |soonest| soonest.min(*wait)));
             }
             Outcome::Limited { wait } => {
-                let (of_own, of_account): (Vec<&LimitState>, _) =
-                    decision.limits.iter().filter(|limit| self.refuses(limit)).partition(|l| l.scope < own);
+                let (of_own, of_account): (Vec<&LimitState>, _) = decision
+                    .limits
+                    .iter()
+                    .filter(|limit| self.refuses(limit))
+                    .partition(|l| l.scope_in(own).is_some());
                 if !self.choice || of_account.is_empty() {
                     return Some(decision);
                 }
                 if !of_own.is_empty() {
                     // Another account would not help, so this one's wait is not the caller's.
                     *wait = longest(&of_own);
-                    decision.limits.retain(|limit| limit.scope < own);
+                    decision.limits.retain(|limit| limit.scope_in(own).is_some());
                     return Some(decision);
                 }
                 self.closed.extend(run.account);
@@ -194,12 +192,14 @@ impl Round<'_> {
     /// The refusal of the whole call when no run was granted: by the account that fits soonest, of those for which one may
     /// wait so long if there are any; for want of a slot when any run had room for it but no slot.
     pub(crate) fn refusal(self, max_wait: impl Fn(usize) -> Duration) -> Decision {
+        let max_wait =
+            |limit: &LimitState| limit.position_in(&self.whole.scopes).map_or(Duration::ZERO, &max_wait);
         let patient = |decision: &Decision| {
             let mut refusing = decision.limits.iter().filter(|limit| self.refuses(limit));
             refusing.all(|limit| match (limit.what, limit.verdict) {
                 (_, Verdict::Fits) => true,
-                (What::Bucket(_), Verdict::Wait(wait)) => wait <= max_wait(limit.scope),
-                (What::Concurrency, Verdict::Wait(_)) => !max_wait(limit.scope).is_zero(),
+                (What::Bucket(_), Verdict::Wait(wait)) => wait <= max_wait(limit),
+                (What::Concurrency, Verdict::Wait(_)) => !max_wait(limit).is_zero(),
                 (_, Verdict::Never) => false,
             })
         };
@@ -214,7 +214,7 @@ impl Round<'_> {
             let none = Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false };
             let mut decision = self.last.unwrap_or(none);
             decision.outcome = outcome;
-            decision.limits.retain(|limit| limit.scope < self.groups.own);
+            decision.limits.retain(|limit| limit.scope_in(&self.whole.scopes[..self.groups.own]).is_some());
             return decision;
         }
         let nothing = || Decision {
@@ -227,8 +227,7 @@ impl Round<'_> {
     }
 
     fn refuses(&self, limit: &LimitState) -> bool {
-        let enforced = self.whole.scopes.get(limit.scope).is_some_and(|scope| scope.mode == Mode::Enforce);
-        enforced && limit.verdict != Verdict::Fits
+        limit.refuses(&self.whole.scopes)
     }
 }
 

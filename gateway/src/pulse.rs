@@ -53,7 +53,7 @@ struct Seen {
 }
 
 /// One limit as the last decision left it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Limit {
     state: LimitState,
     at: Instant,
@@ -99,14 +99,14 @@ impl Pulse {
         let now = Instant::now();
         let mut scopes = self.scopes();
         for state in &decision.limits {
-            let Some(entry) = entries.get(state.scope) else { continue };
+            let Some(entry) = entries.iter().find(|e| e.limits.record == state.scope) else { continue };
             let shadow = entry.limits.mode == Mode::Shadow;
             let refused = state.verdict != Verdict::Fits && (limited || shadow);
             let Some(seen) = scopes.seen(entry.kind, &entry.name) else { continue };
             seen.shadow = shadow;
             let limit = &mut seen.limits[place(state.what)];
-            let refusals = limit.map_or(0, |limit| limit.refusals) + u64::from(refused);
-            *limit = Some(Limit { state: *state, at: now, refusals });
+            let refusals = limit.as_ref().map_or(0, |limit| limit.refusals) + u64::from(refused);
+            *limit = Some(Limit { state: state.clone(), at: now, refusals });
         }
     }
 
@@ -211,11 +211,13 @@ const fn place(what: What) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use weir_ratelimit::Key;
+
     use super::*;
 
     fn state(what: What, remaining: u64, reset: u64) -> LimitState {
         let reset = Duration::from_secs(reset);
-        LimitState { scope: 0, what, verdict: Verdict::Fits, limit: 100, remaining, reset }
+        LimitState { scope: Key::global(), what, verdict: Verdict::Fits, limit: 100, remaining, reset }
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use weir_ratelimit::holder::{self, REAP_SETS_MAX, ROLL_LIFE};
-use weir_ratelimit::{Holder, Key, Limiter};
+use weir_ratelimit::membership::{self, MEMBERSHIP_LIFE};
+use weir_ratelimit::{Key, Limiter, ORPHAN_SETS_MAX, OwnerId};
 
 use crate::account::Ledger;
 use crate::live::Live;
@@ -25,7 +25,7 @@ const BEAT: Duration = Duration::from_millis(900);
 /// Between two looks at a gateway that is said to be gone.
 const AGAIN: Duration = Duration::from_millis(250);
 /// One that still says so after this time lives. Well above the time its last beat counts.
-const LIVES: Duration = Duration::from_secs(2 * ROLL_LIFE.as_secs());
+const LIVES: Duration = Duration::from_secs(2 * MEMBERSHIP_LIFE.as_secs());
 /// Gateways that may wait to be looked at; leases of more run out by themselves.
 const QUEUE: usize = 256;
 
@@ -47,13 +47,13 @@ pub struct Reaper {
     live: Arc<Live>,
     ledger: Arc<Ledger>,
     metrics: Metrics,
-    own: Holder,
+    own: OwnerId,
     gone: mpsc::Receiver<String>,
 }
 
 impl Reaper {
     /// Of the gateway whose leases bear the mark of `own`.
-    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics, own: Holder) -> (Gone, Self) {
+    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics, own: OwnerId) -> (Gone, Self) {
         let (sender, gone) = mpsc::channel(QUEUE);
         (Gone(sender), Self { live, ledger, metrics, own, gone })
     }
@@ -69,12 +69,12 @@ impl Reaper {
         loop {
             tokio::select! {
                 _ = beats.tick() => {
-                    if let Err(error) = holder::beat(store, self.own).await {
+                    if let Err(error) = membership::heartbeat(store, self.own).await {
                         tracing::debug!(%error, "the limit store does not hear that this gateway lives");
                     }
                 }
                 Some(incarnation) = self.gone.recv(), if looking.len() < QUEUE => {
-                    let holder = Holder::of(&incarnation);
+                    let holder = OwnerId::of(&incarnation);
                     if holder != self.own && known.insert(holder) {
                         let (live, ledger) = (self.live.clone(), self.ledger.clone());
                         looking.spawn(async move { (holder, incarnation, look(&live, &ledger, holder).await) });
@@ -88,7 +88,7 @@ impl Reaper {
             }
         }
         looking.shutdown().await;
-        if let Err(error) = holder::leave(store, self.own).await {
+        if let Err(error) = membership::leave(store, self.own).await {
             tracing::debug!(%error, "the limit store learns by silence that this gateway has ended");
         }
     }
@@ -121,7 +121,7 @@ enum Outcome {
 }
 
 /// Asks until the store knows: first its last beat has to run out.
-async fn look(live: &Live, ledger: &Ledger, holder: Holder) -> Outcome {
+async fn look(live: &Live, ledger: &Ledger, holder: OwnerId) -> Outcome {
     let began = tokio::time::Instant::now();
     loop {
         let tried = reap(live, ledger, holder).await;
@@ -134,11 +134,11 @@ async fn look(live: &Live, ledger: &Ledger, holder: Holder) -> Outcome {
     }
 }
 
-async fn reap(live: &Live, ledger: &Ledger, holder: Holder) -> Result<Option<u64>, weir_ratelimit::Error> {
+async fn reap(live: &Live, ledger: &Ledger, holder: OwnerId) -> Result<Option<u64>, weir_ratelimit::Error> {
     let sets = lease_sets(&live.snapshot());
     let mut freed = 0;
-    for sets in sets.chunks(REAP_SETS_MAX) {
-        match ledger.limiter.reap(holder, sets).await? {
+    for sets in sets.chunks(ORPHAN_SETS_MAX) {
+        match ledger.limiter.free_orphans(holder, sets).await? {
             Some(leases) => freed += leases,
             None => return Ok(None),
         }

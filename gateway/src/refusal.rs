@@ -63,7 +63,10 @@ fn buckets(entry: &ScopeEntry) -> impl Iterator<Item = (&ScopeEntry, Kind, u64)>
 /// The refusal for a decision that refused: it names the limit that keeps the caller waiting longest.
 pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: SystemTime) -> GatewayError {
     let refusing = decision.limits.iter().filter_map(|l| {
-        let entry = entries.get(l.scope).filter(|e| e.limits.mode == weir_ratelimit::Mode::Enforce)?;
+        let entry = entries
+            .iter()
+            .find(|e| e.limits.record == l.scope)
+            .filter(|e| e.limits.mode == weir_ratelimit::Mode::Enforce)?;
         let needs = match l.what {
             What::Bucket(kind) => cost.get(kind),
             What::Concurrency => 1,

@@ -13,10 +13,10 @@ use tokio_util::task::TaskTracker;
 use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::resource::Name;
 use weir_proto::v1::SubscriberRole;
-use weir_ratelimit::breaker::Phase;
+use weir_ratelimit::fallback::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_ratelimit::{AnyLimiter, Holder, Kind};
+use weir_ratelimit::{AnyLimiter, Kind, OwnerId};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
 use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
 
@@ -178,7 +178,7 @@ pub async fn start_resolving(
         let live = live.clone();
         Arc::new(move || live.live_gateways())
     };
-    let holder = Holder::of(&identity.incarnation);
+    let holder = OwnerId::of(&identity.incarnation);
     let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
     let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
@@ -278,8 +278,8 @@ async fn watch(
         metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
         metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
         metrics.control_plane_connected.set(i64::from(live.is_connected()));
-        metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
-        let ahead = ledger.limiter.store().ahead();
+        metrics.merged.set(ledger.limiter.store().store().merged_calls().try_into().unwrap_or(i64::MAX));
+        let ahead = ledger.limiter.store().status();
         metrics.from_quota.set(ahead.decided.try_into().unwrap_or(i64::MAX));
         for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
             let of_kind = metrics.ahead.get_or_create(&KindLabels { kind: kind.name() });

@@ -16,7 +16,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
-use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
+use weir_ratelimit::waiting::{Priority, QueueId, QueuePolicy, SlotQueue};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Outcome};
 
 use crate::account::{Admission, Asked, NewSlot};
@@ -196,12 +196,12 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         if groups.is_empty() {
             return Ok(None);
         }
-        let patience = Patience {
+        let patience = QueuePolicy {
             tenant: self.tenant.clone(),
             priority: Priority::High,
             deadline: self.deadline,
             scopes: SmallVec::from_elem(queue.max_wait, call.scopes.len()),
-            slots: Some(SlotPatience {
+            slots: Some(SlotQueue {
                 queue: self.model.queue.clone(),
                 max_wait: queue.max_wait,
                 bound: queue.max_waiting as usize,

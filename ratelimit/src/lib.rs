@@ -1,13 +1,13 @@
 //! Limits that hold for the whole cluster.
 //!
-//! This crate knows keys and budgets; it does not know HTTP ([`service`] hands it to others by gRPC). One [`Limiter::acquire`] decides every limit a
+//! This crate knows keys and budgets; it does not know HTTP, nor gRPC: the crate `weir-ratelimit-service` serves it. One [`Limiter::acquire`] decides every limit a
 //! request is under and takes a concurrency slot at the first candidate backend that has one, atomically.
 //!
 //! # The contract
 //!
-//! * **A bucket is a meter**: `level` is what was used and has not yet drained, in micro-units. Capacity and
+//! * **A bucket is a bucket state**: `level` is what was used and has not yet drained, in micro-units. Capacity and
 //!   rate come with every call and are never stored, so a limit can change while its bucket lives and what was
-//!   consumed is kept. An absent record is an empty meter; `level > capacity` is debt.
+//!   consumed is kept. An absent record is an empty bucket state; `level > capacity` is debt.
 //! * **Check all, then write all.** A refusal writes nothing, for any scope.
 //! * **Reserve, then settle.** `acquire` charges an estimate, [`Limiter::settle`] applies `actual - reserved`
 //!   once per reservation id, however often it is called. A reservation nobody settles stands.
@@ -26,32 +26,30 @@
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
-pub mod ahead;
-pub mod any;
-pub mod breaker;
-pub mod budget;
-mod call;
-pub mod data_set;
-pub mod denials;
-pub mod error;
-pub mod fallback;
-pub mod holder;
-pub mod key;
-pub mod lag;
-pub mod memory;
-pub mod rates;
-pub mod redis;
-pub mod service;
-pub mod types;
-pub mod usage;
-pub mod waiting;
+mod layers;
+pub mod membership;
+mod model;
+pub mod reservation;
+pub mod stack;
+mod store;
 
-pub use any::AnyLimiter;
-pub use budget::FOREVER;
-pub use error::{Error, Fault, Trouble};
-pub use fallback::Fallback;
-pub use holder::Holder;
-pub use key::{Scope, scope_keys};
-pub use rates::{max_wait, scope_limits};
-pub use types::*;
-pub use usage::{Tally, Usage, UsageLines};
+pub use layers::fallback::Fallback;
+pub use layers::{deny_cache, fallback, quota_prefetch, waiting};
+pub use model::call::{
+    Acquire, Bound, Candidate, Charge, ChargeRule, Decision, MAX_CANDIDATES, MAX_CHARGES, ORPHAN_SETS_MAX,
+    Outcome, Renewal, Settle, Settled,
+};
+pub use model::cost::Cost;
+pub use model::error::{Error, Fault, Trouble};
+pub use model::id::{OwnerId, ReservationId};
+pub use model::key::{Key, Scope, scope_keys};
+pub use model::kind::{Bucket, Kind};
+pub use model::leaky_bucket::FOREVER;
+pub use model::limiter::Limiter;
+pub use model::limits::{LimitState, MAX_SCOPES, Mode, ScopeLimits, Scopes, Verdict, What, WithoutStore};
+pub use model::rates::{max_wait, scope_limits};
+pub use model::usage::{Tally, Usage, UsageLines};
+pub use model::{data_set, leaky_bucket, rates, usage};
+pub use stack::{LimitStack, ServiceStack};
+pub use store::any::AnyLimiter;
+pub use store::{memory, redis};

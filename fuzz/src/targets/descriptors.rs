@@ -5,7 +5,7 @@ use tonic::Code;
 use weir_proto::envoy::service::ratelimit::v3::RateLimitRequest;
 use weir_proto::manifest;
 use weir_proto::resource::Resource;
-use weir_ratelimit::service::fuzzing::Services;
+use weir_ratelimit_service::fuzzing::Services;
 
 const RULES: &str = "
 kind: tenant

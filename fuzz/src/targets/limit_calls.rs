@@ -3,7 +3,7 @@ use std::cell::RefCell;
 use prost::Message;
 use tokio::runtime::{Builder, Runtime};
 use tonic::{Code, Status};
-use weir_ratelimit::service::fuzzing::Services;
+use weir_ratelimit_service::fuzzing::Services;
 
 use crate::input::Input;
 

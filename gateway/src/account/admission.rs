@@ -5,9 +5,9 @@ use std::time::SystemTime;
 
 use smallvec::SmallVec;
 use uuid::Uuid;
+use weir_ratelimit::reservation::{Leases, Reservation};
 use weir_ratelimit::{
-    Acquire, AnyLimiter, Cost, Decision, Error, Fallback, Key, Kind, Limiter, Outcome, ScopeLimits, Scopes,
-    Settle, Tally, Usage,
+    Acquire, Cost, Decision, Error, Key, Kind, Limiter, Outcome, ScopeLimits, Scopes, Settle, Tally, Usage,
 };
 
 use super::{Job, Ledger};
@@ -68,37 +68,22 @@ pub struct Admission {
     subject: Option<Subject>,
     /// One, or two while a silent backend is not waited for alone.
     slots: SmallVec<[Key; 2]>,
-    /// Slots of which a call without an answer may have taken one.
-    perhaps: Vec<Key>,
+    /// Its leases.
+    held: Reservation,
     armed: bool,
-}
-
-/// The limiter is being asked for an admission. Dropped before it has answered, as with a client that goes away, it leaves
-/// behind what the call may have taken.
-struct Asking<'a> {
-    admission: &'a mut Admission,
-    call: &'a Acquire,
-    answered: bool,
-}
-
-impl Drop for Asking<'_> {
-    fn drop(&mut self) {
-        if !self.answered {
-            self.admission.perhaps = self.call.candidates.iter().map(|place| place.leases.clone()).collect();
-        }
-    }
 }
 
 impl Admission {
     /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
     /// away while the limiter is asked leaves nothing behind.
     pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Option<Subject>) -> Self {
+        let id = ledger.holder.id();
         Self {
             own: scopes.len(),
             left: false,
             elsewhere: None,
             ledger: ledger.clone(),
-            id: ledger.holder.id(),
+            id,
             day: calendar::day_of(SystemTime::now()),
             noted: Tally::default(),
             scopes,
@@ -107,7 +92,7 @@ impl Admission {
             stepped: Cost::default(),
             subject,
             slots: SmallVec::new(),
-            perhaps: Vec::new(),
+            held: ledger.leases.open(id),
             armed: true,
         }
     }
@@ -118,21 +103,10 @@ impl Admission {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
         let mut admission = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
         call.id = admission.id;
-        let known = ledger.denials.answer(&call);
-        let by_memory = known.is_some();
-        let decision = match known {
-            Some(refusal) => Ok(refusal),
-            None => {
-                let before = ledger.denials.before(&call);
-                let mut asking = Asking { admission: &mut admission, call: &call, answered: false };
-                let decision = ledger.limiter.acquire(&call).await;
-                asking.answered = decision.is_ok();
-                drop(asking);
-                if let Ok(decision) = &decision {
-                    ledger.denials.note(&call, decision, &before);
-                }
-                decision
-            }
+        let decided = admission.held.ask(&ledger.denials, &ledger.limiter, &call).await;
+        let (decision, by_memory) = match decided {
+            Ok((decision, by_memory)) => (Ok(decision), by_memory),
+            Err(error) => (Err(error), false),
         };
         match decision.as_ref().map(|decision| &decision.outcome) {
             Ok(Outcome::Granted { slot }) => {
@@ -156,7 +130,7 @@ impl Admission {
     }
 
     /// Who decides and settles.
-    pub fn limiter(&self) -> &Fallback<AnyLimiter> {
+    pub fn limiter(&self) -> &impl Limiter {
         &self.ledger.limiter
     }
 
@@ -237,12 +211,7 @@ impl Admission {
     /// Says to the ledger which leases to renew.
     fn enter(&self) {
         let concurrency = leases(self.weighing());
-        let leases: SmallVec<[Key; 4]> = concurrency.chain(self.slots.iter().cloned()).collect();
-        if leases.is_empty() {
-            self.ledger.leases().remove(self.id);
-        } else {
-            self.ledger.leases().insert(self.id, leases);
-        }
+        self.held.set_leases(concurrency.chain(self.slots.iter().cloned()).collect());
     }
 
     /// What the request has used so far: what is settled if it ends now.
@@ -312,10 +281,10 @@ impl Drop for Admission {
             let slot = self.slots[1].clone();
             self.release(&slot);
         }
-        self.ledger.leases().remove(self.id);
+        self.held.set_leases(Leases::new());
         let actual = minus(&self.actual, &self.stepped);
         let credit = Kind::ALL.iter().any(|kind| self.actual.get(*kind) < self.reserved.get(*kind));
-        let (settlements, perhaps) = (self.settlements(actual), std::mem::take(&mut self.perhaps));
+        let (settlements, perhaps) = (self.settlements(actual), self.held.take_unanswered());
         let job = match perhaps.is_empty() {
             true => Job::Settle(settlements, credit),
             false => Job::Cancel(settlements, Box::new((self.id, perhaps))),

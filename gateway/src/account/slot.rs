@@ -7,7 +7,8 @@ use std::time::Duration;
 use smallvec::{SmallVec, smallvec};
 use tokio::time::Instant;
 use uuid::Uuid;
-use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
+use weir_ratelimit::reservation::Reservation;
+use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy, SlotQueue};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome, Scopes};
 
 use super::{Job, Ledger};
@@ -71,7 +72,7 @@ impl Ledger {
 #[derive(Debug)]
 pub struct SlotLease {
     ledger: Arc<Ledger>,
-    id: Uuid,
+    held: Reservation,
     place: Candidate,
     slot: Option<NewSlot>,
 }
@@ -83,17 +84,17 @@ impl SlotLease {
             max_concurrency: backend.spec.max_concurrency,
             bound: None,
         };
-        Self { ledger: ledger.clone(), id: ledger.holder.id(), place, slot: None }
+        Self { ledger: ledger.clone(), held: ledger.leases.open(ledger.holder.id()), place, slot: None }
     }
 
     async fn ask(&self) -> Result<Option<NewSlot>, Error> {
-        let taken = self.ledger.take_slot(self.id, None, vec![self.place.clone()]).await?;
+        let taken = self.ledger.take_slot(self.held.id(), None, vec![self.place.clone()]).await?;
         Ok(taken.map(|(_, slot)| slot))
     }
 
     fn holding(mut self, slot: Option<NewSlot>) -> Option<Self> {
         self.slot = Some(slot?);
-        self.ledger.leases().insert(self.id, smallvec![self.place.leases.clone()]);
+        self.held.set_leases(smallvec![self.place.leases.clone()]);
         Some(self)
     }
 
@@ -118,12 +119,12 @@ impl SlotLease {
         max_wait: Duration,
     ) -> Result<Option<Self>, Error> {
         let lease = Self::of(ledger, backend);
-        let patience = Patience {
+        let patience = QueuePolicy {
             tenant: PROBES.into(),
             priority: Priority::High,
             deadline: Instant::now() + max_wait,
             scopes: SmallVec::new(),
-            slots: Some(SlotPatience {
+            slots: Some(SlotQueue {
                 queue: model.queue.clone(),
                 max_wait,
                 bound: model.pool.spec.queue.max_waiting as usize,
@@ -132,7 +133,7 @@ impl SlotLease {
             alternatives: Alternatives::new(),
         };
         let call = Acquire {
-            id: lease.id,
+            id: lease.held.id(),
             cost: Cost::default(),
             estimated: false,
             scopes: Scopes::new(),
@@ -149,13 +150,5 @@ impl SlotLease {
         };
         let waited = ledger.waiting.acquire(&call, &patience, ask).await?;
         Ok(lease.holding(waited.with.flatten()))
-    }
-}
-
-impl Drop for SlotLease {
-    fn drop(&mut self) {
-        if self.slot.is_some() {
-            self.ledger.leases().remove(self.id);
-        }
     }
 }

@@ -1,6 +1,6 @@
 use weir_proto::resource::{Name, Resource};
 use weir_proto::v1::{self, resource::Spec};
-use weir_ratelimit::{Bound, Candidate, Cost, Kind, ReservationId};
+use weir_ratelimit::{Bound, Candidate, Cost, Key, Kind, ReservationId};
 
 use super::*;
 use crate::snapshot::Snapshot;
@@ -54,7 +54,7 @@ fn own() -> ScopeLimits {
 fn whole(groups: &Groups, accounts: &Accounts, places: &[Place]) -> Acquire {
     let scopes = std::iter::once(own()).chain(groups.entries(accounts).map(|entry| entry.limits.clone()));
     let candidate = |place: &Place| Candidate {
-        leases: weir_ratelimit::Key::backend_slots(&format!("b{}", place.index)),
+        leases: Key::backend_slots(&format!("b{}", place.index)),
         max_concurrency: place.slots,
         bound: Some(Bound { millionths: 500_000, estimate: 3 }),
     };
@@ -68,28 +68,33 @@ fn whole(groups: &Groups, accounts: &Accounts, places: &[Place]) -> Acquire {
     }
 }
 
-fn limit(scope: usize, wait: Option<u64>) -> LimitState {
+fn limit(scope: Key, wait: Option<u64>) -> LimitState {
     let verdict = wait.map_or(Verdict::Fits, |s| Verdict::Wait(Duration::from_secs(s)));
     let what = What::Bucket(Kind::Requests);
     LimitState { scope, what, verdict, limit: 60, remaining: 0, reset: Duration::ZERO }
 }
 
-/// What the limiter says to a run's call: its own scope is 0, that of the account 1.
-fn refused(own: Option<u64>, account: Option<u64>) -> Decision {
-    let wait = own.max(account).map(Duration::from_secs);
-    let limits = vec![limit(0, own), limit(1, account)];
+/// What the limiter says to the call of a run under that account.
+fn refused(account: &str, of_own: Option<u64>, of_account: Option<u64>) -> Decision {
+    let wait = of_own.max(of_account).map(Duration::from_secs);
+    let limits = vec![limit(own().record, of_own), limit(Key::account(account), of_account)];
     Decision { outcome: Outcome::Limited { wait }, limits, now_us: 0, degraded: false }
 }
 
-fn no_slot(wait: u64) -> Decision {
+fn no_slot(account: &str, wait: u64) -> Decision {
     let outcome = Outcome::NoSlot { wait: Duration::from_secs(wait) };
-    Decision { outcome, limits: vec![limit(0, None), limit(1, None)], now_us: 0, degraded: false }
+    Decision {
+        outcome,
+        limits: vec![limit(own().record, None), limit(Key::account(account), None)],
+        now_us: 0,
+        degraded: false,
+    }
 }
 
 fn granted(slot: usize) -> Decision {
     Decision {
         outcome: Outcome::Granted { slot: Some(slot) },
-        limits: vec![limit(0, None)],
+        limits: vec![limit(own().record, None)],
         now_us: 0,
         degraded: false,
     }
@@ -136,10 +141,10 @@ fn a_full_account_is_passed_by_and_not_asked_again() {
     let whole = whole(&groups, accounts, &places);
     let mut round = groups.round(&whole, |_| false);
     let (run, _) = round.next().expect("x");
-    assert!(round.heard(&run, refused(None, Some(5))).is_none());
+    assert!(round.heard(&run, refused("x", None, Some(5))).is_none());
     let (run, call) = round.next().expect("y");
     assert_eq!((run.account, call.scopes[1].record.as_str()), (Some(1), "weir:{a:y}:s"));
-    assert!(round.heard(&run, no_slot(2)).is_none());
+    assert!(round.heard(&run, no_slot("y", 2)).is_none());
     let (run, call) = round.next().expect("the free one, past the second of x");
     assert_eq!((run.account, call.scopes.len()), (None, 1));
     let decision = round.heard(&run, granted(0)).expect("done");
@@ -155,9 +160,9 @@ fn the_callers_own_limit_stands_at_once_and_alone() {
     let whole = whole(&groups, accounts, &places);
     let mut round = groups.round(&whole, |_| false);
     let (run, _) = round.next().expect("x");
-    let decision = round.heard(&run, refused(Some(2), Some(60))).expect("done");
+    let decision = round.heard(&run, refused("x", Some(2), Some(60))).expect("done");
     assert_eq!(decision.outcome, Outcome::Limited { wait: Some(Duration::from_secs(2)) });
-    assert!(decision.limits.iter().all(|limit| limit.scope == 0), "{:?}", decision.limits);
+    assert!(decision.limits.iter().all(|limit| limit.scope == own().record), "{:?}", decision.limits);
 }
 
 #[test]
@@ -175,13 +180,15 @@ fn when_all_refuse_the_soonest_account_is_waited_for_or_a_slot() {
         assert!(round.next().is_none());
         round.refusal(|scope| Duration::from_secs(max_wait[scope]))
     };
-    let scopes = |decision: &Decision| decision.limits.iter().map(|limit| limit.scope).collect::<Vec<_>>();
+    let scopes = |decision: &Decision| {
+        decision.limits.iter().filter_map(|limit| limit.position_in(&whole.scopes)).collect::<Vec<_>>()
+    };
     let limited = |s| Outcome::Limited { wait: Some(Duration::from_secs(s)) };
-    let both = after([refused(None, Some(7)), refused(None, Some(3))], [0, 10, 10]);
+    let both = after([refused("x", None, Some(7)), refused("y", None, Some(3))], [0, 10, 10]);
     assert_eq!((both.outcome, scopes(&both)), (limited(3), vec![0, 2]), "the second is full for less long");
-    let patient = after([refused(None, Some(7)), refused(None, Some(3))], [0, 10, 0]);
+    let patient = after([refused("x", None, Some(7)), refused("y", None, Some(3))], [0, 10, 0]);
     assert_eq!((patient.outcome, scopes(&patient)), (limited(7), vec![0, 1]), "which may be waited for");
-    let mixed = after([refused(None, Some(7)), no_slot(9)], [0, 10, 10]);
+    let mixed = after([refused("x", None, Some(7)), no_slot("y", 9)], [0, 10, 10]);
     assert_eq!((mixed.outcome, scopes(&mixed)), (Outcome::NoSlot { wait: Duration::from_secs(7) }, vec![0]));
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use tokio::time::Instant;
 use weir_proto::resource::{AdminState, Priority};
-use weir_ratelimit::waiting::{self, Alternatives, Patience, QueueId, SlotPatience, Waited};
+use weir_ratelimit::waiting::{self, Alternatives, QueueId, QueuePolicy, SlotQueue, Waited};
 use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
 use super::{Call, Slot};
@@ -103,7 +103,7 @@ impl Call<'_> {
             Outcome::NoSlot { .. } => Some(GatewayError::Busy { retry_after: None }),
         };
         // How an account stands is the operator's to know: headers tell of the caller's limits.
-        decision.limits.retain(|limit| limit.scope < own);
+        decision.limits.retain(|limit| limit.scope_in(&call.scopes[..own]).is_some());
         if let Some(context) = slot {
             context.limits = refusal::shown(&decision);
         }
@@ -146,13 +146,13 @@ impl Call<'_> {
     }
 
     /// How long this request may wait, and as whom.
-    fn patience(&self, model: &ModelEntry, entries: &[&ScopeEntry], deadline: Instant) -> Patience {
+    fn patience(&self, model: &ModelEntry, entries: &[&ScopeEntry], deadline: Instant) -> QueuePolicy {
         let deadline = match client_timeout(&self.headers) {
             Some(timeout) => deadline.min(Instant::now() + timeout),
             None => deadline,
         };
         let queue = &model.pool.spec.queue;
-        Patience {
+        QueuePolicy {
             tenant: self.key.tenant.queue.clone(),
             priority: match self.key.tenant.priority {
                 Priority::High => waiting::Priority::High,
@@ -161,7 +161,7 @@ impl Call<'_> {
             },
             deadline,
             scopes: entries.iter().map(|e| e.max_wait).collect(),
-            slots: Some(SlotPatience {
+            slots: Some(SlotQueue {
                 queue: model.queue.clone(),
                 max_wait: queue.max_wait,
                 bound: queue.max_waiting as usize,
@@ -218,7 +218,7 @@ impl Call<'_> {
         groups: &Groups,
         whole: &Acquire,
         queue: Option<&QueueId>,
-        patience: &Patience,
+        patience: &QueuePolicy,
         entries: &[&ScopeEntry],
     ) -> Result<(Decision, Admission), GatewayError> {
         let ledger = &self.gateway.ledger;

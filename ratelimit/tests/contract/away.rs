@@ -8,7 +8,7 @@ use smallvec::smallvec;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
-use weir_ratelimit::breaker::Phase;
+use weir_ratelimit::fallback::Phase;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::usage::UsageLines;
 use weir_ratelimit::*;
@@ -106,9 +106,9 @@ impl Limiter for Line {
         self.call(move |store| async move { store.release(id, &leases).await }).await
     }
 
-    async fn reap(&self, holder: Holder, leases: &[Key]) -> Result<Option<u64>, Error> {
+    async fn free_orphans(&self, owner: OwnerId, leases: &[Key]) -> Result<Option<u64>, Error> {
         let leases = leases.to_vec();
-        self.call(move |store| async move { store.reap(holder, &leases).await }).await
+        self.call(move |store| async move { store.free_orphans(owner, &leases).await }).await
     }
 
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {

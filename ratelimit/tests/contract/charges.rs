@@ -38,7 +38,7 @@ pub(crate) async fn a_refused_charge_changes_nothing(world: World) {
     assert!(!ok);
     assert_eq!((limits[0].verdict, limits[1].verdict), (Verdict::Fits, Verdict::Never));
     assert_eq!(limits.iter().map(|l| l.remaining).collect::<Vec<_>>(), [10, 3, 10]);
-    assert_eq!(limits[1].scope, 1);
+    assert_eq!(limits[1].scope, enforce("a", 10, 4).record);
     assert_eq!(world.dump().await, before);
 }
 
@@ -51,16 +51,16 @@ pub(crate) async fn a_charge_shares_the_bucket_of_reservations(world: World) {
 }
 
 pub(crate) async fn an_always_charge_goes_into_debt_and_refuses_until_something_is_left(world: World) {
-    let meter = |added| charge("a", 10, 1, added, ChargeRule::Always);
-    assert!(make(&world, &[meter(15)]).await.0, "something was left before it");
-    let (ok, limits) = make(&world, &[meter(2), enforce("b", 10, 1)]).await;
+    let bucket_state = |added| charge("a", 10, 1, added, ChargeRule::Always);
+    assert!(make(&world, &[bucket_state(15)]).await.0, "something was left before it");
+    let (ok, limits) = make(&world, &[bucket_state(2), enforce("b", 10, 1)]).await;
     assert!(!ok && limits[0].remaining == 0);
     assert_eq!(left(&world, "b", 10).await, 10, "what is all or nothing was left out");
     assert!(make(&world, &[charge("a", 10, 0, -7, ChargeRule::Note)]).await.0);
-    assert!(!make(&world, &[meter(0)]).await.0, "at capacity nothing is left");
+    assert!(!make(&world, &[bucket_state(0)]).await.0, "at capacity nothing is left");
     assert!(make(&world, &[charge("a", 10, 0, -1, ChargeRule::Note)]).await.0);
-    assert!(make(&world, &[meter(0)]).await.0);
-    let refused = [meter(1), enforce("b", 10, 11)];
+    assert!(make(&world, &[bucket_state(0)]).await.0);
+    let refused = [bucket_state(1), enforce("b", 10, 11)];
     assert!(!make(&world, &refused).await.0);
     assert_eq!(left(&world, "a", 10).await, 1, "a refusal of all or nothing stops it too");
 }

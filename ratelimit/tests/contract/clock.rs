@@ -1,24 +1,24 @@
 //! The arithmetic under any clock, one that runs backwards included: the scripts' own text and its twin in Rust give the
-//! same bits. A real server's clock cannot be turned, so the functions of `meter.lua` are called with moments of the
+//! same bits. A real server's clock cannot be turned, so the functions of `bucket state.lua` are called with moments of the
 //! test's own.
 
 use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use weir_ratelimit::budget::{Fit, Meter, Terms, capacity_max};
+use weir_ratelimit::leaky_bucket::{BucketState, Fit, Terms, capacity_max};
 use weir_ratelimit::{Bucket, Kind};
 
 use crate::harness::*;
 
-const METER: &str = include_str!("../../src/scripts/meter.lua");
+const LEAKY_BUCKET: &str = include_str!("../../src/store/redis/scripts/leaky_bucket.lua");
 /// KEYS none; ARGV kind 1-5, capacity, num, den, level, moment, now, cost, delta; birth.
 const ASK: &str = "
 local a = {}
 for i = 1, 9 do a[i] = tonumber(ARGV[i]) end
 local now, cost, delta = a[7], a[8], a[9]
 local record = '\\2' .. put('<dd', a[5], a[6]):rep(5) .. put('<d', 0)
-local m = meter(record, a[1], a[2], a[3], a[4], now)
+local m = bucket_state(record, a[1], a[2], a[3], a[4], now)
 local verdict, wait = judge(m, cost, now)
 local left, empty = standing(m, now)
 apply(m, delta, now)
@@ -28,7 +28,7 @@ return { int(verdict), int(wait), int(left), int(empty), int(m.level), int(m.ts)
 struct Ask {
     kind: Kind,
     bucket: Bucket,
-    meter: Meter,
+    bucket_state: BucketState,
     now: f64,
     cost: f64,
     delta: f64,
@@ -47,22 +47,23 @@ fn an_ask() -> impl Strategy<Value = Ask> {
             let part = |of: f64| (terms.cap * of).floor();
             // Mostly some seconds before or after; sometimes as far apart as can be.
             let now = if near { ts.saturating_add_signed(step) } else { (1 << 51) - ts };
-            let meter = Meter { level: part(level).min(terms.ceiling()), ts: ts as f64 };
-            Ask { kind, bucket, meter, now: now as f64, cost: part(cost), delta: part(delta) }
+            let bucket_state = BucketState { level: part(level).min(terms.ceiling()), ts: ts as f64 };
+            Ask { kind, bucket, bucket_state, now: now as f64, cost: part(cost), delta: part(delta) }
         },
     )
 }
 
 fn in_rust(ask: &Ask) -> [String; 6] {
-    let Ask { kind, bucket, meter, now, cost, delta } = ask;
+    let Ask { kind, bucket, bucket_state, now, cost, delta } = ask;
     let terms = Terms::of(*kind, bucket);
-    let (verdict, wait) = match meter.judge(&terms, *cost, *now) {
+    let (verdict, wait) = match bucket_state.judge(&terms, *cost, *now) {
         Fit::Now => (0.0, 0.0),
         Fit::After(wait) => (1.0, wait),
         Fit::Never => (2.0, 0.0),
     };
-    let (left, empty) = (meter.remaining(&terms, *now) as f64, meter.reset(&terms, *now).unwrap_or(-1.0));
-    let after = meter.apply(&terms, *delta, *now);
+    let (left, empty) =
+        (bucket_state.remaining(&terms, *now) as f64, bucket_state.reset(&terms, *now).unwrap_or(-1.0));
+    let after = bucket_state.apply(&terms, *delta, *now);
     [verdict, wait, left, empty, after.level, after.ts].map(|figure| format!("{figure:.0}"))
 }
 
@@ -72,7 +73,7 @@ fn scripts_and_rust_agree_to_the_bit_under_any_clock() {
     let runtime = runtime.expect("runtime");
     let server = runtime.block_on(Server::start());
     let raw = runtime.block_on(server.raw());
-    let text = format!("{METER}{ASK}");
+    let text = format!("{LEAKY_BUCKET}{ASK}");
     let config = Config { cases: 3000, failure_persistence: None, ..Config::default() };
     let agrees = |ask: Ask| {
         let terms = Terms::of(ask.kind, &ask.bucket);
@@ -82,8 +83,8 @@ fn scripts_and_rust_agree_to_the_bit_under_any_clock() {
             terms.cap,
             terms.num,
             terms.den,
-            ask.meter.level,
-            ask.meter.ts,
+            ask.bucket_state.level,
+            ask.bucket_state.ts,
             ask.now,
             ask.cost,
             ask.delta,

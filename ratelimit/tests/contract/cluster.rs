@@ -141,15 +141,15 @@ async fn who_refused_lately_refuses_before_anything_is_charged() {
     for _ in 0..5 {
         assert!(granted(&world.acquire(&by_limit()).await));
     }
-    let holder = by_slots();
-    assert!(granted(&world.acquire(&holder).await));
+    let owner = by_slots();
+    assert!(granted(&world.acquire(&owner).await));
     refused(by_limit(), 1).await;
     refused(by_slots(), 1).await;
     let before = changes(&cluster).await;
     refused(by_limit(), 20).await;
     refused(by_slots(), 20).await;
     assert_eq!(changes(&cluster).await, before, "refused, and nothing was written");
-    assert!(granted(&world.acquire(&holder).await), "who holds the slot is granted again");
+    assert!(granted(&world.acquire(&owner).await), "who holds the slot is granted again");
     let stand: Vec<u64> = world.peek(&by_limit().scopes).await.iter().map(|limit| limit.remaining).collect();
     assert_eq!(stand, [0, 94]);
 }

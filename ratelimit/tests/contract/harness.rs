@@ -8,31 +8,40 @@ use ::redis::aio::MultiplexedConnection;
 use smallvec::smallvec;
 use uuid::Uuid;
 use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::*;
 
 pub(crate) const LEASE: Duration = Duration::from_secs(30);
 
 pub(crate) struct World {
-    pub(crate) limiter: AnyLimiter,
+    pub(crate) limiter: QuotaPrefetch<AnyLimiter>,
     server: Option<Server>,
     cluster: Option<std::sync::Arc<Cluster>>,
 }
 
 impl World {
     pub(crate) fn memory() -> Self {
-        Self { limiter: MemoryLimiter::new().into(), server: None, cluster: None }
+        Self { limiter: ServiceStack::new(MemoryLimiter::new().into()).limiter, server: None, cluster: None }
     }
 
     pub(crate) async fn redis() -> Self {
         let server = Server::start().await;
-        Self { limiter: server.limiter().await.into(), server: Some(server), cluster: None }
+        Self {
+            limiter: ServiceStack::new(server.limiter().await.into()).limiter,
+            server: Some(server),
+            cluster: None,
+        }
     }
 
     /// On an emptied Cluster that tests use one after the other.
     pub(crate) async fn cluster(cluster: &std::sync::Arc<Cluster>) -> Self {
         cluster.flush().await;
-        Self { limiter: cluster.limiter().await.into(), server: None, cluster: Some(cluster.clone()) }
+        Self {
+            limiter: ServiceStack::new(cluster.limiter().await.into()).limiter,
+            server: None,
+            cluster: Some(cluster.clone()),
+        }
     }
 
     pub(crate) fn has_server(&self) -> bool {
@@ -241,7 +250,8 @@ impl Server {
 }
 
 async fn limiter_of(url: &str) -> RedisLimiter {
-    let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 2, ..RedisOptions::default() };
+    let options =
+        RedisOptions { deadline: Duration::from_secs(10), connections: 2, ..RedisOptions::default() };
     RedisLimiter::connect(url, options).await.expect("connect")
 }
 

@@ -29,8 +29,8 @@ pub(crate) async fn concurrency_is_exact(world: World) {
 
 pub(crate) async fn a_lost_lease_frees_its_slot(world: World) {
     let short = Duration::from_millis(60);
-    let holder = Acquire { lease_ttl: short, ..call(in_flight(1)) };
-    let since = world.acquire(&holder).await.now_us;
+    let owner = Acquire { lease_ttl: short, ..call(in_flight(1)) };
+    let since = world.acquire(&owner).await.now_us;
     let refused = world.acquire(&call(in_flight(1))).await;
     if refused.now_us < since + 60_000 {
         let Outcome::Limited { wait: Some(wait) } = refused.outcome else { panic!("{refused:?}") };
@@ -39,19 +39,19 @@ pub(crate) async fn a_lost_lease_frees_its_slot(world: World) {
     world.until(since + 60_000).await;
     let next = call(in_flight(1));
     assert!(granted(&world.acquire(&next).await));
-    let late = Renewal { id: holder.id, leases: leases_of(&holder.scopes) };
-    assert_eq!(world.limiter.renew(&[late], LEASE).await.expect("renew"), [holder.id]);
+    let late = Renewal { id: owner.id, leases: leases_of(&owner.scopes) };
+    assert_eq!(world.limiter.renew(&[late], LEASE).await.expect("renew"), [owner.id]);
     // The late holder ends; the slot stays with the next one.
-    world.settle(&holder, holder.cost, None).await;
-    world.limiter.release(holder.id, &leases_of(&holder.scopes)).await.expect("release");
+    world.settle(&owner, owner.cost, None).await;
+    world.limiter.release(owner.id, &leases_of(&owner.scopes)).await.expect("release");
     assert!(!granted(&world.acquire(&call(in_flight(1))).await));
 }
 
 pub(crate) async fn renewal_keeps_a_lease(world: World) {
-    let holder = Acquire { lease_ttl: Duration::from_secs(1), ..call(in_flight(1)) };
-    let since = world.acquire(&holder).await.now_us;
-    let mine = Renewal { id: holder.id, leases: leases_of(&holder.scopes) };
-    let other = Renewal { id: Uuid::now_v7(), leases: leases_of(&holder.scopes) };
+    let owner = Acquire { lease_ttl: Duration::from_secs(1), ..call(in_flight(1)) };
+    let since = world.acquire(&owner).await.now_us;
+    let mine = Renewal { id: owner.id, leases: leases_of(&owner.scopes) };
+    let other = Renewal { id: Uuid::now_v7(), leases: leases_of(&owner.scopes) };
     let lost = world.limiter.renew(&[mine, other.clone()], LEASE).await.expect("renew");
     assert_eq!(lost, [other.id], "renewal extends, it does not create");
     world.until(since + 1_000_000).await;
@@ -82,12 +82,12 @@ pub(crate) async fn candidates_are_tried_in_order(world: World) {
 
 pub(crate) async fn a_moved_slot_is_freed_and_taken(world: World) {
     let (a, b) = (candidate("a", 1), candidate("b", 1));
-    let holder = Acquire { candidates: vec![a.clone(), b.clone()], ..call(smallvec![]) };
-    assert_eq!(world.acquire(&holder).await.outcome, Outcome::Granted { slot: Some(0) });
+    let owner = Acquire { candidates: vec![a.clone(), b.clone()], ..call(smallvec![]) };
+    assert_eq!(world.acquire(&owner).await.outcome, Outcome::Granted { slot: Some(0) });
     let to_b = std::slice::from_ref(&b);
-    let moved = world.limiter.move_slot(holder.id, Some(&a.leases), to_b, LEASE).await.expect("move");
+    let moved = world.limiter.move_slot(owner.id, Some(&a.leases), to_b, LEASE).await.expect("move");
     assert_eq!(moved, Some(0));
-    let again = world.limiter.move_slot(holder.id, Some(&a.leases), to_b, LEASE).await.expect("move");
+    let again = world.limiter.move_slot(owner.id, Some(&a.leases), to_b, LEASE).await.expect("move");
     assert_eq!(again, Some(0), "a repeated move keeps its slot");
     let other = Acquire { candidates: vec![b.clone(), a.clone()], ..call(smallvec![]) };
     assert_eq!(world.acquire(&other).await.outcome, Outcome::Granted { slot: Some(1) });
@@ -108,15 +108,15 @@ pub(crate) async fn a_moved_slot_is_freed_and_taken(world: World) {
 pub(crate) async fn a_lowered_maximum_waits_for_its_surplus(world: World) {
     let mut held = Vec::new();
     for n in 0..3u64 {
-        let holder = Acquire { lease_ttl: LEASE + Duration::from_secs(n), ..call(in_flight(3)) };
-        held.push((world.acquire(&holder).await.now_us, holder));
+        let owner = Acquire { lease_ttl: LEASE + Duration::from_secs(n), ..call(in_flight(3)) };
+        held.push((world.acquire(&owner).await.now_us, owner));
     }
     let refused = world.acquire(&call(in_flight(1))).await;
     let Outcome::Limited { wait: Some(wait) } = refused.outcome else { panic!("{refused:?}") };
     let last = held[2].0 + held[2].1.lease_ttl.as_micros() as u64;
     assert_eq!(refused.now_us + wait.as_micros() as u64, last, "all three must go first");
-    for (_, holder) in &held[..2] {
-        world.settle(holder, holder.cost, None).await;
+    for (_, owner) in &held[..2] {
+        world.settle(owner, owner.cost, None).await;
     }
     assert!(!granted(&world.acquire(&call(in_flight(1))).await));
     world.settle(&held[2].1, held[2].1.cost, None).await;
@@ -124,11 +124,11 @@ pub(crate) async fn a_lowered_maximum_waits_for_its_surplus(world: World) {
 }
 
 pub(crate) async fn settlement_frees_every_lease(world: World) {
-    let holder = Acquire { candidates: vec![candidate("a", 1)], ..call(in_flight(1)) };
-    assert!(granted(&world.acquire(&holder).await));
-    let settled = world.settle(&holder, holder.cost, Some(&holder.candidates[0].leases)).await;
+    let owner = Acquire { candidates: vec![candidate("a", 1)], ..call(in_flight(1)) };
+    assert!(granted(&world.acquire(&owner).await));
+    let settled = world.settle(&owner, owner.cost, Some(&owner.candidates[0].leases)).await;
     assert_eq!(settled.limits[0].remaining, 1);
-    let next = Acquire { id: Uuid::now_v7(), ..holder };
+    let next = Acquire { id: Uuid::now_v7(), ..owner };
     assert!(granted(&world.acquire(&next).await));
 }
 
@@ -148,18 +148,18 @@ pub(crate) async fn shadow_concurrency_admits(world: World) {
 
 /// What a process held is freed once it is gone, and nothing of another; one that says that it lives loses nothing.
 pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
-    let (gone, other) = (Holder::of("gone"), Holder::of("other"));
+    let (gone, other) = (OwnerId::of("gone"), OwnerId::of("other"));
     let mut scopes = in_flight(10);
     let mut model = scope("x");
     (model.record, model.leases) = scope_keys(Scope::Model("m"));
     scopes.push(ScopeLimits { concurrency: Some(10), ..model });
-    let take = |holder: Holder| Acquire {
-        id: holder.id(),
+    let take = |owner: OwnerId| Acquire {
+        id: owner.id(),
         candidates: vec![candidate("b", 10)],
         ..call(scopes.clone())
     };
-    for holder in [gone, gone, other, gone] {
-        assert!(granted(&world.acquire(&take(holder)).await));
+    for owner in [gone, gone, other, gone] {
+        assert!(granted(&world.acquire(&take(owner)).await));
     }
     let sets: Vec<Key> = scopes
         .iter()
@@ -167,19 +167,19 @@ pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
         .chain([Key::backend_slots("b"), Key::backend_slots("c")])
         .collect();
     let left = async || world.peek(&scopes).await.iter().map(|limit| limit.remaining).collect::<Vec<_>>();
-    holder::beat(&world.limiter, gone).await.expect("beat");
-    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(None), "it lives");
+    membership::heartbeat(&world.limiter, gone).await.expect("beat");
+    assert_eq!(world.limiter.free_orphans(gone, &sets).await, Ok(None), "it lives");
     assert_eq!(left().await, [6, 6]);
-    world.pass(holder::ROLL_LIFE).await;
-    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(Some(9)));
+    world.pass(membership::MEMBERSHIP_LIFE).await;
+    assert_eq!(world.limiter.free_orphans(gone, &sets).await, Ok(Some(9)));
     assert_eq!(left().await, [9, 9]);
-    assert_eq!(world.limiter.reap(gone, &sets).await, Ok(Some(0)), "asked again");
-    holder::beat(&world.limiter, other).await.expect("beat");
-    holder::leave(&world.limiter, other).await.expect("leave");
-    assert_eq!(world.limiter.reap(other, &sets[..1]).await, Ok(Some(1)));
+    assert_eq!(world.limiter.free_orphans(gone, &sets).await, Ok(Some(0)), "asked again");
+    membership::heartbeat(&world.limiter, other).await.expect("beat");
+    membership::leave(&world.limiter, other).await.expect("leave");
+    assert_eq!(world.limiter.free_orphans(other, &sets[..1]).await, Ok(Some(1)));
     assert_eq!(left().await, [10, 9]);
-    let many = vec![sets[0].clone(); holder::REAP_SETS_MAX + 1];
-    assert!(matches!(world.limiter.reap(gone, &many).await, Err(Error::Invalid(_))));
+    let many = vec![sets[0].clone(); ORPHAN_SETS_MAX + 1];
+    assert!(matches!(world.limiter.free_orphans(gone, &many).await, Err(Error::Invalid(_))));
 }
 
 pub(crate) async fn a_part_of_what_all_have_is_bounded_by_live_counts(world: World) {

@@ -1,6 +1,5 @@
 //! The contract of [`weir_ratelimit::Limiter`], proved for memory and for a real Redis by the same cases.
 
-mod ahead;
 mod away;
 mod buckets;
 mod charges;
@@ -11,6 +10,7 @@ mod leases;
 mod model;
 mod outages;
 mod properties;
+mod quota_prefetch;
 mod redis_only;
 mod settlement;
 mod usage;

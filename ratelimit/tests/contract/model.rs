@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 use weir_ratelimit::*;
 
-/// A meter whose record nobody writes is forgotten so long after it is empty, microseconds.
+/// A bucket state whose record nobody writes is forgotten so long after it is empty, microseconds.
 const MARGIN_US: i128 = 10_000_000;
 /// No level is ever above this, micro-units.
 const LEVEL_MAX: i128 = 9_000_000_000_000_000;
@@ -25,9 +25,9 @@ pub(crate) enum Said {
 }
 
 /// What must be said of one limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Expected {
-    pub(crate) scope: usize,
+    pub(crate) scope: Key,
     pub(crate) what: What,
     pub(crate) said: Said,
     pub(crate) limit: u64,
@@ -45,14 +45,14 @@ pub(crate) enum Ends {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Meter {
+struct BucketState {
     level: i128,
     since: i128,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Record {
-    meters: [Meter; Kind::COUNT],
+    bucket_states: [BucketState; Kind::COUNT],
     forgotten_at: i128,
 }
 
@@ -92,7 +92,7 @@ fn time_to_drain(kind: Kind, bucket: &Bucket, amount: i128) -> Option<i128> {
     if needed == 0 { Some(0) } else { (per > 0).then(|| (needed + per - 1) / per) }
 }
 
-impl Meter {
+impl BucketState {
     fn at(&self, kind: Kind, bucket: &Bucket, now: i128) -> i128 {
         (self.level - drained(kind, bucket, now - self.since)).max(0)
     }
@@ -154,16 +154,23 @@ impl Model {
         };
         let mut limits = self.peek(&call.scopes, now);
         for limit in &mut limits {
-            let scope = &call.scopes[limit.scope];
+            let scope = call.scopes.iter().find(|scope| scope.record == limit.scope).expect("of the call");
             if let What::Bucket(kind) = limit.what {
                 let bucket = scope.buckets[kind as usize].expect("it was listed");
-                limit.said =
-                    self.meter(&scope.record, kind, now).judge(kind, &bucket, cost(kind, &bucket), now);
+                limit.said = self.bucket_state(&scope.record, kind, now).judge(
+                    kind,
+                    &bucket,
+                    cost(kind, &bucket),
+                    now,
+                );
             }
         }
+        let enforced = |limit: &Expected| {
+            call.scopes.iter().any(|scope| scope.record == limit.scope && scope.mode == Mode::Enforce)
+        };
         let refusals: Vec<Said> = limits
             .iter()
-            .filter(|limit| call.scopes[limit.scope].mode == Mode::Enforce && limit.said != Said::Fits)
+            .filter(|limit| limit.said != Said::Fits && enforced(limit))
             .map(|limit| limit.said)
             .collect();
         if !refusals.is_empty() {
@@ -191,11 +198,11 @@ impl Model {
             let mut amounts = [0; Kind::COUNT];
             let charges: Vec<_> = buckets(scope).map(|(kind, bucket)| (kind, cost(kind, &bucket))).collect();
             let before: Vec<i128> = buckets(scope)
-                .map(|(kind, bucket)| self.meter(&scope.record, kind, now).at(kind, &bucket, now))
+                .map(|(kind, bucket)| self.bucket_state(&scope.record, kind, now).at(kind, &bucket, now))
                 .collect();
             self.charge(scope, &charges, now);
             for ((kind, bucket), before) in buckets(scope).zip(before) {
-                let after = self.meter(&scope.record, kind, now).at(kind, &bucket, now);
+                let after = self.bucket_state(&scope.record, kind, now).at(kind, &bucket, now);
                 if cost(kind, &bucket) > 0 {
                     amounts[kind as usize] = after - before;
                 }
@@ -296,17 +303,18 @@ impl Model {
     /// How every limit must stand.
     pub(crate) fn peek(&self, scopes: &[ScopeLimits], now: i128) -> Vec<Expected> {
         let mut limits = Vec::new();
-        for (at, scope) in scopes.iter().enumerate() {
+        for scope in scopes {
             for (kind, bucket) in buckets(scope) {
-                let meter = self.meter(&scope.record, kind, now);
-                let left = (capacity(kind, &bucket) - meter.at(kind, &bucket, now)).max(0) / unit(kind);
+                let bucket_state = self.bucket_state(&scope.record, kind, now);
+                let left =
+                    (capacity(kind, &bucket) - bucket_state.at(kind, &bucket, now)).max(0) / unit(kind);
                 limits.push(Expected {
-                    scope: at,
+                    scope: scope.record.clone(),
                     what: What::Bucket(kind),
-                    said: meter.judge(kind, &bucket, 0, now),
+                    said: bucket_state.judge(kind, &bucket, 0, now),
                     limit: bucket.capacity,
                     remaining: left as u64,
-                    reset: meter.reset(kind, &bucket, now),
+                    reset: bucket_state.reset(kind, &bucket, now),
                 });
             }
             let Some(most) = scope.concurrency else { continue };
@@ -317,7 +325,7 @@ impl Model {
                 None => Said::Never,
             };
             limits.push(Expected {
-                scope: at,
+                scope: scope.record.clone(),
                 what: What::Concurrency,
                 said,
                 limit: u64::from(most),
@@ -328,9 +336,9 @@ impl Model {
         limits
     }
 
-    fn meter(&self, record: &Key, kind: Kind, now: i128) -> Meter {
+    fn bucket_state(&self, record: &Key, kind: Kind, now: i128) -> BucketState {
         let record = self.records.get(record).filter(|record| record.forgotten_at > now);
-        record.map_or_else(Meter::default, |record| record.meters[kind as usize])
+        record.map_or_else(BucketState::default, |record| record.bucket_states[kind as usize])
     }
 
     /// Writes a scope's record if anything is charged. What the scope does not limit any more is forgotten.
@@ -340,11 +348,12 @@ impl Model {
         }
         let (mut written, mut life) = (Record::default(), 0);
         for ((kind, bucket), (_, by)) in buckets(scope).zip(charges) {
-            let mut meter = self.meter(&scope.record, kind, now);
-            meter.charge(kind, &bucket, *by, now);
+            let mut bucket_state = self.bucket_state(&scope.record, kind, now);
+            bucket_state.charge(kind, &bucket, *by, now);
             // One that never drains is remembered for its period.
-            life = life.max(meter.reset(kind, &bucket, now).unwrap_or(bucket.period.as_micros() as i128));
-            written.meters[kind as usize] = meter;
+            life =
+                life.max(bucket_state.reset(kind, &bucket, now).unwrap_or(bucket.period.as_micros() as i128));
+            written.bucket_states[kind as usize] = bucket_state;
         }
         written.forgotten_at = now + life + MARGIN_US;
         self.records.insert(scope.record.clone(), written);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::smallvec;
-use weir_ratelimit::breaker::Phase;
+use weir_ratelimit::fallback::Phase;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::*;
 
@@ -129,7 +129,8 @@ async fn a_server_that_loads_its_data_is_loading() {
     let slowly =
         ["--dir", path, "--key-load-delay", "500", "--loading-process-events-interval-bytes", "1024"];
     server.restart_unready(&slowly);
-    let options = RedisOptions { deadline: Duration::from_secs(5), lanes: 1, ..RedisOptions::default() };
+    let options =
+        RedisOptions { deadline: Duration::from_secs(5), connections: 1, ..RedisOptions::default() };
     let limiter = RedisLimiter::open(&server.url, options).expect("open");
     eventually("loading", async || fault(&limiter).await == Some((Fault::Loading, Trouble::Away))).await;
     config(&server, "key-load-delay", "0").await;

@@ -188,7 +188,7 @@ struct Made {
 fn same_limits(said: &[LimitState], must: &[Expected]) -> Result<(), TestCaseError> {
     prop_assert_eq!(said.len(), must.len());
     for (said, must) in said.iter().zip(must) {
-        prop_assert_eq!((said.scope, said.what, said.limit), (must.scope, must.what, must.limit));
+        prop_assert_eq!((&said.scope, said.what, said.limit), (&must.scope, must.what, must.limit));
         prop_assert_eq!(said.remaining, must.remaining, "{:?} {:?}", said, must);
         let reset = must.reset.map_or(FOREVER, |us| Duration::from_micros(us as u64));
         prop_assert_eq!(said.reset, reset, "{:?} {:?}", said, must);
@@ -376,7 +376,7 @@ fn requests(rates: std::ops::Range<u64>) -> impl Strategy<Value = Requests> {
 }
 
 /// Over all windows at once: the sum of what was granted between two moments never exceeds the capacity and
-/// what drained between them. A meter in exact integers is over capacity if and only if some window is.
+/// what drained between them. A bucket state in exact integers is over capacity if and only if some window is.
 async fn keeps_the_envelope(world: &World, case: Requests) -> Result<(), TestCaseError> {
     // Units times the period, so that no division is needed.
     let mut levels: BTreeMap<Key, (i128, u64)> = BTreeMap::new();

@@ -28,7 +28,7 @@ async fn a_restart_is_survived_and_its_errors_are_told() {
     let mut server = Server::start().await;
     let limiter = RedisLimiter::connect(
         &server.url,
-        RedisOptions { deadline: Duration::from_millis(500), lanes: 2, ..RedisOptions::default() },
+        RedisOptions { deadline: Duration::from_millis(500), connections: 2, ..RedisOptions::default() },
     )
     .await
     .expect("connect");
@@ -161,11 +161,11 @@ async fn lua_and_rust_give_the_same_bits() {
         end
         return out";
     let world = World::redis().await;
-    let meter = include_str!("../../src/scripts/meter.lua");
+    let bucket_state = include_str!("../../src/store/redis/scripts/leaky_bucket.lua");
     // Up to 53 bits, of every magnitude.
     let number = |seed: u128, shift: u32| (seed as u64 & ((1 << 53) - 1)) >> (shift % 53);
     let mut command = ::redis::cmd("EVAL");
-    command.arg(format!("{meter}{TAIL}")).arg(0);
+    command.arg(format!("{bucket_state}{TAIL}")).arg(0);
     let mut expected = Vec::new();
     for _ in 0..2_000 {
         let (a, b) = (uuid::Uuid::new_v4().as_u128(), uuid::Uuid::new_v4().as_u128());
@@ -176,7 +176,7 @@ async fn lua_and_rust_give_the_same_bits() {
             rate: number(b, (b >> 80) as u32 & 63).min(Bucket::MAX_UNITS),
             period: Duration::from_micros((number(a >> 32, (b >> 88) as u32 & 63) >> 8).max(1_000)),
         };
-        let terms = budget::Terms::of(Kind::Tokens, &bucket);
+        let terms = leaky_bucket::Terms::of(Kind::Tokens, &bucket);
         command.arg(elapsed).arg(need).arg(terms.num as u64).arg(terms.den as u64);
         expected.push(terms.drained(elapsed as f64));
         expected.push(terms.time_to_drain(need as f64).unwrap_or(-1.0));
@@ -228,7 +228,8 @@ async fn records_and_reservations_of_version_one_are_read() {
 #[tokio::test]
 async fn merged_calls_are_decided_one_after_the_other() {
     let world = World::redis().await;
-    let options = RedisOptions { deadline: Duration::from_secs(10), lanes: 1, ..RedisOptions::default() };
+    let options =
+        RedisOptions { deadline: Duration::from_secs(10), connections: 1, ..RedisOptions::default() };
     let merging = RedisLimiter::connect(&world.server().url, options).await.expect("connect");
     let memory = World::memory();
     let mut tenant = limited("acme", Kind::Tokens, bucket(2_000, 0, Duration::from_secs(60)));

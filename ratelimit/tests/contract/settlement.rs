@@ -125,9 +125,13 @@ pub(crate) async fn an_account_refuses_and_settles_with_the_requests_own_scopes(
     assert!(granted(&world.acquire(&first).await));
     let refused = world.acquire(&tokens(under("zenith"), 20)).await;
     assert_eq!(refused.outcome, Outcome::Limited { wait: None }, "a bucket that does not drain");
-    let verdicts: Vec<_> =
-        refused.limits.iter().filter(|l| l.verdict != Verdict::Fits).map(|l| l.scope).collect();
-    assert_eq!(verdicts, [2], "the account has room, but not for this model");
+    let verdicts: Vec<_> = refused
+        .limits
+        .iter()
+        .filter(|l| l.verdict != Verdict::Fits)
+        .map(|l| l.position_in(&under("zenith")))
+        .collect();
+    assert_eq!(verdicts, [Some(2)], "the account has room, but not for this model");
     assert_eq!(stands("zenith").await, [1000, 2, 20, 1, 10, 1, 9920, 1], "a refusal writes nothing");
     assert!(world.settle(&first, used(30), None).await.applied);
     assert_eq!(stands("acme").await, [970, 2, 70, 2, 60, 2, 9970, 2]);

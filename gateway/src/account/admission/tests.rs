@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use weir_ratelimit::memory::MemoryLimiter;
-use weir_ratelimit::{AnyLimiter, Bucket, Candidate, Holder, Mode, Scope, What, WithoutStore, scope_keys};
+use weir_ratelimit::{AnyLimiter, Bucket, Candidate, Mode, OwnerId, Scope, What, WithoutStore, scope_keys};
 
 use super::*;
 use crate::account::LedgerWorker;
@@ -54,7 +54,7 @@ struct World {
 
 fn world() -> World {
     let limiter = AnyLimiter::from(MemoryLimiter::new());
-    let holder = Holder::of("test");
+    let holder = OwnerId::of("test");
     let (ledger, worker) =
         Ledger::new(limiter, holder, Arc::new(|| 1), Metrics::new(&mut Default::default()));
     World { ledger, worker }

@@ -1,0 +1,233 @@
+//! Each call of the contract, by the store or without it.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use smallvec::smallvec;
+
+use super::breaker::Phase;
+use super::handle::Fallback;
+use super::inner::{lock, no_room, not_sent, waits};
+use super::local::{Pending, leases_of};
+use crate::model::call::{Acquire, Candidate, Charge, Decision, Renewal, Settle, Settled};
+use crate::model::error::{Error, Trouble};
+use crate::model::id::{OwnerId, ReservationId};
+use crate::model::key::Key;
+use crate::model::limiter::Limiter;
+use crate::model::limits::{LimitState, ScopeLimits};
+use crate::model::usage::UsageLines;
+
+impl<L: Limiter + 'static> Limiter for Fallback<L> {
+    async fn acquire(&self, call: &Acquire) -> Result<Decision, Error> {
+        let inner = &self.inner;
+        inner.hear_of_loss();
+        if inner.joins(call) {
+            return inner.join(call).await;
+        }
+        if !inner.is_asked() {
+            let error = lock(&inner.reason).0.clone();
+            return inner.decide(call, not_sent(error));
+        }
+        let lost_sets = inner.lost_sets();
+        match inner.ask(call).await {
+            // By a data set that knows nothing of what is in flight; what it granted is undone or taken over.
+            Ok(_) if inner.lost_sets() != lost_sets => {
+                inner.hear_of_loss();
+                inner.decide(call, Error::Lost)
+            }
+            Ok(decision) => {
+                inner.note(call, &decision);
+                Ok(decision)
+            }
+            Err(error) if error.trouble() == Trouble::Caller => Err(error),
+            Err(error) => {
+                inner.failed(&error, call.scopes.first());
+                inner.decide(call, error)
+            }
+        }
+    }
+
+    async fn move_slot(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+    ) -> Result<Option<usize>, Error> {
+        let inner = &self.inner;
+        let gateways = inner.gateways();
+        if inner.engaged.load(Ordering::Relaxed) {
+            let mut local = inner.local();
+            if local.grant(id).is_some() {
+                return local.place(id, from, candidates, lease_ttl, gateways);
+            }
+        }
+        if inner.is_asked() {
+            let moved = if inner.is(Phase::Joining) {
+                inner.join_slot(id, from, candidates, lease_ttl).await
+            } else {
+                inner.store.move_slot(id, from, candidates, lease_ttl).await
+            };
+            match moved {
+                Ok(moved) => {
+                    inner.answered();
+                    let slot = moved.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
+                    inner.store_leases.moved(id, from, slot, lease_ttl);
+                    return Ok(moved);
+                }
+                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
+                Err(error) => inner.failed(&error, None),
+            }
+        }
+        let mut local = inner.local();
+        if let Some(from) = from {
+            inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
+            inner.store_leases.forget(id, std::slice::from_ref(from));
+        }
+        local.place(id, from, candidates, lease_ttl, gateways)
+    }
+
+    async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
+        let inner = &self.inner;
+        // First, so that what begins to decide here meanwhile does not take over leases that are on their way back.
+        inner.store_leases.end(call.id);
+        if inner.engaged.load(Ordering::Relaxed) {
+            let mut local = inner.local();
+            if let Some(settled) = local.settle(call, inner.gateways()) {
+                if settled.is_ok() && !call.usage.iter().all(|usage| local.note_usage(usage)) {
+                    inner.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                return settled;
+            }
+            local.forget_held(call.id, &leases_of(call));
+        }
+        if inner.is_asked() {
+            let mut settled = inner.store.settle(call).await;
+            if matches!(settled, Err(Error::Lost)) {
+                settled = inner.store.settle(call).await;
+            }
+            match settled {
+                Ok(settled) => {
+                    inner.answered();
+                    inner.last_seen.note(&call.scopes, &settled.limits, inner.now_us());
+                    return Ok(settled);
+                }
+                Err(error) if !waits(&error) => return Err(error),
+                Err(error) => inner.failed(&error, call.scopes.first()),
+            }
+        }
+        let mut local = inner.local();
+        if !inner.defer(&mut local, Pending::Settle(Box::new(call.clone()))) {
+            return Err(no_room());
+        }
+        inner.wake.notify_one();
+        Ok(Settled { applied: false, limits: Vec::new(), now_us: 0 })
+    }
+
+    async fn renew(&self, renewals: &[Renewal], lease_ttl: Duration) -> Result<Vec<ReservationId>, Error> {
+        let inner = &self.inner;
+        let mut lost = Vec::new();
+        let mut theirs = Vec::with_capacity(renewals.len());
+        if inner.engaged.load(Ordering::Relaxed) {
+            let local = inner.local();
+            for renewal in renewals {
+                match local.grant(renewal.id) {
+                    Some(_) if !local.renew(renewal, lease_ttl) => lost.push(renewal.id),
+                    Some(_) => {}
+                    None => theirs.push(renewal.clone()),
+                }
+            }
+        } else {
+            theirs.extend_from_slice(renewals);
+        }
+        // While the store is away its leases cannot be renewed; they are taken again when it is back.
+        if inner.is_asked() && !theirs.is_empty() {
+            match inner.store.renew(&theirs, lease_ttl).await {
+                Ok(gone) => {
+                    inner.answered();
+                    lost.extend(gone);
+                }
+                Err(error) => {
+                    inner.failed(&error, None);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(lost)
+    }
+
+    async fn release(&self, id: ReservationId, leases: &[Key]) -> Result<(), Error> {
+        let inner = &self.inner;
+        inner.store_leases.forget(id, leases);
+        if inner.engaged.load(Ordering::Relaxed) {
+            let mut local = inner.local();
+            local.release(id, leases);
+            if local.grant(id).is_some() {
+                return Ok(());
+            }
+        }
+        if inner.is_asked() {
+            match inner.store.release(id, leases).await {
+                Ok(()) => {
+                    inner.answered();
+                    return Ok(());
+                }
+                Err(error) if !waits(&error) => return Err(error),
+                Err(error) => inner.failed(&error, None),
+            }
+        }
+        let room = inner.defer(&mut inner.local(), Pending::Release(id, leases.into()));
+        inner.wake.notify_one();
+        if room { Ok(()) } else { Err(no_room()) }
+    }
+
+    /// Only the store knows who holds what there, and who lives.
+    async fn free_orphans(&self, owner: OwnerId, leases: &[Key]) -> Result<Option<u64>, Error> {
+        let inner = &self.inner;
+        if !inner.is_asked() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        inner.store.free_orphans(owner, leases).await
+    }
+
+    /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.
+    async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
+        let inner = &self.inner;
+        if !inner.is_asked() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        let charged = inner.store.charge(charges).await;
+        match &charged {
+            Ok(_) => inner.answered(),
+            Err(error) if error.trouble() == Trouble::Caller => {}
+            Err(error) => inner.failed(error, None),
+        }
+        charged
+    }
+
+    async fn peek(&self, scopes: &[ScopeLimits]) -> Result<Vec<LimitState>, Error> {
+        let inner = &self.inner;
+        if inner.is_asked() {
+            match inner.store.peek(scopes).await {
+                Ok(limits) => {
+                    inner.answered();
+                    return Ok(limits);
+                }
+                Err(error) if error.trouble() == Trouble::Caller => return Err(error),
+                Err(error) => inner.failed(&error, scopes.first()),
+            }
+        }
+        let local = lock(&inner.local);
+        local.peek(scopes, inner.gateways())
+    }
+
+    /// Only the store has the account of the whole cluster; what ended here meanwhile is missing until it has been told.
+    async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
+        let inner = &self.inner;
+        if !inner.is_asked() {
+            return Err(not_sent(lock(&inner.reason).0.clone()));
+        }
+        // No evidence against the store when it fails: it is no call that requests wait for.
+        inner.store.usage(records).await
+    }
+}

@@ -1,0 +1,264 @@
+//! What the calls and the background share.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::breaker::{Breaker, Phase};
+use super::last_seen::LastSeen;
+use super::local::{ClusterView, Local, Pending};
+use super::store_leases::{Leases, StoreLeases};
+use crate::model::call::{Acquire, Decision, Outcome, Settle};
+use crate::model::data_set::DataSetsLost;
+use crate::model::error::{Error, Fault, Trouble};
+use crate::model::limiter::Limiter;
+use crate::model::limits::{ScopeLimits, WithoutStore};
+
+/// How many gateways share the limits now, this one included.
+pub type LiveGateways = Arc<dyn Fn() -> u32 + Send + Sync>;
+
+pub(super) struct Inner<L> {
+    pub(super) store: L,
+    pub(super) gateways: LiveGateways,
+    pub(super) epoch: Instant,
+    pub(super) breaker: Mutex<Breaker>,
+    /// Data sets of the store's that were lost, and how many of them this process has heard of.
+    pub(super) data_sets_lost: Option<DataSetsLost>,
+    pub(super) heard_of: AtomicU64,
+    /// The breaker's phase, and whether it holds evidence: what every request reads without a lock.
+    pub(super) phase: AtomicU8,
+    pub(super) suspicious: AtomicBool,
+    pub(super) calls: AtomicU32,
+    /// The last trouble, and a scope whose keys showed it: where a probe asks.
+    pub(super) reason: Mutex<(Error, Option<ScopeLimits>)>,
+    pub(super) last_seen: LastSeen,
+    pub(super) store_leases: StoreLeases,
+    pub(super) local: Mutex<Local>,
+    /// Whether `local` has anything to say.
+    pub(super) engaged: AtomicBool,
+    pub(super) wake: Notify,
+    pub(super) opened: AtomicU64,
+    pub(super) local_decisions: AtomicU64,
+    pub(super) lost: AtomicU64,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<L: Limiter> Inner<L> {
+    pub(super) fn new(store: L, gateways: LiveGateways) -> Self {
+        let epoch = Instant::now();
+        let data_sets_lost = store.data_sets_lost();
+        Self {
+            heard_of: AtomicU64::new(data_sets_lost.as_ref().map_or(0, |lost| *lost.borrow())),
+            data_sets_lost,
+            store,
+            gateways,
+            epoch,
+            breaker: Mutex::default(),
+            phase: AtomicU8::new(Phase::Closed as u8),
+            suspicious: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
+            reason: Mutex::new((Error::Unreachable("not asked yet".into()), None)),
+            last_seen: LastSeen::default(),
+            store_leases: StoreLeases::default(),
+            local: Mutex::new(Local::new(epoch)),
+            engaged: AtomicBool::new(false),
+            wake: Notify::new(),
+            opened: AtomicU64::new(0),
+            local_decisions: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    /// Microseconds, the time of the bucket states here.
+    pub(super) fn now_us(&self) -> f64 {
+        self.now().as_micros() as f64
+    }
+
+    pub(super) fn gateways(&self) -> u32 {
+        (self.gateways)().max(1)
+    }
+
+    pub(super) fn is(&self, phase: Phase) -> bool {
+        self.phase.load(Ordering::Relaxed) == phase as u8
+    }
+
+    /// Whether the store is asked.
+    pub(super) fn is_asked(&self) -> bool {
+        self.is(Phase::Closed) || self.is(Phase::Joining)
+    }
+
+    pub(super) fn publish(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(super) fn answered(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.suspicious.swap(false, Ordering::Relaxed) {
+            lock(&self.breaker).answered();
+        }
+    }
+
+    /// How many data sets the store has lost.
+    pub(super) fn lost_sets(&self) -> u64 {
+        self.data_sets_lost.as_ref().map_or(0, |lost| *lost.borrow())
+    }
+
+    /// Whether the store has lost what it knew since this was asked last; then it is not asked for a while.
+    pub(super) fn hear_of_loss(&self) -> bool {
+        let lost = self.lost_sets();
+        if self.heard_of.swap(lost, Ordering::Relaxed) == lost {
+            return false;
+        }
+        {
+            let mut breaker = lock(&self.breaker);
+            if breaker.phase() == Phase::Closed {
+                self.opened.fetch_add(1, Ordering::Relaxed);
+            }
+            breaker.lost(self.now());
+            self.publish(breaker.phase());
+        }
+        lock(&self.reason).0 = Error::Unreachable("it has lost its data".into());
+        tracing::warn!("the limit store has lost its data; leases are counted again before it is asked");
+        self.wake.notify_one();
+        true
+    }
+
+    /// Evidence against the store.
+    pub(super) fn failed(&self, error: &Error, scope: Option<&ScopeLimits>) {
+        let trouble = error.trouble();
+        let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
+        if !matches!(trouble, Trouble::Away | Trouble::Unknown) {
+            return;
+        }
+        let now = self.now();
+        let opened = {
+            let mut breaker = lock(&self.breaker);
+            if breaker.roll(now) {
+                self.calls.store(1, Ordering::Relaxed);
+            }
+            let opened = breaker.failed(now, trouble, calls);
+            self.publish(breaker.phase());
+            opened
+        };
+        self.suspicious.store(true, Ordering::Relaxed);
+        if let Some(scope) = scope {
+            lock(&self.reason).1 = Some(scope.clone());
+        }
+        if opened {
+            lock(&self.reason).0 = error.clone();
+            self.opened.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%error, "the limit store is away; each limit does what it says for that");
+        }
+        self.wake.notify_one();
+    }
+
+    /// Asks the store; once more, under the same id, when the connection was lost during the call.
+    pub(super) async fn ask(&self, call: &Acquire) -> Result<Decision, Error> {
+        match self.store.acquire(call).await {
+            Err(Error::Lost) => self.store.acquire(call).await,
+            decided => decided,
+        }
+    }
+
+    /// The local side, taking over the leases the store granted when it begins to decide.
+    pub(super) fn local(&self) -> MutexGuard<'_, Local> {
+        let mut local = lock(&self.local);
+        if !local.is_engaged() {
+            // Before it looks at what is held: who ends a lease after that must find that something is decided here.
+            self.engaged.store(true, Ordering::Relaxed);
+            local.engage(&self.store_leases, self.now_us());
+        }
+        local
+    }
+
+    /// What an answer of the store's says, and what it grants.
+    pub(super) fn note(&self, call: &Acquire, decision: &Decision) {
+        self.answered();
+        self.last_seen.note(&call.scopes, &decision.limits, self.now_us());
+        if let Outcome::Granted { slot } = decision.outcome {
+            self.store_leases.hold(call.id, leases_taken(call, slot), call.lease_ttl);
+        }
+    }
+
+    pub(super) fn decide(&self, call: &Acquire, error: Error) -> Result<Decision, Error> {
+        let unknown = error.trouble() == Trouble::Unknown;
+        if call.scopes.iter().any(|scope| scope.without_store == WithoutStore::Closed) {
+            if unknown {
+                let cancel = Settle {
+                    id: call.id,
+                    actual: Default::default(),
+                    scopes: call.scopes.clone(),
+                    slot: None,
+                    usage: None,
+                };
+                self.defer(&mut self.local(), Pending::Settle(Box::new(cancel)));
+            }
+            return Err(error);
+        }
+        let decided = self.decide_in(&mut self.local(), call, &error, unknown);
+        self.local_decisions.fetch_add(1, Ordering::Relaxed);
+        if self.is(Phase::Closed) {
+            self.wake.notify_one();
+        }
+        decided
+    }
+
+    pub(super) fn decide_in(
+        &self,
+        local: &mut Local,
+        call: &Acquire,
+        error: &Error,
+        unknown: bool,
+    ) -> Result<Decision, Error> {
+        let cluster =
+            ClusterView { gateways: self.gateways(), last_seen: &self.last_seen, now_us: self.now_us() };
+        local.decide(call, &cluster, error, unknown)
+    }
+
+    /// False, and counted, when there is no room.
+    pub(super) fn defer(&self, local: &mut Local, pending: Pending) -> bool {
+        let room = local.defer(pending);
+        if !room {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        room
+    }
+}
+
+/// Whether a failed settlement or release can still be made later.
+pub(super) fn waits(error: &Error) -> bool {
+    match error {
+        Error::Refused { fault, .. } => !matches!(fault, Fault::Record | Fault::Other),
+        Error::Timeout(_) | Error::Lost | Error::Unreachable(_) => true,
+        Error::Invalid(_) => false,
+    }
+}
+
+/// The leases of a granted call: those of its scopes, and its slot.
+pub(super) fn leases_taken(call: &Acquire, slot: Option<usize>) -> Leases {
+    let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
+    let limited = call.scopes.iter().filter(|scope| scope.concurrency.is_some());
+    limited.map(|scope| scope.leases.clone()).chain(slot).collect()
+}
+
+pub(super) fn no_room() -> Error {
+    Error::Unreachable("too many settlements wait for the limit store".into())
+}
+
+/// The error a call gets that was never sent because of an earlier one's.
+pub(super) fn not_sent(error: Error) -> Error {
+    match error {
+        Error::Timeout(_) | Error::Lost => Error::Unreachable("it went silent".into()),
+        known => known,
+    }
+}

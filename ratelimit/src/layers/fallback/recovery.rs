@@ -1,0 +1,359 @@
+//! The background: probing a store that is away, and telling one that is back.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+use tokio::task::JoinSet;
+
+use super::breaker::Phase;
+use super::inner::{Inner, lock, waits};
+use super::local::{Grant, Pending};
+use crate::model::call::{Acquire, Candidate, Settle};
+use crate::model::cost::Cost;
+use crate::model::data_set::DataSetsLost;
+use crate::model::error::{Error, Trouble};
+use crate::model::id::ReservationId;
+use crate::model::key::{Key, Scope, scope_keys};
+use crate::model::kind::Kind;
+use crate::model::limiter::Limiter;
+use crate::model::limits::{Mode, ScopeLimits};
+
+/// Calls under way at once while the store is told.
+const AT_ONCE: usize = 64;
+/// How soon a doubtful store is probed again while the breaker is closed.
+const DOUBT: Duration = Duration::from_millis(50);
+/// A store that was not asked for so long is probed.
+const UNASKED: Duration = Duration::from_secs(1);
+/// Single decisions made here while the store serves wait so long before the store is told.
+const SETTLE_DOWN: Duration = Duration::from_millis(200);
+
+/// Runs until aborted.
+pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
+    let inner = &inner;
+    let mut told_leases = true;
+    loop {
+        if inner.hear_of_loss() {
+            told_leases = false;
+        }
+        let (phase, due) = {
+            let breaker = lock(&inner.breaker);
+            (breaker.phase(), breaker.due())
+        };
+        match phase {
+            Phase::Closed => {
+                told_leases = true;
+                if inner.suspicious.load(Ordering::Relaxed) {
+                    tokio::time::sleep(DOUBT).await;
+                    doubt(inner).await;
+                } else if inner.engaged.load(Ordering::Relaxed) {
+                    tokio::time::sleep(SETTLE_DOWN).await;
+                    if inner.is(Phase::Closed) && tell(inner).await.is_ok() {
+                        reset_if_clear(inner);
+                    }
+                } else {
+                    let mut lost = inner.data_sets_lost.clone();
+                    tokio::select! {
+                        () = inner.wake.notified() => {}
+                        () = another_lost(&mut lost, inner.heard_of.load(Ordering::Relaxed)) => {}
+                        () = unasked(inner) => nudge(inner).await,
+                    }
+                }
+            }
+            Phase::Joining => {
+                tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await;
+                // Whoever finds nothing to ask or to tell must not miss that it is away again.
+                doubt(inner).await;
+                match tell(inner).await {
+                    Err(error) => away_again(inner, &error),
+                    Ok(()) if inner.now() >= lock(&inner.breaker).due() => close(inner).await,
+                    Ok(()) => {}
+                }
+            }
+            Phase::Open => {
+                told_leases = false;
+                tokio::time::sleep(due.saturating_sub(inner.now())).await;
+                let good = probe(inner).await.is_ok();
+                step(inner, good);
+            }
+            Phase::Returning => {
+                let mut told = Ok(());
+                if !told_leases {
+                    told = retake_leases(inner).await;
+                    told_leases = told.is_ok();
+                }
+                if told.is_ok() {
+                    told = tell(inner).await;
+                }
+                match told {
+                    Err(error) => away_again(inner, &error),
+                    Ok(()) if inner.now() >= due => join(inner),
+                    Ok(()) => tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await,
+                }
+            }
+        }
+    }
+}
+
+/// Returns when nothing was asked of the store for a while. A gateway without traffic has to find an outage too: else it
+/// would be the first to ask a store that has not been told yet what the others admitted meanwhile.
+async fn unasked<L: Limiter>(inner: &Inner<L>) {
+    loop {
+        let calls = inner.calls.load(Ordering::Relaxed);
+        tokio::time::sleep(UNASKED).await;
+        if calls == inner.calls.load(Ordering::Relaxed) {
+            return;
+        }
+    }
+}
+
+/// Returns when more data sets are lost than this many; never where the store cannot tell.
+async fn another_lost(lost: &mut Option<DataSetsLost>, heard_of: u64) {
+    let more = match lost {
+        Some(lost) => lost.wait_for(|lost| *lost != heard_of).await.is_ok(),
+        None => false,
+    };
+    if !more {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
+    let jitter = f64::from(ReservationId::new_v4().as_u128() as u8) / 255.0;
+    let mut breaker = lock(&inner.breaker);
+    breaker.probed(inner.now(), good, jitter);
+    inner.publish(breaker.phase());
+}
+
+fn away_again<L: Limiter>(inner: &Inner<L>, error: &Error) {
+    tracing::warn!(%error, "the limit store is away again");
+    step(inner, false);
+}
+
+/// Requests go to the store again, within this process's share.
+fn join<L: Limiter>(inner: &Inner<L>) {
+    let mut breaker = lock(&inner.breaker);
+    // Else it has lost its data since.
+    if breaker.phase() == Phase::Returning {
+        breaker.join(inner.now());
+        inner.suspicious.store(false, Ordering::Relaxed);
+        inner.publish(breaker.phase());
+    }
+}
+
+/// Requests are the store's alone again; what was decided up to that moment is told at once.
+async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
+    {
+        let mut breaker = lock(&inner.breaker);
+        if breaker.phase() != Phase::Joining {
+            // It is away again, or has lost its data.
+            return;
+        }
+        breaker.close(inner.now());
+        inner.publish(breaker.phase());
+    }
+    tracing::info!("the limit store is back and knows what was decided without it");
+    if tell(inner).await.is_ok() {
+        reset_if_clear(inner);
+    }
+}
+
+fn reset_if_clear<L: Limiter>(inner: &Inner<L>) {
+    let mut local = lock(&inner.local);
+    if local.is_clear() && inner.is(Phase::Closed) {
+        local.reset();
+        inner.engaged.store(false, Ordering::Relaxed);
+    }
+}
+
+/// One failure is asked about before it is believed; with little traffic nobody else would find out.
+async fn doubt<L: Limiter>(inner: &Inner<L>) {
+    match probe(inner).await {
+        Ok(()) => inner.answered(),
+        Err(error) => inner.failed(&error, None),
+    }
+}
+
+/// A call that writes, changes nothing and leaves nothing behind: there may be a thousand gateways without traffic.
+async fn nudge<L: Limiter>(inner: &Inner<L>) {
+    let (_, leases) = scope_keys(Scope::Global);
+    match inner.store.release(ReservationId::now_v7(), &[leases]).await {
+        Ok(()) => inner.answered(),
+        Err(error) => inner.failed(&error, None),
+    }
+}
+
+/// A call that writes like any other where trouble was last seen: what would fail for requests fails here.
+async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
+    let scope = lock(&inner.reason).1.clone();
+    let blank = |scope: ScopeLimits| ScopeLimits { buckets: [None; Kind::COUNT], concurrency: None, ..scope };
+    let call = Acquire {
+        id: ReservationId::now_v7(),
+        cost: Cost::default(),
+        estimated: true,
+        scopes: scope.map(blank).into_iter().collect(),
+        candidates: Vec::new(),
+        lease_ttl: Duration::from_secs(1),
+    };
+    let end =
+        Settle { id: call.id, actual: Cost::default(), scopes: call.scopes.clone(), slot: None, usage: None };
+    match inner.store.acquire(&call).await {
+        Ok(_) => inner.store.settle(&end).await.map(drop),
+        Err(error) => Err(error),
+    }
+}
+
+/// Leases may have run out meanwhile; their requests still run, so they are taken whatever the limit says.
+async fn retake_leases<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    let held = inner.store_leases.list().into_iter();
+    let each = held.flat_map(|(id, lease)| lease.leases.into_iter().map(move |key| (id, key, lease.life)));
+    each_at_once(each, |(id, key, life)| {
+        let inner = inner.clone();
+        async move { take(&inner, id, key, life).await }
+    })
+    .await
+}
+
+async fn take<L: Limiter>(
+    inner: &Inner<L>,
+    id: ReservationId,
+    leases: Key,
+    life: Duration,
+) -> Result<(), Error> {
+    let room = Candidate { leases, max_concurrency: u32::MAX, bound: None };
+    passable(inner, inner.store.move_slot(id, None, std::slice::from_ref(&room), life).await.map(drop))
+}
+
+/// Tells the store everything that was decided here so far.
+pub(super) async fn tell<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    settle_pending(inner).await?;
+    // One pass each: under load there is always something new, and the next round comes soon.
+    let grants = lock(&inner.local).unadopted();
+    each_at_once(grants, |(id, grant)| adopt(inner.clone(), id, grant)).await?;
+    let charges = lock(&inner.local).charges(inner.gateways(), inner.now_us());
+    each_at_once(charges, |charge| {
+        let inner = inner.clone();
+        async move {
+            passable(&inner, inner.store.settle(&charge).await.map(drop))?;
+            lock(&inner.local).charged(&charge);
+            Ok(())
+        }
+    })
+    .await?;
+    let notes = lock(&inner.local).usage_notes();
+    each_at_once(notes, |note| {
+        let inner = inner.clone();
+        async move {
+            passable(&inner, inner.store.settle(&note).await.map(drop))?;
+            lock(&inner.local).noted(&note);
+            Ok(())
+        }
+    })
+    .await?;
+    settle_pending(inner).await
+}
+
+async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+    let waiting = std::mem::take(&mut lock(&inner.local).pending);
+    each_at_once(waiting, |pending| {
+        let inner = inner.clone();
+        async move {
+            let done = match &pending {
+                Pending::Settle(settle) => inner.store.settle(settle).await.map(drop),
+                Pending::Release(id, leases) => inner.store.release(*id, leases).await,
+            };
+            if done.as_ref().is_err_and(waits) {
+                inner.defer(&mut lock(&inner.local), pending);
+            }
+            passable(&inner, done)
+        }
+    })
+    .await
+}
+
+/// Makes a grant of this process one of the store's, under the same id: charged and counted whatever the limits say,
+/// since it has happened.
+async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant) -> Result<(), Error> {
+    let mut leases: SmallVec<[Key; 4]> = grant.slot.iter().cloned().collect();
+    let Some(mut call) = grant.call else {
+        for key in &leases {
+            take(&inner, id, key.clone(), grant.lease_ttl).await?;
+        }
+        taken_over(&inner, id, &leases, grant.lease_ttl, &[]);
+        return Ok(());
+    };
+    let scopes = call.scopes.clone();
+    leases.extend(scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone()));
+    call.scopes.iter_mut().for_each(|scope| scope.mode = Mode::Shadow);
+    let room = |leases| Candidate { leases, max_concurrency: u32::MAX, bound: None };
+    call.candidates = grant.slot.map(room).into_iter().collect();
+    passable(&inner, inner.store.acquire(&call).await.map(drop))?;
+    taken_over(&inner, id, &leases, call.lease_ttl, &scopes);
+    Ok(())
+}
+
+fn taken_over<L: Limiter>(
+    inner: &Inner<L>,
+    id: ReservationId,
+    leases: &[Key],
+    life: Duration,
+    scopes: &[ScopeLimits],
+) {
+    let mut local = lock(&inner.local);
+    if local.grant(id).is_some() {
+        inner.store_leases.hold(id, leases.into(), life);
+        local.adopted(id, leases, inner.gateways(), inner.now_us());
+    } else {
+        // It ended meanwhile; its bucket state here has what it used.
+        let end = Settle {
+            id,
+            actual: Cost::default(),
+            scopes: scopes.into(),
+            slot: leases.first().cloned(),
+            usage: None,
+        };
+        inner.defer(&mut local, Pending::Settle(Box::new(end)));
+        inner.defer(&mut local, Pending::Release(id, leases.into()));
+    }
+}
+
+/// What the store will never take is counted and left; only a store that is away ends a round.
+fn passable<L>(inner: &Inner<L>, done: Result<(), Error>) -> Result<(), Error> {
+    match done {
+        Err(error) if matches!(error.trouble(), Trouble::Keys | Trouble::Caller) => {
+            if !waits(&error) {
+                inner.lost.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(%error, "the limit store does not take what was decided without it");
+            }
+            if waits(&error) { Err(error) } else { Ok(()) }
+        }
+        done => done,
+    }
+}
+
+/// Runs all, a few at once; the first error after all have ended.
+async fn each_at_once<T, F>(items: impl IntoIterator<Item = T>, run: impl Fn(T) -> F) -> Result<(), Error>
+where
+    F: Future<Output = Result<(), Error>> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    let mut first = Ok(());
+    let mut note = |ended: Result<Result<(), Error>, tokio::task::JoinError>| {
+        if let (Ok(Err(error)), true) = (ended, first.is_ok()) {
+            first = Err(error);
+        }
+    };
+    for item in items {
+        if tasks.len() >= AT_ONCE
+            && let Some(ended) = tasks.join_next().await
+        {
+            note(ended);
+        }
+        tasks.spawn(run(item));
+    }
+    while let Some(ended) = tasks.join_next().await {
+        note(ended);
+    }
+    first
+}

@@ -1,0 +1,72 @@
+//! The leases this process holds of the store, so that they can be taken again when it comes back without them.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use smallvec::SmallVec;
+
+use crate::model::id::ReservationId;
+use crate::model::key::Key;
+
+/// Reservations whose leases are remembered; past that a lease is not carried through an outage.
+const HELD_MAX: usize = 262_144;
+
+pub(super) type Leases = SmallVec<[Key; 4]>;
+
+/// The leases of a reservation.
+#[derive(Debug, Clone)]
+pub(super) struct Lease {
+    pub(super) leases: Leases,
+    /// How long they live without renewal.
+    pub(super) life: Duration,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct StoreLeases(Mutex<HashMap<ReservationId, Lease>>);
+
+impl StoreLeases {
+    fn all(&self) -> MutexGuard<'_, HashMap<ReservationId, Lease>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn hold(&self, id: ReservationId, leases: Leases, life: Duration) {
+        let mut all = self.all();
+        if leases.is_empty() {
+            all.remove(&id);
+        } else if all.len() < HELD_MAX || all.contains_key(&id) {
+            all.insert(id, Lease { leases, life });
+        }
+    }
+
+    /// Another slot than `from` is held now.
+    pub(super) fn moved(&self, id: ReservationId, from: Option<&Key>, to: Option<Key>, life: Duration) {
+        let mut all = self.all();
+        let lease = all.entry(id).or_insert_with(|| Lease { leases: Leases::new(), life });
+        lease.leases.retain(|key| Some(&*key) != from);
+        lease.leases.extend(to);
+    }
+
+    /// These are held no more; a reservation without any is not remembered.
+    pub(super) fn forget(&self, id: ReservationId, leases: &[Key]) {
+        let mut all = self.all();
+        if let Some(of_id) = all.get_mut(&id) {
+            of_id.leases.retain(|key| !leases.contains(key));
+            if of_id.leases.is_empty() {
+                all.remove(&id);
+            }
+        }
+    }
+
+    pub(super) fn end(&self, id: ReservationId) {
+        self.all().remove(&id);
+    }
+
+    pub(super) fn each(&self, mut with: impl FnMut(ReservationId, &Lease)) {
+        self.all().iter().for_each(|(id, lease)| with(*id, lease));
+    }
+
+    pub(super) fn list(&self) -> Vec<(ReservationId, Lease)> {
+        self.all().iter().map(|(id, lease)| (*id, lease.clone())).collect()
+    }
+}

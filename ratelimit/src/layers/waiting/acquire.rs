@@ -1,0 +1,54 @@
+//! One call: asked, and put in a queue while it is refused.
+
+use std::future::Future;
+
+use super::policy::{GaveUp, QueuePolicy, Waited};
+use super::queue::QueueId;
+use super::shared::Waiting;
+use super::wait::Wait;
+use crate::model::call::{Acquire, Decision, Outcome};
+
+impl Waiting {
+    /// Asks, and waits in turn as long as it is refused and policy lasts. `ask` must decide `call` as it stands at
+    /// that time; what it gives beside the decision is passed on. It is told at the head of which queue the call
+    /// stands, so that it can pass over alternatives that others wait for ([`Waiting::is_awaited`]). Where all
+    /// alternatives refuse, its decision must name the limits of the one to wait for, and of no other.
+    ///
+    /// Cancel-safe: a dropped caller leaves its queue.
+    ///
+    /// # Errors
+    /// Those of `ask`, at once.
+    pub async fn acquire<T, E, F>(
+        &self,
+        call: &Acquire,
+        policy: &QueuePolicy,
+        mut ask: impl FnMut(Option<&QueueId>) -> F,
+    ) -> Result<Waited<T>, E>
+    where
+        F: Future<Output = Result<(Decision, T), E>>,
+    {
+        let mut wait = Wait::new(self, call, policy);
+        if let Err((refusal, reason)) = wait.line_up() {
+            return Ok(wait.refused(refusal, None, reason));
+        }
+        let mut last = None;
+        loop {
+            if !wait.turn().await {
+                let (decision, with) = match last {
+                    Some((decision, with)) => (decision, Some(with)),
+                    None => (wait.refusal_of_queue(), None),
+                };
+                return Ok(wait.refused(decision, with, GaveUp::Expired));
+            }
+            let seen = self.queues().releases();
+            let (decision, with) = ask(wait.queue()).await?;
+            if matches!(decision.outcome, Outcome::Granted { .. }) {
+                return Ok(wait.granted(decision, with));
+            }
+            if let Err(reason) = wait.again(&decision, seen) {
+                return Ok(wait.refused(decision, Some(with), reason));
+            }
+            last = Some((decision, with));
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! What the memory limiter remembers, and how it forgets.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::time::Duration;
+
+use super::leases::Leases;
+use super::usage::Day;
+use crate::model::call::Candidate;
+use crate::model::checks::{Line, TOMBSTONE_LIFE, micros};
+use crate::model::id::ReservationId;
+use crate::model::key::Key;
+use crate::model::kind::Kind;
+use crate::model::leaky_bucket::{BucketState, Terms};
+
+/// Expired entries removed per call.
+const SWEEP_MAX: usize = 16;
+/// A record outlives its last bucket state by this.
+const MARGIN: Duration = Duration::from_secs(10);
+
+pub(super) type BucketStates = [BucketState; Kind::COUNT];
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    records: HashMap<Key, Record>,
+    pub(super) leases: HashMap<Key, Leases>,
+    reservations: HashMap<Key, Reservation>,
+    pub(super) usage: HashMap<Key, Day>,
+    /// One entry per stored thing that can expire, looked at again when its turn comes.
+    pub(super) due: BinaryHeap<Reverse<(u64, Due)>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Record {
+    bucket_states: BucketStates,
+    /// `None` when a bucket state will never be empty.
+    expires: Option<u64>,
+    queued: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Reservation {
+    pub(super) stage: Stage,
+    pub(super) slot: Option<Key>,
+    pub(super) reserved: Vec<(Key, [f64; Kind::COUNT])>,
+    pub(super) expires: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Open,
+    Settled,
+    /// Ended before it was ever granted.
+    NeverGranted,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Due {
+    Record(Key),
+    Usage(Key),
+    Leases(Key),
+    Reservation(Key),
+}
+
+impl State {
+    /// Removes a few of the things that have expired.
+    pub(super) fn sweep(&mut self, now: u64) {
+        for _ in 0..SWEEP_MAX {
+            if self.due.peek().is_none_or(|Reverse((at, _))| *at > now) {
+                return;
+            }
+            let Some(Reverse((_, due))) = self.due.pop() else { return };
+            // Extended since it was queued: again at its new time. Otherwise gone.
+            let again = match &due {
+                Due::Record(key) => match self.records.get_mut(key) {
+                    Some(record) if record.expires.is_none_or(|at| at > now) => {
+                        record.queued = record.expires.is_some();
+                        record.expires
+                    }
+                    _ => {
+                        self.records.remove(key);
+                        None
+                    }
+                },
+                Due::Usage(key) => {
+                    // Its life is fixed when it begins; the next one under its name has an entry of its own.
+                    if self.usage.get(key).is_some_and(|day| day.expires <= now) {
+                        self.usage.remove(key);
+                    }
+                    None
+                }
+                Due::Leases(key) => {
+                    let left = self.leases.get_mut(key).and_then(|set| {
+                        set.prune(now);
+                        set.first_expiry()
+                    });
+                    if left.is_none() {
+                        self.leases.remove(key);
+                    }
+                    left
+                }
+                Due::Reservation(key) => {
+                    let left = self.reservations.get(key).map(|held| held.expires).filter(|at| *at > now);
+                    if left.is_none() {
+                        self.reservations.remove(key);
+                    }
+                    left.map(|at| at.min(later(now, TOMBSTONE_LIFE)))
+                }
+            };
+            if let Some(at) = again {
+                self.due.push(Reverse((at, due)));
+            }
+        }
+    }
+
+    pub(super) fn bucket_states(&self, key: &Key, now: u64) -> BucketStates {
+        let record = self.records.get(key).filter(|record| record.expires.is_none_or(|at| at > now));
+        record.map(|record| record.bucket_states).unwrap_or_default()
+    }
+
+    /// Kinds that are not limited are stored as zero.
+    pub(super) fn write_record(&mut self, key: &Key, lines: &[Line], bucket_states: BucketStates, now: u64) {
+        let mut kept = BucketStates::default();
+        let mut life = 0.0f64;
+        for line in lines {
+            let bucket_state = bucket_states[line.kind as usize];
+            kept[line.kind as usize] = bucket_state;
+            life = life.max(line.terms.kept(&bucket_state, now as f64));
+        }
+        self.put_record(key, kept, Some(life), now);
+    }
+
+    /// Writes some kinds of a record and keeps the others. Their life is not known here: it is what the record had.
+    pub(super) fn write_kinds(
+        &mut self,
+        key: &Key,
+        kinds: [Option<Terms>; Kind::COUNT],
+        bucket_states: BucketStates,
+        now: u64,
+    ) {
+        let mut life = Some(0.0f64);
+        let mut others = false;
+        for (bucket_state, terms) in bucket_states.iter().zip(kinds) {
+            match terms {
+                Some(terms) => life = life.zip(bucket_state.reset(&terms, now as f64)).map(|(a, b)| a.max(b)),
+                None => others |= bucket_state.level > 0.0,
+            }
+        }
+        if let (true, Some(record)) = (others, self.records.get(key)) {
+            let had = record.expires.map(|at| at.saturating_sub(now) as f64 - MARGIN.as_micros() as f64);
+            life = life.zip(had).map(|(a, b)| a.max(b));
+        }
+        self.put_record(key, bucket_states, life, now);
+    }
+
+    /// `life`: microseconds until the last bucket state is empty; `None` when one never is.
+    fn put_record(&mut self, key: &Key, bucket_states: BucketStates, life: Option<f64>, now: u64) {
+        let expires = life.map(|us| later(now, micros(us) + MARGIN));
+        let queued = self.records.get(key).is_some_and(|record| record.queued);
+        if let (Some(at), false) = (expires, queued) {
+            self.due.push(Reverse((at, Due::Record(key.clone()))));
+        }
+        let record = Record { bucket_states, expires, queued: queued || expires.is_some() };
+        self.records.insert(key.clone(), record);
+    }
+
+    pub(super) fn reservation(&mut self, key: &Key, now: u64) -> Option<&mut Reservation> {
+        self.reservations.get_mut(key).filter(|held| held.expires > now)
+    }
+
+    /// As if it had never been.
+    pub(super) fn forget_reservation(&mut self, key: &Key) {
+        self.reservations.remove(key);
+    }
+
+    /// Most reservations are settled soon, so the first look comes when a tombstone would expire.
+    pub(super) fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
+        let first_look = later(now, TOMBSTONE_LIFE);
+        if self.reservations.insert(key.clone(), reservation).is_none() {
+            self.due.push(Reverse((first_look, Due::Reservation(key))));
+        }
+    }
+
+    /// The leases of a set that still count.
+    pub(super) fn live(&mut self, key: &Key, now: u64) -> &Leases {
+        static NONE: std::sync::LazyLock<Leases> = std::sync::LazyLock::new(Leases::default);
+        match self.leases.get_mut(key) {
+            Some(set) => {
+                set.prune(now);
+                set
+            }
+            None => &NONE,
+        }
+    }
+
+    /// The first candidate with room, not counting what `id` itself holds there.
+    pub(super) fn free_slot(
+        &mut self,
+        candidates: &[Candidate],
+        id: Option<ReservationId>,
+        now: u64,
+    ) -> Option<usize> {
+        let bounded = candidates.iter().any(|candidate| candidate.bound.is_some());
+        let present = if bounded { self.present(candidates, id, now) } else { 0 };
+        candidates.iter().position(|candidate| {
+            let most =
+                candidate.bound.map_or(u32::MAX, |bound| bound.of(present)).min(candidate.max_concurrency);
+            let set = self.live(&candidate.leases, now);
+            let own = usize::from(id.is_some_and(|id| set.holds(id)));
+            set.len() - own < most as usize
+        })
+    }
+
+    /// What all candidates have in flight, each counted once, without what `id` itself holds.
+    fn present(&mut self, candidates: &[Candidate], id: Option<ReservationId>, now: u64) -> usize {
+        let mut seen: Vec<&Key> = Vec::new();
+        let mut present = 0;
+        for candidate in candidates {
+            if !seen.contains(&&candidate.leases) {
+                seen.push(&candidate.leases);
+                let set = self.live(&candidate.leases, now);
+                present += set.len() - usize::from(id.is_some_and(|id| set.holds(id)));
+            }
+        }
+        present
+    }
+
+    pub(super) fn slot_wait(&mut self, candidates: &[Candidate], ttl: Duration, now: u64) -> Duration {
+        let opens = candidates.iter().filter_map(|c| self.live(&c.leases, now).opens_at(c.max_concurrency));
+        opens.min().map_or(ttl, |at| Duration::from_micros(at.saturating_sub(now).max(1)))
+    }
+
+    pub(super) fn take_lease(&mut self, key: &Key, id: ReservationId, expiry: u64) {
+        if let Some(set) = self.leases.get_mut(key) {
+            return set.put(id, expiry);
+        }
+        let mut set = Leases::default();
+        set.put(id, expiry);
+        self.leases.insert(key.clone(), set);
+        self.due.push(Reverse((expiry, Due::Leases(key.clone()))));
+    }
+
+    /// An empty set stays until its queued look, so that each set is queued once.
+    pub(super) fn drop_lease(&mut self, key: &Key, id: ReservationId) {
+        if let Some(set) = self.leases.get_mut(key) {
+            set.remove(id);
+        }
+    }
+}
+
+pub(super) fn later(now: u64, by: Duration) -> u64 {
+    now.saturating_add(u64::try_from(by.as_micros()).unwrap_or(u64::MAX))
+}

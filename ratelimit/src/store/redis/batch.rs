@@ -1,0 +1,265 @@
+//! Several admissions, or settlements, under the same limits as one script call.
+
+use std::hash::Hash;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::client::Client;
+use super::coalesce::{Coalescer, Reply};
+use super::script::{self, ms, us};
+use crate::model::call::{Acquire, Settle};
+use crate::model::checks;
+use crate::model::error::{Error, Trouble};
+use crate::model::key::Key;
+use crate::model::kind::{Bucket, Kind};
+use crate::model::limits::{Mode, ScopeLimits};
+use crate::model::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX};
+
+/// What a caller lends, or what has to wait without its caller. Small, since futures hold it.
+pub(super) enum MaybeOwned<'a, T> {
+    Borrowed(&'a T),
+    Owned(Box<T>),
+}
+
+impl<T> Deref for MaybeOwned<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        match self {
+            MaybeOwned::Borrowed(lent) => lent,
+            MaybeOwned::Owned(own) => own,
+        }
+    }
+}
+
+/// An admission and where its reservation is kept.
+pub(super) struct Ask<'a> {
+    pub(super) call: MaybeOwned<'a, Acquire>,
+    pub(super) reservation: MaybeOwned<'a, Key>,
+    pub(super) life: Duration,
+}
+
+/// A settlement and where its reservation is kept.
+pub(super) struct End<'a> {
+    pub(super) call: MaybeOwned<'a, Settle>,
+    pub(super) reservation: MaybeOwned<'a, Key>,
+    pub(super) life: Duration,
+}
+
+impl<'a> Ask<'a> {
+    pub(super) fn coalescer(client: &Arc<Client>) -> Arc<Coalescer<Ask<'static>>> {
+        let client = client.clone();
+        Coalescer::new(move |asks: Vec<Ask<'static>>| {
+            let client = client.clone();
+            Box::pin(async move {
+                let replies = client.acquire_many(&asks).await;
+                match apart(replies, asks.len()) {
+                    Some(replies) => replies,
+                    None => {
+                        let mut replies = Vec::with_capacity(asks.len());
+                        for ask in &asks {
+                            replies.push(client.acquire_many(std::slice::from_ref(ask)).await);
+                        }
+                        replies
+                    }
+                }
+            })
+        })
+    }
+
+    /// What calls must share to be decided by one script call. Scopes that share a slot do so with their reservations;
+    /// of a call without scopes it is that of the candidates, which one call has one of on a Cluster.
+    pub(super) fn alike(&self) -> impl Hash + '_ {
+        let place = self.call.candidates.first().filter(|_| self.call.scopes.is_empty());
+        let place = place.map(|c| c.leases.as_str());
+        (Under(&self.call.scopes), self.call.lease_ttl, self.life, self.reservation.tag(), place)
+    }
+
+    pub(super) fn to_owned_call(&self) -> Ask<'static> {
+        let (call, reservation) = (Box::new((*self.call).clone()), Box::new((*self.reservation).clone()));
+        Ask { call: MaybeOwned::Owned(call), reservation: MaybeOwned::Owned(reservation), life: self.life }
+    }
+}
+
+impl<'a> End<'a> {
+    pub(super) fn coalescer(client: &Arc<Client>) -> Arc<Coalescer<End<'static>>> {
+        let client = client.clone();
+        Coalescer::new(move |ends: Vec<End<'static>>| {
+            let client = client.clone();
+            Box::pin(async move {
+                let replies = client.settle_many(&ends).await;
+                match apart(replies, ends.len()) {
+                    Some(replies) => replies,
+                    None => {
+                        let mut replies = Vec::with_capacity(ends.len());
+                        for end in &ends {
+                            replies.push(client.settle_many(std::slice::from_ref(end)).await);
+                        }
+                        replies
+                    }
+                }
+            })
+        })
+    }
+
+    /// See [`Ask::alike`]; and they note usage in one line, or none.
+    pub(super) fn alike(&self) -> impl Hash + '_ {
+        let place = self.call.slot.as_ref().filter(|_| self.call.scopes.is_empty());
+        let usage = self.call.usage.as_ref().map(|usage| (usage.record.as_str(), &*usage.model));
+        (Under(&self.call.scopes), self.life, self.reservation.tag(), place.map(Key::as_str), usage)
+    }
+
+    pub(super) fn to_owned_call(&self) -> End<'static> {
+        let (call, reservation) = (Box::new((*self.call).clone()), Box::new((*self.reservation).clone()));
+        End { call: MaybeOwned::Owned(call), reservation: MaybeOwned::Owned(reservation), life: self.life }
+    }
+}
+
+/// The replies of a batch, each for itself; all the same length, since all are under the same limits. `None` when each
+/// call has to be asked for itself: one of them may have failed all.
+fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
+    match replies {
+        Ok(numbers) => {
+            let each = numbers.len() / calls.max(1);
+            Some(numbers.chunks(each.max(1)).map(|reply| Ok(reply.to_vec())).collect())
+        }
+        Err(error) if calls > 1 && error.trouble() == Trouble::Keys => None,
+        Err(error) => Some(vec![Err(error); calls]),
+    }
+}
+
+/// Limits as far as scripts are told of them.
+struct Under<'a>(&'a [ScopeLimits]);
+
+impl Hash for Under<'_> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        for scope in self.0 {
+            (scope.record.as_str(), scope.leases.as_str(), scope.concurrency).hash(state);
+            (scope.mode == Mode::Shadow).hash(state);
+            for bucket in &scope.buckets {
+                bucket.map(|b| (b.capacity, b.rate, b.period)).hash(state);
+            }
+        }
+        self.0.len().hash(state);
+    }
+}
+
+/// KeyPositions of keys in a list without repetition, from one.
+#[derive(Default)]
+struct KeyPositions<'a>(Vec<&'a Key>);
+
+impl<'a> KeyPositions<'a> {
+    fn of(&mut self, key: &'a Key) -> u64 {
+        let known = self.0.iter().position(|other| *other == key);
+        let at = known.unwrap_or_else(|| {
+            self.0.push(key);
+            self.0.len() - 1
+        });
+        at as u64 + 1
+    }
+}
+
+impl Client {
+    pub(super) async fn acquire_many(&self, asks: &[Ask<'_>]) -> Result<Vec<i64>, Error> {
+        let Some(first) = asks.first() else { return Ok(Vec::new()) };
+        let (scopes, lease_ttl) = (&first.call.scopes, first.call.lease_ttl);
+        let mut places = KeyPositions::default();
+        for candidate in asks.iter().flat_map(|ask| &ask.call.candidates) {
+            places.of(&candidate.leases);
+        }
+        let mut keys: Vec<&Key> = scopes.iter().map(|scope| &scope.record).collect();
+        keys.extend(asks.iter().map(|ask| &*ask.reservation));
+        keys.extend(scopes.iter().map(|scope| &scope.leases));
+        keys.extend(&places.0);
+
+        let (asked, mut touched) = (Instant::now(), Vec::new());
+        let mut touch = |key| {
+            let due = self.prolonged.is_due(key, lease_ttl);
+            if due {
+                touched.push(key);
+            }
+            due
+        };
+        let mut args = script::Args::default();
+        args.int(us(lease_ttl)).int(scopes.len() as u64).int(places.0.len() as u64).int(asks.len() as u64);
+        for scope in scopes {
+            let due = scope.concurrency.is_some() && touch(&scope.leases);
+            args.flag(scope.mode == Mode::Shadow).concurrency(scope).flag(due).buckets(scope);
+        }
+        for key in &places.0 {
+            args.flag(touch(key));
+        }
+        args.text(ms(first.life));
+        for Ask { call, .. } in asks {
+            for (kind, bucket) in buckets(scopes) {
+                args.number(checks::reserved(call)(kind, bucket));
+            }
+            args.int(call.candidates.len() as u64);
+            for candidate in &call.candidates {
+                args.int(places.of(&candidate.leases)).number(f64::from(candidate.max_concurrency));
+                args.int(candidate.bound.map_or(0, |bound| u64::from(bound.millionths)));
+            }
+            args.id(call.id);
+        }
+        let reply = self.run(&script::ACQUIRE, &keys, &args).await?;
+        if !touched.is_empty() && !first.life.is_zero() {
+            // Only sets that a lease was taken in were prolonged.
+            for (ask, reply) in asks.iter().zip(reply.chunks((reply.len() / asks.len()).max(1))) {
+                let [0, slot, ..] = reply else { continue };
+                let slot = usize::try_from(*slot).ok().and_then(|at| ask.call.candidates.get(at));
+                let taken = scopes.iter().map(|scope| &scope.leases).chain(slot.map(|slot| &slot.leases));
+                for key in taken.filter(|key| touched.contains(key)) {
+                    self.prolonged.done(key, asked);
+                }
+            }
+        }
+        Ok(reply)
+    }
+
+    pub(super) async fn settle_many(&self, ends: &[End<'_>]) -> Result<Vec<i64>, Error> {
+        let Some(first) = ends.first() else { return Ok(Vec::new()) };
+        let scopes = &first.call.scopes;
+        let mut places = KeyPositions::default();
+        for slot in ends.iter().flat_map(|end| &end.call.slot) {
+            places.of(slot);
+        }
+        let mut keys: Vec<&Key> = scopes.iter().map(|scope| &scope.record).collect();
+        keys.extend(ends.iter().map(|end| &*end.reservation));
+        keys.extend(scopes.iter().map(|scope| &scope.leases));
+        keys.extend(&places.0);
+        let usage = first.call.usage.as_ref();
+        keys.extend(usage.map(|usage| &usage.record));
+        let mut args = script::Args::default();
+        args.int(scopes.len() as u64).int(places.0.len() as u64).int(ends.len() as u64);
+        args.int(usage.map_or(0, |_| USAGE_MODELS_MAX as u64));
+        for scope in scopes {
+            args.concurrency(scope).buckets(scope);
+        }
+        args.text(ms(first.life));
+        for End { call, .. } in ends {
+            for (kind, bucket) in buckets(scopes) {
+                args.number(checks::spent(&call.actual)(kind, bucket));
+            }
+            args.int(call.slot.as_ref().map_or(0, |slot| places.of(slot))).id(call.id);
+            if let Some(usage) = &call.usage {
+                for amount in usage.tally.to_array() {
+                    args.number(amount as f64);
+                }
+            }
+        }
+        if let Some(usage) = usage {
+            args.word(&usage.model).word(OTHER_MODELS).text(ms(USAGE_LIFE));
+        }
+        self.run(&script::SETTLE, &keys, &args).await
+    }
+}
+
+/// Every bucket in the order of the scripts.
+fn buckets(scopes: &[ScopeLimits]) -> impl Iterator<Item = (Kind, &Bucket)> {
+    scopes.iter().flat_map(|scope| {
+        Kind::ALL.into_iter().filter_map(|kind| Some((kind, scope.buckets[kind as usize].as_ref()?)))
+    })
+}
