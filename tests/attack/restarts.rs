@@ -89,12 +89,17 @@ impl Balancer {
     }
 }
 
-/// Whether HTTP/2 says that the request was not looked at.
+/// Whether the request certainly reached nobody: the connection had ended before it was written, or HTTP/2 says that the
+/// request was not looked at.
 fn is_unread(error: &hyper_util::client::legacy::Error) -> bool {
-    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
+    let mut causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
     // How h2 words REFUSED_STREAM, and a GOAWAY without an error that does not count the stream in.
     let words = ["refused stream before processing any application logic", "not a result of an error"];
-    causes.map(ToString::to_string).any(|text| words.iter().any(|word| text.contains(word)))
+    causes.any(|cause| {
+        let text = cause.to_string();
+        cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+            || words.iter().any(|word| text.contains(word))
+    })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

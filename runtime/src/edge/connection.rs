@@ -115,6 +115,10 @@ pub struct Connection {
     cut: AtomicU8,
     /// Whether the process ends: no further request is wanted.
     draining: AtomicBool,
+    /// Whether its driver closes it when asked to, instead of being cut.
+    closes_itself: AtomicBool,
+    /// Whether its driver is asked to close it, unless a request has come.
+    asked_to_close: AtomicBool,
     malformed: AtomicBool,
     driver: AtomicWaker,
     reader: AtomicWaker,
@@ -141,6 +145,8 @@ impl Connection {
             in_head: AtomicBool::new(true),
             cut: AtomicU8::new(0),
             draining: AtomicBool::new(false),
+            closes_itself: AtomicBool::new(false),
+            asked_to_close: AtomicBool::new(false),
             malformed: AtomicBool::new(false),
             driver: AtomicWaker::new(),
             reader: AtomicWaker::new(),
@@ -266,6 +272,32 @@ impl Connection {
     pub(super) fn drain(&self) {
         self.draining.store(true, Ordering::Release);
         self.driver.wake();
+    }
+
+    /// HTTP/1: nothing tells a client that its idle connection is about to close, so its driver first reads what has arrived.
+    pub(super) fn closes_itself(&self) {
+        self.closes_itself.store(true, Ordering::Release);
+    }
+
+    /// Ends a connection that is idle because the process ends.
+    pub(super) fn close_idle(&self) {
+        if self.closes_itself.load(Ordering::Acquire) {
+            self.asked_to_close.store(true, Ordering::Release);
+            self.driver.wake();
+        } else {
+            self.cut(Cut::Drained);
+        }
+    }
+
+    /// Whether [`close_idle`](Self::close_idle) has asked since the last call.
+    pub(super) fn was_asked_to_close(&self) -> bool {
+        self.asked_to_close.load(Ordering::Relaxed) && self.asked_to_close.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether no request runs, no head has begun after an earlier request, and nothing waits to be written.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let in_later_head = self.begun.load(Ordering::Relaxed) && self.in_head.load(Ordering::Relaxed);
+        !self.is_busy() && !in_later_head && !self.is_write_waiting()
     }
 
     /// What a peer still sends is read for so long, so that it reads the answer it was given.

@@ -6,7 +6,7 @@
 
 use std::future::{Future, poll_fn};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -164,6 +164,7 @@ async fn http1<I: Transport>(
     refuse: Refuse,
     handler: impl Handler,
 ) {
+    connection.closes_itself();
     let framed = Framed::new(begun, bounds.head, Arc::clone(&connection));
     let client = Client { connection: Arc::clone(&connection), clock: Arc::clone(&connection.clock) };
     let service = service_fn(move |request: Request<Incoming>| {
@@ -189,7 +190,7 @@ async fn http1<I: Transport>(
         .max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES)
         .max_headers(bounds.head.fields + 1);
     let mut driver = builder.serve_connection(TokioIo::new(framed), service);
-    let end = poll_fn(|cx| {
+    let end = until_its_end(&connection, |cx| {
         if let Some(why) = connection.poll_cut(cx) {
             return Poll::Ready(End::Cut(why));
         }
@@ -240,6 +241,29 @@ async fn finish<I: Transport>(
     }
     let is_sending = framed.is_sending(unread);
     linger(framed.io(), connection, is_sending).await;
+}
+
+/// Drives an HTTP/1 connection until it ends, or until it is asked to close and no request has come.
+async fn until_its_end(connection: &Connection, mut drive: impl FnMut(&mut Context<'_>) -> Poll<End>) -> End {
+    loop {
+        let end = poll_fn(|cx| match drive(cx) {
+            Poll::Ready(end) => Poll::Ready(Some(end)),
+            Poll::Pending if connection.was_asked_to_close() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        })
+        .await;
+        if let Some(end) = end {
+            return end;
+        }
+        // On a busy machine a request may lie unread for longer than the connection seems idle, and closing it now would
+        // lose that request. tokio polls the sockets before it resumes a task that yields.
+        tokio::task::yield_now().await;
+        match poll_fn(|cx| Poll::Ready(drive(cx))).await {
+            Poll::Ready(end) => return end,
+            Poll::Pending if connection.is_at_rest() => return End::Cut(Cut::Drained),
+            Poll::Pending => {}
+        }
+    }
 }
 
 fn in_full(violation: Violation, refusal: Refusal) -> String {
@@ -335,3 +359,6 @@ async fn http2<I: Transport>(
         tracing::debug!(peer = %connection.peer(), %error, "connection ended");
     }
 }
+
+#[cfg(test)]
+mod tests;

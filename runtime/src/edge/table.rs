@@ -168,8 +168,12 @@ impl Table {
     /// not have left yet.
     pub(super) fn cut(&self, idle: Option<Duration>) {
         let open: Vec<_> = lock(&self.inner).open.values().cloned().collect();
-        for connection in open.iter().filter(|c| idle.is_none_or(|time| c.is_idle_for(time))) {
-            connection.cut(Cut::Drained);
+        for connection in &open {
+            match idle {
+                None => connection.cut(Cut::Drained),
+                Some(time) if connection.is_idle_for(time) => connection.close_idle(),
+                Some(_) => {}
+            }
         }
     }
 
