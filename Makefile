@@ -10,11 +10,14 @@ export RUSTUP_TOOLCHAIN
 endif
 endif
 
-.PHONY: fuzz test-envoy test-page test-sdk test check fmt tools build bench
+.PHONY: announce fuzz test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.
-test: tools build
+test: announce tools build
 	cargo test --workspace --locked
+
+announce:
+	@echo "make test: about 20 minutes on two cores, the first build included"
 
 # Binaries that the tests run as processes.
 build:
