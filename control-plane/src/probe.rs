@@ -235,7 +235,7 @@ impl Prober {
 /// The time to our next turn. Turns are counted in Unix time, so that vantage points that never speak to each other
 /// look one after the other. A clock that is wrong makes turns fall together, which costs only evenness.
 fn until_turn(interval: Duration, (turn, turns): (u32, u32)) -> Duration {
-    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let unix = weir_runtime::wall_clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let (interval, unix) = (interval.as_secs_f64().max(0.001), unix.as_secs_f64());
     let phase = interval * f64::from(turn) / f64::from(turns.max(1));
     let wait = interval - (unix - phase).rem_euclid(interval);

@@ -433,7 +433,7 @@ fn served(snapshot: &Snapshot, entry: &BackendEntry) -> Vec<(Arc<ModelEntry>, St
 }
 
 fn unix() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    weir_runtime::wall_clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 fn result(key: &Key, looked: Looked) -> ProbeResult {

@@ -146,7 +146,7 @@ fn answer(
     Ok(Answer {
         endpoint,
         id: format!("{prefix}{id}"),
-        created: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs(),
+        created: unix_seconds(),
         model: drawn.wrong_model_name.clone().unwrap_or_else(|| request.model.clone()),
         choices,
         tokens,
@@ -156,6 +156,11 @@ fn answer(
         usage,
         done: !drawn.no_done,
     })
+}
+
+#[expect(clippy::disallowed_methods, reason = "an answer says when it was made")]
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }
 
 /// How embeddings are asked for.
