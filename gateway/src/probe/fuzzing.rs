@@ -35,5 +35,5 @@ pub fn tokens_written(body: &[u8], asked: u32) -> Option<u64> {
 
 /// How long an answer asks to be left alone.
 pub fn retry_after(headers: &HeaderMap) -> Option<std::time::Duration> {
-    crate::send::retry_after(headers)
+    crate::send::retry_after(headers, weir_runtime::wall_clock())
 }
