@@ -10,7 +10,7 @@ export RUSTUP_TOOLCHAIN
 endif
 endif
 
-.PHONY: announce fuzz test-envoy test-page test-sdk test check fmt tools build bench
+.PHONY: announce deny fuzz test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.
 test: announce tools build
@@ -65,10 +65,19 @@ check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
-	@awk '$$1 == "source" && $$3 !~ /^"registry\+/ { print "Cargo.lock: not from the registry: " $$3; bad = 1 } \
-		$$1 == "name" { name = $$3 } \
-		$$1 == "version" && name ~ /^"(h2|http|hyper|prost|rustls|tokio|tonic)"$$/ && seen[name]++ { print "Cargo.lock: two versions of " name; bad = 1 } \
-		END { exit bad }' Cargo.lock
+	@$(MAKE) --no-print-directory deny
+
+# Licences, versions and sources of dependencies, and known vulnerabilities: see deny.toml. Installs cargo-deny if it is missing.
+deny:
+	@command -v cargo-deny >/dev/null || { \
+	echo "make: cargo-deny is missing; installing it with cargo: minutes"; \
+	cargo install --quiet --locked cargo-deny || { \
+	echo "make: cargo-deny cannot be installed: licences and advisories of dependencies are NOT checked" >&2; exit 0; }; }; \
+	command -v cargo-deny >/dev/null || exit 0; \
+	cargo deny --locked --log-level error check --hide-inclusion-graph bans licenses sources || exit 1; \
+	if cargo deny --locked --log-level off fetch db >/dev/null 2>&1; then \
+		cargo deny --locked --log-level error check --disable-fetch --hide-inclusion-graph advisories; \
+	else echo "make: the advisory database cannot be fetched: known vulnerabilities of dependencies are NOT checked" >&2; fi
 
 fmt:
 	cargo fmt --all
