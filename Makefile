@@ -71,7 +71,7 @@ check:
 deny:
 	@command -v cargo-deny >/dev/null || { \
 	echo "make: cargo-deny is missing; installing it with cargo: minutes"; \
-	cargo install --quiet --locked cargo-deny || { \
+	cargo install --quiet --locked --debug cargo-deny || { \
 	echo "make: cargo-deny cannot be installed: licences and advisories of dependencies are NOT checked" >&2; exit 0; }; }; \
 	command -v cargo-deny >/dev/null || exit 0; \
 	cargo deny --locked --log-level error check --hide-inclusion-graph bans licenses sources || exit 1; \
