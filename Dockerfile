@@ -1,7 +1,7 @@
 # One image with every binary of Weir; the command says what a container is. Works with and without BuildKit.
 #
 #   docker build -t weir .
-#   docker build -t weir --build-arg LTO=off .               # builds faster, runs slower
+#   docker build -t weir --build-arg PROFILE=release .       # builds faster, runs slower
 #   docker build -t weir --build-arg WEIR_COMMIT="$(git rev-parse --short HEAD)" .   # named by --version
 
 # The manifests, and an empty program wherever cargo looks for a file. This stage runs at every change; what the next
@@ -16,19 +16,19 @@ RUN mkdir /skeleton \
 
 FROM rust:1-slim-bookworm AS build
 WORKDIR /src
-# No debug information: it would be most of the image. Names of functions stay, for backtraces.
-ARG LTO=thin
-ENV CARGO_INCREMENTAL=0 CARGO_PROFILE_RELEASE_LTO=$LTO CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
+# A profile of Cargo.toml: dist or release. Neither has debug information; names of functions stay, for backtraces.
+ARG PROFILE=dist
+ENV CARGO_INCREMENTAL=0 \
     CARGO_NET_RETRY=5 \
     PACKAGES="-p weir -p weir-gateway -p weir-control-plane -p weir-ratelimit-service -p mock-llm"
 COPY --from=skeleton /skeleton .
-RUN cargo build --release --locked --bins $PACKAGES
+RUN cargo build --profile $PROFILE --locked --bins $PACKAGES
 COPY . .
 ARG WEIR_COMMIT=unknown
 # Cargo goes by times, and files come with those of the checkout: older than the empty programs built above.
 RUN find . -name '*.rs' -exec touch {} + \
- && WEIR_COMMIT="$WEIR_COMMIT" cargo build --release --locked --bins $PACKAGES \
- && mkdir /out && find target/release -maxdepth 1 -type f -executable -exec cp -t /out {} +
+ && WEIR_COMMIT="$WEIR_COMMIT" cargo build --profile $PROFILE --locked --bins $PACKAGES \
+ && mkdir /out && find target/$PROFILE -maxdepth 1 -type f -executable -exec cp -t /out {} +
 
 FROM debian:bookworm-slim
 # For backends behind https. Copied, so that this stage needs no network.

@@ -1,11 +1,23 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: fuzz test-envoy test-page test-sdk test check fmt tools build bench
+# Where the version of rust-toolchain.toml is not installed by that name and none is downloaded: `stable`, if it is that version.
+ifndef RUSTUP_TOOLCHAIN
+RUSTUP_TOOLCHAIN := $(shell rustc --version >/dev/null 2>&1 || RUSTUP_TOOLCHAIN=stable rustc --version 2>/dev/null | \
+	awk '/^rustc / { while (getline line < "rust-toolchain.toml") if (line == "channel = \"" $$2 "\"") print "stable" }')
+ifneq ($(RUSTUP_TOOLCHAIN),)
+export RUSTUP_TOOLCHAIN
+endif
+endif
+
+.PHONY: announce deny fuzz test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.
-test: tools build
+test: announce tools build
 	cargo test --workspace --locked
+
+announce:
+	@echo "make test: about 20 minutes on two cores, the first build included"
 
 # Binaries that the tests run as processes.
 build:
@@ -53,10 +65,19 @@ check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
-	@awk '$$1 == "source" && $$3 !~ /^"registry\+/ { print "Cargo.lock: not from the registry: " $$3; bad = 1 } \
-		$$1 == "name" { name = $$3 } \
-		$$1 == "version" && name ~ /^"(h2|http|hyper|prost|rustls|tokio|tonic)"$$/ && seen[name]++ { print "Cargo.lock: two versions of " name; bad = 1 } \
-		END { exit bad }' Cargo.lock
+	@$(MAKE) --no-print-directory deny
+
+# Licences, versions and sources of dependencies, and known vulnerabilities: see deny.toml. Installs cargo-deny if it is missing.
+deny:
+	@command -v cargo-deny >/dev/null || { \
+	echo "make: cargo-deny is missing; installing it with cargo: minutes"; \
+	cargo install --quiet --locked --debug cargo-deny || { \
+	echo "make: cargo-deny cannot be installed: licences and advisories of dependencies are NOT checked" >&2; exit 0; }; }; \
+	command -v cargo-deny >/dev/null || exit 0; \
+	cargo deny --locked --log-level error check --hide-inclusion-graph bans licenses sources || exit 1; \
+	if cargo deny --locked --log-level off fetch db >/dev/null 2>&1; then \
+		cargo deny --locked --log-level error check --disable-fetch --hide-inclusion-graph advisories; \
+	else echo "make: the advisory database cannot be fetched: known vulnerabilities of dependencies are NOT checked" >&2; fi
 
 fmt:
 	cargo fmt --all
@@ -80,4 +101,4 @@ tools:
 # Every bench, one after the other, on an otherwise quiet machine; about an hour, most of it failover and partition. Tables on stdout.
 bench: tools
 	@for name in proxy guide-table limiter accuracy outage balance shares partition failover fanout edge; do \
-		cargo run --release --locked -q -p weir-bench -- $$name || exit 1; done
+		cargo run --profile dist --locked -q -p weir-bench -- $$name || exit 1; done

@@ -1,6 +1,6 @@
 //! `weir-bench`: each claim about speed and accuracy as one command that measures it.
 //!
-//! `cargo run --release -p weir-bench -- NAME` prints a table, with `--output json` one JSON object. Everything runs
+//! `cargo run --profile dist -p weir-bench -- NAME` prints a table, with `--output json` one JSON object. Everything runs
 //! on loopback, is bounded in time and number, and ends by itself. The processes under test are this binary in
 //! another role ([`roles`]), real `redis-server`s, and nginx and haproxy where they are installed.
 

@@ -232,7 +232,7 @@ impl Authority {
                 proof: Proof::File(digest),
             });
         }
-        stored(&self.catalog.state(), &digest, SystemTime::now())
+        stored(&self.catalog.state(), &digest, weir_runtime::wall_clock())
     }
 
     /// Who calls a method, by its path, if its role allows that.
@@ -272,7 +272,9 @@ impl Authority {
                 Some(_) => Ok(()),
                 None => Err(Status::unauthenticated("the token is not known any more")),
             },
-            Proof::Token(digest) => stored(&self.catalog.state(), digest, SystemTime::now()).map(|_| ()),
+            Proof::Token(digest) => {
+                stored(&self.catalog.state(), digest, weir_runtime::wall_clock()).map(|_| ())
+            }
         }
     }
 

@@ -111,7 +111,7 @@ impl Verdicts {
         let inner = Inner {
             machine: Mutex::new(machine),
             origin: Instant::now(),
-            origin_wall: SystemTime::now(),
+            origin_wall: weir_runtime::wall_clock(),
             healths: watch::Sender::default(),
             duties: watch::Sender::default(),
             observations: broadcast::Sender::new(OBSERVATIONS_KEPT),

@@ -118,7 +118,7 @@ pub async fn explain(live: &Live, ledger: &Ledger, question: &Question) -> Resul
         question.tokens.unwrap_or_else(|| (0, ledger.estimates.output(&key.tenant.queue, &model.queue)));
     let cost = send::cost(&model, input, output);
 
-    let now = SystemTime::now();
+    let now = weir_runtime::wall_clock();
     let own = snapshot.scopes(&key, &model.name);
     let budgets: Vec<ScopeEntry> =
         own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();

@@ -1,58 +1,56 @@
-//! Looks at backends as the control plane assigns: one of few gateways that do, with the connections and credentials
+//! Probes backends as the control plane assigns: one of few gateways that do, with the connections and credentials
 //! that requests use.
 //!
-//! - `schedule`: when to look at what; `budget`: what it may cost. `look` asks, `judge` says what the answer means.
+//! - `weir_probe` says when to probe what, and makes the liveness probe; `probe_rate`: what probing may cost. `tiers` asks,
+//!   `judge` says what the answer means.
 //! - A probe that asks for tokens holds one of the backend's slots, like a request: see `Readiness`.
 //! - [`lane`]: assignments and orders come down the report lane, results go up.
 //!
-//! Without the control plane the last assignments are carried out for a minute more; then this gateway looks at the
-//! liveness of all backends itself, at half the rate, and goes by what it sees.
+//! Without the control plane the last assignments are carried out for a minute more; then this gateway probes the
+//! liveness of all backends itself, at half the rate, and goes by what it finds.
 
-mod budget;
 mod counted;
 mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
 mod judge;
 pub mod lane;
-mod look;
 mod plan;
-mod schedule;
+mod probe_rate;
+mod tiers;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use weir_probe::{End, Finding, InFlight, Key, Now, Schedule};
 use weir_proto::resource::{AdminState, HealthProfile};
 use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
 
-use self::budget::Budget;
 use self::counted::Counted;
 pub use self::counted::Totals;
-use self::judge::Seen;
 use self::lane::Orders;
-use self::look::{Ask, DEEP_REQUESTS, Depth, Known, Looked};
-use self::plan::{How, Plan, Readiness};
-use self::schedule::{End, Key, Schedule};
-use crate::account::{Ledger, SlotLease};
+use self::plan::{Deep, How, Plan, Readiness};
+use self::probe_rate::ProbeRate;
+use self::tiers::{Ask, DEEP_REQUESTS, Depth, KnownModel, Probed};
+use crate::account::Ledger;
 use crate::live::Live;
 use crate::metrics::{Metrics, NeedlessProbeLabels, PaidProbeLabels, ProbeLabels};
 use crate::snapshot::{BackendEntry, ModelEntry, Snapshot};
 
-/// Looks at once; what a large assignment may take of a gateway.
+/// Probes at once; what a large assignment may take of a gateway.
 const AT_ONCE: usize = 64;
 /// So long the last assignments are carried out without the control plane.
 const ALONE_AFTER: Duration = Duration::from_secs(60);
 /// A gateway that was never assigned anything waits this long for the control plane.
 const ALONE_AT_START: Duration = Duration::from_secs(5);
-/// Alone, the intervals are longer: now every gateway looks at every backend.
+/// Alone, the intervals are longer: now every gateway probes every backend.
 const ALONE_SLOWER: u32 = 2;
 /// Successful requests of the fleet since the last readiness probe that make another needless...
 const PROOF: u64 = 3;
-/// ...unless more than one in so many failed: from 5 % on a backend is degraded, and looked at.
+/// ...unless more than one in so many failed: from 5 % on a backend is degraded, and probed.
 const FAULTS_OF_GOOD: u64 = 20;
 /// Answers since the last deep probe that say how fast a backend is.
 const RATE_ANSWERS: u64 = 20;
@@ -68,10 +66,10 @@ pub struct Prober {
     ledger: Arc<Ledger>,
     metrics: Metrics,
     schedule: Schedule,
-    budget: Budget,
+    rate: ProbeRate,
     /// (Backend, what it knows the model by) -> what was found out about that.
-    known: BTreeMap<(String, String), Known>,
-    /// What requests had come to when a tier was last looked at.
+    known: BTreeMap<(String, String), KnownModel>,
+    /// What requests had come to when a tier was last probed.
     before: BTreeMap<Key, Counted>,
     /// Whose model's turn it is; one that failed keeps it.
     turns: BTreeMap<String, usize>,
@@ -79,40 +77,8 @@ pub struct Prober {
     alone: Option<BTreeMap<String, (u32, u32)>>,
 }
 
-/// Looks under way, each in a task.
-#[derive(Default)]
-struct Looks {
-    tasks: JoinSet<Done>,
-    keys: HashMap<task::Id, Key>,
-}
-
-impl Looks {
-    fn len(&self) -> usize {
-        self.tasks.len()
-    }
-
-    fn spawn(&mut self, key: Key, look: impl Future<Output = Done> + Send + 'static) {
-        let id = self.tasks.spawn(look).id();
-        self.keys.insert(id, key);
-    }
-
-    /// The next one that ends; of one that panicked only what it looked at. Never returns while there is none. Cancel
-    /// safe.
-    async fn next(&mut self) -> Result<Done, Option<Key>> {
-        match self.tasks.join_next_with_id().await {
-            None => std::future::pending().await,
-            Some(Ok((id, done))) => {
-                self.keys.remove(&id);
-                Ok(done)
-            }
-            Some(Err(error)) => Err(self.keys.remove(&error.id())),
-        }
-    }
-}
-
-/// A look that ended.
+/// A probe that ended.
 struct Done {
-    key: Key,
     entry: Arc<BackendEntry>,
     model: Option<String>,
     how: How,
@@ -126,7 +92,7 @@ impl Prober {
             ledger,
             metrics,
             schedule: Schedule::default(),
-            budget: Budget::default(),
+            rate: ProbeRate::default(),
             known: BTreeMap::new(),
             before: BTreeMap::new(),
             turns: BTreeMap::new(),
@@ -134,18 +100,18 @@ impl Prober {
         }
     }
 
-    /// Looks until `shutdown`.
+    /// Probes until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let live = Arc::clone(&self.live);
         let (mut orders, mut revisions) = (live.probes().orders(), live.revisions());
-        let mut looks = Looks::default();
+        let mut probes = InFlight::default();
         loop {
             let now = Instant::now();
             let alone_at = self.follow(&orders.borrow_and_update().clone(), now);
             revisions.borrow_and_update();
-            self.start_due(&mut looks, now);
-            // With all places taken, the next thing to happen is the end of a look.
-            let next = self.schedule.next().filter(|_| looks.len() < AT_ONCE);
+            self.start_due(&mut probes, now);
+            // With all permits taken, the next thing to happen is the end of a probe.
+            let next = self.schedule.next().filter(|_| probes.len() < AT_ONCE);
             let next = next.into_iter().chain(alone_at).min();
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -155,13 +121,12 @@ impl Prober {
                     let now = Instant::now();
                     ordered.into_iter().for_each(|key| self.schedule.order(key, now));
                 }
-                done = looks.next() => match done {
-                    Ok(done) => self.finished(done),
-                    // It has told nothing, and is looked at again in its turn.
-                    Err(key) => if let Some(key) = key {
-                        let (now, jitter) = ((Instant::now(), unix()), crate::random_unit());
-                        self.schedule.finished(&key, End::Nothing, &HealthProfile::default(), now, jitter);
-                    },
+                (key, done) = probes.next() => match done {
+                    Some(done) => self.finished(&key, done),
+                    // It panicked and has told nothing; it is made again in a second.
+                    None => {
+                        self.schedule_next(&key, End::NotMade, &HealthProfile::default());
+                    }
                 },
                 () = sleep_until(next.unwrap_or(now)), if next.is_some() => {}
             }
@@ -177,7 +142,7 @@ impl Prober {
         if alone != self.alone.is_some() {
             self.alone = alone.then(BTreeMap::new);
             let said = if alone { "on its own" } else { "as the control plane assigns" };
-            tracing::info!("this gateway looks at its backends {said}");
+            tracing::info!("this gateway probes its backends {said}");
         }
         let enabled = |name: &str| {
             snapshot.backends.get(name).is_some_and(|b| b.spec.admin_state != AdminState::Disabled)
@@ -193,66 +158,53 @@ impl Prober {
         let slower = if alone { ALONE_SLOWER } else { 1 };
         let interval = |key: &Key| {
             let pool = snapshot.backends.get(key.0.as_str()).and_then(|b| snapshot.pools.get(&b.spec.pool));
-            schedule::interval(&pool.map(|pool| pool.spec.health).unwrap_or_default(), key.1) * slower
+            weir_probe::interval(&pool.map(|pool| pool.spec.health).unwrap_or_default(), key.1) * slower
         };
-        self.schedule.assign(&assigned, interval, (now, unix()));
+        self.schedule.assign(&assigned, interval, Now { instant: now, ..Now::read() });
         let names: BTreeSet<String> = snapshot.backends.keys().map(ToString::to_string).collect();
         self.schedule.retain(&names);
-        self.budget.retain(|name| names.contains(name));
+        self.rate.retain(|name| names.contains(name));
         self.known.retain(|(name, _), _| names.contains(name));
         self.before.retain(|(name, _), _| names.contains(name));
         self.turns.retain(|name, _| names.contains(name));
         alone_at.filter(|at| *at > now)
     }
 
-    fn start_due(&mut self, looks: &mut Looks, now: Instant) {
+    fn start_due(&mut self, probes: &mut InFlight<Key, Done>, now: Instant) {
         let snapshot = self.live.snapshot();
-        for key in self.schedule.take_due(now, AT_ONCE.saturating_sub(looks.len())) {
+        for key in self.schedule.take_due(now, AT_ONCE.saturating_sub(probes.len())) {
             let Some(entry) = snapshot.backends.get(key.0.as_str()).cloned() else {
-                self.schedule.finished(&key, End::Good, &HealthProfile::default(), (now, unix()), 0.0);
+                self.schedule.finished(&key, End::Good, &HealthProfile::default(), Now::read(), 0.0);
                 continue;
             };
-            match self.plan(&snapshot, &key, &entry, now) {
-                Plan::Known(looked) => {
-                    self.finished(Done { key, entry, model: None, how: How::Traffic(*looked) })
+            let (plan, ledger) = (self.plan(&snapshot, &key, &entry, now), self.ledger.clone());
+            match plan {
+                Plan::Known(probed) => {
+                    self.finished(&key, Done { entry, model: None, how: How::Traffic(*probed) });
                 }
                 Plan::Skip => {
                     let profile = self.profile(&snapshot, &entry);
-                    self.schedule.finished(&key, End::Good, &profile, (now, unix()), crate::random_unit());
+                    self.schedule_next(&key, End::Good, &profile);
                 }
-                Plan::Liveness(limit) => {
-                    looks.spawn(key.clone(), async move {
-                        let looked = look::liveness(entry.clone(), limit).await;
-                        Done { key, entry, model: None, how: How::Asked(looked) }
-                    });
-                }
-                Plan::Readiness(readiness) => {
-                    let ledger = self.ledger.clone();
-                    looks.spawn(key.clone(), async move {
-                        let (how, model) = readiness.look(&ledger, &entry).await;
-                        Done { key, entry, model, how }
-                    });
-                }
-                Plan::Deep(depth, measure) => {
-                    let ledger = self.ledger.clone();
-                    looks.spawn(key.clone(), async move {
-                        let mut looked = look::deep(&entry, &depth).await;
-                        let how = match measure {
-                            None => How::Asked(looked),
-                            // A benchmark is no reason to wait for a slot: no slot free is no idle backend.
-                            Some(model) => match SlotLease::take(&ledger, &entry).await {
-                                Ok(Some(_slot)) => {
-                                    look::measure(&entry, &model, depth.limit, &mut looked).await;
-                                    How::Asked(looked)
-                                }
-                                _ => How::NotMeasured(looked),
-                            },
-                        };
-                        Done { key, entry, model: None, how }
-                    });
-                }
+                Plan::Liveness(limit) => probes.spawn(key, async move {
+                    let probed = tiers::liveness(entry.clone(), limit).await;
+                    Done { entry, model: None, how: How::Asked(probed) }
+                }),
+                Plan::Readiness(readiness) => probes.spawn(key, async move {
+                    let (how, model) = readiness.probe(&ledger, &entry).await;
+                    Done { entry, model, how }
+                }),
+                Plan::Deep(deep) => probes.spawn(key, async move {
+                    let how = deep.probe(&ledger, &entry).await;
+                    Done { entry, model: None, how }
+                }),
             }
         }
+    }
+
+    /// A probe ended so. Returns whether it is news.
+    fn schedule_next(&mut self, key: &Key, end: End, profile: &HealthProfile) -> bool {
+        self.schedule.finished(key, end, profile, Now::read(), crate::random_unit())
     }
 
     fn plan(&mut self, snapshot: &Snapshot, key: &Key, entry: &Arc<BackendEntry>, now: Instant) -> Plan {
@@ -270,10 +222,10 @@ impl Prober {
         if key.1 == ProbeTier::Readiness {
             if since.good >= PROOF && since.bad * FAULTS_OF_GOOD <= since.good {
                 self.needless(key);
-                let seen = Seen::new(ProbeOutcome::Pass, "requests succeed");
-                return Plan::Known(Box::new(seen.into()));
+                let found = Finding::new(ProbeOutcome::Pass, "requests succeed");
+                return Plan::Known(Box::new(found.into()));
             }
-            if !self.budget.take(&key.0, 1, profile.paid_probes_per_hour, now) {
+            if !self.rate.take(&key.0, 1, profile.paid_probes_per_hour, now) {
                 self.over_budget(&key.0);
                 return Plan::Skip;
             }
@@ -293,12 +245,13 @@ impl Prober {
         let well = entry.runtime.health() != HealthState::Unhealthy;
         let ask = self.known.get(&(key.0.clone(), name.clone())).and_then(|known| known.ask);
         let measure = known_rate.is_none() && !busy && well && ask != Some(Ask::Embedding);
-        let paid = measure && self.budget.take(&key.0, DEEP_REQUESTS, profile.paid_probes_per_hour, now);
+        let paid = measure && self.rate.take(&key.0, DEEP_REQUESTS, profile.paid_probes_per_hour, now);
         if measure && !paid {
             self.over_budget(&key.0);
         }
         let names = models.iter().map(|(_, name)| name.clone()).collect();
-        Plan::Deep(Depth { known_rate, models: names, limit }, paid.then(|| name.clone()))
+        let depth = Depth { known_rate, models: names, limit };
+        Plan::Deep(Box::new(Deep { depth, measure: paid.then(|| name.clone()) }))
     }
 
     fn needless(&self, key: &Key) {
@@ -308,7 +261,7 @@ impl Prober {
 
     /// So many requests of a probe were not made, since no slot was free.
     fn without_slot(&mut self, key: &Key, requests: u32) {
-        self.budget.give_back(&key.0, requests);
+        self.rate.give_back(&key.0, requests);
         let labels = NeedlessProbeLabels { backend: key.0.clone(), tier: tier_name(key.1) };
         self.metrics.probes_without_slot.get_or_create(&labels).inc();
     }
@@ -328,41 +281,35 @@ impl Prober {
         profile
     }
 
-    fn finished(&mut self, done: Done) {
-        let Done { key, entry, model, how } = done;
+    fn finished(&mut self, key: &Key, done: Done) {
+        let Done { entry, model, how } = done;
         let snapshot = self.live.snapshot();
         let profile = self.profile(&snapshot, &entry);
-        let (looked, made) = match how {
-            How::Asked(looked) => (looked, true),
-            How::Traffic(looked) => (looked, false),
-            How::Full(looked) => {
-                self.budget.give_back(&key.0, 1);
-                self.needless(&key);
-                (looked, false)
+        let (probed, made) = match how {
+            How::Asked(probed) => (probed, true),
+            How::Traffic(probed) => (probed, false),
+            How::Full(probed) => {
+                self.rate.give_back(&key.0, 1);
+                self.needless(key);
+                (probed, false)
             }
-            How::NotMeasured(looked) => {
-                self.without_slot(&key, DEEP_REQUESTS);
-                (looked, true)
+            How::NotMeasured(probed) => {
+                self.without_slot(key, DEEP_REQUESTS);
+                (probed, true)
             }
             How::NoSlot { before } => {
-                self.without_slot(&key, 1);
-                // What requests come to from the last look on still counts.
+                self.without_slot(key, 1);
+                // What requests come to from the last probe on still counts.
                 match before {
                     Some(before) => self.before.insert(key.clone(), before),
-                    None => self.before.remove(&key),
+                    None => self.before.remove(key),
                 };
-                let now = (Instant::now(), unix());
-                self.schedule.finished(&key, End::Nothing, &profile, now, crate::random_unit());
+                self.schedule_next(key, End::NotMade, &profile);
                 return;
             }
         };
-        let end = match looked.seen.outcome {
-            _ if looked.seen.is_good() => End::Good,
-            ProbeOutcome::Loading => End::Patient,
-            _ => End::Bad,
-        };
-        let news =
-            self.schedule.finished(&key, end, &profile, (Instant::now(), unix()), crate::random_unit());
+        let end = End::of(&probed.found);
+        let news = self.schedule_next(key, end, &profile);
         // Of a backend that moved or went meanwhile the answer says nothing.
         let current = snapshot.backends.get(key.0.as_str());
         if !current
@@ -371,33 +318,33 @@ impl Prober {
             return;
         }
         if made {
-            let (tier, outcome) = (tier_name(key.1), outcome_name(looked.seen.outcome));
+            let (tier, outcome) = (tier_name(key.1), outcome_name(probed.found.outcome));
             let labels = ProbeLabels { backend: key.0.clone(), tier, outcome };
             self.metrics.probes.get_or_create(&labels).inc();
         }
-        if looked.tokens > 0 {
+        if probed.tokens > 0 {
             let labels = PaidProbeLabels { backend: key.0.clone() };
-            self.metrics.probe_tokens.get_or_create(&labels).inc_by(looked.tokens);
+            self.metrics.probe_tokens.get_or_create(&labels).inc_by(probed.tokens);
         }
         if let Some(model) = model {
             if end == End::Good {
                 *self.turns.entry(key.0.clone()).or_default() += 1;
             }
             let known = self.known.entry((key.0.clone(), model)).or_default();
-            known.named = looked.named.clone().or(known.named.take());
-            known.ask = looked.ask.or(known.ask);
+            known.named = probed.named.clone().or(known.named.take());
+            known.ask = probed.ask.or(known.ask);
         }
         if key.1 == ProbeTier::Liveness && end == End::Bad {
-            // What only this gateway sees is its own problem: it keeps away, whatever the cluster says.
+            // What only this gateway finds is its own problem: it keeps away, whatever the cluster says.
             if let Some(pool) = snapshot.pools.get(&entry.spec.pool) {
                 pool.runtime.probe_failed(&entry.name);
             }
         }
-        self.judge_alone(&key, &entry, end, &profile);
-        self.live.probes().report(result(&key, looked), news);
+        self.judge_alone(key, &entry, end, &profile);
+        self.live.probes().report(result(key, probed), news);
     }
 
-    /// Without the control plane, what this gateway sees is all there is.
+    /// Without the control plane, what this gateway finds is all there is.
     fn judge_alone(&mut self, key: &Key, entry: &BackendEntry, end: End, profile: &HealthProfile) {
         let Some(streaks) = &mut self.alone else { return };
         if key.1 != ProbeTier::Liveness {
@@ -406,8 +353,8 @@ impl Prober {
         let (failures, passes) = streaks.entry(key.0.clone()).or_default();
         (*failures, *passes) = match end {
             End::Good => (0, passes.saturating_add(1)),
-            End::Bad | End::Patient => (failures.saturating_add(1), 0),
-            End::Nothing => return,
+            End::Bad | End::Loading => (failures.saturating_add(1), 0),
+            End::NotMade => return,
         };
         let unhealthy = entry.runtime.health() == HealthState::Unhealthy;
         let state = if !unhealthy && *failures >= profile.unhealthy_threshold {
@@ -432,20 +379,16 @@ fn served(snapshot: &Snapshot, entry: &BackendEntry) -> Vec<(Arc<ModelEntry>, St
     models.collect()
 }
 
-fn unix() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
-}
-
-fn result(key: &Key, looked: Looked) -> ProbeResult {
+fn result(key: &Key, probed: Probed) -> ProbeResult {
     ProbeResult {
         backend: key.0.clone(),
         tier: key.1.into(),
-        outcome: looked.seen.outcome.into(),
-        detail: looked.seen.detail,
-        latency: looked.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
-        tokens_per_second: looked.reading.tokens_per_second,
-        cache_used: looked.reading.cache_used,
-        queue: looked.reading.queue,
+        outcome: probed.found.outcome.into(),
+        detail: probed.found.detail,
+        latency: probed.latency.and_then(|latency| prost_types::Duration::try_from(latency).ok()),
+        tokens_per_second: probed.reading.tokens_per_second,
+        cache_used: probed.reading.cache_used,
+        queue: probed.reading.queue,
     }
 }
 
@@ -470,19 +413,5 @@ const fn outcome_name(outcome: ProbeOutcome) -> &'static str {
         ProbeOutcome::Status => "status",
         ProbeOutcome::WrongModel => "wrong_model",
         ProbeOutcome::BadAnswer => "bad_answer",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_look_that_panics_is_still_known_by_what_it_looked_at() {
-        let mut looks = Looks::default();
-        let key: Key = ("b".to_owned(), ProbeTier::Liveness);
-        looks.spawn(key.clone(), async { panic!("a bug") });
-        assert_eq!(looks.next().await.err(), Some(Some(key)));
-        assert_eq!((looks.len(), looks.keys.len()), (0, 0));
     }
 }

@@ -12,7 +12,7 @@ mod pace;
 mod said;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -69,7 +69,7 @@ pub async fn run(
                         said.note(&message);
                         message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
                         take(&live, &message);
-                        let delays = decided.iter().filter_map(|at| SystemTime::now().duration_since(*at).ok());
+                        let delays = decided.iter().filter_map(|at| weir_runtime::wall_clock().duration_since(*at).ok());
                         delays.for_each(|delay| metrics.verdict_delay.observe(delay.as_secs_f64()));
                     } else if before == Some(at) {
                         away(&live);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 /// Between two lines about the same thing.
 const INTERVAL: Duration = Duration::from_secs(60);
 
+#[expect(clippy::disallowed_methods, reason = "one start for all runtimes of a process, paused or not")]
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Lets one line in a minute pass and counts those it holds back. Never waits.

@@ -5,7 +5,7 @@
 //! an unary answer is taken whole, within a bound, for the same reason.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Request, StatusCode, header};
@@ -251,7 +251,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         (Attempt::ConnectFailure, GatewayError::UpstreamConnect)
     })?;
     let (head, mut rest) = response.into_parts();
-    let retry_after = retry_after(&head.headers);
+    let retry_after = retry_after(&head.headers, weir_runtime::wall_clock());
     judge_status(head.status, retry_after)?;
     if let Some(coding) = headers::coding(&head.headers) {
         return Err(
@@ -301,9 +301,15 @@ fn judge_status(status: StatusCode, retry_after: Option<Duration>) -> Result<(),
     }
 }
 
-pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse::<u64>().ok()?;
-    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
+/// How long an answer asks to be left alone: seconds, or the time until an HTTP date.
+pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = match value.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        // A date that has passed asks for no wait.
+        Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default(),
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
 }
 
 async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
@@ -348,4 +354,41 @@ async fn whole(mut body: Incoming, idle: Duration, mut room: Room) -> Result<Opt
     }
     let body = if taken.is_empty() { first.unwrap_or_default() } else { taken.freeze() };
     Ok(Some((body, room)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_given_in_seconds_or_by_a_date_and_is_bounded() {
+        // 1994-11-06 08:49:37, the date of RFC 9110.
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+        let wait = |value: &str| {
+            let headers = [(header::RETRY_AFTER, value.parse().expect("a value"))].into_iter().collect();
+            retry_after(&headers, now).map(|wait| wait.as_secs())
+        };
+        for (value, expected) in [
+            ("7", Some(7)),
+            ("0", Some(0)),
+            ("86400", Some(60)),
+            ("Sun, 06 Nov 1994 08:49:50 GMT", Some(13)),
+            ("Sunday, 06-Nov-94 08:49:50 GMT", Some(13)),
+            ("Sun Nov  6 08:49:50 1994", Some(13)),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", Some(0)),
+            ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
+            ("Mon, 07 Nov 1994 08:49:37 GMT", Some(60)),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", Some(60)),
+            ("Sun, 06 Nov 1994 08:49:99 GMT", None),
+            ("1994-11-06T08:49:50Z", None),
+            ("-1", None),
+            ("7.5", None),
+            ("99999999999999999999", None),
+            ("soon", None),
+            ("", None),
+        ] {
+            assert_eq!(wait(value), expected, "{value:?}");
+        }
+        assert_eq!(retry_after(&HeaderMap::new(), now), None);
+    }
 }

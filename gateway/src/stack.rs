@@ -18,7 +18,6 @@ use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -192,7 +191,7 @@ fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, F
     let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
     let key = snapshot.keys.get(&digest).ok_or(Failure::Unknown)?;
     match key.expires {
-        Some(expires) if expires <= SystemTime::now() => Err(Failure::Expired),
+        Some(expires) if expires <= weir_runtime::wall_clock() => Err(Failure::Expired),
         _ => Ok(key.clone()),
     }
 }

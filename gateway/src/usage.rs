@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use axum::Router;
 use axum::extract::{RawQuery, State};
@@ -124,7 +123,7 @@ async fn answer(
     State((live, ledger)): State<(Arc<Live>, Arc<Ledger>)>,
     RawQuery(query): RawQuery,
 ) -> Response {
-    let today = calendar::day_of(SystemTime::now());
+    let today = calendar::day_of(weir_runtime::wall_clock());
     let answered = match Question::parse(&query.unwrap_or_default(), today) {
         Ok(question) => tell(&live, &ledger, &question).await,
         Err(error) => Err(error),

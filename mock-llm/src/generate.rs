@@ -149,10 +149,7 @@ impl Asked<'_> {
         Ok(Answer {
             endpoint: self.endpoint,
             id: format!("{prefix}{id}"),
-            created: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .unwrap_or(Duration::ZERO)
-                .as_secs(),
+            created: unix_seconds(),
             model: self.drawn.wrong_model_name.clone().unwrap_or_else(|| self.request.model.clone()),
             choices,
             tokens,
@@ -176,6 +173,11 @@ impl Asked<'_> {
             (Endpoint::Embeddings, _) => answer.embeddings(inputs, embedding.dimensions, embedding.base64),
         }
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an answer says when it was made")]
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }
 
 /// How embeddings are asked for.

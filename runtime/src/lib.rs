@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
 use std::sync::LazyLock;
+use std::time::SystemTime;
 
 mod backoff;
 pub mod edge;
@@ -42,6 +43,12 @@ pub fn version() -> &'static str {
 pub fn random_unit() -> f64 {
     // Without randomness a backoff or a phase is merely not spread.
     getrandom::u32().map_or(0.5, |n| f64::from(n) / f64::from(u32::MAX))
+}
+
+/// The time of day: for expiry, calendars, turns and people. What is measured or waited for uses tokio's clock.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the time of day")]
+pub fn wall_clock() -> SystemTime {
+    SystemTime::now()
 }
 
 /// The exit codes of every process.

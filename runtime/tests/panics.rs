@@ -2,9 +2,10 @@
 
 use std::io::{PipeReader, Read};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use tokio::time::Instant;
 
 /// Tells the process that it is the one that panics, and how many lines it says before.
 const CHILD: &str = "WEIR_TEST_PANICS_AFTER_LINES";

@@ -1,13 +1,14 @@
 //! Backends that lie, break off, or answer with what is no answer: what reaches the client, what is charged, who is blamed.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use http_body_util::BodyExt as _;
 use serde_json::Value;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::{Answer, Client};

@@ -1,8 +1,9 @@
 //! The end of a gateway: streams are told of it, and nobody idle holds it up.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
+use tokio::time::Instant;
 use weir_tests::process::signal;
 
 use crate::lab::http1::{End, chat, listen};

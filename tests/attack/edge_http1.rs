@@ -1,9 +1,10 @@
 //! Strict HTTP/1: what RFC 9112 calls an error is answered with its reason, and the connection ends there.
 
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::Instant;
 use weir_tests::cluster::KEY;
 
 use crate::lab::backend::SLOW_EVERY;

@@ -1,9 +1,10 @@
 //! Back-pressure: what a client does not take stays with the backend, and not in the gateway's memory.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::lab::backend::BIG_BYTES;
 use crate::lab::http1::chat;

@@ -1,8 +1,9 @@
 //! Refusals reach clients that are still sending: the connection is closed lingering, within bounds.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::Instant;
 
 use crate::lab::http1::{End, exchange_until, models, post, write_then_read};
 use crate::lab::{Lab, SOON, connect};

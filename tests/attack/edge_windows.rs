@@ -1,8 +1,9 @@
 //! Clients that take nothing: a backend's slots are free again when the pool's clocks say so, whatever the client does.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
+use tokio::time::Instant;
 
 use crate::lab::http1;
 use crate::lab::http2::{

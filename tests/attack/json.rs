@@ -1,9 +1,10 @@
 //! What strangers write in JSON: refused with a reason or forwarded, in time and within memory.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::Method;
+use tokio::time::Instant;
 
 use crate::lab::Lab;
 

@@ -5,11 +5,12 @@ pub(crate) mod http1;
 pub(crate) mod http2;
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prost_types::Duration as Wire;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use weir_gateway::config::Config;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::Client;

@@ -2,10 +2,11 @@
 //! to a backend, while requests and streams run.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Method, StatusCode};
 use http_body_util::BodyExt as _;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::cluster::{Resources, mock};

@@ -1,8 +1,9 @@
 //! Redis fails in every way it can while gateways are under traffic: no request fails because of it, no more is admitted
 //! than one limit for each primary, and everything heals.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_ratelimit::{Scope, scope_keys};
 use weir_tests::client::Client;

@@ -10,11 +10,12 @@ mod script;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use http::Method;
 use tokio::io::AsyncWriteExt as _;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_gateway::config::Config;
 use weir_proto::v1::{self, resource::Spec};
@@ -83,7 +84,7 @@ fn given(variable: &str) -> Option<u64> {
 
 /// The seed, which is printed.
 fn seed() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    let now = weir_runtime::wall_clock().duration_since(UNIX_EPOCH).expect("after 1970");
     let seed = given("WEIR_TEST_SEED").unwrap_or(now.as_micros() as u64);
     println!("seed {seed}: WEIR_TEST_SEED={seed} makes the same draws again");
     seed

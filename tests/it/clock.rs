@@ -1,7 +1,6 @@
 //! The wall clock of a machine jumps. Timers run on the monotonic one, so nobody notices but what has a date.
 
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use http::StatusCode;
 use mock_llm::Config as MockConfig;
@@ -83,7 +82,7 @@ async fn a_clock_that_jumps_an_hour_either_way_disturbs_nothing_but_what_has_a_d
     let url = format!("http://{}", plane.text("grpc"));
     let mut admin = admin_at(&url);
     let mut resources = Resources::in_front_of(&[mock]);
-    let half_an_hour = SystemTime::now() + std::time::Duration::from_secs(1800);
+    let half_an_hour = weir_runtime::wall_clock() + std::time::Duration::from_secs(1800);
     let digest = v1::KeyDigest {
         sha256: Sha256::digest(SHORT).to_vec(),
         prefix: "weir_short".into(),

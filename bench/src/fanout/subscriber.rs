@@ -357,7 +357,7 @@ async fn report(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
 
 impl Reporting<'_> {
     async fn told(&mut self, message: v1::StreamReportsResponse) -> anyhow::Result<()> {
-        let now = SystemTime::now();
+        let now = weir_runtime::wall_clock();
         {
             let mut gateway = self.board.gateway(self.i);
             for health in message.health {

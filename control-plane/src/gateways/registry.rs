@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -151,7 +151,7 @@ impl Registry {
             build: hello.build.clone(),
             connected: true,
             applied_revision,
-            last_seen_time: Some(SystemTime::now().into()),
+            last_seen_time: Some(weir_runtime::wall_clock().into()),
             errors: Vec::new(),
             role: role.into(),
             sync: SyncState::Unspecified.into(),
@@ -289,7 +289,7 @@ impl Connection {
 
     /// A delta is on its way to it.
     pub(crate) fn sent(&self) {
-        self.update(|entry| entry.gateway.unanswered_since = Some(SystemTime::now().into()));
+        self.update(|entry| entry.gateway.unanswered_since = Some(weir_runtime::wall_clock().into()));
     }
 
     /// It has not answered for too long.
@@ -300,7 +300,7 @@ impl Connection {
     /// It applied everything up to a revision.
     pub(crate) fn acknowledged(&self, revision: u64, held: &ConfigState) {
         self.update(|entry| {
-            entry.gateway.last_seen_time = Some(SystemTime::now().into());
+            entry.gateway.last_seen_time = Some(weir_runtime::wall_clock().into());
             entry.gateway.applied_revision = revision;
             entry.gateway.errors.clear();
             entry.answered(revision, held);
@@ -322,7 +322,7 @@ impl Connection {
             .iter()
             .map(|e| v1::gateway::ResourceError { r#ref: e.resource.clone(), message: e.message.clone() });
         self.update(|entry| {
-            entry.gateway.last_seen_time = Some(SystemTime::now().into());
+            entry.gateway.last_seen_time = Some(weir_runtime::wall_clock().into());
             entry.gateway.errors = errors.collect();
             entry.answered(revision, held);
         });

@@ -176,7 +176,7 @@ fn whole(shared: &Shared, mut totals: Value) -> Value {
         })
         .collect();
     json!({
-        "time": ms(Some(std::time::SystemTime::now().into())),
+        "time": ms(Some(weir_runtime::wall_clock().into())),
         "revision": revision, "epoch": &*state.epoch, "build": weir_runtime::version(),
         "totals": totals, "limits": limits, "gateways": gateways, "backends": backends,
     })

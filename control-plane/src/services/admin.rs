@@ -11,7 +11,7 @@ mod view;
 mod watch;
 
 use std::future::Future;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use prost_types::Timestamp;
 use tokio_stream::wrappers::ReceiverStream;
@@ -204,7 +204,7 @@ pub(crate) fn log(call: &Call, plan: &Plan, revision: u64) {
 }
 
 pub(crate) fn options(allow_mass_removal: bool, numbered: bool) -> Options {
-    Options { allow_mass_removal, now: Timestamp::from(SystemTime::now()), numbered }
+    Options { allow_mass_removal, now: Timestamp::from(weir_runtime::wall_clock()), numbered }
 }
 
 /// The changes of a plan, as an apply reports them.

@@ -4,7 +4,7 @@ mod observer;
 mod session;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
@@ -128,7 +128,7 @@ fn taken(taken: Taken) -> Status {
 
 /// Says that the control plane lives, when there is room.
 fn heartbeat(outbox: &Outbox, store_revision: u64) {
-    let heartbeat = v1::Heartbeat { store_revision, time: Some(SystemTime::now().into()) };
+    let heartbeat = v1::Heartbeat { store_revision, time: Some(weir_runtime::wall_clock().into()) };
     if outbox.capacity() > 1 {
         let response = StreamConfigResponse { message: Some(Down::Heartbeat(heartbeat)) };
         let _ = outbox.try_send(Ok(response));

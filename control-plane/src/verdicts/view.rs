@@ -49,7 +49,7 @@ pub(crate) const fn outcome(outcome: Outcome) -> v1::ProbeOutcome {
     }
 }
 
-const fn outcome_of(wire: v1::ProbeOutcome) -> Option<Outcome> {
+pub(crate) const fn outcome_of(wire: v1::ProbeOutcome) -> Option<Outcome> {
     use v1::ProbeOutcome as W;
     Some(match wire {
         W::Unspecified => return None,

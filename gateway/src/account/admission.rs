@@ -1,7 +1,6 @@
 //! What is reserved for one request, and how it is given back.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use smallvec::SmallVec;
 use uuid::Uuid;
@@ -84,7 +83,7 @@ impl Admission {
             elsewhere: None,
             ledger: ledger.clone(),
             id,
-            day: calendar::day_of(SystemTime::now()),
+            day: calendar::day_of(weir_runtime::wall_clock()),
             noted: Tally::default(),
             scopes,
             reserved,

@@ -1,6 +1,7 @@
 //! What is private here and reads bytes of backends, for the fuzz targets alone.
 
 use http::{HeaderMap, StatusCode};
+use weir_probe::Answer;
 use weir_proto::v1::ProbeOutcome;
 
 use super::engine::Engine;
@@ -17,9 +18,10 @@ pub fn engine(page: &str) -> (Option<f64>, Option<u64>) {
 
 /// The judgement of a completion and of an embedding.
 pub fn judge(status: StatusCode, retry_after: bool, body: &[u8], asked: &str) -> [Judged; 2] {
+    let answer = Answer { status, retry_after, body: body.to_vec().into(), with_credential: true };
     [judge::completion, judge::embedding].map(|judge| {
-        let (seen, name) = judge(status, retry_after, body, asked, None);
-        (seen.outcome, seen.detail, name)
+        let (found, name) = judge(&answer, asked, None);
+        (found.outcome, found.detail, name)
     })
 }
 
@@ -35,5 +37,5 @@ pub fn tokens_written(body: &[u8], asked: u32) -> Option<u64> {
 
 /// How long an answer asks to be left alone.
 pub fn retry_after(headers: &HeaderMap) -> Option<std::time::Duration> {
-    crate::send::retry_after(headers)
+    crate::send::retry_after(headers, weir_runtime::wall_clock())
 }

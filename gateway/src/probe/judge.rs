@@ -2,6 +2,7 @@
 
 use http::StatusCode;
 use serde_json::Value;
+use weir_probe::{Answer, Finding, mentions};
 use weir_proto::v1::ProbeOutcome;
 
 use crate::plausible::OVERSHOOT_TOKENS_MAX;
@@ -9,88 +10,43 @@ use crate::plausible::OVERSHOOT_TOKENS_MAX;
 /// Of the name that a model calls itself by, so much is remembered; an answer may be all name.
 const NAME_BYTES_MAX: usize = 256;
 
-/// What was seen, for the machine and for people. The text never holds what a backend sent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub(super) outcome: ProbeOutcome,
-    pub(super) detail: String,
-}
-
-impl Seen {
-    pub(super) fn new(outcome: ProbeOutcome, detail: impl Into<String>) -> Self {
-        Self { outcome, detail: detail.into() }
-    }
-
-    /// The server is there and does its work, if reluctantly.
-    pub(super) const fn is_good(&self) -> bool {
-        matches!(self.outcome, ProbeOutcome::Pass | ProbeOutcome::Busy)
-    }
-}
-
-/// Whoever answers a liveness probe lives, even with "no such page" or "who are you": many servers have no health
-/// page. 429 is alive too. `None`: the body of a GET must be seen.
-pub(super) fn liveness(status: StatusCode) -> Option<Seen> {
-    let alive =
-        status.is_success() || status.is_redirection() || matches!(status.as_u16(), 401 | 404 | 405 | 429);
-    alive.then(|| Seen::new(ProbeOutcome::Pass, format!("answered {}", status.as_u16())))
-}
-
-/// A refusal that is not the caller's fault, of any tier.
-pub(super) fn refusal(status: StatusCode, retry_after: bool, body: &[u8]) -> Seen {
-    let code = status.as_u16();
-    match code {
-        429 => Seen::new(ProbeOutcome::Busy, "answered 429"),
-        503 if retry_after => Seen::new(ProbeOutcome::Busy, "answered 503 with Retry-After"),
-        503 if mentions(body, "loading") => Seen::new(ProbeOutcome::Loading, "it says that it is loading"),
-        401 | 403 => Seen::new(ProbeOutcome::Status, format!("answered {code}: it refuses our credential")),
-        _ => Seen::new(ProbeOutcome::Status, format!("answered {code}")),
-    }
-}
-
 /// A completion of one token. `known` is the name the backend gave last time, if it was another than asked for.
-pub(super) fn completion(
-    status: StatusCode,
-    retry_after: bool,
-    body: &[u8],
-    asked: &str,
-    known: Option<&str>,
-) -> (Seen, Option<String>) {
+pub(super) fn completion(answer: &Answer, asked: &str, known: Option<&str>) -> (Finding, Option<String>) {
+    let (status, body) = (answer.status, answer.body.as_ref());
     match status.as_u16() {
-        200 => match answer(body) {
+        200 => match completed(body) {
             Ok(answer) => named(&answer, asked, known, "completed one token"),
-            Err(text) => (Seen::new(ProbeOutcome::BadAnswer, text), None),
+            Err(text) => (Finding::new(ProbeOutcome::BadAnswer, text), None),
         },
         // The model is there and minds the form of the question: reasoning models want more than one token, others
         // another name for the bound, embedding models no chat at all.
         400 | 422 if !says_missing(body) => (
-            Seen::new(
+            Finding::new(
                 ProbeOutcome::Pass,
                 format!("answered {status}: it is there and wants another question"),
             ),
             None,
         ),
-        404 | 405 | 501 if !says_missing(body) => {
-            (Seen::new(ProbeOutcome::Pass, "it takes no chat completions; that it answers has to do"), None)
+        404 | 405 | 501 if !says_missing(body) => (
+            Finding::new(ProbeOutcome::Pass, "it takes no chat completions; that it answers has to do"),
+            None,
+        ),
+        400 | 404 | 422 => {
+            (Finding::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None)
         }
-        400 | 404 | 422 => (Seen::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None),
-        _ => (refusal(status, retry_after, body), None),
+        _ => (answer.refusal(), None),
     }
 }
 
 /// An embedding of one input; see [`completion`].
-pub(super) fn embedding(
-    status: StatusCode,
-    retry_after: bool,
-    body: &[u8],
-    asked: &str,
-    known: Option<&str>,
-) -> (Seen, Option<String>) {
-    if status != StatusCode::OK {
-        return match status.as_u16() {
+pub(super) fn embedding(answer: &Answer, asked: &str, known: Option<&str>) -> (Finding, Option<String>) {
+    let body = answer.body.as_ref();
+    if answer.status != StatusCode::OK {
+        return match answer.status.as_u16() {
             400 | 404 | 422 if says_missing(body) => {
-                (Seen::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None)
+                (Finding::new(ProbeOutcome::WrongModel, "it says that it has no such model"), None)
             }
-            _ => (refusal(status, retry_after, body), None),
+            _ => (answer.refusal(), None),
         };
     }
     let vector = |answer: &Value| {
@@ -100,8 +56,8 @@ pub(super) fn embedding(
     };
     match json(body) {
         Ok(answer) if vector(&answer) => named(&answer, asked, known, "embedded one input"),
-        Ok(_) => (Seen::new(ProbeOutcome::BadAnswer, "a 200 without an embedding"), None),
-        Err(text) => (Seen::new(ProbeOutcome::BadAnswer, text), None),
+        Ok(_) => (Finding::new(ProbeOutcome::BadAnswer, "a 200 without an embedding"), None),
+        Err(text) => (Finding::new(ProbeOutcome::BadAnswer, text), None),
     }
 }
 
@@ -114,7 +70,7 @@ fn json(body: &[u8]) -> Result<Value, &'static str> {
 }
 
 /// A 200 to a question: it must hold an answer.
-fn answer(body: &[u8]) -> Result<Value, &'static str> {
+fn completed(body: &[u8]) -> Result<Value, &'static str> {
     let answer = json(body)?;
     let choice = answer["choices"].get(0).ok_or("a 200 without choices")?;
     let ended = choice["finish_reason"].is_string();
@@ -126,21 +82,23 @@ fn answer(body: &[u8]) -> Result<Value, &'static str> {
 }
 
 /// A good answer: it must be of the model asked for. Returns the name that it calls itself by.
-fn named(answer: &Value, asked: &str, known: Option<&str>, what: &str) -> (Seen, Option<String>) {
+fn named(answer: &Value, asked: &str, known: Option<&str>, what: &str) -> (Finding, Option<String>) {
     let Some(named) = answer["model"].as_str().filter(|name| !name.is_empty()) else {
-        return (Seen::new(ProbeOutcome::Pass, what), None);
+        return (Finding::new(ProbeOutcome::Pass, what), None);
     };
     let named = &named[..named.floor_char_boundary(NAME_BYTES_MAX)];
     if is_same_model(asked, named) {
-        return (Seen::new(ProbeOutcome::Pass, what), Some(asked.to_owned()));
+        return (Finding::new(ProbeOutcome::Pass, what), Some(asked.to_owned()));
     }
     // Some servers call their models by file or by nothing of use. What they said first is what they are called; one
     // that says something else later has another model loaded.
     match known {
         Some(known) if known != named => {
-            (Seen::new(ProbeOutcome::WrongModel, "another model answers than before"), None)
+            (Finding::new(ProbeOutcome::WrongModel, "another model answers than before"), None)
         }
-        _ => (Seen::new(ProbeOutcome::Pass, format!("{what}, under another name")), Some(named.to_owned())),
+        _ => {
+            (Finding::new(ProbeOutcome::Pass, format!("{what}, under another name")), Some(named.to_owned()))
+        }
     }
 }
 
@@ -180,16 +138,17 @@ fn says_missing(body: &[u8]) -> bool {
         && ["not found", "not_found", "does not exist", "unknown model"].iter().any(|s| mentions(body, s))
 }
 
-fn mentions(body: &[u8], text: &str) -> bool {
-    String::from_utf8_lossy(body).to_ascii_lowercase().contains(text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn answer(status: u16, body: &str) -> Answer {
+        let (status, body) = (StatusCode::from_u16(status).unwrap(), body.to_owned().into());
+        Answer { status, retry_after: false, body, with_credential: true }
+    }
+
     fn judged(status: u16, body: &str) -> ProbeOutcome {
-        completion(StatusCode::from_u16(status).unwrap(), false, body.as_bytes(), "gpt-4.1", None).0.outcome
+        completion(&answer(status, body), "gpt-4.1", None).0.outcome
     }
 
     const GOOD: &str =
@@ -221,32 +180,31 @@ mod tests {
         ] {
             assert_eq!(judged(status, body), expected, "{status} {body}");
         }
-        assert_eq!(refusal(StatusCode::SERVICE_UNAVAILABLE, true, b"").outcome, O::Busy);
     }
 
     #[test]
     fn a_name_that_changes_is_another_model_and_a_strange_one_that_stays_is_not() {
-        let answer = |named: &str, known: Option<&str>| {
-            let body = GOOD.replace("gpt-4.1", named);
-            let (seen, name) = completion(StatusCode::OK, false, body.as_bytes(), "gpt-4.1", known);
-            (seen.outcome, name)
+        let judged = |named: &str, known: Option<&str>| {
+            let answer = answer(200, &GOOD.replace("gpt-4.1", named));
+            let (found, name) = completion(&answer, "gpt-4.1", known);
+            (found.outcome, name)
         };
-        let (outcome, name) = answer("/models/q4.gguf", None);
+        let (outcome, name) = judged("/models/q4.gguf", None);
         assert_eq!((outcome, name.as_deref()), (ProbeOutcome::Pass, Some("/models/q4.gguf")));
-        assert_eq!(answer("/models/q4.gguf", name.as_deref()).0, ProbeOutcome::Pass);
-        assert_eq!(answer("/models/other.gguf", name.as_deref()).0, ProbeOutcome::WrongModel);
-        assert_eq!(answer("llama", Some("gpt-4.1")).0, ProbeOutcome::WrongModel);
+        assert_eq!(judged("/models/q4.gguf", name.as_deref()).0, ProbeOutcome::Pass);
+        assert_eq!(judged("/models/other.gguf", name.as_deref()).0, ProbeOutcome::WrongModel);
+        assert_eq!(judged("llama", Some("gpt-4.1")).0, ProbeOutcome::WrongModel);
     }
 
     #[test]
     fn of_a_name_without_end_little_is_remembered() {
         let body =
             format!(r#"{{"model":"{}","choices":[{{"finish_reason":"stop"}}]}}"#, "\u{e9}".repeat(100_000));
-        let (seen, name) = completion(StatusCode::OK, false, body.as_bytes(), "m", None);
-        assert_eq!(seen.outcome, ProbeOutcome::Pass);
+        let (found, name) = completion(&answer(200, &body), "m", None);
+        assert_eq!(found.outcome, ProbeOutcome::Pass);
         let name = name.expect("a name");
         assert!(name.len() <= NAME_BYTES_MAX);
-        let (again, _) = completion(StatusCode::OK, false, body.as_bytes(), "m", Some(&name));
+        let (again, _) = completion(&answer(200, &body), "m", Some(&name));
         assert_eq!(again.outcome, ProbeOutcome::Pass, "the same name is the same model");
     }
 
@@ -268,22 +226,9 @@ mod tests {
     }
 
     #[test]
-    fn who_answers_lives_unless_it_says_it_is_broken() {
-        for code in [200, 204, 302, 401, 404, 405, 429] {
-            assert!(liveness(StatusCode::from_u16(code).unwrap()).is_some(), "{code}");
-        }
-        for code in [400, 403, 500, 502, 503] {
-            assert!(liveness(StatusCode::from_u16(code).unwrap()).is_none(), "{code}");
-        }
-    }
-
-    #[test]
     fn an_embedding_must_hold_one_of_the_model_asked_for() {
-        let judged = |status: u16, body: &str| {
-            embedding(StatusCode::from_u16(status).unwrap(), false, body.as_bytes(), "bge-m3", Some("bge-m3"))
-                .0
-                .outcome
-        };
+        let judged =
+            |status: u16, body: &str| embedding(&answer(status, body), "bge-m3", Some("bge-m3")).0.outcome;
         for good in [
             r#"{"model":"bge-m3","data":[{"embedding":[0.1]}]}"#,
             r#"{"model":"BAAI/bge-m3","data":[{"embedding":"AAAA"}]}"#,

@@ -1,7 +1,7 @@
 //! Admission: what a request is under, what it reserves, and how long it may wait for it.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use http::HeaderMap;
 use tokio::time::Instant;
@@ -33,7 +33,7 @@ impl Call<'_> {
         slot: &mut Slot,
     ) -> Result<(Admission, Decision, usize), GatewayError> {
         let own = self.snapshot.scopes(self.key, &model.name);
-        let now = SystemTime::now();
+        let now = weir_runtime::wall_clock();
         let budgets: Vec<ScopeEntry> =
             own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
         let mut entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();

@@ -164,6 +164,7 @@ impl Queue {
     }
 
     /// Returns when all lines that were taken before are written or given up, or after `timeout`.
+    #[expect(clippy::disallowed_methods, reason = "a thread waits here, and no runtime may be left")]
     pub(super) fn flush(&self, timeout: Duration) {
         let until = Instant::now() + timeout;
         let mut state = self.state();

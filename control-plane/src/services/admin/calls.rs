@@ -1,6 +1,6 @@
 //! The calls that change something.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tonic::Status;
 use weir_proto::resource::kind_of;
@@ -203,7 +203,7 @@ impl Handle<v1::RotateApiKeyRequest> for Admin {
             if spec.revoked {
                 return Err(Refusal::Precondition(format!("{key} is revoked")));
             }
-            let now = SystemTime::now();
+            let now = weir_runtime::wall_clock();
             let digests = rotated(digest.clone(), &spec.digests, now, now + grace);
             let spec = Some(Spec::ApiKey(v1::ApiKeySpec { digests, ..spec.clone() }));
             let wire = v1::Resource { spec, ..present.wire.clone() };

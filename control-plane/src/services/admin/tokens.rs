@@ -54,7 +54,8 @@ fn is_name(name: &str) -> bool {
 }
 
 fn in_future(time: Option<Timestamp>) -> Result<(), Status> {
-    let past = time.is_some_and(|t| SystemTime::try_from(t).map_or(true, |t| t <= SystemTime::now()));
+    let past =
+        time.is_some_and(|t| SystemTime::try_from(t).map_or(true, |t| t <= weir_runtime::wall_clock()));
     if past { Err(invalid("expire_time", "must be in the future")) } else { Ok(()) }
 }
 
@@ -92,7 +93,7 @@ impl Handle<v1::IssueTokenRequest> for Admin {
             role: request.role,
             gateway_id: request.gateway_id.clone(),
             secrets: vec![secret],
-            create_time: Some(SystemTime::now().into()),
+            create_time: Some(weir_runtime::wall_clock().into()),
         };
         let plan = |state: &State| {
             if state.tokens.contains_key(request.name.as_str()) {
@@ -135,7 +136,7 @@ impl Handle<v1::RotateTokenRequest> for Admin {
         let text = if request.validate_only { String::new() } else { text };
         let plan = |state: &State| {
             let before = present(state, &request.name)?;
-            let now = SystemTime::now();
+            let now = weir_runtime::wall_clock();
             let secrets = rotated(secret.clone(), &before.secrets, now, now + grace);
             let after = Token { secrets, ..Token::clone(&before) };
             Ok(step(&request.name, Some(before), Some(after)))

@@ -1,6 +1,8 @@
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use tokio::time::Instant;
+
 use super::*;
 
 /// Long enough for a busy machine; no test waits for it to pass.

@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
 
+use tokio::time::Instant;
 use weir_proto::v1::{AuditEntry, ChangeAction, ResourceKind};
 
 /// The set of everything that is applied.

@@ -258,7 +258,7 @@ async fn run(seed: u64, accidents: usize) {
             left = ACCIDENTS.to_vec();
         }
         let what = left.swap_remove(dice.roll(left.len() as u64));
-        let started = std::time::Instant::now();
+        let started = tokio::time::Instant::now();
         stage.happen(what, &mut dice).await;
         let before = writers.answered.load(Ordering::Relaxed);
         let go_on = || async { writers.answered.load(Ordering::Relaxed) >= before + 60 };

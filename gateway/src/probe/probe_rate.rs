@@ -7,13 +7,13 @@ use tokio::time::Instant;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// The buckets.
+/// A bucket of each backend.
 #[derive(Debug, Default)]
-pub(super) struct Budget {
+pub(super) struct ProbeRate {
     backends: BTreeMap<String, (f64, Instant)>,
 }
 
-impl Budget {
+impl ProbeRate {
     /// Takes so many requests for a backend, if its hour still has them. At most a tenth of an hour's worth is saved up.
     pub(super) fn take(&mut self, backend: &str, requests: u32, per_hour: u32, now: Instant) -> bool {
         let rate = f64::from(per_hour);
@@ -48,9 +48,9 @@ mod tests {
     #[test]
     fn an_hour_never_costs_more_than_its_budget_and_a_tenth() {
         for (per_hour, most) in [(240, 264), (12, 17), (0, 0)] {
-            let (mut budget, start) = (Budget::default(), Instant::now());
+            let (mut rate, start) = (ProbeRate::default(), Instant::now());
             let taken = (0..36_000_u64)
-                .filter(|i| budget.take("b", 1, per_hour, start + Duration::from_millis(i * 100)))
+                .filter(|i| rate.take("b", 1, per_hour, start + Duration::from_millis(i * 100)))
                 .count();
             assert!(taken <= most, "{per_hour}: {taken}");
             assert!(taken >= per_hour as usize, "{per_hour}: {taken}");
@@ -59,23 +59,23 @@ mod tests {
 
     #[test]
     fn what_is_given_back_can_be_taken_again_and_no_more_is_saved_up() {
-        let (mut budget, now) = (Budget::default(), Instant::now());
+        let (mut rate, now) = (ProbeRate::default(), Instant::now());
         for _ in 0..100 {
-            assert!(budget.take("b", 5, 12, now));
-            budget.give_back("b", 5);
+            assert!(rate.take("b", 5, 12, now));
+            rate.give_back("b", 5);
         }
-        budget.give_back("b", 100);
-        assert_eq!((0..100).filter(|_| budget.take("b", 1, 12, now)).count(), 5);
+        rate.give_back("b", 100);
+        assert_eq!((0..100).filter(|_| rate.take("b", 1, 12, now)).count(), 5);
     }
 
     #[test]
     fn the_regular_rounds_fit_into_the_default() {
-        let (mut budget, start) = (Budget::default(), Instant::now());
+        let (mut rate, start) = (ProbeRate::default(), Instant::now());
         for second in (0..3600).step_by(30) {
             let now = start + Duration::from_secs(second);
-            assert!(budget.take("b", 1, 240, now));
+            assert!(rate.take("b", 1, 240, now));
             if second % 300 == 0 {
-                assert!(budget.take("b", 5, 240, now), "at {second}");
+                assert!(rate.take("b", 5, 240, now), "at {second}");
             }
         }
     }

@@ -1,18 +1,20 @@
-//! When to look at what. Pure: times are arguments.
+//! When to probe what. Pure: times are arguments.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use weir_proto::resource::HealthProfile;
-use weir_proto::v1::ProbeTier;
+use weir_proto::v1::{ProbeOutcome, ProbeTier};
 
-/// Between the looks of a confirmation, and after a first failure.
-pub(super) const AGAIN: Duration = Duration::from_millis(500);
-/// After a look that could not be made.
-const UNASKED_AGAIN: Duration = Duration::from_secs(1);
-/// Looks at liveness that an order asks for, and that follow a first failure.
-const LOOKS: u32 = 2;
+use crate::answer::Finding;
+
+/// Between the probes of a confirmation, and after a first failure.
+const AGAIN: Duration = Duration::from_millis(500);
+/// After a probe that could not be made.
+const NOT_MADE_AGAIN: Duration = Duration::from_secs(1);
+/// Liveness probes that an order asks for, and that follow a first failure.
+const CONFIRMATION: u32 = 2;
 /// The first deep probe waits so long: a start is not the time to measure anything.
 const DEEP_FIRST: Duration = Duration::from_secs(15);
 /// A turn that is nearer than this share of the interval is the one just taken: a clock was set back a little.
@@ -20,10 +22,19 @@ const SAME_TURN: f64 = 0.05;
 /// Turns are spread by this share of the interval, so that probes of many backends do not march in step.
 const JITTER: f64 = 0.05;
 
-/// What is looked at: a backend at a tier.
-pub(super) type Key = (String, ProbeTier);
+/// What is probed: a backend at a tier.
+pub type Key = (String, ProbeTier);
 
-/// The time to our next turn. Turns are counted in Unix time, so that gateways that never speak to each other look
+/// The present by both clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// By which probes are due.
+    pub instant: Instant,
+    /// The time of day, by which observers take turns.
+    pub unix: Duration,
+}
+
+/// The time to our next turn. Turns are counted in Unix time, so that observers that never speak to each other probe
 /// one after the other. A clock that is wrong makes turns fall together, which costs only evenness.
 fn until_turn(interval: Duration, (turn, turns): (u32, u32), unix: Duration, jitter: f64) -> Duration {
     let interval = interval.as_secs_f64().max(0.001);
@@ -33,8 +44,8 @@ fn until_turn(interval: Duration, (turn, turns): (u32, u32), unix: Duration, jit
     Duration::from_secs_f64(wait + interval * JITTER * jitter)
 }
 
-/// Between two looks of the same gateway.
-pub(super) const fn interval(profile: &HealthProfile, tier: ProbeTier) -> Duration {
+/// Between two probes of one observer.
+pub const fn interval(profile: &HealthProfile, tier: ProbeTier) -> Duration {
     match tier {
         ProbeTier::Unspecified | ProbeTier::Liveness => profile.liveness_interval,
         ProbeTier::Readiness => profile.readiness_interval,
@@ -44,10 +55,10 @@ pub(super) const fn interval(profile: &HealthProfile, tier: ProbeTier) -> Durati
 
 #[derive(Debug, Default)]
 struct Task {
-    /// Whose turn ours is among how many; `None`: we do not look regularly.
+    /// Whose turn ours is among how many; `None` without a regular turn.
     turn: Option<(u32, u32)>,
     due: Option<Instant>,
-    /// Looks that follow the one that is due, whether it has been answered or not: one that waits for an answer in
+    /// Probes that follow the one that is due, whether it has been answered or not: one that waits for an answer in
     /// vain must not hold up the next.
     extra: u32,
     failing: u32,
@@ -56,38 +67,51 @@ struct Task {
     ordered: u32,
 }
 
-/// How a look ended, as far as the schedule minds.
+/// How a probe ended, as far as the schedule minds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+pub enum End {
+    /// The backend passed.
     Good,
+    /// It failed.
     Bad,
-    /// Bad, and another look now would say the same: it is loading.
-    Patient,
+    /// It failed because it is loading its model: another probe now would say the same.
+    Loading,
     /// It could not be asked: nothing is known that was not known before.
-    Nothing,
+    NotMade,
 }
 
-/// All that this gateway looks at.
+impl End {
+    /// The end of a probe that found this.
+    pub const fn of(finding: &Finding) -> Self {
+        match finding.outcome {
+            _ if finding.is_good() => Self::Good,
+            ProbeOutcome::Loading => Self::Loading,
+            _ => Self::Bad,
+        }
+    }
+}
+
+/// All that one observer probes.
 #[derive(Debug, Default)]
-pub(super) struct Schedule {
+pub struct Schedule {
     tasks: BTreeMap<Key, Task>,
 }
 
 impl Schedule {
-    /// Takes over what is assigned. What is new is looked at at once, deeply a little later; whoever got another turn
-    /// takes it from this interval on, or nobody would look while turns are given anew.
-    pub(super) fn assign(
+    /// Takes over what is assigned, and how many turns there are. What is new is probed at once, deeply a little later;
+    /// whoever got another turn takes it from this interval on, or nobody would probe while turns are given anew.
+    pub fn assign(
         &mut self,
         assigned: &BTreeMap<Key, (u32, u32)>,
         interval: impl Fn(&Key) -> Duration,
-        (now, unix): (Instant, Duration),
+        now: Now,
     ) {
         for (key, task) in &mut self.tasks {
             let before = std::mem::replace(&mut task.turn, assigned.get(key).copied());
             match task.turn {
                 None if task.ordered == 0 => task.due = None,
                 Some(turn) if before.is_some_and(|before| before != turn) => {
-                    let next = now + until_turn(interval(key), turn, unix, 0.0);
+                    let next = now.instant + until_turn(interval(key), turn, now.unix, 0.0);
                     task.due = task.due.map(|due| due.min(next));
                 }
                 _ => {}
@@ -99,28 +123,33 @@ impl Schedule {
             let wait = if key.1 == ProbeTier::Deep { DEEP_FIRST } else { Duration::ZERO };
             // What is under way is given its next turn when it ends.
             if task.in_flight == 0 {
-                task.due.get_or_insert(now + wait);
+                task.due.get_or_insert(now.instant + wait);
             }
         }
         self.tasks.retain(|_, task| task.turn.is_some() || task.due.is_some() || task.in_flight > 0);
     }
 
-    /// Looks now.
-    pub(super) fn order(&mut self, key: Key, now: Instant) {
-        let looks = if key.1 == ProbeTier::Liveness { LOOKS } else { 1 };
+    /// Probes now, whether it is assigned or not.
+    pub fn order(&mut self, key: Key, now: Instant) {
+        let probes = if key.1 == ProbeTier::Liveness { CONFIRMATION } else { 1 };
         // One that is under way was begun before it was asked for.
         let task = self.tasks.entry(key).or_default();
-        (task.extra, task.due) = (looks - 1, Some(now));
-        task.ordered = task.in_flight + looks;
+        (task.extra, task.due) = (probes - 1, Some(now));
+        task.ordered = task.in_flight + probes;
     }
 
     /// Forgets backends that are gone.
-    pub(super) fn retain(&mut self, backends: &BTreeSet<String>) {
+    pub fn retain(&mut self, backends: &BTreeSet<String>) {
         self.tasks.retain(|(backend, _), _| backends.contains(backend));
     }
 
-    /// Takes what is due, at most so many.
-    pub(super) fn take_due(&mut self, now: Instant, most: usize) -> Vec<Key> {
+    /// Forgets all about one backend: it is another one now.
+    pub fn forget(&mut self, backend: &str) {
+        self.tasks.retain(|(of, _), _| of != backend);
+    }
+
+    /// Takes what is due, at most so many. Each must be given back to [`Self::finished`].
+    pub fn take_due(&mut self, now: Instant, most: usize) -> Vec<Key> {
         let due = |task: &Task| task.due.is_some_and(|due| due <= now);
         let mut taken = Vec::new();
         for (key, task) in self.tasks.iter_mut().filter(|(_, task)| due(task)).take(most) {
@@ -132,26 +161,19 @@ impl Schedule {
         taken
     }
 
-    /// A look ended. `unix` is the time of day, `jitter` a random number of `[0, 1)`. Says whether it is news.
-    pub(super) fn finished(
-        &mut self,
-        key: &Key,
-        end: End,
-        profile: &HealthProfile,
-        (now, unix): (Instant, Duration),
-        jitter: f64,
-    ) -> bool {
+    /// A probe ended. `jitter` is a random number from 0 to 1. Says whether it is news.
+    pub fn finished(&mut self, key: &Key, end: End, profile: &HealthProfile, now: Now, jitter: f64) -> bool {
         let Some(task) = self.tasks.get_mut(key) else { return false };
         task.in_flight = task.in_flight.saturating_sub(1);
         let before = task.failing;
         task.failing = match end {
             End::Good => 0,
-            End::Bad | End::Patient => before.saturating_add(1),
-            End::Nothing => before,
+            End::Bad | End::Loading => before.saturating_add(1),
+            End::NotMade => before,
         };
-        if end == End::Nothing {
+        if end == End::NotMade {
             if task.turn.is_some() || task.ordered > 0 {
-                task.due.get_or_insert(now + UNASKED_AGAIN);
+                task.due.get_or_insert(now.instant + NOT_MADE_AGAIN);
             } else if task.due.is_none() && task.in_flight == 0 {
                 self.tasks.remove(key);
             }
@@ -159,14 +181,15 @@ impl Schedule {
         }
         let asked = task.ordered > 0;
         task.ordered = task.ordered.saturating_sub(1);
-        // After a first failure it looks again at once; one that keeps failing gets its regular turns. Deep probes
-        // never condemn, so they need no second look.
-        let again = end == End::Bad && key.1 != ProbeTier::Deep && (1..=LOOKS).contains(&task.failing);
+        // A first failure is probed again at once, a lasting one in its regular turns. Deep probes eject nothing, so
+        // they need no confirmation.
+        let again = end == End::Bad && key.1 != ProbeTier::Deep && (1..=CONFIRMATION).contains(&task.failing);
         if task.in_flight == 0 && task.due.is_none() {
             task.due = if again && !asked {
-                Some(now + AGAIN)
+                Some(now.instant + AGAIN)
             } else {
-                task.turn.map(|turn| now + until_turn(interval(profile, key.1), turn, unix, jitter))
+                let next = |turn| until_turn(interval(profile, key.1), turn, now.unix, jitter);
+                task.turn.map(|turn| now.instant + next(turn))
             };
         }
         let news = asked || end != End::Good || before > 0;
@@ -176,8 +199,8 @@ impl Schedule {
         news
     }
 
-    /// When the next look is due.
-    pub(super) fn next(&self) -> Option<Instant> {
+    /// When the next probe is due.
+    pub fn next(&self) -> Option<Instant> {
         self.tasks.values().filter_map(|task| task.due).min()
     }
 }
@@ -186,13 +209,20 @@ impl Schedule {
 mod tests {
     use super::*;
 
+    /// A time of day.
+    const DAYS: Duration = Duration::from_secs(1_000_000);
+
     fn key(tier: ProbeTier) -> Key {
         ("b".into(), tier)
     }
 
+    fn both(instant: Instant, unix: Duration) -> Now {
+        Now { instant, unix }
+    }
+
     fn assign(schedule: &mut Schedule, assigned: &BTreeMap<Key, (u32, u32)>, now: Instant) {
         let profile = HealthProfile::default();
-        schedule.assign(assigned, |key| interval(&profile, key.1), (now, Duration::from_secs(1_000_000)));
+        schedule.assign(assigned, |key| interval(&profile, key.1), both(now, DAYS));
     }
 
     fn assigned(tier: ProbeTier, turn: (u32, u32)) -> BTreeMap<Key, (u32, u32)> {
@@ -214,29 +244,29 @@ mod tests {
     }
 
     #[test]
-    fn an_hour_has_as_many_looks_as_intervals() {
+    fn an_hour_has_as_many_probes_as_intervals() {
         let profile = HealthProfile::default();
         for (tier, expected) in
             [(ProbeTier::Liveness, 720), (ProbeTier::Readiness, 120), (ProbeTier::Deep, 12)]
         {
             let (mut schedule, start) = (Schedule::default(), Instant::now());
             assign(&mut schedule, &assigned(tier, (1, 3)), start);
-            let (mut looks, mut jitter) = (0_i32, 0.0);
+            let (mut probes, mut jitter) = (0_i32, 0.0);
             while let Some(now) = schedule.next().filter(|next| *next < start + Duration::from_secs(3600)) {
                 for key in schedule.take_due(now, 10) {
-                    looks += 1;
+                    probes += 1;
                     jitter = (jitter + 0.37) % 1.0;
-                    let unix = Duration::from_secs(1_000_000) + (now - start);
-                    schedule.finished(&key, End::Good, &profile, (now, unix), jitter);
+                    let now = both(now, DAYS + (now - start));
+                    schedule.finished(&key, End::Good, &profile, now, jitter);
                 }
             }
-            // The first look is at once, before the first turn.
-            assert!((expected..=expected + 2).contains(&looks), "{tier:?}: {looks}");
+            // The first probe is at once, before the first turn.
+            assert!((expected..=expected + 2).contains(&probes), "{tier:?}: {probes}");
         }
     }
 
     #[test]
-    fn a_first_failure_is_looked_at_again_at_once_and_a_lasting_one_in_its_turn() {
+    fn a_first_failure_is_probed_again_at_once_and_a_lasting_one_in_its_turn() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let profile = HealthProfile::default();
         assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
@@ -248,7 +278,7 @@ mod tests {
                 &key(ProbeTier::Liveness),
                 End::Bad,
                 &profile,
-                (at, Duration::ZERO),
+                both(at, Duration::ZERO),
                 0.0
             ));
             let next = schedule.next().unwrap();
@@ -260,8 +290,8 @@ mod tests {
     }
 
     #[test]
-    fn an_order_is_two_looks_at_liveness_one_elsewhere_and_then_over() {
-        for (tier, looks) in [(ProbeTier::Liveness, 2), (ProbeTier::Readiness, 1)] {
+    fn an_order_is_two_liveness_probes_or_one_of_another_tier_and_then_over() {
+        for (tier, probes) in [(ProbeTier::Liveness, 2), (ProbeTier::Readiness, 1)] {
             let (mut schedule, mut now) = (Schedule::default(), Instant::now());
             schedule.order(key(tier), now);
             let mut seen = 0;
@@ -272,27 +302,27 @@ mod tests {
                     &key(tier),
                     End::Good,
                     &HealthProfile::default(),
-                    (now, Duration::ZERO),
+                    both(now, Duration::ZERO),
                     0.0,
                 );
-                assert!(news || seen == looks);
+                assert!(news || seen == probes);
             }
-            assert_eq!(seen, looks);
+            assert_eq!(seen, probes);
         }
     }
 
     #[test]
-    fn a_look_that_waits_in_vain_does_not_hold_up_the_next() {
+    fn a_probe_that_waits_in_vain_does_not_hold_up_the_next() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 3)), now);
         let liveness = key(ProbeTier::Liveness);
-        assert_eq!(schedule.take_due(now, 10).len(), 1, "a regular look that hangs");
+        assert_eq!(schedule.take_due(now, 10).len(), 1, "a regular probe that hangs");
         schedule.order(liveness.clone(), now + AGAIN);
         assert_eq!(schedule.take_due(now + AGAIN, 10).len(), 1);
         assert_eq!(schedule.take_due(now + 2 * AGAIN, 10).len(), 1);
         assert_eq!(schedule.next(), None, "three are under way, and no more are wanted");
         for late in 4..7 {
-            let at = (now + late * AGAIN, Duration::ZERO);
+            let at = both(now + late * AGAIN, Duration::ZERO);
             assert!(schedule.finished(&liveness, End::Bad, &HealthProfile::default(), at, 0.0));
         }
         assert!(schedule.next().is_some_and(|next| next > now + 6 * AGAIN), "back to its turn");
@@ -306,13 +336,13 @@ mod tests {
         let mut at = now;
         for _ in 0..3 {
             assert_eq!(schedule.take_due(at, 10).len(), 1);
-            assert!(!schedule.finished(&readiness, End::Nothing, &profile, (at, Duration::ZERO), 0.0));
-            assert_eq!(schedule.next(), Some(at + UNASKED_AGAIN));
-            at += UNASKED_AGAIN;
+            assert!(!schedule.finished(&readiness, End::NotMade, &profile, both(at, Duration::ZERO), 0.0));
+            assert_eq!(schedule.next(), Some(at + NOT_MADE_AGAIN));
+            at += NOT_MADE_AGAIN;
         }
         assert_eq!(schedule.take_due(at, 10).len(), 1);
         assert!(
-            schedule.finished(&readiness, End::Good, &profile, (at, Duration::ZERO), 0.0),
+            schedule.finished(&readiness, End::Good, &profile, both(at, Duration::ZERO), 0.0),
             "what was ordered"
         );
         assert_eq!(schedule.next(), None);
@@ -327,18 +357,18 @@ mod tests {
         assert_eq!(schedule.take_due(now, 10).len(), 1);
         assign(&mut schedule, &all, now);
         assert_eq!(schedule.next(), None);
-        schedule.finished(&liveness, End::Good, &profile, (now, Duration::from_secs(1_000_000)), 0.0);
+        schedule.finished(&liveness, End::Good, &profile, both(now, DAYS), 0.0);
         assign(&mut schedule, &all, now);
         assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
     }
 
     #[test]
-    fn another_turn_is_taken_at_once_and_never_puts_a_look_off() {
+    fn another_turn_is_taken_at_once_and_never_puts_a_probe_off() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
         assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
         schedule.take_due(now, 10);
-        schedule.finished(&liveness, End::Good, &profile, (now, Duration::from_secs(1_000_000)), 0.0);
+        schedule.finished(&liveness, End::Good, &profile, both(now, DAYS), 0.0);
         assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
         assign(&mut schedule, &assigned(ProbeTier::Liveness, (1, 3)), now);
         assert_eq!(schedule.next().map(|next| (next - now).as_millis()), Some(1666));
@@ -347,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_away_is_no_longer_looked_at() {
+    fn what_is_taken_away_is_no_longer_probed() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         assign(&mut schedule, &assigned(ProbeTier::Deep, (0, 1)), now);
         assert_eq!(schedule.next(), Some(now + DEEP_FIRST));
@@ -356,5 +386,37 @@ mod tests {
         assign(&mut schedule, &assigned(ProbeTier::Deep, (0, 1)), now);
         schedule.retain(&BTreeSet::new());
         assert_eq!(schedule.next(), None);
+    }
+
+    #[test]
+    fn both_probes_of_an_order_are_made_while_the_first_is_not_answered_whatever_else_changes() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
+        schedule.order(liveness.clone(), now);
+        assert_eq!((schedule.take_due(now, 10).len(), schedule.take_due(now, 10).len()), (1, 0));
+        // Orders and assignments of others come in between.
+        assign(&mut schedule, &BTreeMap::new(), now);
+        assert_eq!(
+            schedule.take_due(now + AGAIN, 10).len(),
+            1,
+            "it does not wait for the answer to the first"
+        );
+        for late in [4, 5] {
+            assert!(schedule.finished(&liveness, End::Bad, &profile, both(now + AGAIN * late, DAYS), 0.0));
+        }
+        assert_eq!(schedule.next(), None, "and no more: it has no turn");
+    }
+
+    #[test]
+    fn a_backend_that_moved_is_probed_anew() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
+        schedule.take_due(now, 10);
+        schedule.finished(&liveness, End::Good, &profile, both(now, DAYS), 0.0);
+        assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
+        schedule.forget("b");
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
+        assert_eq!(schedule.next(), Some(now));
     }
 }

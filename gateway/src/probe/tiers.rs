@@ -1,17 +1,17 @@
-//! The looks themselves: the same connections and credentials as requests, bounded in time and in bytes.
+//! The probes of each tier: the same connections and credentials as requests, bounded in time and in bytes.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::time::{Instant, timeout};
+use weir_probe::{Answer, Finding, late, no_answer};
 use weir_proto::v1::ProbeOutcome;
-use weir_runtime::RefusedAddress;
 
 use super::engine::Engine;
-use super::judge::{self, Seen};
+use super::judge;
 use crate::snapshot::BackendEntry;
 
 /// What is read of an answer; a longer one is no answer to such a question.
@@ -41,19 +41,19 @@ pub(super) enum Ask {
     Embedding,
 }
 
-/// What earlier looks found out about a model at a backend.
+/// What earlier probes found out about a model at a backend.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Known {
+pub(super) struct KnownModel {
     /// What it calls itself.
     pub(super) named: Option<String>,
     /// What to ask it for; `None` while that is not known.
     pub(super) ask: Option<Ask>,
 }
 
-/// What one look came to.
+/// What one probe came to.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Looked {
-    pub(super) seen: Seen,
+pub(super) struct Probed {
+    pub(super) found: Finding,
     pub(super) latency: Option<Duration>,
     /// The name the model goes by, when the answer said it.
     pub(super) named: Option<String>,
@@ -64,28 +64,22 @@ pub(super) struct Looked {
     pub(super) tokens: u64,
 }
 
-impl From<Seen> for Looked {
-    fn from(seen: Seen) -> Self {
-        Self { seen, latency: None, named: None, ask: None, reading: Reading::default(), tokens: 0 }
+impl From<Finding> for Probed {
+    fn from(found: Finding) -> Self {
+        Self { found, latency: None, named: None, ask: None, reading: Reading::default(), tokens: 0 }
     }
 }
 
-struct Answer {
-    status: StatusCode,
-    retry_after: bool,
-    body: Bytes,
-}
-
-/// One exchange; the error is what was seen instead.
+/// One exchange; the error is what was found instead of an answer.
 async fn ask(
     backend: &BackendEntry,
     method: Method,
     path: &str,
     body: Bytes,
     most: usize,
-) -> Result<Answer, Seen> {
+) -> Result<Answer, Finding> {
     let uri = backend.upstream.uri(path);
-    let uri = uri.map_err(|_| Seen::new(ProbeOutcome::BadAnswer, "the address is not usable"))?;
+    let uri = uri.map_err(|_| Finding::new(ProbeOutcome::BadAnswer, "the address is not usable"))?;
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
@@ -96,61 +90,24 @@ async fn ask(
     if let Some(authorization) = &backend.authorization {
         headers.insert(header::AUTHORIZATION, authorization.clone());
     }
-    let answer = backend.upstream.send(request).await.map_err(|error| {
-        if let Some(refused) = RefusedAddress::of(&error) {
-            Seen::new(ProbeOutcome::Refused, refused.to_string())
-        } else if error.is_connect() {
-            Seen::new(ProbeOutcome::Refused, "cannot connect")
-        } else {
-            Seen::new(ProbeOutcome::Broken, "the connection broke")
-        }
-    })?;
+    let answer = backend.upstream.send(request).await.map_err(|error| no_answer(&error))?;
     let (head, body) = answer.into_parts();
     let body = Limited::new(body, most).collect().await;
-    let body = body.map_err(|_| Seen::new(ProbeOutcome::Broken, "the answer broke off or is too long"))?;
+    let body = body.map_err(|_| Finding::new(ProbeOutcome::Broken, "the answer broke off or is too long"))?;
     Ok(Answer {
         status: head.status,
         retry_after: head.headers.contains_key(header::RETRY_AFTER),
         body: body.to_bytes(),
+        with_credential: true,
     })
 }
 
-fn late(limit: Duration) -> Seen {
-    Seen::new(ProbeOutcome::Timeout, format!("no answer within {} ms", limit.as_millis()))
-}
-
-/// HEAD, and GET where HEAD does not tell.
-pub(super) async fn liveness(backend: Arc<BackendEntry>, limit: Duration) -> Looked {
-    let began = Instant::now();
-    let look = async {
-        let path = &backend.spec.health_path;
-        let mut last = Seen::new(ProbeOutcome::Broken, "the connection broke");
-        for method in [Method::HEAD, Method::GET] {
-            let last_try = method == Method::GET;
-            match ask(&backend, method, path, Bytes::new(), ANSWER_MAX_BYTES).await {
-                Ok(answer) => {
-                    last = match judge::liveness(answer.status) {
-                        Some(alive) => return alive,
-                        None => judge::refusal(answer.status, answer.retry_after, &answer.body),
-                    };
-                    if last.is_good() || last_try {
-                        return last;
-                    }
-                }
-                Err(seen) if seen.outcome == ProbeOutcome::Refused => return seen,
-                // A connection that was kept open may have been closed at the other end: a new one tells.
-                Err(seen) => last = seen,
-            }
-        }
-        last
-    };
-    match timeout(limit, look).await {
-        Ok(seen) => {
-            let latency = seen.is_good().then(|| began.elapsed());
-            Looked { latency, ..Looked::from(seen) }
-        }
-        Err(_) => late(limit).into(),
-    }
+/// Whether the server answers at all.
+pub(super) async fn liveness(backend: Arc<BackendEntry>, limit: Duration) -> Probed {
+    let path = &backend.spec.health_path;
+    let ask = |method| ask(&backend, method, path, Bytes::new(), ANSWER_MAX_BYTES);
+    let (found, latency) = weir_probe::liveness(ask, limit).await;
+    Probed { latency, ..Probed::from(found) }
 }
 
 /// The question. A number nobody has asked with before goes first, or a cache of prefixes would answer.
@@ -179,53 +136,58 @@ fn input(model: &str) -> Bytes {
 pub(super) async fn readiness(
     backend: Arc<BackendEntry>,
     model: String,
-    known: Known,
+    known: KnownModel,
     limit: Duration,
-) -> Looked {
+) -> Probed {
     if known.ask == Some(Ask::Embedding) {
         return embed(&backend, &model, &known, limit).await;
     }
     let (chat, took_chat) = complete(&backend, &model, &known, limit).await;
-    if took_chat || known.ask == Some(Ask::Chat) || chat.seen.outcome != ProbeOutcome::Pass {
+    if took_chat || known.ask == Some(Ask::Chat) || chat.found.outcome != ProbeOutcome::Pass {
         return chat;
     }
     let embedded = embed(&backend, &model, &known, limit).await;
-    if embedded.ask == Some(Ask::Embedding) { embedded } else { Looked { ask: Some(Ask::Chat), ..chat } }
+    if embedded.ask == Some(Ask::Embedding) { embedded } else { Probed { ask: Some(Ask::Chat), ..chat } }
 }
 
 /// A completion of one token, and whether there was one.
-async fn complete(backend: &BackendEntry, model: &str, known: &Known, limit: Duration) -> (Looked, bool) {
+async fn complete(
+    backend: &BackendEntry,
+    model: &str,
+    known: &KnownModel,
+    limit: Duration,
+) -> (Probed, bool) {
     let began = Instant::now();
     let asked = ask(backend, Method::POST, CHAT, question(model, 1), ANSWER_MAX_BYTES);
     let answer = match timeout(limit, asked).await {
         Err(_) => return (late(limit).into(), false),
-        Ok(Err(seen)) => return (seen.into(), false),
+        Ok(Err(found)) => return (found.into(), false),
         Ok(Ok(answer)) => answer,
     };
     let named = known.named.as_deref();
-    let (seen, named) = judge::completion(answer.status, answer.retry_after, &answer.body, model, named);
-    let completed = seen.outcome == ProbeOutcome::Pass && answer.status.is_success();
+    let (found, named) = judge::completion(&answer, model, named);
+    let completed = found.outcome == ProbeOutcome::Pass && answer.status.is_success();
     let tokens = judge::tokens_written(&answer.body, 1).unwrap_or_default();
     let ask = completed.then_some(Ask::Chat);
     (
-        Looked { latency: completed.then(|| began.elapsed()), named, ask, tokens, ..Looked::from(seen) },
+        Probed { latency: completed.then(|| began.elapsed()), named, ask, tokens, ..Probed::from(found) },
         completed,
     )
 }
 
-async fn embed(backend: &BackendEntry, model: &str, known: &Known, limit: Duration) -> Looked {
+async fn embed(backend: &BackendEntry, model: &str, known: &KnownModel, limit: Duration) -> Probed {
     let began = Instant::now();
     let asked = ask(backend, Method::POST, EMBEDDINGS, input(model), ANSWER_MAX_BYTES);
     let answer = match timeout(limit, asked).await {
         Err(_) => return late(limit).into(),
-        Ok(Err(seen)) => return seen.into(),
+        Ok(Err(found)) => return found.into(),
         Ok(Ok(answer)) => answer,
     };
     let named = known.named.as_deref();
-    let (seen, named) = judge::embedding(answer.status, answer.retry_after, &answer.body, model, named);
-    let embedded = seen.outcome == ProbeOutcome::Pass && answer.status.is_success();
+    let (found, named) = judge::embedding(&answer, model, named);
+    let embedded = found.outcome == ProbeOutcome::Pass && answer.status.is_success();
     let ask = embedded.then_some(Ask::Embedding);
-    Looked { latency: embedded.then(|| began.elapsed()), named, ask, ..Looked::from(seen) }
+    Probed { latency: embedded.then(|| began.elapsed()), named, ask, ..Probed::from(found) }
 }
 
 /// What a deep probe is to find out.
@@ -240,16 +202,17 @@ pub(super) struct Depth {
 }
 
 /// The engine's own page and the list of models; nothing that costs a token.
-pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Looked {
+pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Probed {
     let get =
         |path: &'static str, most| timeout(depth.limit, ask(backend, Method::GET, path, Bytes::new(), most));
-    let mut looked = Looked::from(Seen::new(ProbeOutcome::Pass, "throughput, engine and models looked at"));
-    looked.reading.tokens_per_second = depth.known_rate;
+    let mut probed =
+        Probed::from(Finding::new(ProbeOutcome::Pass, "throughput, engine and models looked at"));
+    probed.reading.tokens_per_second = depth.known_rate;
     if let Ok(Ok(page)) = get("/metrics", PAGE_MAX_BYTES).await
         && page.status.is_success()
     {
         let engine = Engine::read(&String::from_utf8_lossy(&page.body));
-        (looked.reading.cache_used, looked.reading.queue) = (engine.cache_used, engine.queue);
+        (probed.reading.cache_used, probed.reading.queue) = (engine.cache_used, engine.queue);
     }
     if let Ok(Ok(list)) = get("/v1/models", PAGE_MAX_BYTES).await
         && list.status.is_success()
@@ -258,14 +221,14 @@ pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Looked {
         let missing = judge::missing(&list.body, &wanted);
         if !missing.is_empty() {
             let detail = format!("its list lacks {}", missing.join(", "));
-            looked.seen = Seen::new(ProbeOutcome::WrongModel, detail);
+            probed.found = Finding::new(ProbeOutcome::WrongModel, detail);
         }
     }
-    looked
+    probed
 }
 
 /// Throughput by a few short answers, one after the other: a benchmark must not become the load.
-pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration, looked: &mut Looked) {
+pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration, probed: &mut Probed) {
     let (mut tokens, began) = (0_u64, Instant::now());
     for _ in 0..DEEP_REQUESTS {
         let asked = ask(backend, Method::POST, CHAT, question(model, DEEP_TOKENS), ANSWER_MAX_BYTES);
@@ -275,10 +238,10 @@ pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration
         }
         let Some(written) = judge::tokens_written(&answer.body, DEEP_TOKENS) else { return };
         tokens += written;
-        looked.tokens = tokens;
+        probed.tokens = tokens;
     }
     let seconds = began.elapsed().as_secs_f64();
     if seconds > 0.0 {
-        looked.reading.tokens_per_second = Some(tokens as f64 / seconds);
+        probed.reading.tokens_per_second = Some(tokens as f64 / seconds);
     }
 }
