@@ -21,13 +21,14 @@ use weir_ratelimit::Kind;
 use weir_runtime::edge::RequestClock;
 
 use crate::account::{Admission, STEP_TOKENS};
+use crate::api::response::Rewriter;
+use crate::api::usage::Usage;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::intake::Room;
 use crate::runtime_state::{Attempt, InFlight};
 use crate::send::Target;
 use crate::server::WRITE_STALL;
-use crate::stream::meter::{Rewriter, Usage};
 
 /// What is handed out at a time of a complete answer.
 const PIECE_BYTES: usize = 32 << 10;

@@ -16,8 +16,8 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use weir_runtime::edge::framing::Violation;
 
+use crate::api::request::ReadError;
 use crate::headers::{duration, millis};
-use crate::read::ReadError;
 
 /// Most characters of a client's own text that are repeated to it.
 pub const ECHO_CHARS_MAX: usize = 64;

@@ -1,7 +1,7 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
 //! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
-//! ([`read`], [`balance`], [`account`], [`send`]), [`body`] streams and gives everything back.
+//! ([`api`], [`balance`], [`account`], [`send`]), [`body`] streams and gives everything back.
 //!
 //! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle), [`credentials`] those of backends,
 //! [`report`] exchanges what gateways see.
@@ -10,6 +10,7 @@
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod account;
+pub mod api;
 pub mod authentication;
 pub mod balance;
 pub mod body;
@@ -24,10 +25,8 @@ pub mod headers;
 pub mod intake;
 pub mod live;
 pub mod metrics;
-pub mod plausible;
 pub mod probe;
 pub mod pulse;
-pub mod read;
 pub mod reap;
 pub mod refusal;
 pub mod report;
@@ -36,7 +35,6 @@ pub mod send;
 pub mod server;
 pub mod snapshot;
 pub mod stack;
-pub mod stream;
 pub mod subscribe;
 pub mod upstream;
 pub mod usage;

@@ -9,8 +9,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::api::usage::Implausible;
 use crate::authentication::Failure;
-use crate::plausible::Implausible;
 use crate::pulse::Pulse;
 
 /// Of a finished request.

@@ -15,15 +15,15 @@ use tokio::time::{Instant, timeout, timeout_at};
 use weir_ratelimit::Cost;
 use weir_runtime::RefusedAddress;
 
+use crate::api::response::{begins_with_error, is_error_object};
+use crate::api::usage::Implausible;
 use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
 use crate::headers;
 use crate::intake::{BodyMemory, Room};
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
-use crate::plausible::Implausible;
 use crate::runtime_state::Attempt;
 use crate::snapshot::{BackendEntry, ModelEntry};
-use crate::stream::meter::{begins_with_error, is_error_object};
 
 /// Largest unary answer that is taken.
 const ANSWER_MAX_BYTES: usize = 64 << 20;

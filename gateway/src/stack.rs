@@ -31,6 +31,11 @@ use weir_ratelimit::{Cost, Decision, Kind};
 use weir_runtime::edge::{self, Client};
 
 use crate::account::{Admission, Ledger};
+use crate::api::request::{self, RouteKind};
+use crate::api::response::{
+    BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
+};
+use crate::api::usage::UsageBounds;
 use crate::authentication::{Failure, Failures};
 use crate::balance::{prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
@@ -40,14 +45,9 @@ use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
 use crate::metrics::{AuthenticationLabels, Metrics};
-use crate::plausible::UsageBounds;
-use crate::read::{self, RouteKind};
 use crate::send::{Answer, Outgoing, Target};
 use crate::server::HTTP;
 use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
-use crate::stream::meter::{
-    BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
-};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
@@ -241,7 +241,7 @@ async fn complete(
 ) -> Result<Response<Body>, GatewayError> {
     let (head, body) = request.into_parts();
     let (body, _room) = intake::take(&gateway.bodies, &head.headers, body).await?;
-    let asked = read::Request::read(kind, &body)?.into_owned();
+    let asked = request::Request::read(kind, &body)?.into_owned();
     let Some(model) = snapshot.models.get(&*asked.model) else {
         return Err(GatewayError::ModelNotFound { model: asked.model.into_owned() });
     };
@@ -276,7 +276,7 @@ struct Call<'a> {
     snapshot: &'a Arc<Snapshot>,
     key: &'a Arc<KeyEntry>,
     path: &'static str,
-    asked: read::Request<'static>,
+    asked: request::Request<'static>,
     body: Bytes,
     headers: HeaderMap,
 }

@@ -11,11 +11,11 @@ use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
 use super::{Call, Slot};
 use crate::account::{Admission, Asked, Subject};
+use crate::api::request::RouteKind;
 use crate::balance::Place;
 use crate::error::GatewayError;
 use crate::groups::Groups;
 use crate::metrics::{LimiterLabels, WaitLabels};
-use crate::read::RouteKind;
 use crate::snapshot::{LEASE_TTL, ModelEntry, ScopeEntry};
 use crate::{budget, refusal, send, tries};
 

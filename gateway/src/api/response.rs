@@ -21,14 +21,13 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-pub use self::payload::Usage;
 pub use self::rewrite::{RewritePlan, Rewriter};
 
 use self::payload::Payload;
+use super::json_edit::{Edit, quoted, splice};
+use super::json_scanner::Fault;
 use super::sse::data_lines;
-use crate::plausible::{Implausible, UsageBounds};
-use crate::read::scan::Fault;
-use crate::read::{Edit, quoted, splice};
+use super::usage::{Implausible, Usage, UsageBounds};
 
 /// Bytes of content that are taken for one token where the upstream does not count.
 pub const BYTES_PER_TOKEN: u64 = 4;
@@ -80,34 +79,34 @@ impl StreamFacts {
     }
 
     /// Takes the facts of one event and says what could be changed in it.
-    fn take(&mut self, event: &[u8]) -> Spots {
+    fn take(&mut self, event: &[u8]) -> EditPoints {
         let mut lines = data_lines(event);
         let Some(first) = lines.next() else {
-            return Spots::default();
+            return EditPoints::default();
         };
         if let Some(second) = lines.next() {
             // Rare enough to pay for a copy. Nothing is changed in it: the ranges would not fit the event.
             let joined =
                 lines.fold([first, second].join(&b'\n'), |joined, line| [&joined, line].join(&b'\n'));
             self.take_payload(&joined);
-            return Spots::default();
+            return EditPoints::default();
         }
         let first = first.trim_ascii();
         let offset = first.as_ptr().addr() - event.as_ptr().addr();
-        let mut spots = self.take_payload(first);
-        spots.models.iter_mut().for_each(|range| *range = range.start + offset..range.end + offset);
-        spots
+        let mut edit_points = self.take_payload(first);
+        edit_points.models.iter_mut().for_each(|range| *range = range.start + offset..range.end + offset);
+        edit_points
     }
 
-    fn take_payload(&mut self, payload: &[u8]) -> Spots {
+    fn take_payload(&mut self, payload: &[u8]) -> EditPoints {
         let payload = payload.trim_ascii();
         if payload == b"[DONE]" {
             self.done_seen = true;
-            return Spots::default();
+            return EditPoints::default();
         }
         let Ok(read) = Payload::read(payload) else {
             self.unread(payload.len(), true);
-            return Spots::default();
+            return EditPoints::default();
         };
         self.chunks += u64::from(read.deltas);
         self.content_bytes += read.content_bytes;
@@ -119,13 +118,13 @@ impl StreamFacts {
         }
         self.finished |= read.finished;
         self.error_seen |= read.error;
-        Spots { usage_only: read.usage_only(), models: read.models }
+        EditPoints { usage_only: read.usage_only(), models: read.models }
     }
 }
 
 /// What could be changed in an event.
 #[derive(Debug, Default)]
-struct Spots {
+struct EditPoints {
     models: SmallVec<[Range<usize>; 2]>,
     usage_only: bool,
 }

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::scan::{Fault, Kind, Scanner, Text};
-use super::{BYTES_PER_TOKEN_ID, CHOICES_MAX, ReadError, RouteKind, UsageSpot};
+use super::{BYTES_PER_TOKEN_ID, CHOICES_MAX, ReadError, RouteKind, UsageEditPoint};
+use crate::api::json_scanner::{Fault, Kind, Scanner, Text};
 
 /// Names read at the top level, of all endpoints: a lenient backend may honour one that its endpoint does not have.
 const TOP: [&str; 16] = [
@@ -50,7 +50,7 @@ pub(super) struct Fields<'a> {
     pub(super) model: Option<Text<'a>>,
     pub(super) stream: Option<bool>,
     pub(super) include_usage: Option<bool>,
-    pub(super) usage_spot: UsageSpot,
+    pub(super) usage_edit_point: UsageEditPoint,
     pub(super) max_output_tokens: Option<u32>,
     pub(super) n: Option<u32>,
     pub(super) best_of: Option<u32>,
@@ -117,14 +117,14 @@ impl<'a> Fields<'a> {
         match s.kind()? {
             Kind::Null => {
                 let range = ranged(s, |s| s.null())?;
-                self.usage_spot = UsageSpot::Null(range);
+                self.usage_edit_point = UsageEditPoint::Null(range);
                 Ok(())
             }
             Kind::Object => {
                 let at = s.position() + 1;
                 let mut seen = Seen::default();
                 let mut empty = true;
-                let mut spot = None;
+                let mut edit_point = None;
                 s.object(|s, name| -> Result<(), ReadError> {
                     empty = false;
                     if seen.find(name, &OPTIONS, &OPTIONS_PARAM)?.is_none() {
@@ -133,10 +133,10 @@ impl<'a> Fields<'a> {
                     s.kind()?;
                     let start = s.position();
                     self.include_usage = flag(s, OPTIONS_PARAM[0])?;
-                    spot = Some(UsageSpot::Flag(start..s.position()));
+                    edit_point = Some(UsageEditPoint::Flag(start..s.position()));
                     Ok(())
                 })?;
-                self.usage_spot = spot.unwrap_or(UsageSpot::Object { at, empty });
+                self.usage_edit_point = edit_point.unwrap_or(UsageEditPoint::Object { at, empty });
                 Ok(())
             }
             _ => Err(ReadError::WrongType { param: "stream_options", expected: "an object" }),

@@ -8,8 +8,6 @@
 //! - What is reserved is never less than what the backend may spend: of several output bounds the largest counts, and
 //!   `choices` multiplies `n` (or `best_of`) by the number of prompts in the request.
 
-pub mod scan;
-
 mod fields;
 #[cfg(test)]
 mod tests;
@@ -20,7 +18,8 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use self::fields::Fields;
-use self::scan::Fault;
+use super::json_edit::{Edit, quoted, splice};
+use super::json_scanner::Fault;
 
 /// Most choices one request may ask for.
 pub const CHOICES_MAX: u32 = 128;
@@ -123,24 +122,24 @@ pub struct Request<'a> {
     /// Whether the model may read what the body does not hold as text, so that its bytes do not bound the prompt: images,
     /// files, sounds, web pages, earlier responses.
     pub reads_more_than_body: bool,
-    spots: Spots,
+    edit_points: EditPoints,
 }
 
-/// Where a body is cut to splice something in.
+/// Where a body can be edited.
 #[derive(Debug, Clone, PartialEq)]
-struct Spots {
+struct EditPoints {
     body_len: usize,
     /// The value of `messages`, `prompt` or `input`; empty without one.
     prompt: Range<usize>,
     /// Just past the opening brace.
     inside: usize,
     model: Range<usize>,
-    usage: UsageSpot,
+    usage: UsageEditPoint,
 }
 
 /// What must happen to `stream_options` so that usage is asked for.
 #[derive(Debug, Clone, Default, PartialEq)]
-enum UsageSpot {
+enum UsageEditPoint {
     /// No such member: put one at the beginning.
     #[default]
     Absent,
@@ -171,12 +170,12 @@ impl<'a> Request<'a> {
             prompt_bytes: fields.prompt_bytes,
             attachments: fields.attachments,
             reads_more_than_body: fields.reads_more,
-            spots: Spots {
+            edit_points: EditPoints {
                 prompt: fields.prompt,
                 body_len: body.len(),
                 inside: fields.inside,
                 model: model.range(),
-                usage: fields.usage_spot,
+                usage: fields.usage_edit_point,
             },
         })
     }
@@ -193,7 +192,7 @@ impl<'a> Request<'a> {
             prompt_bytes,
             attachments,
             reads_more_than_body,
-            spots,
+            edit_points,
         } = self;
         let model = Cow::Owned(model.into_owned());
         Request {
@@ -206,13 +205,13 @@ impl<'a> Request<'a> {
             prompt_bytes,
             attachments,
             reads_more_than_body,
-            spots,
+            edit_points,
         }
     }
 
     /// How the prompt begins: at most `max` bytes of its JSON, `body` being the one that was read. Empty without one.
     pub fn prompt_prefix<'b>(&self, body: &'b [u8], max: usize) -> &'b [u8] {
-        let prompt = body.get(self.spots.prompt.clone()).unwrap_or_default();
+        let prompt = body.get(self.edit_points.prompt.clone()).unwrap_or_default();
         &prompt[..prompt.len().min(max)]
     }
 
@@ -221,12 +220,12 @@ impl<'a> Request<'a> {
     /// With `add_include_usage` a stream is made to report usage, where the endpoint has such an option. A body that
     /// needs no change is shared, not copied.
     pub fn forward(&self, body: &Bytes, upstream_model: &str, add_include_usage: bool) -> Bytes {
-        debug_assert_eq!(body.len(), self.spots.body_len, "spliced into a body that was not read");
+        debug_assert_eq!(body.len(), self.edit_points.body_len, "spliced into a body that was not read");
         let model = (upstream_model != self.model)
-            .then(|| Edit::new(self.spots.model.clone(), quoted(upstream_model)));
+            .then(|| Edit::new(self.edit_points.model.clone(), quoted(upstream_model)));
         let wanted =
             add_include_usage && self.stream && !self.include_usage && self.kind.takes_include_usage();
-        let usage = wanted.then(|| self.spots.usage.edit(self.spots.inside));
+        let usage = wanted.then(|| self.edit_points.usage.edit(self.edit_points.inside));
         match (model, usage) {
             (None, None) => body.clone(),
             (Some(one), None) | (None, Some(one)) => splice(body, &[one]),
@@ -236,7 +235,7 @@ impl<'a> Request<'a> {
     }
 }
 
-impl UsageSpot {
+impl UsageEditPoint {
     fn edit(&self, inside: usize) -> Edit {
         match self {
             Self::Absent => Edit::new(inside..inside, r#""stream_options":{"include_usage":true},"#),
@@ -246,37 +245,4 @@ impl UsageSpot {
             Self::Flag(range) => Edit::new(range.clone(), "true"),
         }
     }
-}
-
-/// Bytes to put in place of a range.
-#[derive(Debug)]
-pub struct Edit {
-    range: Range<usize>,
-    with: Cow<'static, str>,
-}
-
-impl Edit {
-    /// Puts `with` in place of `range`.
-    pub fn new(range: Range<usize>, with: impl Into<Cow<'static, str>>) -> Self {
-        Self { range, with: with.into() }
-    }
-}
-
-/// Applies edits, which are in order and do not overlap, with one allocation.
-pub fn splice(body: &[u8], edits: &[Edit]) -> Bytes {
-    let added: usize = edits.iter().map(|edit| edit.with.len()).sum();
-    let mut out = Vec::with_capacity(body.len() + added);
-    let mut from = 0;
-    for edit in edits {
-        out.extend_from_slice(&body[from..edit.range.start]);
-        out.extend_from_slice(edit.with.as_bytes());
-        from = edit.range.end;
-    }
-    out.extend_from_slice(&body[from..]);
-    Bytes::from(out)
-}
-
-/// A string as JSON, with its quotes.
-pub fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
 }

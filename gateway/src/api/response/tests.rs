@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::stream::sse::EVENT_BYTES_MAX;
+use crate::api::sse::EVENT_BYTES_MAX;
 
 fn run(plan: &RewritePlan, chunks: &[&[u8]]) -> (String, StreamFacts) {
     let mut rewriter = Rewriter::new(plan.clone());

@@ -4,16 +4,8 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::read::scan::{Fault, Kind, Scanner, Text};
-
-/// Tokens as the upstream counted them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens read (`prompt_tokens` or `input_tokens`); `None` when it does not say. Zero is a value.
-    pub prompt: Option<u64>,
-    /// Tokens written (`completion_tokens` or `output_tokens`); `None` when it does not say, as for embeddings.
-    pub completion: Option<u64>,
-}
+use crate::api::json_scanner::{Fault, Kind, Scanner, Text};
+use crate::api::usage::Usage;
 
 /// Places that name the model, of one payload. An answer has one or two; one of nothing but names would become many times
 /// larger when each is replaced.

@@ -1,4 +1,5 @@
-//! How many tokens one answer can have used at the most, so that no count of a backend is believed beyond that.
+//! What an answer used: the count that a backend reports, and the most that one answer can have used. A report beyond that
+//! is not believed.
 //!
 //! A backend's `usage` decides what a tenant is charged and what the next requests reserve: a broken or hostile one could
 //! close a tenant's limits with a single number. The bounds are what the request and the bytes of the answer allow:
@@ -12,8 +13,7 @@
 //! A count beyond is not cut down to the bound, which is still far from the truth: the whole report is left aside and the
 //! gateway's own count is used.
 
-use crate::read::{Request, RouteKind};
-use crate::stream::meter::Usage;
+use super::request::{Request, RouteKind};
 
 /// The largest context window that models are served with; what nothing else bounds is bounded by it. Models of 2 million
 /// tokens are offered, larger ones exist in papers.
@@ -23,6 +23,15 @@ pub const CONTEXT_TOKENS_MAX: u64 = 2_000_000;
 const ADDED_TOKENS_MAX: u64 = 32_768;
 /// Tokens by which engines overshoot `max_tokens`: the end-of-text token, and the last step of speculative decoding.
 pub(crate) const OVERSHOOT_TOKENS_MAX: u64 = 16;
+
+/// Tokens as the upstream counted them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens read (`prompt_tokens` or `input_tokens`); `None` when it does not say. Zero is a value.
+    pub prompt: Option<u64>,
+    /// Tokens written (`completion_tokens` or `output_tokens`); `None` when it does not say, as for embeddings.
+    pub completion: Option<u64>,
+}
 
 /// The most tokens that one answer can have used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

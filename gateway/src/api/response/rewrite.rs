@@ -2,10 +2,10 @@
 
 use bytes::Bytes;
 
-use super::super::sse::{Events, Piece};
-use super::{Spots, StreamFacts, rename};
-use crate::plausible::UsageBounds;
-use crate::read::quoted;
+use super::{EditPoints, StreamFacts, rename};
+use crate::api::json_edit::quoted;
+use crate::api::sse::{Events, Piece};
+use crate::api::usage::UsageBounds;
 
 /// What must be changed in a stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct RewritePlan {
     pub bounds: UsageBounds,
 }
 
-/// Meters a stream, and rewrites it where the plan asks for it.
+/// Reads the facts of a stream, and rewrites it where the plan asks for it.
 #[derive(Debug)]
 pub struct Rewriter {
     events: Events,
@@ -119,16 +119,16 @@ impl Out<'_> {
         dropped: &mut bool,
         piece: Piece<'_>,
     ) {
-        let spots = observe(facts, piece);
+        let edit_points = observe(facts, piece);
         let bytes = piece.bytes();
         if !matches!(piece, Piece::Tail(_)) {
-            *dropped = drop_usage && spots.usage_only;
+            *dropped = drop_usage && edit_points.usage_only;
         }
         if *dropped {
             self.changed();
             return;
         }
-        match quoted.and_then(|quoted| rename(bytes, &spots.models, quoted)) {
+        match quoted.and_then(|quoted| rename(bytes, &edit_points.models, quoted)) {
             Some(renamed) => self.changed().extend_from_slice(&renamed),
             None => match &mut self.copy {
                 Some(copy) => copy.extend_from_slice(bytes),
@@ -148,13 +148,13 @@ impl Out<'_> {
     }
 }
 
-fn observe(facts: &mut StreamFacts, piece: Piece<'_>) -> Spots {
+fn observe(facts: &mut StreamFacts, piece: Piece<'_>) -> EditPoints {
     match piece {
         Piece::Event(event) => facts.take(event),
         Piece::Part { bytes, last } => {
             facts.unread(bytes.len(), last);
-            Spots::default()
+            EditPoints::default()
         }
-        Piece::Tail(_) => Spots::default(),
+        Piece::Tail(_) => EditPoints::default(),
     }
 }
