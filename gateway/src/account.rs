@@ -33,7 +33,9 @@ use self::open::OpenLeases;
 pub use self::slot::{NewSlot, SlotLease};
 use crate::estimate::Estimates;
 use crate::metrics::Metrics;
-use crate::snapshot::LEASE_TTL;
+
+/// How long a lease lives without renewal: 15 s; it is renewed every 5 s.
+pub const LEASE_TTL: Duration = Duration::from_secs(15);
 
 /// Settlements that may wait for the worker.
 const QUEUE: usize = 65_536;

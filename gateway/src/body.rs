@@ -26,7 +26,7 @@ use crate::api::usage::Usage;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::intake::Room;
-use crate::runtime_state::{Attempt, InFlight};
+use crate::routing::backend_state::{Attempt, InFlight};
 use crate::send::Target;
 use crate::server::WRITE_STALL;
 

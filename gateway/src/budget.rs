@@ -10,7 +10,7 @@ use weir_proto::resource::{Budget, Period};
 use weir_ratelimit::{Bucket, Key, Kind, ScopeLimits};
 
 use crate::calendar::{self, DAY, civil};
-use crate::snapshot::ScopeEntry;
+use crate::routing::scope::ScopeEntry;
 
 /// 1 January 1970 was a Thursday: so many days after a Monday.
 const EPOCH_AFTER_MONDAY: u64 = 3;

@@ -21,7 +21,9 @@ use weir_ratelimit::{
 use crate::account::Ledger;
 use crate::headers::millis;
 use crate::live::Live;
-use crate::snapshot::{ModelEntry, ScopeEntry};
+use crate::routing::backend::ModelBackend;
+use crate::routing::entries::ModelEntry;
+use crate::routing::scope::{ScopeEntry, what_name};
 use crate::{budget, send};
 
 /// Why there is no answer.
@@ -178,7 +180,7 @@ fn worst(rows: &[Row<'_>]) -> Option<Refusing> {
 /// The limit of the account that fits soonest, when the account of every backend in use refuses.
 fn refused_by_accounts(model: &ModelEntry, accounts: &[Option<Refusing>]) -> Option<Refusing> {
     let backends = model.backends.iter().enumerate();
-    let in_use = backends.filter(|(_, (backend, _))| backend.spec.admin_state == AdminState::Active);
+    let in_use = backends.filter(|(_, backend)| backend.entry.spec.admin_state == AdminState::Active);
     let refusing: Option<Vec<&Refusing>> =
         in_use.map(|(at, _)| accounts.get(model.accounts.of(at)?)?.as_ref()).collect();
     refusing?.into_iter().min_by_key(|(_, wait_ms)| *wait_ms).cloned()
@@ -218,10 +220,7 @@ impl<'a> Row<'a> {
     }
 
     fn kind(&self) -> &'static str {
-        match self.limit.what {
-            What::Bucket(kind) => kind.name(),
-            What::Concurrency => "concurrency",
-        }
+        what_name(self.limit.what)
     }
 
     fn label(&self) -> String {
@@ -231,7 +230,7 @@ impl<'a> Row<'a> {
     fn value(&self) -> Value {
         let reset = Some(self.limit.reset).filter(|reset| *reset < FOREVER).map(millis);
         json!({
-            "scope": { "kind": self.entry.kind, "name": self.entry.name },
+            "scope": { "kind": self.entry.kind.as_str(), "name": self.entry.name },
             "kind": self.kind(), "limit": self.limit.limit, "remaining": self.limit.remaining,
             "needs": self.needs, "says": self.says, "wait_ms": self.wait_ms, "reset_ms": reset,
             "max_wait_ms": millis(self.entry.max_wait),
@@ -274,18 +273,18 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, U
     for backends in model.backends.chunks(MAX_SCOPES) {
         let scopes: Vec<ScopeLimits> = backends
             .iter()
-            .map(|(backend, _)| ScopeLimits {
-                record: backend.slots.clone(),
-                leases: backend.slots.clone(),
+            .map(|backend| ScopeLimits {
+                record: backend.entry.slots.clone(),
+                leases: backend.entry.slots.clone(),
                 buckets: [None; Kind::COUNT],
-                concurrency: Some(backend.spec.max_concurrency),
+                concurrency: Some(backend.entry.spec.max_concurrency),
                 mode: Mode::Enforce,
                 without_store: weir_ratelimit::WithoutStore::LocalShare,
                 prefetch: Default::default(),
             })
             .collect();
         let states = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
-        for ((backend, _), state) in backends.iter().zip(states) {
+        for (ModelBackend { entry: backend, .. }, state) in backends.iter().zip(states) {
             rows.push(json!({
                 "backend": backend.name.as_str(), "slots": state.limit, "free": state.remaining,
                 "active": backend.spec.admin_state == AdminState::Active,

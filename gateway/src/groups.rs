@@ -12,8 +12,9 @@ use smallvec::SmallVec;
 use weir_ratelimit::waiting::Alternatives;
 use weir_ratelimit::{Acquire, Decision, LimitState, Mode, Outcome, ScopeLimits, Scopes, Verdict, What};
 
-use crate::balance::Place;
-use crate::snapshot::{Accounts, ScopeEntry};
+use crate::routing::accounts::Accounts;
+use crate::routing::balance::Place;
+use crate::routing::scope::ScopeEntry;
 
 /// Backends next to each other in the order of preference, under one account or under none.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
 //! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
-//! ([`api`], [`balance`], [`account`], [`send`]), [`body`] streams and gives everything back.
+//! ([`api`], [`routing`], [`account`], [`send`]), [`body`] streams and gives everything back.
 //!
-//! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle), [`credentials`] those of backends,
+//! Beside it: [`subscribe`] keeps the [snapshot](routing::snapshot) fresh ([`live`] is its handle), [`credentials`] those of backends,
 //! [`report`] exchanges what gateways see.
 
 // They panic when the stream is gone, and hang when nobody reads it.
@@ -12,7 +12,6 @@
 pub mod account;
 pub mod api;
 pub mod authentication;
-pub mod balance;
 pub mod body;
 pub mod budget;
 pub mod config;
@@ -30,22 +29,17 @@ pub mod pulse;
 pub mod reap;
 pub mod refusal;
 pub mod report;
-pub mod runtime_state;
+pub mod routing;
 pub mod send;
 pub mod server;
-pub mod snapshot;
 pub mod stack;
 pub mod subscribe;
-pub mod upstream;
 pub mod usage;
 
 mod calendar;
 mod groups;
 mod run;
-mod seldom;
 mod tries;
 mod weights;
 
 pub use run::{Running, StartError, start, start_resolving};
-
-pub(crate) use weir_runtime::random_unit;

@@ -10,8 +10,8 @@ use tokio::time::Instant;
 use weir_runtime::EgressPolicy;
 
 use crate::probe::lane::ProbeLane;
-use crate::snapshot::Snapshot;
-use crate::upstream::Resolver;
+use crate::routing::snapshot::Snapshot;
+use crate::routing::upstream::Resolver;
 
 /// Shared by every task of a gateway. Reads never block.
 #[derive(Debug)]

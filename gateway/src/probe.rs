@@ -31,7 +31,6 @@ use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
 
 use self::budget::Budget;
 use self::counted::Counted;
-pub use self::counted::Totals;
 use self::judge::Seen;
 use self::lane::Orders;
 use self::look::{Ask, DEEP_REQUESTS, Depth, Known, Looked};
@@ -40,7 +39,9 @@ use self::schedule::{End, Key, Schedule};
 use crate::account::{Ledger, SlotLease};
 use crate::live::Live;
 use crate::metrics::{Metrics, NeedlessProbeLabels, PaidProbeLabels, ProbeLabels};
-use crate::snapshot::{BackendEntry, ModelEntry, Snapshot};
+use crate::routing::backend::BackendEntry;
+use crate::routing::entries::ModelEntry;
+use crate::routing::snapshot::Snapshot;
 
 /// Looks at once; what a large assignment may take of a gateway.
 const AT_ONCE: usize = 64;
@@ -159,7 +160,7 @@ impl Prober {
                     Ok(done) => self.finished(done),
                     // It has told nothing, and is looked at again in its turn.
                     Err(key) => if let Some(key) = key {
-                        let (now, jitter) = ((Instant::now(), unix()), crate::random_unit());
+                        let (now, jitter) = ((Instant::now(), unix()), weir_runtime::random_unit());
                         self.schedule.finished(&key, End::Nothing, &HealthProfile::default(), now, jitter);
                     },
                 },
@@ -218,7 +219,13 @@ impl Prober {
                 }
                 Plan::Skip => {
                     let profile = self.profile(&snapshot, &entry);
-                    self.schedule.finished(&key, End::Good, &profile, (now, unix()), crate::random_unit());
+                    self.schedule.finished(
+                        &key,
+                        End::Good,
+                        &profile,
+                        (now, unix()),
+                        weir_runtime::random_unit(),
+                    );
                 }
                 Plan::Liveness(limit) => {
                     looks.spawn(key.clone(), async move {
@@ -288,9 +295,9 @@ impl Prober {
         if known_rate.is_some() {
             self.needless(key);
         }
-        let in_flight = entry.runtime.fleet_in_flight(self.live.live_gateways());
+        let in_flight = entry.state.fleet_in_flight(self.live.live_gateways());
         let busy = in_flight > IDLE_SHARE * f64::from(entry.spec.max_concurrency);
-        let well = entry.runtime.health() != HealthState::Unhealthy;
+        let well = entry.state.health() != HealthState::Unhealthy;
         let ask = self.known.get(&(key.0.clone(), name.clone())).and_then(|known| known.ask);
         let measure = known_rate.is_none() && !busy && well && ask != Some(Ask::Embedding);
         let paid = measure && self.budget.take(&key.0, DEEP_REQUESTS, profile.paid_probes_per_hour, now);
@@ -352,7 +359,7 @@ impl Prober {
                     None => self.before.remove(&key),
                 };
                 let now = (Instant::now(), unix());
-                self.schedule.finished(&key, End::Nothing, &profile, now, crate::random_unit());
+                self.schedule.finished(&key, End::Nothing, &profile, now, weir_runtime::random_unit());
                 return;
             }
         };
@@ -361,12 +368,16 @@ impl Prober {
             ProbeOutcome::Loading => End::Patient,
             _ => End::Bad,
         };
-        let news =
-            self.schedule.finished(&key, end, &profile, (Instant::now(), unix()), crate::random_unit());
+        let news = self.schedule.finished(
+            &key,
+            end,
+            &profile,
+            (Instant::now(), unix()),
+            weir_runtime::random_unit(),
+        );
         // Of a backend that moved or went meanwhile the answer says nothing.
         let current = snapshot.backends.get(key.0.as_str());
-        if !current
-            .is_some_and(|now| Arc::ptr_eq(&now.runtime, &entry.runtime) && now.spec.url == entry.spec.url)
+        if !current.is_some_and(|now| Arc::ptr_eq(&now.state, &entry.state) && now.spec.url == entry.spec.url)
         {
             return;
         }
@@ -390,7 +401,7 @@ impl Prober {
         if key.1 == ProbeTier::Liveness && end == End::Bad {
             // What only this gateway sees is its own problem: it keeps away, whatever the cluster says.
             if let Some(pool) = snapshot.pools.get(&entry.spec.pool) {
-                pool.runtime.probe_failed(&entry.name);
+                pool.state.probe_failed(&entry.name);
             }
         }
         self.judge_alone(&key, &entry, end, &profile);
@@ -409,7 +420,7 @@ impl Prober {
             End::Bad | End::Patient => (failures.saturating_add(1), 0),
             End::Nothing => return,
         };
-        let unhealthy = entry.runtime.health() == HealthState::Unhealthy;
+        let unhealthy = entry.state.health() == HealthState::Unhealthy;
         let state = if !unhealthy && *failures >= profile.unhealthy_threshold {
             HealthState::Unhealthy
         } else if unhealthy && *passes >= profile.healthy_threshold {
@@ -418,7 +429,7 @@ impl Prober {
             return;
         };
         tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway alone");
-        entry.runtime.set_health(state);
+        entry.state.set_health(state);
     }
 }
 

@@ -11,8 +11,7 @@ use tokio::time::Instant;
 use weir_proto::v1::{LimitReport, TrafficReport};
 use weir_ratelimit::{Decision, Kind, LimitState, Mode, Outcome, Verdict, What};
 
-use crate::refusal::kind_name;
-use crate::snapshot::ScopeEntry;
+use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
 
 /// Scopes remembered at once; of more than that, those already there stay.
 const SCOPES_MAX: usize = 2048;
@@ -42,7 +41,7 @@ pub struct Pulse {
 /// By kind, then by name.
 #[derive(Debug, Default)]
 struct Scopes {
-    by_kind: HashMap<&'static str, HashMap<String, Seen>>,
+    by_kind: HashMap<ScopeKind, HashMap<String, Seen>>,
     count: usize,
 }
 
@@ -144,7 +143,7 @@ impl Pulse {
 
 impl Scopes {
     /// The place of a scope; none when there are too many.
-    fn seen(&mut self, kind: &'static str, name: &str) -> Option<&mut Seen> {
+    fn seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut Seen> {
         let names = self.by_kind.entry(kind).or_default();
         // Two looks, so that a name is copied only once.
         if !names.contains_key(name) {
@@ -166,9 +165,9 @@ impl Scopes {
                     let age = now.saturating_duration_since(known.at);
                     let used = used(&known.state, age);
                     reports.push(LimitReport {
-                        scope_kind: (*kind).to_owned(),
+                        scope_kind: kind.as_str().to_owned(),
                         scope: name.clone(),
-                        what: kind_name(known.state.what).to_owned(),
+                        what: what_name(known.state.what).to_owned(),
                         limit: known.state.limit,
                         used,
                         refusals: std::mem::take(&mut known.refusals),
@@ -251,7 +250,7 @@ mod tests {
     async fn scopes_are_bounded_and_forgotten() {
         let mut scopes = Scopes::default();
         for i in 0..SCOPES_MAX + 10 {
-            if let Some(seen) = scopes.seen("tenant", &i.to_string()) {
+            if let Some(seen) = scopes.seen(ScopeKind::Tenant, &i.to_string()) {
                 let state = state(What::Bucket(Kind::Requests), 40, 30);
                 seen.limits[0] = Some(Limit { state, at: Instant::now(), refusals: 0 });
             }
@@ -261,6 +260,6 @@ mod tests {
         // Said once more, as not known, and then no more.
         assert!(scopes.take(Instant::now()).iter().all(|report| report.used.is_none()));
         assert!(scopes.take(Instant::now()).is_empty());
-        assert!(scopes.seen("tenant", "new").is_some());
+        assert!(scopes.seen(ScopeKind::Tenant, "new").is_some());
     }
 }

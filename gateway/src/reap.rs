@@ -15,10 +15,12 @@ use tokio_util::sync::CancellationToken;
 use weir_ratelimit::holder::{self, REAP_SETS_MAX, ROLL_LIFE};
 use weir_ratelimit::{Holder, Key, Limiter};
 
+use crate::account::LEASE_TTL;
 use crate::account::Ledger;
 use crate::live::Live;
 use crate::metrics::{GoneLabels, Metrics};
-use crate::snapshot::{LEASE_TTL, ScopeEntry, Snapshot};
+use crate::routing::scope::ScopeEntry;
+use crate::routing::snapshot::Snapshot;
 
 /// Between two beats; three may be late before the store takes a gateway for dead.
 const BEAT: Duration = Duration::from_millis(900);

@@ -5,11 +5,12 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
-use crate::balance::Place;
 use crate::error::{GatewayError, Refusal};
 use crate::groups::Groups;
 use crate::headers::{self, LimitKind, ShownLimits};
-use crate::snapshot::{Accounts, ScopeEntry};
+use crate::routing::accounts::Accounts;
+use crate::routing::balance::Place;
+use crate::routing::scope::{ScopeEntry, ScopeKind};
 
 /// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
 /// holds less. A bucket of nothing fits nothing, whatever was guessed.
@@ -22,7 +23,7 @@ pub fn never_fits(entries: &[&ScopeEntry], reserved: &Cost, least: &Cost) -> Opt
     Some(GatewayError::Limited(Refusal {
         scope_kind: entry.kind,
         scope: entry.name.clone(),
-        what: kind.name(),
+        what: What::Bucket(kind),
         limit: capacity,
         remaining: 0,
         needs: least.get(kind),
@@ -84,9 +85,9 @@ pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: S
     let Some((limit, entry, needs, wait)) = worst else {
         let scope = String::new();
         return GatewayError::Limited(Refusal {
-            scope_kind: "global",
+            scope_kind: ScopeKind::Global,
             scope,
-            what: "requests",
+            what: What::Bucket(Kind::Requests),
             limit: 0,
             remaining: 0,
             needs: 1,
@@ -96,20 +97,12 @@ pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: S
     GatewayError::Limited(Refusal {
         scope_kind: entry.kind,
         scope: entry.name.clone(),
-        what: kind_name(limit.what),
+        what: limit.what,
         limit: limit.limit,
         remaining: limit.remaining,
         needs,
         wait,
     })
-}
-
-/// The name of what was limited.
-pub(crate) const fn kind_name(what: What) -> &'static str {
-    match what {
-        What::Bucket(kind) => kind.name(),
-        What::Concurrency => "concurrency",
-    }
 }
 
 /// What headers tell about.

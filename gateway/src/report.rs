@@ -26,9 +26,9 @@ use self::outgoing::{Outgoing, Seen};
 use self::said::Said;
 use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::probe::Totals;
 use crate::pulse::Pulse;
 use crate::reap::Gone;
+use crate::routing::backend_state::Totals;
 
 /// Between two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -92,10 +92,10 @@ fn away(live: &Live) {
     live.probes().away();
     let snapshot = live.snapshot();
     for backend in snapshot.backends.values() {
-        backend.runtime.set_fleet(None);
-        backend.runtime.set_fleet_totals(None);
+        backend.state.set_fleet(None);
+        backend.state.set_fleet_totals(None);
     }
-    snapshot.pools.values().for_each(|pool| pool.runtime.forget_others());
+    snapshot.pools.values().for_each(|pool| pool.state.forget_others());
 }
 
 /// Hands what was seen since the last time to every lane that is open. Without any it goes on being counted.
@@ -120,10 +120,10 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
     let mut speeds = pace::seen(&snapshot);
     let backends = snapshot.backends.values().map(|backend| {
         let ejected =
-            snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.runtime.is_ejected(&backend.name));
+            snapshot.pools.get(&backend.spec.pool).is_some_and(|p| p.state.is_ejected(&backend.name));
         let standing = BackendReport {
             backend: backend.name.to_string(),
-            in_flight: backend.runtime.report_in_flight(),
+            in_flight: backend.state.report_in_flight(),
             ejected,
             speeds: speeds.remove(&backend.id).unwrap_or_default(),
             ..BackendReport::default()
@@ -131,9 +131,9 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
         if !counted {
             return standing;
         }
-        let counts = backend.runtime.take_counts();
-        let mean = backend.runtime.take_first_byte_mean();
-        let (answers, tokens, decode) = backend.runtime.take_decoded();
+        let counts = backend.state.take_counts();
+        let mean = backend.state.take_first_byte_mean();
+        let (answers, tokens, decode) = backend.state.take_decoded();
         BackendReport {
             successes: counts.successes,
             connect_failures: counts.connect_failures,
@@ -143,7 +143,7 @@ fn backends(live: &Live, counted: bool) -> Vec<BackendReport> {
             first_byte_mean: mean.and_then(|mean| prost_types::Duration::try_from(mean).ok()),
             output_tokens: tokens,
             decode_time: prost_types::Duration::try_from(decode).ok(),
-            first_byte_counts: backend.runtime.take_first_byte_counts(),
+            first_byte_counts: backend.state.take_first_byte_counts(),
             timed_answers: answers,
             ..standing
         }
@@ -162,7 +162,7 @@ fn take(live: &Live, message: &StreamReportsResponse) {
     let snapshot = live.snapshot();
     for load in &message.load {
         if let Some(backend) = snapshot.backends.get(load.backend.as_str()) {
-            backend.runtime.set_fleet(Some(load.in_flight));
+            backend.state.set_fleet(Some(load.in_flight));
         }
     }
     for speed in &message.speeds {
@@ -170,13 +170,13 @@ fn take(live: &Live, message: &StreamReportsResponse) {
     }
     for traffic in &message.traffic {
         if let Some(backend) = snapshot.backends.get(traffic.backend.as_str()) {
-            backend.runtime.set_fleet_totals(Some(totals(traffic)));
+            backend.state.set_fleet_totals(Some(totals(traffic)));
         }
     }
     for health in &message.health {
         let Some(backend) = snapshot.backends.get(health.backend.as_str()) else { continue };
         let state = in_use(health);
-        if state != HealthState::Unspecified && state != backend.runtime.health() {
+        if state != HealthState::Unspecified && state != backend.state.health() {
             tracing::info!(
                 backend = health.backend,
                 state = state.as_str_name(),
@@ -185,8 +185,8 @@ fn take(live: &Live, message: &StreamReportsResponse) {
             );
             let duration =
                 |wire: Option<prost_types::Duration>| wire.and_then(|wire| Duration::try_from(wire).ok());
-            let takes = duration(health.ramp).unwrap_or(crate::balance::RAMP);
-            backend.runtime.set_health_since(state, duration(health.ramp_elapsed).unwrap_or_default(), takes);
+            let takes = duration(health.ramp).unwrap_or(crate::routing::balance::RAMP);
+            backend.state.set_health_since(state, duration(health.ramp_elapsed).unwrap_or_default(), takes);
         }
     }
 }

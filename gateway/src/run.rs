@@ -29,9 +29,9 @@ use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
 use crate::probe::Prober;
 use crate::reap::Reaper;
+use crate::routing::upstream::Resolver;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;
-use crate::upstream::Resolver;
 use crate::weights::Weights;
 use crate::{explain, report, server, usage};
 

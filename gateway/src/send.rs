@@ -17,13 +17,14 @@ use weir_runtime::RefusedAddress;
 
 use crate::api::response::{begins_with_error, is_error_object};
 use crate::api::usage::Implausible;
-use crate::balance::{Measure, Sample};
 use crate::error::GatewayError;
 use crate::headers;
 use crate::intake::{BodyMemory, Room};
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
-use crate::runtime_state::Attempt;
-use crate::snapshot::{BackendEntry, ModelEntry};
+use crate::routing::backend::BackendEntry;
+use crate::routing::backend_state::Attempt;
+use crate::routing::balance::{Measure, Sample};
+use crate::routing::entries::ModelEntry;
 
 /// Largest unary answer that is taken.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
@@ -57,16 +58,16 @@ impl Target {
         self.began = Some(Instant::now());
         let sample = self.sample(0);
         if self.stream {
-            self.backend.runtime.note_first_byte(sample.took);
+            self.backend.state.note_first_byte(sample.took);
         }
-        self.model.pool.runtime.began(&self.model.name, &self.backend, self.stream, &sample);
+        self.model.pool.state.began(&self.model.name, &self.backend, self.stream, &sample);
     }
 
     /// The answer is complete, and a mistake of the client's own: the backend works, but how fast it can refuse says
     /// nothing about how fast it is.
     pub fn refuse(&self) {
         self.count(Attempt::Success);
-        self.model.pool.runtime.succeeded(&self.model.name, &self.backend, None);
+        self.model.pool.state.succeeded(&self.model.name, &self.backend, None);
     }
 
     /// The answer is complete and good.
@@ -75,12 +76,12 @@ impl Target {
         let sample = match (self.stream, self.began) {
             (true, Some(began)) => {
                 let took = began.elapsed();
-                self.backend.runtime.note_decode(output_tokens, took);
+                self.backend.state.note_decode(output_tokens, took);
                 Sample { measure: Measure::Decode, took, prompt_tokens: self.prompt_tokens, output_tokens }
             }
             _ => self.sample(output_tokens),
         };
-        self.model.pool.runtime.succeeded(&self.model.name, &self.backend, Some(&sample));
+        self.model.pool.state.succeeded(&self.model.name, &self.backend, Some(&sample));
     }
 
     /// The attempt failed by the backend's fault; bears on the next choice.
@@ -90,7 +91,7 @@ impl Target {
 
     fn fail_busy(&self, attempt: Attempt, retry_after: Option<Duration>) {
         self.count(attempt);
-        let runtime = &self.model.pool.runtime;
+        let runtime = &self.model.pool.state;
         if self.began.is_none() && matches!(attempt, Attempt::Timeout | Attempt::Overtaken) {
             runtime.waited(&self.model.name, self.backend.id, self.stream);
         }
@@ -102,7 +103,7 @@ impl Target {
         let Implausible { direction, reported, possible } = *found;
         let labels = ImplausibleLabels { backend: self.backend.name.to_string(), direction };
         self.metrics.implausible_usage.get_or_create(&labels).inc();
-        if let Some(held_back) = self.backend.runtime.implausible_lines.pass() {
+        if let Some(held_back) = self.backend.state.implausible_lines.pass() {
             tracing::warn!(
                 backend = %self.backend.name, model = %self.model.name, direction, reported, possible, held_back,
                 "usage reported by the backend cannot be true; tokens were counted by the gateway"
@@ -112,7 +113,7 @@ impl Target {
 
     /// The answer makes no sense: the backend's fault. The client does not hear the reason, the log does.
     fn invalid(&self, reason: impl std::fmt::Display) -> Failure {
-        if let Some(held_back) = self.backend.runtime.invalid_lines.pass() {
+        if let Some(held_back) = self.backend.state.invalid_lines.pass() {
             tracing::warn!(backend = %self.backend.name, %reason, held_back, "answer of the backend refused");
         }
         (Attempt::ServerError, GatewayError::UpstreamInvalid).into()
@@ -120,7 +121,7 @@ impl Target {
 
     /// How long to wait for the first byte before another backend is tried as well.
     pub fn patience(&self) -> Option<Duration> {
-        let runtime = &self.model.pool.runtime;
+        let runtime = &self.model.pool.state;
         runtime.patience(&self.model.name, self.backend.id, self.stream, self.prompt_tokens)
     }
 
@@ -131,7 +132,7 @@ impl Target {
     }
 
     fn count(&self, attempt: Attempt) {
-        self.backend.runtime.count(attempt);
+        self.backend.state.count(attempt);
         let labels = AttemptLabels { backend: self.backend.name.to_string(), outcome: attempt.label() };
         self.metrics.attempts.get_or_create(&labels).inc();
     }
@@ -244,7 +245,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         let backend = &target.backend;
         tracing::debug!(backend = %backend.name, error = weir_discovery::error_chain(&error), "no answer");
         if let Some(refused) = RefusedAddress::of(&error)
-            && let Some(held_back) = backend.runtime.address_lines.pass()
+            && let Some(held_back) = backend.state.address_lines.pass()
         {
             tracing::warn!(backend = %backend.name, %refused, held_back, "connection to the backend refused by its address");
         }

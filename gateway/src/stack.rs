@@ -37,7 +37,6 @@ use crate::api::response::{
 };
 use crate::api::usage::UsageBounds;
 use crate::authentication::{Failure, Failures};
-use crate::balance::{prefix_hash, stable_hash};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
 use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
@@ -45,9 +44,11 @@ use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
 use crate::live::Live;
 use crate::metrics::{AuthenticationLabels, Metrics};
+use crate::routing::balance::{prefix_hash, stable_hash};
+use crate::routing::entries::{KeyEntry, ModelEntry};
+use crate::routing::snapshot::Snapshot;
 use crate::send::{Answer, Outgoing, Target};
 use crate::server::HTTP;
-use crate::snapshot::{KeyEntry, ModelEntry, Snapshot};
 use crate::tries::{self, Tries, Won};
 use crate::{headers, refusal};
 
@@ -291,14 +292,14 @@ impl Call<'_> {
         let started = slot.as_ref().map_or_else(Instant::now, |c| c.started);
         let pool = &model.pool;
         let gateways = self.gateway.live.live_gateways();
-        let places = pool.runtime.order(model, gateways, self.prefix(model));
+        let places = model.order(gateways, self.prefix(model));
         if places.is_empty() {
             return Err(GatewayError::NoBackend { retry_after: None });
         }
         let (mut admission, decision, chosen) = self.admit(model, &places, slot).await?;
-        pool.runtime.count_request();
+        pool.state.count_request();
         if places[chosen].index != places[0].index {
-            pool.runtime.reassign(model, places[0].index, places[chosen].index);
+            model.reassign(places[0].index, places[chosen].index);
         }
         let deadline = started + model.timeouts.total;
         let request_id =

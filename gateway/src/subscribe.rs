@@ -12,7 +12,7 @@ use weir_proto::v1::ResourceKind;
 
 use crate::credentials::Credentials;
 use crate::live::Live;
-use crate::snapshot::Snapshot;
+use crate::routing::snapshot::Snapshot;
 
 /// Credentials that change within this of each other come into force together.
 const GATHER: Duration = Duration::from_millis(50);

@@ -19,16 +19,18 @@ use tokio::time::{Instant, sleep_until};
 use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Outcome};
 
+use crate::account::LEASE_TTL;
 use crate::account::{Admission, Asked, NewSlot};
-use crate::balance::Place;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::groups::Groups;
 use crate::metrics::Metrics;
 use crate::refusal;
-use crate::runtime_state::{Attempt, InFlight};
+use crate::routing::backend::ModelBackend;
+use crate::routing::backend_state::{Attempt, InFlight};
+use crate::routing::balance::Place;
+use crate::routing::entries::ModelEntry;
 use crate::send::{self, Answer, Outgoing, Target};
-use crate::snapshot::{LEASE_TTL, ModelEntry};
 
 /// Tries of one request under way at once.
 const PARALLEL_MAX: usize = 2;
@@ -148,7 +150,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         let pool = &self.model.pool;
         started < pool.spec.retry_budget.max_attempts
             && Instant::now() < self.deadline
-            && pool.runtime.may_retry()
+            && pool.state.may_retry()
     }
 
     /// Takes a slot at the first of `left` that has one and whose account has room.
@@ -301,7 +303,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         futures: &mut Running,
     ) -> Result<(), GatewayError> {
         let Taken { index, mut account } = taken;
-        let (backend, upstream_model) = &self.model.backends[index];
+        let ModelBackend { entry: backend, upstream_model } = &self.model.backends[index];
         let target = Target {
             model: self.model.clone(),
             backend: backend.clone(),
@@ -332,7 +334,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         futures.push(Box::pin(async move { (number, send::attempt(&sending, outgoing).await) }));
         tries.push(Try {
             number,
-            in_flight: InFlight::enter(&backend.runtime),
+            in_flight: InFlight::enter(&backend.state),
             slot: backend.slots.clone(),
             first: number == 1 && self.model.accounts.of(index).is_some(),
             account,
@@ -413,7 +415,7 @@ impl Try {
 /// What the limiter is given, in order of preference.
 pub(crate) fn candidates(model: &ModelEntry, places: &[Place]) -> Vec<Candidate> {
     let candidate = |place: &Place| Candidate {
-        leases: model.backends[place.index].0.slots.clone(),
+        leases: model.backends[place.index].entry.slots.clone(),
         max_concurrency: place.slots,
         bound: place.bound,
     };

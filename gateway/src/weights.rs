@@ -49,16 +49,16 @@ impl Collector for Weights {
             &mut encoder,
             "backend_in_flight",
             "Requests there from this gateway",
-            backends().map(|b| (one(b.name.as_str()), f64::from(b.runtime.in_flight()))),
+            backends().map(|b| (one(b.name.as_str()), f64::from(b.state.in_flight()))),
         )?;
         gauges(
             &mut encoder,
             "backend_fleet_in_flight",
             "Requests there from all gateways, as far as this one knows",
-            backends().map(|b| (one(b.name.as_str()), b.runtime.fleet_in_flight(gateways))),
+            backends().map(|b| (one(b.name.as_str()), b.state.fleet_in_flight(gateways))),
         )?;
-        let ejected = |b: &crate::snapshot::BackendEntry| {
-            snapshot.pools.get(&b.spec.pool).is_some_and(|p| p.runtime.is_ejected(&b.name))
+        let ejected = |b: &crate::routing::backend::BackendEntry| {
+            snapshot.pools.get(&b.spec.pool).is_some_and(|p| p.state.is_ejected(&b.name))
         };
         gauges(
             &mut encoder,
@@ -70,11 +70,11 @@ impl Collector for Weights {
             &mut encoder,
             "backend_state",
             "1 for the cluster's verdict on it",
-            backends().map(|b| ([("backend", b.name.as_str()), ("state", state(b.runtime.health()))], 1.0)),
+            backends().map(|b| ([("backend", b.name.as_str()), ("state", state(b.state.health()))], 1.0)),
         )?;
         let (mut factors, mut panics) = (Vec::new(), Vec::new());
         for model in snapshot.models_by_name.values() {
-            let (weights, panic) = model.pool.runtime.weights(model, gateways);
+            let (weights, panic) = model.weights(gateways);
             panics.push((model, panic));
             factors.extend(weights.into_iter().map(|weight| (model, weight)));
         }
@@ -97,7 +97,7 @@ impl Collector for Weights {
     }
 }
 
-type Factor = (&'static str, &'static str, fn(&crate::balance::Effective) -> f64);
+type Factor = (&'static str, &'static str, fn(&crate::routing::balance::Effective) -> f64);
 
 const FACTORS: [Factor; 5] = [
     ("backend_effective_weight", "weight x load x latency x health", |e| e.value()),

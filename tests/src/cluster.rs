@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use weir_discovery::{Disk, Held};
 use weir_gateway::Running;
 use weir_gateway::config::Config;
-use weir_gateway::upstream::Resolver;
+use weir_gateway::routing::upstream::Resolver;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};

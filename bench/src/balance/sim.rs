@@ -4,7 +4,7 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use weir_gateway::balance::{
+use weir_gateway::routing::balance::{
     Balancer, ChooseConfig, EjectConfig, Ejector, Measure, Pace, Places, Policy, Sample, Standing, Trust,
     View,
 };
@@ -319,7 +319,7 @@ impl Sim {
     fn place(&mut self, request: usize) -> bool {
         let places = self.order(request);
         let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>();
-        let free = |p: &&weir_gateway::balance::Place| {
+        let free = |p: &&weir_gateway::routing::balance::Place| {
             let bound = p
                 .bound
                 .map_or(u64::MAX, |b| (u64::from(b.millionths) * (all as u64 + 1)).div_ceil(1_000_000));

@@ -10,8 +10,10 @@ use uuid::Uuid;
 use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome, Scopes};
 
+use super::LEASE_TTL;
 use super::{Job, Ledger};
-use crate::snapshot::{BackendEntry, LEASE_TTL, ModelEntry};
+use crate::routing::backend::BackendEntry;
+use crate::routing::entries::ModelEntry;
 
 /// Whose turn a probe takes when it waits.
 const PROBES: &str = "weir-probe";

@@ -3,7 +3,7 @@ use weir_proto::v1::{self, resource::Spec};
 use weir_ratelimit::{Bound, Candidate, Cost, Kind, ReservationId};
 
 use super::*;
-use crate::snapshot::Snapshot;
+use crate::routing::snapshot::Snapshot;
 
 const MODEL: &str = "m";
 

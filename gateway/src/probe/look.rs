@@ -12,7 +12,7 @@ use weir_runtime::RefusedAddress;
 
 use super::engine::Engine;
 use super::judge::{self, Seen};
-use crate::snapshot::BackendEntry;
+use crate::routing::backend::BackendEntry;
 
 /// What is read of an answer; a longer one is no answer to such a question.
 const ANSWER_MAX_BYTES: usize = 256 << 10;

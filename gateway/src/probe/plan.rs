@@ -9,7 +9,8 @@ use super::counted::Counted;
 use super::judge::Seen;
 use super::look::{self, Depth, Known, Looked};
 use crate::account::{Ledger, SlotLease};
-use crate::snapshot::{BackendEntry, ModelEntry};
+use crate::routing::backend::BackendEntry;
+use crate::routing::entries::ModelEntry;
 
 /// A backend without a free slot that its requests do not prove is asked with the next one, if it comes within this.
 const SLOT_WAIT: Duration = Duration::from_secs(2);

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
 
-use crate::balance::{Measure, Pace};
-use crate::snapshot::Snapshot;
+use crate::routing::balance::{Measure, Pace};
+use crate::routing::snapshot::Snapshot;
 
 /// What this gateway saw, by backend id.
 pub(super) fn seen(snapshot: &Snapshot) -> HashMap<u64, Vec<ModelSpeed>> {
     let mut seen: HashMap<u64, Vec<ModelSpeed>> = HashMap::new();
     for (model, backend, measure, Pace { count, mean, variance }) in
-        snapshot.pools.values().flat_map(|pool| pool.runtime.paces())
+        snapshot.pools.values().flat_map(|pool| pool.state.paces())
     {
         let measure = wire(measure).into();
         let speed = ModelSpeed { model: model.to_string(), measure, count, mean, variance };
@@ -31,7 +31,7 @@ pub(super) fn take(snapshot: &Snapshot, fleet: &FleetSpeed) {
     let served = backend.spec.models.keys().find(|model| model.as_str() == speed.model);
     let (Some(model), Some(pool)) = (served, snapshot.pools.get(&backend.spec.pool)) else { return };
     let pace = Pace { count: speed.count, mean: speed.mean, variance: speed.variance };
-    pool.runtime.set_others(model, backend.id, measure, pace);
+    pool.state.set_others(model, backend.id, measure, pace);
 }
 
 const fn wire(measure: Measure) -> SpeedMeasure {

@@ -49,7 +49,7 @@ impl Said {
     /// All of it as one message; loads only of backends of which none is known, since the others have newer ones.
     pub(super) fn again(&self, live: &Live) -> StreamReportsResponse {
         let snapshot = live.snapshot();
-        let unknown = |name: &str| snapshot.backends.get(name).is_some_and(|b| !b.runtime.knows_fleet());
+        let unknown = |name: &str| snapshot.backends.get(name).is_some_and(|b| !b.state.knows_fleet());
         let load = self.load.iter().filter(|(name, _)| unknown(name));
         StreamReportsResponse {
             health: self.health.values().cloned().collect(),

@@ -10,13 +10,15 @@ use weir_ratelimit::waiting::{self, Alternatives, Patience, QueueId, SlotPatienc
 use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
 use super::{Call, Slot};
+use crate::account::LEASE_TTL;
 use crate::account::{Admission, Asked, Subject};
 use crate::api::request::RouteKind;
-use crate::balance::Place;
 use crate::error::GatewayError;
 use crate::groups::Groups;
 use crate::metrics::{LimiterLabels, WaitLabels};
-use crate::snapshot::{LEASE_TTL, ModelEntry, ScopeEntry};
+use crate::routing::balance::Place;
+use crate::routing::entries::ModelEntry;
+use crate::routing::scope::ScopeEntry;
 use crate::{budget, refusal, send, tries};
 
 /// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
@@ -176,7 +178,7 @@ impl Call<'_> {
         let mut call = call.clone();
         let live = self.gateway.live.snapshot();
         for (candidate, place) in call.candidates.iter_mut().zip(places) {
-            let backend = live.backends.get(&model.backends[place.index].0.name);
+            let backend = live.backends.get(&model.backends[place.index].entry.name);
             let active = backend.filter(|b| b.spec.admin_state == AdminState::Active);
             candidate.max_concurrency = active.map_or(0, |b| b.spec.max_concurrency.min(place.slots));
         }

@@ -54,7 +54,7 @@ impl Gateway {
 
     fn health(&self, backend: &str) -> HealthState {
         let snapshot = self.running.live.snapshot();
-        snapshot.backends.get(backend).map_or(HealthState::Unspecified, |b| b.runtime.health())
+        snapshot.backends.get(backend).map_or(HealthState::Unspecified, |b| b.state.health())
     }
 
     async fn stop(self) {

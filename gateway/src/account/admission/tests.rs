@@ -82,7 +82,7 @@ impl World {
             estimated: true,
             scopes: scopes.iter().cloned().collect(),
             candidates: vec![Candidate { leases: slot(backend), max_concurrency: 9, bound: None }],
-            lease_ttl: crate::snapshot::LEASE_TTL,
+            lease_ttl: crate::account::LEASE_TTL,
         };
         let asked = Admission::ask(&self.ledger, call, subject).await;
         assert!(matches!(asked.decision.expect("decided").outcome, Outcome::Granted { .. }));

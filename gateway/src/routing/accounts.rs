@@ -1,12 +1,12 @@
 //! Which backends of a model are under the limits of which provider's account.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use weir_proto::resource::{Name, Resource, Spec};
 use weir_ratelimit::Scope;
 
-use super::{BackendEntry, ScopeEntry, scope_entry, tightest};
+use super::backend::ModelBackend;
+use super::scope::ScopeEntry;
 
 /// An account whose limits bear on a model.
 #[derive(Debug)]
@@ -61,30 +61,27 @@ impl AccountLimits {
             let Spec::Limit(limit) = &resource.spec else { continue };
             let Some(account) = &limit.account else { continue };
             let entry = match &limit.model {
-                None => {
-                    let scope = Scope::Account(account.as_str());
-                    scope_entry(scope, "account", account.to_string(), &limit.rates)
-                }
+                None => ScopeEntry::new(Scope::Account(account.as_str()), &limit.rates),
                 Some(model) => {
                     let scope = Scope::AccountModel { account: account.as_str(), model: model.as_str() };
-                    scope_entry(scope, "account_model", format!("{account}/{model}"), &limit.rates)
+                    ScopeEntry::new(scope, &limit.rates)
                 }
             };
             let id = (account.clone(), limit.model.clone());
-            let merged = tightest(limits.0.remove(&id), entry);
+            let merged = ScopeEntry::tightest(limits.0.remove(&id), entry);
             limits.0.insert(id, merged);
         }
         limits
     }
 
     /// Those that bear on a model with these backends.
-    pub(super) fn for_model(&self, model: &Name, backends: &[(Arc<BackendEntry>, String)]) -> Accounts {
+    pub(super) fn for_model(&self, model: &Name, backends: &[ModelBackend]) -> Accounts {
         let mut accounts = Accounts::default();
         if self.0.is_empty() {
             return accounts;
         }
-        for (backend, _) in backends {
-            let at = backend.spec.account.as_ref().and_then(|name| {
+        for backend in backends {
+            let at = backend.entry.spec.account.as_ref().and_then(|name| {
                 if let Some(known) = accounts.entries.iter().position(|entry| entry.name == *name) {
                     return Some(known);
                 }

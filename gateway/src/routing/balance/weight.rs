@@ -93,7 +93,7 @@ pub(super) mod tests {
     use super::*;
 
     /// An idle, healthy backend of weight 100 with 50 slots.
-    pub(in crate::balance) fn idle(id: u64) -> View {
+    pub(in crate::routing::balance) fn idle(id: u64) -> View {
         View {
             id,
             weight: 100.0,

@@ -1,136 +1,25 @@
 //! What a gateway knows: an immutable picture of the configuration, compiled for the request path.
 //!
 //! A request loads one [`Snapshot`] and keeps it to its end, so that it never sees half a change. State that must
-//! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolRuntime`] and
-//! [`BackendRuntime`], which the next snapshot takes over by name.
-
-mod accounts;
+//! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolState`] and
+//! [`BackendState`](super::backend_state::BackendState), which the next snapshot takes over by name.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use http::HeaderValue;
 use weir_discovery::Refused;
-use weir_proto::resource::{
-    AdminState, Backend, Budget, Model, Name, Pool, Priority, Rates, Resource, Spec, Timeouts,
-};
-use weir_ratelimit::{Key, Scope, ScopeLimits, max_wait, scope_limits};
+use weir_proto::resource::{AdminState, Backend, Name, Resource, Spec};
+use weir_ratelimit::{Key, Scope};
 use weir_runtime::EgressPolicy;
 
-use self::accounts::AccountLimits;
-pub use self::accounts::{AccountEntry, Accounts};
-use crate::runtime_state::{BackendRuntime, PoolRuntime};
-use crate::upstream::{Resolver, Upstream};
-
-/// One scope's limits, compiled.
-#[derive(Debug, Clone)]
-pub struct ScopeEntry {
-    /// As the limiter takes it.
-    pub limits: ScopeLimits,
-    /// "global", "model", "tenant", "api_key", "tenant_model", "account" or "account_model": for refusals and
-    /// metrics.
-    pub kind: &'static str,
-    /// The name of what it limits; empty for global.
-    pub name: String,
-    /// How long a request may wait for it.
-    pub max_wait: Duration,
-    /// Its money per period; [`crate::budget::scope`] makes a scope of it.
-    pub budget: Option<Budget>,
-    /// When it begins anew, for what does not drain.
-    pub renews: Option<SystemTime>,
-}
-
-/// A tenant.
-#[derive(Debug)]
-pub struct TenantEntry {
-    /// Its name.
-    pub name: Name,
-    /// The models it may use; empty is all.
-    pub allowed_models: Vec<Name>,
-    /// Its limits.
-    pub scope: Option<ScopeEntry>,
-    /// Its name in the queues.
-    pub queue: Arc<str>,
-    /// Who goes first when several wait.
-    pub priority: Priority,
-}
-
-/// An API key.
-#[derive(Debug)]
-pub struct KeyEntry {
-    /// Its name.
-    pub name: Name,
-    /// Whose it is.
-    pub tenant: Arc<TenantEntry>,
-    /// The models it may use; empty is all the tenant may.
-    pub allowed_models: Vec<Name>,
-    /// From then on this digest is refused.
-    pub expires: Option<SystemTime>,
-    /// Its limits.
-    pub scope: Option<ScopeEntry>,
-}
-
-impl KeyEntry {
-    /// Whether key and tenant allow a model.
-    pub fn allows(&self, model: &Name) -> bool {
-        let listed = |list: &[Name]| list.is_empty() || list.contains(model);
-        listed(&self.allowed_models) && listed(&self.tenant.allowed_models)
-    }
-}
-
-/// A model and the backends that serve it.
-#[derive(Debug)]
-pub struct ModelEntry {
-    /// Its resource name: the only form in which it becomes a label or a Redis key.
-    pub name: Name,
-    /// Its spec.
-    pub spec: Model,
-    /// Its pool.
-    pub pool: Arc<PoolEntry>,
-    /// The clocks of its requests.
-    pub timeouts: Timeouts,
-    /// The pool's backends that serve it, with the name each knows it by.
-    pub backends: Vec<(Arc<BackendEntry>, String)>,
-    /// The limits of the providers' accounts that these backends bill.
-    pub accounts: Accounts,
-    /// Its limits.
-    pub scope: Option<ScopeEntry>,
-    /// The name of the queue for its slots.
-    pub queue: Arc<str>,
-}
-
-/// A pool.
-#[derive(Debug)]
-pub struct PoolEntry {
-    /// Its name.
-    pub name: Name,
-    /// Its spec.
-    pub spec: Pool,
-    /// What outlives a change of it.
-    pub runtime: Arc<PoolRuntime>,
-}
-
-/// A backend.
-#[derive(Debug)]
-pub struct BackendEntry {
-    /// Its name.
-    pub name: Name,
-    /// Its spec.
-    pub spec: Backend,
-    /// The Authorization header sent to it.
-    pub authorization: Option<HeaderValue>,
-    /// The sorted set of its leases.
-    pub slots: Key,
-    /// A hash of its name, equal on every gateway: who it is to the balancer.
-    pub id: u64,
-    /// Its position in the pool's regions; after the last when it is in none of them.
-    pub region_rank: usize,
-    /// What outlives a change of it.
-    pub runtime: Arc<BackendRuntime>,
-    /// Its connections.
-    pub upstream: Upstream,
-}
+use super::accounts::AccountLimits;
+use super::backend::{BackendEntry, ModelBackend};
+use super::balance::stable_hash;
+use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
+use super::pool_state::PoolState;
+use super::scope::ScopeEntry;
+use super::upstream::{Resolver, Upstream};
 
 /// The whole picture.
 #[derive(Debug, Default)]
@@ -195,8 +84,8 @@ impl Snapshot {
             members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
         }
         for pool in self.pools.values() {
-            pool.runtime.configure(&pool.spec);
-            pool.runtime.retain(&members.remove(&pool.name).unwrap_or_default());
+            pool.state.configure(&pool.spec);
+            pool.state.retain(&members.remove(&pool.name).unwrap_or_default());
         }
     }
 
@@ -229,11 +118,11 @@ impl Compiler {
     fn pools(&mut self, resources: &[Resource], previous: &Snapshot) {
         for resource in resources {
             let Spec::Pool(spec) = &resource.spec else { continue };
-            let runtime = match previous.pools.get(&resource.name) {
-                Some(old) => old.runtime.clone(),
-                None => Arc::new(PoolRuntime::new(spec)),
+            let state = match previous.pools.get(&resource.name) {
+                Some(old) => old.state.clone(),
+                None => Arc::new(PoolState::new(spec)),
             };
-            let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), runtime };
+            let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), state };
             self.next.pools.insert(resource.name.clone(), Arc::new(entry));
         }
     }
@@ -264,9 +153,9 @@ impl Compiler {
                 spec: spec.clone(),
                 authorization,
                 slots: Key::backend_slots(resource.name.as_str()),
-                id: crate::balance::stable_hash(resource.name.as_str().as_bytes()),
+                id: stable_hash(resource.name.as_str().as_bytes()),
                 region_rank: rank.unwrap_or(pool.spec.regions.len()),
-                runtime: old.map_or_else(Arc::default, |o| o.runtime.clone()),
+                state: old.map_or_else(Arc::default, |o| o.state.clone()),
                 upstream,
             };
             self.next.backends.insert(resource.name.clone(), Arc::new(entry));
@@ -292,21 +181,22 @@ impl Compiler {
                 continue;
             };
             let id = (spec.pool.clone(), resource.name.clone());
-            let backends = serving.remove(&id).unwrap_or_default().into_iter().map(|b| {
-                let upstream_name = b.spec.models.get(&resource.name).filter(|n| !n.is_empty());
-                let upstream_name = upstream_name.unwrap_or(&spec.client_name).clone();
-                (b, upstream_name)
+            let backends = serving.remove(&id).unwrap_or_default().into_iter().map(|entry| {
+                let upstream_model = entry.spec.models.get(&resource.name).filter(|name| !name.is_empty());
+                let upstream_model = upstream_model.unwrap_or(&spec.client_name).clone();
+                ModelBackend { entry, upstream_model }
             });
-            let backends: Vec<_> = backends.collect();
+            let backends: Vec<ModelBackend> = backends.collect();
             let entry = Arc::new(ModelEntry {
                 name: resource.name.clone(),
                 timeouts: spec.timeouts.over(&pool.spec.timeouts),
                 accounts: limits.for_model(&resource.name, &backends),
                 backends,
                 queue: resource.name.as_str().into(),
-                scope: spec.limits.as_ref().map(|r| {
-                    scope_entry(Scope::Model(resource.name.as_str()), "model", resource.name.to_string(), r)
-                }),
+                scope: spec
+                    .limits
+                    .as_ref()
+                    .map(|rates| ScopeEntry::new(Scope::Model(resource.name.as_str()), rates)),
                 spec: spec.clone(),
                 pool,
             });
@@ -325,14 +215,14 @@ impl Compiler {
             }
             match (&limit.tenant, &limit.model, &limit.api_key) {
                 (None, None, None) => {
-                    let entry = scope_entry(Scope::Global, "global", String::new(), &limit.rates);
-                    self.next.global = Some(tightest(self.next.global.take(), entry));
+                    let entry = ScopeEntry::new(Scope::Global, &limit.rates);
+                    self.next.global = Some(ScopeEntry::tightest(self.next.global.take(), entry));
                 }
                 (Some(tenant), Some(model), None) => {
                     let scope = Scope::TenantModel { tenant: tenant.as_str(), model: model.as_str() };
-                    let entry = scope_entry(scope, "tenant_model", format!("{tenant}/{model}"), &limit.rates);
+                    let entry = ScopeEntry::new(scope, &limit.rates);
                     let id = (tenant.clone(), model.clone());
-                    let merged = tightest(self.next.tenant_models.remove(&id), entry);
+                    let merged = ScopeEntry::tightest(self.next.tenant_models.remove(&id), entry);
                     self.next.tenant_models.insert(id, merged);
                 }
                 _ => self.refuse(
@@ -355,10 +245,7 @@ impl Compiler {
                 allowed_models: spec.allowed_models.clone(),
                 queue: name.as_str().into(),
                 priority: spec.priority,
-                scope: spec
-                    .limits
-                    .as_ref()
-                    .map(|r| scope_entry(Scope::Tenant(name.as_str()), "tenant", name.to_string(), r)),
+                scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(Scope::Tenant(name.as_str()), rates)),
             };
             tenants.insert(name, Arc::new(entry));
         }
@@ -380,35 +267,10 @@ impl Compiler {
                     tenant: tenant.clone(),
                     allowed_models: spec.allowed_models.clone(),
                     expires: digest.expires,
-                    scope: spec.limits.as_ref().map(|r| scope_entry(scope, "api_key", name.to_string(), r)),
+                    scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(scope, rates)),
                 };
                 self.next.keys.insert(digest.sha256, Arc::new(entry));
             }
         }
     }
 }
-
-fn scope_entry(scope: Scope<'_>, kind: &'static str, name: String, rates: &Rates) -> ScopeEntry {
-    ScopeEntry {
-        limits: scope_limits(scope, rates),
-        kind,
-        name,
-        max_wait: max_wait(scope, rates),
-        budget: rates.budget,
-        renews: None,
-    }
-}
-
-/// Two limits over one scope share its record, so they become one.
-fn tightest(a: Option<ScopeEntry>, b: ScopeEntry) -> ScopeEntry {
-    let Some(a) = a else { return b };
-    let limits = weir_ratelimit::rates::tightest(&a.limits, b.limits);
-    let budget = match (a.budget, b.budget) {
-        (Some(x), Some(y)) if x.micro_dollars < y.micro_dollars => Some(x),
-        (x, y) => y.or(x),
-    };
-    ScopeEntry { limits, budget, max_wait: a.max_wait.min(b.max_wait), ..b }
-}
-
-/// How long a lease lives without renewal (design: 15 s, renewed every 5 s).
-pub const LEASE_TTL: Duration = Duration::from_secs(15);

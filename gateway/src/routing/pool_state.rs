@@ -9,19 +9,19 @@ use tokio::time::Instant;
 use weir_proto::resource::{AdminState, BalancingPolicy, Name, Pool};
 use weir_proto::v1::HealthState;
 
-use super::Attempt;
-use crate::balance::{
+use super::backend::{BackendEntry, ModelBackend};
+use super::backend_state::Attempt;
+use super::balance::{
     Balancer, ChooseConfig, Effective, EjectConfig, Ejector, Measure, Pace, PatienceConfig, Places, Policy,
     RetryBudget, RetryConfig, Sample, Standing, Trust, View, is_panic,
 };
-use crate::snapshot::{BackendEntry, ModelEntry};
 
 /// How long a backend that says it is busy, but not for how long, is left alone.
 const BUSY_DEFAULT: Duration = Duration::from_secs(1);
 
-/// A pool's balancers, ejections and retry budget.
+/// A pool's balancers, ejections and retry budget; outlives a change of its spec.
 #[derive(Debug)]
-pub struct PoolRuntime {
+pub struct PoolState {
     inner: Mutex<Inner>,
 }
 
@@ -52,10 +52,10 @@ pub struct BackendWeight {
     pub trusted: bool,
 }
 
-impl PoolRuntime {
-    /// The runtime of a new pool.
+impl PoolState {
+    /// The state of a new pool.
     pub fn new(spec: &Pool) -> Self {
-        let runtime = Inner {
+        let inner = Inner {
             choose: choose_config(spec),
             by_priority: spec.balancing_policy == BalancingPolicy::Priority,
             patience: patience_config(spec),
@@ -64,7 +64,7 @@ impl PoolRuntime {
             retries: RetryBudget::new(retry_config(spec), Instant::now()),
             size: 0,
         };
-        Self { inner: Mutex::new(runtime) }
+        Self { inner: Mutex::new(inner) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -87,7 +87,7 @@ impl PoolRuntime {
         inner.size = members.len();
         inner.ejector.retain(|name| members.contains(name));
         let ids: BTreeSet<u64> =
-            members.iter().map(|name| crate::balance::stable_hash(name.as_str().as_bytes())).collect();
+            members.iter().map(|name| super::balance::stable_hash(name.as_str().as_bytes())).collect();
         for balancer in inner.balancers.values_mut() {
             balancer.retain(|id| ids.contains(&id));
         }
@@ -96,26 +96,31 @@ impl PoolRuntime {
     /// The model's backends in the order in which to try them; see [`Balancer::order`]. What the operator does not
     /// want used is never among them, whatever else fails. `gateways` is how many there are; `prefix` the hash of how
     /// the request begins.
-    pub fn order(&self, model: &ModelEntry, gateways: u32, prefix: Option<u64>) -> Places {
+    pub fn order(
+        &self,
+        model: &Name,
+        backends: &[ModelBackend],
+        gateways: u32,
+        prefix: Option<u64>,
+    ) -> Places {
         let mut inner = self.inner();
         let now = Instant::now();
-        let (views, indices) = inner.views(model, gateways, now);
+        let (views, indices) = inner.views(backends, gateways, now);
         let choose = inner.choose;
-        let balancer = inner.balancers.entry(model.name.clone()).or_default();
-        let mut places = balancer.order(&choose, &views, prefix, now, crate::random_unit);
+        let balancer = inner.balancers.entry(model.clone()).or_default();
+        let mut places = balancer.order(&choose, &views, prefix, now, weir_runtime::random_unit);
         places.iter_mut().for_each(|place| place.index = indices[place.index]);
         if let Some(first) = places.first() {
-            inner.ejector.begin_probe(&model.backends[first.index].0.name, now);
+            inner.ejector.begin_probe(&backends[first.index].entry.name, now);
         }
         places
     }
 
     /// The pick had no free slot and another was used: the shares follow what was used, and the pick was not probed.
-    pub fn reassign(&self, model: &ModelEntry, picked: usize, used: usize) {
-        let (picked, used) = (&model.backends[picked].0, &model.backends[used].0);
+    pub fn reassign(&self, model: &Name, picked: &BackendEntry, used: &BackendEntry) {
         let mut inner = self.inner();
         inner.ejector.abandon_probe(&picked.name);
-        if let Some(balancer) = inner.balancers.get_mut(&model.name) {
+        if let Some(balancer) = inner.balancers.get_mut(model) {
             balancer.reassign(picked.id, used.id);
         }
     }
@@ -232,14 +237,19 @@ impl PoolRuntime {
     }
 
     /// The effective weights of a model's backends now, and whether the pool is in panic for it.
-    pub fn weights(&self, model: &ModelEntry, gateways: u32) -> (Vec<BackendWeight>, bool) {
+    pub fn weights(
+        &self,
+        model: &Name,
+        backends: &[ModelBackend],
+        gateways: u32,
+    ) -> (Vec<BackendWeight>, bool) {
         let (mut inner, now) = (self.inner(), Instant::now());
-        let (views, indices) = inner.views(model, gateways, now);
+        let (views, indices) = inner.views(backends, gateways, now);
         let panic = is_panic(&inner.choose, &views);
-        let balancer = inner.balancers.entry(model.name.clone()).or_default();
+        let balancer = inner.balancers.entry(model.clone()).or_default();
         balancer.speeds.refresh(now);
         let weight = |(view, &index): (&View, &usize)| BackendWeight {
-            backend: model.backends[index].0.name.clone(),
+            backend: backends[index].entry.name.clone(),
             effective: balancer.effective(view),
             fleet_in_flight: view.in_flight,
             trusted: view.trust == Trust::Trusted,
@@ -252,31 +262,31 @@ impl Inner {
     /// The backends the operator left active, and the index of each in the model.
     fn views(
         &self,
-        model: &ModelEntry,
+        backends: &[ModelBackend],
         gateways: u32,
         now: Instant,
     ) -> (SmallVec<[View; 8]>, SmallVec<[usize; 8]>) {
-        let active = |(_, (backend, _)): &(usize, &(std::sync::Arc<BackendEntry>, String))| {
-            backend.spec.admin_state == AdminState::Active
-        };
-        let view = |(index, (backend, _)): (usize, &(std::sync::Arc<BackendEntry>, String))| {
-            let usable = backend.runtime.health() != HealthState::Unhealthy
+        let active =
+            |(_, backend): &(usize, &ModelBackend)| backend.entry.spec.admin_state == AdminState::Active;
+        let view = |(index, backend): (usize, &ModelBackend)| {
+            let backend = &backend.entry;
+            let usable = backend.state.health() != HealthState::Unhealthy
                 && matches!(self.ejector.standing(&backend.name, now), Standing::Open | Standing::Probe);
-            let health = backend.runtime.health_factor(now);
+            let health = backend.state.health_factor(now);
             let region = u32::try_from(backend.region_rank).unwrap_or(u32::MAX).min(1 << 16);
             let view = View {
                 id: backend.id,
                 weight: f64::from(backend.spec.weight),
-                max_concurrency: ramped(backend.spec.max_concurrency, backend.runtime.health(), health),
-                in_flight: backend.runtime.fleet_in_flight(gateways),
-                local: backend.runtime.in_flight(),
+                max_concurrency: ramped(backend.spec.max_concurrency, backend.state.health(), health),
+                in_flight: backend.state.fleet_in_flight(gateways),
+                local: backend.state.in_flight(),
                 health,
                 rank: if self.by_priority { backend.spec.priority << 17 | region } else { region },
                 trust: if usable { Trust::Trusted } else { Trust::Doubted },
             };
             (view, index)
         };
-        model.backends.iter().enumerate().filter(active).map(view).unzip()
+        backends.iter().enumerate().filter(active).map(view).unzip()
     }
 }
 

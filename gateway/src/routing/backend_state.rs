@@ -1,4 +1,4 @@
-//! What outlives a change of configuration: schedulers, ejections, retry budgets, counts.
+//! What this gateway knows of a backend beyond its configuration: health, requests in flight, counts.
 //!
 //! Each lock is held for the few operations of one decision and never across an await.
 
@@ -10,20 +10,15 @@ use tokio::time::Instant;
 use weir_proto::latency;
 use weir_proto::v1::HealthState;
 
-use crate::balance::{RAMP, health_factor};
-use crate::probe::Totals;
-use crate::seldom::Seldom;
-
-mod pool;
-
-pub use self::pool::{BackendWeight, PoolRuntime};
+use super::balance::{RAMP, health_factor};
+use super::log_throttle::LogThrottle;
 
 /// Stands for a count that is not known.
 const UNKNOWN: u32 = u32::MAX;
 
 /// What this gateway sees of one backend and is told about it.
 #[derive(Debug)]
-pub struct BackendRuntime {
+pub struct BackendState {
     in_flight: AtomicU32,
     /// Of these the last report told the control plane.
     reported: AtomicU32,
@@ -46,11 +41,11 @@ pub struct BackendRuntime {
     /// What requests of the whole fleet came to, while the report lane says it.
     fleet_totals: Mutex<Option<Totals>>,
     /// Lines about answers of its that make no sense.
-    pub(crate) invalid_lines: Seldom,
+    pub(crate) invalid_lines: LogThrottle,
     /// Lines about counts of its that cannot be true.
-    pub(crate) implausible_lines: Seldom,
+    pub(crate) implausible_lines: LogThrottle,
     /// Lines about addresses of its that must not be connected to.
-    pub(crate) address_lines: Seldom,
+    pub(crate) address_lines: LogThrottle,
 }
 
 /// A slow start: when it began, and how long it takes.
@@ -101,6 +96,21 @@ impl Attempt {
     }
 }
 
+/// What requests to a backend came to since the gateway started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Those that ended well.
+    pub good: u64,
+    /// Those that failed by the backend's fault.
+    pub bad: u64,
+    /// Streams that ended well and were timed.
+    pub answers: u64,
+    /// Their output tokens.
+    pub tokens: u64,
+    /// The time from their first byte to their last, summed, microseconds.
+    pub decode_us: u64,
+}
+
 /// Counts since the last report.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
@@ -116,7 +126,7 @@ pub struct Counts {
     pub busy: u64,
 }
 
-impl Default for BackendRuntime {
+impl Default for BackendState {
     fn default() -> Self {
         Self {
             in_flight: AtomicU32::new(0),
@@ -137,14 +147,14 @@ impl Default for BackendRuntime {
             decoded_us: AtomicU64::new(0),
             decoded_answers: AtomicU64::new(0),
             fleet_totals: Mutex::new(None),
-            invalid_lines: Seldom::default(),
-            implausible_lines: Seldom::default(),
-            address_lines: Seldom::default(),
+            invalid_lines: LogThrottle::default(),
+            implausible_lines: LogThrottle::default(),
+            address_lines: LogThrottle::default(),
         }
     }
 }
 
-impl BackendRuntime {
+impl BackendState {
     /// Counts one attempt.
     pub fn count(&self, attempt: Attempt) {
         let counter = match attempt {
@@ -312,11 +322,11 @@ fn micros(took: Duration) -> u64 {
 
 /// Counts a request at a backend for as long as it lives.
 #[derive(Debug)]
-pub struct InFlight(Arc<BackendRuntime>);
+pub struct InFlight(Arc<BackendState>);
 
 impl InFlight {
     /// One more.
-    pub fn enter(backend: &Arc<BackendRuntime>) -> Self {
+    pub fn enter(backend: &Arc<BackendState>) -> Self {
         backend.in_flight.fetch_add(1, Ordering::Relaxed);
         Self(backend.clone())
     }
@@ -334,7 +344,7 @@ mod tests {
 
     #[test]
     fn the_fleet_is_what_others_have_and_what_is_here_now() {
-        let backend = Arc::new(BackendRuntime::default());
+        let backend = Arc::new(BackendState::default());
         let held: Vec<InFlight> = (0..3).map(|_| InFlight::enter(&backend)).collect();
         assert_eq!(backend.fleet_in_flight(4), 12.0, "nothing is known of others: they are like this one");
         assert_eq!(backend.report_in_flight(), 3);
@@ -352,7 +362,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_recovers_is_ramped_from_the_verdict_on() {
-        let backend = BackendRuntime::default();
+        let backend = BackendState::default();
         backend.set_health(HealthState::Recovering);
         tokio::time::advance(std::time::Duration::from_secs(30)).await;
         backend.set_health(HealthState::Recovering);

@@ -11,13 +11,13 @@ static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Lets one line in a minute pass and counts those it holds back. Never waits.
 #[derive(Debug, Default)]
-pub(crate) struct Seldom {
+pub(crate) struct LogThrottle {
     /// Milliseconds from the start of the process until the next line may be written; zero is now.
     next: AtomicU64,
     held: AtomicU64,
 }
 
-impl Seldom {
+impl LogThrottle {
     /// Whether to write a line now, and how many were held back since the last one.
     pub(crate) fn pass(&self) -> Option<u64> {
         self.pass_at(START.elapsed())
@@ -28,7 +28,7 @@ impl Seldom {
         let next = self.next.load(Ordering::Relaxed);
         let after = millis(now.saturating_add(INTERVAL));
         let due = next <= millis(now);
-        // Of several at the same moment one writes.
+        // Of several at once one writes.
         if due && self.next.compare_exchange(next, after, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             return Some(self.held.swap(0, Ordering::Relaxed));
         }
@@ -43,10 +43,10 @@ mod tests {
 
     #[test]
     fn one_line_a_minute_passes_and_says_how_many_did_not() {
-        let (seldom, second) = (Seldom::default(), Duration::from_secs(1));
-        assert_eq!(seldom.pass_at(second), Some(0));
-        assert!((2..61).all(|at| seldom.pass_at(second * at).is_none()));
-        assert_eq!(seldom.pass_at(second * 61), Some(59));
-        assert_eq!(seldom.pass_at(second * 200), Some(0));
+        let (throttle, second) = (LogThrottle::default(), Duration::from_secs(1));
+        assert_eq!(throttle.pass_at(second), Some(0));
+        assert!((2..61).all(|at| throttle.pass_at(second * at).is_none()));
+        assert_eq!(throttle.pass_at(second * 61), Some(59));
+        assert_eq!(throttle.pass_at(second * 200), Some(0));
     }
 }
