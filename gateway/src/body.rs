@@ -20,12 +20,12 @@ use tokio::time::{Instant, Sleep};
 use weir_ratelimit::Kind;
 use weir_runtime::edge::RequestClock;
 
-use crate::account::{Admission, STEP_TOKENS};
 use crate::api::response::Rewriter;
 use crate::api::usage::Usage;
 use crate::context::RequestContext;
 use crate::error::GatewayError;
 use crate::intake::Room;
+use crate::limits::reservation::{Reservation, STEP_TOKENS};
 use crate::routing::backend_state::{Attempt, InFlight};
 use crate::send::Target;
 use crate::server::WRITE_STALL;
@@ -146,7 +146,7 @@ enum State {
 #[derive(Debug)]
 pub struct StreamEnd {
     /// What it reserved.
-    pub admission: Admission,
+    pub reservation: Reservation,
     /// The prompt's tokens as reserved, for when the backend does not say.
     pub prompt_tokens: u64,
     /// Where it runs.
@@ -169,7 +169,7 @@ impl StreamBody {
         let now = Instant::now();
         let first = rewriter.push(first);
         let timer = Box::pin(tokio::time::sleep_until(clocks.deadline.min(now + clocks.idle)));
-        let charged = end.admission.reserved.get(Kind::OutputTokens);
+        let charged = end.reservation.reserved.get(Kind::OutputTokens);
         Self { state: State::Peeked(first), upstream, rewriter, clocks, timer, last_chunk: now, charged, end }
     }
 
@@ -225,7 +225,7 @@ impl StreamBody {
         if tokens >= self.charged.saturating_add(STEP_TOKENS) {
             self.charged = tokens;
             let cost = self.end.target.cost(self.end.prompt_tokens, tokens);
-            self.end.admission.streamed(cost);
+            self.end.reservation.streamed(cost);
         }
     }
 
@@ -306,12 +306,12 @@ impl Drop for StreamBody {
         // First: it is charged whatever becomes of the rest.
         self.end.context.tokens = Some((prompt, completion, source));
         let cost = self.end.target.cost(prompt, completion);
-        self.end.admission.used(cost);
+        self.end.reservation.used(cost);
         if let Some(found) = &facts.implausible {
             self.end.target.implausible(found);
         } else if facts.complete() {
             let prompt = facts.usage.and_then(|usage| usage.prompt);
-            self.end.admission.learn(prompt, Some(completion));
+            self.end.reservation.learn(prompt, Some(completion));
         }
     }
 }

@@ -18,13 +18,13 @@ use weir_ratelimit::{
     Cost, FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What,
 };
 
-use crate::account::Ledger;
 use crate::headers::millis;
+use crate::limits::ledger::Ledger;
+use crate::limits::{price, spend_period};
 use crate::live::Live;
 use crate::routing::backend::ModelBackend;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
-use crate::{budget, send};
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -118,12 +118,11 @@ pub async fn explain(live: &Live, ledger: &Ledger, question: &Question) -> Resul
     let model = model.ok_or_else(|| unknown("model", &question.model))?.clone();
     let (input, output) =
         question.tokens.unwrap_or_else(|| (0, ledger.estimates.output(&key.tenant.queue, &model.queue)));
-    let cost = send::cost(&model, input, output);
+    let cost = price::cost(&model, input, output);
 
     let now = SystemTime::now();
     let own = snapshot.scopes(&key, &model.name);
-    let budgets: Vec<ScopeEntry> =
-        own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
+    let budgets = spend_period::scopes(&own, now);
     let entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
     let mut rows = rows(ledger, &entries, &cost, now).await?;
     let mut refusing = worst(&rows);

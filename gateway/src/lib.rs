@@ -1,7 +1,7 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
 //! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
-//! ([`api`], [`routing`], [`account`], [`send`]), [`body`] streams and gives everything back.
+//! ([`api`], [`routing`], [`limits`], [`send`]), [`body`] streams and gives everything back.
 //!
 //! Beside it: [`subscribe`] keeps the [snapshot](routing::snapshot) fresh ([`live`] is its handle), [`credentials`] those of backends,
 //! [`report`] exchanges what gateways see.
@@ -9,24 +9,21 @@
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
-pub mod account;
 pub mod api;
 pub mod authentication;
 pub mod body;
-pub mod budget;
 pub mod config;
 pub mod context;
 pub mod credentials;
 pub mod error;
-pub mod estimate;
 pub mod explain;
 pub mod headers;
 pub mod intake;
+pub mod limits;
 pub mod live;
 pub mod metrics;
 pub mod probe;
 pub mod pulse;
-pub mod reap;
 pub mod refusal;
 pub mod report;
 pub mod routing;
@@ -36,8 +33,6 @@ pub mod stack;
 pub mod subscribe;
 pub mod usage;
 
-mod calendar;
-mod groups;
 mod run;
 mod tries;
 mod weights;

@@ -314,7 +314,7 @@ impl Metrics {
         );
         r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
         r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
-        r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
+        r.register("limiter_duration_seconds", "How long an reservation took", m.limiter_duration.clone());
         r.register("limit_store_away", "1 while the limit store does not decide", m.limit_store_away.clone());
         r.register("limit_store_outages", "Times the limit store went away", m.limit_store_outages.clone());
         r.register(

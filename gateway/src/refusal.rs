@@ -6,8 +6,8 @@ use http::HeaderMap;
 use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
-use crate::groups::Groups;
 use crate::headers::{self, LimitKind, ShownLimits};
+use crate::limits::account_groups::Groups;
 use crate::routing::accounts::Accounts;
 use crate::routing::balance::Place;
 use crate::routing::scope::{ScopeEntry, ScopeKind};

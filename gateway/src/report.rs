@@ -27,7 +27,6 @@ use self::said::Said;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::pulse::Pulse;
-use crate::reap::Gone;
 use crate::routing::backend_state::Totals;
 
 /// Between two reports.
@@ -39,7 +38,7 @@ const NEWS: usize = 16;
 pub async fn run(
     live: Arc<Live>,
     metrics: Metrics,
-    gone: Gone,
+    gone: mpsc::Sender<String>,
     identity: Identity,
     links: Vec<Link>,
     shutdown: CancellationToken,
@@ -67,7 +66,10 @@ pub async fn run(
                         live.probes().heard();
                         let decided = said.decided(&message);
                         said.note(&message);
-                        message.gone_incarnations.iter().for_each(|incarnation| gone.tell(incarnation));
+                        for incarnation in &message.gone_incarnations {
+                            // Without room its leases run out by themselves.
+                            let _ = gone.try_send(incarnation.clone());
+                        }
                         take(&live, &message);
                         let delays = decided.iter().filter_map(|at| SystemTime::now().duration_since(*at).ok());
                         delays.for_each(|delay| metrics.verdict_delay.observe(delay.as_secs_f64()));

@@ -20,15 +20,15 @@ use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
 use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
 
-use crate::account::Ledger;
 use crate::authentication::Failures;
 use crate::config::Config;
 use crate::credentials::Credentials;
 use crate::intake::BodyMemory;
+use crate::limits::ledger::Ledger;
+use crate::limits::orphan_reaper::Reaper;
 use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
 use crate::probe::Prober;
-use crate::reap::Reaper;
 use crate::routing::upstream::Resolver;
 use crate::stack::Gateway;
 use crate::subscribe::Publisher;

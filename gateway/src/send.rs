@@ -20,6 +20,7 @@ use crate::api::usage::Implausible;
 use crate::error::GatewayError;
 use crate::headers;
 use crate::intake::{BodyMemory, Room};
+use crate::limits::price;
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
 use crate::routing::backend::BackendEntry;
 use crate::routing::backend_state::Attempt;
@@ -139,15 +140,8 @@ impl Target {
 
     /// What so many tokens of this model cost.
     pub fn cost(&self, prompt: u64, completion: u64) -> Cost {
-        cost(&self.model, prompt, completion)
+        price::cost(&self.model, prompt, completion)
     }
-}
-
-/// What so many tokens of a model cost; money is rounded up to the next micro-dollar.
-pub fn cost(model: &ModelEntry, prompt: u64, completion: u64) -> Cost {
-    let (input, output) = (model.spec.input_price_micro_dollars, model.spec.output_price_micro_dollars);
-    let spend = u128::from(prompt) * u128::from(input) + u128::from(completion) * u128::from(output);
-    Cost::of_request(prompt, completion, u64::try_from(spend.div_ceil(1_000_000)).unwrap_or(u64::MAX))
 }
 
 /// What a backend answered.

@@ -30,7 +30,6 @@ use weir_proto::resource::BalancingPolicy;
 use weir_ratelimit::{Cost, Decision, Kind};
 use weir_runtime::edge::{self, Client};
 
-use crate::account::{Admission, Ledger};
 use crate::api::request::{self, RouteKind};
 use crate::api::response::{
     BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
@@ -42,6 +41,8 @@ use crate::context::RequestContext;
 use crate::error::{Blame, GatewayError};
 use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
+use crate::limits::ledger::Ledger;
+use crate::limits::reservation::Reservation;
 use crate::live::Live;
 use crate::metrics::{AuthenticationLabels, Metrics};
 use crate::routing::balance::{prefix_hash, stable_hash};
@@ -296,7 +297,7 @@ impl Call<'_> {
         if places.is_empty() {
             return Err(GatewayError::NoBackend { retry_after: None });
         }
-        let (mut admission, decision, chosen) = self.admit(model, &places, slot).await?;
+        let (mut reservation, decision, chosen) = self.admit(model, &places, slot).await?;
         pool.state.count_request();
         if places[chosen].index != places[0].index {
             model.reassign(places[0].index, places[chosen].index);
@@ -306,7 +307,7 @@ impl Call<'_> {
             slot.as_ref().and_then(|context| HeaderValue::try_from(context.request_id.as_str()).ok());
         let tries = Tries {
             model,
-            admission: &mut admission,
+            reservation: &mut reservation,
             metrics: &self.gateway.metrics,
             context: slot.as_deref_mut(),
             stream: self.asked.stream,
@@ -317,19 +318,19 @@ impl Call<'_> {
             outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
         };
         match tries.run(places[chosen].index, tries::others(&places, chosen)).await {
-            Ok(won) => self.answer(won, admission, decision, slot, deadline),
+            Ok(won) => self.answer(won, reservation, decision, slot, deadline),
             Err(error) => {
                 if unknown_outcome(&error) {
                     // It may have generated to the end without our seeing it: what was reserved stands.
-                    let reserved = admission.reserved;
-                    admission.used(reserved);
+                    let reserved = reservation.reserved;
+                    reservation.used(reserved);
                     if let Some(context) = slot {
                         let (input, output) = (Kind::InputTokens, Kind::OutputTokens);
                         context.tokens = Some((reserved.get(input), reserved.get(output), "reserved"));
                     }
                 } else {
                     // It got no answer, so it used nothing.
-                    admission.used(weir_ratelimit::Cost::default());
+                    reservation.used(weir_ratelimit::Cost::default());
                 }
                 Err(error)
             }
@@ -373,7 +374,7 @@ impl Call<'_> {
     fn answer(
         &self,
         won: Won,
-        mut admission: Admission,
+        mut reservation: Reservation,
         mut decision: Decision,
         slot: &mut Slot,
         deadline: Instant,
@@ -406,12 +407,12 @@ impl Call<'_> {
                 }
                 context.tokens = Some((prompt, completion, source));
                 let cost = target.cost(prompt, completion);
-                admission.used(cost);
+                reservation.used(cost);
                 if status.is_success() && plausible {
                     let usage = usage.unwrap_or_default();
-                    admission.learn(usage.prompt, usage.completion);
+                    reservation.learn(usage.prompt, usage.completion);
                 }
-                refusal::settled(&mut decision, &admission.reserved, &cost);
+                refusal::settled(&mut decision, &reservation.reserved, &cost);
                 // A good answer was read as JSON when it came.
                 let content = match status.is_success() || is_error_object(&body).is_ok() {
                     true => Content::Json,
@@ -443,7 +444,7 @@ impl Call<'_> {
                 client_headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
                 refusal::write_limits(&mut client_headers, &decision);
                 headers::write_wait(&mut client_headers, waited);
-                let end = StreamEnd { admission, prompt_tokens, target, in_flight, context };
+                let end = StreamEnd { reservation, prompt_tokens, target, in_flight, context };
                 let stream = StreamBody::new(first, rest, Rewriter::new(plan), clocks, end);
                 let mut response = Response::new(Body::Stream(Box::pin(stream)));
                 *response.headers_mut() = client_headers;

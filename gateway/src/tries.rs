@@ -19,11 +19,13 @@ use tokio::time::{Instant, sleep_until};
 use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Outcome};
 
-use crate::account::LEASE_TTL;
-use crate::account::{Admission, Asked, NewSlot};
 use crate::context::RequestContext;
 use crate::error::GatewayError;
-use crate::groups::Groups;
+use crate::limits::account_groups::Groups;
+use crate::limits::ledger::LEASE_TTL;
+use crate::limits::price;
+use crate::limits::reservation::{Asked, Reservation};
+use crate::limits::slot_lease::NewSlot;
 use crate::metrics::Metrics;
 use crate::refusal;
 use crate::routing::backend::ModelBackend;
@@ -38,7 +40,7 @@ const PARALLEL_MAX: usize = 2;
 /// A request that was admitted.
 pub(crate) struct Tries<'a, F> {
     pub(crate) model: &'a Arc<ModelEntry>,
-    pub(crate) admission: &'a mut Admission,
+    pub(crate) reservation: &'a mut Reservation,
     pub(crate) metrics: &'a Metrics,
     pub(crate) context: Option<&'a mut RequestContext>,
     pub(crate) stream: bool,
@@ -66,7 +68,7 @@ struct Try {
     in_flight: InFlight,
     slot: Key,
     /// Its reservation at its account, where that is not part of the request's own.
-    account: Option<Box<Admission>>,
+    account: Option<Box<Reservation>>,
     /// Whether the account's part of the request's own reservation is for this try.
     first: bool,
     /// From then on it is not waited for alone.
@@ -76,7 +78,7 @@ struct Try {
 /// A backend whose slot was taken, and what was reserved at its account, if that is limited.
 struct Taken {
     index: usize,
-    account: Option<Box<Admission>>,
+    account: Option<Box<Reservation>>,
 }
 
 /// What a slot was taken with: it is given back with this value.
@@ -84,7 +86,7 @@ enum Held {
     /// By itself, for the request's own reservation.
     Slot(NewSlot),
     /// With a reservation at the account of its backend.
-    Account(Box<Admission>),
+    Account(Box<Reservation>),
 }
 
 type Done = (u32, Result<Answer, GatewayError>);
@@ -159,17 +161,17 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             return self.move_slot(None, left).await;
         }
         let (groups, whole) = self.whole(left);
-        let (decision, held) = ask(self.admission, &groups, &whole, None).await?;
+        let (decision, held) = ask(self.reservation, &groups, &whole, None).await?;
         Ok(self.taken(&decision, held, left))
     }
 
     /// The same where no account is limited, in place of `from` if there is one.
     async fn move_slot(&mut self, from: Option<&Key>, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
         let candidates = candidates(self.model, left);
-        let ledger = self.admission.ledger();
-        let taken = ledger.take_slot(self.admission.id, from.cloned(), candidates).await?;
+        let ledger = self.reservation.ledger();
+        let taken = ledger.take_slot(self.reservation.id, from.cloned(), candidates).await?;
         if let Some(from) = from {
-            self.admission.moved(from);
+            self.reservation.moved(from);
         }
         Ok(taken.map(|(at, slot)| self.took(at, Held::Slot(slot), left)))
     }
@@ -211,12 +213,12 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             bytes: 0,
             alternatives: groups.alternatives(),
         };
-        let ledger = self.admission.ledger().clone();
-        let admission = &*self.admission;
+        let ledger = self.reservation.ledger().clone();
+        let reservation = &*self.reservation;
         let asking = |queue: Option<&QueueId>| {
             let queue = queue.cloned();
             let (groups, call) = (&groups, &call);
-            async move { ask(admission, groups, call, queue.as_ref()).await }
+            async move { ask(reservation, groups, call, queue.as_ref()).await }
         };
         let waited = ledger.waiting.acquire(&call, &patience, asking).await?;
         if let Some(context) = &mut self.context {
@@ -227,10 +229,10 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
 
     /// The call for what is left, by account.
     fn whole(&self, left: &[Place]) -> (Groups, Acquire) {
-        let (accounts, reserved) = (&self.model.accounts, &self.admission.reserved);
+        let (accounts, reserved) = (&self.model.accounts, &self.reservation.reserved);
         let groups = refusal::usable_accounts(accounts, left, 0, reserved, &self.least).unwrap_or_default();
         let call = Acquire {
-            id: self.admission.id,
+            id: self.reservation.id,
             cost: *reserved,
             estimated: true,
             scopes: groups.entries(accounts).map(|entry| entry.limits.clone()).collect(),
@@ -253,7 +255,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             // The slot is part of the reservation there.
             Held::Account(account) => Some(account),
             Held::Slot(slot) => {
-                slot.keep().into_iter().for_each(|slot| self.admission.took(slot));
+                slot.keep().into_iter().for_each(|slot| self.reservation.took(slot));
                 None
             }
         };
@@ -266,9 +268,9 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             // Dropped here, which ends it.
             Some(mut account) => account.used(account.reserved),
             None => {
-                self.admission.release(&done.slot);
+                self.reservation.release(&done.slot);
                 if done.first {
-                    self.admission.leave_account();
+                    self.reservation.leave_account();
                 }
             }
         }
@@ -278,7 +280,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
     fn stands(&mut self, done: Try) {
         match done.account {
             Some(mut account) => account.used(account.reserved),
-            None if done.first => self.admission.leave_account(),
+            None if done.first => self.reservation.leave_account(),
             None => {}
         }
     }
@@ -291,7 +293,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                 account.used(account.reserved);
                 account.vacate(&done.slot, true).await
             }
-            None => self.admission.vacate(&done.slot, done.first).await,
+            None => self.reservation.vacate(&done.slot, done.first).await,
         }
     }
 
@@ -322,10 +324,10 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         // From here on the backend may have read the prompt, and where the answer comes whole, have written it too: a
         // request that ends now has used that.
         let used = match self.stream {
-            true => send::cost(self.model, self.prompt_tokens, 0),
-            false => self.admission.reserved,
+            true => price::cost(self.model, self.prompt_tokens, 0),
+            false => self.reservation.reserved,
         };
-        self.admission.used(used);
+        self.reservation.used(used);
         let outgoing = (self.outgoing)(&target)?;
         if let Some(account) = &mut account {
             account.used(used);
@@ -357,7 +359,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             self.give_up(other);
         }
         if let Some(account) = account {
-            self.admission.answered_under(account);
+            self.reservation.answered_under(account);
         }
         if let Some(context) = &mut self.context {
             context.backend = Some(target.backend.name.to_string());
@@ -369,17 +371,17 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
 /// Asks for a slot once around, run by run of one account each: where that is limited by a reservation there, else by a
 /// slot of the request's own reservation.
 async fn ask(
-    admission: &Admission,
+    reservation: &Reservation,
     groups: &Groups,
     whole: &Acquire,
     queue: Option<&QueueId>,
 ) -> Result<(Decision, Option<Held>), Error> {
-    let ledger = admission.ledger();
+    let ledger = reservation.ledger();
     let mut round = groups.round(whole, |scopes| ledger.waiting.is_awaited(scopes, queue));
     while let Some((run, call)) = round.next() {
         let (decision, held) = match run.account {
             None => {
-                let taken = ledger.take_slot(admission.id, None, call.candidates).await?;
+                let taken = ledger.take_slot(reservation.id, None, call.candidates).await?;
                 let (outcome, held) = match taken {
                     Some((at, slot)) => (Outcome::Granted { slot: Some(at) }, Some(Held::Slot(slot))),
                     None => (Outcome::NoSlot { wait: LEASE_TTL }, None),
@@ -388,14 +390,14 @@ async fn ask(
             }
             Some(_) => {
                 let candidates = call.candidates.clone();
-                let asked = Box::pin(Admission::ask(ledger, call, None)).await;
-                let Asked { decision, mut admission, .. } = asked;
+                let asked = Box::pin(Reservation::ask(ledger, call, None)).await;
+                let Asked { decision, mut reservation, .. } = asked;
                 let decision = decision?;
-                admission.under_account(0);
+                reservation.under_account(0);
                 if let Outcome::Granted { slot } = decision.outcome {
-                    admission.granted(slot.map(|slot| candidates[slot].leases.clone()));
+                    reservation.granted(slot.map(|slot| candidates[slot].leases.clone()));
                 }
-                (decision, Some(Held::Account(Box::new(admission))))
+                (decision, Some(Held::Account(Box::new(reservation))))
             }
         };
         if let Some(decision) = round.heard(&run, decision) {

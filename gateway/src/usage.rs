@@ -13,19 +13,21 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use jiff::ToSpan as _;
+use jiff::civil::Date;
 use serde_json::{Value, json};
 use weir_proto::resource::Name;
 use weir_ratelimit::usage::USAGE_RECORDS_MAX;
 use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
 
-use crate::account::Ledger;
-use crate::calendar;
+use crate::limits::ledger::Ledger;
+use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
 use crate::live::Live;
 
 /// Days when none are named.
-const DAYS: u64 = 30;
+const DAYS: i32 = 30;
 /// Most days of a question: as long as they are kept.
-const DAYS_MAX: u64 = 400;
+const DAYS_MAX: i32 = 400;
 /// Most records (a tenant's day each) that one question reads.
 const RECORDS_MAX: usize = 20_000;
 /// Reads under way at once: the store has requests to admit meanwhile.
@@ -49,9 +51,9 @@ pub enum Unanswered {
 pub struct Question {
     tenant: Option<Name>,
     model: Option<Name>,
-    /// Days since 1970, both included.
-    first: u64,
-    last: u64,
+    /// UTC, both included.
+    first: Date,
+    last: Date,
     by: By,
 }
 
@@ -69,7 +71,7 @@ impl Question {
     ///
     /// # Errors
     /// When a parameter is not what it should be, or there are too many days.
-    pub fn parse(query: &str, today: u64) -> Result<Self, Unanswered> {
+    pub fn parse(query: &str, now: SystemTime) -> Result<Self, Unanswered> {
         let field = |name: &str| {
             query.split('&').filter_map(|pair| pair.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
         };
@@ -77,15 +79,15 @@ impl Question {
             field(of).map(|text| Name::parse(text).map_err(|_| Unanswered::BadQuery(message))).transpose()
         };
         let day = |of, message| {
-            field(of).map(|text| calendar::parse(text).ok_or(Unanswered::BadQuery(message))).transpose()
+            field(of).map(|text| parse_day(text).ok_or(Unanswered::BadQuery(message))).transpose()
         };
-        let last = day("to", "to: must be a day such as 2026-11-23")?.unwrap_or(today);
+        let last = day("to", "to: must be a day such as 2026-11-23")?.unwrap_or_else(|| day_of(now));
         let first = day("from", "from: must be a day such as 2026-11-23")?;
-        let first = first.unwrap_or(last.saturating_sub(DAYS - 1));
+        let first = first.unwrap_or_else(|| last.saturating_sub((DAYS - 1).days()).max(FIRST_DAY));
         if first > last {
             return Err(Unanswered::BadQuery("from: must not be after to"));
         }
-        if last - first >= DAYS_MAX {
+        if (last - first).get_days() >= DAYS_MAX {
             return Err(Unanswered::BadQuery("from: at most 400 days are kept"));
         }
         Ok(Self {
@@ -124,8 +126,7 @@ async fn answer(
     State((live, ledger)): State<(Arc<Live>, Arc<Ledger>)>,
     RawQuery(query): RawQuery,
 ) -> Response {
-    let today = calendar::day_of(SystemTime::now());
-    let answered = match Question::parse(&query.unwrap_or_default(), today) {
+    let answered = match Question::parse(&query.unwrap_or_default(), SystemTime::now()) {
         Ok(question) => tell(&live, &ledger, &question).await,
         Err(error) => Err(error),
     };
@@ -151,7 +152,12 @@ pub async fn tell(live: &Live, ledger: &Arc<Ledger>, question: &Question) -> Res
         Some(tenant) => vec![tenant],
         None => snapshot.tenants.iter().collect(),
     };
-    let days: Vec<String> = (question.first..=question.last).map(calendar::label).collect();
+    let days: Vec<String> = question
+        .first
+        .series(1.day())
+        .take_while(|day| *day <= question.last)
+        .map(|day| day.to_string())
+        .collect();
     if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
         return Err(Unanswered::BadQuery(
             "from: fewer days, please, or one tenant: that is too much to read at once",
@@ -189,7 +195,7 @@ pub async fn tell(live: &Live, ledger: &Arc<Ledger>, question: &Question) -> Res
         row
     };
     Ok(json!({
-        "from": calendar::label(question.first), "to": calendar::label(question.last),
+        "from": question.first.to_string(), "to": question.last.to_string(),
         "rows": rows.iter().map(value).collect::<Vec<_>>(), "total": figures(&total),
     }))
 }
@@ -219,15 +225,21 @@ async fn read(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use jiff::civil::date;
+
     use super::*;
 
     #[test]
     fn a_question_has_bounds_and_defaults() {
-        let question = Question::parse("", 20_780).expect("whole");
-        assert_eq!((question.first, question.last), (20_751, 20_780));
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(20_780 * 24 * 60 * 60);
+        let question = Question::parse("", now).expect("whole");
+        assert_eq!((question.first, question.last), (date(2026, 10, 25), date(2026, 11, 23)));
         assert_eq!(question.by, By { tenant: true, model: true, day: true });
-        let question = Question::parse("tenant=acme&from=2026-11-01&to=2026-11-23&by=day", 0).expect("whole");
-        assert_eq!((question.first, question.last), (20_758, 20_780));
+        let question =
+            Question::parse("tenant=acme&from=2026-11-01&to=2026-11-23&by=day", now).expect("whole");
+        assert_eq!((question.first, question.last), (date(2026, 11, 1), date(2026, 11, 23)));
         assert_eq!(question.by, By { tenant: false, model: false, day: true });
         let wrong = [
             "tenant=A!",
@@ -240,7 +252,7 @@ mod tests {
             "from=2020-01-01",
         ];
         for query in wrong {
-            assert!(matches!(Question::parse(query, 20_780), Err(Unanswered::BadQuery(_))), "{query}");
+            assert!(matches!(Question::parse(query, now), Err(Unanswered::BadQuery(_))), "{query}");
         }
     }
 }

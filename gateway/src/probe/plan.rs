@@ -8,7 +8,8 @@ use weir_proto::v1::ProbeOutcome;
 use super::counted::Counted;
 use super::judge::Seen;
 use super::look::{self, Depth, Known, Looked};
-use crate::account::{Ledger, SlotLease};
+use crate::limits::ledger::Ledger;
+use crate::limits::slot_lease::SlotLease;
 use crate::routing::backend::BackendEntry;
 use crate::routing::entries::ModelEntry;
 

@@ -71,7 +71,7 @@ pub struct ScopeEntry {
     pub name: String,
     /// How long a request may wait for it.
     pub max_wait: Duration,
-    /// Its money per period; the admission makes a scope of it.
+    /// Its money per period; each period is a scope of its own while it lasts.
     pub budget: Option<Budget>,
     /// When it begins anew, for what does not drain.
     pub renews: Option<SystemTime>,

@@ -10,16 +10,17 @@ use weir_ratelimit::waiting::{self, Alternatives, Patience, QueueId, SlotPatienc
 use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
 use super::{Call, Slot};
-use crate::account::LEASE_TTL;
-use crate::account::{Admission, Asked, Subject};
 use crate::api::request::RouteKind;
 use crate::error::GatewayError;
-use crate::groups::Groups;
+use crate::limits::account_groups::Groups;
+use crate::limits::ledger::LEASE_TTL;
+use crate::limits::reservation::{Asked, Reservation, Subject};
+use crate::limits::{price, spend_period};
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::routing::balance::Place;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::ScopeEntry;
-use crate::{budget, refusal, send, tries};
+use crate::{refusal, tries};
 
 /// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
 const CLIENT_TIMEOUTS: [&str; 2] = ["x-stainless-timeout", "x-stainless-read-timeout"];
@@ -33,11 +34,10 @@ impl Call<'_> {
         model: &Arc<ModelEntry>,
         places: &[Place],
         slot: &mut Slot,
-    ) -> Result<(Admission, Decision, usize), GatewayError> {
+    ) -> Result<(Reservation, Decision, usize), GatewayError> {
         let own = self.snapshot.scopes(self.key, &model.name);
         let now = SystemTime::now();
-        let budgets: Vec<ScopeEntry> =
-            own.iter().filter_map(|e| Some(budget::scope(e, e.budget.as_ref()?, now))).collect();
+        let budgets = spend_period::scopes(&own, now);
         let mut entries: Vec<&ScopeEntry> = own.into_iter().chain(&budgets).collect();
         let (reserved, least) = self.estimate(model);
         if let Some(never) = refusal::never_fits(&entries, &reserved, &least) {
@@ -111,10 +111,10 @@ impl Call<'_> {
         }
         match (refused, decision.outcome) {
             (None, Outcome::Granted { slot }) => {
-                let mut admission = with.ok_or(GatewayError::Internal)?;
-                admission.under_account(own);
-                admission.granted(slot.map(|s| call.candidates[s].leases.clone()));
-                Ok((admission, decision, slot.unwrap_or(0)))
+                let mut reservation = with.ok_or(GatewayError::Internal)?;
+                reservation.under_account(own);
+                reservation.granted(slot.map(|s| call.candidates[s].leases.clone()));
+                Ok((reservation, decision, slot.unwrap_or(0)))
             }
             (refused, _) => Err(refused.unwrap_or(GatewayError::Internal)),
         }
@@ -134,8 +134,8 @@ impl Call<'_> {
                 (learned.min(most.unwrap_or(u64::MAX)), most.unwrap_or(0))
             }
         };
-        let reserved = send::cost(model, prompt, expected.saturating_mul(choices));
-        (reserved, send::cost(model, prompt / 2, stated.saturating_mul(choices)))
+        let reserved = price::cost(model, prompt, expected.saturating_mul(choices));
+        (reserved, price::cost(model, prompt / 2, stated.saturating_mul(choices)))
     }
 
     fn subject(&self, model: &ModelEntry) -> Subject {
@@ -186,11 +186,15 @@ impl Call<'_> {
     }
 
     /// One decision. The admission is armed only if it was granted, or may have been.
-    async fn decide(&self, model: &ModelEntry, call: Acquire) -> Result<(Decision, Admission), GatewayError> {
+    async fn decide(
+        &self,
+        model: &ModelEntry,
+        call: Acquire,
+    ) -> Result<(Decision, Reservation), GatewayError> {
         let began = Instant::now();
         // On the heap: the request's future would hold all layers of the limiter.
-        let asked = Box::pin(Admission::ask(&self.gateway.ledger, call, Some(self.subject(model)))).await;
-        let Asked { decision, admission, by_memory } = asked;
+        let asked = Box::pin(Reservation::ask(&self.gateway.ledger, call, Some(self.subject(model)))).await;
+        let Asked { decision, reservation, by_memory } = asked;
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",
             Ok(Decision { outcome: Outcome::Limited { .. }, .. }) => "limited",
@@ -209,7 +213,7 @@ impl Call<'_> {
             tracing::warn!(%error, "a limit that is closed without its store refused a request");
             GatewayError::LimitStore
         })?;
-        Ok((decision, admission))
+        Ok((decision, reservation))
     }
 
     /// One decision where accounts are limited: run by run of the order of preference, until one is granted or the
@@ -222,19 +226,19 @@ impl Call<'_> {
         queue: Option<&QueueId>,
         patience: &Patience,
         entries: &[&ScopeEntry],
-    ) -> Result<(Decision, Admission), GatewayError> {
+    ) -> Result<(Decision, Reservation), GatewayError> {
         let ledger = &self.gateway.ledger;
         let mut round = groups.round(whole, |scopes| ledger.waiting.is_awaited(scopes, queue));
         let mut last = None;
         while let Some((run, call)) = round.next() {
-            let (decision, admission) = self.decide(model, call).await?;
+            let (decision, reservation) = self.decide(model, call).await?;
             if let Some(decision) = round.heard(&run, decision) {
                 for refused in round.refused() {
                     self.gateway.metrics.pulse.decided(entries, refused);
                 }
-                return Ok((decision, admission));
+                return Ok((decision, reservation));
             }
-            last = Some(admission);
+            last = Some(reservation);
         }
         let max_wait = |scope: usize| patience.scopes.get(scope).copied().unwrap_or_default();
         Ok((round.refusal(max_wait), last.ok_or(GatewayError::Internal)?))

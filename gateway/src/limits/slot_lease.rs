@@ -10,8 +10,7 @@ use uuid::Uuid;
 use weir_ratelimit::waiting::{Alternatives, Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Limiter, Outcome, Scopes};
 
-use super::LEASE_TTL;
-use super::{Job, Ledger};
+use super::ledger::{Job, LEASE_TTL, Ledger};
 use crate::routing::backend::BackendEntry;
 use crate::routing::entries::ModelEntry;
 

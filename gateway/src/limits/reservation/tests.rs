@@ -7,7 +7,7 @@ use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::{AnyLimiter, Bucket, Candidate, Holder, Mode, Scope, What, WithoutStore, scope_keys};
 
 use super::*;
-use crate::account::LedgerWorker;
+use crate::limits::ledger::LedgerWorker;
 use crate::metrics::Metrics;
 
 const CAPACITY: u64 = 10_000;
@@ -62,33 +62,33 @@ fn world() -> World {
 
 impl World {
     /// Admitted under the tenant's limits and those of account `x`, at backend `bx`, with 100 tokens reserved.
-    async fn admitted(&self) -> Admission {
-        let mut admission = self.granted(&[own(), account("x")], "bx", Some(subject())).await;
-        admission.under_account(1);
-        admission
+    async fn admitted(&self) -> Reservation {
+        let mut reservation = self.granted(&[own(), account("x")], "bx", Some(subject())).await;
+        reservation.under_account(1);
+        reservation
     }
 
     /// A later try, under account `y` at backend `by`.
-    async fn elsewhere(&self) -> Box<Admission> {
-        let mut admission = self.granted(&[account("y")], "by", None).await;
-        admission.under_account(0);
-        Box::new(admission)
+    async fn elsewhere(&self) -> Box<Reservation> {
+        let mut reservation = self.granted(&[account("y")], "by", None).await;
+        reservation.under_account(0);
+        Box::new(reservation)
     }
 
-    async fn granted(&self, scopes: &[ScopeLimits], backend: &str, subject: Option<Subject>) -> Admission {
+    async fn granted(&self, scopes: &[ScopeLimits], backend: &str, subject: Option<Subject>) -> Reservation {
         let call = Acquire {
             id: Uuid::nil(),
             cost: tokens(100),
             estimated: true,
             scopes: scopes.iter().cloned().collect(),
             candidates: vec![Candidate { leases: slot(backend), max_concurrency: 9, bound: None }],
-            lease_ttl: crate::account::LEASE_TTL,
+            lease_ttl: crate::limits::ledger::LEASE_TTL,
         };
-        let asked = Admission::ask(&self.ledger, call, subject).await;
+        let asked = Reservation::ask(&self.ledger, call, subject).await;
         assert!(matches!(asked.decision.expect("decided").outcome, Outcome::Granted { .. }));
-        let mut admission = asked.admission;
-        admission.granted(Some(slot(backend)));
-        admission
+        let mut reservation = asked.reservation;
+        reservation.granted(Some(slot(backend)));
+        reservation
     }
 
     /// Requests and tokens that are charged, and leases, of the tenant, of `x` and of `y`; after everything was settled.
@@ -121,9 +121,9 @@ fn subject() -> Subject {
 #[tokio::test(start_paused = true)]
 async fn the_account_of_the_only_try_is_settled_with_what_was_used() {
     let world = world();
-    let mut admission = world.admitted().await;
-    admission.used(tokens(70));
-    drop(admission);
+    let mut reservation = world.admitted().await;
+    reservation.used(tokens(70));
+    drop(reservation);
     assert_eq!(world.stands().await, [(1, 70, 0), (1, 70, 0), (0, 0, 0)]);
 }
 
@@ -131,14 +131,14 @@ async fn the_account_of_the_only_try_is_settled_with_what_was_used() {
 async fn a_failed_try_stands_at_its_account_and_the_winner_is_settled_with_what_was_used() {
     for used in [70, 100, 250] {
         let world = world();
-        let mut admission = world.admitted().await;
-        admission.used(tokens(100));
-        admission.vacate(&slot("bx"), true).await.expect("given back");
+        let mut reservation = world.admitted().await;
+        reservation.used(tokens(100));
+        reservation.vacate(&slot("bx"), true).await.expect("given back");
         let mut other = world.elsewhere().await;
         other.used(tokens(100));
-        admission.answered_under(other);
-        admission.used(tokens(used));
-        drop(admission);
+        reservation.answered_under(other);
+        reservation.used(tokens(used));
+        drop(reservation);
         assert_eq!(world.stands().await, [(1, used, 0), (1, 100, 0), (1, used, 0)], "{used} used");
     }
 }
@@ -146,47 +146,47 @@ async fn a_failed_try_stands_at_its_account_and_the_winner_is_settled_with_what_
 #[tokio::test(start_paused = true)]
 async fn an_overtaken_try_stands_and_gives_back_what_it_holds_at_once() {
     let world = world();
-    let mut admission = world.admitted().await;
+    let mut reservation = world.admitted().await;
     let mut other = world.elsewhere().await;
     other.used(other.reserved);
     drop(other);
-    admission.used(tokens(30));
-    drop(admission);
+    reservation.used(tokens(30));
+    drop(reservation);
     assert_eq!(world.stands().await, [(1, 30, 0), (1, 30, 0), (1, 100, 0)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_request_that_got_no_answer_used_nothing_but_its_accounts_stand() {
     let world = world();
-    let mut admission = world.admitted().await;
-    admission.leave_account();
+    let mut reservation = world.admitted().await;
+    reservation.leave_account();
     let mut other = world.elsewhere().await;
     other.used(other.reserved);
     drop(other);
-    admission.used(Cost::default());
-    drop(admission);
+    reservation.used(Cost::default());
+    drop(reservation);
     assert_eq!(world.stands().await, [(0, 0, 0), (1, 100, 0), (1, 100, 0)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn steps_of_a_stream_weigh_on_the_account_that_answers() {
     let world = world();
-    let mut admission = world.admitted().await;
-    admission.leave_account();
-    admission.answered_under(world.elsewhere().await);
-    admission.streamed(tokens(100 + STEP_TOKENS));
-    admission.used(tokens(400));
-    drop(admission);
+    let mut reservation = world.admitted().await;
+    reservation.leave_account();
+    reservation.answered_under(world.elsewhere().await);
+    reservation.streamed(tokens(100 + STEP_TOKENS));
+    reservation.used(tokens(400));
+    drop(reservation);
     assert_eq!(world.stands().await, [(1, 400, 0), (1, 100, 0), (1, 400, 0)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn who_leaves_while_an_account_is_asked_leaves_nothing_behind() {
     let world = world();
-    let admission = world.admitted().await;
+    let reservation = world.admitted().await;
     let mut other = world.elsewhere().await;
     // Granted, and dropped before anything was sent there.
     other.used(Cost::default());
-    drop((admission, other));
+    drop((reservation, other));
     assert_eq!(world.stands().await, [(0, 0, 0); 3]);
 }

@@ -15,8 +15,7 @@ use tokio_util::sync::CancellationToken;
 use weir_ratelimit::holder::{self, REAP_SETS_MAX, ROLL_LIFE};
 use weir_ratelimit::{Holder, Key, Limiter};
 
-use crate::account::LEASE_TTL;
-use crate::account::Ledger;
+use super::ledger::{LEASE_TTL, Ledger};
 use crate::live::Live;
 use crate::metrics::{GoneLabels, Metrics};
 use crate::routing::scope::ScopeEntry;
@@ -31,18 +30,6 @@ const LIVES: Duration = Duration::from_secs(2 * ROLL_LIFE.as_secs());
 /// Gateways that may wait to be looked at; leases of more run out by themselves.
 const QUEUE: usize = 256;
 
-/// Where the report lane hands in who is gone.
-#[derive(Debug, Clone)]
-pub struct Gone(mpsc::Sender<String>);
-
-impl Gone {
-    /// The gateway of this incarnation is gone, says the control plane.
-    pub fn tell(&self, incarnation: &str) {
-        // Without room its leases run out by themselves.
-        let _ = self.0.try_send(incarnation.to_owned());
-    }
-}
-
 /// Beats and frees; must be run.
 #[derive(Debug)]
 pub struct Reaper {
@@ -54,10 +41,16 @@ pub struct Reaper {
 }
 
 impl Reaper {
-    /// Of the gateway whose leases bear the mark of `own`.
-    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics, own: Holder) -> (Gone, Self) {
+    /// Of the gateway whose leases bear the mark of `own`. The report stream sends the incarnations of gateways that are
+    /// gone; without room their leases run out by themselves.
+    pub fn new(
+        live: Arc<Live>,
+        ledger: Arc<Ledger>,
+        metrics: Metrics,
+        own: Holder,
+    ) -> (mpsc::Sender<String>, Self) {
         let (sender, gone) = mpsc::channel(QUEUE);
-        (Gone(sender), Self { live, ledger, metrics, own, gone })
+        (sender, Self { live, ledger, metrics, own, gone })
     }
 
     /// Runs until `shutdown`, and says then that this gateway has ended.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use jiff::civil::Date;
 use smallvec::SmallVec;
 use uuid::Uuid;
 use weir_ratelimit::{
@@ -10,8 +11,8 @@ use weir_ratelimit::{
     Settle, Tally, Usage,
 };
 
-use super::{Job, Ledger};
-use crate::calendar;
+use super::ledger::{Job, Ledger};
+use super::spend_period;
 
 /// Tokens that a stream may be ahead of what it was charged for. What it generates beyond its reservation is charged
 /// in steps of this size, so that a long answer weighs on its limits while it runs.
@@ -36,14 +37,14 @@ pub struct Asked {
     /// The decision.
     pub decision: Result<Decision, Error>,
     /// Armed only if it was granted, or may have been.
-    pub admission: Admission,
+    pub reservation: Reservation,
     /// The limiter was not asked: the refusal was known.
     pub by_memory: bool,
 }
 
 /// A reservation and its leases, from before it is asked for to the end of the request, or of one try.
 #[derive(Debug)]
-pub struct Admission {
+pub struct Reservation {
     ledger: Arc<Ledger>,
     /// The reservation.
     pub id: Uuid,
@@ -54,14 +55,14 @@ pub struct Admission {
     /// The try under that account is over: what was reserved there stands, and its leases are not ours any more.
     left: bool,
     /// What is reserved at the account of the backend that answers, when it is another try's.
-    elsewhere: Option<Box<Admission>>,
+    elsewhere: Option<Box<Reservation>>,
     /// What was reserved.
     pub reserved: Cost,
     actual: Cost,
     /// What was charged beyond the reservation while the answer streamed.
     stepped: Cost,
     /// Its day in the account of who used what: that of its admission.
-    day: u64,
+    day: Date,
     /// What that account has of it.
     noted: Tally,
     /// None for what is reserved at an account alone.
@@ -76,7 +77,7 @@ pub struct Admission {
 /// The limiter is being asked for an admission. Dropped before it has answered, as with a client that goes away, it leaves
 /// behind what the call may have taken.
 struct Asking<'a> {
-    admission: &'a mut Admission,
+    reservation: &'a mut Reservation,
     call: &'a Acquire,
     answered: bool,
 }
@@ -84,12 +85,13 @@ struct Asking<'a> {
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
         if !self.answered {
-            self.admission.perhaps = self.call.candidates.iter().map(|place| place.leases.clone()).collect();
+            self.reservation.perhaps =
+                self.call.candidates.iter().map(|place| place.leases.clone()).collect();
         }
     }
 }
 
-impl Admission {
+impl Reservation {
     /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
     /// away while the limiter is asked leaves nothing behind.
     pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Option<Subject>) -> Self {
@@ -99,7 +101,7 @@ impl Admission {
             elsewhere: None,
             ledger: ledger.clone(),
             id: ledger.holder.id(),
-            day: calendar::day_of(SystemTime::now()),
+            day: spend_period::day_of(SystemTime::now()),
             noted: Tally::default(),
             scopes,
             reserved,
@@ -116,15 +118,15 @@ impl Admission {
     /// a provider's account is nobody's. Large: it holds all layers of the limiter, so it belongs on the heap.
     pub async fn ask(ledger: &Arc<Ledger>, mut call: Acquire, subject: Option<Subject>) -> Asked {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
-        let mut admission = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
-        call.id = admission.id;
+        let mut reservation = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
+        call.id = reservation.id;
         let known = ledger.denials.answer(&call);
         let by_memory = known.is_some();
         let decision = match known {
             Some(refusal) => Ok(refusal),
             None => {
                 let before = ledger.denials.before(&call);
-                let mut asking = Asking { admission: &mut admission, call: &call, answered: false };
+                let mut asking = Asking { reservation: &mut reservation, call: &call, answered: false };
                 let decision = ledger.limiter.acquire(&call).await;
                 asking.answered = decision.is_ok();
                 drop(asking);
@@ -137,12 +139,12 @@ impl Admission {
         match decision.as_ref().map(|decision| &decision.outcome) {
             Ok(Outcome::Granted { slot }) => {
                 let place = slot.and_then(|at| call.candidates.get(at));
-                admission.slots = place.map(|place| place.leases.clone()).into_iter().collect();
+                reservation.slots = place.map(|place| place.leases.clone()).into_iter().collect();
             }
-            Ok(_) => admission.refused(),
+            Ok(_) => reservation.refused(),
             Err(_) => {}
         }
-        Asked { decision, admission, by_memory }
+        Asked { decision, reservation, by_memory }
     }
 
     /// Only so many of its scopes are the request's own; the rest are those of the account of its first try.
@@ -225,7 +227,7 @@ impl Admission {
     }
 
     /// The backend that answers is under this account, and not under the one it was admitted with.
-    pub fn answered_under(&mut self, account: Box<Admission>) {
+    pub fn answered_under(&mut self, account: Box<Reservation>) {
         self.elsewhere = Some(account);
     }
 
@@ -287,7 +289,7 @@ impl Admission {
     fn usage(&self, used: &Cost) -> Option<Usage> {
         let subject = self.subject.as_ref()?;
         let tally = Tally::of(used).minus(self.noted);
-        let record = || Key::usage(&subject.tenant, &calendar::label(self.day));
+        let record = || Key::usage(&subject.tenant, &self.day.to_string());
         (!tally.is_zero()).then(|| Usage { record: record(), model: subject.model.clone(), tally })
     }
 
@@ -303,7 +305,7 @@ impl Admission {
     }
 }
 
-impl Drop for Admission {
+impl Drop for Reservation {
     fn drop(&mut self) {
         if !self.armed {
             return;
@@ -326,7 +328,7 @@ impl Drop for Admission {
     }
 }
 
-impl Admission {
+impl Reservation {
     /// What ends it. A settlement applies one cost to all scopes of a reservation. Where the account stands at what was
     /// reserved, that is the smaller of the two; the account is debited the rest before, the request's own scopes after.
     fn settlements(&mut self, actual: Cost) -> SmallVec<[Box<Settle>; 1]> {

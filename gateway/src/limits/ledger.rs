@@ -1,19 +1,4 @@
-//! Accounting, exactly once on every way out.
-//!
-//! An [`Admission`] exists from before the limiter is asked until the last byte went out. Whatever ends the
-//! request ends the admission: it is settled with what was used by then, and dropping it is enough. `Drop` never
-//! waits: it hands the settlement to the [`Ledger`]'s worker over a bounded channel and counts what does not fit
-//! (those reservations stand at what was reserved, and their leases run out).
-//!
-//! Where a provider's account is limited, each try at it has a reservation there: the first one's is part of the
-//! request's own, a later one's is an admission of its own ([`Admission::ask`]). The account that answered is settled
-//! with what was used; one whose try failed or was overtaken stands at what was reserved, since providers count failed
-//! requests too (OpenAI: "unsuccessful requests contribute to your per-minute limit",
-//! <https://platform.openai.com/docs/guides/rate-limits>).
-
-mod admission;
-mod open;
-mod slot;
+//! What is reserved and not yet settled, and the worker that settles and renews it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,10 +13,8 @@ use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::waiting::Waiting;
 use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Holder, Key, Limiter, Renewal, Settle, Trouble};
 
-pub use self::admission::{Admission, Asked, STEP_TOKENS, Subject};
-use self::open::OpenLeases;
-pub use self::slot::{NewSlot, SlotLease};
-use crate::estimate::Estimates;
+use super::estimates::Estimates;
+use super::open_leases::OpenLeases;
 use crate::metrics::Metrics;
 
 /// How long a lease lives without renewal: 15 s; it is renewed every 5 s.
@@ -41,8 +24,8 @@ pub const LEASE_TTL: Duration = Duration::from_secs(15);
 const QUEUE: usize = 65_536;
 /// Settlements under way at once.
 const CONCURRENT: usize = 256;
-/// Tries of one settlement; it is idempotent, so an unknown outcome is simply tried again.
-const TRIES: u32 = 6;
+/// Attempts at one settlement; it is idempotent, so an unknown outcome is simply tried again.
+const ATTEMPTS: u32 = 6;
 /// Lost leases taken again at once.
 const RETAKES: usize = 64;
 
@@ -64,9 +47,9 @@ pub struct Ledger {
     pub denials: Denials,
     /// What requests will probably cost.
     pub estimates: Estimates,
-    metrics: Metrics,
-    holder: Holder,
-    queue: mpsc::Sender<Job>,
+    pub(super) metrics: Metrics,
+    pub(super) holder: Holder,
+    pub(super) queue: mpsc::Sender<Job>,
     leases: Mutex<OpenLeases>,
 }
 
@@ -77,9 +60,9 @@ pub struct LedgerWorker {
     queue: mpsc::Receiver<Job>,
 }
 
-/// What an admission hands to the worker.
+/// What a reservation hands to the worker.
 #[derive(Debug)]
-enum Job {
+pub(super) enum Job {
     /// It ended; each is made after the one before it, and once, however often it is tried. With a credit, less was
     /// used than reserved: somebody who waits for a bucket may fit then.
     Settle(Settles, Credit),
@@ -90,10 +73,10 @@ enum Job {
 }
 
 /// Settlements that belong together.
-type Settles = SmallVec<[Box<Settle>; 1]>;
+pub(super) type Settles = SmallVec<[Box<Settle>; 1]>;
 
 /// Whether a settlement gives something back.
-type Credit = bool;
+pub(super) type Credit = bool;
 
 impl Job {
     /// The lease sets that have a place more afterwards.
@@ -147,12 +130,12 @@ impl Ledger {
         (ledger.clone(), LedgerWorker { ledger, queue })
     }
 
-    fn leases(&self) -> MutexGuard<'_, OpenLeases> {
+    pub(super) fn leases(&self) -> MutexGuard<'_, OpenLeases> {
         lock(&self.leases)
     }
 
     /// The store has freed a lease: somebody who waits, here or at another gateway, has a place.
-    fn gave_back(&self, key: &Key) {
+    pub(super) fn gave_back(&self, key: &Key) {
         let held = self.leases().at(key);
         self.waiting.gave_back(key, held, self.limiter.gateways());
     }
@@ -250,7 +233,7 @@ async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
 async fn with_retries(ledger: Arc<Ledger>, job: Job) {
     let limiter = &ledger.limiter;
     let mut pause = Duration::from_millis(20);
-    for attempt in 1..=TRIES {
+    for attempt in 1..=ATTEMPTS {
         let done = match &job {
             Job::Settle(settles, _) => settle_all(&ledger, settles).await,
             Job::Cancel(settles, perhaps) => match settle_all(&ledger, settles).await {
@@ -269,7 +252,7 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
                 leases.into_iter().for_each(|key| ledger.gave_back(key));
                 return;
             }
-            Err(error) if error.trouble() != Trouble::Caller && attempt < TRIES => {
+            Err(error) if error.trouble() != Trouble::Caller && attempt < ATTEMPTS => {
                 tracing::debug!(%error, attempt, "the limit store is asked again");
                 tokio::time::sleep(pause).await;
                 pause *= 3;
