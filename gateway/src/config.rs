@@ -8,7 +8,7 @@ use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
-use crate::credentials::CredentialSources;
+use crate::control::credentials::CredentialSources;
 use crate::server::Bounds;
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.

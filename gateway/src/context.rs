@@ -12,14 +12,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use weir_runtime::edge::Client;
 
+use crate::control::traffic_report::TrafficCounter;
 use crate::headers::ShownLimits;
 use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
-use crate::pulse::Pulse;
 
 /// What is known of a request.
 #[derive(Debug)]
 pub struct RequestContext {
     metrics: Metrics,
+    traffic: Arc<TrafficCounter>,
     /// None from the end of the request on.
     under_way: Option<UnderWay>,
     /// When it arrived.
@@ -64,21 +65,21 @@ pub struct RequestContext {
 #[derive(Debug)]
 struct UnderWay {
     in_flight: Gauge,
-    pulse: Arc<Pulse>,
+    traffic: Arc<TrafficCounter>,
 }
 
 impl UnderWay {
-    fn begin(metrics: &Metrics) -> Self {
+    fn begin(metrics: &Metrics, traffic: &Arc<TrafficCounter>) -> Self {
         metrics.in_flight.inc();
-        metrics.pulse.began();
-        Self { in_flight: metrics.in_flight.clone(), pulse: metrics.pulse.clone() }
+        traffic.began();
+        Self { in_flight: metrics.in_flight.clone(), traffic: traffic.clone() }
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.in_flight.dec();
-        self.pulse.left();
+        self.traffic.left();
     }
 }
 
@@ -87,14 +88,20 @@ const REQUEST_ID_MAX_BYTES: usize = 128;
 
 impl RequestContext {
     /// A request arrived.
-    pub fn begin(metrics: &Metrics, headers: &http::HeaderMap, client: Client) -> Box<Self> {
-        let under_way = Some(UnderWay::begin(metrics));
+    pub fn begin(
+        metrics: &Metrics,
+        traffic: &Arc<TrafficCounter>,
+        headers: &http::HeaderMap,
+        client: Client,
+    ) -> Box<Self> {
+        let under_way = Some(UnderWay::begin(metrics, traffic));
         let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
             let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&id.len());
             fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         });
         Box::new(Self {
             metrics: metrics.clone(),
+            traffic: traffic.clone(),
             under_way,
             started: Instant::now(),
             request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
@@ -129,9 +136,9 @@ impl RequestContext {
 
     fn count(&self, elapsed: Duration, status: u16, code: &'static str, model: &str, tenant: &str) {
         let m = &self.metrics;
-        m.pulse.ended(status, code);
+        self.traffic.ended(status, code);
         if let Some((input, output, source)) = self.tokens {
-            m.pulse.tokens(input, output);
+            self.traffic.tokens(input, output);
             for (direction, count) in [("input", input), ("output", output)] {
                 let labels = TokenLabels { model: model.to_owned(), direction, source };
                 metrics::add(&m.tokens.get_or_create(&labels), count);
@@ -200,9 +207,9 @@ mod tests {
 
     #[test]
     fn a_request_that_panics_is_not_under_way_any_more() {
-        let metrics = Metrics::new(&mut Registry::default());
+        let (metrics, traffic) = (Metrics::new(&mut Registry::default()), Arc::default());
         let client = Client::detached("127.0.0.1".parse().expect("an address"));
-        let begun = || RequestContext::begin(&metrics, &http::HeaderMap::new(), client.clone());
+        let begun = || RequestContext::begin(&metrics, &traffic, &http::HeaderMap::new(), client.clone());
         let mut finished = begun();
         finished.finished(StatusCode::OK, "ok");
         let left = begun();
@@ -214,7 +221,7 @@ mod tests {
         }));
         assert!(panicked.is_err());
         assert_eq!(metrics.in_flight.get(), 0);
-        let traffic = metrics.pulse.take_traffic();
+        let traffic = traffic.take_traffic();
         assert_eq!((traffic.in_flight, traffic.succeeded, traffic.abandoned), (0, 1, 2));
     }
 }

@@ -18,10 +18,10 @@ use weir_ratelimit::{
     Cost, FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What,
 };
 
+use crate::control::live_config::LiveConfig;
 use crate::headers::millis;
 use crate::limits::ledger::Ledger;
 use crate::limits::{price, spend_period};
-use crate::live::Live;
 use crate::routing::backend::ModelBackend;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
@@ -79,12 +79,12 @@ impl Question {
 }
 
 /// The page `/limits` of the operations port.
-pub fn page(live: Arc<Live>, ledger: Arc<Ledger>) -> Router {
+pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
     Router::new().route("/limits", get(answer)).with_state((live, ledger))
 }
 
 async fn answer(
-    State((live, ledger)): State<(Arc<Live>, Arc<Ledger>)>,
+    State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>,
     RawQuery(query): RawQuery,
 ) -> Response {
     let question = Question::parse(&query.unwrap_or_default());
@@ -109,7 +109,7 @@ async fn answer(
 ///
 /// # Errors
 /// When the key or model is not there, or the limit store does not answer.
-pub async fn explain(live: &Live, ledger: &Ledger, question: &Question) -> Result<Value, Unanswered> {
+pub async fn explain(live: &LiveConfig, ledger: &Ledger, question: &Question) -> Result<Value, Unanswered> {
     let snapshot = live.snapshot();
     let unknown = |kind, name: &Name| Unanswered::Unknown { kind, name: name.clone() };
     let key = snapshot.keys.values().find(|key| key.name == question.key);

@@ -3,8 +3,7 @@
 //! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
 //! ([`api`], [`routing`], [`limits`], [`send`]), [`body`] streams and gives everything back.
 //!
-//! Beside it: [`subscribe`] keeps the [snapshot](routing::snapshot) fresh ([`live`] is its handle), [`credentials`] those of backends,
-//! [`report`] exchanges what gateways see.
+//! Beside it: [`control`] keeps the configuration fresh and exchanges what gateways see.
 
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
@@ -14,23 +13,19 @@ pub mod authentication;
 pub mod body;
 pub mod config;
 pub mod context;
-pub mod credentials;
+pub mod control;
 pub mod error;
 pub mod explain;
 pub mod headers;
 pub mod intake;
 pub mod limits;
-pub mod live;
 pub mod metrics;
 pub mod probe;
-pub mod pulse;
 pub mod refusal;
-pub mod report;
 pub mod routing;
 pub mod send;
 pub mod server;
 pub mod stack;
-pub mod subscribe;
 pub mod usage;
 
 mod run;

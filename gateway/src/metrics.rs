@@ -1,7 +1,5 @@
 //! Every metric of a gateway: name, help and labels. Labels come from configured names only.
 
-use std::sync::Arc;
-
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -11,7 +9,6 @@ use prometheus_client::registry::Registry;
 
 use crate::api::usage::Implausible;
 use crate::authentication::Failure;
-use crate::pulse::Pulse;
 
 /// Of a finished request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -131,8 +128,6 @@ pub struct GoneLabels {
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// What the report lane tells of all this.
-    pub pulse: Arc<Pulse>,
     /// Finished requests.
     pub requests: Family<RequestLabels, Counter>,
     /// Requests under way.
@@ -247,7 +242,6 @@ impl Metrics {
     /// Registers every metric.
     pub fn new(registry: &mut Registry) -> Self {
         let m = Self {
-            pulse: Arc::default(),
             requests: Family::default(),
             in_flight: Gauge::default(),
             duration: Family::new_with_constructor(seconds),

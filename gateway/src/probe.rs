@@ -3,7 +3,7 @@
 //!
 //! - `schedule`: when to look at what; `budget`: what it may cost. `look` asks, `judge` says what the answer means.
 //! - A probe that asks for tokens holds one of the backend's slots, like a request: see `Readiness`.
-//! - [`lane`]: assignments and orders come down the report lane, results go up.
+//! - [`ProbeChannel`]: assignments and orders come down from the report stream, results go up.
 //!
 //! Without the control plane the last assignments are carried out for a minute more; then this gateway looks at the
 //! liveness of all backends itself, at half the rate, and goes by what it sees.
@@ -14,7 +14,6 @@ mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
 mod judge;
-pub mod lane;
 mod look;
 mod plan;
 mod schedule;
@@ -32,13 +31,13 @@ use weir_proto::v1::{HealthState, ProbeOutcome, ProbeResult, ProbeTier};
 use self::budget::Budget;
 use self::counted::Counted;
 use self::judge::Seen;
-use self::lane::Orders;
 use self::look::{Ask, DEEP_REQUESTS, Depth, Known, Looked};
 use self::plan::{How, Plan, Readiness};
 use self::schedule::{End, Key, Schedule};
+use crate::control::live_config::LiveConfig;
+use crate::control::probe_channel::{Orders, ProbeChannel};
 use crate::limits::ledger::Ledger;
 use crate::limits::slot_lease::SlotLease;
-use crate::live::Live;
 use crate::metrics::{Metrics, NeedlessProbeLabels, PaidProbeLabels, ProbeLabels};
 use crate::routing::backend::BackendEntry;
 use crate::routing::entries::ModelEntry;
@@ -66,7 +65,8 @@ const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 /// The task; ends with `shutdown`.
 #[derive(Debug)]
 pub struct Prober {
-    live: Arc<Live>,
+    live: Arc<LiveConfig>,
+    channel: Arc<ProbeChannel>,
     ledger: Arc<Ledger>,
     metrics: Metrics,
     schedule: Schedule,
@@ -121,10 +121,16 @@ struct Done {
 }
 
 impl Prober {
-    /// For the backends of `live`, as its lane says, with slots of `ledger`.
-    pub fn new(live: Arc<Live>, ledger: Arc<Ledger>, metrics: Metrics) -> Self {
+    /// For the backends of `live`, as `channel` assigns them, with slots of `ledger`.
+    pub fn new(
+        live: Arc<LiveConfig>,
+        channel: Arc<ProbeChannel>,
+        ledger: Arc<Ledger>,
+        metrics: Metrics,
+    ) -> Self {
         Self {
             live,
+            channel,
             ledger,
             metrics,
             schedule: Schedule::default(),
@@ -138,8 +144,8 @@ impl Prober {
 
     /// Looks until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let live = Arc::clone(&self.live);
-        let (mut orders, mut revisions) = (live.probes().orders(), live.revisions());
+        let channel = Arc::clone(&self.channel);
+        let (mut orders, mut revisions) = (channel.orders(), self.live.revisions());
         let mut looks = Looks::default();
         loop {
             let now = Instant::now();
@@ -153,7 +159,7 @@ impl Prober {
                 () = shutdown.cancelled() => return,
                 changed = orders.changed() => if changed.is_err() { return },
                 changed = revisions.changed() => if changed.is_err() { return },
-                ordered = live.probes().ordered() => {
+                ordered = channel.ordered() => {
                     let now = Instant::now();
                     ordered.into_iter().for_each(|key| self.schedule.order(key, now));
                 }
@@ -406,7 +412,7 @@ impl Prober {
             }
         }
         self.judge_alone(&key, &entry, end, &profile);
-        self.live.probes().report(result(&key, looked), news);
+        self.channel.report(result(&key, looked), news);
     }
 
     /// Without the control plane, what this gateway sees is all there is.

@@ -22,18 +22,21 @@ use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_p
 
 use crate::authentication::Failures;
 use crate::config::Config;
-use crate::credentials::Credentials;
+use crate::control::credentials::Credentials;
+use crate::control::live_config::LiveConfig;
+use crate::control::probe_channel::ProbeChannel;
+use crate::control::report::Reporter;
+use crate::control::subscription::Publisher;
+use crate::control::traffic_report::TrafficCounter;
 use crate::intake::BodyMemory;
 use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::Reaper;
-use crate::live::Live;
 use crate::metrics::{KindLabels, Metrics};
 use crate::probe::Prober;
 use crate::routing::upstream::Resolver;
 use crate::stack::Gateway;
-use crate::subscribe::Publisher;
 use crate::weights::Weights;
-use crate::{explain, report, server, usage};
+use crate::{explain, server, usage};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -64,7 +67,7 @@ pub struct Running {
     /// Where operations are served.
     pub ops_address: SocketAddr,
     /// The configuration in force.
-    pub live: Arc<Live>,
+    pub live: Arc<LiveConfig>,
     tasks: TaskTracker,
     serving: CancellationToken,
     server: JoinHandle<Result<(), StartError>>,
@@ -172,13 +175,14 @@ pub async fn start_resolving(
     let listeners = EdgeMetrics::new(&mut registry);
     let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
     resolver.register(&mut registry);
-    let live = Arc::new(Live::new(egress, resolver));
+    let live = Arc::new(LiveConfig::new(egress, resolver));
     registry.register_collector(Box::new(Weights(live.clone())));
     let gateways = {
         let live = live.clone();
         Arc::new(move || live.live_gateways())
     };
     let holder = Holder::of(&identity.incarnation);
+    let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
     let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
     let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
@@ -188,6 +192,7 @@ pub async fn start_resolving(
         failures: Failures::default(),
         bodies,
         metrics: metrics.clone(),
+        traffic: traffic.clone(),
     });
     let readiness = Readiness::not_ready("no configuration yet");
     let publisher = Publisher::new(live.clone(), credentials.clone());
@@ -198,8 +203,11 @@ pub async fn start_resolving(
     let drained = CancellationToken::new();
     tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
-    tasks.spawn(Prober::new(live.clone(), ledger.clone(), metrics.clone()).run(drained.clone()));
-    tasks.spawn(report::run(live.clone(), metrics.clone(), gone, identity, control_planes, drained.clone()));
+    tasks.spawn(
+        Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone()).run(drained.clone()),
+    );
+    let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
+    tasks.spawn(reporter.run(control_planes, drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(watch(
@@ -248,7 +256,7 @@ pub async fn start_resolving(
 
 /// Keeps readiness and the gauges true.
 async fn watch(
-    live: Arc<Live>,
+    live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
     readiness: Readiness,
     metrics: Metrics,

@@ -38,12 +38,13 @@ use crate::api::usage::UsageBounds;
 use crate::authentication::{Failure, Failures};
 use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
 use crate::context::RequestContext;
+use crate::control::live_config::LiveConfig;
+use crate::control::traffic_report::TrafficCounter;
 use crate::error::{Blame, GatewayError};
 use crate::headers::Content;
 use crate::intake::{self, BodyMemory};
 use crate::limits::ledger::Ledger;
 use crate::limits::reservation::Reservation;
-use crate::live::Live;
 use crate::metrics::{AuthenticationLabels, Metrics};
 use crate::routing::balance::{prefix_hash, stable_hash};
 use crate::routing::entries::{KeyEntry, ModelEntry};
@@ -63,7 +64,7 @@ const ATTACHMENT_TOKENS: u64 = 1000;
 #[derive(Debug)]
 pub struct Gateway {
     /// The configuration in force.
-    pub live: Arc<Live>,
+    pub live: Arc<LiveConfig>,
     /// Limits and their settlement.
     pub ledger: Arc<Ledger>,
     /// Requests without a valid key, by address.
@@ -72,11 +73,14 @@ pub struct Gateway {
     pub bodies: Arc<BodyMemory>,
     /// What is counted.
     pub metrics: Metrics,
+    /// What is reported of requests to the control plane.
+    pub traffic: Arc<TrafficCounter>,
 }
 
 /// Answers one request; every failure becomes an answer.
 pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: Client) -> Response<Body> {
-    let context = RequestContext::begin(&gateway.metrics, request.headers(), client.clone());
+    let context =
+        RequestContext::begin(&gateway.metrics, &gateway.traffic, request.headers(), client.clone());
     let request_id = context.request_id.clone();
     let is_http1 = request.version() < Version::HTTP_2;
     let mut slot = Some(context);

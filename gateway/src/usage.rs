@@ -20,9 +20,9 @@ use weir_proto::resource::Name;
 use weir_ratelimit::usage::USAGE_RECORDS_MAX;
 use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
 
+use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
 use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
-use crate::live::Live;
 
 /// Days when none are named.
 const DAYS: i32 = 30;
@@ -118,12 +118,12 @@ impl By {
 }
 
 /// The page `/usage` of the operations port.
-pub fn page(live: Arc<Live>, ledger: Arc<Ledger>) -> Router {
+pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
     Router::new().route("/usage", get(answer)).with_state((live, ledger))
 }
 
 async fn answer(
-    State((live, ledger)): State<(Arc<Live>, Arc<Ledger>)>,
+    State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>,
     RawQuery(query): RawQuery,
 ) -> Response {
     let answered = match Question::parse(&query.unwrap_or_default(), SystemTime::now()) {
@@ -146,7 +146,7 @@ async fn answer(
 ///
 /// # Errors
 /// When too much is asked for at once, or the limit store does not answer.
-pub async fn tell(live: &Live, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, Unanswered> {
+pub async fn tell(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, Unanswered> {
     let snapshot = live.snapshot();
     let tenants: Vec<&Name> = match &question.tenant {
         Some(tenant) => vec![tenant],

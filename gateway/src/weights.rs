@@ -12,11 +12,11 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use weir_proto::v1::HealthState;
 
-use crate::live::Live;
+use crate::control::live_config::LiveConfig;
 
 /// Reads the weights in force.
 #[derive(Debug)]
-pub(crate) struct Weights(pub(crate) Arc<Live>);
+pub(crate) struct Weights(pub(crate) Arc<LiveConfig>);
 
 type Labels<'a> = [(&'static str, &'a str); 2];
 

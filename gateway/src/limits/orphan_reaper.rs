@@ -16,7 +16,7 @@ use weir_ratelimit::holder::{self, REAP_SETS_MAX, ROLL_LIFE};
 use weir_ratelimit::{Holder, Key, Limiter};
 
 use super::ledger::{LEASE_TTL, Ledger};
-use crate::live::Live;
+use crate::control::live_config::LiveConfig;
 use crate::metrics::{GoneLabels, Metrics};
 use crate::routing::scope::ScopeEntry;
 use crate::routing::snapshot::Snapshot;
@@ -33,7 +33,7 @@ const QUEUE: usize = 256;
 /// Beats and frees; must be run.
 #[derive(Debug)]
 pub struct Reaper {
-    live: Arc<Live>,
+    live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
     metrics: Metrics,
     own: Holder,
@@ -44,7 +44,7 @@ impl Reaper {
     /// Of the gateway whose leases bear the mark of `own`. The report stream sends the incarnations of gateways that are
     /// gone; without room their leases run out by themselves.
     pub fn new(
-        live: Arc<Live>,
+        live: Arc<LiveConfig>,
         ledger: Arc<Ledger>,
         metrics: Metrics,
         own: Holder,
@@ -116,7 +116,7 @@ enum Outcome {
 }
 
 /// Asks until the store knows: first its last beat has to run out.
-async fn look(live: &Live, ledger: &Ledger, holder: Holder) -> Outcome {
+async fn look(live: &LiveConfig, ledger: &Ledger, holder: Holder) -> Outcome {
     let began = tokio::time::Instant::now();
     loop {
         let tried = reap(live, ledger, holder).await;
@@ -129,7 +129,11 @@ async fn look(live: &Live, ledger: &Ledger, holder: Holder) -> Outcome {
     }
 }
 
-async fn reap(live: &Live, ledger: &Ledger, holder: Holder) -> Result<Option<u64>, weir_ratelimit::Error> {
+async fn reap(
+    live: &LiveConfig,
+    ledger: &Ledger,
+    holder: Holder,
+) -> Result<Option<u64>, weir_ratelimit::Error> {
     let sets = lease_sets(&live.snapshot());
     let mut freed = 0;
     for sets in sets.chunks(REAP_SETS_MAX) {

@@ -98,7 +98,7 @@ impl Call<'_> {
             metrics.wait.get_or_create(&labels).observe(waited.as_secs_f64());
             metrics.queue_ahead.observe(ahead as f64);
         }
-        metrics.pulse.decided(entries, &decision);
+        self.gateway.traffic.decided(entries, &decision);
         let refused = match decision.outcome {
             Outcome::Granted { .. } => None,
             Outcome::Limited { .. } => Some(refusal::limited(&decision, entries, &reserved, now)),
@@ -234,7 +234,7 @@ impl Call<'_> {
             let (decision, reservation) = self.decide(model, call).await?;
             if let Some(decision) = round.heard(&run, decision) {
                 for refused in round.refused() {
-                    self.gateway.metrics.pulse.decided(entries, refused);
+                    self.gateway.traffic.decided(entries, refused);
                 }
                 return Ok((decision, reservation));
             }

@@ -10,8 +10,8 @@ use weir_discovery::{Apply, Refused};
 use weir_proto::resource::{CredentialRef, Resource, Spec};
 use weir_proto::v1::ResourceKind;
 
-use crate::credentials::Credentials;
-use crate::live::Live;
+use crate::control::credentials::Credentials;
+use crate::control::live_config::LiveConfig;
 use crate::routing::snapshot::Snapshot;
 
 /// Credentials that change within this of each other come into force together.
@@ -20,7 +20,7 @@ const GATHER: Duration = Duration::from_millis(50);
 /// Compiles each configuration and publishes it.
 #[derive(Debug)]
 pub struct Publisher {
-    live: Arc<Live>,
+    live: Arc<LiveConfig>,
     credentials: Arc<Credentials>,
     changes: watch::Receiver<u64>,
     /// The changes of credentials that what is in force has taken over.
@@ -44,7 +44,7 @@ fn files(resources: &[Resource]) -> impl Iterator<Item = (String, PathBuf)> {
 
 impl Publisher {
     /// Publishes to `live`, with these credentials.
-    pub fn new(live: Arc<Live>, credentials: Arc<Credentials>) -> Self {
+    pub fn new(live: Arc<LiveConfig>, credentials: Arc<Credentials>) -> Self {
         let (changes, offered) = (credentials.changes(), Mutex::default());
         Self { live, credentials, changes, taken: 0, used: BTreeSet::new(), offered }
     }

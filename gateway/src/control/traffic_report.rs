@@ -1,5 +1,5 @@
 //! What the control plane is told of this gateway's requests as a whole: what they came to, and how the limits stood that
-//! they met. Counted here beside the metrics, since the report lane wants what is new since the last report.
+//! they met. Counted here beside the metrics, since the report stream wants what is new since the last report.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ const WHATS: usize = Kind::COUNT + 1;
 
 /// Counts since the last report. Shared by all requests; no call waits.
 #[derive(Debug, Default)]
-pub struct Pulse {
+pub struct TrafficCounter {
     succeeded: AtomicU64,
     refused: AtomicU64,
     rejected: AtomicU64,
@@ -41,12 +41,12 @@ pub struct Pulse {
 /// By kind, then by name.
 #[derive(Debug, Default)]
 struct Scopes {
-    by_kind: HashMap<ScopeKind, HashMap<String, Seen>>,
+    by_kind: HashMap<ScopeKind, HashMap<String, LastSeen>>,
     count: usize,
 }
 
 #[derive(Debug, Default)]
-struct Seen {
+struct LastSeen {
     shadow: bool,
     limits: [Option<Limit>; WHATS],
 }
@@ -59,7 +59,7 @@ struct Limit {
     refusals: u64,
 }
 
-impl Pulse {
+impl TrafficCounter {
     /// A request arrived.
     pub fn began(&self) {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -101,9 +101,9 @@ impl Pulse {
             let Some(entry) = entries.get(state.scope) else { continue };
             let shadow = entry.limits.mode == Mode::Shadow;
             let refused = state.verdict != Verdict::Fits && (limited || shadow);
-            let Some(seen) = scopes.seen(entry.kind, &entry.name) else { continue };
+            let Some(seen) = scopes.last_seen(entry.kind, &entry.name) else { continue };
             seen.shadow = shadow;
-            let limit = &mut seen.limits[place(state.what)];
+            let limit = &mut seen.limits[index(state.what)];
             let refusals = limit.map_or(0, |limit| limit.refusals) + u64::from(refused);
             *limit = Some(Limit { state: *state, at: now, refusals });
         }
@@ -142,16 +142,16 @@ impl Pulse {
 }
 
 impl Scopes {
-    /// The place of a scope; none when there are too many.
-    fn seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut Seen> {
+    /// The entry of a scope; none when there are too many.
+    fn last_seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut LastSeen> {
         let names = self.by_kind.entry(kind).or_default();
-        // Two looks, so that a name is copied only once.
+        // Looked up twice, so that a name is copied only once.
         if !names.contains_key(name) {
             if self.count >= SCOPES_MAX {
                 return None;
             }
             self.count += 1;
-            names.insert(name.to_owned(), Seen::default());
+            names.insert(name.to_owned(), LastSeen::default());
         }
         names.get_mut(name)
     }
@@ -201,7 +201,7 @@ fn used(state: &LimitState, age: Duration) -> Option<u64> {
     Some((used as f64 * left.min(1.0)).ceil() as u64)
 }
 
-const fn place(what: What) -> usize {
+const fn index(what: What) -> usize {
     match what {
         What::Bucket(kind) => kind as usize,
         What::Concurrency => Kind::COUNT,
@@ -230,27 +230,27 @@ mod tests {
 
     #[test]
     fn every_end_is_counted_once() {
-        let pulse = Pulse::default();
+        let traffic_counter = TrafficCounter::default();
         let ends =
             [(200, "ok"), (200, "upstream_broken"), (400, "bad"), (429, "limit"), (499, "gone"), (503, "x")];
         for (status, code) in ends {
-            pulse.began();
-            pulse.ended(status, code);
-            pulse.left();
+            traffic_counter.began();
+            traffic_counter.ended(status, code);
+            traffic_counter.left();
         }
-        pulse.began();
-        let traffic = pulse.take_traffic();
+        traffic_counter.began();
+        let traffic = traffic_counter.take_traffic();
         let counts =
             [traffic.succeeded, traffic.failed, traffic.rejected, traffic.refused, traffic.abandoned];
         assert_eq!((counts, traffic.in_flight), ([1, 2, 1, 1, 1], 1));
-        assert_eq!(pulse.take_traffic(), TrafficReport { in_flight: 1, ..Default::default() });
+        assert_eq!(traffic_counter.take_traffic(), TrafficReport { in_flight: 1, ..Default::default() });
     }
 
     #[tokio::test(start_paused = true)]
     async fn scopes_are_bounded_and_forgotten() {
         let mut scopes = Scopes::default();
         for i in 0..SCOPES_MAX + 10 {
-            if let Some(seen) = scopes.seen(ScopeKind::Tenant, &i.to_string()) {
+            if let Some(seen) = scopes.last_seen(ScopeKind::Tenant, &i.to_string()) {
                 let state = state(What::Bucket(Kind::Requests), 40, 30);
                 seen.limits[0] = Some(Limit { state, at: Instant::now(), refusals: 0 });
             }
@@ -260,6 +260,6 @@ mod tests {
         // Said once more, as not known, and then no more.
         assert!(scopes.take(Instant::now()).iter().all(|report| report.used.is_none()));
         assert!(scopes.take(Instant::now()).is_empty());
-        assert!(scopes.seen(ScopeKind::Tenant, "new").is_some());
+        assert!(scopes.last_seen(ScopeKind::Tenant, "new").is_some());
     }
 }

@@ -8,19 +8,19 @@ use std::time::SystemTime;
 
 use weir_proto::v1::{BackendHealth, FleetLoad, StreamReportsResponse};
 
-use crate::live::Live;
+use crate::control::live_config::LiveConfig;
 
 /// Most backends remembered; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
 
 /// The latest of each.
 #[derive(Debug, Default)]
-pub(super) struct Said {
+pub(super) struct LastReceived {
     health: BTreeMap<String, BackendHealth>,
     load: BTreeMap<String, u32>,
 }
 
-impl Said {
+impl LastReceived {
     /// Remembers what a message says.
     pub(super) fn note(&mut self, message: &StreamReportsResponse) {
         for health in &message.health {
@@ -47,7 +47,7 @@ impl Said {
     }
 
     /// All of it as one message; loads only of backends of which none is known, since the others have newer ones.
-    pub(super) fn again(&self, live: &Live) -> StreamReportsResponse {
+    pub(super) fn for_new_configuration(&self, live: &LiveConfig) -> StreamReportsResponse {
         let snapshot = live.snapshot();
         let unknown = |name: &str| snapshot.backends.get(name).is_some_and(|b| !b.state.knows_fleet());
         let load = self.load.iter().filter(|(name, _)| unknown(name));
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn a_verdict_that_came_before_its_backend_is_said_again_and_only_the_last() {
-        let mut said = Said::default();
+        let mut last = LastReceived::default();
         let verdict = |state: HealthState| StreamReportsResponse {
             health: vec![BackendHealth {
                 backend: "b".into(),
@@ -77,13 +77,13 @@ mod tests {
             load: vec![FleetLoad { backend: "b".into(), in_flight: 3 }],
             ..StreamReportsResponse::default()
         };
-        said.note(&verdict(HealthState::Unknown));
+        last.note(&verdict(HealthState::Unknown));
         let mut later = verdict(HealthState::Unhealthy);
         later.health[0].since = Some(prost_types::Timestamp { seconds: 7, nanos: 0 });
-        assert_eq!(said.decided(&later), [SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(7)]);
-        said.note(&verdict(HealthState::Healthy));
-        said.note(&StreamReportsResponse::default());
-        let again = said.again(&Live::default());
+        assert_eq!(last.decided(&later), [SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(7)]);
+        last.note(&verdict(HealthState::Healthy));
+        last.note(&StreamReportsResponse::default());
+        let again = last.for_new_configuration(&LiveConfig::default());
         assert_eq!(again.health, verdict(HealthState::Healthy).health);
         assert!(again.load.is_empty(), "there is no such backend yet");
     }

@@ -1,4 +1,4 @@
-//! Between the prober and the report lane: assignments and orders come down, results go up.
+//! Between the prober and the report stream: assignments and orders come down, results go up.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,35 +12,35 @@ const RESULTS_MAX: usize = 4096;
 /// Orders that wait for the prober: one per backend and tier of a large configuration.
 const ORDERS_MAX: usize = 4096;
 
-/// What the lane last brought.
+/// What the report stream last brought.
 #[derive(Debug, Clone)]
 pub struct Orders {
     /// All that is assigned; `None` until something ever was.
     pub assignments: Option<Arc<ProbeAssignments>>,
-    /// Since when the lane is away; `None` while it is there.
+    /// Since when there is no report stream; `None` while there is one.
     pub away_since: Option<Instant>,
 }
 
-/// Shared by the report lane and the prober.
+/// Shared by the report stream and the prober.
 #[derive(Debug)]
-pub struct ProbeLane {
+pub struct ProbeChannel {
     orders: watch::Sender<Orders>,
     /// Backend and tier; of two orders for the same, one is enough.
-    urgent: Mutex<BTreeMap<(String, i32), ProbeOrder>>,
+    orders_now: Mutex<BTreeMap<(String, i32), ProbeOrder>>,
     ordered: Notify,
     results: Mutex<VecDeque<ProbeResult>>,
-    /// Told of results that must not wait for the next report.
-    hurry: Notify,
+    /// Notified of results that must not wait for the next report.
+    urgent_results: Notify,
 }
 
-impl Default for ProbeLane {
+impl Default for ProbeChannel {
     fn default() -> Self {
         Self {
             orders: watch::Sender::new(Orders { assignments: None, away_since: Some(Instant::now()) }),
-            urgent: Mutex::default(),
+            orders_now: Mutex::default(),
             ordered: Notify::new(),
             results: Mutex::default(),
-            hurry: Notify::new(),
+            urgent_results: Notify::new(),
         }
     }
 }
@@ -49,14 +49,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl ProbeLane {
-    /// The lane is heard.
-    pub fn heard(&self) {
+impl ProbeChannel {
+    /// There is a report stream.
+    pub fn connected(&self) {
         self.orders.send_if_modified(|orders| orders.away_since.take().is_some());
     }
 
-    /// The lane is away.
-    pub fn away(&self) {
+    /// There is no report stream any more.
+    pub fn disconnected(&self) {
         self.orders.send_if_modified(|orders| {
             let since = orders.away_since.is_none();
             orders.away_since.get_or_insert_with(Instant::now);
@@ -69,13 +69,13 @@ impl ProbeLane {
         self.orders.send_modify(|orders| orders.assignments = Some(Arc::new(assignments)));
     }
 
-    /// Takes over what is to be looked at now.
+    /// Takes over what is to be probed now.
     pub fn order(&self, order: ProbeOrder) {
-        let mut urgent = lock(&self.urgent);
-        if urgent.len() < ORDERS_MAX {
-            urgent.insert((order.backend.clone(), order.tier), order);
+        let mut orders = lock(&self.orders_now);
+        if orders.len() < ORDERS_MAX {
+            orders.insert((order.backend.clone(), order.tier), order);
         }
-        drop(urgent);
+        drop(orders);
         self.ordered.notify_one();
     }
 
@@ -84,10 +84,10 @@ impl ProbeLane {
         self.orders.subscribe()
     }
 
-    /// What is to be looked at now; returns when there is something. Cancel-safe.
+    /// What is to be probed now; returns when there is something. Cancel-safe.
     pub async fn ordered(&self) -> Vec<(String, ProbeTier)> {
         loop {
-            let taken = std::mem::take(&mut *lock(&self.urgent));
+            let taken = std::mem::take(&mut *lock(&self.orders_now));
             if !taken.is_empty() {
                 return taken.into_values().map(|order| (order.backend.clone(), order.tier())).collect();
             }
@@ -95,16 +95,16 @@ impl ProbeLane {
         }
     }
 
-    /// Has a result reported; at once when it is news.
-    pub fn report(&self, result: ProbeResult, news: bool) {
+    /// Has a result reported; at once when it is urgent.
+    pub fn report(&self, result: ProbeResult, urgent: bool) {
         let mut results = lock(&self.results);
         if results.len() >= RESULTS_MAX {
             results.pop_front();
         }
         results.push_back(result);
         drop(results);
-        if news {
-            self.hurry.notify_one();
+        if urgent {
+            self.urgent_results.notify_one();
         }
     }
 
@@ -114,8 +114,8 @@ impl ProbeLane {
     }
 
     /// Returns when there is a result that must not wait. Cancel-safe.
-    pub async fn hurry(&self) {
-        self.hurry.notified().await;
+    pub async fn urgent_result(&self) {
+        self.urgent_results.notified().await;
     }
 }
 
@@ -125,16 +125,16 @@ mod tests {
 
     #[tokio::test]
     async fn orders_for_the_same_are_one_and_results_are_bounded() {
-        let lane = ProbeLane::default();
+        let channel = ProbeChannel::default();
         for _ in 0..3 {
-            lane.order(ProbeOrder { backend: "b".into(), tier: ProbeTier::Liveness.into() });
+            channel.order(ProbeOrder { backend: "b".into(), tier: ProbeTier::Liveness.into() });
         }
-        assert_eq!(lane.ordered().await, [("b".to_owned(), ProbeTier::Liveness)]);
+        assert_eq!(channel.ordered().await, [("b".to_owned(), ProbeTier::Liveness)]);
         for i in 0..RESULTS_MAX + 5 {
-            lane.report(ProbeResult { backend: i.to_string(), ..Default::default() }, false);
+            channel.report(ProbeResult { backend: i.to_string(), ..Default::default() }, false);
         }
-        let results = lane.take_results();
+        let results = channel.take_results();
         assert_eq!((results.len(), results[0].backend.as_str()), (RESULTS_MAX, "5"), "the oldest go");
-        assert!(lane.take_results().is_empty());
+        assert!(channel.take_results().is_empty());
     }
 }

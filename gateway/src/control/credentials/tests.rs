@@ -10,8 +10,8 @@ use weir_proto::v1::{self, ResourceKind};
 
 use super::file::FILE_BYTES_MAX;
 use super::*;
-use crate::live::Live;
-use crate::subscribe::Publisher;
+use crate::control::live_config::LiveConfig;
+use crate::control::subscription::Publisher;
 
 /// What no backend may be sent.
 const OUTSIDE: &str = "secret-of-the-machine";
@@ -515,7 +515,7 @@ async fn a_slow_file_keeps_a_quick_one_waiting_for_no_longer_than_a_thread_takes
 async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins_when_it_answers() {
     let tree = tree();
     let credentials = Credentials::reading(&sources(&tree), Vec::new(), hanging).expect("good");
-    let live = Arc::new(Live::default());
+    let live = Arc::new(LiveConfig::default());
     let mut publisher = Publisher::new(live.clone(), credentials.clone());
     let file = |name: &str| format!("file:{}/in/{name}", tree.path().display());
     let of = |name: &str, spec| v1::Resource { name: name.into(), spec: Some(spec), ..Default::default() };

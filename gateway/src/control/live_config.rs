@@ -9,23 +9,21 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use weir_runtime::EgressPolicy;
 
-use crate::probe::lane::ProbeLane;
 use crate::routing::snapshot::Snapshot;
 use crate::routing::upstream::Resolver;
 
 /// Shared by every task of a gateway. Reads never block.
 #[derive(Debug)]
-pub struct Live {
+pub struct LiveConfig {
     snapshot: ArcSwap<Snapshot>,
     revision: watch::Sender<u64>,
     published: ArcSwap<Instant>,
     connected: AtomicBool,
     live_gateways: AtomicU32,
     config_refused: AtomicUsize,
-    probes: ProbeLane,
 }
 
-impl Default for Live {
+impl Default for LiveConfig {
     fn default() -> Self {
         Self {
             snapshot: ArcSwap::from_pointee(Snapshot::default()),
@@ -34,12 +32,11 @@ impl Default for Live {
             connected: AtomicBool::new(false),
             live_gateways: AtomicU32::new(1),
             config_refused: AtomicUsize::new(0),
-            probes: ProbeLane::default(),
         }
     }
 }
 
-impl Live {
+impl LiveConfig {
     /// Without a configuration yet; backends may be where the policy allows, and their hosts are looked up by `resolver`.
     pub fn new(egress: EgressPolicy, resolver: Resolver) -> Self {
         let first = Snapshot { egress, resolver, ..Snapshot::default() };
@@ -100,11 +97,6 @@ impl Live {
         self.config_refused.store(count, Ordering::Relaxed);
     }
 
-    /// What is to be probed, and what probes came to.
-    pub const fn probes(&self) -> &ProbeLane {
-        &self.probes
-    }
-
     /// How many gateways there are, this one included.
     pub fn live_gateways(&self) -> u32 {
         self.live_gateways.load(Ordering::Relaxed)
@@ -122,7 +114,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_first_configuration_is_waited_for_and_later_ones_are_there_at_once() {
-        let live = Live::default();
+        let live = LiveConfig::default();
         let publish = async {
             tokio::time::sleep(Duration::from_secs(60)).await;
             live.publish(Snapshot { epoch: "e".into(), revision: 7, ..Snapshot::default() });

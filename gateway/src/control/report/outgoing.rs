@@ -1,4 +1,4 @@
-//! What one lane has yet to say. While it cannot, what is seen is merged: counts add up, the latest state wins.
+//! What one stream has yet to say. While it cannot, what is observed is merged: counts add up, the latest state wins.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,9 +9,9 @@ use weir_proto::v1::{BackendReport, LimitReport, ProbeResult, TrafficReport};
 /// Results that wait; the oldest go first.
 const RESULTS_MAX: usize = 4096;
 
-/// What was seen in a while.
+/// What was observed in a while.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Seen {
+pub(super) struct Observed {
     pub(super) backends: Vec<BackendReport>,
     pub(super) results: Vec<ProbeResult>,
     pub(super) traffic: Option<TrafficReport>,
@@ -21,7 +21,7 @@ pub(super) struct Seen {
 /// See the module. Bounded by the number of backends and of results.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
-    /// `None` while the lane is away: what is seen then is old news when it comes back.
+    /// `None` while the stream is away: what is observed then is old news when it comes back.
     waiting: Mutex<Option<Waiting>>,
     filled: Notify,
 }
@@ -53,27 +53,27 @@ impl Outgoing {
         self.waiting().is_some()
     }
 
-    /// Adds to what is to be said, if the lane is open.
-    pub(super) fn add(&self, seen: &Seen) {
-        let mut lane = self.waiting();
-        let Some(waiting) = &mut *lane else { return };
+    /// Adds to what is to be said, if the stream is open.
+    pub(super) fn add(&self, observed: &Observed) {
+        let mut stream = self.waiting();
+        let Some(waiting) = &mut *stream else { return };
         let mut before = std::mem::take(&mut waiting.backends);
         // Only backends that are still there: what is gone is not reported.
-        for new in &seen.backends {
+        for new in &observed.backends {
             let merged = match before.remove(&new.backend) {
                 Some(old) => merge(&old, new),
                 None => new.clone(),
             };
             waiting.backends.insert(new.backend.clone(), merged);
         }
-        waiting.results.extend_from_slice(&seen.results);
+        waiting.results.extend_from_slice(&observed.results);
         let surplus = waiting.results.len().saturating_sub(RESULTS_MAX);
         waiting.results.drain(..surplus);
-        waiting.traffic = match (waiting.traffic.take(), &seen.traffic) {
+        waiting.traffic = match (waiting.traffic.take(), &observed.traffic) {
             (Some(old), Some(new)) => Some(add_up(&old, new)),
             (old, new) => new.or(old),
         };
-        let old = std::mem::replace(&mut waiting.limits, seen.limits.clone());
+        let old = std::mem::replace(&mut waiting.limits, observed.limits.clone());
         for limit in &mut waiting.limits {
             let same = |old: &&LimitReport| {
                 (&old.scope_kind, &old.scope, &old.what) == (&limit.scope_kind, &limit.scope, &limit.what)
@@ -81,7 +81,7 @@ impl Outgoing {
             limit.refusals += old.iter().find(same).map_or(0, |old| old.refusals);
         }
         waiting.any = true;
-        drop(lane);
+        drop(stream);
         self.filled.notify_one();
     }
 
@@ -96,11 +96,11 @@ impl Outgoing {
     }
 
     /// Everything that waits.
-    pub(super) fn take(&self) -> Option<Seen> {
-        let mut lane = self.waiting();
-        let waiting = lane.as_mut().filter(|waiting| waiting.any)?;
+    pub(super) fn take(&self) -> Option<Observed> {
+        let mut stream = self.waiting();
+        let waiting = stream.as_mut().filter(|waiting| waiting.any)?;
         let taken = std::mem::take(waiting);
-        Some(Seen {
+        Some(Observed {
             backends: taken.backends.into_values().collect(),
             results: taken.results,
             traffic: taken.traffic,
@@ -154,33 +154,37 @@ fn merge(old: &BackendReport, new: &BackendReport) -> BackendReport {
 mod tests {
     use super::*;
 
-    fn seen(successes: u64, in_flight: u32, results: usize) -> Seen {
+    fn observed(successes: u64, in_flight: u32, results: usize) -> Observed {
         let decode_time = Some(prost_types::Duration { seconds: 1, nanos: 600_000_000 });
         let backend =
             BackendReport { backend: "b".into(), successes, in_flight, decode_time, ..Default::default() };
-        Seen { backends: vec![backend], results: vec![ProbeResult::default(); results], ..Seen::default() }
+        Observed {
+            backends: vec![backend],
+            results: vec![ProbeResult::default(); results],
+            ..Observed::default()
+        }
     }
 
     #[test]
     fn what_waits_is_merged_and_bounded_and_goes_with_the_lane() {
-        let lane = Outgoing::default();
-        lane.add(&seen(1, 1, 1));
-        assert!(!lane.is_open() && lane.take().is_none(), "nothing waits for a lane that is away");
-        lane.open();
-        assert!(lane.take().is_none());
-        lane.add(&seen(2, 5, 1));
-        lane.add(&seen(3, 4, RESULTS_MAX));
-        let taken = lane.take().unwrap();
+        let stream = Outgoing::default();
+        stream.add(&observed(1, 1, 1));
+        assert!(!stream.is_open() && stream.take().is_none(), "nothing waits for a stream that is away");
+        stream.open();
+        assert!(stream.take().is_none());
+        stream.add(&observed(2, 5, 1));
+        stream.add(&observed(3, 4, RESULTS_MAX));
+        let taken = stream.take().unwrap();
         assert_eq!((taken.backends[0].successes, taken.backends[0].in_flight), (5, 4));
         let decode = prost_types::Duration { seconds: 3, nanos: 200_000_000 };
         assert_eq!((taken.backends[0].decode_time, taken.results.len()), (Some(decode), RESULTS_MAX));
-        assert!(lane.take().is_none());
-        lane.add(&seen(1, 1, 0));
-        lane.add(&Seen::default());
-        assert_eq!(lane.take(), Some(Seen::default()), "a backend that is gone is not reported");
-        lane.add(&seen(1, 1, 0));
-        lane.close();
-        lane.open();
-        assert!(lane.take().is_none());
+        assert!(stream.take().is_none());
+        stream.add(&observed(1, 1, 0));
+        stream.add(&Observed::default());
+        assert_eq!(stream.take(), Some(Observed::default()), "a backend that is gone is not reported");
+        stream.add(&observed(1, 1, 0));
+        stream.close();
+        stream.open();
+        assert!(stream.take().is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! The report lane to one control plane.
+//! The report stream to one control plane.
 
 use std::sync::Arc;
 
@@ -8,41 +8,42 @@ use weir_discovery::{Backoff, Identity, Link, error_chain};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{StreamReportsRequest, StreamReportsResponse};
 
-use super::outgoing::{Outgoing, Seen};
-use crate::live::Live;
+use super::backends;
+use super::outgoing::{Observed, Outgoing};
+use crate::control::live_config::LiveConfig;
 
-/// What happened on a lane.
+/// What happened on a stream.
 #[derive(Debug)]
-pub(super) enum News {
-    /// It is there.
-    Open,
-    /// The control plane said something.
-    Said(Box<StreamReportsResponse>),
-    /// It is gone.
-    Closed,
+pub(super) enum Event {
+    /// It is open.
+    Connected,
+    /// A message of the control plane.
+    Received(Box<StreamReportsResponse>),
+    /// It has ended; another attempt follows.
+    Disconnected,
 }
 
-/// See the module.
+/// Keeps one stream open, and opens it again when it ends.
 #[derive(Debug)]
-pub(super) struct Lane {
-    /// Its place among the lanes.
+pub(super) struct ReportStream {
+    /// Its index among the streams.
     pub(super) at: usize,
-    pub(super) live: Arc<Live>,
+    pub(super) live: Arc<LiveConfig>,
     pub(super) identity: Arc<Identity>,
     pub(super) link: Link,
     pub(super) outgoing: Arc<Outgoing>,
-    pub(super) news: mpsc::Sender<(usize, News)>,
+    pub(super) events: mpsc::Sender<(usize, Event)>,
 }
 
-impl Lane {
-    /// Never ends by itself, but when nobody listens to its news any more.
+impl ReportStream {
+    /// Never ends by itself, but when nobody receives its events any more.
     pub(super) async fn run(self) {
         let mut backoff = Backoff::default();
         loop {
             let ended = self.follow(&mut backoff).await;
             self.outgoing.close();
-            tracing::debug!(reason = ended.err(), url = self.link.url(), "report lane away");
-            if self.news.send((self.at, News::Closed)).await.is_err() {
+            tracing::debug!(reason = ended.err(), url = self.link.url(), "report stream ended");
+            if self.events.send((self.at, Event::Disconnected)).await.is_err() {
                 return;
             }
             tokio::time::sleep(backoff.next_pause()).await;
@@ -56,28 +57,27 @@ impl Lane {
         let (up, reports) = mpsc::channel(1);
         // Zero is what was never reported.
         let mut sequence = 1;
-        let standing = Seen { backends: super::backends(&self.live, false), ..Seen::default() };
-        up.try_send(self.report(standing, sequence))
-            .map_err(|_| "no room for the first report".to_owned())?;
+        let first = Observed { backends: backends::without_counts(&self.live), ..Observed::default() };
+        up.try_send(self.report(first, sequence)).map_err(|_| "no room for the first report".to_owned())?;
         let request = self.identity.request(ReceiverStream::new(reports))?;
         let mut stream =
             client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
         self.outgoing.open();
-        self.tell(News::Open).await?;
+        self.notify(Event::Connected).await?;
         loop {
             tokio::select! {
                 message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
                     Some(message) => {
                         backoff.reset();
-                        self.tell(News::Said(Box::new(message))).await?;
+                        self.notify(Event::Received(Box::new(message))).await?;
                     }
                     None => return Ok(()),
                 },
                 permit = self.room(&up) => {
                     let permit = permit?;
-                    if let Some(seen) = self.outgoing.take() {
+                    if let Some(observed) = self.outgoing.take() {
                         sequence += 1;
-                        permit.send(self.report(seen, sequence));
+                        permit.send(self.report(observed, sequence));
                     }
                 }
             }
@@ -93,21 +93,21 @@ impl Lane {
         up.reserve().await.map_err(|_| "the stream ended".to_owned())
     }
 
-    async fn tell(&self, news: News) -> Result<(), String> {
-        self.news.send((self.at, news)).await.map_err(|_| "the gateway is stopping".to_owned())
+    async fn notify(&self, event: Event) -> Result<(), String> {
+        self.events.send((self.at, event)).await.map_err(|_| "the gateway is stopping".to_owned())
     }
 
-    fn report(&self, seen: Seen, sequence: u64) -> StreamReportsRequest {
+    fn report(&self, observed: Observed, sequence: u64) -> StreamReportsRequest {
         StreamReportsRequest {
             gateway_id: self.identity.id.clone(),
             incarnation: self.identity.incarnation.clone(),
             sequence,
-            backends: seen.backends,
+            backends: observed.backends,
             region: self.identity.region.clone(),
             probes: true,
-            results: seen.results,
-            traffic: seen.traffic,
-            limits: seen.limits,
+            results: observed.results,
+            traffic: observed.traffic,
+            limits: observed.limits,
         }
     }
 }
