@@ -15,21 +15,19 @@ pub mod config;
 pub mod context;
 pub mod control;
 pub mod error;
-pub mod explain;
 pub mod headers;
 pub mod intake;
 pub mod limits;
 pub mod metrics;
+pub mod ops;
 pub mod probe;
 pub mod refusal;
 pub mod routing;
 pub mod send;
 pub mod server;
 pub mod stack;
-pub mod usage;
 
 mod run;
 mod tries;
-mod weights;
 
 pub use run::{Running, StartError, start, start_resolving};

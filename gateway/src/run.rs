@@ -32,11 +32,12 @@ use crate::intake::BodyMemory;
 use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::Reaper;
 use crate::metrics::{KindLabels, Metrics};
+use crate::ops::weight_metrics::WeightMetrics;
+use crate::ops::{explain, usage};
 use crate::probe::Prober;
 use crate::routing::upstream::Resolver;
+use crate::server;
 use crate::stack::Gateway;
-use crate::weights::Weights;
-use crate::{explain, server, usage};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -176,7 +177,7 @@ pub async fn start_resolving(
     let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
     resolver.register(&mut registry);
     let live = Arc::new(LiveConfig::new(egress, resolver));
-    registry.register_collector(Box::new(Weights(live.clone())));
+    registry.register_collector(Box::new(WeightMetrics(live.clone())));
     let gateways = {
         let live = live.clone();
         Arc::new(move || live.live_gateways())

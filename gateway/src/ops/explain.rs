@@ -8,16 +8,18 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::extract::State;
+use axum::http::Uri;
+use axum::response::Response;
 use axum::routing::get;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use weir_proto::resource::{AdminState, Name};
 use weir_ratelimit::{
     Cost, FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What,
 };
 
+use super::page::{self, PageError};
 use crate::control::live_config::LiveConfig;
 use crate::headers::millis;
 use crate::limits::ledger::Ledger;
@@ -25,25 +27,6 @@ use crate::limits::{price, spend_period};
 use crate::routing::backend::ModelBackend;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
-
-/// Why there is no answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unanswered {
-    /// A parameter is missing or wrong.
-    #[error("{0}")]
-    BadQuery(&'static str),
-    /// No such key or model is in force.
-    #[error("this gateway knows no {kind} {name}")]
-    Unknown {
-        /// "key" or "model".
-        kind: &'static str,
-        /// As asked for.
-        name: Name,
-    },
-    /// The limit store does not answer.
-    #[error("the limits cannot be read now: {0}")]
-    Store(String),
-}
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,25 +37,32 @@ pub struct Question {
     tokens: Option<(u64, u64)>,
 }
 
+/// The query of the page.
+#[derive(Deserialize)]
+struct Parameters {
+    key: Option<String>,
+    model: Option<String>,
+    input: Option<String>,
+    output: Option<String>,
+}
+
 impl Question {
     /// From the query `key=NAME&model=NAME`, and where a certain request is meant `input=N&output=N`.
     ///
     /// # Errors
     /// When a name is missing or not a name, or a number is not one.
-    pub fn parse(query: &str) -> Result<Self, Unanswered> {
-        let field = |name: &str| {
-            query.split('&').filter_map(|pair| pair.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
+    pub fn parse(uri: &Uri) -> Result<Self, PageError> {
+        const KEY: &str = "key: must be the name of an API key";
+        const MODEL: &str = "model: must be the name of a model";
+        let given: Parameters = page::parameters(uri)?;
+        let tokens = |text: Option<String>, wrong| {
+            text.map(|text| text.parse().map_err(|_| PageError::BadQuery(wrong))).transpose()
         };
-        let name = |name| field(name).and_then(|text| Name::parse(text).ok());
-        let number = |name, message| match field(name) {
-            None => Ok(None),
-            Some(text) => text.parse().map(Some).map_err(|_| Unanswered::BadQuery(message)),
-        };
-        let input = number("input", "input: must be a number of tokens")?;
-        let output = number("output", "output: must be a number of tokens")?;
+        let input: Option<u64> = tokens(given.input, "input: must be a number of tokens")?;
+        let output: Option<u64> = tokens(given.output, "output: must be a number of tokens")?;
         Ok(Self {
-            key: name("key").ok_or(Unanswered::BadQuery("key: must be the name of an API key"))?,
-            model: name("model").ok_or(Unanswered::BadQuery("model: must be the name of a model"))?,
+            key: page::name(given.key.as_deref(), KEY)?.ok_or(PageError::BadQuery(KEY))?,
+            model: page::name(given.model.as_deref(), MODEL)?.ok_or(PageError::BadQuery(MODEL))?,
             tokens: input.or(output).map(|_| (input.unwrap_or(0), output.unwrap_or(0))),
         })
     }
@@ -83,35 +73,20 @@ pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
     Router::new().route("/limits", get(answer)).with_state((live, ledger))
 }
 
-async fn answer(
-    State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>,
-    RawQuery(query): RawQuery,
-) -> Response {
-    let question = Question::parse(&query.unwrap_or_default());
-    let answered = match question {
+async fn answer(State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>, uri: Uri) -> Response {
+    page::respond(match Question::parse(&uri) {
         Ok(question) => explain(&live, &ledger, &question).await,
         Err(error) => Err(error),
-    };
-    match answered {
-        Ok(value) => ([(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response(),
-        Err(error) => {
-            let status = match error {
-                Unanswered::BadQuery(_) => StatusCode::BAD_REQUEST,
-                Unanswered::Unknown { .. } => StatusCode::NOT_FOUND,
-                Unanswered::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            (status, format!("{error}\n")).into_response()
-        }
-    }
+    })
 }
 
 /// Answers.
 ///
 /// # Errors
 /// When the key or model is not there, or the limit store does not answer.
-pub async fn explain(live: &LiveConfig, ledger: &Ledger, question: &Question) -> Result<Value, Unanswered> {
+pub async fn explain(live: &LiveConfig, ledger: &Ledger, question: &Question) -> Result<Value, PageError> {
     let snapshot = live.snapshot();
-    let unknown = |kind, name: &Name| Unanswered::Unknown { kind, name: name.clone() };
+    let unknown = |kind, name: &Name| PageError::Unknown { kind, name: name.clone() };
     let key = snapshot.keys.values().find(|key| key.name == question.key);
     let key = key.ok_or_else(|| unknown("key", &question.key))?.clone();
     let model = snapshot.models_by_name.get(&question.model);
@@ -152,9 +127,9 @@ async fn rows<'a>(
     entries: &[&'a ScopeEntry],
     cost: &Cost,
     now: SystemTime,
-) -> Result<Vec<Row<'a>>, Unanswered> {
+) -> Result<Vec<Row<'a>>, PageError> {
     let scopes: Vec<ScopeLimits> = entries.iter().map(|e| e.limits.clone()).collect();
-    let limits = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
+    let limits = ledger.limiter.peek(&scopes).await.map_err(|e| PageError::Store(e.to_string()))?;
     let row = |limit: &LimitState| {
         let entry = entries.get(limit.scope)?;
         let needs = match limit.what {
@@ -267,7 +242,7 @@ fn bucket_wait(
 }
 
 /// The slots of the model's backends, as the whole cluster has taken them.
-async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, Unanswered> {
+async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, PageError> {
     let mut rows = Vec::with_capacity(model.backends.len());
     for backends in model.backends.chunks(MAX_SCOPES) {
         let scopes: Vec<ScopeLimits> = backends
@@ -282,7 +257,7 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, U
                 prefetch: Default::default(),
             })
             .collect();
-        let states = ledger.limiter.peek(&scopes).await.map_err(|e| Unanswered::Store(e.to_string()))?;
+        let states = ledger.limiter.peek(&scopes).await.map_err(|e| PageError::Store(e.to_string()))?;
         for (ModelBackend { entry: backend, .. }, state) in backends.iter().zip(states) {
             rows.push(json!({
                 "backend": backend.name.as_str(), "slots": state.limit, "free": state.remaining,
@@ -298,14 +273,26 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, U
 mod tests {
     use super::*;
 
+    fn parse(query: &str) -> Result<Question, PageError> {
+        Question::parse(&format!("/limits?{query}").parse().expect("a URI"))
+    }
+
     #[test]
     fn a_question_names_key_and_model_and_perhaps_a_size() {
-        let question = Question::parse("key=acme-key&model=gpt-4.1").expect("whole");
+        let question = parse("key=acme-key&model=gpt-4.1").expect("whole");
         assert_eq!((question.key.as_str(), question.model.as_str()), ("acme-key", "gpt-4.1"));
         assert_eq!(question.tokens, None);
-        assert_eq!(Question::parse("model=m&key=k&output=7").expect("whole").tokens, Some((0, 7)));
+        assert_eq!(parse("model=m&key=k&output=7").expect("whole").tokens, Some((0, 7)));
         for wrong in ["", "key=k", "model=m", "key=K!&model=m", "key=k&model=m&input=x"] {
-            assert!(matches!(Question::parse(wrong), Err(Unanswered::BadQuery(_))), "{wrong}");
+            assert!(matches!(parse(wrong), Err(PageError::BadQuery(_))), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_query_is_percent_decoded_and_its_parameters_are_given_once() {
+        assert_eq!(parse("key=acme%2Dkey&model=m").expect("whole").key.as_str(), "acme-key");
+        assert!(
+            matches!(parse("key=k&key=l&model=m"), Err(PageError::BadQuery(why)) if why.starts_with("query"))
+        );
     }
 }

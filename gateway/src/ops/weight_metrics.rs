@@ -16,7 +16,7 @@ use crate::control::live_config::LiveConfig;
 
 /// Reads the weights in force.
 #[derive(Debug)]
-pub(crate) struct Weights(pub(crate) Arc<LiveConfig>);
+pub(crate) struct WeightMetrics(pub(crate) Arc<LiveConfig>);
 
 type Labels<'a> = [(&'static str, &'a str); 2];
 
@@ -36,7 +36,7 @@ fn gauges<'a>(
     Ok(())
 }
 
-impl Collector for Weights {
+impl Collector for WeightMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let snapshot = self.0.snapshot();
         let gateways = self.0.live_gateways();

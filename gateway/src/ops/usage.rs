@@ -8,18 +8,20 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::extract::State;
+use axum::http::Uri;
+use axum::response::Response;
 use axum::routing::get;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::ToSpan as _;
 use jiff::civil::Date;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use weir_proto::resource::Name;
 use weir_ratelimit::usage::USAGE_RECORDS_MAX;
 use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
 
+use super::page::{self, PageError};
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
 use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
@@ -33,18 +35,7 @@ const RECORDS_MAX: usize = 20_000;
 /// Reads under way at once: the store has requests to admit meanwhile.
 const AT_ONCE: usize = 4;
 /// A read that failed is made again so often.
-const TRIES: u32 = 4;
-
-/// Why there is no answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unanswered {
-    /// A parameter is wrong.
-    #[error("{0}")]
-    BadQuery(&'static str),
-    /// The limit store does not answer.
-    #[error("usage cannot be read now: {0}")]
-    Store(String),
-}
+const ATTEMPTS: u32 = 4;
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,43 +56,48 @@ struct By {
     day: bool,
 }
 
+/// The query of the page.
+#[derive(Deserialize)]
+struct Parameters {
+    tenant: Option<String>,
+    model: Option<String>,
+    from: Option<String>,
+    to: Option<String>,
+    by: Option<String>,
+}
+
 impl Question {
     /// From the query `tenant=NAME&model=NAME&from=DAY&to=DAY&by=tenant,model,day`; everything may be left out. Days are
-    /// UTC and included; `to` is `today` and `from` 29 days earlier when not given.
+    /// UTC and included; `to` is today and `from` 29 days earlier when not given.
     ///
     /// # Errors
     /// When a parameter is not what it should be, or there are too many days.
-    pub fn parse(query: &str, now: SystemTime) -> Result<Self, Unanswered> {
-        let field = |name: &str| {
-            query.split('&').filter_map(|pair| pair.split_once('=')).find(|(k, _)| *k == name).map(|(_, v)| v)
+    pub fn parse(uri: &Uri, now: SystemTime) -> Result<Self, PageError> {
+        let given: Parameters = page::parameters(uri)?;
+        let day = |text: Option<String>, wrong| {
+            text.map(|text| parse_day(&text).ok_or(PageError::BadQuery(wrong))).transpose()
         };
-        let name = |of, message| {
-            field(of).map(|text| Name::parse(text).map_err(|_| Unanswered::BadQuery(message))).transpose()
-        };
-        let day = |of, message| {
-            field(of).map(|text| parse_day(text).ok_or(Unanswered::BadQuery(message))).transpose()
-        };
-        let last = day("to", "to: must be a day such as 2026-11-23")?.unwrap_or_else(|| day_of(now));
-        let first = day("from", "from: must be a day such as 2026-11-23")?;
+        let last = day(given.to, "to: must be a day such as 2026-11-23")?.unwrap_or_else(|| day_of(now));
+        let first = day(given.from, "from: must be a day such as 2026-11-23")?;
         let first = first.unwrap_or_else(|| last.saturating_sub((DAYS - 1).days()).max(FIRST_DAY));
         if first > last {
-            return Err(Unanswered::BadQuery("from: must not be after to"));
+            return Err(PageError::BadQuery("from: must not be after to"));
         }
         if (last - first).get_days() >= DAYS_MAX {
-            return Err(Unanswered::BadQuery("from: at most 400 days are kept"));
+            return Err(PageError::BadQuery("from: at most 400 days are kept"));
         }
         Ok(Self {
-            tenant: name("tenant", "tenant: must be the name of a tenant")?,
-            model: name("model", "model: must be the name of a model")?,
+            tenant: page::name(given.tenant.as_deref(), "tenant: must be the name of a tenant")?,
+            model: page::name(given.model.as_deref(), "model: must be the name of a model")?,
             first,
             last,
-            by: By::parse(field("by").unwrap_or("tenant,model,day"))?,
+            by: By::parse(given.by.as_deref().unwrap_or("tenant,model,day"))?,
         })
     }
 }
 
 impl By {
-    fn parse(text: &str) -> Result<Self, Unanswered> {
+    fn parse(text: &str) -> Result<Self, PageError> {
         let mut by = Self { tenant: false, model: false, day: false };
         for word in text.split(',') {
             match word {
@@ -109,7 +105,7 @@ impl By {
                 "model" => by.model = true,
                 "day" => by.day = true,
                 _ => {
-                    return Err(Unanswered::BadQuery("by: must be tenant, model or day, or several of them"));
+                    return Err(PageError::BadQuery("by: must be tenant, model or day, or several of them"));
                 }
             }
         }
@@ -122,31 +118,18 @@ pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
     Router::new().route("/usage", get(answer)).with_state((live, ledger))
 }
 
-async fn answer(
-    State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>,
-    RawQuery(query): RawQuery,
-) -> Response {
-    let answered = match Question::parse(&query.unwrap_or_default(), SystemTime::now()) {
-        Ok(question) => tell(&live, &ledger, &question).await,
+async fn answer(State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>, uri: Uri) -> Response {
+    page::respond(match Question::parse(&uri, SystemTime::now()) {
+        Ok(question) => usage(&live, &ledger, &question).await,
         Err(error) => Err(error),
-    };
-    match answered {
-        Ok(value) => ([(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response(),
-        Err(error) => {
-            let status = match error {
-                Unanswered::BadQuery(_) => StatusCode::BAD_REQUEST,
-                Unanswered::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            (status, format!("{error}\n")).into_response()
-        }
-    }
+    })
 }
 
 /// Answers. Tenants are those in force; the usage of a deleted one is found by its name.
 ///
 /// # Errors
 /// When too much is asked for at once, or the limit store does not answer.
-pub async fn tell(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, Unanswered> {
+pub async fn usage(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, PageError> {
     let snapshot = live.snapshot();
     let tenants: Vec<&Name> = match &question.tenant {
         Some(tenant) => vec![tenant],
@@ -159,7 +142,7 @@ pub async fn tell(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) 
         .map(|day| day.to_string())
         .collect();
     if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
-        return Err(Unanswered::BadQuery(
+        return Err(PageError::BadQuery(
             "from: fewer days, please, or one tenant: that is too much to read at once",
         ));
     }
@@ -177,8 +160,9 @@ pub async fn tell(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) 
                     continue;
                 }
                 let By { tenant: by_tenant, model: by_model, day: by_day } = question.by;
-                let told = |wanted: bool, text: &str| if wanted { text.to_owned() } else { String::new() };
-                let key = (told(by_tenant, tenant.as_str()), told(by_model, &model), told(by_day, &day));
+                let text_if = |wanted: bool, text: &str| if wanted { text.to_owned() } else { String::new() };
+                let key =
+                    (text_if(by_tenant, tenant.as_str()), text_if(by_model, &model), text_if(by_day, &day));
                 let row = rows.entry(key).or_default();
                 *row = row.plus(tally);
             }
@@ -211,14 +195,14 @@ fn figures(tally: &Tally) -> Value {
 async fn read(
     ledger: Arc<Ledger>,
     (tenant, days): (Name, Vec<String>),
-) -> Result<(Name, Vec<String>, Vec<UsageLines>), Unanswered> {
+) -> Result<(Name, Vec<String>, Vec<UsageLines>), PageError> {
     let records: Vec<Key> = days.iter().map(|day| Key::usage(tenant.as_str(), day)).collect();
-    let mut tried = 1;
+    let mut attempt = 1;
     loop {
         match ledger.limiter.usage(&records).await {
             Ok(lines) => return Ok((tenant, days, lines)),
-            Err(error) if tried == TRIES => return Err(Unanswered::Store(error.to_string())),
-            Err(_) => tried += 1,
+            Err(error) if attempt == ATTEMPTS => return Err(PageError::Store(error.to_string())),
+            Err(_) => attempt += 1,
         }
     }
 }
@@ -231,14 +215,17 @@ mod tests {
 
     use super::*;
 
+    fn parse(query: &str, now: SystemTime) -> Result<Question, PageError> {
+        Question::parse(&format!("/usage?{query}").parse().expect("a URI"), now)
+    }
+
     #[test]
     fn a_question_has_bounds_and_defaults() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(20_780 * 24 * 60 * 60);
-        let question = Question::parse("", now).expect("whole");
+        let question = parse("", now).expect("whole");
         assert_eq!((question.first, question.last), (date(2026, 10, 25), date(2026, 11, 23)));
         assert_eq!(question.by, By { tenant: true, model: true, day: true });
-        let question =
-            Question::parse("tenant=acme&from=2026-11-01&to=2026-11-23&by=day", now).expect("whole");
+        let question = parse("tenant=acme&from=2026-11-01&to=2026-11-23&by=day", now).expect("whole");
         assert_eq!((question.first, question.last), (date(2026, 11, 1), date(2026, 11, 23)));
         assert_eq!(question.by, By { tenant: false, model: false, day: true });
         let wrong = [
@@ -252,7 +239,7 @@ mod tests {
             "from=2020-01-01",
         ];
         for query in wrong {
-            assert!(matches!(Question::parse(query, now), Err(Unanswered::BadQuery(_))), "{query}");
+            assert!(matches!(parse(query, now), Err(PageError::BadQuery(_))), "{query}");
         }
     }
 }
