@@ -9,7 +9,7 @@ use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
 use crate::control::credentials::CredentialSources;
-use crate::server::Bounds;
+use crate::http::bounds::Bounds;
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.
 #[derive(Debug, Clone, Parser)]

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use weir_ratelimit::{Kind, What};
 use weir_runtime::edge::framing::Violation;
 
+use crate::api::duration::{duration, millis};
 use crate::api::request::ReadError;
-use crate::headers::{duration, millis};
 use crate::routing::scope::{ScopeKind, what_name};
 
 /// Most characters of a client's own text that are repeated to it.

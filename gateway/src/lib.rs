@@ -1,33 +1,30 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
-//! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
-//! ([`api`], [`routing`], [`limits`], [`send`]), [`body`] streams and gives everything back.
+//! - [`http`](self::http): the way of a request, with its [pipeline](self::http::pipeline)
+//! - [`api`]: what requests ask for and answers say, as bytes
+//! - [`routing`]: the configuration compiled for requests, the state of backends, and the choice between them
+//! - [`limits`]: what a request costs, reserved before and settled after it
+//! - [`control`]: the control plane's side: configuration, credentials, reports
+//! - [`probe`]: health checks of backends
+//! - [`ops`]: pages and metrics of the operations port
 //!
-//! Beside it: [`control`] keeps the configuration fresh and exchanges what gateways see.
+//! Rooms import downwards only: `http`, `ops` and `probe` from `limits`, that from `control`, that from `routing` and
+//! `api`.
 
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod api;
-pub mod authentication;
-pub mod body;
 pub mod config;
-pub mod context;
 pub mod control;
 pub mod error;
-pub mod headers;
-pub mod intake;
+pub mod http;
 pub mod limits;
 pub mod metrics;
 pub mod ops;
 pub mod probe;
-pub mod refusal;
 pub mod routing;
-pub mod send;
-pub mod server;
-pub mod stack;
 
-mod run;
-mod tries;
+mod bootstrap;
 
-pub use run::{Running, StartError, start, start_resolving};
+pub use bootstrap::{Running, StartError, start, start_resolving};

@@ -1,8 +1,9 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
-use weir_gateway::headers::{Content, coding, content_type, media_type, to_backend, to_client};
-use weir_gateway::probe::fuzzing::retry_after;
+use weir_gateway::http::headers::{
+    Content, coding, content_type, media_type, retry_after, to_backend, to_client,
+};
 
 /// In neither direction does a header pass that is not listed, or that is long, and the body is called what it is.
 pub(crate) fn run(data: &[u8]) {

@@ -20,8 +20,8 @@ use weir_ratelimit::{
 };
 
 use super::page::{self, PageError};
+use crate::api::duration::millis;
 use crate::control::live_config::LiveConfig;
-use crate::headers::millis;
 use crate::limits::ledger::Ledger;
 use crate::limits::{price, spend_period};
 use crate::routing::backend::ModelBackend;

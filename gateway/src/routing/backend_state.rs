@@ -67,7 +67,7 @@ struct TotalCounts {
 
 /// What an attempt came to, as far as the backend is to blame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Attempt {
+pub enum AttemptOutcome {
     /// It answered.
     Success,
     /// Refused, reset, or no connection in time.
@@ -82,7 +82,7 @@ pub enum Attempt {
     Overtaken,
 }
 
-impl Attempt {
+impl AttemptOutcome {
     /// The metric label.
     pub const fn label(self) -> &'static str {
         match self {
@@ -114,15 +114,15 @@ pub struct Totals {
 /// Counts since the last report.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
-    /// See [`Attempt::Success`].
+    /// See [`AttemptOutcome::Success`].
     pub successes: u64,
-    /// See [`Attempt::ConnectFailure`].
+    /// See [`AttemptOutcome::ConnectFailure`].
     pub connect_failures: u64,
-    /// See [`Attempt::ServerError`].
+    /// See [`AttemptOutcome::ServerError`].
     pub server_errors: u64,
-    /// See [`Attempt::Timeout`] and [`Attempt::Overtaken`].
+    /// See [`AttemptOutcome::Timeout`] and [`AttemptOutcome::Overtaken`].
     pub timeouts: u64,
-    /// See [`Attempt::Busy`].
+    /// See [`AttemptOutcome::Busy`].
     pub busy: u64,
 }
 
@@ -156,17 +156,17 @@ impl Default for BackendState {
 
 impl BackendState {
     /// Counts one attempt.
-    pub fn count(&self, attempt: Attempt) {
-        let counter = match attempt {
-            Attempt::Success => &self.successes,
-            Attempt::ConnectFailure => &self.connect_failures,
-            Attempt::ServerError => &self.server_errors,
-            Attempt::Timeout | Attempt::Overtaken => &self.timeouts,
-            Attempt::Busy => &self.busy,
+    pub fn count(&self, outcome: AttemptOutcome) {
+        let counter = match outcome {
+            AttemptOutcome::Success => &self.successes,
+            AttemptOutcome::ConnectFailure => &self.connect_failures,
+            AttemptOutcome::ServerError => &self.server_errors,
+            AttemptOutcome::Timeout | AttemptOutcome::Overtaken => &self.timeouts,
+            AttemptOutcome::Busy => &self.busy,
         };
         counter.fetch_add(1, Ordering::Relaxed);
-        match attempt {
-            Attempt::Success => self.totals.good.fetch_add(1, Ordering::Relaxed),
+        match outcome {
+            AttemptOutcome::Success => self.totals.good.fetch_add(1, Ordering::Relaxed),
             _ => self.totals.bad.fetch_add(1, Ordering::Relaxed),
         };
     }

@@ -10,7 +10,7 @@ use weir_proto::resource::{AdminState, BalancingPolicy, Name, Pool};
 use weir_proto::v1::HealthState;
 
 use super::backend::{BackendEntry, ModelBackend};
-use super::backend_state::Attempt;
+use super::backend_state::AttemptOutcome;
 use super::balance::{
     Balancer, ChooseConfig, Effective, EjectConfig, Ejector, Measure, Pace, PatienceConfig, Places, Policy,
     RetryBudget, RetryConfig, Sample, Standing, Trust, View, is_panic,
@@ -130,28 +130,28 @@ impl PoolState {
         &self,
         model: &Name,
         backend: &BackendEntry,
-        attempt: Attempt,
+        outcome: AttemptOutcome,
         sample: &Sample,
         retry_after: Option<Duration>,
     ) {
         let mut inner = self.inner();
         let (now, size, name) = (Instant::now(), inner.size, &backend.name);
-        let until = match attempt {
-            Attempt::Success => return,
-            Attempt::Busy => {
+        let until = match outcome {
+            AttemptOutcome::Success => return,
+            AttemptOutcome::Busy => {
                 inner.ejector.busy(name, retry_after.unwrap_or(BUSY_DEFAULT), now);
                 return;
             }
-            Attempt::ConnectFailure | Attempt::ServerError | Attempt::Timeout => {
+            AttemptOutcome::ConnectFailure | AttemptOutcome::ServerError | AttemptOutcome::Timeout => {
                 inner.ejector.failed(name, size, now)
             }
-            Attempt::Overtaken => inner.ejector.overtaken(name, size, now),
+            AttemptOutcome::Overtaken => inner.ejector.overtaken(name, size, now),
         };
         inner.balancers.entry(model.clone()).or_default().speeds.add_failure(backend.id, sample, now);
         drop(inner);
         if let Some(until) = until {
             let seconds = until.saturating_duration_since(now).as_secs_f64();
-            tracing::warn!(backend = %name, last = attempt.label(), seconds, "ejected locally");
+            tracing::warn!(backend = %name, last = outcome.label(), seconds, "ejected locally");
         }
     }
 

@@ -9,9 +9,10 @@ use weir_proto::resource::{AdminState, Priority};
 use weir_ratelimit::waiting::{self, Alternatives, Patience, QueueId, SlotPatience, Waited};
 use weir_ratelimit::{Acquire, Cost, Decision, Outcome, Scopes};
 
-use super::{Call, Slot};
+use super::pipeline::{Call, Slot};
 use crate::api::request::RouteKind;
 use crate::error::GatewayError;
+use crate::http::{attempts, refusal};
 use crate::limits::account_groups::Groups;
 use crate::limits::ledger::LEASE_TTL;
 use crate::limits::reservation::{Asked, Reservation, Subject};
@@ -20,7 +21,6 @@ use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::routing::balance::Place;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::ScopeEntry;
-use crate::{refusal, tries};
 
 /// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
 const CLIENT_TIMEOUTS: [&str; 2] = ["x-stainless-timeout", "x-stainless-read-timeout"];
@@ -55,7 +55,7 @@ impl Call<'_> {
             cost: reserved,
             estimated: true,
             scopes,
-            candidates: tries::candidates(model, places),
+            candidates: attempts::candidates(model, places),
             lease_ttl: LEASE_TTL,
         };
         let started = slot.as_ref().map_or_else(Instant::now, |c| c.started);

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
+use crate::api::duration::{duration, millis};
+
 /// Request headers that reach a backend.
 const FORWARDED: [&str; 10] = [
     "accept",
@@ -147,7 +149,7 @@ pub enum LimitKind {
 
 /// Where one limit stands after a decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LimitState {
+pub struct ShownLimit {
     /// What it counts.
     pub kind: LimitKind,
     /// How much it allows when untouched.
@@ -159,10 +161,10 @@ pub struct LimitState {
 }
 
 /// The limits of a request that headers tell about.
-pub type ShownLimits = smallvec::SmallVec<[LimitState; 8]>;
+pub type ShownLimits = smallvec::SmallVec<[ShownLimit; 8]>;
 
 /// Writes OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
-pub fn write_limits(headers: &mut HeaderMap, states: &[LimitState]) {
+pub fn write_limits(headers: &mut HeaderMap, states: &[ShownLimit]) {
     for (kind, names) in [
         (
             LimitKind::Requests,
@@ -191,31 +193,19 @@ pub fn write_limits(headers: &mut HeaderMap, states: &[LimitState]) {
     }
 }
 
+/// Longest Retry-After of a backend that is believed.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+
+/// How long a backend asks to be left alone.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse::<u64>().ok()?;
+    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
+}
+
 /// Writes `retry-after` in whole seconds, rounded up and one at least, and `retry-after-ms` exactly.
 pub fn write_retry_after(headers: &mut HeaderMap, wait: Duration) {
     headers.insert(header::RETRY_AFTER, HeaderValue::from(millis(wait).div_ceil(1000).max(1)));
     headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(millis(wait)));
-}
-
-/// A duration as OpenAI writes it: `120ms`, `1.5s`, `6m0s`, `1h0m0s`; rounded up to a millisecond.
-pub fn duration(duration: Duration) -> String {
-    let ms = millis(duration);
-    let (hours, minutes, rest) = (ms / 3_600_000, ms / 60_000 % 60, ms % 60_000);
-    let seconds = match rest % 1000 {
-        0 => format!("{}s", rest / 1000),
-        part => format!("{}.{part:03}", rest / 1000).trim_end_matches('0').to_owned() + "s",
-    };
-    match (hours, minutes) {
-        (0, 0) if ms > 0 && ms < 1000 => format!("{ms}ms"),
-        (0, 0) => seconds,
-        (0, _) => format!("{minutes}m{seconds}"),
-        _ => format!("{hours}h{minutes}m{seconds}"),
-    }
-}
-
-/// Whole milliseconds, rounded up: one that comes back too early is refused again.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -351,7 +341,7 @@ mod tests {
 
     #[test]
     fn the_tightest_limit_of_each_kind_is_told() {
-        let state = |limit, remaining| LimitState {
+        let state = |limit, remaining| ShownLimit {
             kind: LimitKind::Requests,
             limit,
             remaining,
@@ -366,17 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_read_as_openai_writes_them() {
-        for (ms, text) in [
-            (0, "0s"),
-            (120, "120ms"),
-            (1000, "1s"),
-            (1500, "1.5s"),
-            (360_000, "6m0s"),
-            (3_600_000, "1h0m0s"),
-        ] {
-            assert_eq!(duration(Duration::from_millis(ms)), text);
-        }
+    fn retry_after_is_rounded_up_and_a_second_at_least() {
         let mut headers = HeaderMap::new();
         write_retry_after(&mut headers, Duration::from_micros(1_000_500));
         assert_eq!(

@@ -20,7 +20,6 @@ use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
 use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
 
-use crate::authentication::Failures;
 use crate::config::Config;
 use crate::control::credentials::Credentials;
 use crate::control::live_config::LiveConfig;
@@ -28,7 +27,10 @@ use crate::control::probe_channel::ProbeChannel;
 use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
-use crate::intake::BodyMemory;
+use crate::http::authentication::Failures;
+use crate::http::pipeline::Gateway;
+use crate::http::request_body::BodyMemory;
+use crate::http::server;
 use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::Reaper;
 use crate::metrics::{KindLabels, Metrics};
@@ -36,8 +38,6 @@ use crate::ops::weight_metrics::WeightMetrics;
 use crate::ops::{explain, usage};
 use crate::probe::Prober;
 use crate::routing::upstream::Resolver;
-use crate::server;
-use crate::stack::Gateway;
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;

@@ -6,7 +6,7 @@ use http::HeaderMap;
 use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
-use crate::headers::{self, LimitKind, ShownLimits};
+use crate::http::headers::{self, LimitKind, ShownLimits};
 use crate::limits::account_groups::Groups;
 use crate::routing::accounts::Accounts;
 use crate::routing::balance::Place;
@@ -113,7 +113,7 @@ pub fn shown(decision: &Decision) -> ShownLimits {
             What::Bucket(Kind::Tokens | Kind::InputTokens | Kind::OutputTokens) => LimitKind::Tokens,
             What::Bucket(Kind::Spend) | What::Concurrency => return None,
         };
-        Some(headers::LimitState { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
+        Some(headers::ShownLimit { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
     });
     shown.collect()
 }

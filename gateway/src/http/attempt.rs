@@ -18,19 +18,17 @@ use weir_runtime::RefusedAddress;
 use crate::api::response::{begins_with_error, is_error_object};
 use crate::api::usage::Implausible;
 use crate::error::GatewayError;
-use crate::headers;
-use crate::intake::{BodyMemory, Room};
+use crate::http::headers;
+use crate::http::request_body::{BodyMemory, Room};
 use crate::limits::price;
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
 use crate::routing::backend::BackendEntry;
-use crate::routing::backend_state::Attempt;
+use crate::routing::backend_state::AttemptOutcome;
 use crate::routing::balance::{Measure, Sample};
 use crate::routing::entries::ModelEntry;
 
 /// Largest unary answer that is taken.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
-/// Longest Retry-After of a backend that is believed.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// Where an attempt goes, and what came of it so far.
 #[derive(Debug, Clone)]
@@ -67,13 +65,13 @@ impl Target {
     /// The answer is complete, and a mistake of the client's own: the backend works, but how fast it can refuse says
     /// nothing about how fast it is.
     pub fn refuse(&self) {
-        self.count(Attempt::Success);
+        self.count(AttemptOutcome::Success);
         self.model.pool.state.succeeded(&self.model.name, &self.backend, None);
     }
 
     /// The answer is complete and good.
     pub fn succeed(&self, output_tokens: u64) {
-        self.count(Attempt::Success);
+        self.count(AttemptOutcome::Success);
         let sample = match (self.stream, self.began) {
             (true, Some(began)) => {
                 let took = began.elapsed();
@@ -86,17 +84,17 @@ impl Target {
     }
 
     /// The attempt failed by the backend's fault; bears on the next choice.
-    pub fn fail(&self, attempt: Attempt) {
-        self.fail_busy(attempt, None);
+    pub fn fail(&self, outcome: AttemptOutcome) {
+        self.fail_busy(outcome, None);
     }
 
-    fn fail_busy(&self, attempt: Attempt, retry_after: Option<Duration>) {
-        self.count(attempt);
+    fn fail_busy(&self, outcome: AttemptOutcome, retry_after: Option<Duration>) {
+        self.count(outcome);
         let runtime = &self.model.pool.state;
-        if self.began.is_none() && matches!(attempt, Attempt::Timeout | Attempt::Overtaken) {
+        if self.began.is_none() && matches!(outcome, AttemptOutcome::Timeout | AttemptOutcome::Overtaken) {
             runtime.waited(&self.model.name, self.backend.id, self.stream);
         }
-        runtime.failed(&self.model.name, &self.backend, attempt, &self.sample(0), retry_after);
+        runtime.failed(&self.model.name, &self.backend, outcome, &self.sample(0), retry_after);
     }
 
     /// The backend reported a use that cannot be true, and the gateway's own count is taken.
@@ -117,7 +115,7 @@ impl Target {
         if let Some(held_back) = self.backend.state.invalid_lines.pass() {
             tracing::warn!(backend = %self.backend.name, %reason, held_back, "answer of the backend refused");
         }
-        (Attempt::ServerError, GatewayError::UpstreamInvalid).into()
+        (AttemptOutcome::ServerError, GatewayError::UpstreamInvalid).into()
     }
 
     /// How long to wait for the first byte before another backend is tried as well.
@@ -132,9 +130,9 @@ impl Target {
         Sample { measure, took, prompt_tokens: self.prompt_tokens, output_tokens }
     }
 
-    fn count(&self, attempt: Attempt) {
-        self.backend.state.count(attempt);
-        let labels = AttemptLabels { backend: self.backend.name.to_string(), outcome: attempt.label() };
+    fn count(&self, outcome: AttemptOutcome) {
+        self.backend.state.count(outcome);
+        let labels = AttemptLabels { backend: self.backend.name.to_string(), outcome: outcome.label() };
         self.metrics.attempts.get_or_create(&labels).inc();
     }
 
@@ -187,34 +185,34 @@ pub struct Outgoing {
 }
 
 /// Sends a request to a backend. An error says whether another may be tried; the backend's part in it is recorded.
-pub async fn attempt(target: &Target, outgoing: Outgoing) -> Result<Answer, GatewayError> {
-    let Failure { attempt, error, retry_after } = match exchange(target, outgoing).await {
+pub async fn send(target: &Target, outgoing: Outgoing) -> Result<Answer, GatewayError> {
+    let Failure { outcome, error, retry_after } = match exchange(target, outgoing).await {
         Ok(answer) => return Ok(answer),
         Err(failure) => failure,
     };
-    if let Some(attempt) = attempt {
-        target.fail_busy(attempt, retry_after);
+    if let Some(outcome) = outcome {
+        target.fail_busy(outcome, retry_after);
     }
     Err(error)
 }
 
 struct Failure {
     /// The backend's part in it; `None` when it has none.
-    attempt: Option<Attempt>,
+    outcome: Option<AttemptOutcome>,
     error: GatewayError,
     retry_after: Option<Duration>,
 }
 
-impl From<(Attempt, GatewayError)> for Failure {
-    fn from((attempt, error): (Attempt, GatewayError)) -> Self {
-        Self { attempt: Some(attempt), error, retry_after: None }
+impl From<(AttemptOutcome, GatewayError)> for Failure {
+    fn from((outcome, error): (AttemptOutcome, GatewayError)) -> Self {
+        Self { outcome: Some(outcome), error, retry_after: None }
     }
 }
 
 /// Nobody's fault but the clock's, or ours.
 impl From<GatewayError> for Failure {
     fn from(error: GatewayError) -> Self {
-        Self { attempt: None, error, retry_after: None }
+        Self { outcome: None, error, retry_after: None }
     }
 }
 
@@ -230,7 +228,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
     }
     // A request that had little time left when it was sent says nothing about the backend.
     let late = || match first_byte_by <= deadline {
-        true => Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout)),
+        true => Failure::from((AttemptOutcome::Timeout, GatewayError::UpstreamTimeout)),
         false => Failure::from(GatewayError::Deadline),
     };
     let first_byte_by = first_byte_by.min(deadline);
@@ -243,10 +241,10 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         {
             tracing::warn!(backend = %backend.name, %refused, held_back, "connection to the backend refused by its address");
         }
-        (Attempt::ConnectFailure, GatewayError::UpstreamConnect)
+        (AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect)
     })?;
     let (head, mut rest) = response.into_parts();
-    let retry_after = retry_after(&head.headers);
+    let retry_after = headers::retry_after(&head.headers);
     judge_status(head.status, retry_after)?;
     if let Some(coding) = headers::coding(&head.headers) {
         return Err(
@@ -286,19 +284,14 @@ fn judge_status(status: StatusCode, retry_after: Option<Duration>) -> Result<(),
     match status.as_u16() {
         200..=299 | 400 | 409 | 413 | 415 | 422 => Ok(()),
         429 | 503 => Err(Failure {
-            attempt: Some(Attempt::Busy),
+            outcome: Some(AttemptOutcome::Busy),
             error: GatewayError::UpstreamBusy { retry_after },
             retry_after,
         }),
         // 401 and 403 are about our credential, 404 about a model that should be there: the backend is set up
         // wrongly and the client cannot mend it.
-        status => Err((Attempt::ServerError, GatewayError::UpstreamStatus { status }).into()),
+        status => Err((AttemptOutcome::ServerError, GatewayError::UpstreamStatus { status }).into()),
     }
-}
-
-pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse::<u64>().ok()?;
-    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
 }
 
 async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
@@ -309,7 +302,7 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
                 _ => {}
             },
             Some(Err(_)) | None => {
-                return Err((Attempt::ConnectFailure, GatewayError::UpstreamConnect).into());
+                return Err((AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect).into());
             }
         }
     }
@@ -320,9 +313,9 @@ async fn whole(mut body: Incoming, idle: Duration, mut room: Room) -> Result<Opt
     let mut first: Option<Bytes> = None;
     let mut taken = BytesMut::new();
     let mut length = 0;
-    let silent = |_| Failure::from((Attempt::Timeout, GatewayError::UpstreamTimeout));
+    let silent = |_| Failure::from((AttemptOutcome::Timeout, GatewayError::UpstreamTimeout));
     while let Some(frame) = timeout(idle, body.frame()).await.map_err(silent)? {
-        let frame = frame.map_err(|_| (Attempt::ConnectFailure, GatewayError::UpstreamConnect))?;
+        let frame = frame.map_err(|_| (AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect))?;
         let Ok(data) = frame.into_data() else { continue };
         length += data.len();
         if length > ANSWER_MAX_BYTES {

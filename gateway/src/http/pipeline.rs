@@ -12,8 +12,6 @@
 //!   account    on drop, exactly once, on every way out
 //! ```
 
-mod admit;
-
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -35,24 +33,24 @@ use crate::api::response::{
     BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
 };
 use crate::api::usage::UsageBounds;
-use crate::authentication::{Failure, Failures};
-use crate::body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
-use crate::context::RequestContext;
 use crate::control::live_config::LiveConfig;
 use crate::control::traffic_report::TrafficCounter;
 use crate::error::{Blame, GatewayError};
-use crate::headers::Content;
-use crate::intake::{self, BodyMemory};
+use crate::http::attempt::{Answer, Outgoing, Target};
+use crate::http::attempts::{self, Attempts, Won};
+use crate::http::authentication::{Failure, Failures};
+use crate::http::bounds::HTTP;
+use crate::http::context::RequestContext;
+use crate::http::headers::Content;
+use crate::http::request_body::{self, BodyMemory};
+use crate::http::response_body::{Body, Clocks, StreamBody, StreamEnd, WholeBody, usage_or_count};
+use crate::http::{headers, refusal};
 use crate::limits::ledger::Ledger;
 use crate::limits::reservation::Reservation;
 use crate::metrics::{AuthenticationLabels, Metrics};
 use crate::routing::balance::{prefix_hash, stable_hash};
 use crate::routing::entries::{KeyEntry, ModelEntry};
 use crate::routing::snapshot::Snapshot;
-use crate::send::{Answer, Outgoing, Target};
-use crate::server::HTTP;
-use crate::tries::{self, Tries, Won};
-use crate::{headers, refusal};
 
 /// Longest Authorization header that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
@@ -132,7 +130,7 @@ fn refusal_of(error: &GatewayError) -> Response<Body> {
 }
 
 /// The way a request may take through the code below: the context leaves `slot` only when a stream takes it along.
-type Slot = Option<Box<RequestContext>>;
+pub(super) type Slot = Option<Box<RequestContext>>;
 
 async fn route(
     gateway: &Arc<Gateway>,
@@ -246,7 +244,7 @@ async fn complete(
     slot: &mut Slot,
 ) -> Result<Response<Body>, GatewayError> {
     let (head, body) = request.into_parts();
-    let (body, _room) = intake::take(&gateway.bodies, &head.headers, body).await?;
+    let (body, _room) = request_body::take(&gateway.bodies, &head.headers, body).await?;
     let asked = request::Request::read(kind, &body)?.into_owned();
     let Some(model) = snapshot.models.get(&*asked.model) else {
         return Err(GatewayError::ModelNotFound { model: asked.model.into_owned() });
@@ -277,14 +275,14 @@ async fn complete(
 }
 
 /// A request that was read, before a model has been settled on.
-struct Call<'a> {
-    gateway: &'a Arc<Gateway>,
-    snapshot: &'a Arc<Snapshot>,
-    key: &'a Arc<KeyEntry>,
-    path: &'static str,
-    asked: request::Request<'static>,
-    body: Bytes,
-    headers: HeaderMap,
+pub(super) struct Call<'a> {
+    pub(super) gateway: &'a Arc<Gateway>,
+    pub(super) snapshot: &'a Arc<Snapshot>,
+    pub(super) key: &'a Arc<KeyEntry>,
+    pub(super) path: &'static str,
+    pub(super) asked: request::Request<'static>,
+    pub(super) body: Bytes,
+    pub(super) headers: HeaderMap,
 }
 
 impl Call<'_> {
@@ -309,7 +307,7 @@ impl Call<'_> {
         let deadline = started + model.timeouts.total;
         let request_id =
             slot.as_ref().and_then(|context| HeaderValue::try_from(context.request_id.as_str()).ok());
-        let tries = Tries {
+        let attempts = Attempts {
             model,
             reservation: &mut reservation,
             metrics: &self.gateway.metrics,
@@ -321,7 +319,7 @@ impl Call<'_> {
             least: if model.accounts.is_empty() { Cost::default() } else { self.estimate(model).1 },
             outgoing: |target: &Target| self.outgoing(target, request_id.as_ref(), deadline),
         };
-        match tries.run(places[chosen].index, tries::others(&places, chosen)).await {
+        match attempts.run(places[chosen].index, attempts::others(&places, chosen)).await {
             Ok(won) => self.answer(won, reservation, decision, slot, deadline),
             Err(error) => {
                 if unknown_outcome(&error) {
@@ -350,7 +348,7 @@ impl Call<'_> {
         (wanted && !bytes.is_empty()).then(|| prefix_hash(tenant(), bytes))
     }
 
-    fn prompt_tokens(&self, model: &ModelEntry) -> u64 {
+    pub(super) fn prompt_tokens(&self, model: &ModelEntry) -> u64 {
         let text = self.gateway.ledger.estimates.prompt(&model.queue, self.asked.prompt_bytes);
         text.saturating_add(u64::from(self.asked.attachments) * ATTACHMENT_TOKENS)
     }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use weir_runtime::edge::Client;
 
 use crate::control::traffic_report::TrafficCounter;
-use crate::headers::ShownLimits;
+use crate::http::headers::ShownLimits;
 use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
 
 /// What is known of a request.

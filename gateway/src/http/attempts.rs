@@ -1,12 +1,12 @@
-//! The tries of one admitted request: at the first backend, elsewhere when that fails, and at a second one as well when
+//! The attempts of one admitted request: at the first backend, elsewhere when that fails, and at a second one as well when
 //! the first is silent for longer than it ever needs.
 //!
 //! Invariants:
 //! - Nothing has been sent to the client while this runs.
-//! - Every try holds a slot of its backend, and no slot is held without a try.
-//! - Where accounts are limited, every try is reserved at the account of its backend: the first one with the request's
+//! - Every attempt holds a slot of its backend, and no slot is held without an attempt.
+//! - Where accounts are limited, every attempt is reserved at the account of its backend: the first one with the request's
 //!   own limits, each later one by itself, also under the same account, since the provider counts both.
-//! - Tries after the first are paid from the pool's retry budget, and bounded per request.
+//! - Attempts after the first are paid from the pool's retry budget, and bounded per request.
 //! - The first good answer wins. The other call is cancelled by dropping it, and settled with the request: once.
 
 use std::pin::Pin;
@@ -19,26 +19,26 @@ use tokio::time::{Instant, sleep_until};
 use weir_ratelimit::waiting::{Patience, Priority, QueueId, SlotPatience};
 use weir_ratelimit::{Acquire, Candidate, Cost, Decision, Error, Key, Outcome};
 
-use crate::context::RequestContext;
 use crate::error::GatewayError;
+use crate::http::attempt::{self, Answer, Outgoing, Target};
+use crate::http::context::RequestContext;
+use crate::http::refusal;
 use crate::limits::account_groups::Groups;
 use crate::limits::ledger::LEASE_TTL;
 use crate::limits::price;
 use crate::limits::reservation::{Asked, Reservation};
 use crate::limits::slot_lease::NewSlot;
 use crate::metrics::Metrics;
-use crate::refusal;
 use crate::routing::backend::ModelBackend;
-use crate::routing::backend_state::{Attempt, InFlight};
+use crate::routing::backend_state::{AttemptOutcome, InFlight};
 use crate::routing::balance::Place;
 use crate::routing::entries::ModelEntry;
-use crate::send::{self, Answer, Outgoing, Target};
 
-/// Tries of one request under way at once.
+/// Attempts of one request under way at once.
 const PARALLEL_MAX: usize = 2;
 
 /// A request that was admitted.
-pub(crate) struct Tries<'a, F> {
+pub(crate) struct Attempts<'a, F> {
     pub(crate) model: &'a Arc<ModelEntry>,
     pub(crate) reservation: &'a mut Reservation,
     pub(crate) metrics: &'a Metrics,
@@ -61,15 +61,15 @@ pub(crate) struct Won {
     pub(crate) in_flight: InFlight,
 }
 
-/// A try under way.
-struct Try {
+/// An attempt under way.
+struct Attempt {
     number: u32,
     target: Target,
     in_flight: InFlight,
     slot: Key,
     /// Its reservation at its account, where that is not part of the request's own.
     account: Option<Box<Reservation>>,
-    /// Whether the account's part of the request's own reservation is for this try.
+    /// Whether the account's part of the request's own reservation is for this attempt.
     first: bool,
     /// From then on it is not waited for alone.
     patient_until: Option<Instant>,
@@ -92,30 +92,30 @@ enum Held {
 type Done = (u32, Result<Answer, GatewayError>);
 type Running = FuturesUnordered<Pin<Box<dyn Future<Output = Done> + Send>>>;
 
-impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
+impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Attempts<'_, F> {
     /// Sends to `first`, whose slot the admission holds, and as long as it is allowed to those of `left`.
     pub(crate) async fn run(mut self, first: usize, mut left: Vec<Place>) -> Result<Won, GatewayError> {
         let mut futures = Running::new();
-        let mut tries: SmallVec<[Try; PARALLEL_MAX]> = SmallVec::new();
+        let mut attempts: SmallVec<[Attempt; PARALLEL_MAX]> = SmallVec::new();
         let mut started = 0;
         let first = Taken { index: first, account: None };
-        self.start(first, &mut started, &mut tries, &mut futures)?;
+        self.start(first, &mut started, &mut attempts, &mut futures)?;
         loop {
-            let may_hedge = tries.len() < PARALLEL_MAX && !left.is_empty();
-            let hedge_at = tries.last().and_then(|t| t.patient_until).filter(|_| may_hedge);
+            let may_hedge = attempts.len() < PARALLEL_MAX && !left.is_empty();
+            let hedge_at = attempts.last().and_then(|t| t.patient_until).filter(|_| may_hedge);
             tokio::select! {
                 biased;
                 Some((number, result)) = futures.next() => {
-                    let Some(at) = tries.iter().position(|t| t.number == number) else { continue };
-                    let done = tries.remove(at);
+                    let Some(at) = attempts.iter().position(|t| t.number == number) else { continue };
+                    let done = attempts.remove(at);
                     match result {
                         Ok(answer) => {
                             // The other call's connection is closed before its slot is given back.
                             futures.clear();
-                            return Ok(self.won(done, answer, tries));
+                            return Ok(self.won(done, answer, attempts));
                         }
                         Err(error) => {
-                            if !tries.is_empty() {
+                            if !attempts.is_empty() {
                                 self.give_up(done);
                                 continue;
                             }
@@ -125,7 +125,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                             }
                             // On the heap, as below: few requests come here, and all would be as large.
                             match Box::pin(self.wait_for_slot(done, &mut left)).await {
-                                Ok(Some(next)) => self.start(next, &mut started, &mut tries, &mut futures)?,
+                                Ok(Some(next)) => self.start(next, &mut started, &mut attempts, &mut futures)?,
                                 Ok(None) => return Err(GatewayError::Busy { retry_after: None }),
                                 Err(_) => return Err(error),
                             }
@@ -139,9 +139,9 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
                         false => None,
                     };
                     match next {
-                        Some(next) => self.start(next, &mut started, &mut tries, &mut futures)?,
+                        Some(next) => self.start(next, &mut started, &mut attempts, &mut futures)?,
                         // No budget or no slot now; there may be later.
-                        None => tries.iter_mut().for_each(|t| t.patient_until = t.again()),
+                        None => attempts.iter_mut().for_each(|t| t.patient_until = t.again()),
                     }
                 }
             }
@@ -176,9 +176,13 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         Ok(taken.map(|(at, slot)| self.took(at, Held::Slot(slot), left)))
     }
 
-    /// The same for a request whose try has failed and that has no other one under way, in place of that: when all slots
+    /// The same for a request whose attempt has failed and that has no other one under way, in place of that: when all slots
     /// are taken it waits for one where those wait that have none yet, and before them, since it has waited once.
-    async fn wait_for_slot(&mut self, failed: Try, left: &mut Vec<Place>) -> Result<Option<Taken>, Error> {
+    async fn wait_for_slot(
+        &mut self,
+        failed: Attempt,
+        left: &mut Vec<Place>,
+    ) -> Result<Option<Taken>, Error> {
         let taken = match self.model.accounts.is_empty() {
             true => {
                 let slot = failed.slot.clone();
@@ -262,8 +266,8 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         Taken { index, account }
     }
 
-    /// This try is over while another goes on: what it holds is given back, what was reserved at its account stands.
-    fn give_up(&mut self, done: Try) {
+    /// This attempt is over while another goes on: what it holds is given back, what was reserved at its account stands.
+    fn give_up(&mut self, done: Attempt) {
         match done.account {
             // Dropped here, which ends it.
             Some(mut account) => account.used(account.reserved),
@@ -276,8 +280,8 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         }
     }
 
-    /// This try is over and the request with it, which gives back the slot.
-    fn stands(&mut self, done: Try) {
+    /// This attempt is over and the request with it, which gives back the slot.
+    fn stands(&mut self, done: Attempt) {
         match done.account {
             Some(mut account) => account.used(account.reserved),
             None if done.first => self.reservation.leave_account(),
@@ -285,8 +289,8 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         }
     }
 
-    /// This try is over and another shall follow: returns once what it held can be taken.
-    async fn vacate(&mut self, done: Try) -> Result<(), Error> {
+    /// This attempt is over and another shall follow: returns once what it held can be taken.
+    async fn vacate(&mut self, done: Attempt) -> Result<(), Error> {
         drop(done.in_flight);
         match done.account {
             Some(mut account) => {
@@ -301,7 +305,7 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         &mut self,
         taken: Taken,
         started: &mut u32,
-        tries: &mut SmallVec<[Try; PARALLEL_MAX]>,
+        attempts: &mut SmallVec<[Attempt; PARALLEL_MAX]>,
         futures: &mut Running,
     ) -> Result<(), GatewayError> {
         let Taken { index, mut account } = taken;
@@ -333,8 +337,8 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
             account.used(used);
         }
         let (number, sending) = (*started, target.clone());
-        futures.push(Box::pin(async move { (number, send::attempt(&sending, outgoing).await) }));
-        tries.push(Try {
+        futures.push(Box::pin(async move { (number, attempt::send(&sending, outgoing).await) }));
+        attempts.push(Attempt {
             number,
             in_flight: InFlight::enter(&backend.state),
             slot: backend.slots.clone(),
@@ -346,15 +350,15 @@ impl<F: Fn(&Target) -> Result<Outgoing, GatewayError>> Tries<'_, F> {
         Ok(())
     }
 
-    fn won(&mut self, winner: Try, answer: Answer, others: SmallVec<[Try; PARALLEL_MAX]>) -> Won {
-        let Try { number, mut target, in_flight, account, .. } = winner;
+    fn won(&mut self, winner: Attempt, answer: Answer, others: SmallVec<[Attempt; PARALLEL_MAX]>) -> Won {
+        let Attempt { number, mut target, in_flight, account, .. } = winner;
         if !matches!(&answer, Answer::Whole { status, .. } if !status.is_success()) {
             target.begin();
         }
         for other in others {
             // Asked later and not answered yet says nothing; asked earlier does.
             if other.number < number {
-                other.target.fail(Attempt::Overtaken);
+                other.target.fail(AttemptOutcome::Overtaken);
             }
             self.give_up(other);
         }
@@ -407,7 +411,7 @@ async fn ask(
     Ok((round.refusal(|_| LEASE_TTL), None))
 }
 
-impl Try {
+impl Attempt {
     /// When to think of another backend again.
     fn again(&self) -> Option<Instant> {
         self.target.patience().map(|patience| Instant::now() + patience)

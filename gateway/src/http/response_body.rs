@@ -22,13 +22,13 @@ use weir_runtime::edge::RequestClock;
 
 use crate::api::response::Rewriter;
 use crate::api::usage::Usage;
-use crate::context::RequestContext;
 use crate::error::GatewayError;
-use crate::intake::Room;
+use crate::http::attempt::Target;
+use crate::http::bounds::WRITE_STALL;
+use crate::http::context::RequestContext;
+use crate::http::request_body::Room;
 use crate::limits::reservation::{Reservation, STEP_TOKENS};
-use crate::routing::backend_state::{Attempt, InFlight};
-use crate::send::Target;
-use crate::server::WRITE_STALL;
+use crate::routing::backend_state::{AttemptOutcome, InFlight};
 
 /// What is handed out at a time of a complete answer.
 const PIECE_BYTES: usize = 32 << 10;
@@ -208,7 +208,9 @@ impl StreamBody {
                         return Poll::Ready(Some(out));
                     }
                 }
-                Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(self.broken(Attempt::ConnectFailure))),
+                Poll::Ready(Some(Err(_))) => {
+                    return Poll::Ready(Some(self.broken(AttemptOutcome::ConnectFailure)));
+                }
                 Poll::Ready(None) => return Poll::Ready(self.ended()),
                 Poll::Pending => {
                     if let Some(event) = ready!(self.poll_clocks(cx)) {
@@ -239,7 +241,7 @@ impl StreamBody {
                 return Poll::Ready(Some(self.cut(&GatewayError::Deadline)));
             }
             if now >= idle_until {
-                return Poll::Ready(Some(self.broken(Attempt::Timeout)));
+                return Poll::Ready(Some(self.broken(AttemptOutcome::Timeout)));
             }
             self.timer.as_mut().reset(idle_until.min(self.clocks.deadline));
         }
@@ -257,20 +259,20 @@ impl StreamBody {
         }
         if facts.error_seen {
             // The backend told the client itself; it counts against the backend all the same.
-            self.end.target.fail(Attempt::ServerError);
+            self.end.target.fail(AttemptOutcome::ServerError);
             self.end.context.finished(StatusCode::OK, "error_in_stream");
             return Some(rest).filter(|r| !r.is_empty());
         }
         let mut out = Vec::from(rest);
-        out.extend_from_slice(&self.broken(Attempt::ConnectFailure));
+        out.extend_from_slice(&self.broken(AttemptOutcome::ConnectFailure));
         Some(out.into())
     }
 
     /// The backend's fault, after bytes were sent: an error event, and no `[DONE]`.
-    fn broken(&mut self, attempt: Attempt) -> Bytes {
-        self.end.target.fail(attempt);
-        let error = match attempt {
-            Attempt::Timeout => GatewayError::UpstreamTimeout,
+    fn broken(&mut self, outcome: AttemptOutcome) -> Bytes {
+        self.end.target.fail(outcome);
+        let error = match outcome {
+            AttemptOutcome::Timeout => GatewayError::UpstreamTimeout,
             _ => GatewayError::UpstreamBroken,
         };
         self.cut(&error)

@@ -2,7 +2,6 @@
 //! figures, and what becomes of a request.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::Request;
 use hyper::body::Incoming;
@@ -10,53 +9,15 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use weir_runtime::ServerTls;
-use weir_runtime::edge::framing::{HeadBounds, Violation};
+use weir_runtime::edge::framing::Violation;
 use weir_runtime::edge::{self, Client, Edge, EdgeMetrics, HttpBounds, Refusal, Socket};
 
 use crate::error::GatewayError;
-use crate::stack::{self, Gateway};
+use crate::http::bounds::Bounds;
+use crate::http::pipeline::{self, Gateway};
 
 /// The name of this listener in metrics and logs.
 const LISTENER: &str = "clients";
-
-/// What a connection may cost.
-#[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// Connections and their clocks.
-    pub edge: edge::Bounds,
-    /// Requests of a connection.
-    pub http: HttpBounds,
-    /// To end in time once told to: after readiness is withdrawn, so long are new connections still taken: 2 s.
-    pub pre_stop: Duration,
-    /// And so long may streams run: 600 s.
-    pub drain: Duration,
-}
-
-impl Default for Bounds {
-    fn default() -> Self {
-        Self {
-            edge: edge::Bounds {
-                connections: 10_000,
-                // As many as in all, since behind an edge all come from one.
-                connections_per_address: 10_000,
-                head: Duration::from_secs(10),
-                // nginx's keepalive_timeout: longer than the pools of most clients keep an idle connection.
-                idle: Duration::from_secs(75),
-                stranger_idle: Duration::from_secs(10),
-                write_stall: WRITE_STALL,
-            },
-            http: HTTP,
-            pre_stop: Duration::from_secs(2),
-            drain: Duration::from_secs(600),
-        }
-    }
-}
-
-/// A client that takes nothing for so long is cut, as by nginx's send_timeout: 60 s.
-pub(crate) const WRITE_STALL: Duration = Duration::from_secs(60);
-/// Heads of 64 KiB and 100 fields, request lines of 16 KiB, 250 HTTP/2 streams on a connection.
-pub(crate) const HTTP: HttpBounds =
-    HttpBounds { head: HeadBounds { bytes: 64 << 10, fields: 100, target_bytes: 16 << 10 }, streams: 250 };
 
 /// Serves until `shutdown`, then drains: keep accepting for `pre_stop`, then refuse, let streams run for `drain` or
 /// until `hurry`. With `tls` nothing else is spoken.
@@ -139,7 +100,7 @@ impl Door {
         let gateway = self.gateway.clone();
         let service = move |client: Client, request: Request<Incoming>| {
             let gateway = gateway.clone();
-            async move { stack::handle(gateway, request, client).await }
+            async move { pipeline::handle(gateway, request, client).await }
         };
         match &self.tls {
             None => edge::serve_http(socket, connection, self.http, refuse, service).await,
