@@ -18,7 +18,7 @@ use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
 use weir_runtime::edge::{self, Edge, EdgeMetrics};
-use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, ServerTls, guard_ops_page};
+use weir_runtime::{AllowedHosts, EgressPolicy, OpsToken, Readiness, ServerTls, guard_ops_page};
 
 use crate::config::Config;
 use crate::control::credentials::Credentials;
@@ -28,11 +28,11 @@ use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
 use crate::http::authentication::Failures;
-use crate::http::pipeline::Gateway;
+use crate::http::gateway::Gateway;
 use crate::http::request_body::BodyMemory;
-use crate::http::server;
+use crate::http::server::Server;
 use crate::limits::ledger::Ledger;
-use crate::limits::orphan_reaper::Reaper;
+use crate::limits::orphan_reaper::OrphanReaper;
 use crate::metrics::{KindLabels, Metrics};
 use crate::ops::weight_metrics::WeightMetrics;
 use crate::ops::{explain, usage};
@@ -62,7 +62,7 @@ pub enum StartError {
 
 /// A gateway that runs.
 #[derive(Debug)]
-pub struct Running {
+pub struct Handle {
     /// Where clients are served.
     pub address: SocketAddr,
     /// Where operations are served.
@@ -74,7 +74,7 @@ pub struct Running {
     server: JoinHandle<Result<(), StartError>>,
 }
 
-impl Running {
+impl Handle {
     /// Returns once clients are served, which takes a configuration. Until then their connections are refused, so
     /// that a load balancer takes another gateway instead of an answer that nobody can use.
     pub async fn serving(&self) {
@@ -86,6 +86,168 @@ impl Running {
         self.tasks.wait().await;
         // A task that panicked has said so itself.
         self.server.await.unwrap_or(Ok(()))
+    }
+}
+
+/// Starts a gateway. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
+pub async fn start(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    shutdown: CancellationToken,
+    force: CancellationToken,
+) -> Result<Handle, StartError> {
+    start_resolving(config, limiter, Resolver::system(), shutdown, force).await
+}
+
+/// The same, with hosts of backends looked up by `resolver`.
+pub async fn start_resolving(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    resolver: Resolver,
+    shutdown: CancellationToken,
+    force: CancellationToken,
+) -> Result<Handle, StartError> {
+    let settings = Settings::of(&config)?;
+    let (clients, address) = reserve(config.listen, "--listen")?;
+    let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
+    let limiter = match limiter {
+        Some(limiter) => limiter,
+        None => own_limiter(&config).await?,
+    };
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
+    let listeners = EdgeMetrics::new(&mut registry);
+    resolver.register(&mut registry);
+    let live = Arc::new(LiveConfig::new(settings.egress, resolver));
+    registry.register_collector(Box::new(WeightMetrics(live.clone())));
+
+    let holder = Holder::of(&settings.identity.incarnation);
+    let gateways = {
+        let live = live.clone();
+        Arc::new(move || live.live_gateways())
+    };
+    let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
+    let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
+    let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
+    let gateway = Gateway {
+        live: live.clone(),
+        ledger: ledger.clone(),
+        failures: Failures::new(&metrics),
+        bodies: BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone()),
+        metrics: metrics.clone(),
+        traffic: traffic.clone(),
+    };
+    let (identity, links, credentials) = (settings.identity, settings.control_planes, settings.credentials);
+    let publisher = Publisher::new(live.clone(), credentials.clone());
+    let subscriber = Subscriber::new(publisher, identity.clone(), links.clone(), settings.disk);
+    let prober = Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone());
+    let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
+    let readiness = Readiness::not_ready("no configuration yet");
+    let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger.clone()));
+    // Around these pages alone: what is not there is 404.
+    let pages = pages.route_layer(from_fn_with_state(settings.ops_token, guard_ops_page));
+    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
+
+    let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
+    // What serves requests ends last: the settlement worker and the operations port outlive the streams.
+    let drained = CancellationToken::new();
+    tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
+    tasks.spawn(subscriber.run(drained.clone()));
+    tasks.spawn(prober.run(drained.clone()));
+    tasks.spawn(reporter.run(links, drained.clone()));
+    tasks.spawn(reaper.run(drained.clone()));
+    tasks.spawn(worker.run(drained.clone()));
+    tasks.spawn(weir_runtime::serve_ops_with(
+        ops,
+        settings.ops_hosts,
+        readiness.clone(),
+        Arc::new(registry),
+        pages,
+        drained.clone(),
+    ));
+    let status = Status {
+        live: live.clone(),
+        ledger,
+        readiness,
+        metrics,
+        serving: serving.clone(),
+        shutdown: shutdown.clone(),
+    };
+    tasks.spawn(status.run(drained.clone()));
+    let server = Server { tls: settings.tls, gateway: Arc::new(gateway), bounds: config.bounds(), listeners };
+    let clients = Clients {
+        socket: clients,
+        address,
+        ops_address,
+        server,
+        live: live.clone(),
+        serving: serving.clone(),
+    };
+    let server = tasks.spawn(clients.serve(shutdown, force, drained));
+    tasks.close();
+    Ok(Handle { address, ops_address, live, tasks, serving, server })
+}
+
+/// What the settings come to, checked before anything is started.
+struct Settings {
+    ops_token: OpsToken,
+    ops_hosts: AllowedHosts,
+    control_planes: Vec<Link>,
+    tls: Option<ServerTls>,
+    credentials: Arc<Credentials>,
+    disk: Option<Disk>,
+    identity: Identity,
+    egress: EgressPolicy,
+}
+
+impl Settings {
+    fn of(config: &Config) -> Result<Self, StartError> {
+        let wrong = |flag: &'static str| move |error: String| StartError::Config(format!("{flag}: {error}"));
+        let client_cert = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
+        let tls = match (&config.tls_cert, &config.tls_key) {
+            (Some(certificate), Some(key)) => Some(
+                ServerTls::open(certificate, key, &[b"h2", b"http/1.1"])
+                    .map_err(|e| wrong("--tls-cert, --tls-key")(e.to_string()))?,
+            ),
+            _ => None,
+        };
+        let disk = config.data_dir.as_deref().map(Disk::new).transpose();
+        let incarnation = uuid::Uuid::now_v7().to_string();
+        Ok(Self {
+            ops_token: config.ops_token().map_err(wrong("--ops-token-file"))?,
+            ops_hosts: AllowedHosts::new(&config.ops_allowed_hosts).map_err(wrong("--ops-allowed-host"))?,
+            control_planes: Link::all(&config.control_plane, config.control_plane_ca.clone(), client_cert)
+                .map_err(wrong("--control-plane"))?,
+            tls,
+            credentials: Credentials::new(&config.credentials, config.own_secrets())
+                .map_err(StartError::Config)?,
+            disk: disk.map_err(|e| wrong("--data-dir")(e.to_string()))?,
+            identity: Identity {
+                id: config.id.clone().unwrap_or_else(|| format!("gateway-{}", &incarnation[24..])),
+                incarnation,
+                role: SubscriberRole::Gateway,
+                region: config.region.clone(),
+                token: config.token().map_err(StartError::Config)?,
+            },
+            egress: EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?,
+        })
+    }
+}
+
+/// The limiter that the settings ask for.
+async fn own_limiter(config: &Config) -> Result<AnyLimiter, StartError> {
+    let Some(url) = &config.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
+    // Waited for a little, so that a gateway counts with the others from its first request; not for long, since one
+    // that starts while Redis is away serves its share of the limits.
+    let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };
+    match RedisLimiter::connect(url, options).await {
+        Ok(redis) => Ok(redis.into()),
+        Err(error) => {
+            tracing::warn!(%error, "redis is away; this gateway starts with its share of the limits");
+            let redis = RedisLimiter::open(url, options);
+            redis.map(AnyLimiter::from).map_err(|e| StartError::Config(format!("--redis: {e}")))
+        }
     }
 }
 
@@ -108,205 +270,120 @@ fn reserve(address: SocketAddr, flag: &'static str) -> Result<(TcpSocket, Socket
     bind().map_err(|source| StartError::Listen { address, flag, source })
 }
 
-/// Starts a gateway. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
-pub async fn start(
-    config: Config,
-    limiter: Option<AnyLimiter>,
-    shutdown: CancellationToken,
-    hurry: CancellationToken,
-) -> Result<Running, StartError> {
-    start_resolving(config, limiter, Resolver::system(), shutdown, hurry).await
+/// The port for clients, which is not served before there is a configuration.
+struct Clients {
+    socket: TcpSocket,
+    address: SocketAddr,
+    ops_address: SocketAddr,
+    server: Server,
+    live: Arc<LiveConfig>,
+    serving: CancellationToken,
 }
 
-/// The same, with hosts of backends looked up by `resolver`.
-pub async fn start_resolving(
-    config: Config,
-    limiter: Option<AnyLimiter>,
-    resolver: Resolver,
-    shutdown: CancellationToken,
-    hurry: CancellationToken,
-) -> Result<Running, StartError> {
-    let ops_token = config.ops_token().map_err(|e| StartError::Config(format!("--ops-token-file: {e}")))?;
-    let ops_hosts = AllowedHosts::new(&config.ops_allowed_hosts)
-        .map_err(|e| StartError::Config(format!("--ops-allowed-host: {e}")))?;
-    let (clients, address) = reserve(config.listen, "--listen")?;
-    let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
-    let own = config.control_plane_cert.clone().zip(config.control_plane_key.clone());
-    let control_planes = Link::all(&config.control_plane, config.control_plane_ca.clone(), own)
-        .map_err(|e| StartError::Config(format!("--control-plane: {e}")))?;
-    let tls = match (&config.tls_cert, &config.tls_key) {
-        (Some(certificate), Some(key)) => Some(
-            ServerTls::open(certificate, key, &[b"h2", b"http/1.1"])
-                .map_err(|e| StartError::Config(format!("--tls-cert, --tls-key: {e}")))?,
-        ),
-        _ => None,
-    };
-    let credentials =
-        Credentials::new(&config.credentials, config.own_secrets()).map_err(StartError::Config)?;
-    let disk = config.data_dir.as_deref().map(Disk::new).transpose();
-    let disk = disk.map_err(|e| StartError::Config(format!("--data-dir: {e}")))?;
-    let limiter = match (limiter, &config.redis) {
-        (Some(limiter), _) => limiter,
-        (None, None) => AnyLimiter::from(MemoryLimiter::new()),
-        (None, Some(url)) => {
-            // Waited for a little, so that a gateway counts with the others from its first request; not for long,
-            // since one that starts while Redis is away serves its share of the limits.
-            let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };
-            AnyLimiter::from(match RedisLimiter::connect(url, options).await {
-                Ok(redis) => redis,
-                Err(error) => {
-                    tracing::warn!(%error, "redis is away; this gateway starts with its share of the limits");
-                    RedisLimiter::open(url, options)
-                        .map_err(|e| StartError::Config(format!("--redis: {e}")))?
-                }
-            })
+impl Clients {
+    /// Serves until `shutdown` and the drain after it, and cancels `drained` then.
+    async fn serve(
+        self,
+        shutdown: CancellationToken,
+        force: CancellationToken,
+        drained: CancellationToken,
+    ) -> Result<(), StartError> {
+        tokio::select! {
+            () = self.live.configured() => {}
+            () = shutdown.cancelled() => {}
         }
-    };
-    let incarnation = uuid::Uuid::now_v7().to_string();
-    let identity = Identity {
-        id: config.id.clone().unwrap_or_else(|| format!("gateway-{}", &incarnation[24..])),
-        incarnation,
-        role: SubscriberRole::Gateway,
-        region: config.region.clone(),
-        token: config.token().map_err(StartError::Config)?,
-    };
-    let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
-    weir_runtime::register(&mut registry);
-    let listeners = EdgeMetrics::new(&mut registry);
-    let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?;
-    resolver.register(&mut registry);
-    let live = Arc::new(LiveConfig::new(egress, resolver));
-    registry.register_collector(Box::new(WeightMetrics(live.clone())));
-    let gateways = {
-        let live = live.clone();
-        Arc::new(move || live.live_gateways())
-    };
-    let holder = Holder::of(&identity.incarnation);
-    let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
-    let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
-    let (gone, reaper) = Reaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
-    let bodies = BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone());
-    let gateway = Arc::new(Gateway {
-        live: live.clone(),
-        ledger: ledger.clone(),
-        failures: Failures::default(),
-        bodies,
-        metrics: metrics.clone(),
-        traffic: traffic.clone(),
-    });
-    let readiness = Readiness::not_ready("no configuration yet");
-    let publisher = Publisher::new(live.clone(), credentials.clone());
-    let subscriber = Subscriber::new(publisher, identity.clone(), control_planes.clone(), disk);
-
-    let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
-    // What serves requests ends last: the settlement worker and the operations port outlive the streams.
-    let drained = CancellationToken::new();
-    tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
-    tasks.spawn(subscriber.run(drained.clone()));
-    tasks.spawn(
-        Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone()).run(drained.clone()),
-    );
-    let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
-    tasks.spawn(reporter.run(control_planes, drained.clone()));
-    tasks.spawn(reaper.run(drained.clone()));
-    tasks.spawn(worker.run(drained.clone()));
-    tasks.spawn(watch(
-        live.clone(),
-        ledger.clone(),
-        readiness.clone(),
-        metrics,
-        serving.clone(),
-        shutdown.clone(),
-        drained.clone(),
-    ));
-    let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger));
-    // Around these pages alone: what is not there is 404.
-    let pages = pages.route_layer(from_fn_with_state(ops_token, guard_ops_page));
-    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
-    let ops =
-        weir_runtime::serve_ops_with(ops, ops_hosts, readiness, Arc::new(registry), pages, drained.clone());
-    tasks.spawn(ops);
-    let bounds = config.bounds();
-    let server = {
-        let (serving, configured) = (serving.clone(), live.clone());
-        tasks.spawn(async move {
-            tokio::select! {
-                () = configured.configured() => {}
-                () = shutdown.cancelled() => {}
+        let done = match self.socket.listen(BACKLOG) {
+            Ok(listener) => {
+                self.serving.cancel();
+                tracing::info!(clients = %self.address, ops = %self.ops_address, "serving");
+                self.server.serve(listener, shutdown, force).await;
+                Ok(())
             }
-            let done = match clients.listen(BACKLOG) {
-                Ok(listener) => {
-                    serving.cancel();
-                    tracing::info!(clients = %address, ops = %ops_address, "serving");
-                    server::serve(listener, tls, gateway, (bounds, listeners), shutdown, hurry).await;
-                    Ok(())
-                }
-                Err(source) => {
-                    shutdown.cancel();
-                    Err(StartError::Listen { address, flag: "--listen", source })
-                }
-            };
-            drained.cancel();
-            done
-        })
-    };
-    tasks.close();
-    Ok(Running { address, ops_address, live, tasks, serving, server })
+            Err(source) => {
+                shutdown.cancel();
+                Err(StartError::Listen { address: self.address, flag: "--listen", source })
+            }
+        };
+        drained.cancel();
+        done
+    }
 }
 
 /// Keeps readiness and the gauges true.
-async fn watch(
+struct Status {
     live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
     readiness: Readiness,
     metrics: Metrics,
     serving: CancellationToken,
     shutdown: CancellationToken,
-    drained: CancellationToken,
-) {
-    let mut revisions = live.revisions();
-    let (mut outages, mut lost) = (0, 0);
-    let mut counted = None;
-    loop {
-        // A counter that begins with its first event has no increase that an alert could see.
-        let snapshot = live.snapshot();
-        if counted.replace(snapshot.revision) != Some(snapshot.revision) {
-            metrics.know_backends(snapshot.backends.keys().map(Name::as_str));
-        }
-        let state = if shutdown.is_cancelled() {
-            Err("draining".to_owned())
-        } else if serving.is_cancelled() {
-            Ok(())
-        } else {
-            Err("no configuration: the control plane has not been reached and there is no copy on disk"
-                .to_owned())
-        };
-        readiness.set(state);
-        metrics.revision.set(live.snapshot().revision.try_into().unwrap_or(i64::MAX));
-        metrics.config_age.set(live.published_for().as_secs().try_into().unwrap_or(i64::MAX));
-        metrics.config_refused.set(live.config_refused().try_into().unwrap_or(i64::MAX));
-        metrics.control_plane_connected.set(i64::from(live.is_connected()));
-        metrics.merged.set(ledger.limiter.store().merged_calls().try_into().unwrap_or(i64::MAX));
-        let ahead = ledger.limiter.store().ahead();
-        metrics.from_quota.set(ahead.decided.try_into().unwrap_or(i64::MAX));
-        for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
-            let of_kind = metrics.ahead.get_or_create(&KindLabels { kind: kind.name() });
-            of_kind.set(held.try_into().unwrap_or(i64::MAX));
-        }
-        let store = ledger.limiter.status();
-        metrics.limit_store_away.set(i64::from(store.phase != Phase::Closed));
-        metrics.limit_store_untold.set(store.pending.try_into().unwrap_or(i64::MAX));
-        metrics.limit_store_outages.inc_by(store.opened - outages);
-        metrics.limit_store_lost.inc_by(store.lost - lost);
-        (outages, lost) = (store.opened, store.lost);
-        metrics.waiting.set(ledger.waiting.len().try_into().unwrap_or(i64::MAX));
-        tokio::select! {
-            changed = revisions.changed() => if changed.is_err() { return },
-            () = serving.cancelled(), if !serving.is_cancelled() => {}
-            () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
-            () = drained.cancelled() => return,
+}
+
+impl Status {
+    async fn run(self, drained: CancellationToken) {
+        let mut revisions = self.live.revisions();
+        let (mut outages, mut lost) = (0, 0);
+        let mut known = None;
+        loop {
+            self.readiness.set(self.readiness());
+            self.show_configuration(&mut known);
+            self.show_prefetched();
+            let store = self.ledger.limiter.status();
+            self.metrics.limit_store_away.set(i64::from(store.phase != Phase::Closed));
+            self.metrics.limit_store_untold.set(gauge(store.pending));
+            self.metrics.limit_store_outages.inc_by(store.opened - outages);
+            self.metrics.limit_store_lost.inc_by(store.lost - lost);
+            (outages, lost) = (store.opened, store.lost);
+            self.metrics.waiting.set(gauge(self.ledger.waiting.len()));
+            tokio::select! {
+                changed = revisions.changed() => if changed.is_err() { return },
+                () = self.serving.cancelled(), if !self.serving.is_cancelled() => {}
+                () = self.shutdown.cancelled(), if !self.shutdown.is_cancelled() => {}
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                () = drained.cancelled() => return,
+            }
         }
     }
+
+    fn readiness(&self) -> Result<(), String> {
+        if self.shutdown.is_cancelled() {
+            return Err("draining".to_owned());
+        }
+        if !self.serving.is_cancelled() {
+            return Err(
+                "no configuration: the control plane has not been reached and there is no copy on disk"
+                    .to_owned(),
+            );
+        }
+        Ok(())
+    }
+
+    /// `known` is the revision whose backends have their series.
+    fn show_configuration(&self, known: &mut Option<u64>) {
+        let (live, metrics) = (&self.live, &self.metrics);
+        let snapshot = live.snapshot();
+        // A counter that begins with its first event has no increase that an alert could see.
+        if known.replace(snapshot.revision) != Some(snapshot.revision) {
+            metrics.know_backends(snapshot.backends.keys().map(Name::as_str));
+        }
+        metrics.revision.set(gauge(snapshot.revision));
+        metrics.config_age.set(gauge(live.published_for().as_secs()));
+        metrics.config_refused.set(gauge(live.config_refused()));
+        metrics.control_plane_connected.set(i64::from(live.is_connected()));
+    }
+
+    fn show_prefetched(&self) {
+        let (store, metrics) = (self.ledger.limiter.store(), &self.metrics);
+        metrics.merged.set(gauge(store.merged_calls()));
+        let ahead = store.ahead();
+        metrics.from_quota.set(gauge(ahead.decided));
+        for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
+            metrics.ahead.get_or_create(&KindLabels { kind: kind.name() }).set(gauge(held));
+        }
+    }
+}
+
+/// A count as a gauge, which stays at its largest value.
+fn gauge(count: impl TryInto<i64>) -> i64 {
+    count.try_into().unwrap_or(i64::MAX)
 }

@@ -8,7 +8,6 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use crate::api::usage::Implausible;
-use crate::http::authentication::Failure;
 
 /// Of a finished request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -283,9 +282,6 @@ impl Metrics {
             probes_over_budget: Family::default(),
             probes_without_slot: Family::default(),
         };
-        for reason in Failure::ALL.map(Failure::label) {
-            drop(m.authentication_failures.get_or_create(&AuthenticationLabels { reason }));
-        }
         let r = registry.sub_registry_with_prefix("weir");
         r.register("requests", "Finished requests", m.requests.clone());
         r.register("requests_in_flight", "Requests under way", m.in_flight.clone());

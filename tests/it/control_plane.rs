@@ -161,7 +161,7 @@ async fn a_full_disk_refuses_changes_says_so_and_goes_on_when_there_is_room() {
 /// A gateway in this process that follows a control plane.
 struct Follower {
     client: Client,
-    running: weir_gateway::Running,
+    running: weir_gateway::Handle,
     shutdown: CancellationToken,
 }
 

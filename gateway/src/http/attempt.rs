@@ -90,11 +90,11 @@ impl Target {
 
     fn fail_busy(&self, outcome: AttemptOutcome, retry_after: Option<Duration>) {
         self.count(outcome);
-        let runtime = &self.model.pool.state;
+        let state = &self.model.pool.state;
         if self.began.is_none() && matches!(outcome, AttemptOutcome::Timeout | AttemptOutcome::Overtaken) {
-            runtime.waited(&self.model.name, self.backend.id, self.stream);
+            state.first_byte_timed_out(&self.model.name, self.backend.id, self.stream);
         }
-        runtime.failed(&self.model.name, &self.backend, outcome, &self.sample(0), retry_after);
+        state.failed(&self.model.name, &self.backend, outcome, &self.sample(0), retry_after);
     }
 
     /// The backend reported a use that cannot be true, and the gateway's own count is taken.
@@ -119,13 +119,13 @@ impl Target {
     }
 
     /// How long to wait for the first byte before another backend is tried as well.
-    pub fn patience(&self) -> Option<Duration> {
-        let runtime = &self.model.pool.state;
-        runtime.patience(&self.model.name, self.backend.id, self.stream, self.prompt_tokens)
+    pub fn hedge_delay(&self) -> Option<Duration> {
+        let state = &self.model.pool.state;
+        state.hedge_delay(&self.model.name, self.backend.id, self.stream, self.prompt_tokens)
     }
 
     fn sample(&self, output_tokens: u64) -> Sample {
-        let measure = if self.stream { Measure::FirstByte } else { Measure::Whole };
+        let measure = if self.stream { Measure::FirstByte } else { Measure::Unary };
         let took = self.began.unwrap_or_else(Instant::now).saturating_duration_since(self.sent);
         Sample { measure, took, prompt_tokens: self.prompt_tokens, output_tokens }
     }
@@ -155,7 +155,7 @@ pub enum Answer {
         rest: Incoming,
     },
     /// All of it. The status is 2xx, or 4xx when the client is at fault.
-    Whole {
+    Unary {
         /// The status.
         status: StatusCode,
         /// Its headers.
@@ -264,9 +264,9 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
         return Ok(Answer::Stream { headers: head.headers, first, rest });
     }
     let idle = target.model.timeouts.idle;
-    let whole = whole(rest, idle, memory.room());
-    let whole = timeout_at(deadline, whole).await.map_err(|_| GatewayError::Deadline)??;
-    let Some((body, room)) = whole else {
+    let unary = read_unary(rest, idle, memory.room());
+    let unary = timeout_at(deadline, unary).await.map_err(|_| GatewayError::Deadline)??;
+    let Some((body, room)) = unary else {
         return Err(target.invalid(format_args!("it is longer than {ANSWER_MAX_BYTES} bytes")));
     };
     if head.status.is_success() {
@@ -276,7 +276,7 @@ async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure
             Err(fault) => return Err(target.invalid(format_args!("it is not a JSON object: {fault}"))),
         }
     }
-    Ok(Answer::Whole { status: head.status, headers: head.headers, body, room })
+    Ok(Answer::Unary { status: head.status, headers: head.headers, body, room })
 }
 
 /// Whose fault a status is. 2xx and the client's own mistakes go on to the client.
@@ -309,7 +309,11 @@ async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
 }
 
 /// All of a body; `None` when it is longer than it may be.
-async fn whole(mut body: Incoming, idle: Duration, mut room: Room) -> Result<Option<(Bytes, Room)>, Failure> {
+async fn read_unary(
+    mut body: Incoming,
+    idle: Duration,
+    mut room: Room,
+) -> Result<Option<(Bytes, Room)>, Failure> {
     let mut first: Option<Bytes> = None;
     let mut taken = BytesMut::new();
     let mut length = 0;

@@ -1,4 +1,4 @@
-//! Requests without a valid key, by address.
+//! Who asks: the key of a request, and what is remembered of requests without a valid one, by address.
 //!
 //! Keys have 256 bits, so nobody guesses one; what wrong keys cost is the work of refusing them, and lines in the log that
 //! nobody reads. From an address that fails too often each further failure closes its connection, which makes it pay
@@ -8,11 +8,20 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
+use http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_runtime::edge::household;
+
+use crate::metrics::{AuthenticationLabels, Metrics};
+use crate::routing::entries::KeyEntry;
+use crate::routing::snapshot::Snapshot;
+
+/// Longest Authorization header that is looked at, bytes.
+const KEY_MAX_BYTES: usize = 512;
 
 /// What is counted together, and the time between two lines about one address.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -47,6 +56,23 @@ impl Failure {
             Self::Unknown => "unknown",
             Self::Expired => "expired",
         }
+    }
+}
+
+/// The key that a request bears, if it is valid now.
+pub(super) fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, Failure> {
+    let value = headers.get(header::AUTHORIZATION).filter(|v| v.len() <= KEY_MAX_BYTES);
+    let token = value.and_then(|v| v.to_str().ok()).and_then(|v| {
+        let (scheme, token) = v.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    });
+    let token = token.ok_or(Failure::Missing)?;
+    // The map is keyed by digest, so a comparison tells nothing about how much of a secret was right.
+    let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+    let key = snapshot.keys.get(&digest).ok_or(Failure::Unknown)?;
+    match key.expires {
+        Some(expires) if expires <= SystemTime::now() => Err(Failure::Expired),
+        _ => Ok(key.clone()),
     }
 }
 
@@ -86,6 +112,14 @@ impl Count {
 }
 
 impl Failures {
+    /// None so far; every reason has its series in the metrics from now on, at zero.
+    pub fn new(metrics: &Metrics) -> Self {
+        for reason in Failure::ALL.map(Failure::label) {
+            drop(metrics.authentication_failures.get_or_create(&AuthenticationLabels { reason }));
+        }
+        Self::default()
+    }
+
     /// A request from there had no valid key. Whether its address has had too many.
     pub fn note(&self, peer: Option<IpAddr>) -> bool {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -122,6 +122,11 @@ impl RequestContext {
             unlogged: false,
             close: false,
         })
+    }
+
+    /// The id as the header `x-request-id`.
+    pub fn request_id_header(&self) -> Option<HeaderValue> {
+        HeaderValue::try_from(self.request_id.as_str()).ok()
     }
 
     /// The first byte of the answer is there.

@@ -1,7 +1,7 @@
 //! The way of a request, from the accepted connection to the last byte of its answer.
 //!
 //! [`server`] accepts within [`bounds`]; [`pipeline`] is the way itself, top to bottom: [`authentication`],
-//! [`request_body`], `admission`, `attempts` ([`attempt`] is one of them) and [`response_body`]. The [`context`] of a
+//! [`request_body`], `admission`, `attempts` ([`attempt`] is one of them), `answer` and [`response_body`]. The [`context`] of a
 //! request collects its facts and is its log line in the end. [`headers`] says which headers pass, [`refusal`] how limits
 //! are told to clients.
 
@@ -9,6 +9,7 @@ pub mod attempt;
 pub mod authentication;
 pub mod bounds;
 pub mod context;
+pub mod gateway;
 pub mod headers;
 pub mod pipeline;
 pub mod refusal;
@@ -17,4 +18,7 @@ pub mod response_body;
 pub mod server;
 
 mod admission;
+mod answer;
 mod attempts;
+mod call;
+mod models;

@@ -7,9 +7,9 @@ use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
 use crate::http::headers::{self, LimitKind, ShownLimits};
-use crate::limits::account_groups::Groups;
+use crate::limits::account_groups::CandidateGroups;
 use crate::routing::accounts::Accounts;
-use crate::routing::balance::Place;
+use crate::routing::balance::Candidate;
 use crate::routing::scope::{ScopeEntry, ScopeKind};
 
 /// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
@@ -37,20 +37,20 @@ pub fn never_fits(entries: &[&ScopeEntry], reserved: &Cost, least: &Cost) -> Opt
 /// The refusal of the first account when none is left.
 pub(crate) fn usable_accounts(
     accounts: &Accounts,
-    places: &[Place],
+    candidates: &[Candidate],
     own: usize,
     reserved: &Cost,
     least: &Cost,
-) -> Result<Groups, GatewayError> {
+) -> Result<CandidateGroups, GatewayError> {
     let never = |account: usize| {
         let entries: Vec<&ScopeEntry> = accounts[account].scopes.iter().collect();
         never_fits(&entries, reserved, least)
     };
-    let groups = Groups::of(accounts, places, own, |account| never(account).is_none());
+    let groups = CandidateGroups::of(accounts, candidates, own, |account| never(account).is_none());
     if !groups.is_empty() {
         return Ok(groups);
     }
-    let refusal = places.iter().find_map(|place| never(accounts.of(place.index)?));
+    let refusal = candidates.iter().find_map(|candidate| never(accounts.of(candidate.index)?));
     Err(refusal.unwrap_or(GatewayError::NoBackend { retry_after: None }))
 }
 

@@ -42,7 +42,7 @@ pub enum Body {
     /// Short, and made here.
     Full(Full<Bytes>),
     /// A backend's answer that is complete.
-    Whole(WholeBody),
+    Unary(UnaryBody),
     /// As it comes.
     Stream(Pin<Box<StreamBody>>),
 }
@@ -63,7 +63,7 @@ impl http_body::Body for Body {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         match &mut *self {
             Self::Full(full) => Pin::new(full).poll_frame(cx),
-            Self::Whole(whole) => Poll::Ready(whole.next().map(|piece| Ok(Frame::data(piece)))),
+            Self::Unary(unary) => Poll::Ready(unary.next().map(|piece| Ok(Frame::data(piece)))),
             Self::Stream(stream) => {
                 stream.as_mut().get_mut().poll_chunk(cx).map(|c| c.map(|b| Ok(Frame::data(b))))
             }
@@ -73,7 +73,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Full(full) => full.is_end_stream(),
-            Self::Whole(whole) => whole.rest.is_empty(),
+            Self::Unary(unary) => unary.rest.is_empty(),
             Self::Stream(stream) => matches!(stream.state, State::Done),
         }
     }
@@ -81,7 +81,7 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Full(full) => full.size_hint(),
-            Self::Whole(whole) => SizeHint::with_exact(whole.rest.len() as u64),
+            Self::Unary(unary) => SizeHint::with_exact(unary.rest.len() as u64),
             Self::Stream(_) => SizeHint::default(),
         }
     }
@@ -89,14 +89,14 @@ impl http_body::Body for Body {
 
 /// A complete answer, handed out in pieces: of what one call hands out nobody can tell how much the client has taken.
 #[derive(Debug)]
-pub struct WholeBody {
+pub struct UnaryBody {
     rest: Bytes,
     clock: Arc<RequestClock>,
     /// Given back with the last of it.
     _room: Room,
 }
 
-impl WholeBody {
+impl UnaryBody {
     /// All of `answer`; a client that takes nothing of it is cut by the request's clock.
     pub const fn new(answer: Bytes, room: Room, clock: Arc<RequestClock>) -> Self {
         Self { rest: answer, clock, _room: room }

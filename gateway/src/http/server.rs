@@ -14,60 +14,62 @@ use weir_runtime::edge::{self, Client, Edge, EdgeMetrics, HttpBounds, Refusal, S
 
 use crate::error::GatewayError;
 use crate::http::bounds::Bounds;
-use crate::http::pipeline::{self, Gateway};
+use crate::http::gateway::Gateway;
+use crate::http::pipeline;
 
 /// The name of this listener in metrics and logs.
 const LISTENER: &str = "clients";
 
-/// Serves until `shutdown`, then drains: keep accepting for `pre_stop`, then refuse, let streams run for `drain` or
-/// until `hurry`. With `tls` nothing else is spoken.
-pub async fn serve(
-    listener: TcpListener,
-    tls: Option<ServerTls>,
-    gateway: Arc<Gateway>,
-    (bounds, metrics): (Bounds, EdgeMetrics),
-    shutdown: CancellationToken,
-    hurry: CancellationToken,
-) {
-    let edge = Edge::new(LISTENER, listener, bounds.edge, metrics);
-    let handle = edge.handle();
-    let door = Arc::new(Door { tls, gateway: gateway.clone(), http: bounds.http });
-    let take = |socket: Socket| {
-        let open = OpenConnection::new(&gateway.metrics.connections);
-        let door = door.clone();
-        // Ends with the connection, which its clocks and the end of the drain end.
-        tokio::spawn(async move {
-            door.serve(socket).await;
-            drop(open);
-        });
-    };
-    let stop_accepting = async {
-        shutdown.cancelled().await;
-        // Clients leave with their next answer instead of being cut between two requests.
-        handle.drain();
-        tokio::select! {
-            () = tokio::time::sleep(bounds.pre_stop) => {}
-            () = hurry.cancelled() => {}
+/// The listener for clients.
+#[derive(Debug)]
+pub struct Server {
+    /// With it nothing but TLS is spoken.
+    pub tls: Option<ServerTls>,
+    /// What requests need.
+    pub gateway: Arc<Gateway>,
+    /// What a connection may cost.
+    pub bounds: Bounds,
+    /// What is counted of connections.
+    pub listeners: EdgeMetrics,
+}
+
+impl Server {
+    /// Serves until `shutdown`, then drains: keep accepting for `pre_stop`, then refuse, let streams run for `drain` or
+    /// until `force`.
+    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken, force: CancellationToken) {
+        let Self { tls, gateway, bounds, listeners } = self;
+        let edge = Edge::new(LISTENER, listener, bounds.edge, listeners);
+        let handle = edge.handle();
+        let connections = Arc::new(Connections { tls, gateway: gateway.clone(), http: bounds.http });
+        let stop_accepting = async {
+            shutdown.cancelled().await;
+            // Clients leave with their next answer instead of being cut between two requests.
+            handle.drain();
+            tokio::select! {
+                () = tokio::time::sleep(bounds.pre_stop) => {}
+                () = force.cancelled() => {}
+            }
+        };
+        tokio::pin!(stop_accepting);
+        loop {
+            tokio::select! {
+                socket = edge.accept() => connections.start(socket),
+                () = &mut stop_accepting => break,
+            }
         }
-    };
-    tokio::pin!(stop_accepting);
-    loop {
-        tokio::select! {
-            socket = edge.accept() => take(socket),
-            () = &mut stop_accepting => break,
+        // Whoever is connected already and not yet accepted would be cut when the listener goes.
+        for _ in 0..bounds.edge.connections {
+            let Some(socket) = edge.accept_now() else { break };
+            connections.start(socket);
         }
-    }
-    // Whoever is connected already and not yet accepted would be cut when the listener goes.
-    for _ in 0..bounds.edge.connections {
-        let Some(socket) = edge.accept_now() else { break };
-        take(socket);
-    }
-    drop(edge);
-    let in_flight = &gateway.metrics.in_flight;
-    tracing::info!(streams = in_flight.get(), "draining");
-    match handle.close(bounds.drain, hurry.cancelled()).await {
-        true => tracing::info!("drained"),
-        false => tracing::warn!("the drain was cut short; streams that still ran ended with an error event"),
+        drop(edge);
+        tracing::info!(streams = gateway.metrics.in_flight.get(), "draining");
+        match handle.close(bounds.drain, force.cancelled()).await {
+            true => tracing::info!("drained"),
+            false => {
+                tracing::warn!("the drain was cut short; streams that still ran ended with an error event");
+            }
+        }
     }
 }
 
@@ -88,13 +90,23 @@ impl Drop for OpenConnection {
 }
 
 /// What all connections have in common.
-struct Door {
+struct Connections {
     tls: Option<ServerTls>,
     gateway: Arc<Gateway>,
     http: HttpBounds,
 }
 
-impl Door {
+impl Connections {
+    fn start(self: &Arc<Self>, socket: Socket) {
+        let open = OpenConnection::new(&self.gateway.metrics.connections);
+        let connections = self.clone();
+        // Ends with the connection, which its clocks and the end of the drain end.
+        tokio::spawn(async move {
+            connections.serve(socket).await;
+            drop(open);
+        });
+    }
+
     async fn serve(&self, socket: Socket) {
         let connection = socket.connection().clone();
         let gateway = self.gateway.clone();

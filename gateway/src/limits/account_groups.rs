@@ -1,8 +1,8 @@
 //! Candidates by the provider's account they bill. Pure: what to ask next, and what the answers come to.
 //!
-//! An order of preference is cut into runs of one account each, so that the order is kept exactly. The limiter is asked
-//! for the first run with the request's own limits and that account's, in one call; only when the account refuses, or no
-//! backend of the run has a slot, is the next one asked. Where the account of the first choice has room, limited accounts
+//! An order of preference is cut into groups of one account each, so that the order is kept exactly. The limiter is asked
+//! for the first group with the request's own limits and that account's, in one call; only when the account refuses, or no
+//! backend of the group has a slot, is the next one asked. Where the account of the first choice has room, limited accounts
 //! cost nothing.
 
 use std::ops::Range;
@@ -13,47 +13,49 @@ use weir_ratelimit::waiting::Alternatives;
 use weir_ratelimit::{Acquire, Decision, LimitState, Mode, Outcome, ScopeLimits, Scopes, Verdict, What};
 
 use crate::routing::accounts::Accounts;
-use crate::routing::balance::Place;
+use crate::routing::balance::Candidate;
 use crate::routing::scope::ScopeEntry;
 
 /// Backends next to each other in the order of preference, under one account or under none.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Run {
-    /// Among the places.
-    pub(crate) places: Range<usize>,
+pub(crate) struct CandidateGroup {
+    /// Among the candidates.
+    pub(crate) candidates: Range<usize>,
     /// In the model's [`Accounts`]; `None` is not limited.
     pub(crate) account: Option<usize>,
 }
 
-/// All runs of an order of preference, with the scopes of their accounts.
+/// All groups of an order of preference, with the scopes of their accounts.
 #[derive(Debug, Default)]
-pub(crate) struct Groups {
-    runs: SmallVec<[Run; 4]>,
-    /// How many scopes of the whole call are the request's own.
+pub(crate) struct CandidateGroups {
+    groups: SmallVec<[CandidateGroup; 4]>,
+    /// How many scopes of the full call are the request's own.
     own: usize,
-    /// Each account once: its index, and its scopes' places in the whole call, behind the request's own.
+    /// Each account once: its index, and its scopes' candidates in the full call, behind the request's own.
     accounts: SmallVec<[(usize, Range<usize>); 2]>,
 }
 
-impl Groups {
-    /// Of these places, for a call with so many scopes of its own. Backends of an account that is not `usable` are left
+impl CandidateGroups {
+    /// Of these candidates, for a call with so many scopes of its own. Backends of an account that is not `usable` are left
     /// out.
     pub(crate) fn of(
         accounts: &Accounts,
-        places: &[Place],
+        candidates: &[Candidate],
         own: usize,
         usable: impl Fn(usize) -> bool,
     ) -> Self {
-        let mut groups = Self { runs: SmallVec::new(), own, accounts: SmallVec::new() };
+        let mut groups = Self { groups: SmallVec::new(), own, accounts: SmallVec::new() };
         let mut end = own;
-        for (at, place) in places.iter().enumerate().take(weir_ratelimit::MAX_CANDIDATES) {
-            let account = accounts.of(place.index);
+        for (at, candidate) in candidates.iter().enumerate().take(weir_ratelimit::MAX_CANDIDATES) {
+            let account = accounts.of(candidate.index);
             if account.is_some_and(|account| !usable(account)) {
                 continue;
             }
-            match groups.runs.last_mut() {
-                Some(run) if run.account == account && run.places.end == at => run.places.end += 1,
-                _ => groups.runs.push(Run { places: at..at + 1, account }),
+            match groups.groups.last_mut() {
+                Some(group) if group.account == account && group.candidates.end == at => {
+                    group.candidates.end += 1
+                }
+                _ => groups.groups.push(CandidateGroup { candidates: at..at + 1, account }),
             }
             if let Some(account) = account
                 && !groups.accounts.iter().any(|(known, _)| *known == account)
@@ -68,38 +70,39 @@ impl Groups {
 
     /// Whether no backend is left to ask for.
     pub(crate) fn is_empty(&self) -> bool {
-        self.runs.is_empty()
+        self.groups.is_empty()
     }
 
-    /// The limits of the accounts, in the order of the whole call.
+    /// The limits of the accounts, in the order of the full call.
     pub(crate) fn entries<'a>(&self, accounts: &'a Accounts) -> impl Iterator<Item = &'a ScopeEntry> {
         self.accounts.iter().flat_map(|(account, _)| &accounts[*account].scopes)
     }
 
     /// The scopes that can stand in for each other; none when there is only one account, or no choice.
     pub(crate) fn alternatives(&self) -> Alternatives {
-        let free = self.runs.iter().any(|run| run.account.is_none()).then_some(self.own..self.own);
-        let runs: Alternatives = self.accounts.iter().map(|(_, scopes)| scopes.clone()).chain(free).collect();
-        if runs.len() > 1 { runs } else { Alternatives::new() }
+        let free = self.groups.iter().any(|group| group.account.is_none()).then_some(self.own..self.own);
+        let groups: Alternatives =
+            self.accounts.iter().map(|(_, scopes)| scopes.clone()).chain(free).collect();
+        if groups.len() > 1 { groups } else { Alternatives::new() }
     }
 
-    /// Asks once around for `whole`: the call with every scope and every candidate. Accounts that others wait for are
+    /// Asks once around for `full`: the call with every scope and every candidate. Accounts that others wait for are
     /// passed over, unless that leaves nobody.
     pub(crate) fn round<'a>(
         &'a self,
-        whole: &'a Acquire,
+        full: &'a Acquire,
         awaited: impl Fn(&[ScopeLimits]) -> bool,
     ) -> Round<'a> {
         let choice = !self.alternatives().is_empty();
         let waited =
-            self.accounts.iter().filter(|(_, scopes)| choice && awaited(&whole.scopes[scopes.clone()]));
+            self.accounts.iter().filter(|(_, scopes)| choice && awaited(&full.scopes[scopes.clone()]));
         let mut closed: SmallVec<[usize; 2]> = waited.map(|(account, _)| *account).collect();
-        if self.runs.iter().all(|run| run.account.is_some_and(|account| closed.contains(&account))) {
+        if self.groups.iter().all(|group| group.account.is_some_and(|account| closed.contains(&account))) {
             closed.clear();
         }
         Round {
             groups: self,
-            whole,
+            full,
             next: 0,
             closed,
             refused: SmallVec::new(),
@@ -115,11 +118,11 @@ impl Groups {
     }
 }
 
-/// One ask, run by run.
+/// One ask, group by group.
 #[derive(Debug)]
 pub(crate) struct Round<'a> {
-    groups: &'a Groups,
-    whole: &'a Acquire,
+    groups: &'a CandidateGroups,
+    full: &'a Acquire,
     next: usize,
     /// Accounts that are not asked any more.
     closed: SmallVec<[usize; 2]>,
@@ -133,27 +136,27 @@ pub(crate) struct Round<'a> {
 }
 
 impl Round<'_> {
-    /// The next run, and the call for it: the request's own scopes, its account's, and its candidates.
-    pub(crate) fn next(&mut self) -> Option<(Run, Acquire)> {
-        let runs = self.groups.runs.iter().enumerate().skip(self.next);
+    /// The next group, and the call for it: the request's own scopes, its account's, and its candidates.
+    pub(crate) fn next(&mut self) -> Option<(CandidateGroup, Acquire)> {
+        let groups = self.groups.groups.iter().enumerate().skip(self.next);
         let open = |account: Option<usize>| account.is_none_or(|account| !self.closed.contains(&account));
-        let (at, run) = runs.into_iter().find(|(_, run)| open(run.account))?;
+        let (at, group) = groups.into_iter().find(|(_, group)| open(group.account))?;
         self.next = at + 1;
         let own = 0..self.groups.own;
         let scopes: Scopes =
-            own.chain(self.groups.scopes(run.account)).map(|at| self.whole.scopes[at].clone()).collect();
-        let candidates = self.whole.candidates[run.places.clone()].iter();
-        let candidates = match self.groups.runs.len() {
+            own.chain(self.groups.scopes(group.account)).map(|at| self.full.scopes[at].clone()).collect();
+        let candidates = self.full.candidates[group.candidates.clone()].iter();
+        let candidates = match self.groups.groups.len() {
             1 => candidates.cloned().collect(),
             // No call sees all of them.
             _ => candidates.map(weir_ratelimit::Candidate::apart).collect(),
         };
-        Some((run.clone(), Acquire { scopes, candidates, ..self.whole.clone() }))
+        Some((group.clone(), Acquire { scopes, candidates, ..self.full.clone() }))
     }
 
-    /// What the limiter said to a run. The decision on the whole call, unless the next run is to be asked.
-    pub(crate) fn heard(&mut self, run: &Run, mut decision: Decision) -> Option<Decision> {
-        let (own, scopes) = (self.groups.own, self.groups.scopes(run.account));
+    /// What the limiter said to a group. The decision on the full call, unless the next group is to be asked.
+    pub(crate) fn decided(&mut self, group: &CandidateGroup, mut decision: Decision) -> Option<Decision> {
+        let (own, scopes) = (self.groups.own, self.groups.scopes(group.account));
         for limit in &mut decision.limits {
             if limit.scope >= own {
                 limit.scope = limit.scope - own + scopes.start;
@@ -161,7 +164,7 @@ impl Round<'_> {
         }
         match &mut decision.outcome {
             Outcome::Granted { slot } => {
-                *slot = slot.map(|slot| run.places.start + slot);
+                *slot = slot.map(|slot| group.candidates.start + slot);
                 return Some(decision);
             }
             Outcome::NoSlot { wait } => {
@@ -179,7 +182,7 @@ impl Round<'_> {
                     decision.limits.retain(|limit| limit.scope < own);
                     return Some(decision);
                 }
-                self.closed.extend(run.account);
+                self.closed.extend(group.account);
                 self.refused.push(decision.clone());
             }
         }
@@ -192,8 +195,8 @@ impl Round<'_> {
         &self.refused
     }
 
-    /// The refusal of the whole call when no run was granted: by the account that fits soonest, of those for which one may
-    /// wait so long if there are any; for want of a slot when any run had room for it but no slot.
+    /// The refusal of the full call when no group was granted: by the account that fits soonest, of those for which one may
+    /// wait so long if there are any; for want of a slot when any group had room for it but no slot.
     pub(crate) fn refusal(self, max_wait: impl Fn(usize) -> Duration) -> Decision {
         let patient = |decision: &Decision| {
             let mut refusing = decision.limits.iter().filter(|limit| self.refuses(limit));
@@ -219,7 +222,7 @@ impl Round<'_> {
             return decision;
         }
         let nothing = || Decision {
-            outcome: Outcome::NoSlot { wait: self.whole.lease_ttl },
+            outcome: Outcome::NoSlot { wait: self.full.lease_ttl },
             limits: Vec::new(),
             now_us: 0,
             degraded: false,
@@ -228,7 +231,7 @@ impl Round<'_> {
     }
 
     fn refuses(&self, limit: &LimitState) -> bool {
-        let enforced = self.whole.scopes.get(limit.scope).is_some_and(|scope| scope.mode == Mode::Enforce);
+        let enforced = self.full.scopes.get(limit.scope).is_some_and(|scope| scope.mode == Mode::Enforce);
         enforced && limit.verdict != Verdict::Fits
     }
 }

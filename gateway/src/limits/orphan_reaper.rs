@@ -32,7 +32,7 @@ const QUEUE: usize = 256;
 
 /// Beats and frees; must be run.
 #[derive(Debug)]
-pub struct Reaper {
+pub struct OrphanReaper {
     live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
     metrics: Metrics,
@@ -40,7 +40,7 @@ pub struct Reaper {
     gone: mpsc::Receiver<String>,
 }
 
-impl Reaper {
+impl OrphanReaper {
     /// Of the gateway whose leases bear the mark of `own`. The report stream sends the incarnations of gateways that are
     /// gone; without room their leases run out by themselves.
     pub fn new(

@@ -39,7 +39,7 @@ pub struct Asked {
     /// Armed only if it was granted, or may have been.
     pub reservation: Reservation,
     /// The limiter was not asked: the refusal was known.
-    pub by_memory: bool,
+    pub from_deny_cache: bool,
 }
 
 /// A reservation and its leases, from before it is asked for to the end of the request, or of one try.
@@ -121,7 +121,7 @@ impl Reservation {
         let mut reservation = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
         call.id = reservation.id;
         let known = ledger.denials.answer(&call);
-        let by_memory = known.is_some();
+        let from_deny_cache = known.is_some();
         let decision = match known {
             Some(refusal) => Ok(refusal),
             None => {
@@ -144,7 +144,7 @@ impl Reservation {
             Ok(_) => reservation.refused(),
             Err(_) => {}
         }
-        Asked { decision, reservation, by_memory }
+        Asked { decision, reservation, from_deny_cache }
     }
 
     /// Only so many of its scopes are the request's own; the rest are those of the account of its first try.

@@ -81,7 +81,7 @@ impl Collector for WeightMetrics {
         gauges(
             &mut encoder,
             "model_panic",
-            "1 while too little of its pool is trusted and doubted backends are used as well",
+            "1 while too little of its pool is healthy and unhealthy backends are used as well",
             panics
                 .iter()
                 .map(|(m, panic)| ([("model", m.name.as_str()), ("", "")], f64::from(u8::from(*panic)))),

@@ -6,24 +6,24 @@
 //! - [`Balancer`]: orders of preference by policy, over [`View`]s of the backends.
 //! - [`Effective`]: weight x load x latency x health. [`Scheduler`]: smooth weighted round-robin over it, whose state
 //!   outlives changes of weight and membership. [`Speeds`]: latency per unit of work.
-//! - [`Patience`]: how long a backend may be silent before another is tried as well.
+//! - [`HedgeDelays`]: how long a backend may be silent before another is tried as well.
 //! - [`Ejector`]: local ejection on passive evidence, within a budget.
 //! - [`RetryBudget`]: bounds retries to a share of the requests.
 
 mod affinity;
 mod choose;
 mod eject;
-mod patience;
+mod hedge_delay;
 mod retry;
 mod schedule;
 mod speed;
 mod weight;
 
 pub use self::affinity::{prefix_hash, stable_hash};
-pub use self::choose::{Balancer, ChooseConfig, Place, Places, Policy, is_panic};
-pub use self::eject::{EjectConfig, Ejector, Standing};
-pub use self::patience::{Patience, PatienceConfig};
+pub use self::choose::{Balancer, Candidate, Candidates, ChooseConfig, Policy, is_panic};
+pub use self::eject::{EjectConfig, EjectionStatus, Ejector};
+pub use self::hedge_delay::{HedgeDelayConfig, HedgeDelays};
 pub use self::retry::{RetryBudget, RetryConfig};
 pub use self::schedule::{Order, Scheduler};
 pub use self::speed::{Measure, Pace, Sample, Speeds};
-pub use self::weight::{Effective, RAMP, Trust, View, health_factor};
+pub use self::weight::{Effective, RAMP, Usability, View, health_factor};

@@ -7,7 +7,7 @@ use weir_proto::resource::{Model, Name, Pool, Priority, Timeouts};
 
 use super::accounts::Accounts;
 use super::backend::ModelBackend;
-use super::balance::Places;
+use super::balance::Candidates;
 use super::pool_state::{BackendWeight, PoolState};
 use super::scope::ScopeEntry;
 
@@ -83,7 +83,7 @@ pub struct PoolEntry {
 
 impl ModelEntry {
     /// The backends in the order in which to try them; see [`PoolState::order`].
-    pub fn order(&self, gateways: u32, prefix: Option<u64>) -> Places {
+    pub fn order(&self, gateways: u32, prefix: Option<u64>) -> Candidates {
         self.pool.state.order(&self.name, &self.backends, gateways, prefix)
     }
 

@@ -12,8 +12,8 @@ use weir_proto::v1::HealthState;
 use super::backend::{BackendEntry, ModelBackend};
 use super::backend_state::AttemptOutcome;
 use super::balance::{
-    Balancer, ChooseConfig, Effective, EjectConfig, Ejector, Measure, Pace, PatienceConfig, Places, Policy,
-    RetryBudget, RetryConfig, Sample, Standing, Trust, View, is_panic,
+    Balancer, Candidates, ChooseConfig, Effective, EjectConfig, EjectionStatus, Ejector, HedgeDelayConfig,
+    Measure, Pace, Policy, RetryBudget, RetryConfig, Sample, Usability, View, is_panic,
 };
 
 /// How long a backend that says it is busy, but not for how long, is left alone.
@@ -31,7 +31,7 @@ struct Inner {
     /// Whether backends are ranked by their own priority before their region.
     by_priority: bool,
     /// `None`: a silent backend is waited for alone.
-    patience: Option<PatienceConfig>,
+    hedge_delay: Option<HedgeDelayConfig>,
     /// One per model, since models of a pool may be served by different backends, at different speeds.
     balancers: BTreeMap<Name, Balancer>,
     ejector: Ejector<Name>,
@@ -49,7 +49,7 @@ pub struct BackendWeight {
     /// What the cluster has there.
     pub fleet_in_flight: f64,
     /// Whether it may be used.
-    pub trusted: bool,
+    pub healthy: bool,
 }
 
 impl PoolState {
@@ -58,7 +58,7 @@ impl PoolState {
         let inner = Inner {
             choose: choose_config(spec),
             by_priority: spec.balancing_policy == BalancingPolicy::Priority,
-            patience: patience_config(spec),
+            hedge_delay: hedge_delay_config(spec),
             balancers: BTreeMap::new(),
             ejector: Ejector::new(eject_config(spec)),
             retries: RetryBudget::new(retry_config(spec), Instant::now()),
@@ -76,7 +76,7 @@ impl PoolState {
         let mut inner = self.inner();
         inner.choose = choose_config(spec);
         inner.by_priority = spec.balancing_policy == BalancingPolicy::Priority;
-        inner.patience = patience_config(spec);
+        inner.hedge_delay = hedge_delay_config(spec);
         inner.ejector.set_config(eject_config(spec));
         inner.retries.set_config(retry_config(spec));
     }
@@ -102,18 +102,18 @@ impl PoolState {
         backends: &[ModelBackend],
         gateways: u32,
         prefix: Option<u64>,
-    ) -> Places {
+    ) -> Candidates {
         let mut inner = self.inner();
         let now = Instant::now();
         let (views, indices) = inner.views(backends, gateways, now);
         let choose = inner.choose;
         let balancer = inner.balancers.entry(model.clone()).or_default();
-        let mut places = balancer.order(&choose, &views, prefix, now, weir_runtime::random_unit);
-        places.iter_mut().for_each(|place| place.index = indices[place.index]);
-        if let Some(first) = places.first() {
+        let mut candidates = balancer.order(&choose, &views, prefix, now, weir_runtime::random_unit);
+        candidates.iter_mut().for_each(|candidate| candidate.index = indices[candidate.index]);
+        if let Some(first) = candidates.first() {
             inner.ejector.begin_probe(&backends[first.index].entry.name, now);
         }
-        places
+        candidates
     }
 
     /// The pick had no free slot and another was used: the shares follow what was used, and the pick was not probed.
@@ -169,23 +169,31 @@ impl PoolState {
         let (mut inner, now) = (self.inner(), Instant::now());
         inner.ejector.began(&backend.name);
         let balancer = inner.balancers.entry(model.clone()).or_default();
-        balancer.patience.add(backend.id, stream, sample.prompt_tokens, sample.took, now);
+        balancer.hedge_delays.add(backend.id, stream, sample.prompt_tokens, sample.took, now);
         if stream {
             balancer.add(backend.id, sample, now);
         }
     }
 
-    /// It was waited for a first byte in vain.
-    pub fn waited(&self, model: &Name, backend: u64, stream: bool) {
-        self.inner().balancers.entry(model.clone()).or_default().patience.waited(backend, stream);
+    /// Records a first-byte timeout.
+    pub fn first_byte_timed_out(&self, model: &Name, backend: u64, stream: bool) {
+        self.inner().balancers.entry(model.clone()).or_default().hedge_delays.timed_out(backend, stream);
     }
 
     /// How long to wait for the first byte before another backend is tried as well; `None` is until it times out.
-    pub fn patience(&self, model: &Name, backend: u64, stream: bool, prompt_tokens: u64) -> Option<Duration> {
+    pub fn hedge_delay(
+        &self,
+        model: &Name,
+        backend: u64,
+        stream: bool,
+        prompt_tokens: u64,
+    ) -> Option<Duration> {
         let inner = self.inner();
-        let config = inner.patience?;
+        let config = inner.hedge_delay?;
         let learned = inner.balancers.get(model);
-        Some(learned.map_or(config.initial, |b| b.patience.with(backend, stream, prompt_tokens, &config)))
+        Some(
+            learned.map_or(config.initial, |b| b.hedge_delays.delay(backend, stream, prompt_tokens, &config)),
+        )
     }
 
     /// A liveness probe of this gateway failed: as telling as a request that could not connect.
@@ -223,7 +231,7 @@ impl PoolState {
 
     /// Whether this gateway keeps away from a backend.
     pub fn is_ejected(&self, backend: &Name) -> bool {
-        matches!(self.inner().ejector.standing(backend, Instant::now()), Standing::Ejected(_))
+        matches!(self.inner().ejector.status(backend, Instant::now()), EjectionStatus::Ejected(_))
     }
 
     /// A request was admitted: retries are a share of these.
@@ -252,7 +260,7 @@ impl PoolState {
             backend: backends[index].entry.name.clone(),
             effective: balancer.effective(view),
             fleet_in_flight: view.in_flight,
-            trusted: view.trust == Trust::Trusted,
+            healthy: view.usability == Usability::Healthy,
         };
         (views.iter().zip(&indices).map(weight).collect(), panic)
     }
@@ -271,7 +279,10 @@ impl Inner {
         let view = |(index, backend): (usize, &ModelBackend)| {
             let backend = &backend.entry;
             let usable = backend.state.health() != HealthState::Unhealthy
-                && matches!(self.ejector.standing(&backend.name, now), Standing::Open | Standing::Probe);
+                && matches!(
+                    self.ejector.status(&backend.name, now),
+                    EjectionStatus::Open | EjectionStatus::Probe
+                );
             let health = backend.state.health_factor(now);
             let region = u32::try_from(backend.region_rank).unwrap_or(u32::MAX).min(1 << 16);
             let view = View {
@@ -282,7 +293,7 @@ impl Inner {
                 local: backend.state.in_flight(),
                 health,
                 rank: if self.by_priority { backend.spec.priority << 17 | region } else { region },
-                trust: if usable { Trust::Trusted } else { Trust::Doubted },
+                usability: if usable { Usability::Healthy } else { Usability::Unhealthy },
             };
             (view, index)
         };
@@ -311,9 +322,9 @@ fn choose_config(spec: &Pool) -> ChooseConfig {
     ChooseConfig { policy, ..ChooseConfig::default() }
 }
 
-fn patience_config(spec: &Pool) -> Option<PatienceConfig> {
+fn hedge_delay_config(spec: &Pool) -> Option<HedgeDelayConfig> {
     let hedging = spec.hedging;
-    hedging.enabled.then_some(PatienceConfig { initial: hedging.initial, floor: hedging.floor })
+    hedging.enabled.then_some(HedgeDelayConfig { initial: hedging.initial, floor: hedging.floor })
 }
 
 fn eject_config(spec: &Pool) -> EjectConfig {

@@ -34,7 +34,7 @@ fn tenant(name: &str, word: &str) -> v1::Resource {
 /// A gateway of this process that knows all control planes.
 struct Gateway {
     client: Client,
-    running: weir_gateway::Running,
+    running: weir_gateway::Handle,
     shutdown: CancellationToken,
 }
 

@@ -38,7 +38,7 @@ const fn wire(measure: Measure) -> SpeedMeasure {
     match measure {
         Measure::FirstByte => SpeedMeasure::FirstByte,
         Measure::Decode => SpeedMeasure::Decode,
-        Measure::Whole => SpeedMeasure::Whole,
+        Measure::Unary => SpeedMeasure::Whole,
     }
 }
 
@@ -47,6 +47,6 @@ const fn of_wire(measure: SpeedMeasure) -> Option<Measure> {
         SpeedMeasure::Unspecified => None,
         SpeedMeasure::FirstByte => Some(Measure::FirstByte),
         SpeedMeasure::Decode => Some(Measure::Decode),
-        SpeedMeasure::Whole => Some(Measure::Whole),
+        SpeedMeasure::Whole => Some(Measure::Unary),
     }
 }

@@ -3,6 +3,7 @@ use weir_proto::v1::{self, resource::Spec};
 use weir_ratelimit::{Bound, Candidate, Cost, Kind, ReservationId};
 
 use super::*;
+use crate::routing::balance;
 use crate::routing::snapshot::Snapshot;
 
 const MODEL: &str = "m";
@@ -42,8 +43,8 @@ fn accounts(snapshot: &Snapshot) -> &Accounts {
     &snapshot.models_by_name[&Name::parse(MODEL).expect("a name")].accounts
 }
 
-fn places(indices: &[usize]) -> Vec<Place> {
-    indices.iter().map(|index| Place { index: *index, slots: 9, bound: None }).collect()
+fn candidates(indices: &[usize]) -> Vec<balance::Candidate> {
+    indices.iter().map(|index| balance::Candidate { index: *index, slots: 9, bound: None }).collect()
 }
 
 fn own() -> ScopeLimits {
@@ -51,11 +52,11 @@ fn own() -> ScopeLimits {
 }
 
 /// A call with one scope of its own.
-fn whole(groups: &Groups, accounts: &Accounts, places: &[Place]) -> Acquire {
+fn full_call(groups: &CandidateGroups, accounts: &Accounts, candidates: &[balance::Candidate]) -> Acquire {
     let scopes = std::iter::once(own()).chain(groups.entries(accounts).map(|entry| entry.limits.clone()));
-    let candidate = |place: &Place| Candidate {
-        leases: weir_ratelimit::Key::backend_slots(&format!("b{}", place.index)),
-        max_concurrency: place.slots,
+    let candidate = |candidate: &balance::Candidate| Candidate {
+        leases: weir_ratelimit::Key::backend_slots(&format!("b{}", candidate.index)),
+        max_concurrency: candidate.slots,
         bound: Some(Bound { millionths: 500_000, estimate: 3 }),
     };
     Acquire {
@@ -63,7 +64,7 @@ fn whole(groups: &Groups, accounts: &Accounts, places: &[Place]) -> Acquire {
         cost: Cost::of_request(1, 1, 0),
         estimated: true,
         scopes: scopes.collect(),
-        candidates: places.iter().map(candidate).collect(),
+        candidates: candidates.iter().map(candidate).collect(),
         lease_ttl: Duration::from_secs(15),
     }
 }
@@ -74,7 +75,7 @@ fn limit(scope: usize, wait: Option<u64>) -> LimitState {
     LimitState { scope, what, verdict, limit: 60, remaining: 0, reset: Duration::ZERO }
 }
 
-/// What the limiter says to a run's call: its own scope is 0, that of the account 1.
+/// What the limiter says to a group's call: its own scope is 0, that of the account 1.
 fn refused(own: Option<u64>, account: Option<u64>) -> Decision {
     let wait = own.max(account).map(Duration::from_secs);
     let limits = vec![limit(0, own), limit(1, account)];
@@ -100,62 +101,62 @@ fn runs_keep_the_order_of_preference() {
     let snapshot = snapshot(&["x", "x", "y", "", "z"], &["x", "y"]);
     let accounts = accounts(&snapshot);
     let of = |indices: &[usize]| {
-        let groups = Groups::of(accounts, &places(indices), 1, |_| true);
-        groups.runs.iter().map(|run| (run.places.clone(), run.account)).collect::<Vec<_>>()
+        let groups = CandidateGroups::of(accounts, &candidates(indices), 1, |_| true);
+        groups.groups.iter().map(|group| (group.candidates.clone(), group.account)).collect::<Vec<_>>()
     };
     assert_eq!(of(&[0, 1, 2]), [(0..2, Some(0)), (2..3, Some(1))]);
     assert_eq!(of(&[1, 2, 0]), [(0..1, Some(0)), (1..2, Some(1)), (2..3, Some(0))]);
     assert_eq!(of(&[3, 4, 0]), [(0..2, None), (2..3, Some(0))], "an account without limits is none");
-    let groups = Groups::of(accounts, &places(&[1, 2, 0]), 1, |account| account != 1);
-    assert_eq!(groups.runs.len(), 2, "what is left out separates: no call names its candidates");
+    let groups = CandidateGroups::of(accounts, &candidates(&[1, 2, 0]), 1, |account| account != 1);
+    assert_eq!(groups.groups.len(), 2, "what is left out separates: no call names its candidates");
     assert!(groups.alternatives().is_empty(), "one account cannot stand in for itself");
 }
 
 #[test]
 fn the_first_run_is_one_call_with_its_accounts_scopes_only() {
     let snapshot = snapshot(&["x", "y", ""], &["x", "y"]);
-    let (accounts, places) = (accounts(&snapshot), places(&[1, 0, 2]));
-    let groups = Groups::of(accounts, &places, 1, |_| true);
-    let whole = whole(&groups, accounts, &places);
+    let (accounts, candidates) = (accounts(&snapshot), candidates(&[1, 0, 2]));
+    let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts, &candidates);
     assert_eq!(groups.alternatives().as_slice(), [1..2, 2..3, 1..1]);
-    let mut round = groups.round(&whole, |_| false);
-    let (run, call) = round.next().expect("a run");
+    let mut round = groups.round(&full, |_| false);
+    let (group, call) = round.next().expect("a group");
     let records: Vec<&str> = call.scopes.iter().map(|scope| scope.record.as_str()).collect();
     assert_eq!(records, ["weir:{t:t}:s", "weir:{a:y}:s"]);
     assert_eq!(call.candidates.len(), 1);
     assert_eq!((call.candidates[0].max_concurrency, call.candidates[0].bound), (3, None), "no call sees all");
-    let decision = round.heard(&run, granted(0)).expect("done");
+    let decision = round.decided(&group, granted(0)).expect("done");
     assert_eq!(decision.outcome, Outcome::Granted { slot: Some(0) });
 }
 
 #[test]
 fn a_full_account_is_passed_by_and_not_asked_again() {
     let snapshot = snapshot(&["x", "y", "x", ""], &["x", "y"]);
-    let (accounts, places) = (accounts(&snapshot), places(&[0, 1, 2, 3]));
-    let groups = Groups::of(accounts, &places, 1, |_| true);
-    let whole = whole(&groups, accounts, &places);
-    let mut round = groups.round(&whole, |_| false);
-    let (run, _) = round.next().expect("x");
-    assert!(round.heard(&run, refused(None, Some(5))).is_none());
-    let (run, call) = round.next().expect("y");
-    assert_eq!((run.account, call.scopes[1].record.as_str()), (Some(1), "weir:{a:y}:s"));
-    assert!(round.heard(&run, no_slot(2)).is_none());
-    let (run, call) = round.next().expect("the free one, past the second of x");
-    assert_eq!((run.account, call.scopes.len()), (None, 1));
-    let decision = round.heard(&run, granted(0)).expect("done");
-    assert_eq!(decision.outcome, Outcome::Granted { slot: Some(3) }, "among all places");
+    let (accounts, candidates) = (accounts(&snapshot), candidates(&[0, 1, 2, 3]));
+    let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts, &candidates);
+    let mut round = groups.round(&full, |_| false);
+    let (group, _) = round.next().expect("x");
+    assert!(round.decided(&group, refused(None, Some(5))).is_none());
+    let (group, call) = round.next().expect("y");
+    assert_eq!((group.account, call.scopes[1].record.as_str()), (Some(1), "weir:{a:y}:s"));
+    assert!(round.decided(&group, no_slot(2)).is_none());
+    let (group, call) = round.next().expect("the free one, past the second of x");
+    assert_eq!((group.account, call.scopes.len()), (None, 1));
+    let decision = round.decided(&group, granted(0)).expect("done");
+    assert_eq!(decision.outcome, Outcome::Granted { slot: Some(3) }, "among all candidates");
     assert_eq!(round.refused().len(), 1);
 }
 
 #[test]
 fn the_callers_own_limit_stands_at_once_and_alone() {
     let snapshot = snapshot(&["x", "y"], &["x", "y"]);
-    let (accounts, places) = (accounts(&snapshot), places(&[0, 1]));
-    let groups = Groups::of(accounts, &places, 1, |_| true);
-    let whole = whole(&groups, accounts, &places);
-    let mut round = groups.round(&whole, |_| false);
-    let (run, _) = round.next().expect("x");
-    let decision = round.heard(&run, refused(Some(2), Some(60))).expect("done");
+    let (accounts, candidates) = (accounts(&snapshot), candidates(&[0, 1]));
+    let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts, &candidates);
+    let mut round = groups.round(&full, |_| false);
+    let (group, _) = round.next().expect("x");
+    let decision = round.decided(&group, refused(Some(2), Some(60))).expect("done");
     assert_eq!(decision.outcome, Outcome::Limited { wait: Some(Duration::from_secs(2)) });
     assert!(decision.limits.iter().all(|limit| limit.scope == 0), "{:?}", decision.limits);
 }
@@ -163,14 +164,14 @@ fn the_callers_own_limit_stands_at_once_and_alone() {
 #[test]
 fn when_all_refuse_the_soonest_account_is_waited_for_or_a_slot() {
     let snapshot = snapshot(&["x", "y"], &["x", "y"]);
-    let (accounts, places) = (accounts(&snapshot), places(&[0, 1]));
-    let groups = Groups::of(accounts, &places, 1, |_| true);
-    let whole = whole(&groups, accounts, &places);
+    let (accounts, candidates) = (accounts(&snapshot), candidates(&[0, 1]));
+    let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts, &candidates);
     let after = |answers: [Decision; 2], max_wait: [u64; 3]| {
-        let mut round = groups.round(&whole, |_| false);
+        let mut round = groups.round(&full, |_| false);
         for answer in answers {
-            let (run, _) = round.next().expect("a run");
-            assert!(round.heard(&run, answer).is_none());
+            let (group, _) = round.next().expect("a group");
+            assert!(round.decided(&group, answer).is_none());
         }
         assert!(round.next().is_none());
         round.refusal(|scope| Duration::from_secs(max_wait[scope]))
@@ -188,13 +189,13 @@ fn when_all_refuse_the_soonest_account_is_waited_for_or_a_slot() {
 #[test]
 fn accounts_that_others_wait_for_are_passed_over_unless_nobody_is_left() {
     let snapshot = snapshot(&["x", "y"], &["x", "y"]);
-    let (accounts, places) = (accounts(&snapshot), places(&[0, 1]));
-    let groups = Groups::of(accounts, &places, 1, |_| true);
-    let whole = whole(&groups, accounts, &places);
+    let (accounts, candidates) = (accounts(&snapshot), candidates(&[0, 1]));
+    let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts, &candidates);
     let is_x = |scopes: &[ScopeLimits]| scopes[0].record.as_str() == "weir:{a:x}:s";
-    let mut round = groups.round(&whole, is_x);
-    assert_eq!(round.next().map(|(run, _)| run.account), Some(Some(1)));
+    let mut round = groups.round(&full, is_x);
+    assert_eq!(round.next().map(|(group, _)| group.account), Some(Some(1)));
     assert!(round.next().is_none());
-    let mut round = groups.round(&whole, |_| true);
-    assert_eq!(round.next().map(|(run, _)| run.account), Some(Some(0)));
+    let mut round = groups.round(&full, |_| true);
+    assert_eq!(round.next().map(|(group, _)| group.account), Some(Some(0)));
 }

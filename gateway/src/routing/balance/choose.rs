@@ -5,14 +5,14 @@
 //!   with the same picture do not all turn to the same backend.
 //! - Those of a lower rank (a nearer region, a higher priority) come first; the next rank takes the share that the
 //!   first cannot serve, and what finds no slot there.
-//! - Doubted backends come after all trusted ones, and only once too little of the pool is trusted. Slots are hard, so
-//!   trusted ones cannot drown: a doubted one gets what they have no room for.
+//! - Unhealthy backends come after all healthy ones, and only in a panic: once too little of the pool is healthy. Slots
+//!   are hard limits, so healthy backends cannot be flooded: unhealthy ones get the requests that find no slot there.
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
 use weir_ratelimit::Bound;
 
-use super::{Effective, Patience, Sample, Scheduler, Speeds, Trust, View, affinity, schedule};
+use super::{Effective, HedgeDelays, Sample, Scheduler, Speeds, Usability, View, affinity, schedule};
 
 /// How to pick among backends of one rank.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -38,7 +38,7 @@ pub enum Policy {
 pub struct ChooseConfig {
     /// How to pick.
     pub policy: Policy,
-    /// Doubted backends are used when less than this share of the weight is trusted.
+    /// Unhealthy backends are used when less than this share of the weight is healthy.
     pub panic: f64,
     /// A rank whose healthy share times this is below 1 leaves the rest to the next.
     pub overprovision: f64,
@@ -50,19 +50,19 @@ impl Default for ChooseConfig {
     }
 }
 
-/// A place in an order of preference.
+/// A backend in an order of preference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct Candidate {
     /// Index of the view.
     pub index: usize,
-    /// The most requests the cluster may have there for this place to be taken.
+    /// The most requests the cluster may have there for it to be taken.
     pub slots: u32,
-    /// A bound besides, relative to what all places have.
+    /// A bound besides, relative to what all candidates have.
     pub bound: Option<Bound>,
 }
 
-/// Places in order of preference. A backend can stand in it twice, first with a bound.
-pub type Places = SmallVec<[Place; 8]>;
+/// Candidates in order of preference. A backend can stand in it twice, first with a bound.
+pub type Candidates = SmallVec<[Candidate; 8]>;
 
 /// What is remembered between choices for one model.
 #[derive(Debug, Default)]
@@ -71,8 +71,8 @@ pub struct Balancer {
     cursor: Option<u64>,
     /// How fast the backends are.
     pub speeds: Speeds,
-    /// How long they may be silent.
-    pub patience: Patience,
+    /// How long they may be silent before another is tried as well.
+    pub hedge_delays: HedgeDelays,
 }
 
 impl Balancer {
@@ -85,20 +85,20 @@ impl Balancer {
         prefix: Option<u64>,
         now: Instant,
         mut uniform: impl FnMut() -> f64,
-    ) -> Places {
+    ) -> Candidates {
         self.speeds.refresh(now);
-        let (trusted, doubted): (Indices, Indices) =
-            (0..views.len()).partition(|&i| views[i].trust == Trust::Trusted);
-        if trusted.is_empty() {
-            return self.by_rank(config, views, &doubted, prefix, &mut uniform);
+        let (healthy, unhealthy): (Indices, Indices) =
+            (0..views.len()).partition(|&i| views[i].usability == Usability::Healthy);
+        if healthy.is_empty() {
+            return self.by_rank(config, views, &unhealthy, prefix, &mut uniform);
         }
-        let mut places = self.by_rank(config, views, &trusted, prefix, &mut uniform);
+        let mut candidates = self.by_rank(config, views, &healthy, prefix, &mut uniform);
         if is_panic(config, views) {
-            let mut rest = by_weight(views, &doubted, &mut uniform);
+            let mut rest = by_weight(views, &unhealthy, &mut uniform);
             rest.sort_by_key(|&i| views[i].rank);
-            places.extend(rest.into_iter().map(|i| all_slots(views, i)));
+            candidates.extend(rest.into_iter().map(|i| all_slots(views, i)));
         }
-        places
+        candidates
     }
 
     /// The effective weights behind the choice.
@@ -120,7 +120,7 @@ impl Balancer {
     pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
         self.scheduler.retain(|id| keep(*id));
         self.speeds.retain(&keep);
-        self.patience.retain(&keep);
+        self.hedge_delays.retain(&keep);
     }
 
     fn by_rank(
@@ -130,21 +130,21 @@ impl Balancer {
         members: &[usize],
         prefix: Option<u64>,
         uniform: &mut impl FnMut() -> f64,
-    ) -> Places {
+    ) -> Candidates {
         let mut ranks: SmallVec<[u32; 4]> = members.iter().map(|&i| views[i].rank).collect();
         ranks.sort_unstable();
         ranks.dedup();
         let first = pick_rank(config, views, members, &ranks, uniform);
         let of = |rank: u32| members.iter().copied().filter(move |&i| views[i].rank == rank);
-        let Some(first) = first else { return Places::new() };
+        let Some(first) = first else { return Candidates::new() };
         let near: Indices = of(first).collect();
-        let mut places = self.by_policy(config, views, &near, prefix, uniform);
+        let mut candidates = self.by_policy(config, views, &near, prefix, uniform);
         for rank in ranks.into_iter().filter(|rank| *rank != first) {
             let far: Indices = of(rank).collect();
             let far = by_weight(views, &far, uniform);
-            places.extend(far.into_iter().map(|i| all_slots(views, i)));
+            candidates.extend(far.into_iter().map(|i| all_slots(views, i)));
         }
-        places
+        candidates
     }
 
     /// Orders backends of one rank.
@@ -155,7 +155,7 @@ impl Balancer {
         members: &[usize],
         prefix: Option<u64>,
         uniform: &mut impl FnMut() -> f64,
-    ) -> Places {
+    ) -> Candidates {
         let effective = |i: &usize| views[*i].effective(self.speeds.factor(views[*i].id)).value();
         let order = match config.policy {
             Policy::RoundRobin => {
@@ -200,7 +200,7 @@ impl Balancer {
         // First within the bounds, which the limiter holds exactly; then wherever there is a slot.
         let bound = preferred.into_iter().map(|at| {
             let open = all_slots(views, members[at]);
-            Place { bound: Some(bounds[at]), ..open }
+            Candidate { bound: Some(bounds[at]), ..open }
         });
         bound.chain(open).collect()
     }
@@ -208,8 +208,8 @@ impl Balancer {
 
 type Indices = SmallVec<[usize; 8]>;
 
-fn all_slots(views: &[View], index: usize) -> Place {
-    Place { index, slots: views[index].max_concurrency, bound: None }
+fn all_slots(views: &[View], index: usize) -> Candidate {
+    Candidate { index, slots: views[index].max_concurrency, bound: None }
 }
 
 fn by_weight(views: &[View], members: &[usize], uniform: &mut impl FnMut() -> f64) -> Indices {
@@ -217,11 +217,12 @@ fn by_weight(views: &[View], members: &[usize], uniform: &mut impl FnMut() -> f6
     schedule::random(weights, uniform).into_iter().map(|at| members[at]).collect()
 }
 
-/// Whether too little of the weight is trusted to leave the doubted ones out.
+/// Whether too little of the weight is healthy to leave the unhealthy ones out.
 pub fn is_panic(config: &ChooseConfig, views: &[View]) -> bool {
     let all: f64 = views.iter().map(|view| view.weight).sum();
-    let trusted: f64 = views.iter().filter(|v| v.trust == Trust::Trusted).map(|v| v.weight).sum();
-    trusted < config.panic * all || (views.iter().all(|v| v.trust == Trust::Doubted) && !views.is_empty())
+    let healthy: f64 = views.iter().filter(|v| v.usability == Usability::Healthy).map(|v| v.weight).sum();
+    healthy < config.panic * all
+        || (views.iter().all(|v| v.usability == Usability::Unhealthy) && !views.is_empty())
 }
 
 /// The rank that serves this request: the first, except for the share of requests that it has too little healthy

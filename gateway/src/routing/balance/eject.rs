@@ -57,7 +57,7 @@ impl Default for EjectConfig {
 
 /// Whether a backend may be used now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum EjectionStatus {
     /// Use it.
     Open,
     /// One request may try it: call [`Ejector::begin_probe`] when it is chosen.
@@ -93,8 +93,8 @@ enum State {
         /// For silence alone.
         silent: bool,
     },
-    /// Serving again; at `trusted_at` the row of ejections is forgotten.
-    Returned { trusted_at: Instant },
+    /// Serving again; at `forgiven_at` the row of ejections is forgotten.
+    Returned { forgiven_at: Instant },
 }
 
 /// Good and bad outcomes of the last [`WINDOW`] seconds, by second.
@@ -151,25 +151,27 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
     }
 
     /// Whether `key` may be used.
-    pub fn standing(&self, key: &K, now: Instant) -> Standing {
+    pub fn status(&self, key: &K, now: Instant) -> EjectionStatus {
         let Some(backend) = self.backends.get(key) else {
-            return Standing::Open;
+            return EjectionStatus::Open;
         };
         match (&backend.state, backend.busy_until) {
-            (State::Ejected { until, .. }, _) if now < *until => Standing::Ejected(*until),
-            (_, Some(until)) if now < until => Standing::Busy(until),
-            (State::Ejected { probe_until: Some(until), .. }, _) if now < *until => Standing::Ejected(*until),
-            (State::Ejected { .. }, _) => Standing::Probe,
-            (State::Open | State::Returned { .. }, _) => Standing::Open,
+            (State::Ejected { until, .. }, _) if now < *until => EjectionStatus::Ejected(*until),
+            (_, Some(until)) if now < until => EjectionStatus::Busy(until),
+            (State::Ejected { probe_until: Some(until), .. }, _) if now < *until => {
+                EjectionStatus::Ejected(*until)
+            }
+            (State::Ejected { .. }, _) => EjectionStatus::Probe,
+            (State::Open | State::Returned { .. }, _) => EjectionStatus::Open,
         }
     }
 
     /// Takes the one probe; false when another request has it already, or the backend is out.
     pub fn begin_probe(&mut self, key: &K, now: Instant) -> bool {
-        match self.standing(key, now) {
-            Standing::Open => true,
-            Standing::Ejected(_) | Standing::Busy(_) => false,
-            Standing::Probe => {
+        match self.status(key, now) {
+            EjectionStatus::Open => true,
+            EjectionStatus::Ejected(_) | EjectionStatus::Busy(_) => false,
+            EjectionStatus::Probe => {
                 let timeout = self.config.probe_timeout;
                 if let Some(Backend { state: State::Ejected { probe_until, .. }, .. }) =
                     self.backends.get_mut(key)
@@ -202,9 +204,9 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         backend.recent.add(true, now);
         match backend.state {
             State::Ejected { until, length, .. } if now >= until => {
-                backend.state = State::Returned { trusted_at: now + length };
+                backend.state = State::Returned { forgiven_at: now + length };
             }
-            State::Returned { trusted_at } if now >= trusted_at => {
+            State::Returned { forgiven_at } if now >= forgiven_at => {
                 backend.row = 0;
                 backend.state = State::Open;
             }
@@ -238,7 +240,7 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
             State::Ejected { until, .. } if now < until => return None,
             // On probation one failure is enough, and the budget was spent before.
             State::Ejected { .. } => {}
-            State::Returned { trusted_at } if now >= trusted_at => {
+            State::Returned { forgiven_at } if now >= forgiven_at => {
                 backend.row = 0;
                 backend.state = State::Open;
             }
@@ -265,7 +267,7 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
     fn give_place(&mut self, now: Instant) -> bool {
         let silent = |b: &&mut Backend| matches!(b.state, State::Ejected { silent: true, .. });
         let Some(backend) = self.backends.values_mut().find(silent) else { return false };
-        backend.state = State::Returned { trusted_at: now + self.config.base };
+        backend.state = State::Returned { forgiven_at: now + self.config.base };
         true
     }
 
@@ -326,8 +328,8 @@ mod tests {
         ejector.succeeded(&1, now);
         assert_eq!(fail(&mut ejector, 1, 3, now, 2), None);
         assert_eq!(ejector.failed(&1, 3, now), Some(now + 5 * SECOND));
-        assert_eq!(ejector.standing(&1, now), Standing::Ejected(now + 5 * SECOND));
-        assert_eq!(ejector.standing(&2, now), Standing::Open);
+        assert_eq!(ejector.status(&1, now), EjectionStatus::Ejected(now + 5 * SECOND));
+        assert_eq!(ejector.status(&2, now), EjectionStatus::Open);
     }
 
     #[test]
@@ -390,7 +392,7 @@ mod tests {
             "silence gives way to nothing"
         );
         assert!(fail(&mut ejector, 3, 3, now, 3).is_some());
-        assert_eq!((ejector.standing(&1, now), ejector.ejected()), (Standing::Open, 1));
+        assert_eq!((ejector.status(&1, now), ejector.ejected()), (EjectionStatus::Open, 1));
         assert_eq!(fail(&mut ejector, 2, 3, now, 9), None, "one that failed keeps its place");
     }
 
@@ -410,12 +412,12 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_that_flaps_stays_out_longer_and_one_that_lasts_is_trusted_again() {
+    fn a_backend_that_flaps_stays_out_longer_and_one_that_lasts_is_forgiven() {
         let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
         fail(&mut ejector, 1, 3, now, 3);
         let back = now + 5 * SECOND;
         ejector.succeeded(&1, back);
-        assert_eq!(ejector.standing(&1, back), Standing::Open);
+        assert_eq!(ejector.status(&1, back), EjectionStatus::Open);
         assert_eq!(fail(&mut ejector, 1, 3, back + SECOND, 3), Some(back + 11 * SECOND));
         let again = back + 11 * SECOND;
         ejector.succeeded(&1, again);
@@ -428,14 +430,14 @@ mod tests {
         let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
         let until = fail(&mut ejector, 1, 3, now, 3).unwrap();
         assert!(!ejector.begin_probe(&1, now));
-        assert_eq!(ejector.standing(&1, until), Standing::Probe);
+        assert_eq!(ejector.status(&1, until), EjectionStatus::Probe);
         assert!(ejector.begin_probe(&1, until));
         assert!(!ejector.begin_probe(&1, until), "the second is turned away");
         ejector.abandon_probe(&1);
         assert!(ejector.begin_probe(&1, until));
         assert!(ejector.begin_probe(&1, until + 10 * SECOND), "a probe that never reports does not lock it");
         ejector.succeeded(&1, until + 10 * SECOND);
-        assert_eq!(ejector.standing(&1, until + 10 * SECOND), Standing::Open);
+        assert_eq!(ejector.status(&1, until + 10 * SECOND), EjectionStatus::Open);
     }
 
     #[test]
@@ -444,7 +446,7 @@ mod tests {
         let until = fail(&mut ejector, 1, 3, now, 3).unwrap();
         ejector.succeeded(&1, now + SECOND);
         assert_eq!(fail(&mut ejector, 1, 3, now + SECOND, 9), None);
-        assert_eq!(ejector.standing(&1, now + SECOND), Standing::Ejected(until));
+        assert_eq!(ejector.status(&1, now + SECOND), EjectionStatus::Ejected(until));
     }
 
     #[test]
@@ -455,8 +457,8 @@ mod tests {
         assert_eq!(ejector.eject_for(&1, 90 * SECOND, now + SECOND), now + 91 * SECOND);
         assert_eq!(ejector.busy(&2, 600 * SECOND, now), now + 60 * SECOND);
         assert_eq!(ejector.busy(&2, SECOND, now), now + 60 * SECOND);
-        assert_eq!(ejector.standing(&2, now), Standing::Busy(now + 60 * SECOND));
-        assert_eq!(ejector.standing(&2, now + 60 * SECOND), Standing::Open);
+        assert_eq!(ejector.status(&2, now), EjectionStatus::Busy(now + 60 * SECOND));
+        assert_eq!(ejector.status(&2, now + 60 * SECOND), EjectionStatus::Open);
     }
 
     #[test]

@@ -42,13 +42,13 @@ pub enum Measure {
     FirstByte,
     /// The rest of a stream.
     Decode,
-    /// A whole answer at once.
-    Whole,
+    /// A unary answer.
+    Unary,
 }
 
 impl Measure {
     /// All of them, in their order.
-    pub const ALL: [Self; 3] = [Self::FirstByte, Self::Decode, Self::Whole];
+    pub const ALL: [Self; 3] = [Self::FirstByte, Self::Decode, Self::Unary];
 }
 
 /// One measurement.
@@ -87,7 +87,7 @@ impl Sample {
         let work = match self.measure {
             Measure::FirstByte => prompt_work(self.prompt_tokens),
             Measure::Decode => output,
-            Measure::Whole => prompt_work(self.prompt_tokens) + output,
+            Measure::Unary => prompt_work(self.prompt_tokens) + output,
         };
         (work > 0.0).then(|| self.took.as_secs_f64() / work)
     }
@@ -260,8 +260,8 @@ fn shrink(ratio: f64, band: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn whole(ms: u64, output_tokens: u64) -> Sample {
-        Sample { measure: Measure::Whole, took: Duration::from_millis(ms), prompt_tokens: 0, output_tokens }
+    fn unary(ms: u64, output_tokens: u64) -> Sample {
+        Sample { measure: Measure::Unary, took: Duration::from_millis(ms), prompt_tokens: 0, output_tokens }
     }
 
     fn factors(speeds: &mut Speeds, now: Instant) -> [f64; 3] {
@@ -275,9 +275,9 @@ mod tests {
         let (mut speeds, mut now) = (Speeds::default(), Instant::now());
         for round in 0..200 {
             now += Duration::from_millis(100);
-            speeds.add(1, &whole(100 + round % 3, 0), now);
-            speeds.add(2, &whole(1_100, 80), now);
-            speeds.add(3, &whole(200 + round % 3, 0), now);
+            speeds.add(1, &unary(100 + round % 3, 0), now);
+            speeds.add(2, &unary(1_100, 80), now);
+            speeds.add(3, &unary(200 + round % 3, 0), now);
         }
         let [first, long, slow] = factors(&mut speeds, now);
         assert_eq!(first, 1.0);
@@ -295,7 +295,7 @@ mod tests {
             for id in 1..=3 {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let ms = (-(((state >> 33) as f64 + 1.0) / 2f64.powi(31)).ln() * 100.0) as u64;
-                speeds.add(id, &whole(ms, 0), now);
+                speeds.add(id, &unary(ms, 0), now);
             }
             off += factors(&mut speeds, now).iter().filter(|f| (**f - 1.0).abs() > 0.1).count();
         }
@@ -307,12 +307,12 @@ mod tests {
         let (mut speeds, now) = (Speeds::default(), Instant::now());
         for _ in 0..50 {
             for id in 1..=3 {
-                speeds.add(id, &whole(100, 0), now);
+                speeds.add(id, &unary(100, 0), now);
             }
         }
         factors(&mut speeds, now);
         for _ in 0..50 {
-            speeds.add_failure(3, &whole(1, 0), now);
+            speeds.add_failure(3, &unary(1, 0), now);
         }
         let [good, _, failing] = factors(&mut speeds, now);
         assert_eq!(good, 1.0);
@@ -325,7 +325,7 @@ mod tests {
         let (mut alone, mut others, mut both) = (Speeds::default(), Speeds::default(), Speeds::default());
         for i in 0..12 {
             for (id, ms) in [(1, 100), (2, 100), (3, 300)] {
-                let sample = whole(ms + i % 4, 0);
+                let sample = unary(ms + i % 4, 0);
                 both.add(id, &sample, now);
                 // This gateway saw one request of each, which says nothing.
                 (if i == 0 { &mut alone } else { &mut others }).add(id, &sample, now);
@@ -338,7 +338,7 @@ mod tests {
         let (merged, seen) = (factors(&mut alone, now), factors(&mut both, now));
         assert!(merged.iter().zip(seen).all(|(a, b)| (a - b).abs() < 1e-9), "{merged:?} {seen:?}");
         assert!(merged[2] < 0.5);
-        alone.set_others(1, Measure::Whole, Pace { count: f64::NAN, mean: 1.0, variance: 0.0 }, now);
+        alone.set_others(1, Measure::Unary, Pace { count: f64::NAN, mean: 1.0, variance: 0.0 }, now);
         assert_eq!(factors(&mut alone, now), merged, "nonsense is not taken in");
         alone.forget_others();
         assert_eq!(factors(&mut alone, now), [1.0; 3]);
@@ -349,9 +349,9 @@ mod tests {
     fn what_was_seen_is_forgotten_by_time() {
         let (mut speeds, now) = (Speeds::default(), Instant::now());
         for _ in 0..50 {
-            speeds.add(1, &whole(100, 0), now);
-            speeds.add(2, &whole(100, 0), now);
-            speeds.add(3, &whole(5_000, 0), now);
+            speeds.add(1, &unary(100, 0), now);
+            speeds.add(2, &unary(100, 0), now);
+            speeds.add(3, &unary(5_000, 0), now);
         }
         assert_eq!(factors(&mut speeds, now)[2], 0.2);
         let [_, _, slow] = factors(&mut speeds, now + Duration::from_secs(60));
@@ -362,7 +362,7 @@ mod tests {
     fn one_backend_alone_is_average() {
         let (mut speeds, now) = (Speeds::default(), Instant::now());
         for _ in 0..10 {
-            speeds.add(1, &whole(5_000, 0), now);
+            speeds.add(1, &unary(5_000, 0), now);
         }
         assert_eq!(factors(&mut speeds, now), [1.0; 3]);
     }

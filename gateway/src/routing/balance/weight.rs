@@ -14,11 +14,11 @@ const DEGRADED: f64 = 0.5;
 
 /// Whether a backend may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trust {
+pub enum Usability {
     /// It may.
-    Trusted,
+    Healthy,
     /// What was observed speaks against it. It is used when too little else is left.
-    Doubted,
+    Unhealthy,
 }
 
 /// One backend at the moment of a choice.
@@ -39,7 +39,7 @@ pub struct View {
     /// Preference: those of the lowest rank come first.
     pub rank: u32,
     /// Whether it may be used.
-    pub trust: Trust,
+    pub usability: Usability,
 }
 
 impl View {
@@ -102,7 +102,7 @@ pub(super) mod tests {
             local: 0,
             health: 1.0,
             rank: 0,
-            trust: Trust::Trusted,
+            usability: Usability::Healthy,
         }
     }
 

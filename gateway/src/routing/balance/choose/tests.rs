@@ -49,7 +49,7 @@ fn idle_backends_of_equal_speed_get_their_weights_over_three_gateways() {
         if under_way.len() > 4 {
             let (gateway, index, took) = under_way.pop_front().unwrap();
             views[index].in_flight -= 1.0;
-            let sample = Sample { measure: Measure::Whole, took, prompt_tokens: 10, output_tokens: 10 };
+            let sample = Sample { measure: Measure::Unary, took, prompt_tokens: 10, output_tokens: 10 };
             gateways[gateway].add(views[index].id, &sample, now);
         }
     }
@@ -83,7 +83,7 @@ fn least_request_leaves_no_idle_backend_without_requests_because_it_is_the_slowe
     let mut learn = |balancer: &mut Balancer, id: u64, ms: u64| {
         now += Duration::from_millis(100);
         let took = Duration::from_millis(ms);
-        let sample = Sample { measure: Measure::Whole, took, prompt_tokens: 10, output_tokens: 10 };
+        let sample = Sample { measure: Measure::Unary, took, prompt_tokens: 10, output_tokens: 10 };
         balancer.add(id, &sample, now);
         now
     };
@@ -118,7 +118,7 @@ fn affinity_gives_the_same_answer_on_every_gateway_and_stays_within_its_bound() 
     // Another load, another phase: the same preference.
     views.iter_mut().for_each(|v| v.in_flight = 3.0);
     let b = two.order(&config, &views, Some(42), now, uniform(2));
-    let preferred = |places: &Places| places[..8].iter().map(|p| p.index).collect::<Vec<_>>();
+    let preferred = |candidates: &Candidates| candidates[..8].iter().map(|p| p.index).collect::<Vec<_>>();
     assert_eq!(preferred(&a), preferred(&b));
     let bound = weir_ratelimit::Bound { millionths: 156_250, estimate: 11 };
     assert!(a[..8].iter().all(|p| p.bound == Some(bound)), "1.25 / 8, and of 65: {a:?}");
@@ -130,10 +130,10 @@ fn affinity_gives_the_same_answer_on_every_gateway_and_stays_within_its_bound() 
 
 #[test]
 fn the_next_region_takes_what_the_first_is_too_ill_for() {
-    let at = |id, rank, trust| View { rank, trust, ..idle(id) };
-    let (ok, bad) = (Trust::Trusted, Trust::Doubted);
-    let near = |trusts: [Trust; 4]| -> Vec<View> {
-        let near = trusts.into_iter().zip(1..).map(|(trust, id)| at(id, 0, trust));
+    let at = |id, rank, usability| View { rank, usability, ..idle(id) };
+    let (ok, bad) = (Usability::Healthy, Usability::Unhealthy);
+    let near = |usable: [Usability; 4]| -> Vec<View> {
+        let near = usable.into_iter().zip(1..).map(|(trust, id)| at(id, 0, trust));
         near.chain([at(9, 1, ok)]).collect()
     };
     let far = |views: &[View]| share(&firsts(&ChooseConfig::default(), views, 4000), 4);
@@ -147,30 +147,34 @@ fn the_next_region_takes_what_the_first_is_too_ill_for() {
 #[test]
 fn a_farther_region_stands_behind_for_when_the_first_has_no_slot() {
     let views = [View { rank: 1, ..idle(1) }, idle(2), View { rank: 2, ..idle(3) }, idle(4)];
-    let places =
+    let candidates =
         Balancer::default().order(&ChooseConfig::default(), &views, None, Instant::now(), uniform(1));
-    let mut order: Vec<usize> = places.iter().map(|p| p.index).collect();
+    let mut order: Vec<usize> = candidates.iter().map(|p| p.index).collect();
     order[..2].sort_unstable();
     assert_eq!(order, [1, 3, 0, 2]);
 }
 
 #[test]
-fn the_doubted_are_left_out_until_half_is_gone_and_then_come_last() {
-    let doubted = |id| View { trust: Trust::Doubted, ..idle(id) };
+fn unhealthy_backends_are_left_out_until_half_is_gone_and_then_come_last() {
+    let unhealthy = |id| View { usability: Usability::Unhealthy, ..idle(id) };
     let order = |views: &[View]| -> Vec<usize> {
-        let places =
+        let candidates =
             Balancer::default().order(&ChooseConfig::default(), views, None, Instant::now(), uniform(1));
-        places.iter().map(|p| p.index).collect()
+        candidates.iter().map(|p| p.index).collect()
     };
-    assert_eq!(order(&[doubted(1), idle(2), idle(3)]).len(), 2);
-    let panic = order(&[doubted(1), doubted(2), idle(3)]);
-    assert_eq!((panic[0], panic.len()), (2, 3), "trusted first, the rest for what it has no slots for");
-    assert_eq!(order(&[doubted(1), doubted(2), doubted(3)]).len(), 3, "nobody is trusted: all are used");
+    assert_eq!(order(&[unhealthy(1), idle(2), idle(3)]).len(), 2);
+    let panic = order(&[unhealthy(1), unhealthy(2), idle(3)]);
+    assert_eq!((panic[0], panic.len()), (2, 3), "healthy first, the rest for what it has no slots for");
+    assert_eq!(
+        order(&[unhealthy(1), unhealthy(2), unhealthy(3)]).len(),
+        3,
+        "nobody is healthy: all are used"
+    );
     assert!(order(&[]).is_empty());
 }
 
 proptest! {
-    /// Whatever the weights, loads and changes: everyone trusted is in the order, and over time the first places
+    /// Whatever the weights, loads and changes: everyone healthy is in the order, and over time the first candidates
     /// follow the effective weights.
     #[test]
     fn shares_follow_effective_weights_under_constant_change(
@@ -191,9 +195,9 @@ proptest! {
             if (round as usize).is_multiple_of(keep) {
                 balancer.retain(|_| true);
             }
-            let places = balancer.order(&ChooseConfig::default(), &views, None, now, &mut chance);
-            prop_assert_eq!(places.len(), views.len());
-            counts[places[0].index] += 1;
+            let candidates = balancer.order(&ChooseConfig::default(), &views, None, now, &mut chance);
+            prop_assert_eq!(candidates.len(), views.len());
+            counts[candidates[0].index] += 1;
         }
         for (count, weight) in counts.iter().zip(&weights) {
             let due = f64::from(rounds) * f64::from(*weight) / f64::from(total);

@@ -1,9 +1,9 @@
-//! How long a backend may stay silent before another is tried as well.
+//! The hedge delay: how long a backend may stay silent before another is tried as well.
 //!
-//! The time is learned: twice the 99th percentile of the time to the first byte, per unit of prompt, of the backend
-//! itself, or of the model while the backend is too little known. Only answers teach it. Once it was waited for in vain
-//! there is twice as much patience until the next answer, so that one that has become slower shows how slow; never more,
-//! since each request it is tried with waits that long: one that is stuck must not cost its callers ever longer.
+//! The delay is learned: twice the 99th percentile of the time to the first byte, per unit of prompt, of the backend
+//! itself, or of the model while the backend is too little known. Only answers teach it. After a first-byte timeout
+//! the delay is twice as long until the next answer, so that one that has become slower shows how slow; never longer, since
+//! each request that is tried with it waits that long: one that is stuck must not cost its callers ever more time.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::speed::prompt_work;
 
 /// Times the usual 99th percentile.
 const MARGIN: f64 = 2.0;
-/// Times that, after it was waited for in vain.
+/// Times that, after a first-byte timeout.
 const STRAINED: f64 = 2.0;
 /// Requests (weighted by age) after which a percentile is believed.
 const SAMPLES_MIN: f64 = 10.0;
@@ -25,16 +25,16 @@ const BUCKETS: usize = 100;
 const FIRST_BUCKET_S: f64 = 0.001;
 const GROWTH: f64 = 1.15;
 
-/// The bounds of patience.
+/// The bounds of the delay.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PatienceConfig {
+pub struct HedgeDelayConfig {
     /// While nothing is known of a model.
     pub initial: Duration,
     /// Never less than this, however fast the backend usually is.
     pub floor: Duration,
 }
 
-impl Default for PatienceConfig {
+impl Default for HedgeDelayConfig {
     fn default() -> Self {
         Self { initial: Duration::from_secs(5), floor: Duration::from_millis(250) }
     }
@@ -76,16 +76,16 @@ impl Histogram {
     }
 }
 
-/// The patience with a model's backends, for streams and for whole answers apart.
+/// The hedge delays of a model's backends, for streams and for unary answers apart.
 #[derive(Debug, Default)]
-pub struct Patience {
+pub struct HedgeDelays {
     by_id: HashMap<(u64, bool), Histogram>,
-    /// Those last waited for in vain.
+    /// Those whose last request had a first-byte timeout.
     strained: HashSet<(u64, bool)>,
     all: [Option<Histogram>; 2],
 }
 
-impl Patience {
+impl HedgeDelays {
     /// The first byte was there after `took`.
     pub fn add(&mut self, id: u64, stream: bool, prompt_tokens: u64, took: Duration, now: Instant) {
         self.strained.remove(&(id, stream));
@@ -94,8 +94,8 @@ impl Patience {
         self.all[usize::from(stream)].get_or_insert_with(|| Histogram::new(now)).add(seconds, now);
     }
 
-    /// It was waited for a first byte in vain.
-    pub fn waited(&mut self, id: u64, stream: bool) {
+    /// Records a first-byte timeout.
+    pub fn timed_out(&mut self, id: u64, stream: bool) {
         self.strained.insert((id, stream));
     }
 
@@ -106,12 +106,12 @@ impl Patience {
     }
 
     /// How long to wait for the first byte of `id` before another backend is tried as well.
-    pub fn with(&self, id: u64, stream: bool, prompt_tokens: u64, config: &PatienceConfig) -> Duration {
+    pub fn delay(&self, id: u64, stream: bool, prompt_tokens: u64, config: &HedgeDelayConfig) -> Duration {
         let own = self.by_id.get(&(id, stream)).and_then(Histogram::p99);
         let usual = own.or_else(|| self.all[usize::from(stream)].as_ref().and_then(Histogram::p99));
         let learned = usual.map(|p99| Duration::from_secs_f64(MARGIN * p99 * prompt_work(prompt_tokens)));
-        let patience = learned.unwrap_or(config.initial).max(config.floor);
-        if self.strained.contains(&(id, stream)) { patience.mul_f64(STRAINED) } else { patience }
+        let delay = learned.unwrap_or(config.initial).max(config.floor);
+        if self.strained.contains(&(id, stream)) { delay.mul_f64(STRAINED) } else { delay }
     }
 }
 
@@ -120,65 +120,65 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
-    const CONFIG: PatienceConfig =
-        PatienceConfig { initial: Duration::from_secs(5), floor: Duration::from_millis(50) };
+    const CONFIG: HedgeDelayConfig =
+        HedgeDelayConfig { initial: Duration::from_secs(5), floor: Duration::from_millis(50) };
 
     #[test]
     fn nothing_known_is_the_pools_own_word() {
-        let (mut patience, now) = (Patience::default(), Instant::now());
-        assert_eq!(patience.with(1, false, 0, &CONFIG), CONFIG.initial);
+        let (mut delays, now) = (HedgeDelays::default(), Instant::now());
+        assert_eq!(delays.delay(1, false, 0, &CONFIG), CONFIG.initial);
         for _ in 0..9 {
-            patience.add(1, false, 0, 100 * MS, now);
+            delays.add(1, false, 0, 100 * MS, now);
         }
-        assert_eq!(patience.with(1, false, 0, &CONFIG), CONFIG.initial, "nine are too few");
-        patience.add(2, false, 0, 100 * MS, now);
-        let learned = patience.with(1, false, 0, &CONFIG);
+        assert_eq!(delays.delay(1, false, 0, &CONFIG), CONFIG.initial, "nine are too few");
+        delays.add(2, false, 0, 100 * MS, now);
+        let learned = delays.delay(1, false, 0, &CONFIG);
         assert!((200 * MS..240 * MS).contains(&learned), "{learned:?}: the model's, from both");
-        assert_eq!(patience.with(1, true, 0, &CONFIG), CONFIG.initial, "streams are another matter");
+        assert_eq!(delays.delay(1, true, 0, &CONFIG), CONFIG.initial, "streams are another matter");
     }
 
     #[test]
     fn it_is_well_above_the_usual_and_grows_with_the_prompt() {
-        let (mut patience, now) = (Patience::default(), Instant::now());
+        let (mut delays, now) = (HedgeDelays::default(), Instant::now());
         for i in 0..1000 {
-            patience.add(1, true, 256, (if i % 100 < 98 { 100 } else { 400 }) * MS, now);
+            delays.add(1, true, 256, (if i % 100 < 98 { 100 } else { 400 }) * MS, now);
         }
-        let usual = patience.with(1, true, 256, &CONFIG);
+        let usual = delays.delay(1, true, 256, &CONFIG);
         assert!((800 * MS..940 * MS).contains(&usual), "{usual:?}");
-        let long = patience.with(1, true, 256 * 19, &CONFIG);
+        let long = delays.delay(1, true, 256 * 19, &CONFIG);
         assert!((10 * usual).abs_diff(long) < MS, "{long:?}");
-        assert_eq!(patience.with(1, true, 0, &PatienceConfig { floor: 3000 * MS, ..CONFIG }), 3000 * MS);
+        assert_eq!(delays.delay(1, true, 0, &HedgeDelayConfig { floor: 3000 * MS, ..CONFIG }), 3000 * MS);
     }
 
     #[test]
     fn one_that_is_stuck_is_given_twice_the_time_and_never_more() {
-        let (mut patience, now) = (Patience::default(), Instant::now());
+        let (mut delays, now) = (HedgeDelays::default(), Instant::now());
         for _ in 0..100 {
-            patience.add(1, false, 0, 100 * MS, now);
+            delays.add(1, false, 0, 100 * MS, now);
         }
-        let usual = patience.with(1, false, 0, &CONFIG);
+        let usual = delays.delay(1, false, 0, &CONFIG);
         for _ in 0..100 {
-            patience.waited(1, false);
-            assert_eq!(patience.with(1, false, 0, &CONFIG), 2 * usual);
+            delays.timed_out(1, false);
+            assert_eq!(delays.delay(1, false, 0, &CONFIG), 2 * usual);
         }
-        patience.add(1, false, 0, 100 * MS, now);
-        assert_eq!(patience.with(1, false, 0, &CONFIG), usual, "it answered");
+        delays.add(1, false, 0, 100 * MS, now);
+        assert_eq!(delays.delay(1, false, 0, &CONFIG), usual, "it answered");
     }
 
     #[test]
     fn one_that_has_become_slow_is_learned_and_the_past_forgotten() {
-        let (mut patience, mut now) = (Patience::default(), Instant::now());
+        let (mut delays, mut now) = (HedgeDelays::default(), Instant::now());
         for _ in 0..1000 {
-            patience.add(1, false, 0, 100 * MS, now);
+            delays.add(1, false, 0, 100 * MS, now);
         }
         for _ in 0..20 {
-            patience.add(1, false, 0, 1000 * MS, now);
+            delays.add(1, false, 0, 1000 * MS, now);
         }
-        assert!(patience.with(1, false, 0, &CONFIG) > 2000 * MS);
+        assert!(delays.delay(1, false, 0, &CONFIG) > 2000 * MS);
         for _ in 0..600 {
             now += Duration::from_secs(1);
-            patience.add(1, false, 0, 100 * MS, now);
+            delays.add(1, false, 0, 100 * MS, now);
         }
-        assert!(patience.with(1, false, 0, &CONFIG) < 240 * MS);
+        assert!(delays.delay(1, false, 0, &CONFIG) < 240 * MS);
     }
 }
