@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::middleware::from_fn_with_state;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpSocket};
@@ -14,6 +15,7 @@ use weir_discovery::{Disk, Identity, Link, Subscriber};
 use weir_proto::resource::Name;
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::breaker::Phase;
+use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{AnyLimiter, Holder, Kind};
@@ -110,10 +112,7 @@ pub async fn start_resolving(
     let settings = Settings::of(&config)?;
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
-    let limiter = match limiter {
-        Some(limiter) => limiter,
-        None => own_limiter(&config).await?,
-    };
+    let limiter = limiter_of(&config, limiter).await?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     weir_runtime::register(&mut registry);
@@ -121,13 +120,8 @@ pub async fn start_resolving(
     resolver.register(&mut registry);
     let live = Arc::new(LiveConfig::new(settings.egress, resolver));
     registry.register_collector(Box::new(WeightMetrics(live.clone())));
-
     let holder = Holder::of(&settings.identity.incarnation);
-    let gateways = {
-        let live = live.clone();
-        Arc::new(move || live.live_gateways())
-    };
-    let (ledger, worker) = Ledger::new(limiter, holder, gateways, metrics.clone());
+    let (ledger, worker) = Ledger::new(limiter, holder, live_gateways(&live), metrics.clone());
     let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
     let gateway = Gateway {
@@ -144,14 +138,11 @@ pub async fn start_resolving(
     let prober = Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone());
     let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
     let readiness = Readiness::not_ready("no configuration yet");
-    let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger.clone()));
-    // Around these pages alone: what is not there is 404.
-    let pages = pages.route_layer(from_fn_with_state(settings.ops_token, guard_ops_page));
+    let pages = pages(&live, &ledger, settings.ops_token);
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
 
-    let (tasks, serving) = (TaskTracker::new(), CancellationToken::new());
     // What serves requests ends last: the settlement worker and the operations port outlive the streams.
-    let drained = CancellationToken::new();
+    let (tasks, serving, drained) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
     tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(prober.run(drained.clone()));
@@ -166,15 +157,8 @@ pub async fn start_resolving(
         pages,
         drained.clone(),
     ));
-    let status = Status {
-        live: live.clone(),
-        ledger,
-        readiness,
-        metrics,
-        serving: serving.clone(),
-        shutdown: shutdown.clone(),
-    };
-    tasks.spawn(status.run(drained.clone()));
+    let status = Status { live: live.clone(), ledger, readiness, metrics };
+    tasks.spawn(status.run(serving.clone(), shutdown.clone(), drained.clone()));
     let server = Server { tls: settings.tls, gateway: Arc::new(gateway), bounds: config.bounds(), listeners };
     let clients = Clients {
         socket: clients,
@@ -187,6 +171,19 @@ pub async fn start_resolving(
     let server = tasks.spawn(clients.serve(shutdown, force, drained));
     tasks.close();
     Ok(Handle { address, ops_address, live, tasks, serving, server })
+}
+
+/// How many gateways there are, as the limits that are shared among them ask.
+fn live_gateways(live: &Arc<LiveConfig>) -> LiveGateways {
+    let live = live.clone();
+    Arc::new(move || live.live_gateways())
+}
+
+/// The pages of the operations port that only its token opens.
+fn pages(live: &Arc<LiveConfig>, ledger: &Arc<Ledger>, token: OpsToken) -> Router {
+    let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger.clone()));
+    // Around these pages alone: what is not there is 404.
+    pages.route_layer(from_fn_with_state(token, guard_ops_page))
 }
 
 /// What the settings come to, checked before anything is started.
@@ -235,8 +232,11 @@ impl Settings {
     }
 }
 
-/// The limiter that the settings ask for.
-async fn own_limiter(config: &Config) -> Result<AnyLimiter, StartError> {
+/// The limiter that is shared inside the process, or else the one that the settings ask for.
+async fn limiter_of(config: &Config, shared: Option<AnyLimiter>) -> Result<AnyLimiter, StartError> {
+    if let Some(shared) = shared {
+        return Ok(shared);
+    }
     let Some(url) = &config.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
     // Waited for a little, so that a gateway counts with the others from its first request; not for long, since one
     // that starts while Redis is away serves its share of the limits.
@@ -270,13 +270,14 @@ fn reserve(address: SocketAddr, flag: &'static str) -> Result<(TcpSocket, Socket
     bind().map_err(|source| StartError::Listen { address, flag, source })
 }
 
-/// The port for clients, which is not served before there is a configuration.
+/// The port for clients, taken and not served before there is a configuration.
 struct Clients {
     socket: TcpSocket,
     address: SocketAddr,
     ops_address: SocketAddr,
     server: Server,
     live: Arc<LiveConfig>,
+    /// Cancelled once clients are served.
     serving: CancellationToken,
 }
 
@@ -315,17 +316,15 @@ struct Status {
     ledger: Arc<Ledger>,
     readiness: Readiness,
     metrics: Metrics,
-    serving: CancellationToken,
-    shutdown: CancellationToken,
 }
 
 impl Status {
-    async fn run(self, drained: CancellationToken) {
+    async fn run(self, serving: CancellationToken, shutdown: CancellationToken, drained: CancellationToken) {
         let mut revisions = self.live.revisions();
         let (mut outages, mut lost) = (0, 0);
         let mut known = None;
         loop {
-            self.readiness.set(self.readiness());
+            self.readiness.set(readiness(&serving, &shutdown));
             self.show_configuration(&mut known);
             self.show_prefetched();
             let store = self.ledger.limiter.status();
@@ -337,25 +336,12 @@ impl Status {
             self.metrics.waiting.set(gauge(self.ledger.waiting.len()));
             tokio::select! {
                 changed = revisions.changed() => if changed.is_err() { return },
-                () = self.serving.cancelled(), if !self.serving.is_cancelled() => {}
-                () = self.shutdown.cancelled(), if !self.shutdown.is_cancelled() => {}
+                () = serving.cancelled(), if !serving.is_cancelled() => {}
+                () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
                 () = drained.cancelled() => return,
             }
         }
-    }
-
-    fn readiness(&self) -> Result<(), String> {
-        if self.shutdown.is_cancelled() {
-            return Err("draining".to_owned());
-        }
-        if !self.serving.is_cancelled() {
-            return Err(
-                "no configuration: the control plane has not been reached and there is no copy on disk"
-                    .to_owned(),
-            );
-        }
-        Ok(())
     }
 
     /// `known` is the revision whose backends have their series.
@@ -386,4 +372,15 @@ impl Status {
 /// A count as a gauge, which stays at its largest value.
 fn gauge(count: impl TryInto<i64>) -> i64 {
     count.try_into().unwrap_or(i64::MAX)
+}
+
+fn readiness(serving: &CancellationToken, shutdown: &CancellationToken) -> Result<(), String> {
+    if shutdown.is_cancelled() {
+        Err("draining".to_owned())
+    } else if serving.is_cancelled() {
+        Ok(())
+    } else {
+        Err("no configuration: the control plane has not been reached and there is no copy on disk"
+            .to_owned())
+    }
 }

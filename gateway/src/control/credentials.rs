@@ -3,7 +3,7 @@
 //! [`Credentials::of`] answers at once with what is known. A file that is new is read by a thread of this module, not by
 //! tokio's: a file system that hangs keeps its thread for ever, and would keep tokio from ending too. Threads are few
 //! per allowed directory, one file is never read twice at once, and a read that takes longer than `READ_TIMEOUT` is
-//! given up by all who wait for it. Files are read again every `LOOK_EVERY`, so a secret that was exchanged is in use
+//! given up by all who wait for it. Files are read again every `READ_EVERY`, so a secret that was exchanged is in use
 //! without a change of the configuration; while the new one cannot be used the old one stays.
 
 mod file;
@@ -23,7 +23,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use weir_proto::resource::{Backend, CredentialRef};
 
-use self::file::{FileError, Found, Places};
+use self::file::{AllowedDirs, FileError, Found};
 pub use self::policy::CredentialSources;
 use self::policy::{Policy, is_for, normal};
 
@@ -32,7 +32,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the answer to a change waits for files that are new. The change itself is in force before.
 const SETTLE_MAX: Duration = Duration::from_millis(250);
 /// Between two reads of a file: how soon a secret that was exchanged is used.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const READ_EVERY: Duration = Duration::from_secs(2);
 /// How often reads that hang are looked for.
 const TICK: Duration = Duration::from_millis(250);
 /// Files of one directory that are read at once.
@@ -41,7 +41,7 @@ const READERS: usize = 4;
 const HANGING_MAX: usize = 8;
 
 /// Reads a file of an allowed directory, and blocks; tests bring one that hangs.
-type ReadFile = fn(&Places, usize, &Path) -> Result<Found, FileError>;
+type ReadFile = fn(&AllowedDirs, usize, &Path) -> Result<Found, FileError>;
 
 /// The credentials of one gateway.
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl Credentials {
         read_file: ReadFile,
     ) -> Result<Arc<Self>, String> {
         let policy = Policy::new(sources, never)?;
-        let directories = policy.places.allowed.iter().map(|_| Directory::default()).collect();
+        let directories = policy.dirs.allowed.iter().map(|_| Directory::default()).collect();
         let state = Mutex::new(State { files: HashMap::new(), directories, asked: false });
         let (progress, changes) = (watch::Sender::new(0), watch::Sender::new(0));
         Ok(Arc::new(Self { policy, read_file, state, progress, changes }))
@@ -149,7 +149,7 @@ impl Credentials {
             return Err(format!("credential: {objection}"));
         }
         let path = normal(path);
-        let Some((directory, below)) = self.policy.places.locate(&path) else {
+        let Some((directory, below)) = self.policy.dirs.locate(&path) else {
             return Err(self.policy.outside());
         };
         let mut state = self.state();
@@ -242,7 +242,7 @@ impl Credentials {
     pub async fn run(self: Arc<Self>, unreadable: Gauge, shutdown: CancellationToken) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut next_look = Instant::now() + LOOK_EVERY;
+        let mut next_look = Instant::now() + READ_EVERY;
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
@@ -252,8 +252,8 @@ impl Credentials {
             self.give_up(now);
             unreadable.set(self.unreadable().try_into().unwrap_or(i64::MAX));
             if now >= next_look {
-                next_look = now + LOOK_EVERY;
-                self.look();
+                next_look = now + READ_EVERY;
+                self.read_due();
             }
         }
     }
@@ -267,7 +267,7 @@ impl Credentials {
     }
 
     /// Has every file read again that is not being read.
-    fn look(self: &Arc<Self>) {
+    fn read_due(self: &Arc<Self>) {
         let mut state = self.state();
         let State { files, directories, .. } = &mut *state;
         for (path, entry) in files.iter_mut().filter(|(_, entry)| entry.read == Read::Idle) {
@@ -343,7 +343,7 @@ impl Credentials {
                 entry.read = Read::Running(Instant::now());
                 (path, entry.below.clone())
             };
-            let read = (self.read_file)(&self.policy.places, directory, &below);
+            let read = (self.read_file)(&self.policy.dirs, directory, &below);
             if self.ended(&path, directory, read) {
                 return;
             }

@@ -21,16 +21,16 @@ use crate::metrics::{GoneLabels, Metrics};
 use crate::routing::scope::ScopeEntry;
 use crate::routing::snapshot::Snapshot;
 
-/// Between two beats; three may be late before the store takes a gateway for dead.
-const BEAT: Duration = Duration::from_millis(900);
-/// Between two looks at a gateway that is said to be gone.
-const AGAIN: Duration = Duration::from_millis(250);
-/// One that still says so after this time lives. Well above the time its last beat counts.
-const LIVES: Duration = Duration::from_secs(2 * ROLL_LIFE.as_secs());
-/// Gateways that may wait to be looked at; leases of more run out by themselves.
+/// Between two heartbeats; three may be late before the store takes a gateway for dead.
+const HEARTBEAT: Duration = Duration::from_millis(900);
+/// Between two checks of a gateway that is said to be gone.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+/// One that still says so after this time lives. Well above the time its last heartbeat counts.
+const ALIVE_AFTER: Duration = Duration::from_secs(2 * ROLL_LIFE.as_secs());
+/// Gateways that may wait to be checked; leases of more run out by themselves.
 const QUEUE: usize = 256;
 
-/// Beats and frees; must be run.
+/// Sends heartbeats, and frees the leases of gateways that are gone; must be run.
 #[derive(Debug)]
 pub struct OrphanReaper {
     live: Arc<LiveConfig>,
@@ -55,34 +55,34 @@ impl OrphanReaper {
 
     /// Runs until `shutdown`, and says then that this gateway has ended.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let mut looking = JoinSet::new();
+        let mut tasks = JoinSet::new();
         let mut known = HashSet::new();
-        let mut beats = tokio::time::interval(BEAT);
-        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // Around the breaker: a beat decides nothing, and a store that is away does not hear it.
+        let mut heartbeats = tokio::time::interval(HEARTBEAT);
+        heartbeats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Around the breaker: a heartbeat decides nothing, and a store that is away does not hear it.
         let store = self.ledger.limiter.store();
         loop {
             tokio::select! {
-                _ = beats.tick() => {
+                _ = heartbeats.tick() => {
                     if let Err(error) = holder::beat(store, self.own).await {
                         tracing::debug!(%error, "the limit store does not hear that this gateway lives");
                     }
                 }
-                Some(incarnation) = self.gone.recv(), if looking.len() < QUEUE => {
+                Some(incarnation) = self.gone.recv(), if tasks.len() < QUEUE => {
                     let holder = Holder::of(&incarnation);
                     if holder != self.own && known.insert(holder) {
                         let (live, ledger) = (self.live.clone(), self.ledger.clone());
-                        looking.spawn(async move { (holder, incarnation, look(&live, &ledger, holder).await) });
+                        tasks.spawn(async move { (holder, incarnation, free_when_gone(&live, &ledger, holder).await) });
                     }
                 }
-                Some(Ok((holder, incarnation, outcome))) = looking.join_next(), if !looking.is_empty() => {
+                Some(Ok((holder, incarnation, outcome))) = tasks.join_next(), if !tasks.is_empty() => {
                     known.remove(&holder);
                     self.note(&incarnation, &outcome);
                 }
                 () = shutdown.cancelled() => break,
             }
         }
-        looking.shutdown().await;
+        tasks.shutdown().await;
         if let Err(error) = holder::leave(store, self.own).await {
             tracing::debug!(%error, "the limit store learns by silence that this gateway has ended");
         }
@@ -115,16 +115,16 @@ enum Outcome {
     Unknown(String),
 }
 
-/// Asks until the store knows: first its last beat has to run out.
-async fn look(live: &LiveConfig, ledger: &Ledger, holder: Holder) -> Outcome {
+/// Asks until the store knows: first its last heartbeat has to run out.
+async fn free_when_gone(live: &LiveConfig, ledger: &Ledger, holder: Holder) -> Outcome {
     let began = tokio::time::Instant::now();
     loop {
         let tried = reap(live, ledger, holder).await;
         match tried {
             Ok(Some(leases)) => return Outcome::Freed(leases),
-            Ok(None) if began.elapsed() >= LIVES => return Outcome::Lives,
+            Ok(None) if began.elapsed() >= ALIVE_AFTER => return Outcome::Lives,
             Err(error) if began.elapsed() >= LEASE_TTL => return Outcome::Unknown(error.to_string()),
-            Ok(None) | Err(_) => tokio::time::sleep(AGAIN).await,
+            Ok(None) | Err(_) => tokio::time::sleep(RETRY_PAUSE).await,
         }
     }
 }

@@ -22,7 +22,7 @@ pub struct BackendState {
     in_flight: AtomicU32,
     /// Of these the last report told the control plane.
     reported: AtomicU32,
-    /// In flight from other gateways, as the fleet was last told; [`UNKNOWN`] without the report lane.
+    /// In flight from other gateways, as the fleet was last told; [`UNKNOWN`] without a report stream.
     elsewhere: AtomicU32,
     health: AtomicU8,
     recovering: Mutex<Option<Recovery>>,
@@ -38,7 +38,7 @@ pub struct BackendState {
     decoded_tokens: AtomicU64,
     decoded_us: AtomicU64,
     decoded_answers: AtomicU64,
-    /// What requests of the whole fleet came to, while the report lane says it.
+    /// What requests of the whole fleet came to, while a report stream brings it.
     fleet_totals: Mutex<Option<Totals>>,
     /// Lines about answers of its that make no sense.
     pub(crate) invalid_lines: LogThrottle,
@@ -211,7 +211,7 @@ impl BackendState {
         (answers, tokens, Duration::from_micros(self.decoded_us.swap(0, Ordering::Relaxed)))
     }
 
-    /// Takes over what requests of the whole fleet came to; `None`: nobody says it any more.
+    /// Takes over what requests of the whole fleet came to; `None` after the report stream is lost.
     pub fn set_fleet_totals(&self, totals: Option<Totals>) {
         *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner) = totals;
     }
@@ -278,20 +278,20 @@ impl BackendState {
         now
     }
 
-    /// The fleet has so many there, those that this gateway last reported being among them. `None`: not known any more.
+    /// The fleet has so many there, those that this gateway last reported being among them. `None` after the report stream is lost.
     pub fn set_fleet(&self, in_flight: Option<u32>) {
         let reported = self.reported.load(Ordering::Relaxed);
         let elsewhere = in_flight.map_or(UNKNOWN, |all| all.saturating_sub(reported).min(UNKNOWN - 1));
         self.elsewhere.store(elsewhere, Ordering::Relaxed);
     }
 
-    /// Whether the report lane has told what others have there.
+    /// Whether it is known what others have there.
     pub fn knows_fleet(&self) -> bool {
         self.elsewhere.load(Ordering::Relaxed) != UNKNOWN
     }
 
-    /// What the cluster has there: what others have, as last told, and what this gateway has now. Without the report
-    /// lane every gateway is taken to have as much as this one.
+    /// What the cluster has there: what others have, as last told, and what this gateway has now. Without a report
+    /// stream every gateway is taken to have as much as this one.
     pub fn fleet_in_flight(&self, gateways: u32) -> f64 {
         let local = f64::from(self.in_flight());
         match self.elsewhere.load(Ordering::Relaxed) {

@@ -76,14 +76,14 @@ pub(super) struct Found {
 
 /// Where files may be.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Places {
+pub(super) struct AllowedDirs {
     /// Absolute directories, as they were given.
     pub(super) allowed: Vec<PathBuf>,
     /// Files and directories of Weir itself that are never credentials, wherever they are.
     pub(super) never: Vec<PathBuf>,
 }
 
-impl Places {
+impl AllowedDirs {
     /// The allowed directory that a path lies in by its text, and the rest. Touches no file.
     pub(super) fn locate<'a>(&self, path: &'a Path) -> Option<(usize, &'a Path)> {
         let plain = path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
@@ -100,13 +100,13 @@ struct Step {
 }
 
 /// Reads the file `below` the allowed directory at `root`. Blocks.
-pub(super) fn read(places: &Places, root: usize, below: &Path) -> Result<Found, FileError> {
+pub(super) fn read(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<Found, FileError> {
     let mut hosts: Vec<String> = Vec::new();
     // Named on the way as it was written, or as it was resolved: either binds.
     bind(below.iter(), &mut hosts);
-    let (steps, name, stat) = walk(places, root, below)?;
+    let (steps, name, stat) = walk(dirs, root, below)?;
     bind(steps.iter().map(|step| step.name.as_os_str()), &mut hosts);
-    refuse_own(places, &steps, &stat)?;
+    refuse_own(dirs, &steps, &stat)?;
     let directory = &steps.last().ok_or(FileError::Missing)?.fd;
     // Nothing but this very file is read, and should it be exchanged for a FIFO now, opening that does not wait.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -153,8 +153,8 @@ fn bind<'a>(names: impl Iterator<Item = &'a OsStr>, hosts: &mut Vec<String>) {
 }
 
 /// Opens the directories on the way; returns them, the file's own name, and what it is: a regular file.
-fn walk(places: &Places, root: usize, below: &Path) -> Result<(Vec<Step>, OsString, Stat), FileError> {
-    let mut steps = vec![open_root(places.allowed.get(root).ok_or(FileError::Outside)?)?];
+fn walk(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<(Vec<Step>, OsString, Stat), FileError> {
+    let mut steps = vec![open_root(dirs.allowed.get(root).ok_or(FileError::Outside)?)?];
     let mut links = 0;
     // What is still to be walked, the next part last.
     let mut todo: Vec<OsString> = parts(below);
@@ -180,7 +180,7 @@ fn walk(places: &Places, root: usize, below: &Path) -> Result<(Vec<Step>, OsStri
                 let target = rustix::fs::readlinkat(&fd, ITSELF, Vec::new())?;
                 let target = Path::new(OsStr::from_bytes(target.to_bytes()));
                 let rest = if target.is_absolute() {
-                    let (root, rest) = inside(places, target).ok_or(FileError::Outside)?;
+                    let (root, rest) = inside(dirs, target).ok_or(FileError::Outside)?;
                     steps = vec![open_root(root)?];
                     rest
                 } else {
@@ -214,8 +214,8 @@ fn parts(path: &Path) -> Vec<OsString> {
 }
 
 /// The allowed directory that an absolute target of a link is in, as it was given or as it really is.
-fn inside<'a>(places: &'a Places, target: &Path) -> Option<(&'a Path, PathBuf)> {
-    places.allowed.iter().find_map(|root| {
+fn inside<'a>(dirs: &'a AllowedDirs, target: &Path) -> Option<(&'a Path, PathBuf)> {
+    dirs.allowed.iter().find_map(|root| {
         let rest = target.strip_prefix(root).map(Path::to_owned);
         let real = || target.strip_prefix(std::fs::canonicalize(root).ok()?).map(Path::to_owned).ok();
         Some((root.as_path(), rest.ok().or_else(real)?))
@@ -230,8 +230,8 @@ fn open_root(root: &Path) -> Result<Step, FileError> {
 }
 
 /// Refuses files of Weir itself, by whatever name they are reached.
-fn refuse_own(places: &Places, steps: &[Step], stat: &Stat) -> Result<(), FileError> {
-    for own in &places.never {
+fn refuse_own(dirs: &AllowedDirs, steps: &[Step], stat: &Stat) -> Result<(), FileError> {
+    for own in &dirs.never {
         let Ok(own) = rustix::fs::stat(own) else { continue };
         let is_own = |stat: &Stat| (stat.st_dev, stat.st_ino) == (own.st_dev, own.st_ino);
         if is_own(stat) || steps.iter().any(|step| rustix::fs::fstat(&step.fd).is_ok_and(|s| is_own(&s))) {

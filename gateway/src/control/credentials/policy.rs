@@ -8,7 +8,7 @@ use clap::Args;
 use http::Uri;
 use weir_proto::resource::CredentialRef;
 
-use super::file::{FileError, Places, secret};
+use super::file::{AllowedDirs, FileError, secret};
 
 /// Most directories, and most patterns of variables.
 const LIST_MAX: usize = 16;
@@ -102,7 +102,7 @@ impl FromStr for Pattern {
 /// The allow-lists, checked.
 #[derive(Debug, Default)]
 pub(super) struct Policy {
-    pub(super) places: Places,
+    pub(super) dirs: AllowedDirs,
     variables: Vec<Pattern>,
     /// Their texts, for messages.
     listed: String,
@@ -138,7 +138,7 @@ impl Policy {
             }
         }
         let listed = texts.map(String::as_str).collect::<Vec<_>>().join(", ");
-        Ok(Self { places: Places { allowed, never }, variables, listed })
+        Ok(Self { dirs: AllowedDirs { allowed, never }, variables, listed })
     }
 
     /// The secret in an environment variable.
@@ -170,15 +170,15 @@ impl Policy {
 
     /// What is said of every file that is not in an allowed directory, whether it exists or not.
     pub(super) fn outside(&self) -> String {
-        let mut places = String::new();
-        for directory in &self.places.allowed {
-            let before = if places.is_empty() { "from " } else { ", " };
-            places.push_str(before);
-            places.push_str(&directory.display().to_string());
+        let mut listed = String::new();
+        for directory in &self.dirs.allowed {
+            let before = if listed.is_empty() { "from " } else { ", " };
+            listed.push_str(before);
+            listed.push_str(&directory.display().to_string());
         }
-        let places = if places.is_empty() { "none".to_owned() } else { format!("only {places}") };
+        let listed = if listed.is_empty() { "none".to_owned() } else { format!("only {listed}") };
         format!(
-            "credential: the file is not in a directory that this gateway reads for backends; it reads {places}: put it \
+            "credential: the file is not in a directory that this gateway reads for backends; it reads {listed}: put it \
              there, or allow its directory with --credential-dir"
         )
     }

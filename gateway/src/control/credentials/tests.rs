@@ -33,12 +33,12 @@ fn fifo(path: &Path) {
     mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("a FIFO");
 }
 
-fn places(allowed: &Path) -> Places {
-    Places { allowed: vec![allowed.to_owned()], never: Vec::new() }
+fn dirs(allowed: &Path) -> AllowedDirs {
+    AllowedDirs { allowed: vec![allowed.to_owned()], never: Vec::new() }
 }
 
 fn read(tree: &TempDir, name: &str) -> Result<String, FileError> {
-    file::read(&places(&tree.path().join("in")), 0, Path::new(name)).map(|found| found.secret)
+    file::read(&dirs(&tree.path().join("in")), 0, Path::new(name)).map(|found| found.secret)
 }
 
 #[test]
@@ -83,13 +83,9 @@ fn an_allowed_directory_may_be_a_link_itself() {
     let tree = tree();
     symlink(tree.path().join("in"), tree.path().join("linked")).expect("made");
     symlink(tree.path().join("in/dir/key"), tree.path().join("in/by-real-name")).expect("made");
-    let places = places(&tree.path().join("linked"));
+    let dirs = dirs(&tree.path().join("linked"));
     for (name, secret) in [("key", "sk-in"), ("by-real-name", "sk-dir")] {
-        assert_eq!(
-            file::read(&places, 0, Path::new(name)).map(|f| f.secret).as_deref(),
-            Ok(secret),
-            "{name}"
-        );
+        assert_eq!(file::read(&dirs, 0, Path::new(name)).map(|f| f.secret).as_deref(), Ok(secret), "{name}");
     }
 }
 
@@ -148,7 +144,7 @@ fn only_regular_files_are_read_and_no_other_kind_keeps_the_reader() {
         ("/proc", "self/environ", FileError::Kind("a file of the kernel")),
         ("/proc", "version", FileError::Kind("a file of the kernel")),
     ] {
-        let read = file::read(&places(Path::new(root)), 0, Path::new(name)).map(|found| found.secret);
+        let read = file::read(&dirs(Path::new(root)), 0, Path::new(name)).map(|found| found.secret);
         assert_eq!(read, Err(error), "{root}/{name}");
     }
 }
@@ -199,9 +195,9 @@ fn files_of_weir_itself_are_refused_by_whatever_name() {
     std::fs::hard_link(inside.join("key"), inside.join("same")).expect("made");
     symlink("key", inside.join("link")).expect("made");
     let never = vec![inside.join("key"), inside.join("dir"), inside.join("not-there")];
-    let places = Places { never, ..places(&inside) };
+    let dirs = AllowedDirs { never, ..dirs(&inside) };
     for name in ["key", "same", "link", "dir/key"] {
-        let read = file::read(&places, 0, Path::new(name)).map(|found| found.secret);
+        let read = file::read(&dirs, 0, Path::new(name)).map(|found| found.secret);
         assert_eq!(read, Err(FileError::Outside), "{name}");
     }
 }
@@ -246,8 +242,8 @@ proptest! {
         let start = TREE.path().join(if inside { "in" } else { "" });
         let path = PathBuf::from(format!("{}/{}", start.display(), parts.join("/")));
         let allowed = TREE.path().join("in");
-        let places = places(&allowed);
-        let read = places.locate(&path).map(|(root, below)| file::read(&places, root, below));
+        let dirs = dirs(&allowed);
+        let read = dirs.locate(&path).map(|(root, below)| file::read(&dirs, root, below));
         if let Some(Ok(found)) = read {
             // A `.` behind a file is left out when a path is taken apart; the system calls the file no directory.
             let plain: PathBuf = path.components().collect();
@@ -266,9 +262,9 @@ proptest! {
             && let Spec::Backend(backend) = &checked.spec
             && let Some(CredentialRef::File(path)) = &backend.credential
         {
-            let places = places(Path::new("/etc/weir/credentials"));
+            let dirs = dirs(Path::new("/etc/weir/credentials"));
             let path = normal(Path::new(path));
-            prop_assert!(places.locate(&path).is_none_or(|_| path.starts_with("/etc/weir/credentials")));
+            prop_assert!(dirs.locate(&path).is_none_or(|_| path.starts_with("/etc/weir/credentials")));
         }
     }
 
@@ -353,7 +349,7 @@ fn settings_that_would_allow_too_much_or_nothing_meant_are_refused_by_name() {
     };
     let policy = Policy::new(&none, Vec::new()).expect("good");
     assert!(policy.variable("OPENAI_API_KEY", |_| Some("sk".into())).is_err());
-    assert!(policy.places.allowed.is_empty());
+    assert!(policy.dirs.allowed.is_empty());
 }
 
 #[tokio::test]
@@ -431,13 +427,13 @@ async fn an_exchanged_secret_is_used_and_the_last_one_stays_while_the_new_one_is
     let before = *changes.borrow();
     std::fs::remove_file(&path).expect("removed");
     fifo(&path);
-    credentials.look();
+    credentials.read_due();
     until("it is found unreadable", || credentials.unreadable() == 1).await;
     assert_eq!(now().as_deref(), Ok("Bearer sk-in"));
     assert_eq!(*changes.borrow(), before, "backends are sent the same");
     std::fs::remove_file(&path).expect("removed");
     std::fs::write(&path, "sk-new").expect("written");
-    credentials.look();
+    credentials.read_due();
     until("the new one is used", || now().as_deref() == Ok("Bearer sk-new")).await;
     until("one change is told", || *changes.borrow() == before + 1).await;
     assert_eq!(credentials.unreadable(), 0);
@@ -446,12 +442,12 @@ async fn an_exchanged_secret_is_used_and_the_last_one_stays_while_the_new_one_is
 }
 
 /// Hangs for files called hang..., until there is a file `answer` beside them.
-fn hanging(places: &Places, root: usize, below: &Path) -> Result<Found, FileError> {
-    let answers = places.allowed[root].join("answer");
+fn hanging(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<Found, FileError> {
+    let answers = dirs.allowed[root].join("answer");
     while below.to_str().is_some_and(|name| name.starts_with("hang")) && !answers.exists() {
         std::thread::park_timeout(Duration::from_millis(10));
     }
-    file::read(places, root, below)
+    file::read(dirs, root, below)
 }
 
 #[tokio::test]
@@ -493,7 +489,7 @@ async fn reads_that_hang_are_few_are_given_up_and_keep_no_other_file_waiting() {
     for _ in 0..3 {
         credentials.retain(&BTreeSet::new());
         let _ = credentials.of(&hangs[0]);
-        credentials.look();
+        credentials.read_due();
     }
     assert_eq!(readers(&credentials), (0, HANGING_MAX));
     assert!(credentials.state().files.len() <= HANGING_MAX);

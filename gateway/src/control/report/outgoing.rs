@@ -18,7 +18,7 @@ pub(super) struct Observed {
     pub(super) limits: Vec<LimitReport>,
 }
 
-/// See the module. Bounded by the number of backends and of results.
+/// What waits for one stream. Bounded by the number of backends and of results.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
     /// `None` while the stream is away: what is observed then is old news when it comes back.

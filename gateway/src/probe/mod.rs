@@ -225,45 +225,15 @@ impl Prober {
                     self.finished(Done { key, entry, model: None, how: How::Traffic(*looked) })
                 }
                 Plan::Skip => {
-                    let profile = self.profile(&snapshot, &entry);
-                    self.schedule.finished(
-                        &key,
-                        End::Good,
-                        &profile,
-                        (now, unix()),
-                        weir_runtime::random_unit(),
-                    );
+                    let (profile, jitter) = (self.profile(&snapshot, &entry), weir_runtime::random_unit());
+                    self.schedule.finished(&key, End::Good, &profile, (now, unix()), jitter);
                 }
-                Plan::Liveness(limit) => {
-                    looks.spawn(key.clone(), async move {
-                        let looked = look::liveness(entry.clone(), limit).await;
-                        Done { key, entry, model: None, how: How::Asked(looked) }
-                    });
+                Plan::Liveness(limit) => looks.spawn(key.clone(), liveness(key, entry, limit)),
+                Plan::Readiness(plan) => {
+                    looks.spawn(key.clone(), readiness(key, entry, plan, self.ledger.clone()));
                 }
-                Plan::Readiness(readiness) => {
-                    let ledger = self.ledger.clone();
-                    looks.spawn(key.clone(), async move {
-                        let (how, model) = readiness.look(&ledger, &entry).await;
-                        Done { key, entry, model, how }
-                    });
-                }
-                Plan::Deep(depth, measure) => {
-                    let ledger = self.ledger.clone();
-                    looks.spawn(key.clone(), async move {
-                        let mut looked = look::deep(&entry, &depth).await;
-                        let how = match measure {
-                            None => How::Asked(looked),
-                            // A benchmark is no reason to wait for a slot: no slot free is no idle backend.
-                            Some(model) => match SlotLease::take(&ledger, &entry).await {
-                                Ok(Some(_slot)) => {
-                                    look::measure(&entry, &model, depth.limit, &mut looked).await;
-                                    How::Asked(looked)
-                                }
-                                _ => How::NotMeasured(looked),
-                            },
-                        };
-                        Done { key, entry, model: None, how }
-                    });
+                Plan::Deep(depth, measured) => {
+                    looks.spawn(key.clone(), deep(key, entry, (depth, measured), self.ledger.clone()));
                 }
             }
         }
@@ -388,15 +358,7 @@ impl Prober {
         {
             return;
         }
-        if made {
-            let (tier, outcome) = (tier_name(key.1), outcome_name(looked.seen.outcome));
-            let labels = ProbeLabels { backend: key.0.clone(), tier, outcome };
-            self.metrics.probes.get_or_create(&labels).inc();
-        }
-        if looked.tokens > 0 {
-            let labels = PaidProbeLabels { backend: key.0.clone() };
-            self.metrics.probe_tokens.get_or_create(&labels).inc_by(looked.tokens);
-        }
+        self.count(&key, &looked, made);
         if let Some(model) = model {
             if end == End::Good {
                 *self.turns.entry(key.0.clone()).or_default() += 1;
@@ -413,6 +375,19 @@ impl Prober {
         }
         self.judge_alone(&key, &entry, end, &profile);
         self.channel.report(result(&key, looked), news);
+    }
+
+    /// Counts a probe that was made, and the tokens that it cost.
+    fn count(&self, key: &Key, looked: &Looked, made: bool) {
+        if made {
+            let (tier, outcome) = (tier_name(key.1), outcome_name(looked.seen.outcome));
+            let labels = ProbeLabels { backend: key.0.clone(), tier, outcome };
+            self.metrics.probes.get_or_create(&labels).inc();
+        }
+        if looked.tokens > 0 {
+            let labels = PaidProbeLabels { backend: key.0.clone() };
+            self.metrics.probe_tokens.get_or_create(&labels).inc_by(looked.tokens);
+        }
     }
 
     /// Without the control plane, what this gateway sees is all there is.
@@ -438,6 +413,36 @@ impl Prober {
         tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway alone");
         entry.state.set_health(state);
     }
+}
+
+async fn liveness(key: Key, entry: Arc<BackendEntry>, limit: Duration) -> Done {
+    let looked = look::liveness(entry.clone(), limit).await;
+    Done { key, entry, model: None, how: How::Asked(looked) }
+}
+
+async fn readiness(key: Key, entry: Arc<BackendEntry>, plan: Box<Readiness>, ledger: Arc<Ledger>) -> Done {
+    let (how, model) = plan.look(&ledger, &entry).await;
+    Done { key, entry, model, how }
+}
+
+/// A deep probe, and where the second value of the plan names a model, a measurement of its throughput.
+async fn deep(
+    key: Key,
+    entry: Arc<BackendEntry>,
+    (depth, measured): (Depth, Option<String>),
+    ledger: Arc<Ledger>,
+) -> Done {
+    let mut looked = look::deep(&entry, &depth).await;
+    let Some(model) = measured else { return Done { key, entry, model: None, how: How::Asked(looked) } };
+    // A benchmark is no reason to wait for a slot: no slot free is no idle backend.
+    let how = match SlotLease::take(&ledger, &entry).await {
+        Ok(Some(_slot)) => {
+            look::measure(&entry, &model, depth.limit, &mut looked).await;
+            How::Asked(looked)
+        }
+        _ => How::NotMeasured(looked),
+    };
+    Done { key, entry, model: None, how }
 }
 
 /// The models a backend serves, with the name it knows each by.
