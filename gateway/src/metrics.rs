@@ -228,7 +228,7 @@ pub fn add(counter: &Counter, count: u64) {
 }
 
 impl Metrics {
-    /// These backends can be told apart from now on: what alerts ask about them is there, at zero.
+    /// Creates the series that alerts ask about for these backends, at zero.
     pub fn know_backends<'a>(&self, backends: impl Iterator<Item = &'a str>) {
         for backend in backends {
             for direction in Implausible::DIRECTIONS {

@@ -2,7 +2,8 @@
 //!
 //! Everything here is pure: bytes in, bytes out, no clock and no configuration. [`request`] reads a request's body;
 //! [`sse`] finds the events of a stream and [`response`] reads facts from answers and renames their model; [`usage`]
-//! bounds what a backend may report; [`json_scanner`] and [`json_edit`] are what they are built on; [`duration`] writes times as OpenAI does.
+//! bounds what a backend may report; [`json_scanner`] and [`json_edit`] are what they are built on; [`duration`] writes
+//! times as OpenAI does.
 
 pub mod duration;
 pub mod json_edit;

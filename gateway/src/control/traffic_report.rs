@@ -17,7 +17,7 @@ use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
 const SCOPES_MAX: usize = 2048;
 /// Limits in one report.
 const REPORTED_MAX: usize = 64;
-/// What nobody has asked for that long is not known any more: others may have used it since.
+/// The state of a limit that no request met for so long is unknown: other gateways may have used it since.
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 /// Slots come and go within a request's time.
 const SLOTS_KNOWN_FOR: Duration = Duration::from_secs(5);

@@ -2,7 +2,7 @@
 //!
 //! What comes back is judged here: whose fault a failure is, and whether another backend may be tried. A stream's
 //! first chunk is awaited before anything is said to the client, so that an early failure can still go elsewhere;
-//! an unary answer is taken whole, within a bound, for the same reason.
+//! a unary answer is read to its end, within a bound, for the same reason.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,7 +52,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// The first byte came; of an answer that is not streamed, all of it.
+    /// Records the first byte of a stream, or all of a unary answer.
     pub fn begin(&mut self) {
         self.began = Some(Instant::now());
         let sample = self.sample(0);
@@ -62,14 +62,14 @@ impl Target {
         self.model.pool.state.began(&self.model.name, &self.backend, self.stream, &sample);
     }
 
-    /// The answer is complete, and a mistake of the client's own: the backend works, but how fast it can refuse says
-    /// nothing about how fast it is.
+    /// Records a complete answer that refuses a mistake of the client's: the backend works, but how fast it refuses says
+    /// nothing about how fast it serves.
     pub fn refuse(&self) {
         self.count(AttemptOutcome::Success);
         self.model.pool.state.succeeded(&self.model.name, &self.backend, None);
     }
 
-    /// The answer is complete and good.
+    /// Records a complete and good answer.
     pub fn succeed(&self, output_tokens: u64) {
         self.count(AttemptOutcome::Success);
         let sample = match (self.stream, self.began) {
@@ -83,7 +83,7 @@ impl Target {
         self.model.pool.state.succeeded(&self.model.name, &self.backend, Some(&sample));
     }
 
-    /// The attempt failed by the backend's fault; bears on the next choice.
+    /// Records a failure that counts against the backend in the next choice.
     pub fn fail(&self, outcome: AttemptOutcome) {
         self.fail_busy(outcome, None);
     }
@@ -197,7 +197,7 @@ pub async fn send(target: &Target, outgoing: Outgoing) -> Result<Answer, Gateway
 }
 
 struct Failure {
-    /// The backend's part in it; `None` when it has none.
+    /// `None` when it must not count against the backend.
     outcome: Option<AttemptOutcome>,
     error: GatewayError,
     retry_after: Option<Duration>,
@@ -209,7 +209,7 @@ impl From<(AttemptOutcome, GatewayError)> for Failure {
     }
 }
 
-/// Nobody's fault but the clock's, or ours.
+/// Failures that must not count against the backend.
 impl From<GatewayError> for Failure {
     fn from(error: GatewayError) -> Self {
         Self { outcome: None, error, retry_after: None }

@@ -1,7 +1,7 @@
-//! The facts of one request, collected on its way and told once at its end: one log line, one set of metrics.
+//! The facts of one request, collected on its way and written once at its end: one log line, one set of metrics.
 //!
-//! Dropping the context is its end, whatever the way out; a context that nobody marked as finished belongs to a
-//! client that went away.
+//! Dropping the context is its end, whatever the way out; a context that was not marked as finished belongs to
+//! a client that went away.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! The way of a request, from the accepted connection to the last byte of its answer.
 //!
 //! [`server`] accepts within [`bounds`]; [`pipeline`] is the way itself, top to bottom: [`authentication`],
-//! [`request_body`], `admission`, `attempts` ([`attempt`] is one of them), `answer` and [`response_body`]. The [`context`] of a
-//! request collects its facts and is its log line in the end. [`headers`] says which headers pass, [`refusal`] how limits
+//! [`request_body`], `admission`, `attempts` ([`attempt`] is one of them), `answer` and [`response_body`]. The
+//! [`context`] of a request collects its facts and becomes its log line. [`headers`] says which headers pass, [`refusal`] how limits
 //! are told to clients.
 
 pub mod attempt;

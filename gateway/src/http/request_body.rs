@@ -97,7 +97,7 @@ pub async fn take(
         return Err(too_large);
     }
     let mut room = memory.room();
-    let whole = async {
+    let all = async {
         let mut first: Option<Bytes> = None;
         let mut rest = BytesMut::new();
         let mut length = 0;
@@ -125,7 +125,7 @@ pub async fn take(
         }
         Ok(if rest.is_empty() { first.unwrap_or_default() } else { rest.freeze() })
     };
-    let bytes = timeout(BODY_TIMEOUT, whole).await.map_err(|_| GatewayError::BodyTimeout)??;
+    let bytes = timeout(BODY_TIMEOUT, all).await.map_err(|_| GatewayError::BodyTimeout)??;
     Ok((bytes, room))
 }
 

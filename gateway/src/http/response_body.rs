@@ -1,7 +1,7 @@
 //! The body of an answer, and the end of its request.
 //!
-//! A request ends when its body ends, so the body owns everything that must be given back: the admission (tokens
-//! and leases), the place in the backend's in-flight count, and the context that becomes the log line. Dropping the
+//! A request ends when its body ends, so the body owns everything that must be given back: the reservation (tokens
+//! and leases), the backend's count of requests in flight, and the context that becomes the log line. Dropping the
 //! body, finished or not, gives all of it back once.
 
 use std::convert::Infallible;
@@ -32,8 +32,8 @@ use crate::routing::backend_state::{AttemptOutcome, InFlight};
 
 /// What is handed out at a time of a complete answer.
 const PIECE_BYTES: usize = 32 << 10;
-/// The body itself ends a stream at its deadline, with a last event. So much later it is cut where it cannot, since
-/// nobody polls it: the client takes nothing.
+/// The body itself ends a stream at its deadline, with a last event. A client that takes nothing keeps the body from being
+/// polled: then the stream is cut so much later.
 const CUT_GRACE: Duration = Duration::from_millis(500);
 
 /// What the client is sent.
@@ -87,7 +87,7 @@ impl http_body::Body for Body {
     }
 }
 
-/// A complete answer, handed out in pieces: of what one call hands out nobody can tell how much the client has taken.
+/// A unary answer, handed out in pieces: of a single piece it would not be known how much the client has taken.
 #[derive(Debug)]
 pub struct UnaryBody {
     rest: Bytes,
@@ -178,7 +178,7 @@ impl StreamBody {
         let overdue = self.clocks.deadline + CUT_GRACE;
         let clock = &self.end.context.client.clock;
         match chunk {
-            // Until the client has taken this, nobody asks for more, and no clock of the body's own runs.
+            // The body is not polled until the client has taken this, so its own clocks do not run meanwhile.
             Poll::Ready(_) => clock.cut_at(overdue.min(Instant::now() + WRITE_STALL)),
             Poll::Pending => clock.cut_at(overdue),
         }

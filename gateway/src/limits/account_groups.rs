@@ -1,4 +1,4 @@
-//! Candidates by the provider's account they bill. Pure: what to ask next, and what the answers come to.
+//! Candidates by the provider's account that they bill. Pure: which call to ask next, and what the decisions add up to.
 //!
 //! An order of preference is cut into groups of one account each, so that the order is kept exactly. The limiter is asked
 //! for the first group with the request's own limits and that account's, in one call; only when the account refuses, or no
@@ -31,7 +31,7 @@ pub(crate) struct CandidateGroups {
     groups: SmallVec<[CandidateGroup; 4]>,
     /// How many scopes of the full call are the request's own.
     own: usize,
-    /// Each account once: its index, and its scopes' candidates in the full call, behind the request's own.
+    /// Each account once: its index, and the range of its scopes in the full call, behind the request's own.
     accounts: SmallVec<[(usize, Range<usize>); 2]>,
 }
 
@@ -87,7 +87,7 @@ impl CandidateGroups {
     }
 
     /// Asks once around for `full`: the call with every scope and every candidate. Accounts that others wait for are
-    /// passed over, unless that leaves nobody.
+    /// passed over, unless no account is left then.
     pub(crate) fn round<'a>(
         &'a self,
         full: &'a Acquire,

@@ -79,7 +79,7 @@ pub(super) type Settles = SmallVec<[Box<Settle>; 1]>;
 pub(super) type Credit = bool;
 
 impl Job {
-    /// The lease sets that have a place more afterwards.
+    /// The lease sets in which one more lease is free afterwards.
     fn leases(&self) -> SmallVec<[&Key; 4]> {
         match self {
             Job::Settle(settles, _) => {
@@ -134,13 +134,13 @@ impl Ledger {
         lock(&self.leases)
     }
 
-    /// The store has freed a lease: somebody who waits, here or at another gateway, has a place.
+    /// The store has freed a lease: a request that waits, here or at another gateway, may take it.
     pub(super) fn gave_back(&self, key: &Key) {
         let held = self.leases().at(key);
         self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
-    /// Reservations that hold leases now: one for each request, and where accounts are limited for each later try.
+    /// Reservations that hold leases now: one for each request, and where accounts are limited for each later attempt.
     pub fn open_leases(&self) -> usize {
         self.leases().len()
     }
@@ -210,7 +210,7 @@ async fn renew(ledger: Arc<Ledger>) {
 }
 
 /// A request goes on although its leases ran out, or somebody freed them: it is counted again, also above the maximum,
-/// so that nobody is let in beside it. The next ones wait until the count has come down.
+/// so that no other request is admitted in its place. The next ones wait until the count has come down.
 async fn retake(ledger: &Ledger, id: Uuid, leases: SmallVec<[Key; 4]>) {
     for key in &leases {
         let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX, bound: None }];

@@ -18,7 +18,7 @@ use super::spend_period;
 /// in steps of this size, so that a long answer weighs on its limits while it runs.
 pub const STEP_TOKENS: u64 = 256;
 
-/// Whom and what an admission is for.
+/// For whom and for what something is reserved.
 #[derive(Debug, Clone)]
 pub struct Subject {
     /// The tenant's name.
@@ -31,7 +31,7 @@ pub struct Subject {
     pub choices: u32,
 }
 
-/// What asking came to.
+/// The answer to a reservation that was asked for.
 #[derive(Debug)]
 pub struct Asked {
     /// The decision.
@@ -42,30 +42,30 @@ pub struct Asked {
     pub from_deny_cache: bool,
 }
 
-/// A reservation and its leases, from before it is asked for to the end of the request, or of one try.
+/// A reservation and its leases, from before it is asked for to the end of the request, or of one attempt.
 #[derive(Debug)]
 pub struct Reservation {
     ledger: Arc<Ledger>,
     /// The reservation.
     pub id: Uuid,
-    /// What the request is under: its own scopes, and after them those of the account of its first try.
+    /// What the request is under: its own scopes, and after them those of the account of its first attempt.
     pub scopes: Scopes,
     /// How many of them are its own.
     own: usize,
-    /// The try under that account is over: what was reserved there stands, and its leases are not ours any more.
+    /// The attempt under that account is over: what was reserved there stands, and its leases are not ours any more.
     left: bool,
-    /// What is reserved at the account of the backend that answers, when it is another try's.
+    /// What is reserved at the account of the backend that answers, when it is another attempt's.
     elsewhere: Option<Box<Reservation>>,
     /// What was reserved.
     pub reserved: Cost,
     actual: Cost,
     /// What was charged beyond the reservation while the answer streamed.
     stepped: Cost,
-    /// Its day in the account of who used what: that of its admission.
+    /// The day of its usage record: the one on which it was admitted.
     day: Date,
-    /// What that account has of it.
+    /// What the usage record has of it so far.
     noted: Tally,
-    /// None for what is reserved at an account alone.
+    /// `None` for a reservation at a provider's account alone.
     subject: Option<Subject>,
     /// One, or two while a silent backend is not waited for alone.
     slots: SmallVec<[Key; 2]>,
@@ -74,8 +74,8 @@ pub struct Reservation {
     armed: bool,
 }
 
-/// The limiter is being asked for an admission. Dropped before it has answered, as with a client that goes away, it leaves
-/// behind what the call may have taken.
+/// The limiter is being asked. If this is dropped before the answer, as with a client that goes away, the slots are noted
+/// that the call may have taken.
 struct Asking<'a> {
     reservation: &'a mut Reservation,
     call: &'a Acquire,
@@ -114,8 +114,8 @@ impl Reservation {
         }
     }
 
-    /// Asks for a call under an id of its own. `subject` is whom the account of who used what has it of; a reservation at
-    /// a provider's account is nobody's. Large: it holds all layers of the limiter, so it belongs on the heap.
+    /// Asks the limiter for a call, under an id of its own. `subject` is whom the usage is recorded for; a reservation at a
+    /// provider's account has none. Large: it holds all layers of the limiter, so it belongs on the heap.
     pub async fn ask(ledger: &Arc<Ledger>, mut call: Acquire, subject: Option<Subject>) -> Asked {
         // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
         let mut reservation = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
@@ -147,12 +147,12 @@ impl Reservation {
         Asked { decision, reservation, from_deny_cache }
     }
 
-    /// Only so many of its scopes are the request's own; the rest are those of the account of its first try.
+    /// Only so many of its scopes are the request's own; the rest are those of the account of its first attempt.
     pub fn under_account(&mut self, own: usize) {
         self.own = own;
     }
 
-    /// Whose it is.
+    /// The ledger that it belongs to.
     pub(crate) fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
     }
@@ -194,7 +194,7 @@ impl Reservation {
         let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
     }
 
-    /// The try under the account it was admitted with is over, without the answer that counts: what was reserved there
+    /// The attempt under the account it was admitted with is over, without the answer that counts: what was reserved there
     /// stands. Its leases are given back now, while the request goes on.
     pub fn leave_account(&mut self) {
         for lease in self.depart() {
@@ -202,7 +202,7 @@ impl Reservation {
         }
     }
 
-    /// Gives this slot back, and leaves the account if the try was under it; returns once others can have both.
+    /// Gives this slot back, and leaves the account if the attempt was under it; returns once others can have both.
     ///
     /// # Errors
     /// Those of the limiter; what was not given back then runs out.
@@ -285,7 +285,7 @@ impl Reservation {
         }
     }
 
-    /// By how much the account of who used what differs from this.
+    /// What the usage record lacks of `used`.
     fn usage(&self, used: &Cost) -> Option<Usage> {
         let subject = self.subject.as_ref()?;
         let tally = Tally::of(used).minus(self.noted);
@@ -355,7 +355,7 @@ fn leases(scopes: &[ScopeLimits]) -> impl Iterator<Item = Key> {
     scopes.iter().filter(|scope| scope.concurrency.is_some()).map(|scope| scope.leases.clone())
 }
 
-/// A debit of a reservation nobody knows: it is charged once, and credits nothing.
+/// A debit under a new reservation id: it is charged once, and credits nothing.
 fn debit(actual: Cost, scopes: &[ScopeLimits]) -> Settle {
     let scopes = scopes.iter().map(|scope| ScopeLimits { concurrency: None, ..scope.clone() }).collect();
     Settle { id: Uuid::now_v7(), actual, scopes, slot: None, usage: None }

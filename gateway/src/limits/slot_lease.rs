@@ -55,7 +55,7 @@ impl Ledger {
     ) -> Result<Option<(usize, NewSlot)>, Error> {
         let ledger = self.clone();
         // Ends with the limiter's answer, for which the limiter has a deadline. In a task of its own: a call that was sent
-        // takes a slot also if nobody waits for its answer any more.
+        // takes a slot even if its caller is gone.
         let taking = tokio::spawn(async move {
             let taken = ledger.limiter.move_slot(id, from.as_ref(), &candidates, LEASE_TTL).await?;
             Ok(taken.and_then(|at| {

@@ -26,7 +26,7 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// Whether no backend of the model is under an account's limits: then nobody need look at accounts.
+    /// Whether no backend of the model is under an account's limits: then accounts need not be checked.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }

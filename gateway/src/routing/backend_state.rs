@@ -181,7 +181,7 @@ impl BackendState {
     /// A stream ended well: so many tokens, so long after its first byte.
     pub fn note_decode(&self, tokens: u64, took: Duration) {
         self.totals.answers.fetch_add(1, Ordering::Relaxed);
-        // What one answer can have used is bounded, so that no sum of them wraps (see `plausible`).
+        // What one answer can have used is bounded, so that no sum of them wraps (see [`crate::api::usage`]).
         self.totals.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.totals.decode_us.fetch_add(micros(took), Ordering::Relaxed);
         self.decoded_tokens.fetch_add(tokens, Ordering::Relaxed);

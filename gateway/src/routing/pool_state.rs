@@ -224,7 +224,7 @@ impl PoolState {
         inner.balancers.entry(model.clone()).or_default().speeds.set_others(backend, measure, pace, now);
     }
 
-    /// Nobody says any more what other gateways see.
+    /// Forgets the speeds that other gateways reported, after the report stream is lost.
     pub fn forget_others(&self) {
         self.inner().balancers.values_mut().for_each(|balancer| balancer.speeds.forget_others());
     }

@@ -76,7 +76,7 @@ impl<'a> Fields<'a> {
             reads_more: kind == RouteKind::Responses,
             ..Self::default()
         };
-        let mut seen = Seen::default();
+        let mut seen = NamesSeen::default();
         scanner.object(|scanner, name| match seen.find(name, &TOP, &TOP)? {
             Some(field) => fields.member(kind, scanner, field),
             None => {
@@ -122,7 +122,7 @@ impl<'a> Fields<'a> {
             }
             Kind::Object => {
                 let at = s.position() + 1;
-                let mut seen = Seen::default();
+                let mut seen = NamesSeen::default();
                 let mut empty = true;
                 let mut edit_point = None;
                 s.object(|s, name| -> Result<(), ReadError> {
@@ -174,9 +174,9 @@ impl<'a> Fields<'a> {
 
 /// Which names of a table occurred.
 #[derive(Debug, Default)]
-struct Seen(u32);
+struct NamesSeen(u32);
 
-impl Seen {
+impl NamesSeen {
     /// The table's entry for `name`; `params` are the names to show in an error.
     fn find<const N: usize>(
         &mut self,

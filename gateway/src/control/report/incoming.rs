@@ -72,7 +72,7 @@ fn totals(traffic: &FleetTraffic) -> Totals {
 }
 
 /// The state to go by: that of the verdict, unless its pool says otherwise. One that is used against its state counts
-/// like one nobody knows; one that is not to be used yet, like one that is broken.
+/// like one whose state is unknown; one that is not to be used yet, like one that is unhealthy.
 fn in_use(health: &BackendHealth) -> HealthState {
     match (health.overridden, health.factor) {
         (true, _) => HealthState::Unknown,

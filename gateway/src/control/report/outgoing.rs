@@ -1,4 +1,4 @@
-//! What one stream has yet to say. While it cannot, what is observed is merged: counts add up, the latest state wins.
+//! What one stream has not sent yet. While it cannot send, observations are merged: counts add up, the latest state wins.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

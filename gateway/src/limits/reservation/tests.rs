@@ -68,7 +68,7 @@ impl World {
         reservation
     }
 
-    /// A later try, under account `y` at backend `by`.
+    /// A later attempt, under account `y` at backend `by`.
     async fn elsewhere(&self) -> Box<Reservation> {
         let mut reservation = self.granted(&[account("y")], "by", None).await;
         reservation.under_account(0);
@@ -119,7 +119,7 @@ fn subject() -> Subject {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_account_of_the_only_try_is_settled_with_what_was_used() {
+async fn the_account_of_the_only_attempt_is_settled_with_what_was_used() {
     let world = world();
     let mut reservation = world.admitted().await;
     reservation.used(tokens(70));
@@ -128,7 +128,7 @@ async fn the_account_of_the_only_try_is_settled_with_what_was_used() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_try_stands_at_its_account_and_the_winner_is_settled_with_what_was_used() {
+async fn a_failed_attempt_stands_at_its_account_and_the_winner_is_settled_with_what_was_used() {
     for used in [70, 100, 250] {
         let world = world();
         let mut reservation = world.admitted().await;
@@ -144,7 +144,7 @@ async fn a_failed_try_stands_at_its_account_and_the_winner_is_settled_with_what_
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_overtaken_try_stands_and_gives_back_what_it_holds_at_once() {
+async fn an_overtaken_attempt_stands_and_gives_back_what_it_holds_at_once() {
     let world = world();
     let mut reservation = world.admitted().await;
     let mut other = world.elsewhere().await;

@@ -4,7 +4,7 @@
 use smallvec::SmallVec;
 use weir_ratelimit::Bound;
 
-use super::View;
+use super::weight::View;
 
 /// A hash of bytes that is the same in every process and version (FNV-1a, finished by `mix`).
 pub fn stable_hash(bytes: &[u8]) -> u64 {

@@ -12,7 +12,11 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 use weir_ratelimit::Bound;
 
-use super::{Effective, HedgeDelays, Sample, Scheduler, Speeds, Usability, View, affinity, schedule};
+use super::hedge_delay::HedgeDelays;
+use super::schedule::Scheduler;
+use super::speed::{Sample, Speeds};
+use super::weight::{Effective, Usability, View};
+use super::{affinity, schedule};
 
 /// How to pick among backends of one rank.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

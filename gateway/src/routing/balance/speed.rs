@@ -203,7 +203,7 @@ impl Speeds {
         }
     }
 
-    /// Nobody says any more what others see.
+    /// Forgets the speeds that other gateways reported, after the report stream is lost.
     pub fn forget_others(&mut self) {
         self.by_id.values_mut().for_each(|speed| speed.others = Default::default());
     }
