@@ -13,7 +13,7 @@ use weir_control_plane::{
     Config as ControlPlaneConfig, ControlPlane, Handle as ControlPlaneHandle, StoreConfig,
 };
 use weir_gateway::config::Config as GatewayConfig;
-use weir_gateway::credentials::CredentialSources;
+use weir_gateway::control::credentials::CredentialSources;
 use weir_proto::v1::admin_service_client::AdminServiceClient;
 use weir_proto::{manifest, resource, v1};
 use weir_ratelimit::AnyLimiter;

@@ -8,8 +8,8 @@ use clap::Parser;
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
-use crate::credentials::CredentialSources;
-use crate::server::Bounds;
+use crate::control::credentials::CredentialSources;
+use crate::http::bounds::Bounds;
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.
 #[derive(Debug, Clone, Parser)]

@@ -14,10 +14,12 @@ use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::{Value, json};
+use weir_ratelimit::{Kind, What};
 use weir_runtime::edge::framing::Violation;
 
-use crate::headers::{duration, millis};
-use crate::read::ReadError;
+use crate::api::duration::{duration, millis};
+use crate::api::request::ReadError;
+use crate::routing::scope::{ScopeKind, what_name};
 
 /// Most characters of a client's own text that are repeated to it.
 pub const ECHO_CHARS_MAX: usize = 64;
@@ -39,12 +41,12 @@ pub enum Blame {
 /// A limit that refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// The kind of scope: `tenant`, `key`, `model`, `global`, ...
-    pub scope_kind: &'static str,
+    /// What the limit is over.
+    pub scope_kind: ScopeKind,
     /// The configured name of the scope.
     pub scope: String,
-    /// What is limited: `requests`, `tokens`, `concurrency`, `budget`.
-    pub what: &'static str,
+    /// What is limited.
+    pub what: What,
     /// How much the limit allows.
     pub limit: u64,
     /// How much is left.
@@ -53,14 +55,6 @@ pub struct Refusal {
     pub needs: u64,
     /// The time until this request would fit; `None` when it never will.
     pub wait: Option<Duration>,
-}
-
-impl Refusal {
-    /// Whether the limit is that of a provider's account: not the caller's own, and how it stands is not the caller's
-    /// to know.
-    fn is_of_account(&self) -> bool {
-        matches!(self.scope_kind, "account" | "account_model")
-    }
 }
 
 /// Why a request failed.
@@ -94,7 +88,7 @@ pub enum GatewayError {
     BodyMemory,
     #[error("request body has an encoding that is not supported")]
     UnsupportedEncoding,
-    #[error("limited by {} of {} {}", .0.what, .0.scope_kind, .0.scope)]
+    #[error("limited by {} of {} {}", what_name(.0.what), .0.scope_kind, .0.scope)]
     Limited(Refusal),
     #[error("limit store cannot be reached and the limit is closed")]
     LimitStore,
@@ -194,25 +188,25 @@ impl GatewayError {
             ),
             Self::Limited(refusal) => match refusal.wait {
                 // OpenAI's own code for money that is spent.
-                Some(wait) if refusal.what == "spend" => ErrorFacts {
+                Some(wait) if refusal.what == What::Bucket(Kind::Spend) => ErrorFacts {
                     kind: "insufficient_quota",
                     retry_after: Some(wait),
                     ..client(429, "insufficient_quota", "budget_spent", refusal.message())
                 },
-                Some(wait) if refusal.is_of_account() => ErrorFacts {
-                    kind: if refusal.what == "requests" { "requests" } else { "tokens" },
+                Some(wait) if refusal.scope_kind.is_of_account() => ErrorFacts {
+                    kind: openai_limit(refusal.what),
                     retry_after: Some(wait),
                     // What the caller did is fine, so its fallbacks are tried; what is left is a limit with a time.
                     blame: Blame::Gateway,
                     ..client(429, "rate_limit_exceeded", "account_limited", refusal.message())
                 },
                 Some(wait) => ErrorFacts {
-                    kind: if refusal.what == "requests" { "requests" } else { "tokens" },
+                    kind: openai_limit(refusal.what),
                     retry_after: Some(wait),
                     ..client(429, "rate_limit_exceeded", "limited", refusal.message())
                 },
                 // Clients try a 429 again, which cannot help here: the request, or the limit, has to change.
-                None if refusal.is_of_account() && refusal.limit == 0 => ErrorFacts {
+                None if refusal.scope_kind.is_of_account() && refusal.limit == 0 => ErrorFacts {
                     blame: Blame::Gateway,
                     ..client(403, "limit_closed", "account_closed", refusal.message())
                 },
@@ -281,9 +275,9 @@ impl GatewayError {
             "message": facts.message, "type": facts.kind, "param": facts.param, "code": facts.code,
         });
         if let Self::Limited(refusal) = self {
-            error["scope"] = json!({ "kind": refusal.scope_kind, "name": echo(&refusal.scope) });
-            error["kind"] = Value::from(refusal.what);
-            if !refusal.is_of_account() {
+            error["scope"] = json!({ "kind": refusal.scope_kind.as_str(), "name": echo(&refusal.scope) });
+            error["kind"] = Value::from(what_name(refusal.what));
+            if !refusal.scope_kind.is_of_account() {
                 error["limit"] = Value::from(refusal.limit);
                 error["remaining"] = Value::from(refusal.remaining);
             }
@@ -295,7 +289,8 @@ impl GatewayError {
 
 impl Refusal {
     fn message(&self) -> String {
-        let Self { scope_kind, what, limit, remaining, needs, .. } = self;
+        let Self { scope_kind, limit, remaining, needs, .. } = self;
+        let what = what_name(self.what);
         let scope = echo(&self.scope);
         let advice = match self.wait {
             Some(wait) => format!("Please try again in {}.", duration(wait)),
@@ -304,7 +299,7 @@ impl Refusal {
             }
             None => "It lets nothing more pass.".to_owned(),
         };
-        if self.is_of_account() {
+        if self.scope_kind.is_of_account() {
             return format!("Rate limit reached for {what} of {scope_kind} '{scope}'. {advice}");
         }
         format!(
@@ -360,6 +355,11 @@ fn no_model(model: &str, label: &'static str) -> ErrorFacts {
     ErrorFacts { param: Some("model"), ..client(404, "model_not_found", label, message) }
 }
 
+/// OpenAI's `type` of a rate limit.
+fn openai_limit(what: What) -> &'static str {
+    if what == What::Bucket(Kind::Requests) { "requests" } else { "tokens" }
+}
+
 fn read_code(error: &ReadError) -> &'static str {
     match error {
         ReadError::NotJson(_) | ReadError::NotObject => "invalid_json",
@@ -391,9 +391,9 @@ mod tests {
     fn limited(wait: Option<Duration>) -> GatewayError {
         let scope = "acme".to_owned();
         GatewayError::Limited(Refusal {
-            scope_kind: "tenant",
+            scope_kind: ScopeKind::Tenant,
             scope,
-            what: "tokens",
+            what: What::Bucket(Kind::Tokens),
             limit: 10,
             remaining: 2,
             needs: 11,

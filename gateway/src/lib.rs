@@ -1,53 +1,30 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
-//! A request's path, in order: [`server`] accepts, [`stack`] identifies, reads, chooses, admits and sends
-//! ([`read`], [`balance`], [`account`], [`send`]), [`body`] streams and gives everything back.
+//! - [`http`](self::http): the way of a request, with its [pipeline](self::http::pipeline)
+//! - [`api`]: what requests ask for and answers say, as bytes
+//! - [`routing`]: the configuration compiled for requests, the state of backends, and the choice between them
+//! - [`limits`]: what a request costs, reserved before and settled after it
+//! - [`control`]: the control plane's side: configuration, credentials, reports
+//! - [`probe`]: health checks of backends
+//! - [`ops`]: pages and metrics of the operations port
 //!
-//! Beside it: [`subscribe`] keeps the [`snapshot`] fresh ([`live`] is its handle), [`credentials`] those of backends,
-//! [`report`] exchanges what gateways see.
+//! Rooms import downwards only: `http`, `ops` and `probe` from `limits`, that from `control`, that from `routing` and
+//! `api`.
 
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
-pub mod account;
-pub mod authentication;
-pub mod balance;
-pub mod body;
-pub mod budget;
+pub mod api;
 pub mod config;
-pub mod context;
-pub mod credentials;
+pub mod control;
 pub mod error;
-pub mod estimate;
-pub mod explain;
-pub mod headers;
-pub mod intake;
-pub mod live;
+pub mod http;
+pub mod limits;
 pub mod metrics;
-pub mod plausible;
+pub mod ops;
 pub mod probe;
-pub mod pulse;
-pub mod read;
-pub mod reap;
-pub mod refusal;
-pub mod report;
-pub mod runtime_state;
-pub mod send;
-pub mod server;
-pub mod snapshot;
-pub mod stack;
-pub mod stream;
-pub mod subscribe;
-pub mod upstream;
-pub mod usage;
+pub mod routing;
 
-mod calendar;
-mod groups;
-mod run;
-mod seldom;
-mod tries;
-mod weights;
+mod bootstrap;
 
-pub use run::{Running, StartError, start, start_resolving};
-
-pub(crate) use weir_runtime::random_unit;
+pub use bootstrap::{Handle, StartError, start, start_resolving};

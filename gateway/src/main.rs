@@ -29,12 +29,12 @@ fn main() -> ExitCode {
 }
 
 async fn run(config: Config) -> u8 {
-    let (shutdown, hurry) = (CancellationToken::new(), CancellationToken::new());
-    tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), hurry.clone()));
-    let done = match start(config, None, shutdown, hurry).await {
-        Ok(running) => {
-            tracing::info!(clients = %running.address, ops = %running.ops_address, "starting");
-            running.ended().await
+    let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
+    tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), force.clone()));
+    let done = match start(config, None, shutdown, force).await {
+        Ok(handle) => {
+            tracing::info!(clients = %handle.address, ops = %handle.ops_address, "starting");
+            handle.ended().await
         }
         Err(error) => Err(error),
     };

@@ -1,7 +1,5 @@
 //! Every metric of a gateway: name, help and labels. Labels come from configured names only.
 
-use std::sync::Arc;
-
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -9,9 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::authentication::Failure;
-use crate::plausible::Implausible;
-use crate::pulse::Pulse;
+use crate::api::usage::Implausible;
 
 /// Of a finished request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -131,8 +127,6 @@ pub struct GoneLabels {
 /// The metrics; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// What the report lane tells of all this.
-    pub pulse: Arc<Pulse>,
     /// Finished requests.
     pub requests: Family<RequestLabels, Counter>,
     /// Requests under way.
@@ -234,7 +228,7 @@ pub fn add(counter: &Counter, count: u64) {
 }
 
 impl Metrics {
-    /// These backends can be told apart from now on: what alerts ask about them is there, at zero.
+    /// Creates the series that alerts ask about for these backends, at zero.
     pub fn know_backends<'a>(&self, backends: impl Iterator<Item = &'a str>) {
         for backend in backends {
             for direction in Implausible::DIRECTIONS {
@@ -246,8 +240,17 @@ impl Metrics {
 
     /// Registers every metric.
     pub fn new(registry: &mut Registry) -> Self {
-        let m = Self {
-            pulse: Arc::default(),
+        let metrics = Self::unregistered();
+        let registry = registry.sub_registry_with_prefix("weir");
+        metrics.register_requests(registry);
+        metrics.register_limits(registry);
+        metrics.register_configuration(registry);
+        metrics.register_probes(registry);
+        metrics
+    }
+
+    fn unregistered() -> Self {
+        Self {
             requests: Family::default(),
             in_flight: Gauge::default(),
             duration: Family::new_with_constructor(seconds),
@@ -288,127 +291,146 @@ impl Metrics {
             probe_tokens: Family::default(),
             probes_over_budget: Family::default(),
             probes_without_slot: Family::default(),
-        };
-        for reason in Failure::ALL.map(Failure::label) {
-            drop(m.authentication_failures.get_or_create(&AuthenticationLabels { reason }));
         }
-        let r = registry.sub_registry_with_prefix("weir");
-        r.register("requests", "Finished requests", m.requests.clone());
-        r.register("requests_in_flight", "Requests under way", m.in_flight.clone());
-        r.register("request_duration_seconds", "From arrival to the last byte", m.duration.clone());
+    }
+
+    fn register_requests(&self, r: &mut Registry) {
+        r.register("requests", "Finished requests", self.requests.clone());
+        r.register("requests_in_flight", "Requests under way", self.in_flight.clone());
+        r.register("request_duration_seconds", "From arrival to the last byte", self.duration.clone());
         r.register(
             "first_byte_seconds",
             "From arrival to the first byte of the answer",
-            m.first_byte.clone(),
+            self.first_byte.clone(),
         );
-        r.register("tokens", "Tokens settled", m.tokens.clone());
+        r.register("tokens", "Tokens settled", self.tokens.clone());
         r.register(
             "implausible_usage",
             "Reports of usage by backends that cannot be true; the gateway's own count was used",
-            m.implausible_usage.clone(),
+            self.implausible_usage.clone(),
         );
         r.register(
             "authentication_failures",
             "Requests without a valid API key",
-            m.authentication_failures.clone(),
+            self.authentication_failures.clone(),
         );
-        r.register("backend_attempts", "Attempts at backends", m.attempts.clone());
-        r.register("limiter_calls", "Admissions asked of the limiter", m.limiter.clone());
-        r.register("limiter_duration_seconds", "How long an admission took", m.limiter_duration.clone());
-        r.register("limit_store_away", "1 while the limit store does not decide", m.limit_store_away.clone());
-        r.register("limit_store_outages", "Times the limit store went away", m.limit_store_outages.clone());
+        r.register("backend_attempts", "Attempts at backends", self.attempts.clone());
+        r.register("connections", "Open client connections", self.connections.clone());
+        r.register(
+            "connections_refused",
+            "Client connections refused for lack of room",
+            self.connections_refused.clone(),
+        );
+        r.register("request_body_bytes", "Request bodies held, bytes", self.body_bytes.clone());
+    }
+
+    fn register_limits(&self, r: &mut Registry) {
+        r.register("limiter_calls", "Admissions asked of the limiter", self.limiter.clone());
+        r.register("limiter_duration_seconds", "How long an reservation took", self.limiter_duration.clone());
+        r.register(
+            "limit_store_away",
+            "1 while the limit store does not decide",
+            self.limit_store_away.clone(),
+        );
+        r.register(
+            "limit_store_outages",
+            "Times the limit store went away",
+            self.limit_store_outages.clone(),
+        );
         r.register(
             "limit_store_untold",
             "Settlements, releases and lines of usage that wait for the limit store",
-            m.limit_store_untold.clone(),
+            self.limit_store_untold.clone(),
         );
         r.register(
             "limit_store_lost",
             "Settlements, releases and lines of usage that the limit store will never be told",
-            m.limit_store_lost.clone(),
+            self.limit_store_lost.clone(),
         );
-        r.register("leases_reaped", "Leases freed of gateways that were gone", m.leases_reaped.clone());
+        r.register("leases_reaped", "Leases freed of gateways that were gone", self.leases_reaped.clone());
         r.register(
             "gateways_gone",
             "Gateways the control plane said were gone, by what came of it",
-            m.gateways_gone.clone(),
+            self.gateways_gone.clone(),
         );
-        r.register("leases_retaken", "Leases taken again under a live request", m.leases_retaken.clone());
+        r.register("leases_retaken", "Leases taken again under a live request", self.leases_retaken.clone());
         r.register(
             "settlement_steps",
             "Charges of streams beyond their reservation",
-            m.settlement_steps.clone(),
+            self.settlement_steps.clone(),
         );
-        r.register("limit_wait_seconds", "Time in queues for a limit or a slot", m.wait.clone());
+        r.register("limit_wait_seconds", "Time in queues for a limit or a slot", self.wait.clone());
         r.register(
             "limit_queue_ahead",
             "How many stood before a request that joined a queue",
-            m.queue_ahead.clone(),
+            self.queue_ahead.clone(),
         );
-        r.register("limit_waiting", "Requests in queues for a limit or a slot", m.waiting.clone());
+        r.register("limit_waiting", "Requests in queues for a limit or a slot", self.waiting.clone());
         r.register(
             "limiter_merged_calls",
             "Admissions and settlements so far that travelled to the store with another one under the same limits",
-            m.merged.clone(),
+            self.merged.clone(),
         );
-        r.register("limit_prefetched_units", "Units taken ahead of limits and not yet used", m.ahead.clone());
+        r.register(
+            "limit_prefetched_units",
+            "Units taken ahead of limits and not yet used",
+            self.ahead.clone(),
+        );
         r.register(
             "limit_prefetched_decisions",
             "Scopes of admissions so far that were decided from quota taken ahead",
-            m.from_quota.clone(),
+            self.from_quota.clone(),
         );
-        r.register("settlements_lost", "Settlements that could not be made", m.settlements_lost.clone());
-        r.register("leases_lost", "Leases that ran out under a live request", m.leases_lost.clone());
-        r.register("connections", "Open client connections", m.connections.clone());
-        r.register(
-            "connections_refused",
-            "Client connections refused for lack of room",
-            m.connections_refused.clone(),
-        );
-        r.register("request_body_bytes", "Request bodies held, bytes", m.body_bytes.clone());
+        r.register("settlements_lost", "Settlements that could not be made", self.settlements_lost.clone());
+        r.register("leases_lost", "Leases that ran out under a live request", self.leases_lost.clone());
+    }
+
+    fn register_configuration(&self, r: &mut Registry) {
         r.register(
             "config_age_seconds",
             "For how long the configuration revision has been in force",
-            m.config_age.clone(),
+            self.config_age.clone(),
         );
-        r.register("config_revision", "Configuration revision in force", m.revision.clone());
+        r.register("config_revision", "Configuration revision in force", self.revision.clone());
         r.register(
             "control_plane_connected",
             "1 while the control plane is heard",
-            m.control_plane_connected.clone(),
+            self.control_plane_connected.clone(),
         );
         r.register(
             "config_refused_resources",
             "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
-            m.config_refused.clone(),
+            self.config_refused.clone(),
         );
         r.register(
             "credential_files_unreadable",
             "Files of backends' credentials that could not be read last; where one was read before, that one is in use",
-            m.credentials_unreadable.clone(),
+            self.credentials_unreadable.clone(),
         );
         r.register(
             "verdict_delay_seconds",
             "From the control plane's decision until a changed verdict was in force here",
-            m.verdict_delay.clone(),
+            self.verdict_delay.clone(),
         );
-        r.register("gateway_probes", "Probes made by this gateway", m.probes.clone());
+    }
+
+    fn register_probes(&self, r: &mut Registry) {
+        r.register("gateway_probes", "Probes made by this gateway", self.probes.clone());
         r.register(
             "probes_needless",
             "Probes whose tokens were saved, since requests of the fleet said as much",
-            m.probes_needless.clone(),
+            self.probes_needless.clone(),
         );
-        r.register("probe_tokens", "Output tokens that probes cost", m.probe_tokens.clone());
+        r.register("probe_tokens", "Output tokens that probes cost", self.probe_tokens.clone());
         r.register(
             "probes_over_budget",
             "Probes left out since their hour's budget was spent",
-            m.probes_over_budget.clone(),
+            self.probes_over_budget.clone(),
         );
         r.register(
             "probes_without_slot",
             "Probes put off since all slots of the backend were taken and its requests did not prove it",
-            m.probes_without_slot.clone(),
+            self.probes_without_slot.clone(),
         );
-        m
     }
 }

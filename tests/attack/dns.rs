@@ -10,7 +10,7 @@ use http::StatusCode;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use weir_gateway::upstream::Resolver;
+use weir_gateway::routing::upstream::Resolver;
 use weir_proto::v1::{ConnectionSettings, ModelSpec, resource::Spec};
 use weir_tests::cluster::{Gateway, Mock, Resources, gateway_resolving, mock};
 use weir_tests::eventually;

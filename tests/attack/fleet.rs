@@ -46,7 +46,7 @@ pub(crate) fn plenty() -> v1::Rates {
 pub(crate) struct Member {
     pub(crate) client: Client,
     pub(crate) ops: Client,
-    pub(crate) running: weir_gateway::Running,
+    pub(crate) running: weir_gateway::Handle,
     pub(crate) shutdown: CancellationToken,
 }
 

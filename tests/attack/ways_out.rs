@@ -395,7 +395,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
             let mut most = 0;
             loop {
                 for backend in gateway.live.snapshot().backends.values() {
-                    runtimes.insert(Arc::as_ptr(&backend.runtime) as usize, backend.runtime.clone());
+                    runtimes.insert(Arc::as_ptr(&backend.state) as usize, backend.state.clone());
                 }
                 most = most.max(leases(&redis).await.len());
                 tokio::select! {

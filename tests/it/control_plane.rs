@@ -161,7 +161,7 @@ async fn a_full_disk_refuses_changes_says_so_and_goes_on_when_there_is_room() {
 /// A gateway in this process that follows a control plane.
 struct Follower {
     client: Client,
-    running: weir_gateway::Running,
+    running: weir_gateway::Handle,
     shutdown: CancellationToken,
 }
 
@@ -258,7 +258,7 @@ async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_no
     // A backend that dies meanwhile leaves rotation, and costs no request either.
     death.cancel();
     let died = tokio::time::Instant::now();
-    let health = || gateway.running.live.snapshot().backends["b1"].runtime.health();
+    let health = || gateway.running.live.snapshot().backends["b1"].state.health();
     while health() != v1::HealthState::Unhealthy {
         assert_eq!(gateway.chats().await, StatusCode::OK);
         assert!(died.elapsed() < BACKEND_FOUND, "it is still in rotation after {:?}", died.elapsed());

@@ -243,7 +243,7 @@ async fn without_a_control_plane_a_gateway_finds_a_dead_backend_by_itself() {
     death.cancel();
     let health = |name: &str| {
         let snapshot = alone.running.live.snapshot();
-        snapshot.backends.get(name).expect("configured").runtime.health()
+        snapshot.backends.get(name).expect("configured").state.health()
     };
     eventually("its own probes say so", async || health("b1") == HealthState::Unhealthy).await;
     assert_ne!(health("b0"), HealthState::Unhealthy);

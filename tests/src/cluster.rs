@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use weir_discovery::{ConfigState, Disk};
-use weir_gateway::Running;
+use weir_gateway::Handle as GatewayHandle;
 use weir_gateway::config::Config;
-use weir_gateway::upstream::Resolver;
+use weir_gateway::routing::upstream::Resolver;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
@@ -175,7 +175,7 @@ pub struct Gateway {
     /// A client of it.
     pub client: Client,
     /// Itself.
-    pub running: Running,
+    pub running: GatewayHandle,
     /// Ends it gracefully.
     pub shutdown: CancellationToken,
     _data: TempDir,

@@ -11,7 +11,7 @@ mod backend;
 mod sim;
 
 use clap::Args;
-use weir_gateway::balance::Policy;
+use weir_gateway::routing::balance::Policy;
 
 use self::backend::SLOTS;
 use self::sim::{BOUND, Outcome, Scenario, Scheme};

@@ -4,9 +4,9 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use weir_gateway::balance::{
-    Balancer, ChooseConfig, EjectConfig, Ejector, Measure, Pace, Places, Policy, Sample, Standing, Trust,
-    View,
+use weir_gateway::routing::balance::{
+    Balancer, Candidates, ChooseConfig, EjectConfig, EjectionStatus, Ejector, Measure, Pace, Policy, Sample,
+    Usability, View,
 };
 
 use super::backend::{Engine, SLOTS, Soonest, full_rate, share};
@@ -287,8 +287,8 @@ impl Sim {
         }
     }
 
-    fn order(&mut self, request: usize) -> Places {
-        let Scheme::Weir { policy, .. } = self.scenario.scheme else { return Places::new() };
+    fn order(&mut self, request: usize) -> Candidates {
+        let Scheme::Weir { policy, .. } = self.scenario.scheme else { return Candidates::new() };
         let now = self.instant();
         let Request { gateway, prefix, .. } = self.requests[request];
         let gateway = &mut self.gateways[gateway];
@@ -300,9 +300,9 @@ impl Sim {
             local: gateway.local[index],
             health: 1.0,
             rank: 0,
-            trust: match gateway.ejector.standing(&index, now) {
-                Standing::Open | Standing::Probe => Trust::Trusted,
-                Standing::Ejected(_) | Standing::Busy(_) => Trust::Doubted,
+            usability: match gateway.ejector.status(&index, now) {
+                EjectionStatus::Open | EjectionStatus::Probe => Usability::Healthy,
+                EjectionStatus::Ejected(_) | EjectionStatus::Busy(_) => Usability::Unhealthy,
             },
         };
         let views: Vec<View> = (0..SPEEDS.len()).map(view).collect();
@@ -319,7 +319,7 @@ impl Sim {
     fn place(&mut self, request: usize) -> bool {
         let places = self.order(request);
         let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>();
-        let free = |p: &&weir_gateway::balance::Place| {
+        let free = |p: &&weir_gateway::routing::balance::Candidate| {
             let bound = p
                 .bound
                 .map_or(u64::MAX, |b| (u64::from(b.millionths) * (all as u64 + 1)).div_ceil(1_000_000));
@@ -400,7 +400,7 @@ impl Sim {
         self.out.waits_s.push(of.started - of.arrived);
         self.out.slowdowns.push((self.now - of.arrived) / alone);
         let sample = Sample {
-            measure: Measure::Whole,
+            measure: Measure::Unary,
             took: Duration::from_secs_f64(self.now - of.started),
             prompt_tokens: PROMPT_TOKENS,
             output_tokens: (of.todo * TOKENS_PER_WORK) as u64,
@@ -422,7 +422,7 @@ impl Sim {
         let now = self.instant();
         let Request { gateway: number, engine, started, .. } = self.requests[request];
         let sample = Sample {
-            measure: Measure::Whole,
+            measure: Measure::Unary,
             took: Duration::from_secs_f64(self.now - started),
             prompt_tokens: PROMPT_TOKENS,
             output_tokens: 0,
@@ -454,7 +454,7 @@ impl Sim {
         let now = self.instant();
         let paces = |gateway: &Gateway| -> HashMap<u64, Pace> {
             let paces = gateway.balancer.speeds.paces(now);
-            paces.filter(|(_, m, _)| *m == Measure::Whole).map(|(id, _, pace)| (id, pace)).collect()
+            paces.filter(|(_, m, _)| *m == Measure::Unary).map(|(id, _, pace)| (id, pace)).collect()
         };
         let all: Vec<HashMap<u64, Pace>> = self.gateways.iter().map(paces).collect();
         let sums = |pace: &Pace| {
@@ -474,7 +474,7 @@ impl Sim {
                     let mean = values / count;
                     let variance = (squares / count - mean * mean).max(0.0);
                     let pace = Pace { count, mean, variance };
-                    gateway.balancer.speeds.set_others(*id, Measure::Whole, pace, now);
+                    gateway.balancer.speeds.set_others(*id, Measure::Unary, pace, now);
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use weir_gateway::credentials::CredentialSources;
+use weir_gateway::control::credentials::CredentialSources;
 use weir_runtime::Cidr;
 
 /// Gateways in one process at most.

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
-use weir_gateway::credentials::CredentialSources;
+use weir_gateway::control::credentials::CredentialSources;
 use weir_proto::resource::{CredentialRef, Resource, kind_name, kind_of};
 use weir_proto::v1::{self, resource::Spec};
 

@@ -1,8 +1,9 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
-use weir_gateway::headers::{Content, coding, content_type, media_type, to_backend, to_client};
-use weir_gateway::probe::fuzzing::retry_after;
+use weir_gateway::http::headers::{
+    Content, coding, content_type, media_type, retry_after, to_backend, to_client,
+};
 
 /// In neither direction does a header pass that is not listed, or that is long, and the body is called what it is.
 pub(crate) fn run(data: &[u8]) {
@@ -45,5 +46,5 @@ pub(crate) fn run(data: &[u8]) {
     assert_eq!(request["accept-encoding"], "identity");
     let coding = coding(&headers);
     assert!(coding.is_none_or(|coding| !coding.is_empty() && coding.len() <= 4 * 32 && coding.is_ascii()));
-    assert!(retry_after(&headers).is_none_or(|wait| wait <= Duration::from_secs(60)));
+    assert!(retry_after(&headers, weir_runtime::wall_clock()).is_none_or(|wait| wait <= Duration::from_secs(60)));
 }

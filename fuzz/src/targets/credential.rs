@@ -1,4 +1,4 @@
-use weir_gateway::credentials::CredentialSources;
+use weir_gateway::control::credentials::CredentialSources;
 use weir_proto::resource::{CredentialRef, Resource, Spec};
 use weir_proto::v1;
 

@@ -1,5 +1,5 @@
 use serde_json::Value;
-use weir_gateway::read::scan::{Kind, Scanner};
+use weir_gateway::api::json_scanner::{Kind, Scanner};
 
 /// The scanner and serde_json take the same texts for JSON, and a string for the same string.
 pub(crate) fn run(data: &[u8]) {
@@ -16,7 +16,7 @@ pub(crate) fn run(data: &[u8]) {
 }
 
 /// The text, if it is one string.
-fn scan(data: &[u8]) -> Result<Option<String>, weir_gateway::read::scan::Fault> {
+fn scan(data: &[u8]) -> Result<Option<String>, weir_gateway::api::json_scanner::Fault> {
     let mut scanner = Scanner::new(data)?;
     let text = match scanner.kind()? {
         Kind::String => {

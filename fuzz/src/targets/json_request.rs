@@ -1,7 +1,7 @@
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
-use weir_gateway::plausible::UsageBounds;
-use weir_gateway::read::{Request, RouteKind};
+use weir_gateway::api::usage::UsageBounds;
+use weir_gateway::api::request::{Request, RouteKind};
 
 use crate::input::Input;
 
@@ -55,7 +55,7 @@ pub(crate) fn run(data: &[u8]) {
 
 /// The names of an object's members, repeated ones too.
 fn members(body: &[u8]) -> Vec<String> {
-    use weir_gateway::read::scan::{Fault, Scanner};
+    use weir_gateway::api::json_scanner::{Fault, Scanner};
     let mut names = Vec::new();
     let Ok(mut scanner) = Scanner::new(body) else { return names };
     let read: Result<(), Fault> = scanner.object(|scanner, name| {

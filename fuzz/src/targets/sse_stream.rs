@@ -1,7 +1,7 @@
 use bytes::Bytes;
-use weir_gateway::plausible::UsageBounds;
-use weir_gateway::stream::meter::{RewritePlan, Rewriter, StreamFacts, begins_with_error};
-use weir_gateway::stream::sse::{EVENT_BYTES_MAX, Events};
+use weir_gateway::api::usage::UsageBounds;
+use weir_gateway::api::response::{RewritePlan, Rewriter, StreamFacts, begins_with_error};
+use weir_gateway::api::sse::{EVENT_BYTES_MAX, Events};
 
 use crate::input::{Input, chunks};
 
@@ -31,7 +31,7 @@ pub(crate) fn run(data: &[u8]) {
     }
     let mut events = Events::default();
     let (mut count, mut again) = (0, Vec::with_capacity(bytes.len()));
-    let mut take = |piece: weir_gateway::stream::sse::Piece<'_>| {
+    let mut take = |piece: weir_gateway::api::sse::Piece<'_>| {
         count += 1;
         again.extend_from_slice(piece.bytes());
     };

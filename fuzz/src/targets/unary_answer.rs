@@ -1,7 +1,7 @@
 use bytes::Bytes;
 use serde_json::Value;
-use weir_gateway::plausible::UsageBounds;
-use weir_gateway::stream::meter::{
+use weir_gateway::api::usage::UsageBounds;
+use weir_gateway::api::response::{
     begins_with_error, is_error_body, is_error_object, rename_model_in_body, usage_of_body,
 };
 

@@ -1,21 +1,7 @@
 //! What requests came to, as far as it makes probes needless.
 
-use crate::snapshot::BackendEntry;
-
-/// What requests to a backend came to since the gateway started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Those that ended well.
-    pub good: u64,
-    /// Those that failed by the backend's fault.
-    pub bad: u64,
-    /// Streams that ended well and were timed.
-    pub answers: u64,
-    /// Their output tokens.
-    pub tokens: u64,
-    /// The time from their first byte to their last, summed, microseconds.
-    pub decode_us: u64,
-}
+use crate::routing::backend::BackendEntry;
+use crate::routing::backend_state::Totals;
 
 /// What requests came to, and whose.
 #[derive(Debug, Clone, Copy)]
@@ -27,8 +13,8 @@ pub(super) struct Counted {
 
 impl Counted {
     pub(super) fn now(entry: &BackendEntry) -> Self {
-        let fleet = entry.runtime.fleet_totals();
-        Self { totals: fleet.unwrap_or_else(|| entry.runtime.totals()), fleet: fleet.is_some() }
+        let fleet = entry.state.fleet_totals();
+        Self { totals: fleet.unwrap_or_else(|| entry.state.totals()), fleet: fleet.is_some() }
     }
 
     /// What came since `before`. Nothing, if that counted something else or another control plane counts.

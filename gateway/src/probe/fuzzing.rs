@@ -1,6 +1,6 @@
 //! What is private here and reads bytes of backends, for the fuzz targets alone.
 
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use weir_probe::Answer;
 use weir_proto::v1::ProbeOutcome;
 
@@ -33,9 +33,4 @@ pub fn missing<'a>(list: &[u8], wanted: &[&'a str]) -> Vec<&'a str> {
 /// Tokens that an answer says it wrote, of so many asked for.
 pub fn tokens_written(body: &[u8], asked: u32) -> Option<u64> {
     judge::tokens_written(body, asked)
-}
-
-/// How long an answer asks to be left alone.
-pub fn retry_after(headers: &HeaderMap) -> Option<std::time::Duration> {
-    crate::send::retry_after(headers, weir_runtime::wall_clock())
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use weir_probe::{Answer, Finding, mentions};
 use weir_proto::v1::ProbeOutcome;
 
-use crate::plausible::OVERSHOOT_TOKENS_MAX;
+use crate::api::usage::OVERSHOOT_TOKENS_MAX;
 
 /// Of the name that a model calls itself by, so much is remembered; an answer may be all name.
 const NAME_BYTES_MAX: usize = 256;

@@ -8,8 +8,10 @@ use weir_proto::v1::ProbeOutcome;
 
 use super::counted::Counted;
 use super::tiers::{self, Depth, KnownModel, Probed};
-use crate::account::{Ledger, SlotLease};
-use crate::snapshot::{BackendEntry, ModelEntry};
+use crate::limits::ledger::Ledger;
+use crate::limits::slot_lease::SlotLease;
+use crate::routing::backend::BackendEntry;
+use crate::routing::entries::ModelEntry;
 
 /// A backend without a free slot that its requests do not prove is asked with the next one, if it comes within this.
 const SLOT_WAIT: Duration = Duration::from_secs(2);

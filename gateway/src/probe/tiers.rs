@@ -12,7 +12,7 @@ use weir_proto::v1::ProbeOutcome;
 
 use super::engine::Engine;
 use super::judge;
-use crate::snapshot::BackendEntry;
+use crate::routing::backend::BackendEntry;
 
 /// What is read of an answer; a longer one is no answer to such a question.
 const ANSWER_MAX_BYTES: usize = 256 << 10;

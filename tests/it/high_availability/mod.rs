@@ -34,7 +34,7 @@ fn tenant(name: &str, word: &str) -> v1::Resource {
 /// A gateway of this process that knows all control planes.
 struct Gateway {
     client: Client,
-    running: weir_gateway::Running,
+    running: weir_gateway::Handle,
     shutdown: CancellationToken,
 }
 
@@ -54,7 +54,7 @@ impl Gateway {
 
     fn health(&self, backend: &str) -> HealthState {
         let snapshot = self.running.live.snapshot();
-        snapshot.backends.get(backend).map_or(HealthState::Unspecified, |b| b.runtime.health())
+        snapshot.backends.get(backend).map_or(HealthState::Unspecified, |b| b.state.health())
     }
 
     async fn stop(self) {

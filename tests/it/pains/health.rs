@@ -34,11 +34,11 @@ fn answers(mock: &Mock, status: u16, retry_after_s: Option<u32>) {
 fn is_ejected(gw: &Gateway, backend: &str) -> bool {
     let snapshot = gw.running.live.snapshot();
     let backend = snapshot.backends.get(backend).expect("configured");
-    snapshot.pools.get(&backend.spec.pool).expect("configured").runtime.is_ejected(&backend.name)
+    snapshot.pools.get(&backend.spec.pool).expect("configured").state.is_ejected(&backend.name)
 }
 
 fn in_flight(gw: &Gateway) -> u32 {
-    gw.running.live.snapshot().backends.values().map(|backend| backend.runtime.in_flight()).sum()
+    gw.running.live.snapshot().backends.values().map(|backend| backend.state.in_flight()).sum()
 }
 
 #[tokio::test]

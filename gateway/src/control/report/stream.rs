@@ -1,0 +1,114 @@
+//! The report stream to one control plane.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use weir_discovery::{Identity, Link, error_chain, reconnect_backoff};
+use weir_proto::v1::report_service_client::ReportServiceClient;
+use weir_proto::v1::{StreamReportsRequest, StreamReportsResponse};
+use weir_runtime::Backoff;
+
+use super::backends;
+use super::outgoing::{Observed, Outgoing};
+use crate::control::live_config::LiveConfig;
+
+/// What happened on a stream.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// It is open.
+    Connected,
+    /// A message of the control plane.
+    Received(Box<StreamReportsResponse>),
+    /// It has ended; another attempt follows.
+    Disconnected,
+}
+
+/// Keeps one stream open, and opens it again when it ends.
+#[derive(Debug)]
+pub(super) struct ReportStream {
+    /// Its index among the streams.
+    pub(super) at: usize,
+    pub(super) live: Arc<LiveConfig>,
+    pub(super) identity: Arc<Identity>,
+    pub(super) link: Link,
+    pub(super) outgoing: Arc<Outgoing>,
+    pub(super) events: mpsc::Sender<(usize, Event)>,
+}
+
+impl ReportStream {
+    /// Never ends by itself, but when nobody receives its events any more.
+    pub(super) async fn run(self) {
+        let mut backoff = reconnect_backoff();
+        loop {
+            let ended = self.follow(&mut backoff).await;
+            self.outgoing.close();
+            tracing::debug!(reason = ended.err(), url = self.link.url(), "report stream ended");
+            if self.events.send((self.at, Event::Disconnected)).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(backoff.next_pause()).await;
+        }
+    }
+
+    async fn follow(&self, backoff: &mut Backoff) -> Result<(), String> {
+        let channel = self.link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
+        let mut client = ReportServiceClient::new(channel);
+        // Room for one: what cannot go yet is merged with what comes next.
+        let (up, reports) = mpsc::channel(1);
+        // Zero is what was never reported.
+        let mut sequence = 1;
+        let first = Observed { backends: backends::without_counts(&self.live), ..Observed::default() };
+        up.try_send(self.report(first, sequence)).map_err(|_| "no room for the first report".to_owned())?;
+        let request = self.identity.request(ReceiverStream::new(reports))?;
+        let mut stream =
+            client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+        self.outgoing.open();
+        self.notify(Event::Connected).await?;
+        loop {
+            tokio::select! {
+                message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
+                    Some(message) => {
+                        backoff.reset();
+                        self.notify(Event::Received(Box::new(message))).await?;
+                    }
+                    None => return Ok(()),
+                },
+                permit = self.room(&up) => {
+                    let permit = permit?;
+                    if let Some(observed) = self.outgoing.take() {
+                        sequence += 1;
+                        permit.send(self.report(observed, sequence));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns when there is something to say and room to say it. Cancel-safe.
+    async fn room<'a>(
+        &self,
+        up: &'a mpsc::Sender<StreamReportsRequest>,
+    ) -> Result<mpsc::Permit<'a, StreamReportsRequest>, String> {
+        self.outgoing.filled().await;
+        up.reserve().await.map_err(|_| "the stream ended".to_owned())
+    }
+
+    async fn notify(&self, event: Event) -> Result<(), String> {
+        self.events.send((self.at, event)).await.map_err(|_| "the gateway is stopping".to_owned())
+    }
+
+    fn report(&self, observed: Observed, sequence: u64) -> StreamReportsRequest {
+        StreamReportsRequest {
+            gateway_id: self.identity.id.clone(),
+            incarnation: self.identity.incarnation.clone(),
+            sequence,
+            backends: observed.backends,
+            region: self.identity.region.clone(),
+            probes: true,
+            results: observed.results,
+            traffic: observed.traffic,
+            limits: observed.limits,
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! What the control plane is told of this gateway's requests as a whole: what they came to, and how the limits stood that
+//! they met. Counted here beside the metrics, since the report stream wants what is new since the last report.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use weir_proto::v1::{LimitReport, TrafficReport};
+use weir_ratelimit::{Decision, Kind, LimitState, Mode, Outcome, Verdict, What};
+
+use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
+
+/// Scopes remembered at once; of more than that, those already there stay.
+const SCOPES_MAX: usize = 2048;
+/// Limits in one report.
+const REPORTED_MAX: usize = 64;
+/// The state of a limit that no request met for so long is unknown: other gateways may have used it since.
+const KNOWN_FOR: Duration = Duration::from_secs(60);
+/// Slots come and go within a request's time.
+const SLOTS_KNOWN_FOR: Duration = Duration::from_secs(5);
+/// Each kind of bucket, and concurrency.
+const WHATS: usize = Kind::COUNT + 1;
+
+/// Counts since the last report. Shared by all requests; no call waits.
+#[derive(Debug, Default)]
+pub struct TrafficCounter {
+    succeeded: AtomicU64,
+    refused: AtomicU64,
+    rejected: AtomicU64,
+    failed: AtomicU64,
+    abandoned: AtomicU64,
+    in_flight: AtomicI64,
+    input_tokens: AtomicU64,
+    output_tokens: AtomicU64,
+    scopes: Mutex<Scopes>,
+}
+
+/// By kind, then by name.
+#[derive(Debug, Default)]
+struct Scopes {
+    by_kind: HashMap<ScopeKind, HashMap<String, LastSeen>>,
+    count: usize,
+}
+
+#[derive(Debug, Default)]
+struct LastSeen {
+    shadow: bool,
+    limits: [Option<Limit>; WHATS],
+}
+
+/// One limit as the last decision left it.
+#[derive(Debug, Clone)]
+struct Limit {
+    state: LimitState,
+    at: Instant,
+    refusals: u64,
+}
+
+impl TrafficCounter {
+    /// A request arrived.
+    pub fn began(&self) {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request is not under way any more, whatever became of it.
+    pub fn left(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A request ended, with this status and "ok" or what went wrong.
+    pub fn ended(&self, status: u16, code: &str) {
+        let counter = match status {
+            499 => &self.abandoned,
+            429 => &self.refused,
+            400..=498 => &self.rejected,
+            ..400 if code == "ok" => &self.succeeded,
+            // 5xx, or a stream that broke after its 200 was sent.
+            _ => &self.failed,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Tokens that a request used.
+    pub fn tokens(&self, input: u64, output: u64) {
+        // Several absurd counts in one report must not come out as a small one.
+        for (sum, count) in [(&self.input_tokens, input), (&self.output_tokens, output)] {
+            let add = |now: u64| Some(now.saturating_add(count));
+            let _ = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        }
+    }
+
+    /// A request met these limits.
+    pub fn decided(&self, entries: &[&ScopeEntry], decision: &Decision) {
+        let limited = matches!(decision.outcome, Outcome::Limited { .. });
+        let now = Instant::now();
+        let mut scopes = self.scopes();
+        for state in &decision.limits {
+            let Some(entry) = entries.iter().find(|e| e.limits.record == state.scope) else { continue };
+            let shadow = entry.limits.mode == Mode::Shadow;
+            let refused = state.verdict != Verdict::Fits && (limited || shadow);
+            let Some(seen) = scopes.last_seen(entry.kind, &entry.name) else { continue };
+            seen.shadow = shadow;
+            let limit = &mut seen.limits[index(state.what)];
+            let refusals = limit.as_ref().map_or(0, |limit| limit.refusals) + u64::from(refused);
+            *limit = Some(Limit { state: state.clone(), at: now, refusals });
+        }
+    }
+
+    fn scopes(&self) -> std::sync::MutexGuard<'_, Scopes> {
+        self.scopes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What requests came to since the last call.
+    pub fn take_traffic(&self) -> TrafficReport {
+        let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
+        TrafficReport {
+            succeeded: take(&self.succeeded),
+            refused: take(&self.refused),
+            rejected: take(&self.rejected),
+            failed: take(&self.failed),
+            abandoned: take(&self.abandoned),
+            in_flight: u32::try_from(self.in_flight.load(Ordering::Relaxed)).unwrap_or_default(),
+            input_tokens: take(&self.input_tokens),
+            output_tokens: take(&self.output_tokens),
+        }
+    }
+
+    /// The limits that mattered most, with their refusals since the last call; what is no longer known is forgotten.
+    pub fn take_limits(&self) -> Vec<LimitReport> {
+        let now = Instant::now();
+        let mut reports = self.scopes().take(now);
+        let fill = |report: &LimitReport| report.used.unwrap_or(0) as f64 / report.limit.max(1) as f64;
+        reports.sort_by(|a, b| {
+            (Reverse(a.refusals).cmp(&Reverse(b.refusals))).then_with(|| fill(b).total_cmp(&fill(a)))
+        });
+        reports.truncate(REPORTED_MAX);
+        reports
+    }
+}
+
+impl Scopes {
+    /// The entry of a scope; none when there are too many.
+    fn last_seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut LastSeen> {
+        let names = self.by_kind.entry(kind).or_default();
+        // Looked up twice, so that a name is copied only once.
+        if !names.contains_key(name) {
+            if self.count >= SCOPES_MAX {
+                return None;
+            }
+            self.count += 1;
+            names.insert(name.to_owned(), LastSeen::default());
+        }
+        names.get_mut(name)
+    }
+
+    fn take(&mut self, now: Instant) -> Vec<LimitReport> {
+        let mut reports = Vec::new();
+        for (kind, names) in &mut self.by_kind {
+            names.retain(|name, seen| {
+                for limit in &mut seen.limits {
+                    let Some(known) = limit else { continue };
+                    let age = now.saturating_duration_since(known.at);
+                    let used = used(&known.state, age);
+                    reports.push(LimitReport {
+                        scope_kind: kind.as_str().to_owned(),
+                        scope: name.clone(),
+                        what: what_name(known.state.what).to_owned(),
+                        limit: known.state.limit,
+                        used,
+                        refusals: std::mem::take(&mut known.refusals),
+                        shadow: seen.shadow,
+                    });
+                    if used.is_none() {
+                        *limit = None;
+                    }
+                }
+                seen.limits.iter().any(Option::is_some)
+            });
+        }
+        self.count = self.by_kind.values().map(HashMap::len).sum();
+        reports
+    }
+}
+
+/// What is used of a limit so long after the decision that said how it stood; `None` when that is too long ago.
+fn used(state: &LimitState, age: Duration) -> Option<u64> {
+    let known_for = if state.what == What::Concurrency { SLOTS_KNOWN_FOR } else { KNOWN_FOR };
+    if age > known_for {
+        return None;
+    }
+    let used = state.limit.saturating_sub(state.remaining);
+    if state.what == What::Concurrency {
+        return Some(used);
+    }
+    // A bucket drains evenly until its reset; one that does not drain has its reset far away.
+    let left = state.reset.saturating_sub(age).as_secs_f64() / state.reset.as_secs_f64().max(1e-9);
+    // Rounds up, as what remains was rounded down. At most `used`, so the cast cannot go wrong.
+    Some((used as f64 * left.min(1.0)).ceil() as u64)
+}
+
+const fn index(what: What) -> usize {
+    match what {
+        What::Bucket(kind) => kind as usize,
+        What::Concurrency => Kind::COUNT,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_ratelimit::Key;
+
+    use super::*;
+
+    fn state(what: What, remaining: u64, reset: u64) -> LimitState {
+        let reset = Duration::from_secs(reset);
+        LimitState { scope: Key::global(), what, verdict: Verdict::Fits, limit: 100, remaining, reset }
+    }
+
+    #[test]
+    fn what_is_used_drains_as_the_bucket_does_and_is_forgotten_in_time() {
+        let bucket = state(What::Bucket(Kind::Requests), 40, 30);
+        let after = |seconds| used(&bucket, Duration::from_secs(seconds));
+        assert_eq!((after(0), after(15), after(30), after(59)), (Some(60), Some(30), Some(0), Some(0)));
+        assert_eq!(after(61), None);
+        let slots = state(What::Concurrency, 99, 0);
+        assert_eq!(used(&slots, Duration::from_secs(4)), Some(1));
+        assert_eq!(used(&slots, Duration::from_secs(6)), None);
+    }
+
+    #[test]
+    fn every_end_is_counted_once() {
+        let traffic_counter = TrafficCounter::default();
+        let ends =
+            [(200, "ok"), (200, "upstream_broken"), (400, "bad"), (429, "limit"), (499, "gone"), (503, "x")];
+        for (status, code) in ends {
+            traffic_counter.began();
+            traffic_counter.ended(status, code);
+            traffic_counter.left();
+        }
+        traffic_counter.began();
+        let traffic = traffic_counter.take_traffic();
+        let counts =
+            [traffic.succeeded, traffic.failed, traffic.rejected, traffic.refused, traffic.abandoned];
+        assert_eq!((counts, traffic.in_flight), ([1, 2, 1, 1, 1], 1));
+        assert_eq!(traffic_counter.take_traffic(), TrafficReport { in_flight: 1, ..Default::default() });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scopes_are_bounded_and_forgotten() {
+        let mut scopes = Scopes::default();
+        for i in 0..SCOPES_MAX + 10 {
+            if let Some(seen) = scopes.last_seen(ScopeKind::Tenant, &i.to_string()) {
+                let state = state(What::Bucket(Kind::Requests), 40, 30);
+                seen.limits[0] = Some(Limit { state, at: Instant::now(), refusals: 0 });
+            }
+        }
+        assert_eq!(scopes.take(Instant::now()).len(), SCOPES_MAX);
+        tokio::time::advance(KNOWN_FOR * 2).await;
+        // Said once more, as not known, and then no more.
+        assert!(scopes.take(Instant::now()).iter().all(|report| report.used.is_none()));
+        assert!(scopes.take(Instant::now()).is_empty());
+        assert!(scopes.last_seen(ScopeKind::Tenant, "new").is_some());
+    }
+}

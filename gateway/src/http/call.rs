@@ -1,0 +1,125 @@
+//! A request that was read, and what it comes to for one model.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
+use tokio::time::Instant;
+use weir_proto::resource::BalancingPolicy;
+use weir_ratelimit::Cost;
+
+use super::attempt::{Outgoing, Target};
+use super::gateway::Gateway;
+use super::headers;
+use crate::api::request::{Request, RouteKind};
+use crate::api::usage::UsageBounds;
+use crate::limits::price;
+use crate::limits::reservation::Subject;
+use crate::routing::balance::{Candidates, prefix_hash, stable_hash};
+use crate::routing::entries::{KeyEntry, ModelEntry};
+use crate::routing::snapshot::Snapshot;
+
+/// Tokens reserved for an image, a file or a sound, whose size in bytes says little: the upper end of what OpenAI
+/// counts for one image of high detail with four tiles (85 + 4 x 170, rounded up).
+const ATTACHMENT_TOKENS: u64 = 1000;
+
+/// A request that was read, before a model has been settled on.
+pub(super) struct Call<'a> {
+    pub(super) gateway: &'a Gateway,
+    /// The configuration of the whole request.
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) key: &'a KeyEntry,
+    pub(super) path: &'static str,
+    pub(super) request: Request<'static>,
+    pub(super) body: Bytes,
+    pub(super) headers: HeaderMap,
+}
+
+impl Call<'_> {
+    /// The same for one model: the one that was asked for, or one of its fallbacks. `arrived` is when the request did.
+    pub(super) fn for_model<'b>(&'b self, model: &'b Arc<ModelEntry>, arrived: Instant) -> ModelCall<'b> {
+        let (request, estimates) = (&self.request, &self.gateway.ledger.estimates);
+        let text = estimates.prompt(&model.queue, request.prompt_bytes);
+        let prompt_tokens = text.saturating_add(u64::from(request.attachments) * ATTACHMENT_TOKENS);
+        let choices = u64::from(request.choices).max(1);
+        let (expected, stated) = match (request.kind, request.max_output_tokens.map(u64::from)) {
+            (RouteKind::Embeddings, _) => (0, 0),
+            (_, most) => {
+                let learned = estimates.output(&self.key.tenant.queue, &model.queue);
+                (learned.min(most.unwrap_or(u64::MAX)), most.unwrap_or(0))
+            }
+        };
+        ModelCall {
+            call: self,
+            model,
+            prompt_tokens,
+            reserved: price::cost(model, prompt_tokens, expected.saturating_mul(choices)),
+            least: price::cost(model, prompt_tokens / 2, stated.saturating_mul(choices)),
+            deadline: arrived + model.timeouts.total,
+        }
+    }
+
+    /// The most tokens that an answer can have used.
+    pub(super) fn usage_bounds(&self) -> UsageBounds {
+        UsageBounds::of(&self.request, self.body.len())
+    }
+}
+
+/// A request for one model.
+pub(super) struct ModelCall<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) model: &'a Arc<ModelEntry>,
+    /// Tokens of the prompt. Estimated once, since the estimates learn from other requests meanwhile.
+    pub(super) prompt_tokens: u64,
+    /// What to reserve: what answers of this model to this tenant usually have, up to what the request allows.
+    pub(super) reserved: Cost,
+    /// What it needs at the least: what it allows explicitly, and of the prompt the half of the estimate, which no real
+    /// count is below.
+    pub(super) least: Cost,
+    /// When the whole answer must be there.
+    pub(super) deadline: Instant,
+}
+
+impl ModelCall<'_> {
+    /// The backends in the order in which to try them.
+    pub(super) fn candidates(&self) -> Candidates {
+        self.model.order(self.call.gateway.live.live_gateways(), self.prefix())
+    }
+
+    /// What prefix affinity goes by: who asks and how the prompt begins.
+    fn prefix(&self) -> Option<u64> {
+        let (call, spec) = (self.call, &self.model.pool.spec);
+        let wanted = spec.balancing_policy == BalancingPolicy::PrefixAffinity;
+        let bytes = call.request.prompt_prefix(&call.body, spec.affinity.prefix_bytes as usize);
+        let tenant = || stable_hash(call.key.tenant.name.as_str().as_bytes());
+        (wanted && !bytes.is_empty()).then(|| prefix_hash(tenant(), bytes))
+    }
+
+    /// Whom and what its reservation is for.
+    pub(super) fn subject(&self) -> Subject {
+        let request = &self.call.request;
+        Subject {
+            tenant: self.call.key.tenant.queue.clone(),
+            model: self.model.queue.clone(),
+            prompt_bytes: (request.attachments == 0).then_some(request.prompt_bytes),
+            choices: request.choices,
+        }
+    }
+
+    /// What to send to a backend.
+    pub(super) fn outgoing(&self, target: &Target, request_id: Option<HeaderValue>) -> Outgoing {
+        let call = self.call;
+        let mut headers = headers::to_backend(&call.headers);
+        if let Some(id) = request_id {
+            headers.insert("x-request-id", id);
+        }
+        Outgoing {
+            path: call.path,
+            headers,
+            body: call.request.forward(&call.body, &target.upstream_model, true),
+            memory: call.gateway.bodies.clone(),
+            first_byte_by: Instant::now() + self.model.timeouts.first_byte,
+            deadline: self.deadline,
+        }
+    }
+}

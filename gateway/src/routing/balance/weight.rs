@@ -1,0 +1,123 @@
+//! The effective weight: what the operator asked for, corrected by what is seen.
+//!
+//! `effective = weight x load x latency x health`. Each factor is kept beside the product, so that metrics and
+//! `weir backends` can show why a backend gets what it gets.
+
+use std::time::Duration;
+
+/// Share of its weight a backend starts with when it comes back.
+const RAMP_FLOOR: f64 = 0.1;
+/// How long a backend takes from its return to its full weight.
+pub const RAMP: Duration = Duration::from_secs(60);
+/// Weight of a backend that works, but badly.
+const DEGRADED: f64 = 0.5;
+
+/// Whether a backend may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usability {
+    /// It may.
+    Healthy,
+    /// What was observed speaks against it. It is used when too little else is left.
+    Unhealthy,
+}
+
+/// One backend at the moment of a choice.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct View {
+    /// Stable over restarts and equal on every gateway, such as [`super::stable_hash`] of the name.
+    pub id: u64,
+    /// The operator's weight.
+    pub weight: f64,
+    /// The most requests the cluster may have there.
+    pub max_concurrency: u32,
+    /// What the cluster has there now, as far as this gateway knows; its own requests are in it.
+    pub in_flight: f64,
+    /// What this gateway has there now.
+    pub local: u32,
+    /// See [`health_factor`].
+    pub health: f64,
+    /// Preference: those of the lowest rank come first.
+    pub rank: u32,
+    /// Whether it may be used.
+    pub usability: Usability,
+}
+
+impl View {
+    /// Free share of its slots, 0 to 1.
+    pub fn load_factor(&self) -> f64 {
+        (1.0 - self.in_flight / f64::from(self.max_concurrency.max(1))).clamp(0.0, 1.0)
+    }
+
+    /// The operator's weight and the backend's health: what does not change with every request.
+    pub fn capacity(&self) -> f64 {
+        self.weight * self.health
+    }
+
+    /// The effective weight, given the factor of [`super::Speeds::factor`].
+    pub fn effective(&self, latency: f64) -> Effective {
+        Effective { weight: self.weight, load: self.load_factor(), latency, health: self.health }
+    }
+}
+
+/// The factors of an effective weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Effective {
+    /// The operator's weight.
+    pub weight: f64,
+    /// Free share of the slots, 0 to 1.
+    pub load: f64,
+    /// Speed relative to the pool, 0.2 to 2; more is faster.
+    pub latency: f64,
+    /// 1, or less while it is degraded or coming back.
+    pub health: f64,
+}
+
+impl Effective {
+    /// The product.
+    pub fn value(&self) -> f64 {
+        self.weight * self.load * self.latency * self.health
+    }
+}
+
+/// The factor of a backend's health. `recovering_for` is how long it has been coming back, if it is.
+pub fn health_factor(degraded: bool, recovering_for: Option<Duration>) -> f64 {
+    match recovering_for {
+        Some(since) => (since.as_secs_f64() / RAMP.as_secs_f64()).clamp(RAMP_FLOOR, 1.0),
+        None if degraded => DEGRADED,
+        None => 1.0,
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// An idle, healthy backend of weight 100 with 50 slots.
+    pub(in crate::routing::balance) fn idle(id: u64) -> View {
+        View {
+            id,
+            weight: 100.0,
+            max_concurrency: 50,
+            in_flight: 0.0,
+            local: 0,
+            health: 1.0,
+            rank: 0,
+            usability: Usability::Healthy,
+        }
+    }
+
+    #[test]
+    fn load_is_the_free_share_of_the_clusters_slots() {
+        let at = |in_flight| View { in_flight, ..idle(1) }.effective(1.0).value();
+        assert_eq!([at(0.0), at(25.0), at(50.0), at(70.0)], [100.0, 50.0, 0.0, 0.0]);
+        let none = View { max_concurrency: 0, in_flight: 1.0, ..idle(1) };
+        assert_eq!(none.effective(1.0).value(), 0.0);
+    }
+
+    #[test]
+    fn a_backend_that_comes_back_is_ramped_and_a_degraded_one_gets_half() {
+        let ramp = |s| health_factor(false, Some(Duration::from_secs(s)));
+        assert_eq!([ramp(0), ramp(3), ramp(30), ramp(60), ramp(600)], [0.1, 0.1, 0.5, 1.0, 1.0]);
+        assert_eq!((health_factor(true, None), health_factor(false, None)), (0.5, 1.0));
+    }
+}

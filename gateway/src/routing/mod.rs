@@ -1,0 +1,17 @@
+//! Where a request can go: the configuration compiled for the request path, what is known of backends and pools, and the
+//! choice between them.
+//!
+//! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`backend_state`] and
+//! [`pool_state`] outlive a change of configuration; [`balance`] is the pure choice, [`upstream`] the connections.
+
+pub mod accounts;
+pub mod backend;
+pub mod backend_state;
+pub mod balance;
+pub mod entries;
+pub mod pool_state;
+pub mod scope;
+pub mod snapshot;
+pub mod upstream;
+
+mod log_throttle;

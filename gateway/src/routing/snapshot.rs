@@ -1,0 +1,276 @@
+//! What a gateway knows: an immutable picture of the configuration, compiled for the request path.
+//!
+//! A request loads one [`Snapshot`] and keeps it to its end, so that it never sees half a change. State that must
+//! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolState`] and
+//! [`BackendState`](super::backend_state::BackendState), which the next snapshot takes over by name.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use http::HeaderValue;
+use weir_discovery::Refused;
+use weir_proto::resource::{AdminState, Backend, Name, Resource, Spec};
+use weir_ratelimit::{Key, Scope};
+use weir_runtime::EgressPolicy;
+
+use super::accounts::AccountLimits;
+use super::backend::{BackendEntry, ModelBackend};
+use super::balance::stable_hash;
+use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
+use super::pool_state::PoolState;
+use super::scope::ScopeEntry;
+use super::upstream::{Resolver, Upstream};
+
+/// The whole picture.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// The store's history.
+    pub epoch: String,
+    /// The store revision.
+    pub revision: u64,
+    /// Looks up hosts of backends; the same for all snapshots of a gateway.
+    pub resolver: Resolver,
+    /// SHA-256 of a key -> the key.
+    pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
+    /// Every tenant, also those without a key.
+    pub tenants: BTreeSet<Name>,
+    /// Client-facing name -> model.
+    pub models: HashMap<String, Arc<ModelEntry>>,
+    /// Resource name -> model, for fallbacks.
+    pub models_by_name: BTreeMap<Name, Arc<ModelEntry>>,
+    /// Pools by name.
+    pub pools: BTreeMap<Name, Arc<PoolEntry>>,
+    /// Backends by name.
+    pub backends: BTreeMap<Name, Arc<BackendEntry>>,
+    /// The limits over everything.
+    pub global: Option<ScopeEntry>,
+    /// The limits of (tenant, model).
+    pub tenant_models: HashMap<(Name, Name), ScopeEntry>,
+    /// Which addresses backends may have: a setting of the process, handed on from one snapshot to the next.
+    pub egress: EgressPolicy,
+}
+
+/// Finds the Authorization header of a backend, or says why there is none; a trait object so that tests bring their own.
+pub type Authorize<'a> = &'a dyn Fn(&Backend) -> Result<Option<HeaderValue>, String>;
+
+impl Snapshot {
+    /// Compiles resources, taking over from `previous` what outlives a change. What cannot be used is left out and
+    /// reported; a resource that refers to one that is missing is left out too.
+    pub fn compile(
+        epoch: &str,
+        revision: u64,
+        resources: &[Resource],
+        previous: &Snapshot,
+        authorize: Authorize<'_>,
+    ) -> (Self, Vec<Refused>) {
+        let (egress, resolver) = (previous.egress.clone(), previous.resolver.clone());
+        let next = Self { epoch: epoch.into(), revision, egress, resolver, ..Self::default() };
+        let mut compiler = Compiler { next, refused: Vec::new() };
+        compiler.pools(resources, previous);
+        compiler.backends(resources, previous, authorize);
+        compiler.models(resources);
+        compiler.limits(resources);
+        compiler.keys(resources);
+        (compiler.next, compiler.refused)
+    }
+}
+
+impl Snapshot {
+    /// Tells what outlives a change about this one. Only what is put in force does: a configuration that is merely tried
+    /// must not make pools forget the backends that it would refuse.
+    pub fn take_effect(&self) {
+        let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
+        for backend in self.backends.values() {
+            members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
+        }
+        for pool in self.pools.values() {
+            pool.state.configure(&pool.spec);
+            pool.state.retain(&members.remove(&pool.name).unwrap_or_default());
+        }
+    }
+
+    /// Every scope that a request with this key for this model is under.
+    pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
+        let tenant_model = (key.tenant.name.clone(), model.clone());
+        [
+            key.scope.as_ref(),
+            key.tenant.scope.as_ref(),
+            self.tenant_models.get(&tenant_model),
+            self.models_by_name.get(model).and_then(|m| m.scope.as_ref()),
+            self.global.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+struct Compiler {
+    next: Snapshot,
+    refused: Vec<Refused>,
+}
+
+impl Compiler {
+    fn refuse(&mut self, resource: &Resource, message: String) {
+        self.refused.push(Refused { kind: resource.kind(), name: resource.name.to_string(), message });
+    }
+
+    fn pools(&mut self, resources: &[Resource], previous: &Snapshot) {
+        for resource in resources {
+            let Spec::Pool(spec) = &resource.spec else { continue };
+            let state = match previous.pools.get(&resource.name) {
+                Some(old) => old.state.clone(),
+                None => Arc::new(PoolState::new(spec)),
+            };
+            let entry = PoolEntry { name: resource.name.clone(), spec: spec.clone(), state };
+            self.next.pools.insert(resource.name.clone(), Arc::new(entry));
+        }
+    }
+
+    fn backends(&mut self, resources: &[Resource], previous: &Snapshot, authorize: Authorize<'_>) {
+        for resource in resources {
+            let Spec::Backend(spec) = &resource.spec else { continue };
+            let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
+                self.refuse(resource, format!("backend.pool: there is no pool {}", spec.pool));
+                continue;
+            };
+            let authorization = match authorize(spec) {
+                Ok(authorization) => authorization,
+                Err(message) => {
+                    self.refuse(resource, message);
+                    continue;
+                }
+            };
+            let old = previous.backends.get(&resource.name);
+            let connect = pool.spec.timeouts.connect;
+            let upstream = old.filter(|o| o.upstream.serves(spec, connect)).map_or_else(
+                || Upstream::new(spec, connect, &previous.egress, &previous.resolver),
+                |o| o.upstream.clone(),
+            );
+            let rank = pool.spec.regions.iter().position(|r| *r == spec.region);
+            let entry = BackendEntry {
+                name: resource.name.clone(),
+                spec: spec.clone(),
+                authorization,
+                slots: Key::backend_slots(resource.name.as_str()),
+                id: stable_hash(resource.name.as_str().as_bytes()),
+                region_rank: rank.unwrap_or(pool.spec.regions.len()),
+                state: old.map_or_else(Arc::default, |o| o.state.clone()),
+                upstream,
+            };
+            self.next.backends.insert(resource.name.clone(), Arc::new(entry));
+        }
+    }
+
+    fn models(&mut self, resources: &[Resource]) {
+        let limits = AccountLimits::of(resources);
+        // Looked up and not searched for: many models times many backends would keep a revocation waiting.
+        let mut serving: HashMap<(Name, Name), Vec<Arc<BackendEntry>>> = HashMap::new();
+        for backend in self.next.backends.values() {
+            if backend.spec.admin_state != AdminState::Disabled {
+                for model in backend.spec.models.keys() {
+                    let id = (backend.spec.pool.clone(), model.clone());
+                    serving.entry(id).or_default().push(backend.clone());
+                }
+            }
+        }
+        for resource in resources {
+            let Spec::Model(spec) = &resource.spec else { continue };
+            let Some(pool) = self.next.pools.get(&spec.pool).cloned() else {
+                self.refuse(resource, format!("model.pool: there is no pool {}", spec.pool));
+                continue;
+            };
+            let id = (spec.pool.clone(), resource.name.clone());
+            let backends = serving.remove(&id).unwrap_or_default().into_iter().map(|entry| {
+                let upstream_model = entry.spec.models.get(&resource.name).filter(|name| !name.is_empty());
+                let upstream_model = upstream_model.unwrap_or(&spec.client_name).clone();
+                ModelBackend { entry, upstream_model }
+            });
+            let backends: Vec<ModelBackend> = backends.collect();
+            let entry = Arc::new(ModelEntry {
+                name: resource.name.clone(),
+                timeouts: spec.timeouts.over(&pool.spec.timeouts),
+                accounts: limits.for_model(&resource.name, &backends),
+                backends,
+                queue: resource.name.as_str().into(),
+                scope: spec
+                    .limits
+                    .as_ref()
+                    .map(|rates| ScopeEntry::new(Scope::Model(resource.name.as_str()), rates)),
+                spec: spec.clone(),
+                pool,
+            });
+            self.next.models_by_name.insert(resource.name.clone(), entry.clone());
+            self.next.models.insert(spec.client_name.clone(), entry);
+        }
+    }
+
+    /// Limits over everything and over (tenant, model); those over one resource are merged into its own, those of
+    /// accounts are with the models.
+    fn limits(&mut self, resources: &[Resource]) {
+        for resource in resources {
+            let Spec::Limit(limit) = &resource.spec else { continue };
+            if limit.account.is_some() {
+                continue;
+            }
+            match (&limit.tenant, &limit.model, &limit.api_key) {
+                (None, None, None) => {
+                    let entry = ScopeEntry::new(Scope::Global, &limit.rates);
+                    self.next.global = Some(ScopeEntry::tightest(self.next.global.take(), entry));
+                }
+                (Some(tenant), Some(model), None) => {
+                    let scope = Scope::TenantModel { tenant: tenant.as_str(), model: model.as_str() };
+                    let entry = ScopeEntry::new(scope, &limit.rates);
+                    let id = (tenant.clone(), model.clone());
+                    let merged = ScopeEntry::tightest(self.next.tenant_models.remove(&id), entry);
+                    self.next.tenant_models.insert(id, merged);
+                }
+                _ => self.refuse(
+                    resource,
+                    "limit.selector: set nothing (everything), tenant and model, or account (and model); limits of one \
+                     tenant, model or key belong in its own limits"
+                        .into(),
+                ),
+            }
+        }
+    }
+
+    fn keys(&mut self, resources: &[Resource]) {
+        let mut tenants: BTreeMap<&Name, Arc<TenantEntry>> = BTreeMap::new();
+        for resource in resources {
+            let Spec::Tenant(spec) = &resource.spec else { continue };
+            let name = &resource.name;
+            let entry = TenantEntry {
+                name: name.clone(),
+                allowed_models: spec.allowed_models.clone(),
+                queue: name.as_str().into(),
+                priority: spec.priority,
+                scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(Scope::Tenant(name.as_str()), rates)),
+            };
+            tenants.insert(name, Arc::new(entry));
+        }
+        self.next.tenants = tenants.keys().map(|name| (*name).clone()).collect();
+        for resource in resources {
+            let Spec::ApiKey(spec) = &resource.spec else { continue };
+            let Some(tenant) = tenants.get(&spec.tenant) else {
+                self.refuse(resource, format!("api_key.tenant: there is no tenant {}", spec.tenant));
+                continue;
+            };
+            if spec.revoked {
+                continue;
+            }
+            for digest in &spec.digests {
+                let name = &resource.name;
+                let scope = Scope::ApiKey { tenant: spec.tenant.as_str(), key: name.as_str() };
+                let entry = KeyEntry {
+                    name: name.clone(),
+                    tenant: tenant.clone(),
+                    allowed_models: spec.allowed_models.clone(),
+                    expires: digest.expires,
+                    scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(scope, rates)),
+                };
+                self.next.keys.insert(digest.sha256, Arc::new(entry));
+            }
+        }
+    }
+}
