@@ -1,6 +1,6 @@
 //! The data plane of Weir: a stateless gateway that speaks OpenAI's API.
 //!
-//! - [`http`](self::http): the way of a request, with its [pipeline](self::http::pipeline)
+//! - [`http`]: the way of a request, with its [pipeline](self::http::pipeline)
 //! - [`api`]: what requests ask for and answers say, as bytes
 //! - [`routing`]: the configuration compiled for requests, the state of backends, and the choice between them
 //! - [`limits`]: what a request costs, reserved before and settled after it
@@ -8,8 +8,8 @@
 //! - [`probe`]: health checks of backends
 //! - [`ops`]: pages and metrics of the operations port
 //!
-//! Rooms import downwards only: `http`, `ops` and `probe` from `limits`, that from `control`, that from `routing` and
-//! `api`.
+//! Rooms import downwards only: `http`, `ops` and `probe` use `limits`, which uses `control`, which uses `routing`; `api`
+//! uses none of them.
 
 // They panic when the stream is gone, and hang when nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
