@@ -35,11 +35,11 @@ const TOKENS_PER_S: f64 = 100.0;
 const CREDENTIAL: &str = "PARTITION_CREDENTIAL";
 /// Traffic before the first cut: what is usual must be known.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// How long a cut lasts: long enough for several rounds of probes, suspicion and confirmation.
+/// How long a cut lasts: long enough for several rounds of probes and their confirmation.
 const CUT: Duration = Duration::from_secs(6);
 /// And how long all is well between two.
 const REST: Duration = Duration::from_secs(2);
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What to cut and how often.
@@ -94,19 +94,81 @@ fn id(gateway: usize) -> String {
     format!("g{gateway}")
 }
 
-async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
-    let directory = tempfile::tempdir()?;
-    let args = MockArgs {
-        model: MODEL.into(),
-        slots: 1000,
-        decode_tokens_per_s: TOKENS_PER_S,
-        ..MockArgs::default()
-    };
-    let mut mocks = Vec::new();
-    for i in 0..BACKENDS {
-        mocks.push(Mock::start(&format!("b{i}"), &args, directory.path()).await?);
+/// Gateways in front of backends, one of which is behind a relay.
+struct Scene {
+    control_plane: ControlPlane,
+    gateways: Vec<Gateway>,
+    relay: Relay,
+    _mocks: Vec<Mock>,
+    _directory: tempfile::TempDir,
+}
+
+impl Scene {
+    async fn start() -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let args = MockArgs {
+            model: MODEL.into(),
+            slots: 1000,
+            decode_tokens_per_s: TOKENS_PER_S,
+            ..MockArgs::default()
+        };
+        let mut mocks = Vec::new();
+        for i in 0..BACKENDS {
+            mocks.push(Mock::start(&format!("b{i}"), &args, directory.path()).await?);
+        }
+        let relay = Relay::start(mocks[0].address).await?;
+        let resources = resources(&mocks, &relay);
+        let control_plane = ControlPlane::start(&resources).await?;
+        let mut gateways = Vec::new();
+        for i in 0..GATEWAYS {
+            let args = GatewayArgs {
+                id: id(i),
+                control_plane: Some(control_plane.access()),
+                env: vec![(CREDENTIAL.into(), id(i))],
+                ..GatewayArgs::default()
+            };
+            gateways.push(Gateway::start(&args, &resources, directory.path()).await?);
+        }
+        Ok(Self { control_plane, gateways, relay, _mocks: mocks, _directory: directory })
     }
-    let relay = Relay::start(mocks[0].address).await?;
+
+    /// Waits until every gateway finds the backend healthy.
+    async fn settle(&self) -> anyhow::Result<()> {
+        let settled = async {
+            while states(&self.gateways).await?.iter().any(|(state, _)| state != "healthy") {
+                tokio::time::sleep(POLL_INTERVAL).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(SETTLE_TIMEOUT, settled).await.context("the backend was not found healthy")?
+    }
+
+    /// Cuts gateways off for a while. Returns whether the cluster ejected the backend, and the gateways among those cut off
+    /// that ejected it by themselves.
+    async fn cut(&self, cut: &BTreeSet<String>) -> anyhow::Result<(bool, BTreeSet<usize>)> {
+        self.relay.cut_off(cut.clone());
+        let at = Instant::now();
+        let (mut ejected_by_cluster, mut away) = (false, BTreeSet::new());
+        while at.elapsed() < CUT {
+            tokio::time::sleep(POLL_INTERVAL).await;
+            for (i, (state, ejected)) in states(&self.gateways).await?.into_iter().enumerate() {
+                ejected_by_cluster |= state == "unhealthy";
+                if ejected && cut.contains(&id(i)) {
+                    away.insert(i);
+                }
+            }
+        }
+        self.relay.cut_off(BTreeSet::new());
+        let rest = Instant::now();
+        while rest.elapsed() < REST {
+            tokio::time::sleep(POLL_INTERVAL).await;
+            ejected_by_cluster |= states(&self.gateways).await?.iter().any(|(state, _)| state == "unhealthy");
+        }
+        Ok((ejected_by_cluster, away))
+    }
+}
+
+fn resources(mocks: &[Mock], relay: &Relay) -> Resources {
     let second = Some(Wire { seconds: 1, nanos: 0 });
     let health = v1::HealthProfile { liveness_interval: second, timeout: second, ..Default::default() };
     let mut resources = Resources::basic();
@@ -120,27 +182,15 @@ async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
         resources.put(&format!("b{i}"), Spec::Backend(spec));
     }
     resources.put(MODEL, Spec::Model(v1::ModelSpec { pool: MODEL.into(), ..Default::default() }));
-    let control_plane = ControlPlane::start(&resources).await?;
-    let mut gateways = Vec::new();
-    for i in 0..GATEWAYS {
-        let args = GatewayArgs {
-            id: id(i),
-            control_plane: Some(control_plane.access()),
-            env: vec![(CREDENTIAL.into(), id(i))],
-            ..GatewayArgs::default()
-        };
-        gateways.push(Gateway::start(&args, &resources, directory.path()).await?);
-    }
-    let settled = async {
-        while states(&gateways).await?.iter().any(|(state, _)| state != "healthy") {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-        anyhow::Ok(())
-    };
-    tokio::time::timeout(SETTLE_TIMEOUT, settled).await.context("the backend was not found healthy")??;
+    resources
+}
+
+async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
+    let scene = Scene::start().await?;
+    scene.settle().await?;
     let (enough, mut loads) = (CancellationToken::new(), JoinSet::new());
     let most = WARM_UP + (CUT + REST) * u32::from(trials) * 2;
-    for gateway in &gateways {
+    for gateway in &scene.gateways {
         let (address, request) = (gateway.address, load::chat(KEY, MODEL, TOKENS, false));
         let enough = enough.clone();
         let each = PER_SECOND / GATEWAYS as f64;
@@ -150,29 +200,12 @@ async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
     let (mut ejections, mut kept_away) = (0, 0);
     for trial in 0..usize::from(trials) {
         let cut: BTreeSet<String> = (0..cut_off).map(|k| id((trial + k) % GATEWAYS)).collect();
-        relay.cut_off(cut.clone());
-        let at = Instant::now();
-        let (mut told, mut away) = (false, BTreeSet::new());
-        while at.elapsed() < CUT {
-            tokio::time::sleep(LOOK_EVERY).await;
-            for (i, (state, ejected)) in states(&gateways).await?.into_iter().enumerate() {
-                told |= state == "unhealthy";
-                if ejected && cut.contains(&id(i)) {
-                    away.insert(i);
-                }
-            }
-        }
-        relay.cut_off(BTreeSet::new());
-        let rest = Instant::now();
-        while rest.elapsed() < REST {
-            tokio::time::sleep(LOOK_EVERY).await;
-            told |= states(&gateways).await?.iter().any(|(state, _)| state == "unhealthy");
-        }
+        let (ejected, away) = scene.cut(&cut).await?;
         progress(&format!(
-            "{cut_off} of {GATEWAYS}, {}: ejected by the cluster: {told}, kept away: {away:?}",
+            "{cut_off} of {GATEWAYS}, {}: ejected by the cluster: {ejected}, kept away: {away:?}",
             trial + 1
         ));
-        ejections += u64::from(told);
+        ejections += u64::from(ejected);
         kept_away += away.len() as u64;
     }
     enough.cancel();
@@ -183,12 +216,13 @@ async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
     if let Some(why) = &load.first_failure {
         progress(&format!("first failure: {why}"));
     }
-    drop((gateways, mocks));
+    let Scene { control_plane, gateways, .. } = scene;
+    drop(gateways);
     control_plane.end().await?;
     Ok(Found { ejections, kept_away, load })
 }
 
-/// The verdict each gateway was told, and whether it keeps away by itself.
+/// The verdict each gateway was sent, and whether it ejects the backend by itself.
 async fn states(gateways: &[Gateway]) -> anyhow::Result<Vec<(String, bool)>> {
     let mut states = Vec::new();
     for gateway in gateways {

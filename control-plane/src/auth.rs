@@ -10,7 +10,7 @@ use tonic::Status;
 use tonic::metadata::MetadataMap;
 use weir_proto::v1::{self, Role};
 use weir_runtime::Secret;
-use weir_runtime::grpc::{Bound, StreamBound};
+use weir_runtime::grpc::{Bound, StreamBound, standard_bound};
 
 use crate::catalog::Catalog;
 use crate::encoding::sha256;
@@ -25,16 +25,12 @@ pub(crate) use gate::{Gated, Reach};
 /// Shorter ones could be guessed.
 pub(crate) const TOKEN_MIN_CHARS: usize = 16;
 
-/// The one method that everybody may call: kubelets and proxies ask for health and have no token.
-pub(crate) const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
-/// A check is a few bytes each way.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Above the longest wait that a call may ask for, 60 s, with what a large change takes.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
-/// Streams of gateways of one lane. A fleet of ten thousand has a place for each, and some that are about to end.
-const LANES_MAX: usize = 16_384;
+/// Streams of gateways of one kind. A fleet of ten thousand has one each, and some that are about to end.
+const GATEWAY_STREAMS_MAX: usize = 16_384;
 /// Of a token of one gateway: the stream in use, the one that takes over, and one to spare.
-const LANES_PER_GATEWAY: usize = 4;
+const STREAMS_PER_GATEWAY: usize = 4;
 /// Streams of those who watch.
 const WATCHES_MAX: usize = 256;
 /// One caller leaves room for others.
@@ -44,36 +40,23 @@ const BACKUPS_MAX: usize = 4;
 const BACKUPS_PER_CALLER: usize = 2;
 /// A copy that is not taken within this is given up.
 const BACKUP_AGE: Duration = Duration::from_secs(15 * 60);
-/// Streams of reflection: people who look around.
-const REFLECTIONS_MAX: usize = 64;
-/// A look around takes a second.
-const REFLECTION_AGE: Duration = Duration::from_secs(30);
-/// After this a stream is opened anew, and with it its token is looked at again.
-const HEALTH_WATCH_AGE: Duration = Duration::from_secs(10 * 60);
 
 /// What bounds a call, by its path.
 pub(crate) fn bound(path: &str) -> Bound {
     let stream =
         |kind, most, most_per_caller, age| Bound::Stream(StreamBound { kind, most, most_per_caller, age });
     match path {
-        HEALTH_CHECK => Bound::Unary(CHECK_TIMEOUT),
         "/weir.v1.DiscoveryService/StreamConfig" => {
-            stream("configuration streams", LANES_MAX, LANES_PER_GATEWAY, None)
+            stream("configuration streams", GATEWAY_STREAMS_MAX, STREAMS_PER_GATEWAY, None)
         }
         "/weir.v1.ReportService/StreamReports" => {
-            stream("report streams", LANES_MAX, LANES_PER_GATEWAY, None)
+            stream("report streams", GATEWAY_STREAMS_MAX, STREAMS_PER_GATEWAY, None)
         }
         "/weir.v1.AdminService/Watch" => stream("watches", WATCHES_MAX, WATCHES_PER_CALLER, None),
         "/weir.v1.AdminService/Backup" => {
             stream("backups", BACKUPS_MAX, BACKUPS_PER_CALLER, Some(BACKUP_AGE))
         }
-        "/grpc.health.v1.Health/Watch" => {
-            stream("health watches", WATCHES_MAX, WATCHES_PER_CALLER, Some(HEALTH_WATCH_AGE))
-        }
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => {
-            stream("reflection streams", REFLECTIONS_MAX, REFLECTIONS_MAX, Some(REFLECTION_AGE))
-        }
-        _ => Bound::Unary(CALL_TIMEOUT),
+        _ => standard_bound(path, WATCHES_PER_CALLER).unwrap_or(Bound::Unary(CALL_TIMEOUT)),
     }
 }
 

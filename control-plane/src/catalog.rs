@@ -1,7 +1,7 @@
 //! The owner of what is declared: commits changes to the store and follows it.
 //!
 //! There is one way into the state, the store's watch, so a change made by another replica and one made here look
-//! the same. A commit returns once the state has it: who wrote reads what was written.
+//! the same. A commit returns once the state has it: a caller reads what it wrote.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -78,7 +78,7 @@ pub(crate) struct Committed<A> {
     pub(crate) done: Option<(Plan, u64)>,
 }
 
-/// See the module.
+/// The present state, and the one way to change it.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     store: Arc<dyn Store>,

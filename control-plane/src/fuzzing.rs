@@ -20,15 +20,15 @@ pub fn action(body: &[u8]) -> Result<(String, String), String> {
 
 /// Role and name in a URI of a certificate.
 pub fn named(uri: &str) -> Option<(&'static str, String)> {
-    crate::tls::named(uri).map(told)
+    crate::tls::named(uri).map(role_and_name)
 }
 
 /// Role and name in a certificate.
 pub fn certificate(der: &[u8]) -> Option<(&'static str, String)> {
-    crate::tls::identity(&CertificateDer::from(der)).map(told)
+    crate::tls::identity(&CertificateDer::from(der)).map(role_and_name)
 }
 
-fn told(identity: Identity) -> (&'static str, String) {
+fn role_and_name(identity: Identity) -> (&'static str, String) {
     (role_name(identity.role), identity.name.to_string())
 }
 

@@ -1,8 +1,8 @@
 //! Which of several control planes leads: the one that has the lease. All of them take in what gateways see and judge it;
 //! the one that leads has its verdicts and assignments followed.
 //!
-//! Nothing is written to the store by virtue of leading, so the number of the lease fences what is said: gateways
-//! listen to the highest they have heard. A leader that cannot renew stops before its lease ends.
+//! Nothing is written to the store by virtue of leading, so the number of the lease fences what is sent: gateways
+//! follow the highest they have received. A leader that cannot renew stops before its lease ends.
 
 use std::sync::Arc;
 use std::time::Duration;

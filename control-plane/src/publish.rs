@@ -50,7 +50,7 @@ pub(crate) async fn publish(
     }
 }
 
-/// What a gateway holds, as far as it has said. Gateways in sync share one map.
+/// The configuration a gateway holds, as far as it has reported. Gateways in sync share one map.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct ConfigState {
     pub(crate) epoch: Arc<str>,
@@ -86,7 +86,7 @@ pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versi
 }
 
 impl ConfigState {
-    /// From what a gateway says on connecting.
+    /// From the hello of a gateway.
     pub(crate) fn of(hello: &v1::Hello) -> Self {
         let versions =
             hello.held.iter().map(|h| (Key::new(h.kind(), &h.name), h.version.as_str().into())).collect();
@@ -123,7 +123,7 @@ impl ConfigState {
         }
     }
 
-    /// Lets go of its own map when it says what the snapshot says.
+    /// Shares the map of the snapshot when its own is the same.
     pub(crate) fn share(&mut self, snapshot: &State) {
         let shared = versions(snapshot, self.role);
         if !Arc::ptr_eq(shared, &self.versions) && *shared == self.versions {

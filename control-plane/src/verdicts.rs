@@ -299,8 +299,8 @@ impl Verdicts {
         for (result, seen) in observations {
             self.observe(observer, &result.backend, &seen);
         }
-        let said = report.backends.iter().filter(|backend| view::is_news(backend));
-        for backend in said {
+        let news = report.backends.iter().filter(|backend| view::is_news(backend));
+        for backend in news {
             let passive = view::passive(backend);
             self.with(|machine, now| machine.cluster.requests(observer, &backend.backend, &passive, now));
         }

@@ -1,4 +1,4 @@
-//! The configuration that is held, as it came, and its copy on disk.
+//! The configuration in force, as it came, and its copy on disk.
 //!
 //! The disk copy lets a process that restarts while the control plane is away serve what it served before. Two
 //! generations are kept; each is written whole to a temporary file, synced and renamed, readable by its owner
@@ -49,12 +49,12 @@ pub enum DeltaError {
     /// A lagging control plane must not take a gateway back.
     #[error("revision {offered} is older than the {held} held, within the same store")]
     Backwards {
-        /// What the delta said.
+        /// The revision of the delta.
         offered: u64,
         /// What is held.
         held: u64,
     },
-    /// More than half of a pool would go, and the operator has not said that this is meant.
+    /// More than half of a pool would go, and the operator has not allowed that.
     #[error("it takes {removed} of {had} backends from pool {pool} without allow_mass_removal")]
     MassRemoval {
         /// The pool.
@@ -67,7 +67,7 @@ pub enum DeltaError {
 }
 
 impl ConfigState {
-    /// What Hello says.
+    /// The versions held, for Hello.
     pub fn versions(&self) -> Vec<v1::HeldResource> {
         let held = self.resources.iter();
         held.map(|((kind, name), (version, _))| v1::HeldResource {

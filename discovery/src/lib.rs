@@ -1,7 +1,7 @@
 //! The client side of the configuration stream: what gateways and limit services share.
 //!
 //! A [`Subscriber`] keeps what its owner [`Apply`]s fresh from the control plane and never waits for it: it begins with
-//! the copy on [`Disk`], and while the control plane is away what is [`ConfigState`] stays in force.
+//! the copy on [`Disk`], and while the control plane is away the [`ConfigState`] stays in force.
 
 mod config_state;
 mod link;

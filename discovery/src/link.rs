@@ -1,4 +1,4 @@
-//! The connection to a control plane: where it is, as whom this process is known there, and how often it is tried.
+//! The connection to a control plane: its address, the identity of this process, and the pauses between attempts.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use weir_runtime::Backoff;
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// First pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// A control plane that says nothing for so long (three heartbeats) is taken for dead.
+/// A control plane that sends nothing for so long (three heartbeats) is taken for dead.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Who this process is to the control plane.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ impl Identity {
     }
 }
 
-/// Where a control plane is, how it is known, and as whom this process is known to it.
+/// The address of a control plane, the CA that signs its certificate, and the certificate of this process.
 #[derive(Debug, Clone)]
 pub struct Link {
     url: String,

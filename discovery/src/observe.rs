@@ -1,5 +1,5 @@
-//! Where there are several control planes a subscriber follows one and tells the others what it holds, so that each of
-//! them can say what all subscribers hold without asking another.
+//! Where there are several control planes a subscriber follows one and reports to the others what it holds, so that each
+//! of them knows what all subscribers hold without asking another.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use weir_runtime::Backoff;
 
 use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
 
-/// Between two words about what is held: changes in between are merged.
-const TELL_INTERVAL: Duration = Duration::from_millis(20);
+/// Between two reports: changes in between are merged.
+const REPORT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a subscriber holds, as it tells it.
+/// What a subscriber holds, as it reports it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SubscriberStatus {
-    /// As Hello says it.
+    /// As in Hello.
     pub(crate) hello: Hello,
     /// What of it was refused.
     pub(crate) errors: Vec<ResourceError>,
@@ -27,7 +27,7 @@ pub(crate) struct SubscriberStatus {
     pub(crate) answered: u64,
 }
 
-/// Tells one control plane what is held for as long as another one is followed. Never ends by itself.
+/// Reports to one control plane what is held, for as long as another one is followed. Never ends by itself.
 pub(crate) async fn run(
     at: usize,
     link: Link,
@@ -41,7 +41,7 @@ pub(crate) async fn run(
             return;
         }
         let ended = tokio::select! {
-            ended = tell(&link, &identity, &mut status, &mut backoff) => ended,
+            ended = report(&link, &identity, &mut status, &mut backoff) => ended,
             followed = followed.wait_for(|followed| *followed == at) => match followed {
                 Ok(_) => continue,
                 Err(_) => return,
@@ -52,7 +52,7 @@ pub(crate) async fn run(
     }
 }
 
-async fn tell(
+async fn report(
     link: &Link,
     identity: &Identity,
     status: &mut watch::Receiver<SubscriberStatus>,
@@ -80,7 +80,7 @@ async fn tell(
             }
             changed = status.changed() => {
                 changed.map_err(|_| "the subscriber ended".to_owned())?;
-                tokio::time::sleep(TELL_INTERVAL).await;
+                tokio::time::sleep(REPORT_INTERVAL).await;
                 let sent = status.borrow_and_update().clone();
                 send(&up, applied(sent)).await?;
             }

@@ -62,7 +62,7 @@ pub trait Apply: Send {
 pub struct Subscriber<A> {
     owner: A,
     identity: Arc<Identity>,
-    /// All of one store. One is followed, the others are told what is held.
+    /// All of one store. One is followed; what is held is reported to the others.
     links: Vec<Link>,
     /// The one that is followed, or tried.
     followed: watch::Sender<usize>,
@@ -212,7 +212,7 @@ impl<A: Apply> Subscriber<A> {
         }
     }
 
-    /// Says to the control planes that are not followed what is held by now.
+    /// Publishes what is held, for the control planes that are not followed.
     fn publish_status(&self, errors: &[ResourceError]) {
         if self.links.len() > 1 {
             let (hello, answered) = (self.hello(), self.answered);

@@ -23,6 +23,40 @@ pub const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
 /// A stream that answers nothing at all within this has failed: its first message never came.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The one method that everybody may call: kubelets and proxies ask for health and have no token.
+pub const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
+/// A check of health is a few bytes each way.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Streams that watch health: one for each proxy, and room to spare.
+const HEALTH_WATCHES_MAX: usize = 256;
+/// After this a stream is opened anew, and with it its token is checked again.
+const HEALTH_WATCH_AGE: Duration = Duration::from_secs(10 * 60);
+/// Streams of reflection, which people use by hand.
+const REFLECTIONS_MAX: usize = 64;
+/// Reading all descriptors takes a second.
+const REFLECTION_AGE: Duration = Duration::from_secs(30);
+
+/// The bounds of the methods that every gRPC port serves, health and reflection; `None` for other methods. One caller
+/// watches health with at most so many streams.
+pub fn standard_bound(path: &str, health_watches_per_caller: usize) -> Option<Bound> {
+    match path {
+        HEALTH_CHECK => Some(Bound::Unary(CHECK_TIMEOUT)),
+        "/grpc.health.v1.Health/Watch" => Some(Bound::Stream(StreamBound {
+            kind: "health watches",
+            most: HEALTH_WATCHES_MAX,
+            most_per_caller: health_watches_per_caller.min(HEALTH_WATCHES_MAX),
+            age: Some(HEALTH_WATCH_AGE),
+        })),
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Some(Bound::Stream(StreamBound {
+            kind: "reflection streams",
+            most: REFLECTIONS_MAX,
+            most_per_caller: REFLECTIONS_MAX,
+            age: Some(REFLECTION_AGE),
+        })),
+        _ => None,
+    }
+}
+
 /// What bounds a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {

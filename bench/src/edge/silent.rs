@@ -70,86 +70,110 @@ struct Port<'a> {
     good: Service,
 }
 
+/// The processes whose ports are attacked.
+struct Scene {
+    gateway: Gateway,
+    secured: Gateway,
+    control_plane: ControlPlaneProcess,
+    limits: LimitService,
+    /// Of a client that trusts the certificate of `secured`.
+    tls: Arc<rustls::ClientConfig>,
+    _quick: Mock,
+    _directory: tempfile::TempDir,
+}
+
+impl Scene {
+    async fn start() -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let quick = Mock::start(
+            "quick",
+            &MockArgs { model: "quick".into(), slots: SLOTS, ..MockArgs::default() },
+            directory.path(),
+        )
+        .await?;
+        let mut resources = Resources::basic();
+        resources.model_at("quick", quick.address);
+        let (flags, tls) = certificate(directory.path())?;
+        let plain = GatewayArgs { id: "gateway".into(), ..GatewayArgs::default() };
+        let secured = GatewayArgs { id: "tls-gateway".into(), flags, ..GatewayArgs::default() };
+        let gateway = Gateway::start(&plain, &resources, directory.path()).await?;
+        let secured = Gateway::start(&secured, &resources, directory.path()).await?;
+        let control_plane = ControlPlaneProcess::start(None, directory.path()).await?;
+        let limits = LimitService::start(directory.path(), &Logging::default()).await?;
+        Ok(Self { gateway, secured, control_plane, limits, tls, _quick: quick, _directory: directory })
+    }
+
+    fn ports(&self) -> [Port<'_>; 7] {
+        let Self { gateway, secured, control_plane: plane, limits, tls, .. } = self;
+        let chat = load::chat(KEY, "quick", 2, false);
+        let page = |address, path| Service::Http(address, load::get(path, ""));
+        let last =
+            String::from_utf8_lossy(&chat).replacen("host: bench", "host: bench\r\nconnection: close", 1);
+        [
+            Port {
+                name: "gateway, clients",
+                listener: "clients",
+                address: gateway.address,
+                ops: gateway.ops,
+                process: &gateway.process,
+                good: Service::Http(gateway.address, chat),
+            },
+            Port {
+                name: "gateway, clients over TLS",
+                listener: "clients",
+                address: secured.address,
+                ops: secured.ops,
+                process: &secured.process,
+                good: Service::Tls(secured.address, last.into_bytes().into(), Arc::clone(tls)),
+            },
+            Port {
+                name: "gateway, operations",
+                listener: "ops",
+                address: gateway.ops,
+                ops: gateway.ops,
+                process: &gateway.process,
+                good: page(gateway.ops, "/readyz"),
+            },
+            Port {
+                name: "control plane, gRPC",
+                listener: "grpc",
+                address: plane.grpc,
+                ops: plane.http,
+                process: &plane.process,
+                good: Service::List(plane.grpc, plane.token.clone()),
+            },
+            Port {
+                name: "control plane, page",
+                listener: "http",
+                address: plane.http,
+                ops: plane.http,
+                process: &plane.process,
+                good: page(plane.http, "/readyz"),
+            },
+            Port {
+                name: "limit service, gRPC",
+                listener: "grpc",
+                address: limits.grpc,
+                ops: limits.ops,
+                process: &limits.process,
+                good: Service::Limit(limits.grpc),
+            },
+            Port {
+                name: "limit service, operations",
+                listener: "ops",
+                address: limits.ops,
+                ops: limits.ops,
+                process: &limits.process,
+                good: page(limits.ops, "/readyz"),
+            },
+        ]
+    }
+}
+
 /// Runs every kind on every port.
 pub(super) async fn run(args: &EdgeArgs, notes: &mut Vec<String>) -> anyhow::Result<Vec<Row>> {
-    let directory = tempfile::tempdir()?;
-    let quick = Mock::start(
-        "quick",
-        &MockArgs { model: "quick".into(), slots: SLOTS, ..MockArgs::default() },
-        directory.path(),
-    )
-    .await?;
-    let mut resources = Resources::basic();
-    resources.model_at("quick", quick.address);
-    let (flags, tls) = certificate(directory.path())?;
-    let plain = GatewayArgs { id: "gateway".into(), ..GatewayArgs::default() };
-    let secured = GatewayArgs { id: "tls-gateway".into(), flags, ..GatewayArgs::default() };
-    let gateway = Gateway::start(&plain, &resources, directory.path()).await?;
-    let secured = Gateway::start(&secured, &resources, directory.path()).await?;
-    let plane = ControlPlaneProcess::start(None, directory.path()).await?;
-    let limits = LimitService::start(directory.path(), &Logging::default()).await?;
-
-    let chat = load::chat(KEY, "quick", 2, false);
-    let page = |address, path| Service::Http(address, load::get(path, ""));
-    let last = String::from_utf8_lossy(&chat).replacen("host: bench", "host: bench\r\nconnection: close", 1);
-    let ports = [
-        Port {
-            name: "gateway, clients",
-            listener: "clients",
-            address: gateway.address,
-            ops: gateway.ops,
-            process: &gateway.process,
-            good: Service::Http(gateway.address, chat.clone()),
-        },
-        Port {
-            name: "gateway, clients over TLS",
-            listener: "clients",
-            address: secured.address,
-            ops: secured.ops,
-            process: &secured.process,
-            good: Service::Tls(secured.address, last.into_bytes().into(), tls),
-        },
-        Port {
-            name: "gateway, operations",
-            listener: "ops",
-            address: gateway.ops,
-            ops: gateway.ops,
-            process: &gateway.process,
-            good: page(gateway.ops, "/readyz"),
-        },
-        Port {
-            name: "control plane, gRPC",
-            listener: "grpc",
-            address: plane.grpc,
-            ops: plane.http,
-            process: &plane.process,
-            good: Service::List(plane.grpc, plane.token.clone()),
-        },
-        Port {
-            name: "control plane, page",
-            listener: "http",
-            address: plane.http,
-            ops: plane.http,
-            process: &plane.process,
-            good: page(plane.http, "/readyz"),
-        },
-        Port {
-            name: "limit service, gRPC",
-            listener: "grpc",
-            address: limits.grpc,
-            ops: limits.ops,
-            process: &limits.process,
-            good: Service::Limit(limits.grpc),
-        },
-        Port {
-            name: "limit service, operations",
-            listener: "ops",
-            address: limits.ops,
-            ops: limits.ops,
-            process: &limits.process,
-            good: page(limits.ops, "/readyz"),
-        },
-    ];
+    let scene = Scene::start().await?;
+    let ports = scene.ports();
     let length = Duration::from_secs(args.silent_s);
     let mut rows = Vec::new();
     for (p, port) in ports.iter().enumerate().filter(|(_, port)| port.name.contains(&args.only)) {

@@ -26,8 +26,8 @@ use super::authorized;
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Backends with traffic, by gateway.
 const REPORTED: usize = 10;
-/// How often somebody who waits looks.
-const LOOK: Duration = Duration::from_millis(2);
+/// How often a waiting caller checks.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// Revisions whose times are remembered.
 const REMEMBERED: usize = 4;
 
@@ -87,8 +87,8 @@ impl Fleet {
     pub(super) fn start(&mut self) {
         self.started = Instant::now();
         for i in 0..self.len() {
-            self.tasks.spawn(again(Arc::clone(&self.board), i, Lane::Config));
-            self.tasks.spawn(again(Arc::clone(&self.board), i, Lane::Report));
+            self.tasks.spawn(again(Arc::clone(&self.board), i, StreamKind::Config));
+            self.tasks.spawn(again(Arc::clone(&self.board), i, StreamKind::Report));
         }
     }
 
@@ -149,13 +149,13 @@ impl Fleet {
 
     async fn until(&self, done: impl Fn(&Gateway) -> bool) {
         while !self.reading().all(|gateway| done(&gateway)) {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     pub(super) async fn nobody_connected(&self) {
         while self.board.connected.load(Ordering::Relaxed) > 0 {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -213,18 +213,18 @@ impl Board {
 }
 
 #[derive(Clone, Copy)]
-enum Lane {
+enum StreamKind {
     Config,
     Report,
 }
 
 /// Comes back whenever a stream ends, as a gateway does.
-async fn again(board: Arc<Board>, i: usize, lane: Lane) {
+async fn again(board: Arc<Board>, i: usize, kind: StreamKind) {
     let mut backoff = reconnect_backoff();
     loop {
-        let ended = match lane {
-            Lane::Config => config(&board, i, &mut backoff).await,
-            Lane::Report => report(&board, i, &mut backoff).await,
+        let ended = match kind {
+            StreamKind::Config => config(&board, i, &mut backoff).await,
+            StreamKind::Report => report(&board, i, &mut backoff).await,
         };
         // A stream that ends is what the bench brings about; one that never comes back fails it, and then says why.
         if let Err(error) = ended {
@@ -307,12 +307,12 @@ impl Gateway {
     }
 }
 
-/// What a gateway says on the report lane.
+/// What a gateway says on the report stream.
 struct Reporting<'a> {
     board: &'a Board,
     i: usize,
     sequence: u64,
-    /// The backends it looks at regularly.
+    /// The backends it probes regularly.
     assigned: BTreeSet<String>,
     out: mpsc::Sender<v1::StreamReportsRequest>,
 }
@@ -343,13 +343,13 @@ async fn report(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
                     in_flight: u32::try_from((own.sequence as usize + i + n) % 10).unwrap_or_default(),
                     ..Default::default()
                 });
-                let looks = own.assigned.iter().flat_map(|backend| own.look(backend)).collect();
-                own.send(loads.collect(), looks).await?;
+                let results = own.assigned.iter().flat_map(|backend| own.probe(backend)).collect();
+                own.send(loads.collect(), results).await?;
             }
             changed = broken.changed() => {
                 changed.context("the bench is over")?;
-                let looks = own.assigned.iter().flat_map(|backend| own.look(backend)).collect();
-                own.send(Vec::new(), looks).await?;
+                let results = own.assigned.iter().flat_map(|backend| own.probe(backend)).collect();
+                own.send(Vec::new(), results).await?;
             }
         }
     }
@@ -373,21 +373,21 @@ impl Reporting<'_> {
                 }
             }
         }
-        let mut looks = Vec::new();
+        let mut results = Vec::new();
         if let Some(assignments) = message.assignments {
             let liveness = assignments.assignments.iter().filter(|a| a.tier() == ProbeTier::Liveness);
             self.assigned = liveness.map(|a| a.backend.clone()).collect();
-            looks.extend(self.assigned.iter().flat_map(|backend| self.look(backend)));
+            results.extend(self.assigned.iter().flat_map(|backend| self.probe(backend)));
         }
         for order in &message.orders {
-            looks.extend(self.look(&order.backend));
-            looks.extend(self.look(&order.backend));
+            results.extend(self.probe(&order.backend));
+            results.extend(self.probe(&order.backend));
         }
-        if looks.is_empty() { Ok(()) } else { self.send(Vec::new(), looks).await }
+        if results.is_empty() { Ok(()) } else { self.send(Vec::new(), results).await }
     }
 
     /// What a probe of a backend sees.
-    fn look(&self, backend: &str) -> [v1::ProbeResult; 1] {
+    fn probe(&self, backend: &str) -> [v1::ProbeResult; 1] {
         let broken = self.board.broken.borrow().as_deref() == Some(backend);
         let outcome = if broken { ProbeOutcome::Refused } else { ProbeOutcome::Pass };
         [v1::ProbeResult {

@@ -1,4 +1,4 @@
-//! In front of a service: finds out who calls, lets the call pass or refuses it, and keeps it within its bound.
+//! The gate in front of a service: identifies the caller, admits or refuses the call, and keeps it within its bound.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -14,9 +14,9 @@ use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use weir_proto::v1;
 use weir_runtime::edge::GrpcPeer;
-use weir_runtime::grpc::{Bound, Permits, bounded};
+use weir_runtime::grpc::{Bound, HEALTH_CHECK, Permits, bounded};
 
-use super::{Authority, Caller, HEALTH_CHECK, bound, needs};
+use super::{Authority, Caller, bound, needs};
 use crate::tls;
 
 /// Who can reach a service.
@@ -24,7 +24,7 @@ use crate::tls;
 pub(crate) enum Reach {
     /// Whoever has the role that the method asks for.
     Authorised,
-    /// One check by everybody, since probes of containers have no token; all else by whoever is known.
+    /// One check by everybody, since probes of containers have no token; all else by known callers.
     Probes,
     /// Everybody: only where nobody else can connect.
     Everybody,

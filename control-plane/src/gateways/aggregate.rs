@@ -27,7 +27,7 @@ use crate::verdicts::{Verdicts, gateway};
 const BACKENDS_MAX: usize = 10_000;
 /// Most probe results taken from one report; a gateway has fewer probes under way.
 const RESULTS_MAX: usize = 10_000;
-/// Gateways that free what one that is gone left behind: more than one, for the case that it goes too.
+/// Gateways that clean up after one that is gone: more than one, since a cleaner may go too.
 const CLEANERS: usize = 3;
 /// Loads are published this often at most.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
@@ -36,15 +36,15 @@ const NEWS_INTERVAL: Duration = Duration::from_millis(250);
 /// The time constant of the paces shown to people.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
-/// The gathered picture. Cheap to clone.
+/// The sums over all reports. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Aggregate {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
-    /// Told when a load has changed that is not published.
+    /// Notified when a load has changed and is not published yet.
     changed: Arc<Notify>,
     departures: watch::Sender<Departures>,
-    /// Told when there is something new on how backends serve.
+    /// Changes when there are new speeds or traffic.
     served: watch::Sender<()>,
     verdicts: Verdicts,
     membership: Membership,
@@ -112,7 +112,7 @@ impl Average {
     }
 }
 
-/// The place of one report stream; dropping it takes away what came over it.
+/// One report stream; dropping it takes its reports off the sums.
 #[derive(Debug)]
 pub(crate) struct Reporter {
     aggregate: Aggregate,
@@ -159,8 +159,8 @@ impl Aggregate {
         &self.timeseries
     }
 
-    /// A gateway's stream begins with its first report; an older stream of the same process has no say any more, and that
-    /// of another process only when this one's token is of the gateway alone.
+    /// Opens the stream of a gateway with its first report. It replaces an older stream of the same process, and that of
+    /// another process only if the token is bound to this gateway.
     pub(crate) fn join(&self, first: &v1::StreamReportsRequest, claim: &Claim) -> Result<Reporter, Taken> {
         let mut reports = self.reports();
         let there = reports.by_gateway.get(&first.gateway_id);
@@ -191,7 +191,7 @@ impl Aggregate {
         Ok(Reporter { aggregate: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present })
     }
 
-    /// The gateways that keep away from a backend.
+    /// The gateways that have ejected a backend by themselves.
     pub(crate) fn ejected_by(&self, backend: &str) -> Vec<String> {
         let reports = self.reports();
         let ejects = |report: &Report| report.backends.get(backend).is_some_and(|(_, ejected)| *ejected);
@@ -205,12 +205,12 @@ impl Aggregate {
         reports.by_gateway.iter().map(|(id, report)| (id.clone(), row(report))).collect()
     }
 
-    /// Who is gone, and every change of it.
+    /// The gateways that are gone, and every change.
     pub(crate) fn departures(&self) -> watch::Receiver<Departures> {
         self.departures.subscribe()
     }
 
-    /// Whether a gateway is among those that free what others leave behind.
+    /// Whether a gateway is among those that clean up the leases of gateways that are gone.
     pub(crate) fn cleans_up(&self, gateway: &str) -> bool {
         self.reports().by_gateway.keys().take(CLEANERS).any(|id| id == gateway)
     }
@@ -222,7 +222,8 @@ impl Aggregate {
         }
     }
 
-    /// Publishes loads, a change after a silence at once, and finds out who does not come back, until `stop`. One that is
+    /// Publishes loads, and finds out which gateways do not come back, until `stop`. The first change after a silence is
+    /// published at once. One that is
     /// still `connected` for its configuration is not gone.
     pub(crate) async fn run(self, connected: impl Fn(&str) -> bool, stop: CancellationToken) {
         loop {
@@ -248,7 +249,7 @@ impl Aggregate {
         self.reports().paces.get(backend).copied().unwrap_or_default()
     }
 
-    /// Told when there is something new on how backends serve.
+    /// Changes when there are new speeds or traffic.
     pub(crate) fn served(&self) -> watch::Receiver<()> {
         self.served.subscribe()
     }
@@ -261,7 +262,7 @@ impl Aggregate {
         by_gateway.get(gateway).map(|own| speeds.without(&own.reported_speeds)).unwrap_or_default()
     }
 
-    /// What requests of the fleet came to at these backends.
+    /// How the requests of all gateways ended at these backends.
     pub(crate) fn traffic_at(&self, backends: &BTreeSet<&str>) -> Traffic {
         let reports = self.reports();
         let known = backends.iter().filter_map(|name| reports.traffic.get_key_value(*name));
@@ -275,7 +276,7 @@ impl Aggregate {
 }
 
 impl Reports {
-    /// One gateway has so many in flight where it had so many before. True: that changes the sum.
+    /// Changes what one gateway has in flight at a backend. Returns whether that changes the sum.
     fn moved(&mut self, backend: &str, before: u32, now: u32) -> bool {
         if before == now {
             return false;
@@ -292,14 +293,14 @@ impl Reports {
         true
     }
 
-    /// Takes away what a gateway said.
+    /// Takes the loads of a gateway off the sums.
     fn forget(&mut self, report: &Report) {
         for (backend, (in_flight, _)) in &report.backends {
             self.moved(backend, *in_flight, 0);
         }
     }
 
-    /// Whether those who are told how backends serve are to be woken: of many reports that come together, once.
+    /// Whether to wake the report streams for new speeds and traffic: once for many reports that come together.
     fn is_news_due(&mut self, report: &v1::StreamReportsRequest) -> bool {
         let now = Instant::now();
         let says =
@@ -311,7 +312,7 @@ impl Reports {
         due
     }
 
-    /// Adds what requests came to.
+    /// Counts how requests ended.
     fn count(&mut self, backend: &v1::BackendReport) {
         let bad = [backend.connect_failures, backend.server_errors, backend.timeouts, backend.busy];
         let bad = bad.into_iter().fold(0, u64::saturating_add);

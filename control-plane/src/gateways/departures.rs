@@ -1,16 +1,16 @@
-//! Who has left, and who is gone.
+//! Gateways whose stream has ended, and gateways that are gone.
 //!
-//! A report stream that ends may be a network that hiccups: its gateway is gone when it has not come back for a while
-//! on either lane, or when another process speaks under its name.
+//! A report stream may end because of the network. Its gateway is gone when neither its report stream nor its
+//! configuration stream has come back for a while, or when another process uses its name.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a gateway may be away from both lanes. Its lanes come back within a second when it lives.
+/// How long a gateway may be without both streams. They come back within a second when it lives.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// Departures remembered: gateways are told at once, so few lie unread.
+/// Departures remembered: they are sent at once, so few are unsent.
 const KEPT: usize = 256;
 /// Gateways that may be leaving at once; leases of more run out by themselves.
 const LEAVING_MAX: usize = 10_000;

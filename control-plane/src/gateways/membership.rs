@@ -1,4 +1,4 @@
-//! How many gateways there are: those with a stream on either lane, each counted once.
+//! How many gateways there are: those with a configuration or a report stream, each counted once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

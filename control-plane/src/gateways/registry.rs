@@ -1,4 +1,4 @@
-//! The subscribers, gateways and limit services: who is connected, what each has acknowledged and what it refuses.
+//! The subscribers (gateways and limit services): which are connected, what each has acknowledged and what it refuses.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 /// Answers per gateway whose times are kept, to tell since when it has held a revision.
 const ANSWERS_KEPT: usize = 64;
 
-/// Ids remembered at once. One token may come with many names; who left longest ago is forgotten first.
+/// Ids remembered at once. One token may come with many names; the one that left longest ago is forgotten first.
 const IDS_MAX: usize = 20_000;
 
 /// By what right a stream has an id.
@@ -30,7 +30,7 @@ pub(crate) enum Claim {
 }
 
 impl Claim {
-    /// Of who proved to be this caller and [may speak](crate::auth::Authority::speaks_for) for the gateway.
+    /// The claim of a caller that [may speak](crate::auth::Authority::speaks_for) for the gateway.
     pub(crate) const fn of(caller: &Caller) -> Self {
         if caller.gateway_id.is_some() { Self::Own } else { Self::Shared }
     }
@@ -58,7 +58,7 @@ pub(crate) enum Taken {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Registry {
     gateways: Arc<Mutex<Gateways>>,
-    /// Counts changes, for those who wait for one.
+    /// Counts changes, for tasks that wait for one.
     changes: watch::Sender<u64>,
 }
 
@@ -81,7 +81,7 @@ struct Entry {
     answers: VecDeque<(u64, Instant)>,
     stale: bool,
     stream: u64,
-    /// It follows another control plane, and says here what it holds.
+    /// It follows another control plane, and reports here what it holds.
     observer: bool,
     /// Ends the stream when another one of the same gateway takes over.
     replaced: CancellationToken,
@@ -222,7 +222,7 @@ impl Registry {
         gateways.by_id.values().any(|entry| entry.gateway.connected && entry.is_pending(revision))
     }
 
-    /// Who of those connected is at a revision, who is not there yet, and who took it but for what it refused.
+    /// Which connected subscribers are at a revision, which are not there yet, and which refused part of it.
     pub(crate) fn applied(&self, revision: u64) -> v1::WaitAppliedResponse {
         let gateways = self.gateways();
         let mut out = v1::WaitAppliedResponse::default();

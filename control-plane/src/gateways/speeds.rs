@@ -1,7 +1,7 @@
-//! How fast backends serve, over the whole fleet: each gateway is told what all the others saw.
+//! How fast backends serve, over all gateways: each gateway is sent the sums of all others.
 //!
-//! Gateways report averages that forget with time, all of them and each time anew, so the latest of each is added up
-//! and what a gateway that has gone saw goes with it. What a gateway reported itself is taken off again: it knows that
+//! Gateways report averages that forget with time, all of them in each report. The latest report of each gateway is
+//! summed, and leaves the sum with its gateway. The own report of a gateway is not in what it is sent: it knows that
 //! better and sooner.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
 
 /// Backend, model, measure.
 pub(crate) type SpeedKey = (String, String, i32);
-/// What one gateway saw, or what a gateway was told.
+/// Averages that a gateway reported or was sent.
 pub(crate) type Speeds = BTreeMap<SpeedKey, Average>;
 
 /// Most averages of one gateway; more than any configuration has.
@@ -22,9 +22,9 @@ const SPEEDS_MAX: usize = 30_000;
 const TAU: Duration = Duration::from_secs(10);
 /// Sums are not older than this: as old as the reports they are made of.
 const REFRESH: Duration = Duration::from_secs(1);
-/// Less than this says nothing.
+/// Averages of fewer measurements are not sent.
 const COUNT_MIN: f64 = 0.1;
-/// What has changed by less than this share is not told again.
+/// An average that has changed by less than this share is not sent again.
 const NEWS: f64 = 0.02;
 /// The same for how much an average rests on: that only bounds what chance explains.
 const NEWS_COUNT: f64 = 0.25;
@@ -38,7 +38,7 @@ pub(crate) struct Average {
 }
 
 impl Average {
-    /// Worth telling a gateway that was told `before` so long ago, and has been forgetting it since.
+    /// Whether to send it to a gateway that was sent `before` so long ago, and has been forgetting it since.
     fn is_news(&self, before: Option<(Self, Duration)>) -> bool {
         let far = |now: f64, old: f64, share: f64| (now - old).abs() > share * old.abs();
         before.is_none_or(|(old, age)| {
@@ -56,12 +56,12 @@ impl Average {
     }
 }
 
-/// What a gateway was told, and when.
+/// What a gateway was last sent, and when.
 #[derive(Debug, Default)]
 pub(crate) struct LastSentSpeeds(BTreeMap<SpeedKey, (Average, Instant)>);
 
 impl LastSentSpeeds {
-    /// What is new to it, which it then knows. What is gone fades there by itself.
+    /// What is new to the gateway; counts as sent. What is gone fades there by itself.
     pub(crate) fn news(&mut self, speeds: &Speeds) -> Vec<FleetSpeed> {
         let now = Instant::now();
         self.0.retain(|key, _| speeds.contains_key(key));
@@ -113,7 +113,7 @@ impl Sum {
     }
 }
 
-/// What one gateway saw, and what of it is in the sums.
+/// What one gateway reported, and what of it is in the sums.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ReportedSpeeds {
     speeds: Arc<Speeds>,
@@ -145,7 +145,7 @@ pub(super) struct SpeedSums {
 }
 
 impl SpeedSums {
-    /// Adds up anew what gateways saw, unless that was done just now.
+    /// Sums the reports of all gateways, unless that was done just now.
     pub(super) fn refresh<'a>(&mut self, gateways: impl Iterator<Item = &'a mut ReportedSpeeds>) {
         let now = Instant::now();
         if self.at.is_some_and(|at| now - at < REFRESH) {
@@ -163,7 +163,7 @@ impl SpeedSums {
         }
     }
 
-    /// What all but one saw.
+    /// The averages over all gateways but one.
     pub(super) fn without(&self, own: &ReportedSpeeds) -> Speeds {
         let others = self.sums.iter().filter_map(|(key, sum)| {
             let sum = own.counted.get(key).map_or(*sum, |own| sum.plus(*own, -1.0));
@@ -194,10 +194,10 @@ mod tests {
         let mut all = [seen(10.0, 1.0, 0.0), seen(30.0, 2.0, 0.5), seen(f64::NAN, 1.0, 0.0)];
         let mut paces = SpeedSums::default();
         paces.refresh(all.iter_mut());
-        let told = |paces: &SpeedSums, to: &ReportedSpeeds| paces.without(to).into_values().next();
-        let Average { count, mean, variance } = told(&paces, &all[2]).unwrap();
+        let sent_to = |paces: &SpeedSums, to: &ReportedSpeeds| paces.without(to).into_values().next();
+        let Average { count, mean, variance } = sent_to(&paces, &all[2]).unwrap();
         assert!(close(count, 40.0) && close(mean, 1.75) && close(variance, 0.5625), "{mean} {variance}");
-        let first = told(&paces, &all[0]).unwrap();
+        let first = sent_to(&paces, &all[0]).unwrap();
         assert!(
             close(first.count, 30.0) && close(first.mean, 2.0) && close(first.variance, 0.5),
             "{first:?}"
@@ -205,16 +205,16 @@ mod tests {
         // Nothing new comes: what was seen fades, and its mean stays.
         tokio::time::advance(TAU).await;
         paces.refresh(all.iter_mut());
-        let faded = told(&paces, &all[0]).unwrap();
+        let faded = sent_to(&paces, &all[0]).unwrap();
         assert!(close(faded.count, 30.0 / std::f64::consts::E) && close(faded.mean, 2.0), "{faded:?}");
-        let mut known = LastSentSpeeds::default();
-        assert_eq!(known.news(&paces.without(&all[0])).len(), 1);
-        assert_eq!(known.news(&paces.without(&all[0])).len(), 0, "it was told just now");
+        let mut last_sent = LastSentSpeeds::default();
+        assert_eq!(last_sent.news(&paces.without(&all[0])).len(), 1);
+        assert_eq!(last_sent.news(&paces.without(&all[0])).len(), 0, "it was sent just now");
         tokio::time::advance(TAU / 2).await;
         let as_before = paces.without(&all[0]);
-        assert_eq!(known.news(&as_before).len(), 1, "there it has faded, here it was seen again");
+        assert_eq!(last_sent.news(&as_before).len(), 1, "there it has faded, here it was seen again");
         tokio::time::advance(10 * TAU).await;
         paces.refresh(all.iter_mut());
-        assert_eq!(told(&paces, &all[0]), None, "next to nothing is nothing");
+        assert_eq!(sent_to(&paces, &all[0]), None, "next to nothing is nothing");
     }
 }

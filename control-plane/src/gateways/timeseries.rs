@@ -26,7 +26,7 @@ const LATENCY_TAU_S: f64 = 30.0;
 const NAMES_MAX: usize = 10_000;
 /// Limits followed at once.
 const LIMITS_MAX: usize = 512;
-/// A limit that no gateway speaks of for so long is not shown any more.
+/// A limit that no gateway reports for so long is not shown any more.
 const LIMIT_KNOWN_FOR: Duration = Duration::from_secs(60);
 
 /// The figures. Cheap to clone.
@@ -50,7 +50,7 @@ struct Inner {
 /// Kind of scope, its name, what is limited.
 pub(crate) type LimitKey = (String, String, String);
 
-/// What requests came to lately.
+/// How requests ended lately.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Traffic {
     pub(crate) requests: Rate,
@@ -95,7 +95,7 @@ pub(crate) struct Backend {
     pub(crate) p50: Line,
 }
 
-/// How a limit stands.
+/// The state of a limit.
 #[derive(Debug, Clone)]
 pub(crate) struct Limit {
     pub(crate) limit: u64,
@@ -153,7 +153,7 @@ impl Timeseries {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what a gateway says.
+    /// Takes in a report.
     pub(crate) fn report(&self, gateway: &str, report: &v1::StreamReportsRequest) {
         let mut inner = self.inner();
         let inner = &mut *inner;
@@ -161,12 +161,12 @@ impl Timeseries {
         if let Some(traffic) = &report.traffic {
             let mut flying = inner.traffic.in_flight;
             let requests = inner.traffic.add(second, traffic);
-            // A gateway may say anything: no number of its makes a sum begin again.
+            // A gateway may send any number; none of them makes a sum overflow.
             let sum = &mut inner.lines.sum;
             sum.requests = sum.requests.saturating_add(requests);
             sum.refused = sum.refused.saturating_add(traffic.refused);
             sum.failed = sum.failed.saturating_add(traffic.failed);
-            if let Some(own) = place(&mut inner.gateways, gateway) {
+            if let Some(own) = entry(&mut inner.gateways, gateway) {
                 // What all have is changed by what this one has, not summed anew: reports come from a thousand.
                 let others = flying.saturating_sub(own.in_flight);
                 own.add(second, traffic);
@@ -176,7 +176,7 @@ impl Timeseries {
         }
         for backend in report.backends.iter().filter(|backend| !backend.first_byte_counts.is_empty()) {
             inner.latency.add(&backend.first_byte_counts);
-            if let Some(own) = place(&mut inner.backends, &backend.backend) {
+            if let Some(own) = entry(&mut inner.backends, &backend.backend) {
                 own.latency.add(&backend.first_byte_counts);
             }
         }
@@ -200,7 +200,7 @@ impl Timeseries {
         inner.backends.retain(|name, _| names.contains(name.as_str()));
         for name in names {
             let load = loads.get(name).copied().unwrap_or_default();
-            if let Some(own) = place(&mut inner.backends, name) {
+            if let Some(own) = entry(&mut inner.backends, name) {
                 own.load_sum += f64::from(load);
             }
         }
@@ -280,7 +280,7 @@ impl Inner {
             at: now,
         });
         limit.refusals.add(second, report.refusals);
-        // Who asked nobody lately leaves the word to those who did.
+        // A gateway that has not asked the store lately does not know how full the limit is.
         if report.used.is_some() {
             (limit.limit, limit.used, limit.shadow, limit.at) =
                 (report.limit, report.used, report.shadow, now);
@@ -314,8 +314,8 @@ fn second(origin: &mut Option<Instant>) -> u64 {
     origin.get_or_insert_with(Instant::now).elapsed().as_secs()
 }
 
-/// The place of a name; none when there are too many.
-fn place<'a, T: Default>(all: &'a mut BTreeMap<String, T>, name: &str) -> Option<&'a mut T> {
+/// The entry of a name; `None` when there are too many.
+fn entry<'a, T: Default>(all: &'a mut BTreeMap<String, T>, name: &str) -> Option<&'a mut T> {
     if !all.contains_key(name) {
         if all.len() >= NAMES_MAX {
             return None;

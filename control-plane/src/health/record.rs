@@ -436,9 +436,9 @@ impl HealthRecord {
         if !(tally.ejects() || missing || alone) {
             return None;
         }
-        let said: Vec<String> =
+        let details: Vec<String> =
             failing().take(3).map(|(v, vote)| format!("{v}: {}", short(&vote.detail))).collect();
-        let detail = said.join("; ");
+        let detail = details.join("; ");
         let loading =
             failing().filter(|(_, vote)| vote.last == Outcome::Loading).count() * 2 > failing().count();
         let newest = failing().map(|(_, vote)| vote.at).max().unwrap_or_default();

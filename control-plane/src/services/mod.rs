@@ -54,7 +54,7 @@ pub(crate) struct Shared {
 
 /// Longest id of a gateway, bytes.
 pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
-/// Longest of what a gateway says of itself besides: its region, its build, the start of its process; bytes.
+/// Longest region, build and incarnation of a gateway, bytes.
 const ABOUT_MAX_BYTES: usize = 128;
 
 /// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
@@ -62,7 +62,7 @@ pub(crate) fn is_gateway_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
-/// Checks what a gateway says of itself.
+/// Checks the id and the texts by which a gateway introduces itself.
 fn check_about(gateway_id: &str, about: &[(&str, &str)]) -> Result<(), Status> {
     if !is_gateway_id(gateway_id) {
         return Err(Status::invalid_argument(

@@ -365,10 +365,10 @@ mod tests {
             let health = v1::BackendHealth { suspect, state: state.into(), ..Default::default() };
             Healths::from([("b".to_owned(), health)])
         };
-        let told = health(false, v1::HealthState::Healthy);
-        assert!(!is_urgent(&told, &health(true, v1::HealthState::Healthy)));
-        assert!(is_urgent(&told, &health(true, v1::HealthState::Unhealthy)));
-        assert!(is_urgent(&Healths::new(), &told), "a backend nobody was told of");
+        let sent = health(false, v1::HealthState::Healthy);
+        assert!(!is_urgent(&sent, &health(true, v1::HealthState::Healthy)));
+        assert!(is_urgent(&sent, &health(true, v1::HealthState::Unhealthy)));
+        assert!(is_urgent(&Healths::new(), &sent), "a backend that was not sent yet");
     }
 
     #[test]

@@ -12,37 +12,16 @@ use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::server::NamedService;
 use weir_runtime::edge::GrpcPeer;
-use weir_runtime::grpc::{Bound, Permits, StreamBound, bounded};
+use weir_runtime::grpc::{Bound, HEALTH_CHECK, Permits, bounded, standard_bound};
 
 use crate::auth::Guard;
 
-/// The one method that everybody may call: kubelets and proxies ask for health and have no token.
-const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
-/// A check is a few bytes each way.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Above the longest wait that a call may ask for, 60 s.
 const CALL_TIMEOUT: Duration = Duration::from_secs(90);
-/// Streams of those who watch health: one for each proxy, and room to spare.
-const HEALTH_WATCHES_MAX: usize = 256;
-/// After this a stream is opened anew, and with it its token is looked at again.
-const HEALTH_WATCH_AGE: Duration = Duration::from_secs(10 * 60);
-/// Streams of reflection: people who look around.
-const REFLECTIONS_MAX: usize = 64;
-/// A look around takes a second.
-const REFLECTION_AGE: Duration = Duration::from_secs(30);
 
 fn bound(path: &str) -> Bound {
     // All callers have one token, so none of them has a share of its own.
-    let stream =
-        |kind, most, age| Bound::Stream(StreamBound { kind, most, most_per_caller: most, age: Some(age) });
-    match path {
-        HEALTH_CHECK => Bound::Unary(CHECK_TIMEOUT),
-        "/grpc.health.v1.Health/Watch" => stream("health watches", HEALTH_WATCHES_MAX, HEALTH_WATCH_AGE),
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => {
-            stream("reflection streams", REFLECTIONS_MAX, REFLECTION_AGE)
-        }
-        _ => Bound::Unary(CALL_TIMEOUT),
-    }
+    standard_bound(path, usize::MAX).unwrap_or(Bound::Unary(CALL_TIMEOUT))
 }
 
 /// A service behind the gate.

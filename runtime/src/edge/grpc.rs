@@ -169,7 +169,7 @@ impl<S> Layer<S> for BusyLayer {
     }
 }
 
-/// See [`BusyLayer`].
+/// The service of a [`BusyLayer`].
 #[derive(Debug, Clone)]
 pub struct BusyService<S>(S);
 
@@ -192,7 +192,7 @@ where
     }
 }
 
-/// See [`BusyLayer`].
+/// A call on its way; its answer carries the busy mark on.
 #[derive(Debug)]
 pub struct BusyFuture<F> {
     answer: F,

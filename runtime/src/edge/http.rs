@@ -343,13 +343,13 @@ async fn http2<I: Transport>(
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT);
     let mut driver = std::pin::pin!(builder.serve_connection(TokioIo::new(begun), service));
-    let mut told = false;
+    let mut goaway_sent = false;
     let ended = poll_fn(|cx| {
         if connection.poll_cut(cx).is_some() {
             return Poll::Ready(Ok(()));
         }
-        if !told && connection.ends() {
-            told = true;
+        if !goaway_sent && connection.ends() {
+            goaway_sent = true;
             driver.as_mut().graceful_shutdown();
         }
         driver.as_mut().poll(cx)

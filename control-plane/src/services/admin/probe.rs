@@ -1,4 +1,4 @@
-//! Probe now: those who look at a backend anyway look at once, and the caller is told what each saw.
+//! Probes on demand: the observers of a backend probe it at once, and the caller is answered with their results.
 
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, timeout_at};

@@ -1,4 +1,4 @@
-//! A subscriber that follows another control plane: it is sent nothing but heartbeats, and says what it holds.
+//! A subscriber that follows another control plane: it is sent only heartbeats, and reports what it holds.
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tonic::{Status, Streaming};
@@ -28,9 +28,9 @@ pub(super) async fn serve(
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
     let _present = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
     tracing::debug!(gateway = hello.gateway_id, "observed: it follows another control plane");
-    let mut beat = interval(HEARTBEAT);
-    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    beat.reset();
+    let mut heartbeats = interval(HEARTBEAT);
+    heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    heartbeats.reset();
     let ends = Instant::now() + age_limit()?;
     // Whether it holds all of its revision.
     let mut whole = true;
@@ -65,7 +65,7 @@ pub(super) async fn serve(
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
                 snapshot = snapshots.borrow_and_update().clone();
             }
-            _ = beat.tick() => {
+            _ = heartbeats.tick() => {
                 shared.authority.still(&caller)?;
                 heartbeat(&outbox, held.revision);
             }

@@ -21,7 +21,7 @@ pub(super) const STALE_AFTER: Duration = Duration::from_secs(30);
 /// And for so long, its stream is closed: it is stuck, and a new stream begins from what it really holds.
 pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 
-/// See the module.
+/// What one gateway holds, what is in flight to it, and what it refused.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) config: ConfigState,
@@ -58,7 +58,7 @@ struct Refused {
     serving: bool,
 }
 
-/// What an answer said.
+/// The meaning of an answer.
 #[derive(Debug, PartialEq)]
 pub(super) enum Answered {
     /// It was not of the delta on its way.

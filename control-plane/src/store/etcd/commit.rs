@@ -29,9 +29,9 @@ const COMPARES_MAX: usize = 100;
 /// Transactions of others that are looked through to find out whether one of ours was made.
 const LOOK_BACK: usize = 64;
 
-/// The store as it is known to have been left.
+/// The tip of the store as it was last read or written.
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct LastTip {
     revision: u64,
     /// etcd's revision of the tip.
     modified: i64,
@@ -39,7 +39,7 @@ pub(super) struct Known {
     of: BTreeMap<String, u64>,
 }
 
-impl Known {
+impl LastTip {
     fn fits(&self, compares: &[Compare]) -> bool {
         compares.iter().all(|compare| self.of.get(&compare.key) == Some(&compare.revision))
     }
@@ -90,7 +90,7 @@ impl Inner {
     }
 
     /// Reads the tip and the keys compared, all of one revision.
-    async fn look(&self, compares: &[Compare]) -> Result<Known, Error> {
+    async fn look(&self, compares: &[Compare]) -> Result<LastTip, Error> {
         let keys = compares.iter().map(|compare| layout::get(self.layout.key(&compare.key)));
         let success = std::iter::once(layout::get(self.layout.tip())).chain(keys).collect();
         let answer = self.client.txn(TxnRequest { success, ..TxnRequest::default() }).await?.answer;
@@ -100,10 +100,10 @@ impl Inner {
         let tip = Tip::read(&entry.value).ok_or_else(gone)?;
         let revision = |entry| layout::unkept(&entry).map_or(0, |(revision, _)| revision);
         let of = compares.iter().zip(found).map(|(c, found)| (c.key.clone(), found.map_or(0, revision)));
-        Ok(Known { revision: tip.revision, modified: entry.mod_revision, of: of.collect() })
+        Ok(LastTip { revision: tip.revision, modified: entry.mod_revision, of: of.collect() })
     }
 
-    fn request(&self, before: &Known, writes: &[Write], revision: u64, id: &str) -> TxnRequest {
+    fn request(&self, before: &LastTip, writes: &[Write], revision: u64, id: &str) -> TxnRequest {
         let ops = writes.iter().map(|write| match write {
             Write::Put(key, value) => layout::put(self.layout.key(key), layout::kept(revision, value), 0),
             Write::Delete(key) => layout::delete(self.layout.key(key), bytes::Bytes::new()),
@@ -142,14 +142,14 @@ fn last_of_each(writes: Vec<Write>) -> Vec<Write> {
 }
 
 /// What is known after a transaction.
-fn after(before: Known, writes: &[Write], revision: u64, modified: i64) -> Known {
+fn after(before: LastTip, writes: &[Write], revision: u64, modified: i64) -> LastTip {
     let mut of = before.of;
     for write in writes {
         if let Some(known) = of.get_mut(write.key()) {
             *known = if matches!(write, Write::Put(..)) { revision } else { 0 };
         }
     }
-    Known { revision, modified, of }
+    LastTip { revision, modified, of }
 }
 
 /// The same operations, in transactions within transactions when there are many.

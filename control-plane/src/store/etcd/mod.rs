@@ -49,7 +49,7 @@ struct Inner {
     layout: Layout,
     log: Log,
     /// What the last transaction left; held over a commit, so that writers of one process do not meet in etcd.
-    known: Mutex<Option<commit::Known>>,
+    known: Mutex<Option<commit::LastTip>>,
     leases: Mutex<lease::Leases>,
 }
 
