@@ -1,15 +1,6 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-# Where the version of rust-toolchain.toml is not installed by that name and none is downloaded: `stable`, if it is that version.
-ifndef RUSTUP_TOOLCHAIN
-RUSTUP_TOOLCHAIN := $(shell rustc --version >/dev/null 2>&1 || RUSTUP_TOOLCHAIN=stable rustc --version 2>/dev/null | \
-	awk '/^rustc / { while (getline line < "rust-toolchain.toml") if (line == "channel = \"" $$2 "\"") print "stable" }')
-ifneq ($(RUSTUP_TOOLCHAIN),)
-export RUSTUP_TOOLCHAIN
-endif
-endif
-
 .PHONY: announce deny fuzz test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.

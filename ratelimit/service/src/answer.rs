@@ -8,10 +8,10 @@ use weir_proto::envoy::service::ratelimit::v3::RateLimitResponse;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_response::rate_limit::Unit;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_response::{Code, DescriptorStatus, RateLimit};
 use weir_proto::resource::TimeUnit;
+use weir_ratelimit::{Charge, ChargeRule, Decision, FOREVER, LimitState, Outcome, Verdict};
 
 use crate::rules::Rule;
 use crate::wire::duration;
-use weir_ratelimit::{Charge, ChargeRule, Decision, FOREVER, LimitState, Outcome, Verdict};
 
 /// A descriptor, the rule it matched and the limits it met.
 #[derive(Debug)]

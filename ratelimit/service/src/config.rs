@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use weir_proto::resource::Resource;
-use weir_runtime::{AllowedHost, Secret};
-
 use weir_ratelimit::redis::ColdStart;
+use weir_runtime::{AllowedHost, Secret};
 
 /// Shorter tokens could be guessed.
 const TOKEN_MIN_CHARS: usize = 16;

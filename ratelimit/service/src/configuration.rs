@@ -10,9 +10,9 @@ use weir_proto::resource::Resource;
 use weir_proto::v1::SubscriberRole;
 
 use crate::config::Config;
+use crate::error::StartError;
 use crate::metrics::Metrics;
 use crate::rules::Rules;
-use crate::run::StartError;
 
 /// The rules in force and whether there are any to be in force.
 #[derive(Debug, Clone)]

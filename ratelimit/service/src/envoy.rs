@@ -14,14 +14,14 @@ use weir_proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitService;
 use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitResponse};
 use weir_proto::resource::{RuleMode, TimeUnit};
+use weir_ratelimit::{
+    Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome, ServiceStack,
+};
 
 use crate::answer::{Asked, answer};
 use crate::metrics::Metrics;
 use crate::rules::{Entry, Rule, Rules};
 use crate::wire::{Check, refusal};
-use weir_ratelimit::{
-    Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome, ServiceStack,
-};
 
 /// Longest key or value, bytes.
 const TEXT_MAX_BYTES: usize = 1024;

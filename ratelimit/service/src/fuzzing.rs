@@ -10,13 +10,13 @@ use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitRespo
 use weir_proto::resource::Resource;
 use weir_proto::v1;
 use weir_proto::v1::limit_service_server::LimitService as _;
+use weir_ratelimit::ServiceStack;
+use weir_ratelimit::memory::MemoryLimiter;
 
 use crate::envoy::Envoy;
 use crate::metrics::Metrics;
 use crate::native::Native;
 use crate::rules::Rules;
-use weir_ratelimit::ServiceStack;
-use weir_ratelimit::memory::MemoryLimiter;
 
 /// Both services over limits of this process.
 #[derive(Debug, Clone)]

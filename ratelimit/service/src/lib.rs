@@ -16,6 +16,7 @@ mod auth;
 pub mod config;
 mod configuration;
 mod envoy;
+mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod gate;
@@ -27,4 +28,5 @@ mod store;
 mod wire;
 
 pub use config::Config;
-pub use run::{Running, StartError, start};
+pub use error::StartError;
+pub use run::{Running, start};

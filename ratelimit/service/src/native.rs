@@ -12,11 +12,11 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 use weir_proto::v1;
 use weir_proto::v1::limit_service_server::LimitService;
+use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy};
+use weir_ratelimit::{Acquire, Error, Limiter, Outcome, Renewal, ServiceStack, Settle};
 
 use crate::metrics::Metrics;
 use crate::wire::{Check, duration, limit_states, refusal};
-use weir_ratelimit::waiting::{Alternatives, Priority, QueueId, QueuePolicy};
-use weir_ratelimit::{Acquire, Error, Limiter, Outcome, Renewal, ServiceStack, Settle};
 
 /// See the module.
 #[derive(Debug, Clone)]

@@ -8,7 +8,6 @@ use weir_proto::resource::{
     DescriptorRule, EntryPattern, HitKind, NamePattern, Rates, Resource, RuleMode, ScopePattern, Spec,
     TimeUnit, ValuePattern,
 };
-
 use weir_ratelimit::rates::tightest;
 use weir_ratelimit::{Bucket, Key, Kind, Scope, ScopeLimits, scope_limits};
 

@@ -12,21 +12,22 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitServiceServer;
 use weir_proto::v1::limit_service_server::LimitServiceServer;
+use weir_ratelimit::memory::MemoryLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
+use weir_ratelimit::{AnyLimiter, ServiceStack};
 use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
 use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Permits};
-use weir_runtime::{AllowedHosts, Readiness, exit, serve_ops};
+use weir_runtime::{AllowedHosts, Readiness, serve_ops};
 
 use crate::auth::Guard;
 use crate::config::Config;
 use crate::configuration;
 use crate::envoy::Envoy;
+use crate::error::StartError;
 use crate::gate::Gated;
 use crate::metrics::Metrics;
 use crate::native::Native;
 use crate::store::Watcher;
-use weir_ratelimit::memory::MemoryLimiter;
-use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
-use weir_ratelimit::{AnyLimiter, ServiceStack};
 
 /// Largest request.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
@@ -37,34 +38,6 @@ const STREAMS_MAX: u32 = 1024;
 const CHECK_BYTES_MAX: usize = 1 << 10;
 /// A caller that is gone without a word is noticed after so long, and as long again.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-
-/// Why a limit service could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// A setting is wrong; says which.
-    #[error("{0}")]
-    Config(String),
-    /// An address cannot be used.
-    #[error("cannot listen on {address}: {source}; stop what uses it or choose another with {flag}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// The flag that sets it.
-        flag: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-}
-
-impl StartError {
-    /// The exit code of a process that ends with this error.
-    pub const fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_) => exit::CONFIG,
-            Self::Listen { .. } => exit::UNAVAILABLE,
-        }
-    }
-}
 
 /// A limit service that runs.
 #[derive(Debug)]

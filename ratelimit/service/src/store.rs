@@ -12,7 +12,6 @@ use tonic_health::server::HealthReporter;
 use weir_runtime::Readiness;
 
 use weir_proto::resource::Rates;
-
 use weir_ratelimit::{Error, Limiter, Scope, ScopeLimits, ServiceStack, scope_limits};
 
 /// Between two questions.

@@ -7,7 +7,6 @@ use smallvec::SmallVec;
 use tonic::Status;
 use weir_proto::resource::{Name, Rates, Violation, Violations};
 use weir_proto::{status, v1};
-
 use weir_ratelimit::{
     Cost, Error, FOREVER, Key, LimitState, MAX_SCOPES, ReservationId, Scope, ScopeLimits, Scopes, Trouble,
     Verdict, What, scope_keys, scope_limits,

@@ -5,7 +5,7 @@
 //! be asked again; unless something was given back meanwhile. What this process gives back is seen at once
 //! ([`DenyCache::given_back`]); what others give back is not, and bounds how long a refusal is kept: [`LIFE`]. So a
 //! request may be refused that would have fitted into what *other* processes returned within the last 20 ms, as if it
-//! had come that much earlier; never because of anything older, and never past the moment the store named.
+//! had come that much earlier; never because of anything older, and never past the time the store named.
 //!
 //! Refusals for want of a lease or a slot are not kept at all: requests end all the time, and nobody knows when.
 //! A refusal is kept together with the limits it was made under, so a changed limit is asked about.

@@ -4,7 +4,7 @@
 //! [`WithoutStore`](crate::model::limits::WithoutStore) says; a gateway's share starts where the cluster's bucket states were last seen, and the leases it
 //! already holds count against its share of slots.
 //!
-//! **No double burst.** What was admitted here is told to the store when it is back, before requests go there again:
+//! **No double burst.** What was admitted here is reported to the store when it is back, before requests go there again:
 //! settlements that had to wait, open grants (taken over under their own ids, so that they settle like any other),
 //! leases, and the rest of each local bucket state as one charge. A gateway's bucket state drains at its share of the rate from its
 //! share of the level, so the shares' bucket states together are never below the bucket state one store would have had. Gateways go
@@ -13,7 +13,7 @@
 //! **A store that forgot is an outage.** One that comes back empty within milliseconds has lost every lease. Until the
 //! gateways have counted theirs again, the grace of any return, each decides alone.
 //!
-//! **Nobody waits for a dead store.** Once the [`Breaker`](breaker::Breaker) is open only the background asks; see there.
+//! **Nobody waits for a dead store.** Once the circuit breaker (`breaker.rs`) is open, only the background asks.
 
 mod breaker;
 mod calls;

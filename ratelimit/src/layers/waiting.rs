@@ -1,9 +1,9 @@
 //! Waiting for a limit instead of being refused at once.
 //!
 //! A refused call stands in the queue of what refused it: a scope's buckets, its concurrency, or the slots of some
-//! backends. Only the head of a queue asks again: at the moment the limiter named, at once when something was given
+//! backends. Only the head of a queue asks again: at the time the limiter named, at once when something was given
 //! back in this process ([`Waiting::released`]), and for leases, whose end nobody can name, every few milliseconds.
-//! Whoever could not be served in time is told so at once, with the time at which it would fit.
+//! A call that could not be served in time is refused at once, with the time at which it would fit.
 //!
 //! Waiters hold nothing: dropping the future leaves the queue, and whatever the dropped ask may have been granted is
 //! the caller's to cancel by the call's id.

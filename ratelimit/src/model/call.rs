@@ -22,7 +22,7 @@ pub struct Acquire {
     /// True when the token part of `cost` was estimated and not stated by the caller: such a cost is clamped to
     /// a bucket's capacity instead of being refused for ever.
     pub estimated: bool,
-    /// Every scope the request is under, at most [`MAX_SCOPES`].
+    /// Every scope the request is under, at most [`MAX_SCOPES`](crate::MAX_SCOPES).
     pub scopes: Scopes,
     /// Backends in order of preference, at most [`MAX_CANDIDATES`]. Empty: no slot is wanted.
     pub candidates: Vec<Candidate>,
@@ -82,7 +82,8 @@ pub struct Decision {
     pub limits: Vec<LimitState>,
     /// The store's time of the decision, microseconds since an epoch of its own.
     pub now_us: u64,
-    /// True when the cluster's store could not decide and this process did, by each limit's [`WithoutStore`].
+    /// True when the cluster's store could not decide and this process did, by each limit's
+    /// [`WithoutStore`](crate::WithoutStore).
     pub degraded: bool,
 }
 

@@ -1,7 +1,7 @@
 //! Whether a store still is what it was.
 //!
 //! A store that was restarted empty or flushed answers like any other, but has forgotten every lease: whoever holds one
-//! must count it again before anybody is let in beside it. Stores that can tell bear a mark of their data set's birth.
+//! must count it again before anybody is let in beside it. Stores that can tell keep the time of their data set's birth.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ use tokio::sync::watch;
 /// Tells when another data set is found than before.
 #[derive(Debug)]
 pub struct DataSet {
-    /// The mark of the last one; zero before the first.
+    /// The birth of the last one found; zero before the first.
     birth: AtomicU64,
     lost: watch::Sender<u64>,
 }

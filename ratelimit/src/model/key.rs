@@ -64,7 +64,7 @@ pub enum Scope<'a> {
     },
 }
 
-/// The record and the lease set of a scope, in this order: what [`ScopeLimits`] wants.
+/// The record and the lease set of a scope, in this order: what [`ScopeLimits`](crate::ScopeLimits) wants.
 pub fn scope_keys(scope: Scope<'_>) -> (Key, Key) {
     (scope.key('s'), scope.key('c'))
 }
@@ -180,7 +180,7 @@ impl Key {
         build(format_args!("{}:a", of.0))
     }
 
-    /// The mark of a data set: when it was born. One key, kept for ever.
+    /// When the data set was born. One key, kept for ever.
     pub fn birth() -> Key {
         build(format_args!("weir:{{g}}:birth"))
     }

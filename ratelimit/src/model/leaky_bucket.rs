@@ -43,9 +43,9 @@ pub struct Terms {
     pub unit: f64,
 }
 
-/// What is stored per kind: how much was used and had not drained at a moment, in microseconds.
+/// What is stored per kind: how much was used and had not drained at a timestamp, in microseconds.
 ///
-/// Each kind has its own moment. With one moment per record, a slow kind would lose its fraction of a
+/// Each kind has its own timestamp. With one timestamp per record, a slow kind would lose its fraction of a
 /// micro-unit each time a busy kind beside it is written, and could stop draining altogether.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct BucketState {
@@ -131,7 +131,7 @@ impl Terms {
 }
 
 impl BucketState {
-    /// The level at `now`. Time before the record's own moment counts as that moment.
+    /// The level at `now`. A time before the record's own timestamp counts as that timestamp.
     pub fn level_at(&self, terms: &Terms, now: f64) -> f64 {
         (self.level - terms.drained(now - self.ts)).max(0.0)
     }
@@ -152,7 +152,7 @@ impl BucketState {
     }
 
     /// Adds `delta` micro-units. A debit stops at the ceiling (or where the level already was), a credit at
-    /// zero. A delta of zero leaves even the moment alone, so nothing is lost to rounding.
+    /// zero. A delta of zero leaves even the timestamp alone, so nothing is lost to rounding.
     pub fn apply(&self, terms: &Terms, delta: f64, now: f64) -> BucketState {
         if delta == 0.0 {
             return *self;

@@ -39,9 +39,9 @@ pub trait Limiter: Send + Sync {
     ) -> impl Future<Output = Result<Vec<ReservationId>, Error>> + Send;
     /// Frees leases without settling.
     fn release(&self, id: ReservationId, leases: &[Key]) -> impl Future<Output = Result<(), Error>> + Send;
-    /// Frees every lease that a holder which is gone took in these sets, at most
-    /// [`crate::model::call::ORPHAN_SETS_MAX`]; how many. `None` when it says itself that it lives: then nothing is freed.
-    /// Idempotent. One that lives all the same finds its leases lost, and may take them again.
+    /// Frees every lease that a process which is gone took in these sets, at most
+    /// [`crate::model::call::ORPHAN_SETS_MAX`]; returns how many. `None` when it is a member: then nothing is freed.
+    /// Idempotent. A process that lives all the same finds its leases lost, and may take them again.
     fn free_orphans(
         &self,
         owner: OwnerId,

@@ -1,5 +1,5 @@
 //! The arithmetic under any clock, one that runs backwards included: the scripts' own text and its twin in Rust give the
-//! same bits. A real server's clock cannot be turned, so the functions of `bucket state.lua` are called with moments of the
+//! same bits. A real server's clock cannot be turned, so the functions of `leaky_bucket.lua` are called with times of the
 //! test's own.
 
 use std::time::Duration;
@@ -18,7 +18,7 @@ local a = {}
 for i = 1, 9 do a[i] = tonumber(ARGV[i]) end
 local now, cost, delta = a[7], a[8], a[9]
 local record = '\\2' .. put('<dd', a[5], a[6]):rep(5) .. put('<d', 0)
-local m = bucket_state(record, a[1], a[2], a[3], a[4], now)
+local m = meter(record, a[1], a[2], a[3], a[4], now)
 local verdict, wait = judge(m, cost, now)
 local left, empty = standing(m, now)
 apply(m, delta, now)

@@ -161,11 +161,11 @@ async fn lua_and_rust_give_the_same_bits() {
         end
         return out";
     let world = World::redis().await;
-    let bucket_state = include_str!("../../src/store/redis/scripts/leaky_bucket.lua");
+    let script = include_str!("../../src/store/redis/scripts/leaky_bucket.lua");
     // Up to 53 bits, of every magnitude.
     let number = |seed: u128, shift: u32| (seed as u64 & ((1 << 53) - 1)) >> (shift % 53);
     let mut command = ::redis::cmd("EVAL");
-    command.arg(format!("{bucket_state}{TAIL}")).arg(0);
+    command.arg(format!("{script}{TAIL}")).arg(0);
     let mut expected = Vec::new();
     for _ in 0..2_000 {
         let (a, b) = (uuid::Uuid::new_v4().as_u128(), uuid::Uuid::new_v4().as_u128());

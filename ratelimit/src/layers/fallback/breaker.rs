@@ -110,13 +110,13 @@ impl Breaker {
         true
     }
 
-    /// The store has lost what it knew: it is told before it is asked again, as after an outage.
+    /// The store has lost what it knew: everything is reported to it before it is asked again, as after an outage.
     pub(super) fn lost(&mut self, now: Duration) {
         *self = Self { phase: Phase::Open, due: now, ..Self::default() };
     }
 
     /// Starts a new window when the last is over; true when it did.
-    pub(super) fn roll(&mut self, now: Duration) -> bool {
+    pub(super) fn next_window(&mut self, now: Duration) -> bool {
         let over = now.saturating_sub(self.window) >= WINDOW;
         if over {
             (self.window, self.failures) = (now, 0);
@@ -171,7 +171,7 @@ mod tests {
         let mut breaker = Breaker::default();
         for n in 0..100 {
             assert!(!breaker.failed(NOW + WINDOW * n, Trouble::Unknown, 1));
-            breaker.roll(NOW + WINDOW * n);
+            breaker.next_window(NOW + WINDOW * n);
             breaker.answered();
         }
     }
@@ -180,7 +180,7 @@ mod tests {
     fn a_fifth_of_many_calls_failing_opens_it() {
         let fails = |calls_per_failure: u32| {
             let mut breaker = Breaker::default();
-            breaker.roll(NOW);
+            breaker.next_window(NOW);
             (1..=40).any(|n| {
                 breaker.answered();
                 breaker.failed(NOW, Trouble::Unknown, n * calls_per_failure)

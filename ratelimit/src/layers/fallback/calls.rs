@@ -181,7 +181,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         if room { Ok(()) } else { Err(no_room()) }
     }
 
-    /// Only the store knows who holds what there, and who lives.
+    /// Only the store knows who holds which lease, and which processes are members.
     async fn free_orphans(&self, owner: OwnerId, leases: &[Key]) -> Result<Option<u64>, Error> {
         let inner = &self.inner;
         if !inner.is_asked() {
@@ -221,7 +221,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         local.peek(scopes, inner.gateways())
     }
 
-    /// Only the store has the account of the whole cluster; what ended here meanwhile is missing until it has been told.
+    /// Only the store knows the usage of the whole cluster; what ended here meanwhile is missing until it is reported.
     async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
         let inner = &self.inner;
         if !inner.is_asked() {

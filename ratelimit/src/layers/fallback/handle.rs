@@ -62,12 +62,12 @@ impl<L: Limiter + 'static> Fallback<L> {
         }
     }
 
-    /// Tells the store what it can before the process ends, for at most so long; how much it could not.
+    /// Reports to the store what it can before the process ends, for at most so long; how much it could not.
     pub async fn flush(&self, most: Duration) -> usize {
         if self.inner.engaged.load(Ordering::Relaxed) {
-            let told = tokio::time::timeout(most, recovery::tell(&self.inner)).await;
-            if !matches!(told, Ok(Ok(()))) {
-                tracing::warn!("the limit store was not told all that was decided without it");
+            let reported = tokio::time::timeout(most, recovery::report(&self.inner)).await;
+            if !matches!(reported, Ok(Ok(()))) {
+                tracing::warn!("not all local decisions were reported to the limit store");
             }
         }
         lock(&self.inner.local).waiting()

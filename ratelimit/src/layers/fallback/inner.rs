@@ -143,7 +143,7 @@ impl<L: Limiter> Inner<L> {
         let now = self.now();
         let opened = {
             let mut breaker = lock(&self.breaker);
-            if breaker.roll(now) {
+            if breaker.next_window(now) {
                 self.calls.store(1, Ordering::Relaxed);
             }
             let opened = breaker.failed(now, trouble, calls);

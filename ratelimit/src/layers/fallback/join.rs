@@ -18,7 +18,7 @@ use crate::model::key::Key;
 use crate::model::limiter::Limiter;
 use crate::model::limits::WithoutStore;
 
-/// A grant of this process that the store is being asked about. However that ends, it is told of it later, unless the
+/// A grant of this process that the store is being asked about. However that ends, it is reported later, unless the
 /// answer was taken over before.
 struct Asking<'a, L: Limiter> {
     inner: &'a Inner<L>,

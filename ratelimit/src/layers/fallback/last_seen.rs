@@ -131,7 +131,7 @@ mod tests {
         seen.note(std::slice::from_ref(&scope), std::slice::from_ref(&used_up), 5e6);
         let level = |now| seen.level(&record, Kind::Requests, now) / 1e6;
         assert_eq!((level(5e6), level(6e6), level(9e6)), (60.0, 60.0, 57.0));
-        let nearly = LimitState { remaining: 10, reset: Duration::from_secs(50), ..used_up.clone() };
+        let nearly = LimitState { remaining: 10, reset: Duration::from_secs(50), ..used_up };
         seen.note(std::slice::from_ref(&scope), &[nearly], 9e6);
         assert_eq!((level(9e6), level(11e6)), (51.0, 49.0), "others may have used one since");
     }

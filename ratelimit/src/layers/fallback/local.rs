@@ -1,4 +1,4 @@
-//! What this process decided without the store, and what of it the store has not been told.
+//! What this process decided without the store, and what of it was not reported to the store.
 
 mod owed;
 
@@ -46,7 +46,7 @@ pub(super) struct Grant {
     pub(super) lease_ttl: Duration,
     /// The store may have granted the same id.
     unknown: bool,
-    /// The store is being asked: until it has answered, the grant is not to be told.
+    /// The store is being asked: until it has answered, the grant is not reported.
     asking: bool,
     charged: Vec<(Key, [f64; Kind::COUNT])>,
 }
@@ -110,7 +110,7 @@ impl Local {
         self.engaged.is_some()
     }
 
-    /// Whether the store has been told everything.
+    /// Whether everything was reported to the store.
     pub(super) fn is_clear(&self) -> bool {
         let charged = self.records.values().all(|b| b.charge.is_none());
         charged && self.grants.is_empty() && self.waiting() == 0
@@ -404,7 +404,7 @@ fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) 
     });
 }
 
-/// Clients are told their limit, not this process's share of it.
+/// Puts the full limit in place of this process's share: answers to clients show the limit.
 fn show_full_limits(limits: &mut [LimitState], scopes: &[ScopeLimits]) {
     for limit in limits {
         let Some(scope) = limit.scope_in(scopes) else { continue };

@@ -20,22 +20,22 @@ use crate::model::kind::Kind;
 use crate::model::limiter::Limiter;
 use crate::model::limits::{Mode, ScopeLimits};
 
-/// Calls under way at once while the store is told.
+/// Calls under way at once while decisions are reported to the store.
 const AT_ONCE: usize = 64;
 /// How soon a doubtful store is probed again while the breaker is closed.
 const DOUBT: Duration = Duration::from_millis(50);
 /// A store that was not asked for so long is probed.
 const UNASKED: Duration = Duration::from_secs(1);
-/// Single decisions made here while the store serves wait so long before the store is told.
+/// Single decisions made here while the store serves wait so long before they are reported.
 const SETTLE_DOWN: Duration = Duration::from_millis(200);
 
 /// Runs until aborted.
 pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
     let inner = &inner;
-    let mut told_leases = true;
+    let mut leases_retaken = true;
     loop {
         if inner.hear_of_loss() {
-            told_leases = false;
+            leases_retaken = false;
         }
         let (phase, due) = {
             let breaker = lock(&inner.breaker);
@@ -43,13 +43,13 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
         };
         match phase {
             Phase::Closed => {
-                told_leases = true;
+                leases_retaken = true;
                 if inner.suspicious.load(Ordering::Relaxed) {
                     tokio::time::sleep(DOUBT).await;
                     doubt(inner).await;
                 } else if inner.engaged.load(Ordering::Relaxed) {
                     tokio::time::sleep(SETTLE_DOWN).await;
-                    if inner.is(Phase::Closed) && tell(inner).await.is_ok() {
+                    if inner.is(Phase::Closed) && report(inner).await.is_ok() {
                         reset_if_clear(inner);
                     }
                 } else {
@@ -65,28 +65,28 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
                 tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await;
                 // Whoever finds nothing to ask or to tell must not miss that it is away again.
                 doubt(inner).await;
-                match tell(inner).await {
+                match report(inner).await {
                     Err(error) => away_again(inner, &error),
                     Ok(()) if inner.now() >= lock(&inner.breaker).due() => close(inner).await,
                     Ok(()) => {}
                 }
             }
             Phase::Open => {
-                told_leases = false;
+                leases_retaken = false;
                 tokio::time::sleep(due.saturating_sub(inner.now())).await;
                 let good = probe(inner).await.is_ok();
                 step(inner, good);
             }
             Phase::Returning => {
-                let mut told = Ok(());
-                if !told_leases {
-                    told = retake_leases(inner).await;
-                    told_leases = told.is_ok();
+                let mut reported = Ok(());
+                if !leases_retaken {
+                    reported = retake_leases(inner).await;
+                    leases_retaken = reported.is_ok();
                 }
-                if told.is_ok() {
-                    told = tell(inner).await;
+                if reported.is_ok() {
+                    reported = report(inner).await;
                 }
-                match told {
+                match reported {
                     Err(error) => away_again(inner, &error),
                     Ok(()) if inner.now() >= due => join(inner),
                     Ok(()) => tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await,
@@ -97,7 +97,7 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
 }
 
 /// Returns when nothing was asked of the store for a while. A gateway without traffic has to find an outage too: else it
-/// would be the first to ask a store that has not been told yet what the others admitted meanwhile.
+/// would be the first to ask a store to which the others have not yet reported what they admitted.
 async fn unasked<L: Limiter>(inner: &Inner<L>) {
     loop {
         let calls = inner.calls.load(Ordering::Relaxed);
@@ -142,7 +142,7 @@ fn join<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// Requests are the store's alone again; what was decided up to that moment is told at once.
+/// Requests are the store's alone again; what was decided until now is reported at once.
 async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
     {
         let mut breaker = lock(&inner.breaker);
@@ -154,7 +154,7 @@ async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
         inner.publish(breaker.phase());
     }
     tracing::info!("the limit store is back and knows what was decided without it");
-    if tell(inner).await.is_ok() {
+    if report(inner).await.is_ok() {
         reset_if_clear(inner);
     }
 }
@@ -226,7 +226,7 @@ async fn take<L: Limiter>(
 }
 
 /// Tells the store everything that was decided here so far.
-pub(super) async fn tell<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
+pub(super) async fn report<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
     settle_pending(inner).await?;
     // One pass each: under load there is always something new, and the next round comes soon.
     let grants = lock(&inner.local).unadopted();

@@ -36,7 +36,7 @@ struct Chunk {
     until: Instant,
 }
 
-/// See the module.
+/// The quota of one scope in this process.
 #[derive(Debug)]
 pub(super) struct Quota {
     limits: ScopeLimits,
@@ -48,7 +48,7 @@ pub(super) struct Quota {
     measured: Instant,
     taking: bool,
     not_before: Instant,
-    /// What the store has not been told: more (or, negative, less) was used than it was told of.
+    /// What was not reported to the store: so much more (or, negative, less) was used than it knows.
     owed: [i64; Kind::COUNT],
     /// What the store last said about each kind, and when.
     seen: [Option<(LimitState, Instant)>; Kind::COUNT],
@@ -82,7 +82,7 @@ impl Quota {
         }
     }
 
-    /// Uses so many units of every limited kind, all or none; tells until when they are good, so that they can be
+    /// Uses so many units of every limited kind, all or none; returns until when they are good, so that they can be
     /// put back.
     pub(super) fn take(&mut self, units: &Units, now: Instant) -> Option<Instant> {
         self.used = now;
@@ -241,7 +241,7 @@ impl Quota {
         Some(LimitState { scope, what, verdict: Verdict::Fits, limit: bucket.capacity, remaining, reset })
     }
 
-    /// What the store is to be told.
+    /// The charges that are to be reported to the store.
     pub(super) fn owed(&mut self, now: Instant) -> Vec<Charge> {
         self.expire(now);
         let mut charges = Vec::new();
@@ -254,7 +254,7 @@ impl Quota {
         charges
     }
 
-    /// It was not told, or nobody knows. What is owed is owed; a credit is given once or not at all.
+    /// A report failed, or its outcome is unknown. A debit is reported again; a credit is given once or not at all.
     pub(super) fn not_reported(&mut self, charge: &Charge, unknown: bool) {
         if charge.added > 0 || !unknown {
             let owed = &mut self.owed[charge.kind as usize];

@@ -10,7 +10,7 @@ use crate::model::call::{Acquire, Decision, Outcome};
 
 impl Waiting {
     /// Asks, and waits in turn as long as it is refused and policy lasts. `ask` must decide `call` as it stands at
-    /// that time; what it gives beside the decision is passed on. It is told at the head of which queue the call
+    /// that time; what it gives beside the decision is passed on. It gets the queue at whose head the call
     /// stands, so that it can pass over alternatives that others wait for ([`Waiting::is_awaited`]). Where all
     /// alternatives refuse, its decision must name the limits of the one to wait for, and of no other.
     ///

@@ -68,13 +68,13 @@ pub struct Full;
 pub enum Turn {
     /// This one's, now.
     Now,
-    /// This one's, at that moment.
+    /// This one's, at that time.
     At(u64),
     /// Somebody else's.
     Later,
 }
 
-/// How a queue was refused last: what newcomers are told without asking.
+/// How a queue was refused last: what newcomers are answered without asking.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Note {
     /// The limit that refused.

@@ -326,7 +326,7 @@ impl<'a> Wait<'a> {
         pause
     }
 
-    /// What one is told who never got to ask: how the queue was refused last.
+    /// The refusal of a call that never got to ask: how its queue was refused last.
     pub(super) fn refusal_of_queue(&self) -> Decision {
         let Some(seat) = &self.seat else { return self.refusal(&QueueId::Slots("".into()), None, POLL_MAX) };
         let QueuePolicy { tenant, priority, .. } = self.policy;

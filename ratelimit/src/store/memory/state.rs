@@ -204,7 +204,7 @@ impl State {
         leases.iter().for_each(|key| self.drop_lease(key, id));
     }
 
-    /// `None` when the holder lives.
+    /// `None` when the owner is a member.
     pub(super) fn free_orphans(&mut self, owner: OwnerId, leases: &[Key], now: u64) -> Option<u64> {
         if self.live(&Key::membership(), now).holds(owner.membership_entry()) {
             return None;

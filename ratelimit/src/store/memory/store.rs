@@ -1,17 +1,18 @@
 //! What the memory limiter remembers, and how it forgets.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::leases::Leases;
-use super::usage::Day;
 use crate::model::call::Candidate;
 use crate::model::checks::{Line, TOMBSTONE_LIFE, micros};
 use crate::model::id::ReservationId;
 use crate::model::key::Key;
 use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, Terms};
+use crate::model::usage::Tally;
 
 /// Expired entries removed per call.
 const SWEEP_MAX: usize = 16;
@@ -52,6 +53,13 @@ pub(super) enum Stage {
     Settled,
     /// Ended before it was ever granted.
     NeverGranted,
+}
+
+/// What a tenant used on a day, by model.
+#[derive(Debug, Default)]
+pub(super) struct Day {
+    pub(super) lines: BTreeMap<Arc<str>, Tally>,
+    pub(super) expires: u64,
 }
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]

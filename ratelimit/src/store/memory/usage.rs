@@ -1,19 +1,10 @@
 //! The account of who used what, as `scripts/settle.lua` keeps it.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use super::store::{Due, State, later};
+use super::store::{Day, Due, State, later};
 use crate::model::key::Key;
-use crate::model::usage::{OTHER_MODELS, Tally, USAGE_LIFE, USAGE_MODELS_MAX, Usage, UsageLines};
-
-/// What a tenant used on a day, by model.
-#[derive(Debug, Default)]
-pub(super) struct Day {
-    lines: BTreeMap<Arc<str>, Tally>,
-    pub(super) expires: u64,
-}
+use crate::model::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX, Usage, UsageLines};
 
 impl State {
     pub(super) fn note_usage(&mut self, usage: &Usage, now: u64) {

@@ -131,7 +131,7 @@ fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
     }
 }
 
-/// Limits as far as scripts are told of them.
+/// The parts of limits that scripts get.
 struct Under<'a>(&'a [ScopeLimits]);
 
 impl Hash for Under<'_> {

@@ -120,17 +120,17 @@ impl RedisLimiter {
         self.client.run(&script::RELEASE, &keys, &args).await.map(drop)
     }
 
-    /// With the roll among the keys or without it; `None` when the holder is on it.
+    /// With the membership set among the keys or without it; `None` when the owner is a member.
     pub(super) async fn free_orphans_one_slot(
         &self,
         owner: OwnerId,
-        roll: Option<&Key>,
+        members: Option<&Key>,
         leases: &[Key],
     ) -> Result<Option<u64>, Error> {
-        let keys: Vec<&Key> = roll.into_iter().chain(leases).collect();
+        let keys: Vec<&Key> = members.into_iter().chain(leases).collect();
         let mut args = script::Args::default();
         args.word(&owner.id_suffix());
-        match roll {
+        match members {
             Some(_) => args.id(owner.membership_entry()),
             None => args.word(""),
         };

@@ -71,7 +71,7 @@ impl Client {
         let Some(mut pooled) = pooled.map_err(|_| Error::Timeout(CONNECT_TIMEOUT))?? else {
             return self.run(script, keys, &args).await;
         };
-        // Missing buckets mean nothing to a report, so the birth of the data set is not told.
+        // Missing buckets mean nothing to a report, so it does not get the birth of the data set.
         let reply = self.in_time(eval(&mut pooled, 0, script, keys, &args)).await.ok_or_else(late)?;
         reply.map_err(|error| classify(&error))
     }

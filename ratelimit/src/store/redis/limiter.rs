@@ -166,11 +166,11 @@ impl Limiter for RedisLimiter {
 
     async fn free_orphans(&self, owner: OwnerId, leases: &[Key]) -> Result<Option<u64>, Error> {
         checks::check_orphans(leases)?;
-        let roll = Key::membership();
-        if self.splits(std::iter::once(&roll).chain(leases)) {
-            return self.free_orphans_split(owner, &roll, leases).await;
+        let members = Key::membership();
+        if self.splits(std::iter::once(&members).chain(leases)) {
+            return self.free_orphans_split(owner, &members, leases).await;
         }
-        self.free_orphans_one_slot(owner, Some(&roll), leases).await
+        self.free_orphans_one_slot(owner, Some(&members), leases).await
     }
 
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {

@@ -282,14 +282,15 @@ impl RedisLimiter {
         Ok(())
     }
 
-    /// The roll is looked at first, then each slot. One that says that it lives in between finds its leases lost.
+    /// Reads the membership set first, then frees slot by slot. A process that becomes a member in between finds its leases
+    /// lost.
     pub(super) async fn free_orphans_split(
         &self,
         owner: OwnerId,
-        roll: &Key,
+        members: &Key,
         leases: &[Key],
     ) -> Result<Option<u64>, Error> {
-        if self.free_orphans_one_slot(owner, Some(roll), &[]).await?.is_none() {
+        if self.free_orphans_one_slot(owner, Some(members), &[]).await?.is_none() {
             return Ok(None);
         }
         let mut freed = 0;

@@ -41,7 +41,7 @@ const REPORT_CONNECTION_AGE_MAX: Duration = Duration::from_secs(30);
 /// Makes connections.
 #[derive(Clone)]
 pub(super) enum Source {
-    One { client: Client, config: Box<AsyncConnectionConfig>, reports: Pool },
+    One { client: Box<Client>, config: Box<AsyncConnectionConfig>, reports: Pool },
     Sentinel { client: Arc<Mutex<SentinelClient>>, reports: sentinel::Pool },
     Cluster(Box<ClusterClient>),
 }
@@ -102,7 +102,7 @@ impl Source {
             .post_recycle(deadpool_redis::Hook::sync_fn(|_, metrics| young(metrics)))
             .build();
         let reports = reports.map_err(|_| Error::Invalid("not a Redis pool"))?;
-        Ok(Source::One { client, config: Box::new(config), reports })
+        Ok(Source::One { client: Box::new(client), config: Box::new(config), reports })
     }
 
     fn cluster(plain: &str, rest: &str, connect: Duration) -> Result<Self, Error> {
@@ -145,7 +145,7 @@ impl Source {
             hosts.split(',').map(|host| format!("{plain}://{}", with_port(host))).collect();
         let client = SentinelClient::build(
             sentinels.clone(),
-            service.to_owned(),
+            service,
             Some(node.clone().into()),
             SentinelServerType::Master,
         );

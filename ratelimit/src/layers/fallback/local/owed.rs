@@ -1,4 +1,4 @@
-//! What the store is told of: grants, charges and usage, and what it has been told.
+//! What is reported to the store: grants, charges and usage, and what it knows already.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::limits::{ScopeLimits, Scopes};
 use crate::model::usage::Usage;
 
-/// The store is told of so many parts of a unit, and not of what is smaller.
+/// Charges are reported in so many parts of a unit; what is smaller is not.
 const PARTS: f64 = 1000.0;
 
 impl Local {
