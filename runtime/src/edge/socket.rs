@@ -13,7 +13,8 @@ use super::table::Open;
 
 /// Bytes that the kernel holds for a peer beyond what is on its way: with what the kernel takes by itself, megabytes of
 /// each answer would lie there for a peer that reads slowly, and the room would be noticed only when a third is free.
-const UNSENT_BYTES: u32 = 128 << 10;
+/// Half of it must be sent before a write goes on, which a peer that takes 2 KB/s must manage well within `write_stall`.
+const UNSENT_BYTES: u32 = 32 << 10;
 
 /// One accepted connection, in its listener's table until it is dropped.
 #[derive(Debug)]
