@@ -15,6 +15,7 @@ use weir_runtime::grpc::{Bound, StreamBound, standard_bound};
 use crate::catalog::Catalog;
 use crate::encoding::sha256;
 use crate::model::State;
+use crate::tls::Identity;
 
 mod bound_tokens;
 mod gate;
@@ -83,12 +84,12 @@ enum Proof {
     Certificate,
 }
 
-/// What a client certificate says about its holder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Identity {
-    pub(crate) role: Role,
-    /// Of a gateway its id, else the operator's name.
-    pub(crate) name: Arc<str>,
+/// Longest id of a gateway, bytes.
+pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
+
+/// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
+pub(crate) fn is_gateway_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// The one judge of callers. Cheap to clone.

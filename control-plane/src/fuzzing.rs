@@ -4,11 +4,12 @@ use bytes::Bytes;
 use rustls::pki_types::CertificateDer;
 use weir_proto::v1;
 
-use crate::auth::{Identity, role_name};
+use crate::auth::role_name;
 use crate::model::State;
 use crate::model::audit::Logged;
 use crate::page::act::Action;
 use crate::store::{Range, backup};
+use crate::tls::Identity;
 
 pub use crate::store::fuzzing as etcd;
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod audit;
 mod edit;
+pub(crate) mod fields;
 mod plan;
 #[cfg(test)]
 pub(crate) mod tests;

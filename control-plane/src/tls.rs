@@ -4,12 +4,11 @@
 //! costs no stream.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
 use weir_proto::v1::Role;
 use weir_runtime::{ServerTls, TlsError};
-
-use crate::auth::Identity;
 
 /// What a client certificate's URI name begins with: `weir://gateway/ID`, or `weir://ROLE/NAME`.
 const SCHEME: &str = "weir://";
@@ -32,6 +31,14 @@ impl TlsConfig {
     pub(crate) fn open(&self) -> Result<ServerTls, TlsError> {
         ServerTls::open_for(&self.cert, &self.key, self.client_ca.as_deref(), &[b"h2"])
     }
+}
+
+/// What a client certificate says about its holder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) role: Role,
+    /// Of a gateway its id, else the operator's name.
+    pub(crate) name: Arc<str>,
 }
 
 /// Who a client certificate, already verified, says its holder is: its first name of ours.

@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::is_gateway_id;
 use super::{TOKEN_MIN_CHARS, equal};
 use crate::encoding::sha256;
-use crate::services::is_gateway_id;
 
 /// Files of one directory that are read.
 const TOKENS_MAX: usize = 4096;

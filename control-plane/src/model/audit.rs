@@ -10,13 +10,13 @@ use bytes::Bytes;
 use prost::Message as _;
 use prost_reflect::DynamicMessage;
 use prost_types::Timestamp;
-use weir_proto::resource::{kind_name, kind_of};
 use weir_proto::v1;
 
+use super::fields::fields;
 use super::{Key, Plan, State, Stored, Unreadable};
 use crate::encoding::sha256;
 use crate::reflect::diff::{Difference, differences};
-use crate::reflect::{decode, descriptor, reflect};
+use crate::reflect::{decode, descriptor};
 
 /// Records kept; older ones are deleted as new ones are written.
 pub(crate) const AUDIT_MAX: u64 = 100_000;
@@ -289,38 +289,6 @@ fn with_etag(wire: v1::Resource) -> v1::Resource {
 
 pub(crate) fn field_change((path, before, after): Difference) -> v1::FieldChange {
     v1::FieldChange { path, before, after }
-}
-
-/// The fields that differ between two versions of a resource, one of which may be missing; paths are below the spec.
-/// Digests are left out: a changed key shows by its prefix.
-pub(crate) fn fields(before: Option<&v1::Resource>, after: Option<&v1::Resource>) -> Vec<Difference> {
-    const RESOURCE: &str = "weir.v1.Resource";
-    let visible = |wire: Option<&v1::Resource>| {
-        let shown = |wire: &v1::Resource| {
-            let mut spec = wire.spec.clone();
-            if let Some(v1::resource::Spec::ApiKey(key)) = &mut spec {
-                key.digests.iter_mut().for_each(|digest| digest.sha256.clear());
-            }
-            v1::Resource { spec, ..v1::Resource::default() }
-        };
-        wire.and_then(|wire| reflect(RESOURCE, &shown(wire)).ok())
-            .unwrap_or_else(|| DynamicMessage::new(descriptor(RESOURCE)))
-    };
-    let mut fields = differences(&visible(before), &visible(after));
-    let kind = after.or(before).map_or(v1::ResourceKind::Unspecified, kind_of);
-    let prefix = format!("{}.", kind_name(kind));
-    for (path, _, _) in &mut fields {
-        if let Some(below) = path.strip_prefix(&prefix) {
-            *path = below.to_owned();
-        }
-    }
-    let set = |wire: Option<&v1::Resource>| wire.map(|wire| wire.apply_set.clone()).unwrap_or_default();
-    let (old, new) = (set(before), set(after));
-    if old != new {
-        let json = |text: &str| if text.is_empty() { String::new() } else { format!("{text:?}") };
-        fields.push(("apply_set".into(), json(&old), json(&new)));
-    }
-    fields
 }
 
 /// What is wrong with a stretch of the log, given the hash before it (`None`: not known, it begins where the log does);

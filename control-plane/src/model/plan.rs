@@ -7,7 +7,7 @@ use prost_types::Timestamp;
 use weir_proto::resource::{EntryPattern, Resource, Spec, Violation, kind_of};
 use weir_proto::v1;
 
-use super::audit::fields;
+use super::fields::fields;
 use super::{Key, Refusal, State, Stored};
 use crate::reflect::diff::Difference;
 

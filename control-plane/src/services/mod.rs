@@ -16,7 +16,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use weir_proto::resource::{Violation, Violations};
 use weir_proto::status::{self, with_reason};
 
-use crate::auth::{Authority, Caller};
+use crate::auth::{Authority, Caller, is_gateway_id};
 use crate::catalog::{self, Catalog};
 use crate::gateways::aggregate::Aggregate;
 use crate::gateways::membership::Membership;
@@ -52,15 +52,8 @@ pub(crate) struct Shared {
     pub(crate) stop: CancellationToken,
 }
 
-/// Longest id of a gateway, bytes.
-pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
 /// Longest region, build and incarnation of a gateway, bytes.
 const ABOUT_MAX_BYTES: usize = 128;
-
-/// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
-pub(crate) fn is_gateway_id(id: &str) -> bool {
-    !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
-}
 
 /// Checks the id and the texts by which a gateway introduces itself.
 fn check_about(gateway_id: &str, about: &[(&str, &str)]) -> Result<(), Status> {
