@@ -27,11 +27,6 @@ pub use secret::Secret;
 pub use signals::shutdown_on_signals;
 pub use tls::{ServerTls, TlsError};
 
-/// Returns what is freed to the system. The C library's allocator keeps one heap per thread, and what thousands of connections
-/// have fragmented there stays resident after they are gone.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// The commit the build was told in `WEIR_COMMIT`; "unknown" otherwise.
 pub const COMMIT: &str = match option_env!("WEIR_COMMIT") {
     Some(commit) => commit,
