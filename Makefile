@@ -22,6 +22,7 @@ test-sdk: build
 	$(PYTHON) -m venv target/sdk
 	target/sdk/bin/pip install --quiet --requirement tests/sdk/requirements.txt
 	target/sdk/bin/python tests/sdk/test_openai_sdk.py target/debug/weir
+	target/sdk/bin/python tests/sdk/test_golden.py target/debug/weir
 
 # A real Envoy, from PyPI, in front of two weir-ratelimit replicas.
 test-envoy: tools build
@@ -46,7 +47,7 @@ test-page: build
 	target/page/bin/python tests/page/test_page.py target/debug/weir
 	target/page/bin/python tests/page/walkthrough.py target/debug
 
-# Each fuzz target for so many seconds, by libFuzzer. Installs a C++ compiler if there is none: see fuzz/run.
+# Each fuzz target for so many seconds, by libFuzzer, as many at once as there are cores. Installs a C++ compiler if there is none.
 FUZZ_SECONDS ?= 20
 fuzz:
 	fuzz/run all $(FUZZ_SECONDS)

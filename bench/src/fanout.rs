@@ -1,9 +1,9 @@
-//! How long until every gateway of a large fleet has a change, and what does that cost the control plane?
+//! How long until every gateway of a large fleet has a change, and what that costs the control plane.
 //!
-//! The control plane is a process of its own with a file store; the gateways are streams of this process that speak the
-//! whole protocol but serve nobody: each holds what it is sent, acknowledges it, reports its load every second, carries
-//! out its probes. The times are theirs: from before the operator's call, or from the verdict's own time, until a
-//! gateway has taken the change. Both sides share the machine, so the figures say what it can do with the clients on it.
+//! The control plane is a process with a file store. The gateways are streams of this process that speak the whole
+//! protocol without serving clients: each holds what it receives, acknowledges it, reports its load every second, and
+//! answers its probe assignments. Times count from before the operator's call, or from the verdict's own time, until
+//! a gateway has taken the change. Both sides share the machine, so the figures include the clients' load.
 
 mod subscriber;
 
@@ -27,11 +27,11 @@ use crate::roles::{ControlPlaneProcess, Mock, MockArgs};
 const MODEL: &str = "gpt-4.1";
 /// Backends in one pool.
 const POOL: usize = 5;
-/// Between two changes: longer than changes are gathered, so that each is sent by itself.
+/// The pause between two changes: longer than changes are merged, so that each is sent alone.
 const PAUSE: Duration = Duration::from_millis(300);
-/// Everybody must have a change, or be connected, within this.
+/// Every gateway must have a change, or be connected, within this time.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// One in so many gateways stops reading.
+/// One in this number of gateways stops reading.
 const STALLED_ONE_IN: usize = 20;
 
 /// How large the fleet is and how often it is told something.
@@ -77,7 +77,7 @@ pub(crate) async fn run(args: &FanoutArgs) -> anyhow::Result<Report> {
 }
 
 struct Scene {
-    /// What every backend's address is.
+    /// The address of every backend.
     _mock: Mock,
     control_plane: ControlPlaneProcess,
     admin: AdminServiceClient<Channel>,
@@ -85,12 +85,12 @@ struct Scene {
     backends: BTreeMap<String, v1::BackendSpec>,
     /// The store's revision after the last change.
     revision: u64,
-    /// Resident before anybody connected, MiB.
+    /// Resident memory before the first connection, MiB.
     rss_idle_mib: f64,
     connected_in: Duration,
 }
 
-/// What a row is made of.
+/// The figures of a row.
 struct Measured {
     change: &'static str,
     delays: Vec<Duration>,
@@ -102,7 +102,8 @@ struct Measured {
 impl Scene {
     async fn start(gateways: usize, backends: u16, directory: &Path) -> anyhow::Result<Self> {
         progress(&format!("{gateways} gateways, {backends} backends"));
-        // Until gateways are there, the control plane looks itself. What the simulated gateways' probes see, they make up.
+        // Before gateways connect, the control plane probes itself. The probe results of the simulated gateways are
+        // invented.
         let mock = Mock::start(
             "mock",
             &MockArgs { model: MODEL.into(), slots: 100, ..MockArgs::default() },
@@ -138,7 +139,7 @@ impl Scene {
         scene.fleet.start();
         scene.connected(start).await?;
         scene.connected_in = start.elapsed();
-        // The first probes are in, so that every backend is known to work.
+        // The first probe results are in, so every backend is known to work.
         tokio::time::timeout(PATIENCE, scene.fleet.everything_healthy())
             .await
             .context("not every backend was found healthy")?;
@@ -159,7 +160,7 @@ impl Scene {
         self.fleet.stall(0);
         self.everybody_has(self.revision).await?;
         all.push(self.restart(directory).await?);
-        // Whoever missed something in between would hold something else now.
+        // A gateway that had missed a change would hold something else now.
         self.everybody_has(self.revision).await?;
         self.fleet.check_held(self.revision)?;
         let gateways = self.fleet.len() as u64;
@@ -184,7 +185,7 @@ impl Scene {
         }
     }
 
-    /// Changes the weight of so many backends at once, several times.
+    /// Changes the weight of this number of backends at once, several times.
     async fn config(&mut self, change: &'static str, changes: u16, width: usize) -> anyhow::Result<Measured> {
         progress(&format!("{} gateways: {change}", self.fleet.len()));
         let (bytes, cpu) = (self.fleet.body_bytes(), self.control_plane.process.usage().cpu_s);
@@ -221,7 +222,7 @@ impl Scene {
         let names: Vec<String> = self.backends.keys().cloned().collect();
         for i in 0..usize::from(changes) {
             tokio::time::sleep(PAUSE).await;
-            // One of another pool each time: a pool keeps most of its backends, whatever is said of them.
+            // In another pool each time, because a pool keeps most of its backends whatever the probes say.
             let name = &names[(i * POOL + i / (names.len() / POOL).max(1)) % names.len()];
             self.fleet.break_backend(Some(name.clone()));
             let told = tokio::time::timeout(PATIENCE, self.fleet.everybody_told(name));
@@ -237,7 +238,7 @@ impl Scene {
         })
     }
 
-    /// Kills the control plane and starts it again with nothing changed: every gateway comes back at once.
+    /// Kills the control plane and starts it again unchanged: every gateway reconnects at once.
     async fn restart(&mut self, directory: &Path) -> anyhow::Result<Measured> {
         progress(&format!("{} gateways: restart", self.fleet.len()));
         let bytes = self.fleet.body_bytes();
@@ -318,7 +319,7 @@ fn seconds(seconds: i64) -> prost_types::Duration {
 /// A request with the bearer token.
 fn authorized<T>(token: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    // A token made of base64url is a valid header value.
+    // A base64url token is a valid header value.
     if let Ok(value) = format!("Bearer {token}").parse() {
         request.metadata_mut().insert("authorization", value);
     }

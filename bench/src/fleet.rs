@@ -1,5 +1,4 @@
-//! A control plane inside the bench, on a thread of its own: neither the load generator nor its own neighbours make it
-//! late.
+//! A control plane inside the bench, on a thread of its own: neither the load generator nor other tasks delay it.
 
 use std::net::SocketAddr;
 
@@ -18,7 +17,7 @@ pub(crate) struct ControlPlane {
     token: String,
     shutdown: CancellationToken,
     join: JoinHandle<Result<(), weir_control_plane::Error>>,
-    /// `None` once it has ended.
+    /// `None` after its end.
     runtime: Option<Runtime>,
 }
 
@@ -57,7 +56,7 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        // Not to be waited for here: this may be a thread that serves others.
+        // The thread is not joined here, because this may be a thread that serves others.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

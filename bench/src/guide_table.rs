@@ -1,14 +1,14 @@
-//! How much does each step of load balancing bring: one endpoint, round-robin over three, weights, active health
-//! checks, concurrency control? The table of the guide this project grew from, measured.
+//! The gain of each step of load balancing: one endpoint, round-robin over three, weights, active health checks,
+//! concurrency control. The table of the guide that this project grew from, measured.
 //!
 //! Every row is the real gateway in front of the same three simulated backends, under the same load with the same
-//! seed; only the resources differ, and each row names what it has. The backends are unequal in speed and in slots
-//! and queue what exceeds their slots, as engines do. In the middle of each run one of them (the same, and the one the
-//! first row has) freezes: its process is stopped, so that it still takes connections and answers nothing, health
-//! checks included, and later goes on.
+//! seed. Only the resources differ, and each row names its own. The backends differ in speed and in slots, and queue
+//! what exceeds their slots, as engines do. In the middle of each run one backend (always the one of the first row)
+//! freezes: its process is stopped, so that it still accepts connections and does not answer, health checks included;
+//! later it continues.
 //!
-//! The load is a closed loop: so many clients, each with one request at a time, of a length drawn from its seed. A
-//! client that gets an error waits half a second, as the SDKs do before they try again.
+//! The load is a closed loop: a number of clients with one request at a time, whose length is drawn from its seed.
+//! After an error a client waits half a second, as the SDKs do before they retry.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -35,11 +35,11 @@ const PRICE_INPUT: f64 = 2e6;
 const PRICE_OUTPUT: f64 = 8e6;
 /// Tokens of an answer, both included; 40 on average.
 const TOKENS: (u64, u64) = (20, 60);
-/// What a client waits after an error.
+/// The pause of a client after an error.
 const BACK_OFF: Duration = Duration::from_millis(500);
-/// A backend that has not begun to answer by then has failed, in every row.
-const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(2);
-/// When the backend freezes and for how long, as shares of the run.
+/// The silence after which a backend has failed, in every row. Only streams have this timeout.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
+/// When the backend freezes and for how long, as parts of the run.
 const FREEZE: (f64, f64) = (0.4, 0.25);
 
 /// A simulated backend: name, slots, tokens per second of each.
@@ -55,7 +55,7 @@ const REGIONS: [Region; 3] = [
     Region { name: "fra", slots: 18, tokens_per_s: 333.0 },
     Region { name: "vir", slots: 16, tokens_per_s: 275.0 },
 ];
-/// The one that freezes, and the only one of the first row.
+/// The backend that freezes, and the only one of the first row.
 const FROZEN: usize = 1;
 
 impl Region {
@@ -65,7 +65,7 @@ impl Region {
     }
 }
 
-/// One row: what is switched on, and the guide's figures for it.
+/// One row: the features that are on, and the guide's figures.
 struct Step {
     name: &'static str,
     has: &'static str,
@@ -144,7 +144,7 @@ pub(crate) struct GuideTableArgs {
     seed: u64,
 }
 
-/// What one row came to.
+/// The results of one row.
 struct Measured {
     outcome: Outcome,
     usd_per_1000: f64,
@@ -243,7 +243,11 @@ fn resources(step: &Step, addresses: &[SocketAddr]) -> anyhow::Result<Resources>
     let policy = if step.weights { BalancingPolicy::WeightedRoundRobin } else { BalancingPolicy::RoundRobin };
     let mut pool = v1::PoolSpec {
         balancing_policy: policy.into(),
-        timeouts: Some(v1::Timeouts { first_byte: Some(wire(FIRST_BYTE_TIMEOUT)?), ..Default::default() }),
+        timeouts: Some(v1::Timeouts {
+            first_byte: Some(wire(SILENCE_MAX)?),
+            idle: Some(wire(SILENCE_MAX)?),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     if step.health {
@@ -277,7 +281,7 @@ fn resources(step: &Step, addresses: &[SocketAddr]) -> anyhow::Result<Resources>
     Ok(resources)
 }
 
-/// Stops the backend's process in the middle of the run and lets it go on.
+/// Stops the backend's process in the middle of the run and lets it continue.
 async fn freeze(mock: &Mock, length: Duration) -> anyhow::Result<()> {
     let started = Instant::now();
     sleep_until(started + length.mul_f64(FREEZE.0)).await;
@@ -308,7 +312,7 @@ async fn client(address: SocketAddr, mut rng: Rng, until: Instant) -> Outcome {
     let mut connection: Option<Connection> = None;
     while Instant::now() < until {
         let tokens = rng.between(TOKENS.0, TOKENS.1);
-        let request = load::chat(KEY, MODEL, tokens, false);
+        let request = load::chat(KEY, MODEL, tokens, true);
         let sent = Instant::now();
         let result = load::call(&mut connection, address, &request).await;
         outcome.count(sent.elapsed(), &result);

@@ -1,13 +1,13 @@
-//! How many full admissions does one Redis core decide, what does each cost it, and what does admission add to a
-//! request?
+//! How many full admissions one Redis core decides, the cost of each, and the latency that admission adds to a
+//! request.
 //!
-//! A decision is everything a request asks of the limiter: six buckets in three scopes (tenant, model, everything),
+//! A decision is everything that a request asks of the limiter: six buckets in three scopes (tenant, model, global),
 //! a lease of the tenant and one of the backend at admission, then the settlement that corrects the tokens and frees
-//! both. The limits are so wide that none refuses: a refusal is cheaper. Redis is a real `redis-server` of the bench's
-//! own; its CPU time is read from `/proc`, so the figure per decision holds however busy the machine is.
+//! both. The limits are so wide that none refuses, because a refusal is cheaper. Redis is a real `redis-server`; its
+//! CPU time is read from `/proc`, so the figure per decision holds however busy the machine is.
 //!
-//! Afterwards two gateways, one with these limits in Redis and one without any, get the same requests in turn at
-//! fixed rates; the difference of their latency is what admission adds.
+//! Afterwards two gateways, one with these limits in Redis and one without limits, get the same requests in turn at
+//! fixed rates. The difference of their latencies is what admission adds.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -39,18 +39,18 @@ use crate::stats::{median, spread};
 /// Tenants and models of the spread load.
 const TENANTS: u64 = 1000;
 const MODELS: u64 = 10;
-/// Callers at once where calls travel together.
+/// Concurrent callers where calls are pipelined.
 const CALLERS: usize = 256;
-/// Before anything counts: scripts are loaded, and demand is known.
+/// The warm-up: scripts are loaded, and the demand is known.
 const WARM_UP: Duration = Duration::from_millis(700);
-/// A call that takes longer than this fails the bench; far above what any takes.
+/// A call that takes longer fails the bench; far above any call.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// What a request is expected to cost, and what it came to.
+/// The estimated and the actual cost of a request.
 const RESERVED: Cost = Cost::of_request(200, 500, 0);
 const ACTUAL: Cost = Cost::of_request(200, 300, 0);
 const LEASE_TTL: Duration = Duration::from_secs(15);
 const HOUR: Duration = Duration::from_secs(3600);
-/// Arrivals per second at the gateways, the names of their rows, and whether quota is taken ahead.
+/// The arrival rates at the gateways, the names of their rows, and whether quota is prefetched.
 const RATES: [(f64, &str, bool); 4] = [
     (100.0, "added_by_admission_at_100_rps", false),
     (1000.0, "added_by_admission_at_1000_rps", false),
@@ -72,7 +72,7 @@ pub(crate) struct LimiterArgs {
     decisions_only: bool,
 }
 
-/// How decisions are asked for.
+/// The mode of the decisions.
 #[derive(Debug, Clone, Copy)]
 struct Asking {
     name: &'static str,
@@ -80,34 +80,34 @@ struct Asking {
     connections: usize,
     tenants: u64,
     models: u64,
-    /// Whether calls under the same limits travel as one.
-    merge: bool,
-    /// Whether quota is taken ahead.
-    ahead: bool,
-    /// Whether the request is also under limits of concurrency: a tenant's and a backend's.
+    /// Whether calls under the same limits are coalesced.
+    coalesce: bool,
+    /// Whether quota is prefetched.
+    prefetch: bool,
+    /// Whether the request is also under limits of concurrency, of a tenant and a backend.
     leases: bool,
-    /// Whether settlements note what was used, as those of gateways do.
+    /// Whether settlements record usage, as those of gateways do.
     usage: bool,
-    /// Whether the limits are used up, and refusals remembered as gateways do.
+    /// Whether the limits are used up, and refusals cached as gateways do.
     refused: bool,
 }
 
-/// Each command travels alone, one at a time.
+/// Commands are sent one at a time.
 const UNBATCHED: Asking = Asking {
     name: "unbatched",
     callers: 1,
     connections: 1,
     tenants: TENANTS,
     models: MODELS,
-    merge: false,
-    ahead: false,
+    coalesce: false,
+    prefetch: false,
     leases: true,
     usage: false,
     refused: false,
 };
-/// Whatever waits on a connection travels together.
+/// Waiting calls are pipelined.
 const PIPELINED: Asking = Asking { name: "pipelined", callers: CALLERS, connections: 2, ..UNBATCHED };
-/// The same when everybody is under the same limits: one tenant, one model.
+/// The same with all callers under the same limits: one tenant, one model.
 const ONE_TENANT: Asking = Asking { name: "pipelined_one_tenant", tenants: 1, models: 1, ..PIPELINED };
 
 const MODES: [Asking; 9] = [
@@ -115,18 +115,18 @@ const MODES: [Asking; 9] = [
     PIPELINED,
     Asking { name: "pipelined_noting_usage", usage: true, ..PIPELINED },
     ONE_TENANT,
-    Asking { name: "merged", merge: true, ..ONE_TENANT },
-    // Merging where there is little to merge.
-    Asking { name: "merged_many_tenants", merge: true, ..PIPELINED },
-    // All six buckets taken ahead; leases are always the store's.
-    Asking { name: "prefetched_with_leases", merge: true, ahead: true, ..ONE_TENANT },
+    Asking { name: "coalesced", coalesce: true, ..ONE_TENANT },
+    // Coalescing if few calls are under the same limits.
+    Asking { name: "coalesced_many_tenants", coalesce: true, ..PIPELINED },
+    // All six buckets prefetched; leases are always the store's.
+    Asking { name: "prefetched_with_leases", coalesce: true, prefetch: true, ..ONE_TENANT },
     // Hot limits without concurrency: no call to the store per request.
-    Asking { name: "prefetched", merge: true, ahead: true, leases: false, ..ONE_TENANT },
+    Asking { name: "prefetched", coalesce: true, prefetch: true, leases: false, ..ONE_TENANT },
     // A limit that is used up: most refusals need no call to the store.
-    Asking { name: "refused_from_memory", merge: true, refused: true, ..ONE_TENANT },
+    Asking { name: "refused_from_memory", coalesce: true, refused: true, ..ONE_TENANT },
 ];
 
-/// What one round of a mode found.
+/// The result of one round of a mode.
 struct Measured {
     per_s: f64,
     redis_cpu_us: f64,
@@ -153,8 +153,8 @@ pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
     }
     let notes = vec![
         "a decision: acquire with 6 buckets in 3 scopes, a tenant's lease and a backend's (not in prefetched), then \
-         settle; p50 and p99 are of the acquire alone. pipelined_one_tenant and merged differ in merging alone, merged \
-         and prefetched_with_leases in quota taken ahead alone. In refused_from_memory a decision is one refusal"
+         settle; p50 and p99 are of the acquire alone. pipelined_one_tenant and coalesced differ in coalescing alone, coalesced \
+         and prefetched_with_leases in quota prefetch alone. In refused_from_memory a decision is one refusal"
             .into(),
         "decisions per redis core: 1 000 000 / redis_cpu_us_per_decision. decisions_per_s is what one client thread \
          and Redis reached together on this machine."
@@ -171,7 +171,7 @@ pub(crate) async fn run(args: &LimiterArgs) -> anyhow::Result<Report> {
 fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
     let mut latency = load::latencies();
     for one in found {
-        // Of the same bounds, so nothing is lost.
+        // Both histograms have the same bounds, so nothing is lost.
         let _ = latency.add(&one.latency_us);
     }
     let cpu = median(found.iter().map(|m| m.redis_cpu_us).collect());
@@ -189,7 +189,7 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
     let options = RedisOptions {
         deadline: DEADLINE,
         connections: mode.connections,
-        merge: mode.merge,
+        coalesce: mode.coalesce,
         ..RedisOptions::default()
     };
     let store = RedisLimiter::connect(&redis.url(), options).await?;
@@ -211,7 +211,7 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
                 if Instant::now() >= started {
                     latency.saturating_record(load::micros(asked));
                 }
-                // A decision from quota waits for nothing.
+                // A decision from quota does not wait.
                 tokio::task::yield_now().await;
             }
             anyhow::Ok(latency)
@@ -229,7 +229,7 @@ async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Resul
     Ok(Measured { per_s: decisions / elapsed, redis_cpu_us: cpu_us / decisions, latency_us })
 }
 
-/// One refusal, as gateways decide it; says how long it took.
+/// One refusal as gateways decide it. Returns its time.
 async fn refuse(
     limiter: &QuotaPrefetch<AnyLimiter>,
     deny_cache: &DenyCache,
@@ -242,7 +242,7 @@ async fn refuse(
     Ok(took)
 }
 
-/// One full decision; says how long the admission took.
+/// One full decision. Returns the time of the admission.
 async fn decide(
     limiter: &QuotaPrefetch<AnyLimiter>,
     call: &Acquire,
@@ -254,7 +254,7 @@ async fn decide(
     anyhow::ensure!(matches!(decision.outcome, Outcome::Granted { .. }), "refused: {:?}", decision.outcome);
     let slot = call.candidates.first().map(|c| c.leases.clone());
     let usage = usage.then(|| Usage {
-        // Of the tenant, as gateways keep it.
+        // Of the tenant, as gateways record it.
         record: Key::usage(call.scopes[0].record.as_str(), "2026-01-01"),
         model: "m".into(),
         tally: Tally::of(&ACTUAL),
@@ -267,9 +267,9 @@ async fn decide(
 fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     let (tenant, model) = (format!("t{tenant}"), format!("m{model}"));
     let mut scopes: Scopes = [
-        scope(Scope::Tenant(&tenant), mode.leases.then_some(100_000), mode.ahead),
-        scope(Scope::Model(&model), None, mode.ahead),
-        scope(Scope::Global, None, mode.ahead),
+        scope(Scope::Tenant(&tenant), mode.leases.then_some(100_000), mode.prefetch),
+        scope(Scope::Model(&model), None, mode.prefetch),
+        scope(Scope::Global, None, mode.prefetch),
     ]
     .into_iter()
     .collect();
@@ -289,11 +289,11 @@ fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     }
 }
 
-/// Requests and tokens, so wide that they never refuse; a tenth of them set aside where quota is taken ahead.
-fn scope(scope: Scope<'_>, concurrency: Option<u32>, ahead: bool) -> ScopeLimits {
+/// Requests and tokens so wide that they never refuse; a tenth is set aside if quota is prefetched.
+fn scope(scope: Scope<'_>, concurrency: Option<u32>, prefetches: bool) -> ScopeLimits {
     let (record, leases) = scope_keys(scope);
     let (mut buckets, mut prefetch) = ([None; Kind::COUNT], [0; Kind::COUNT]);
-    let aside = if ahead { Bucket::MAX_UNITS / 10 } else { 0 };
+    let aside = if prefetches { Bucket::MAX_UNITS / 10 } else { 0 };
     for kind in [Kind::Requests, Kind::Tokens] {
         let whole = Bucket::per_minute(Bucket::MAX_UNITS, 1.0);
         buckets[kind as usize] = Some(Bucket { capacity: whole.capacity - aside, ..whole });
@@ -319,25 +319,25 @@ async fn added(args: &LimiterArgs, redis: &Redis, directory: &Path) -> anyhow::R
     };
     let mut without = Resources::basic();
     without.model_at("fast", mock.address);
-    let (mut with, mut ahead) = (without.clone(), without.clone());
+    let (mut with, mut prefetching) = (without.clone(), without.clone());
     limit(&mut with, 0);
-    limit(&mut ahead, 10);
+    limit(&mut prefetching, 10);
     let without = start("without-limits", None, &without).await?;
     let with = start("with-limits", Some(redis.url()), &with).await?;
-    let ahead = start("with-prefetch", Some(redis.url()), &ahead).await?;
+    let prefetching = start("with-prefetch", Some(redis.url()), &prefetching).await?;
 
     let request = load::chat(KEY, "fast", 16, false);
     let length = Duration::from_secs(args.seconds);
     let mut rows = Vec::new();
     for (per_second, name, prefetch) in RATES {
-        let with = if prefetch { &ahead } else { &with };
+        let with = if prefetch { &prefetching } else { &with };
         let mut pairs = Vec::new();
         let mut failed = 0;
         for round in 0..=args.rounds {
             let plain = load::open(without.address, &request, per_second, length).await?;
             let limited = load::open(with.address, &request, per_second, length).await?;
             failed += plain.failed + limited.failed;
-            // The first is for warming up.
+            // The first round is a warm-up.
             if round > 0 {
                 pairs.push((plain, limited));
             }

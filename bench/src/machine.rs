@@ -1,4 +1,4 @@
-//! Where a bench ran: figures mean nothing without it.
+//! The machine of a bench, without which its figures mean nothing.
 
 use serde_json::{Value, json};
 

@@ -125,9 +125,9 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
     })
 }
 
-/// Thousands of streams need as many files as the system allows; children inherit the limit.
+/// Thousands of streams need as many files as the system allows; child processes inherit the limit.
 fn raise_file_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Without it a bench that needs more says so itself: too many open files.
+    // Without it a bench that needs more fails with "too many open files".
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

@@ -1,10 +1,10 @@
-//! What clients notice while Redis is away under load, and whether limits hold meanwhile.
+//! What clients notice of a Redis outage under load, and whether limits hold meanwhile.
 //!
 //! Two fleets of four gateways in one run under the same load: one with limits in Redis, one without limits. In the
-//! middle Redis goes silent (it is stopped: connections stay and nothing answers), or ends and refuses connections; it
-//! comes back with its data. One tenant is under limits it never reaches: each of its requests must be answered, and
-//! what it waits beside the fleet without limits is what the outage costs. The others are far above theirs: what was
-//! admitted of each over the outage stands beside what the limit allows.
+//! middle Redis goes silent (it is stopped: connections stay and nothing answers), or ends and refuses connections;
+//! then it returns with its data. One tenant never reaches its limits: each of its requests must be answered, and its
+//! additional latency over the fleet without limits is the cost of the outage. The other tenants are far above their
+//! limits: their admissions during the outage are compared with what the limits allow.
 
 use std::path::Path;
 use std::time::Duration;
@@ -25,21 +25,21 @@ use crate::store::Topology;
 
 /// Arrivals per second of the tenant that is never refused, at each fleet.
 const FREE_PER_SECOND: f64 = 80.0;
-/// Arrivals per second of those that are.
+/// Arrivals per second of the other tenants.
 const LIMITED_PER_SECOND: f64 = 120.0;
-/// Load before Redis goes: limits are used up by then.
+/// The load before the outage: limits are used up by then.
 const BEFORE: Duration = Duration::from_secs(10);
-/// Load from its return on: longer than gateways take to go back to it.
+/// The load after its end: longer than gateways need to return to Redis.
 const AFTER: Duration = Duration::from_secs(12);
-/// The first requests meet connections that are not open yet.
+/// The warm-up, in which connections are opened.
 const WARM_UP_US: u64 = 2_000_000;
 const SECOND_US: u64 = 1_000_000;
-/// More than this load ever has in flight.
+/// Above the requests in flight of this load.
 const SLOTS: u32 = 10_000;
-/// What a gateway waits for Redis, milliseconds.
+/// The time that a gateway waits for Redis, milliseconds.
 const DEADLINE_MS: f64 = 50.0;
 
-/// Small enough to be used up, large enough that a unit for each gateway is little.
+/// Small enough to be used up, large enough that one unit per gateway is little.
 const LIMITS: [Limit; 4] = [
     limit(Scope::Tenant("a"), Counted::Requests, 300),
     limit(Scope::Tenant("b"), Counted::Tokens, 12_000),
@@ -47,8 +47,8 @@ const LIMITS: [Limit; 4] = [
     limit(Scope::Tenant("c"), Counted::InFlight, 8),
 ];
 
-/// The answers under the limit of tokens are as long as expected: what an answer exceeds its estimate by is charged once it
-/// is known, with Redis as without, and is not what is measured here.
+/// Answers under the limit of tokens are as long as estimated: what an answer exceeds its estimate by is charged once
+/// it is known, with Redis as without, and is not measured here.
 const LIMITED: [Caller; 3] = [
     Caller { tenant: "a", percent: 34, tokens: (10, 40), streams: 30, models: &["m1", "m2"] },
     Caller { tenant: "b", percent: 33, tokens: (40, 40), streams: 30, models: &["m1", "m2"] },
@@ -69,12 +69,12 @@ pub(crate) struct OutageArgs {
     seed: u64,
 }
 
-/// How Redis goes.
+/// The kind of outage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Going {
-    /// Stopped: its connections stay, and nothing comes back.
+    /// Stopped: its connections stay, and nothing answers.
     Silent,
-    /// Ended in good order: connections are refused. It comes back with what it wrote to disk.
+    /// Ended in order: connections are refused. It returns with the data that it wrote to disk.
     Stopped,
 }
 
@@ -116,13 +116,13 @@ pub(crate) async fn run(args: &OutageArgs) -> anyhow::Result<Report> {
     Ok(Report { bench: "outage", machine, rows: waits, notes })
 }
 
-/// What a scenario came to.
+/// The results of a scenario.
 struct Found {
     going: Going,
     outage: Outage,
     with: Vec<Record>,
     without: Vec<Record>,
-    /// The most requests of tenant `c` at the same time.
+    /// The maximum of concurrent requests of tenant `c`.
     most_in_flight: u64,
     alone: u64,
 }
@@ -184,7 +184,7 @@ async fn go(scene: &mut Scene, going: Going, away: Duration, started: Instant) -
 }
 
 impl Found {
-    /// What requests waited that no limit refuses.
+    /// The latencies of requests that no limit refuses.
     fn waits(&self) -> Vec<Row> {
         let Outage { began_us, back_us, over_us } = self.outage;
         let end_us = self.with.iter().map(|r| r.decided.from_us).max().unwrap_or(over_us);
@@ -225,7 +225,7 @@ impl Found {
         row
     }
 
-    /// What was admitted of each limit while gateways decided alone. Where one was exceeded, a note says when.
+    /// The admissions under each limit while gateways decided alone. A note says when one was exceeded.
     fn limits(&self, notes: &mut Vec<String>) -> Vec<Row> {
         let Outage { began_us, over_us, .. } = self.outage;
         let rows = LIMITS.iter().map(|limit| {
@@ -275,7 +275,7 @@ impl Found {
         let failed = |r: &&Record| !matches!(r.end, End::Answered | End::Limited(..));
         let failures: std::collections::BTreeSet<String> =
             self.with.iter().filter(failed).map(|r| format!("{:?}", r.end)).collect();
-        // A refusal comes without waiting for any server, so it tells what deciding took.
+        // A refusal waits for no server, so its latency is that of the decision.
         let refused = self.with.iter().filter(|r| matches!(r.end, End::Limited(..)));
         let during = refused
             .filter(|r| r.decided.from_us >= began_us && r.decided.from_us < began_us + SECOND_US)

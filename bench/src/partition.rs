@@ -1,9 +1,9 @@
-//! What one gateway alone cannot reach stays in use for all others, and nobody notices.
+//! A backend that one gateway cannot reach stays in use for all others, and no client notices.
 //!
-//! Five gateways as processes, three backends that answer in 100 ms, a request rate over all gateways. A relay in front
-//! of one backend knows gateways by the credential they send and goes dark for some of them: for one of five, and for
-//! three of five, while the others still reach it. The backend is well all the time, so every verdict that it is not
-//! would be a false one.
+//! Five gateways as processes, three backends that answer in 100 ms, and a request rate over all gateways. A relay in
+//! front of one backend knows gateways by the credential they send and goes dark for some of them: for one of five,
+//! and for three of five, while the others still reach it. The backend is healthy all the time, so every verdict
+//! against it is false.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -31,13 +31,13 @@ const VICTIM: &str = "b0";
 const PER_SECOND: f64 = 100.0;
 const TOKENS: u64 = 10;
 const TOKENS_PER_S: f64 = 100.0;
-/// Where gateways find the credential by which the relay knows them.
+/// The variable with the credential by which the relay knows a gateway.
 const CREDENTIAL: &str = "PARTITION_CREDENTIAL";
-/// Traffic before the first cut: what is usual must be known.
+/// Traffic before the first cut, so that usual latencies are known.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// How long a cut lasts: long enough for several rounds of probes and their confirmation.
+/// The time of a cut: several rounds of probes and their confirmation.
 const CUT: Duration = Duration::from_secs(6);
-/// And how long all is well between two.
+/// The time between two cuts.
 const REST: Duration = Duration::from_secs(2);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,12 +50,12 @@ pub(crate) struct PartitionArgs {
     trials: u16,
 }
 
-/// What one kind of cut came to.
+/// The results of one kind of cut.
 #[derive(Debug)]
 struct Found {
-    /// Trials in which any gateway was told that the backend is unhealthy.
+    /// Trials in which a gateway got the verdict that the backend is unhealthy.
     ejections: u64,
-    /// Gateways that kept away by themselves, of those that were cut off, over all trials.
+    /// Cut-off gateways that ejected it by themselves, over all trials.
     kept_away: u64,
     load: Outcome,
 }
@@ -143,8 +143,8 @@ impl Scene {
         tokio::time::timeout(SETTLE_TIMEOUT, settled).await.context("the backend was not found healthy")?
     }
 
-    /// Cuts gateways off for a while. Returns whether the cluster ejected the backend, and the gateways among those cut off
-    /// that ejected it by themselves.
+    /// Cuts gateways off for a while. Returns whether the cluster ejected the backend, and the cut-off gateways that
+    /// ejected it by themselves.
     async fn cut(&self, cut: &BTreeSet<String>) -> anyhow::Result<(bool, BTreeSet<usize>)> {
         self.relay.cut_off(cut.clone());
         let at = Instant::now();
@@ -172,7 +172,8 @@ fn resources(mocks: &[Mock], relay: &Relay) -> Resources {
     let second = Some(Wire { seconds: 1, nanos: 0 });
     let health = v1::HealthProfile { liveness_interval: second, timeout: second, ..Default::default() };
     let mut resources = Resources::basic();
-    resources.put(MODEL, Spec::Pool(v1::PoolSpec { health: Some(health), ..Default::default() }));
+    let hedging = Some(v1::Hedging { unary: true, ..Default::default() });
+    resources.put(MODEL, Spec::Pool(v1::PoolSpec { health: Some(health), hedging, ..Default::default() }));
     for (i, mock) in mocks.iter().enumerate() {
         let address = if i == 0 { relay.address } else { mock.address };
         let spec = v1::BackendSpec {
@@ -222,7 +223,7 @@ async fn cuts(cut_off: usize, trials: u16) -> anyhow::Result<Found> {
     Ok(Found { ejections, kept_away, load })
 }
 
-/// The verdict each gateway was sent, and whether it ejects the backend by itself.
+/// The verdict that each gateway has, and whether it ejects the backend by itself.
 async fn states(gateways: &[Gateway]) -> anyhow::Result<Vec<(String, bool)>> {
     let mut states = Vec::new();
     for gateway in gateways {

@@ -1,4 +1,4 @@
-//! Processes a bench starts, and what they cost: CPU time and memory from `/proc`, children included.
+//! The processes of a bench and their cost: CPU time and memory from `/proc`, children included.
 //!
 //! A process is ended by its own id, at the latest when its handle is dropped.
 
@@ -12,25 +12,25 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
-/// A process must have said that it serves within this.
+/// A process must report its start within this time.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What becomes of what a process writes to stderr.
+/// The target of a process's standard error.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Log {
     /// A file beside its data.
     #[default]
     File,
-    /// A disk without room.
+    /// A full disk.
     DiskFull,
-    /// A pipe that is open and that nobody reads.
+    /// An open pipe that nobody reads.
     ReaderStopped,
     /// A pipe whose reader is gone.
     ReaderGone,
 }
 
 impl Log {
-    /// Standard error, and what keeps it as it is.
+    /// Standard error, and the handle that keeps it in this state.
     fn open(self, file: &Path) -> std::io::Result<(Stdio, Option<PipeReader>)> {
         Ok(match self {
             Self::File => (std::fs::File::create(file)?.into(), None),
@@ -56,19 +56,19 @@ pub(crate) struct Process {
     _unread: Option<PipeReader>,
 }
 
-/// What processes have used.
+/// The resources that processes used.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Usage {
     /// CPU seconds since the start.
     pub(crate) cpu_s: f64,
     /// Resident memory now, MiB.
     pub(crate) rss_mib: f64,
-    /// The most it has been since [`Process::forget_peak`], MiB.
+    /// The peak of resident memory since [`Process::forget_peak`], MiB.
     pub(crate) peak_rss_mib: f64,
 }
 
 impl Process {
-    /// Starts a process; what it writes to stderr goes into a file in `directory`.
+    /// Starts a process. Its standard error goes into a file in `directory`.
     pub(crate) fn start(name: &str, command: Command, directory: &Path) -> anyhow::Result<Self> {
         Self::start_logging(name, command, directory, Log::File)
     }
@@ -106,14 +106,14 @@ impl Process {
         }
     }
 
-    /// The end of what it wrote to stderr.
+    /// The end of its standard error.
     pub(crate) fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().rev().take(5).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
     }
 
-    /// What it and its children have used.
+    /// The resources that it and its children used.
     pub(crate) fn usage(&self) -> Usage {
         let mut sum = Usage::default();
         for pid in family(self.pid) {
@@ -124,7 +124,7 @@ impl Process {
         sum
     }
 
-    /// Starts the peak of resident memory anew, where the kernel allows it.
+    /// Resets the peak of resident memory, if the kernel allows it.
     pub(crate) fn forget_peak(&self) {
         for pid in family(self.pid) {
             let _ = std::fs::write(format!("/proc/{}/clear_refs", pid.as_raw_nonzero()), "5");
@@ -136,13 +136,13 @@ impl Process {
         kill_process(self.pid, signal).with_context(|| format!("signal {}", self.name))
     }
 
-    /// Returns once it has ended by itself.
+    /// Returns when it has ended by itself.
     pub(crate) async fn ended(&mut self) -> anyhow::Result<()> {
         let ended = tokio::time::timeout(START_TIMEOUT, self.child.wait()).await;
         ended.with_context(|| format!("{} does not end", self.name))?.map(drop).context("wait for a process")
     }
 
-    /// Ends it now, without letting it say goodbye.
+    /// Kills it.
     pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill().await.with_context(|| format!("kill {}", self.name))
     }
@@ -150,7 +150,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The child itself is killed by its own handle. Its children (nginx's workers) would outlive it.
+        // The handle of the child kills the child itself. The child's own children (nginx's workers) would survive
+        // it.
         if self.child.id().is_some() {
             for pid in family(self.pid).into_iter().skip(1) {
                 let _ = kill_process(pid, Signal::TERM);
@@ -166,7 +167,7 @@ pub(crate) fn installed(program: &str) -> bool {
     std::env::split_paths(&paths).chain(more).any(|directory| directory.join(program).is_file())
 }
 
-/// A port nobody listens on now.
+/// A port that nobody listens on now.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
     Ok(listener.local_addr().context("find a free port")?.port())
@@ -187,7 +188,7 @@ fn family(root: Pid) -> Vec<Pid> {
 
 fn cpu_s(pid: Pid) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-    // The second field is the program's name in parentheses and may hold spaces.
+    // The second field is the program's name in parentheses and may contain spaces.
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut fields = after_name.split_whitespace().skip(11);
     let user: f64 = fields.next()?.parse().ok()?;

@@ -1,5 +1,5 @@
-//! nginx and haproxy as plain reverse proxies with connections kept open on both sides, their files in the bench's
-//! own directory: what Weir is compared with.
+//! nginx and haproxy as plain reverse proxies with keep-alive connections on both sides, with their files in the
+//! bench's own directory: the proxies that Weir is compared with.
 //!
 //! No access log anywhere, buffering off (streams must pass), as many workers or threads as cores.
 
@@ -14,7 +14,7 @@ use tokio::process::Command;
 
 use crate::process::{Process, free_port, installed};
 
-/// It listens this long after its start.
+/// It must listen within this time.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A proxy in front of some servers.
@@ -22,7 +22,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct Proxy {
     /// The process; its workers are its children.
     pub(crate) process: Process,
-    /// Where each server is reached through it, in the order given.
+    /// The address of each server behind it, in the given order.
     pub(crate) addresses: Vec<SocketAddr>,
 }
 

@@ -1,9 +1,9 @@
-//! What does it cost to put Weir in between, next to nginx and haproxy doing nothing but passing bytes?
+//! The cost of Weir in front of servers, compared with nginx and haproxy that only pass bytes.
 //!
-//! One run, one machine, rounds interleaved (every target once, then again) so that noise hits all alike. Per round
-//! and target: a closed loop of 64 connections for the throughput and the CPU time, then open loops at fixed rates,
-//! whose percentiles are compared with the same round's percentiles without a proxy. Afterwards 1000 slow streams are
-//! held open through each target, and 200 MB are streamed through it.
+//! One run on one machine, with interleaved rounds (every target once, then again) so that noise hits all alike. Per
+//! round and target: a closed loop of 64 connections for throughput and CPU time, then open loops at fixed rates,
+//! whose percentiles are compared with those of the same round without a proxy. Afterwards 1000 slow streams are held
+//! open through each target, and 200 MB are streamed through it.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -32,11 +32,11 @@ const RATES: [(f64, [&str; 3]); 2] = [
     (500.0, ["added_p50_us_at_500_rps", "added_p99_us_at_500_rps", "failed_at_500_rps"]),
     (1000.0, ["added_p50_us_at_1000_rps", "added_p99_us_at_1000_rps", "failed_at_1000_rps"]),
 ];
-/// Tokens of an answer: short, so that the proxies are measured and not the copying.
+/// The tokens of an answer: few, so that the proxies are measured and not the copying.
 const TOKENS: u64 = 16;
 /// Slow streams held open.
 const STREAMS: usize = 1000;
-/// Bytes of a token and tokens of the large stream: 200 MB and what the events add.
+/// The bytes of a token and the tokens of the large stream: 200 MB and the events around them.
 const CHUNK_BYTES: usize = 64 << 10;
 const CHUNKS: u64 = 200_000_000 / CHUNK_BYTES as u64;
 /// The models, one per simulated server.
@@ -53,10 +53,10 @@ pub(crate) struct ProxyArgs {
     seconds: u64,
 }
 
-/// One way to the simulated servers.
+/// One path to the simulated servers.
 struct Target {
     name: &'static str,
-    /// `None` is the way without a proxy.
+    /// `None` for the path without a proxy.
     process: Option<Process>,
     /// Per model.
     addresses: [SocketAddr; 3],
@@ -64,7 +64,7 @@ struct Target {
     rounds: Vec<Round>,
 }
 
-/// What one round found.
+/// The results of one round.
 #[derive(Debug)]
 struct Round {
     closed: Outcome,
@@ -74,7 +74,7 @@ struct Round {
     open: Vec<Outcome>,
 }
 
-/// What was found afterwards.
+/// The results of the streams afterwards.
 #[derive(Debug, Default)]
 struct Streams {
     mib_per_1000: Option<f64>,
@@ -239,7 +239,7 @@ async fn open_streams(target: &Target, slow: &Mock) -> anyhow::Result<Streams> {
         streams.spawn(async move {
             let mut connection = Connection::open(address).await?;
             let status = connection.begin(&request).await?;
-            // The receiver waits for one from each stream.
+            // The receiver waits for one token of each stream.
             let _ = opened.send(status).await;
             connection.drain().await
         });
@@ -251,7 +251,7 @@ async fn open_streams(target: &Target, slow: &Mock) -> anyhow::Result<Streams> {
             status.ok().flatten().with_context(|| format!("{}: stream {n} did not begin", target.name))?;
         anyhow::ensure!(status == 200, "{}: a slow stream was answered {status}", target.name);
     }
-    // Two more tokens each, so that every buffer a stream needs is there.
+    // Two more tokens each, so that every buffer of a stream exists.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let mib_per_1000 = rss().zip(before).map(|(after, before)| (after - before) * 1000.0 / STREAMS as f64);
     streams.shutdown().await;
@@ -280,7 +280,7 @@ async fn open_streams(target: &Target, slow: &Mock) -> anyhow::Result<Streams> {
     Ok(Streams { mib_per_1000, large_s, large_peak_mib, large_added_mib })
 }
 
-/// A client that left must be noticed up to the server, through every proxy.
+/// The server must notice that a client left, through every proxy.
 async fn wait_for_no_streams(slow: &Mock) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(15);
     loop {

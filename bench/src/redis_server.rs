@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use crate::process::{Process, Usage, free_port, installed};
 
-/// It answers this long after its start.
+/// It must answer within this time.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A server that ends with the bench.
@@ -22,7 +22,7 @@ pub(crate) struct Redis {
 }
 
 impl Redis {
-    /// Starts one with nothing on disk and waits until it answers.
+    /// Starts a server without data and waits until it answers.
     pub(crate) async fn start(directory: &Path) -> anyhow::Result<Self> {
         Self::start_on(free_port()?, directory).await
     }
@@ -32,7 +32,7 @@ impl Redis {
         Self::start_with(port, directory, &[]).await
     }
 
-    /// The same with these settings besides.
+    /// The same with additional settings.
     pub(crate) async fn start_with(port: u16, directory: &Path, settings: &[&str]) -> anyhow::Result<Self> {
         let mut command = Command::new("redis-server");
         command.args(["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"]);
@@ -40,7 +40,7 @@ impl Redis {
         Self::run(port, command, directory).await
     }
 
-    /// One that watches others, by its configuration file.
+    /// A Sentinel, by its configuration file.
     pub(crate) async fn start_sentinel(file: &Path, directory: &Path) -> anyhow::Result<Self> {
         let mut command = Command::new("redis-server");
         command.arg(file).arg("--sentinel");
@@ -74,7 +74,7 @@ impl Redis {
         format!("redis://{}", self.host())
     }
 
-    /// Asks it something, on a connection of the question's own.
+    /// Sends a command on a connection of its own and returns the reply.
     pub(crate) async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> anyhow::Result<T> {
         let client = redis::Client::open(self.url())?;
         let mut connection = client.get_multiplexed_async_connection().await?;
@@ -90,7 +90,7 @@ impl Redis {
         self.ask::<redis::Value>(words).await.map(drop)
     }
 
-    /// What it has used.
+    /// The resources that it used.
     pub(crate) fn usage(&self) -> Usage {
         self.process.usage()
     }

@@ -1,4 +1,4 @@
-//! What a bench found: rows of named figures, as a table for people or as one JSON object for programs.
+//! The results of a bench: rows of named figures, as a table for people or as one JSON object for programs.
 //!
 //! Both show the same rows under the same names. Names are stable snake_case with the unit in them.
 
@@ -8,10 +8,10 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value, json};
 
-/// More columns than this are printed as lines.
+/// Rows with more columns are printed as lines.
 const COLUMNS_MAX: usize = 11;
 
-/// For whom to print.
+/// The reader of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
     /// A table.
@@ -37,7 +37,7 @@ impl Row {
         self
     }
 
-    /// A figure with so many decimals; `None` was not measured.
+    /// A figure with this number of decimals; `None` was not measured.
     pub(crate) fn figure(
         mut self,
         name: &'static str,
@@ -75,9 +75,9 @@ impl Row {
 pub(crate) struct Report {
     /// The subcommand.
     pub(crate) bench: &'static str,
-    /// Where it ran.
+    /// The machine.
     pub(crate) machine: Value,
-    /// What it found.
+    /// The results.
     pub(crate) rows: Vec<Row>,
     /// What a reader must know to judge the rows.
     pub(crate) notes: Vec<String>,
@@ -129,7 +129,7 @@ impl Report {
     }
 }
 
-/// One line per row; when that would be too wide to read, one column per row.
+/// One line per row; one column per row if that would be too wide to read.
 fn table(rows: &[Row]) -> Table {
     let names: Vec<&'static str> = rows.iter().take(1).flat_map(Row::names).collect();
     let title = |name: &str| name.replace('_', " ");
@@ -154,7 +154,7 @@ fn transposed(lines: &[Vec<String>]) -> Vec<Vec<String>> {
     (0..width).map(|i| lines.iter().filter_map(|line| line.get(i).cloned()).collect()).collect()
 }
 
-/// Says on stderr what is being done; a bench takes minutes.
+/// Prints the progress on stderr, because a bench takes minutes.
 pub(crate) fn progress(text: &str) {
     eprintln!("weir-bench: {text}");
 }

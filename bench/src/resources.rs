@@ -1,4 +1,4 @@
-//! What the gateways of a bench serve: resources, given to them as the copy on disk that they keep themselves.
+//! The configuration of a bench's gateways: resources, as the copy on disk that gateways keep.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -34,7 +34,7 @@ impl Resources {
         self
     }
 
-    /// A tenant with one key, whose resource is called after it.
+    /// A tenant with one key, whose resource has the tenant's name.
     pub(crate) fn tenant(&mut self, name: &str, key: &str, limits: Option<v1::Rates>) -> &mut Self {
         self.put(name, Spec::Tenant(v1::TenantSpec { limits, ..Default::default() }));
         let digest = v1::KeyDigest {
@@ -53,12 +53,12 @@ impl Resources {
         self.put(model, Spec::Model(v1::ModelSpec { pool: model.into(), ..Default::default() }))
     }
 
-    /// All of them, for a control plane.
+    /// All resources, for a control plane.
     pub(crate) fn list(&self) -> Vec<v1::Resource> {
         self.0.values().cloned().collect()
     }
 
-    /// Writes the copy that a gateway with this data directory starts from.
+    /// Writes the copy on disk of a gateway with this data directory.
     pub(crate) fn save(&self, directory: &Path) -> anyhow::Result<()> {
         let mut held = ConfigState { epoch: "bench".into(), revision: 1, ..ConfigState::default() };
         for (id, resource) in &self.0 {
@@ -77,7 +77,7 @@ pub(crate) fn backend(pool: &str, model: &str, address: SocketAddr, slots: u32) 
         url: format!("http://{address}"),
         max_concurrency: Some(slots),
         models: [(model.to_owned(), String::new())].into(),
-        // As many as the load may need: a proxy that opens connections anew is not what is measured.
+        // As many as the load may need, because a proxy that reconnects is not measured.
         connection: Some(v1::ConnectionSettings { max_idle: 1000, ..Default::default() }),
         ..Default::default()
     }

@@ -1,4 +1,4 @@
-//! Numbers that look random and are the same for the same seed (SplitMix64).
+//! Pseudo-random numbers that are the same for the same seed (SplitMix64).
 
 /// A generator.
 #[derive(Debug, Clone)]
@@ -8,7 +8,7 @@ impl Rng {
     /// One of many streams of a seed.
     pub(crate) fn new(seed: u64, stream: u64) -> Self {
         let mut rng = Self(seed ^ stream.wrapping_mul(0xD134_2543_DE82_EF95));
-        // The first numbers of neighbouring streams are alike.
+        // The first numbers of neighbouring streams are similar, so they are skipped.
         rng.next();
         rng
     }
@@ -22,7 +22,7 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// From `least` to `most`, both included.
+    /// A number from `least` to `most`, both included.
     pub(crate) fn between(&mut self, least: u64, most: u64) -> u64 {
         least + self.next() % (most - least + 1)
     }

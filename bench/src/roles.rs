@@ -1,5 +1,4 @@
-//! The parts under test as processes of their own: this binary runs itself again in another role, so that a bench
-//! needs nothing that is built or installed apart from it.
+//! The parts under test as processes: this binary runs itself in another role, so that a bench needs no other binary.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -16,7 +15,7 @@ use crate::load::{self, Connection};
 use crate::process::{Log, Process};
 use crate::resources::Resources;
 
-/// A gateway must be ready this long after its start.
+/// A gateway must be ready within this time.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What this process is when it is not the bench itself.
@@ -131,7 +130,7 @@ fn mock_config(args: MockArgs) -> mock_llm::Config {
         jitter: args.jitter,
         chunk_bytes: args.chunk_bytes,
         seed: args.seed,
-        // What a request asks for decides.
+        // The request decides.
         output_tokens: 10_000_000,
         connections_max: 100_000,
         drain: Duration::ZERO,
@@ -172,16 +171,16 @@ impl Mock {
 /// The operations token of every gateway here; all of them are on this machine and end with the bench.
 const OPS_TOKEN: &str = "operations-token-of-the-bench";
 
-/// How to start a gateway.
+/// The settings of a gateway.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GatewayArgs {
     /// Its name.
     pub(crate) id: String,
-    /// Where limits are kept; in the process itself otherwise.
+    /// The address of the limit store; without one, limits are in the process.
     pub(crate) redis: Option<String>,
     /// The control plane and the token for it; without one the gateway serves its copy on disk.
     pub(crate) control_plane: Option<(SocketAddr, String)>,
-    /// Whether a meter that is not in Redis counts as full when the data set was born.
+    /// Whether a missing bucket counts as full when the data set was created.
     pub(crate) strict: bool,
     /// Variables of its environment, such as credentials.
     pub(crate) env: Vec<(String, String)>,
@@ -191,12 +190,12 @@ pub(crate) struct GatewayArgs {
     pub(crate) log: Logging,
 }
 
-/// What a process logs, and where to.
+/// The log of a process.
 #[derive(Debug, Clone)]
 pub(crate) struct Logging {
     /// The filter.
     pub(crate) filter: &'static str,
-    /// Where to.
+    /// The target.
     pub(crate) to: Log,
 }
 
@@ -238,7 +237,7 @@ impl Gateway {
         if args.strict {
             command.args(["--cold-start", "strict"]);
         }
-        // The discard port: nothing answers there.
+        // The discard port: nothing listens there.
         let (plane, token) =
             args.control_plane.clone().unwrap_or((([127, 0, 0, 1], 9).into(), String::new()));
         command.args(["--control-plane", &format!("http://{plane}")]);
@@ -274,7 +273,7 @@ pub(crate) struct ControlPlaneProcess {
 }
 
 impl ControlPlaneProcess {
-    /// Starts one with the store in a directory: at these addresses (gRPC, pages) or on free ports.
+    /// Starts one with the store in a directory, at these addresses (gRPC, pages) or on free ports.
     pub(crate) async fn start(
         addresses: Option<(SocketAddr, SocketAddr)>,
         directory: &Path,

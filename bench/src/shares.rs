@@ -1,9 +1,9 @@
-//! Do backends get what they were configured to get: their share, their slots, no needless probes?
+//! Whether backends get what they are configured for: their share, their slots, no needless probes.
 //!
 //! - `split`: three gateways, three idle backends of equal speed and unequal weights; requests are counted.
-//! - `slots`: four gateways, one backend with 16 slots, four times as many clients as it has slots; the backend itself
-//!   counts the most it had at once.
-//! - `probes`: three gateways, one backend; probes made and left out, with and without traffic.
+//! - `slots`: four gateways, one backend with 16 slots, four clients per slot; the backend counts its maximum of
+//!   concurrent requests.
+//! - `probes`: three gateways, one backend; probes that were made and skipped, with and without traffic.
 
 use std::time::Duration;
 
@@ -23,16 +23,16 @@ use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs, fetch};
 const MODEL: &str = "gpt-4.1";
 /// Weights of the split: those of the guide's three regions.
 const WEIGHTS: [u32; 3] = [100, 80, 70];
-/// Clients of each gateway: few, so that backends are idle.
+/// Clients of each gateway: few, so that backends are not busy.
 const CLIENTS: usize = 2;
-/// Slots of the backend that is overloaded, and clients for each of them.
+/// The slots of the overloaded backend, and the clients per slot.
 const SLOTS: u32 = 16;
 const OVERLOAD: usize = 4;
-/// How long the backend is overloaded.
+/// The time of the overload.
 const OVERLOADED_FOR: Duration = Duration::from_secs(15);
-/// How long probes are counted, with and without traffic.
+/// The time for which probes are counted, with and without traffic.
 const PROBED_FOR: Duration = Duration::from_secs(30);
-/// All backends must have been found healthy within this.
+/// All backends must be healthy within this time.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How much to send.
@@ -67,7 +67,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Starts so many gateways, and a backend with its weight and slots for each of the others.
+    /// Starts this number of gateways, and a backend with its weight and slots for each of the others.
     async fn start(
         gateways: usize,
         backends: &[(u32, u32)],
@@ -114,7 +114,7 @@ impl Scene {
         Ok(scene)
     }
 
-    /// The sum of the samples that are wanted, over all gateways.
+    /// The sum of the matching samples over all gateways.
     async fn sum(&self, wanted: impl Fn(&str) -> bool) -> anyhow::Result<f64> {
         let mut sum = 0.0;
         for gateway in &self.gateways {
@@ -140,7 +140,7 @@ impl Scene {
         Ok(answers)
     }
 
-    /// Loads every gateway with so many clients.
+    /// Loads every gateway with this number of clients.
     async fn load(
         &self,
         clients: usize,
@@ -192,7 +192,7 @@ pub(crate) async fn run(args: &SharesArgs) -> anyhow::Result<Report> {
 }
 
 async fn split(requests: u32) -> anyhow::Result<Vec<Row>> {
-    // About 2 ms an answer: what differs then is the weight alone.
+    // About 2 ms per answer, so that only the weights differ.
     let mock =
         MockArgs { model: MODEL.into(), slots: 1000, decode_tokens_per_s: 500.0, ..MockArgs::default() };
     let scene = Scene::start(3, &WEIGHTS.map(|w| (w, 1000)), v1::HealthProfile::default(), &mock).await?;
@@ -228,7 +228,7 @@ async fn split(requests: u32) -> anyhow::Result<Vec<Row>> {
 async fn slots() -> anyhow::Result<Row> {
     let mock =
         MockArgs { model: MODEL.into(), slots: 1000, decode_tokens_per_s: 100.0, ..MockArgs::default() };
-    // Often, so that probes meet requests.
+    // At a short interval, so that probes coincide with requests.
     let seconds = |seconds| Some(Wire { seconds, nanos: 0 });
     let health = v1::HealthProfile {
         readiness_interval: seconds(1),
@@ -273,7 +273,7 @@ async fn probes(busy: bool) -> anyhow::Result<Row> {
     let name = if busy { "probes, under traffic" } else { "probes, idle" };
     progress(name);
     if busy {
-        // The first round after the traffic began still asks.
+        // The first round after the traffic began still probes.
         scene.load(CLIENTS, (10, true), Duration::from_secs(3)).await?;
     }
     let before = counts(&scene).await?;
@@ -290,10 +290,10 @@ async fn probes(busy: bool) -> anyhow::Result<Row> {
     }))
 }
 
-/// In every label set.
+/// With every set of labels.
 const ANY: &str = "";
 
-/// Probes made and saved, and what they cost.
+/// Probes that were made and skipped, and their cost.
 async fn counts(scene: &Scene) -> anyhow::Result<Vec<(&'static str, f64)>> {
     let mut counts = Vec::new();
     for (name, metric, tier) in [

@@ -1,6 +1,6 @@
-//! Figures of several rounds in one.
+//! Figures over several rounds.
 
-/// The middle one; robust against a round that was disturbed.
+/// The median, which a disturbed round does not change much.
 pub(crate) fn median(mut figures: Vec<f64>) -> Option<f64> {
     figures.sort_by(f64::total_cmp);
     let middle = figures.len() / 2;
@@ -10,7 +10,7 @@ pub(crate) fn median(mut figures: Vec<f64>) -> Option<f64> {
     }
 }
 
-/// How far apart the rounds lie: the noise a difference must exceed to mean anything.
+/// The spread of the rounds: a difference must exceed it to mean anything.
 pub(crate) fn spread(figures: &[f64]) -> Option<f64> {
     let least = figures.iter().copied().min_by(f64::total_cmp)?;
     let most = figures.iter().copied().max_by(f64::total_cmp)?;

@@ -1,4 +1,4 @@
-//! Where the limits of a bench are kept: one `redis-server`, a primary that a Sentinel watches, or a Cluster.
+//! The limit store of a bench: one `redis-server`, a primary that a Sentinel watches, or a Cluster.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,23 +15,23 @@ use crate::redis_server::Redis;
 const NODES: usize = 3;
 /// Slots of any Cluster.
 const SLOTS: usize = 16_384;
-/// Servers that are to find each other have this long.
+/// The time that servers have to find each other.
 const MEET_TIMEOUT: Duration = Duration::from_secs(30);
 /// The name by which a Sentinel knows the primary.
 const SERVICE: &str = "weir";
-/// A Sentinel takes a silent primary for dead after this.
+/// The silence after which a Sentinel takes a primary for dead.
 const DOWN_AFTER: Duration = Duration::from_millis(300);
-/// Keys that move in one step.
+/// Keys that are moved in one step.
 const MOVED_AT_ONCE: &str = "100";
 
-/// Servers that hold one data set.
+/// The servers of one data set.
 #[derive(Debug)]
 pub(crate) enum Store {
     /// One server.
     One(Box<Redis>),
-    /// A primary, its replica, and the Sentinel that makes the one of the other.
+    /// A primary, its replica, and the Sentinel that promotes the replica.
     Sentinel(Box<Failover>),
-    /// Primaries with a third of the slots each.
+    /// Primaries with a third of the hash slots each.
     Cluster(Vec<Redis>),
 }
 
@@ -43,12 +43,12 @@ pub(crate) struct Failover {
     sentinel: Redis,
 }
 
-/// Which of them.
+/// The kind of store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Topology {
     /// One server.
     One,
-    /// One server that writes its data to disk when it is told to end.
+    /// One server that writes its data to disk when it ends.
     Durable,
     /// A primary and a replica.
     Sentinel,
@@ -88,7 +88,7 @@ impl Store {
         }
     }
 
-    /// Ends the first server as a crash does.
+    /// Kills the first server.
     pub(crate) async fn crash(&mut self) -> anyhow::Result<()> {
         match self {
             Self::One(redis) => redis.process.kill().await,
@@ -97,14 +97,14 @@ impl Store {
         }
     }
 
-    /// Lets the one server end in good order and returns once it has.
+    /// Ends the one server in order, and returns when it has ended.
     pub(crate) async fn shut_down(&mut self) -> anyhow::Result<()> {
         let Self::One(redis) = self else { bail!("only a single server is shut down") };
         redis.process.signal(Signal::TERM)?;
         redis.process.ended().await
     }
 
-    /// A new server where the one server was: with what it wrote to disk, or empty.
+    /// A new server in place of the one server, with the data that it wrote to disk, or empty.
     pub(crate) async fn restart(&mut self, topology: Topology, directory: &Path) -> anyhow::Result<()> {
         let Self::One(redis) = self else { bail!("only a single server is started again") };
         **redis = match topology {
@@ -114,7 +114,7 @@ impl Store {
         Ok(())
     }
 
-    /// Returns once the replica is the primary.
+    /// Returns when the replica is the primary.
     pub(crate) async fn failed_over(&self) -> anyhow::Result<()> {
         let Self::Sentinel(all) = self else { bail!("nothing fails over here") };
         let Failover { replica, sentinel, .. } = &**all;
@@ -128,7 +128,7 @@ impl Store {
         .await
     }
 
-    /// Moves the slot of a key to the next node with all that is in it, as an operator's tool would.
+    /// Moves the hash slot of a key to the next node with all of its keys, as an operator's tool would.
     pub(crate) async fn migrate(&self, key: &Key) -> anyhow::Result<()> {
         let Self::Cluster(nodes) = self else { bail!("no slot moves here") };
         let slot: usize = nodes[0].ask(&["CLUSTER", "KEYSLOT", key.as_str()]).await?;
@@ -151,8 +151,8 @@ impl Store {
             migrate.extend(keys.iter().map(String::as_str));
             source.tell(&migrate).await?;
         }
-        // Said first by the one that has it. Word of earlier moves that is still under way may take it from a node again:
-        // then it belongs to nobody, as after a real tool's, until it is said once more.
+        // The owner announces it first. A late message of an earlier move may take the slot from a node again; then
+        // it belongs to no node, as after a real tool's move, until it is announced once more.
         within("every node knows where a slot went", async || {
             let mut agreed = true;
             for node in [target, source].into_iter().chain(nodes) {
@@ -168,7 +168,7 @@ impl Store {
     }
 }
 
-/// Who has a slot, by what `CLUSTER NODES` says: a line per node, from the ninth word on its slots.
+/// The owner of a hash slot, by `CLUSTER NODES`: a line per node, with its slots from the ninth word on.
 fn owner(nodes: &str, slot: usize) -> Option<&str> {
     let has = |range: &str| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -181,7 +181,7 @@ fn owner(nodes: &str, slot: usize) -> Option<&str> {
     })
 }
 
-/// What it holds is on disk once it has ended in good order.
+/// Its data is on disk after it has ended in order.
 async fn durable(port: u16, directory: &Path) -> anyhow::Result<Redis> {
     let path = directory.to_str().context("a path in UTF-8")?;
     Redis::start_with(port, directory, &["--dir", path, "--save", "3600 1"]).await
@@ -194,7 +194,7 @@ async fn watched(directory: &Path) -> anyhow::Result<Store> {
     }
     let dir = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
     let (first, second) = (dir(&first)?, dir(&second)?);
-    // The replica copies at once; by default the primary waits five seconds for more of them.
+    // The replica copies at once; by default the primary waits five seconds for more replicas.
     let settings = ["--repl-diskless-sync-delay", "0", "--dir", &first];
     let primary = Redis::start_with(free_port()?, directory, &settings).await?;
     let port = primary.port.to_string();
@@ -228,7 +228,7 @@ async fn cluster(directory: &Path) -> anyhow::Result<Store> {
     for n in 0..NODES {
         let own = directory.join(format!("node-{n}"));
         std::fs::create_dir(&own)?;
-        // By default the bus is 10000 above the port, which may not exist.
+        // By default the bus port is the port plus 10000, which may not exist.
         let bus = free_port()?.to_string();
         let dir = own.to_str().context("a path in UTF-8")?;
         let settings = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--dir", dir];

@@ -1,4 +1,4 @@
-//! The arguments.
+//! The command-line arguments of `weir`.
 
 mod defaults;
 mod groups;
@@ -26,7 +26,7 @@ pub use up::UpArgs;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "weir", version = weir_runtime::version(), propagate_version = true, disable_help_subcommand = true)]
 pub struct Cli {
-    /// Address of the control plane; of several with one store all, with commas between: the first that answers is asked
+    /// Address of the control plane; with several control planes of one store a comma-separated list: the first that answers is used
     #[arg(
         long,
         global = true,
@@ -38,14 +38,14 @@ pub struct Cli {
     /// File with the token of the control plane; takes precedence over WEIR_TOKEN
     #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
-    /// Who signs the control plane's certificate (PEM); without it, who the system trusts
+    /// CA certificate (PEM) that signs the control plane's certificate; default: the system's CA certificates
     #[arg(long, global = true, env = "WEIR_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
-    /// Certificate (PEM) to show instead of a token
+    /// Client certificate (PEM), used instead of a token
     #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
     pub cert: Option<PathBuf>,
-    /// Private key (PEM) of that certificate
-    // Not --key: that is an API key's name, and one id with two types panics when it is read.
+    /// Private key (PEM) of the client certificate
+    // Not --key, which is the name of an API key: clap panics when one id has two types.
     #[arg(
         long = "cert-key",
         id = "cert_key",
@@ -55,27 +55,27 @@ pub struct Cli {
         requires = "cert"
     )]
     pub key: Option<PathBuf>,
-    /// Cluster to speak to, of those made by weir context set; without it the one in use. Whoever names a server uses none
+    /// Context (a named cluster, see weir context set) to use instead of the current one; ignored with --server
     #[arg(long, global = true, env = "WEIR_CONTEXT", value_name = "NAME")]
     pub context: Option<String>,
-    /// The variable that holds the token, when it is another than WEIR_TOKEN: of a context.
+    /// The environment variable that holds the token of a context, if it is not WEIR_TOKEN.
     #[arg(skip)]
     pub token_env: Option<String>,
-    /// Form of the results
+    /// Format of the results
     #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
-    /// How long each call may take, with a unit: 250ms, 10s, 1m
+    /// Timeout of each call, with a unit: 250ms, 10s, 1m
     #[arg(long, global = true, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
     pub timeout: Duration,
-    /// What to do
+    /// The command
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Run everything in this process: control plane, gateways, limits, and three simulated regions
+    /// Run control plane, gateways, limits and three simulated regions in this process
     Up(UpArgs),
     /// Show a resource, or all of a kind
     Get {
@@ -90,33 +90,19 @@ pub enum Command {
         /// As in get
         kind: Kind,
     },
-    /// Show everything about a resource, with what the cluster says of it
+    /// Show all fields of a resource, and its status in the cluster
     Describe {
         /// As in get
         kind: Kind,
         /// Its name
         name: String,
     },
-    /// Make the cluster hold what files say: all of it or nothing
+    /// Create and change resources from files, in one transaction
     Apply(ApplyArgs),
-    /// Show what apply would change; exits with 0 for nothing, 1 for differences, more for errors
+    /// Show what apply would change; exits with 0 without differences, 1 with differences, more on errors
     Diff(FileArgs),
     /// Delete a resource
-    Delete {
-        /// As in get
-        kind: Kind,
-        /// Its name
-        name: String,
-        /// Refuse when the resource has changed since this etag was read
-        #[arg(long)]
-        etag: Option<String>,
-        /// Allow that a pool loses more than half of its backends
-        #[arg(long)]
-        allow_mass_removal: bool,
-        #[command(flatten)]
-        #[expect(missing_docs, reason = "flattened: a comment would become help")]
-        wait: WaitArgs,
-    },
+    Delete(DeleteArgs),
     /// Change a resource in your editor: VISUAL, EDITOR, or vi
     Edit {
         /// As in get
@@ -127,29 +113,29 @@ pub enum Command {
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Show the fields of a kind and what they mean, or one field, such as pool.timeouts
+    /// Explain the fields of a kind, or one field, such as pool.timeouts
     Explain {
         /// KIND or KIND.FIELD
         what: String,
     },
-    /// Show changes as they happen
+    /// Stream changes of resources
     Watch(WatchArgs),
-    /// Show what happened to a resource, or to all, the newest first
+    /// Show the changes of one resource or of all, newest first
     History {
         /// As in get; without one all
         kind: Option<Kind>,
         /// Its name
         #[arg(requires = "kind")]
         name: Option<String>,
-        /// At most so many entries
+        /// Maximum number of entries
         #[arg(long, short = 'n', default_value_t = 20, value_name = "N")]
         last: usize,
     },
-    /// Show who changed what, or check that the log is whole
+    /// Show the audit log, or verify its hash chain
     Audit(AuditArgs),
-    /// Make resources again what they were at a revision
+    /// Restore resources to an earlier revision
     Rollback(RollbackArgs),
-    /// Wait until every connected gateway holds a revision
+    /// Wait until every connected gateway has applied a revision
     Wait {
         /// The revision; without one the newest
         revision: Option<u64>,
@@ -157,71 +143,71 @@ pub enum Command {
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Verify what can be verified of the cluster, each with its remedy
+    /// Check the cluster, with a remedy for each problem
     Check,
-    /// Send no new requests to a backend, and wait until those in progress have ended
+    /// Send no new requests to a backend, and wait until its requests in progress have ended
     Drain(DrainArgs),
     /// Use a drained backend again
     Undrain(BackendRef),
-    /// Neither use nor probe a backend
+    /// Stop using and probing a backend
     Disable(BackendRef),
     /// Use a disabled backend again
     Enable(BackendRef),
-    /// Set a backend's share of its pool's requests
+    /// Set the weight of a backend
     Weight {
         /// Its name
         backend: String,
-        /// Share relative to the others, 0 to 10000; 0: only when nothing else is left
+        /// Weight relative to the other backends of the pool, 0 to 10000; 0: used only when no other backend is usable
         #[arg(value_parser = clap::value_parser!(u32).range(0..=10_000))]
         weight: u32,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Make, revoke, rotate and list API keys
+    /// Create, revoke, rotate and list API keys
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Show how limits stand
+    /// Show the state of limits
     #[command(subcommand)]
     Limits(LimitsCommand),
-    /// Show who used what: requests, tokens and cost by tenant, model and day
+    /// Show usage: requests, tokens and cost by tenant, model and day
     Usage(UsageArgs),
-    /// Make, revoke, rotate and list tokens of the control plane
+    /// Create, revoke, rotate and list tokens of the control plane
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Show who the control plane takes you for
+    /// Show your identity and role at the control plane
     Whoami,
-    /// Write a copy of the store to a file; weir-control-plane --restore takes it
+    /// Write a copy of the store to a file, for weir-control-plane --restore
     Backup(BackupArgs),
-    /// Show the gateways: how each stands, the revision it holds and how old that is
+    /// Show the gateways: state, applied revision and its age
     Gateways,
-    /// Show what one gateway holds, and where that differs from what it is to hold
+    /// Show the applied resources of one gateway, and where they differ from the newest revision
     #[command(subcommand)]
     Gateway(GatewayCommand),
-    /// Show the health, weight and load of the backends, and who probes them
+    /// Show health, weight, load and observers of the backends
     Backends,
-    /// Show what a backend's verdict rests on, and when it may return
+    /// Show the votes behind a backend's verdict, and when the backend may recover
     Why {
         /// Its name
         backend: String,
     },
-    /// Have a backend looked at now by those who look at it anyway, and show what each saw; exits with 1 unless all is well
+    /// Have the observers of a backend probe it now, and show each result; exits with 1 unless every probe passes
     Probe(ProbeArgs),
-    /// Show what happened to the health of backends, pools and gateways lately
+    /// Show recent health events of backends, pools and gateways
     Events {
         /// Only of this backend, pool or gateway
         subject: Option<String>,
     },
-    /// Ask any process of Weir whether it is well: exits with 0 when it is
+    /// Check the health of any Weir process: exits with 0 if it is healthy
     Health {
         /// A page of its operations port, such as http://127.0.0.1:9100/readyz
         #[arg(value_parser = health_url)]
         url: http::Uri,
     },
-    /// Make resources of another gateway's configuration; prints them and changes nothing
+    /// Convert another gateway's configuration to resources; prints them and changes nothing
     #[command(subcommand)]
     Import(ImportCommand),
-    /// Show, choose and make contexts: named clusters, each with where its token is
+    /// List, choose and set contexts: named clusters with the place of their token
     #[command(subcommand)]
     Context(ContextCommand),
     /// Print a completion script for a shell
@@ -232,11 +218,16 @@ pub enum Command {
     },
 }
 
-/// Whose configuration to read.
+/// The format to import.
 #[derive(Debug, Clone, Subcommand)]
 pub enum ImportCommand {
     /// LiteLLM's config.yaml
     Litellm {
+        /// The file
+        file: PathBuf,
+    },
+    /// A rule file of envoyproxy/ratelimit: the limits of one domain
+    Ratelimit {
         /// The file
         file: PathBuf,
     },
@@ -252,19 +243,37 @@ pub struct BackendRef {
     pub wait: WaitArgs,
 }
 
-/// Which resources are meant.
+/// What delete removes.
+#[derive(Debug, Clone, Args)]
+pub struct DeleteArgs {
+    /// As in get
+    pub kind: Kind,
+    /// Its name
+    pub name: String,
+    /// Fail if the resource has changed since this etag was read
+    #[arg(long)]
+    pub etag: Option<String>,
+    /// Allow the removal of more than half of a pool's backends
+    #[arg(long)]
+    pub allow_mass_removal: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened: a comment would become help")]
+    pub wait: WaitArgs,
+}
+
+/// The resources of apply and diff.
 #[derive(Debug, Clone, Args)]
 pub struct FileArgs {
-    /// File of resources, - for standard input; may be repeated
+    /// File of resources, or - for standard input; may be repeated
     #[arg(long = "file", short = 'f', required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Delete the resources of the same set that the files do not name
+    /// Delete resources of the same set that are not in the files
     #[arg(long)]
     pub prune: bool,
     /// Name of the set the resources belong to
     #[arg(long, default_value = "default", value_name = "NAME")]
     pub set: String,
-    /// Allow that a pool loses more than half of its backends
+    /// Allow the removal of more than half of a pool's backends
     #[arg(long)]
     pub allow_mass_removal: bool,
     /// Take over resources that belong to another set
@@ -278,7 +287,7 @@ pub struct ApplyArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened: a comment would become help")]
     pub files: FileArgs,
-    /// Say what would change, change nothing
+    /// Show what would change and change nothing
     #[arg(long)]
     pub dry_run: bool,
     #[command(flatten)]
@@ -286,10 +295,10 @@ pub struct ApplyArgs {
     pub wait: WaitArgs,
 }
 
-/// How long a change waits until the gateways hold it.
+/// How long a command waits until the gateways have applied its change.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct WaitArgs {
-    /// How long to wait until every connected gateway holds the change, at most 60s
+    /// How long to wait until every connected gateway has applied the change, at most 60s
     #[arg(long, value_parser = wait, default_value = "10s", value_name = "DURATION")]
     pub wait: Duration,
     /// Do not wait for the gateways
@@ -297,27 +306,27 @@ pub struct WaitArgs {
     pub no_wait: bool,
 }
 
-/// What to do with API keys.
+/// Commands for API keys.
 #[derive(Debug, Clone, Subcommand)]
 pub enum KeyCommand {
-    /// Make a key; it is shown once and stored nowhere
+    /// Create a key; it is shown once and not stored
     Create {
         /// Name of its resource
         name: String,
-        /// Whose it is
+        /// The tenant of the key
         #[arg(long, value_name = "TENANT")]
         tenant: String,
-        /// A model it may use; may be repeated. None: all the tenant may
+        /// A model that the key may use; may be repeated. Default: all models of the tenant
         #[arg(long = "model", value_name = "MODEL")]
         models: Vec<String>,
-        /// For how long it is valid, such as 30d; without it for ever
+        /// How long the key is valid, such as 30d. Default: without end
         #[arg(long, value_parser = positive, value_name = "DURATION")]
         expires: Option<Duration>,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Refuse a key from now on and keep its record
+    /// Revoke a key; its resource stays
     Revoke {
         /// Name of its resource
         name: String,
@@ -325,11 +334,11 @@ pub enum KeyCommand {
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Make a new key in place of the present one, which stays valid for a while
+    /// Replace a key; the old one stays valid for the grace time
     Rotate {
         /// Name of its resource
         name: String,
-        /// How long the present key stays valid
+        /// How long the old key stays valid
         #[arg(long, value_parser = duration, default_value = "24h", value_name = "DURATION")]
         grace: Duration,
         #[command(flatten)]
@@ -340,10 +349,10 @@ pub enum KeyCommand {
     List,
 }
 
-/// What to show of limits.
+/// Commands for limits.
 #[derive(Debug, Clone, Subcommand)]
 pub enum LimitsCommand {
-    /// Show every limit between a key and a model: what it has left and whether it would refuse a request now
+    /// Show every limit of a key and a model, what remains of it, and whether it would refuse a request now
     Explain {
         /// Name of the API key's resource; its secret is not needed
         #[arg(long, value_parser = name, value_name = "NAME")]
@@ -351,35 +360,35 @@ pub enum LimitsCommand {
         /// Name of the model's resource
         #[arg(long, value_parser = name, value_name = "NAME")]
         model: Name,
-        /// A gateway's operations port
+        /// URL of a gateway's operations port
         #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
         gateway: http::Uri,
-        /// File with that port's token; without it WEIR_OPS_TOKEN and, to this machine, the control plane's token
+        /// File with the token of the operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
         #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
         ops_token_file: Option<PathBuf>,
-        /// Prompt tokens of the request that is imagined
+        /// Prompt tokens of the imagined request
         #[arg(long, value_name = "N")]
         input_tokens: Option<u64>,
-        /// Tokens of its answer; without either what answers of this model to this tenant usually have
+        /// Output tokens of the imagined request. Default: the usual number for this model and tenant
         #[arg(long, value_name = "N")]
         output_tokens: Option<u64>,
     },
 }
 
-/// The form of results.
+/// The format of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OutputFormat {
-    /// Columns for people
+    /// Columns
     Table,
     /// More columns
     Wide,
     /// One JSON value
     Json,
-    /// Documents as apply reads them, for resources; otherwise as json
+    /// For resources, documents as apply reads them; otherwise the same as json
     Yaml,
 }
 
-/// A kind of resources, by any of its names.
+/// A kind of resources, by its name, plural or short form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kind(pub v1::ResourceKind);
 
@@ -401,7 +410,7 @@ impl FromStr for Kind {
     }
 }
 
-/// The addresses of the control planes, at least one; http is meant where no scheme is named.
+/// The addresses of the control planes, at least one. Without a scheme, http is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Servers(Vec<String>);
 

@@ -1,4 +1,5 @@
-//! A connection to a control plane: the token on every call, a deadline, a retry, at the next one where there are several.
+//! The connection to a control plane: adds the token, a deadline, and a retry at the next control plane if there are
+//! several.
 
 use std::error::Error as _;
 use std::fmt;
@@ -16,12 +17,12 @@ use weir_proto::v1::admin_service_client::AdminServiceClient;
 use crate::args::Cli;
 use crate::error::Error;
 
-/// Between an attempt that found nobody and the next one.
+/// The pause after an attempt without an answer.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// Largest answer, bytes; a page of 1000 resources with 1000 models each.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
 
-/// Whether a call may be sent again after UNAVAILABLE: only when the same request twice does the same once.
+/// Whether a call may be sent again after UNAVAILABLE: only if it is idempotent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Retry {
     Once,
@@ -30,10 +31,10 @@ pub(crate) enum Retry {
 
 /// The admin service.
 pub(crate) struct Client {
-    /// The one that answers, and its place among them all.
+    /// The control plane that answers, and its index.
     current: Mutex<(usize, AdminServiceClient<Channel>)>,
     endpoints: Vec<Endpoint>,
-    /// All of them, for people.
+    /// All addresses, for messages.
     server: String,
     token: Option<MetadataValue<Ascii>>,
     timeout: Duration,
@@ -46,7 +47,7 @@ impl fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects to the first that answers; tries a second time after a moment, since a control plane may be restarting.
+    /// Connects to the first control plane that answers. Tries twice, because a control plane may be restarting.
     pub(crate) async fn connect(cli: &Cli) -> Result<Self, Error> {
         let server = cli.server.all().join(", ");
         let token = token(cli.token_file.as_deref(), cli.token_env.as_deref())?;
@@ -70,7 +71,7 @@ impl Client {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Goes on with the next one that answers; with the same when none does.
+    /// Switches to the next control plane that answers; stays with the current one if none does.
     async fn move_on(&self, from: usize) {
         if self.endpoints.len() > 1
             && let Ok(found) = first(&self.endpoints, from + 1).await
@@ -79,7 +80,7 @@ impl Client {
         }
     }
 
-    /// Calls with the ordinary deadline.
+    /// Calls with the default deadline.
     pub(crate) async fn call<Q, A, F, Fut>(&self, retry: Retry, message: Q, method: F) -> Result<A, Error>
     where
         Q: Clone,
@@ -128,7 +129,7 @@ impl Client {
         }
     }
 
-    /// Opens a stream of answers; how long it goes on is up to the caller.
+    /// Opens a stream of answers without a deadline for the whole stream.
     pub(crate) async fn open<Q, A, F, Fut>(&self, message: Q, method: F) -> Result<Streaming<A>, Error>
     where
         Q: Clone,
@@ -138,7 +139,7 @@ impl Client {
         self.call(Retry::Once, message, method).await
     }
 
-    /// An answer of a stream, or what went wrong with it.
+    /// The next answer of a stream.
     pub(crate) fn heard<A>(&self, answer: Result<A, Status>) -> Result<A, Error> {
         answer.map_err(|status| self.refused(status))
     }
@@ -146,7 +147,7 @@ impl Client {
     fn refused(&self, status: Status) -> Error {
         let server = self.server.clone();
         match status.source() {
-            // The connection broke; the status was made on this side.
+            // The connection broke, so the status comes from this side.
             Some(cause) if status.code() == Code::Unavailable => {
                 Error::Unreachable { server, reason: deepest(cause) }
             }
@@ -181,7 +182,7 @@ fn endpoint(cli: &Cli, url: &str) -> Result<Endpoint, Error> {
     endpoint.tls_config(tls).map_err(|e| unusable(&e))
 }
 
-/// The first that can be connected to, beginning with this one; the error of the last tried when there is none.
+/// The first control plane that can be connected to, starting with `first`; otherwise the last error.
 async fn first(
     endpoints: &[Endpoint],
     from: usize,
@@ -200,12 +201,12 @@ async fn first(
     }
 }
 
-/// A new request id; sent again with a retry, so that what was done is not done twice.
+/// A new request id. A retry sends the same id, so that a change is not made twice.
 pub(crate) fn request_id() -> String {
     uuid::Uuid::now_v7().to_string()
 }
 
-/// The same header for HTTP; `None` without a token.
+/// The authorization header for HTTP; `None` without a token.
 pub(crate) fn token_header(cli: &Cli) -> Result<Option<http::HeaderValue>, Error> {
     let token = token(cli.token_file.as_deref(), cli.token_env.as_deref())?;
     let header = |token: MetadataValue<Ascii>| {
@@ -243,7 +244,7 @@ fn token(file: Option<&Path>, variable: Option<&str>) -> Result<Option<MetadataV
     Ok(Some(value))
 }
 
-/// The innermost cause: transport errors say "transport error" and hide the reason below.
+/// The innermost cause, because transport errors hide the reason in their source.
 fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
     let mut at = error;
     while let Some(next) = at.source() {

@@ -47,9 +47,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Describe { kind, name } => get::describe(cli, io, kind.0, name).await?,
         Command::Apply(args) => apply::apply(cli, io, args).await?,
         Command::Diff(args) => return apply::diff(cli, io, args).await,
-        Command::Delete { kind, name, etag, allow_mass_removal, wait } => {
-            delete::delete(cli, io, kind.0, name, etag.as_deref(), *allow_mass_removal, wait).await?;
-        }
+        Command::Delete(args) => delete::delete(cli, io, args).await?,
         Command::Edit { kind, name, wait } => edit::edit(cli, io, kind.0, name, wait).await?,
         Command::Explain { what } => explain::explain(io, what)?,
         Command::Watch(args) => watch::watch(cli, io, args).await?,
@@ -78,29 +76,13 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
             backend::set_weight(cli, io, backend, *weight, wait).await?;
         }
         Command::Import(ImportCommand::Litellm { file }) => import::litellm(io, file)?,
+        Command::Import(ImportCommand::Ratelimit { file }) => import::ratelimit(io, file)?,
         Command::Health { url } => health::health(cli, io, url).await?,
         Command::Key(command) => key::key(cli, io, command).await?,
         Command::Usage(args) => usage::usage(cli, io, args).await?,
         Command::Limits(command) => limits::limits(cli, io, command).await?,
         Command::Token(command) => token::token(cli, io, command).await?,
-        Command::Whoami => {
-            let client = Client::connect(cli).await?;
-            let who = token::who_am_i(&client).await?;
-            let role = token::role(who.role());
-            io.result(
-                || {
-                    // Of one alone it goes without saying; this is for several.
-                    let leads = if who.leads { "" } else { "; this control plane does not lead" };
-                    format!("{} with the role {role}, at revision {}{leads}\n", who.name, who.revision)
-                },
-                || {
-                    serde_json::json!({
-                        "name": who.name, "role": role, "build": who.build,
-                        "store_epoch": who.store_epoch, "revision": who.revision, "leads": who.leads,
-                    })
-                },
-            )?;
-        }
+        Command::Whoami => token::show_who_am_i(cli, io).await?,
         Command::Backup(args) => backup::backup(cli, io, args).await?,
         Command::Gateways => gateways::gateways(cli, io).await?,
         Command::Gateway(command) => return gateways::one(cli, io, command).await,

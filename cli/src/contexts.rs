@@ -1,8 +1,8 @@
-//! Contexts: named clusters, so that nobody types addresses and token files. Kept in one file that only its owner reads.
-//! A token is never in it: a context says where the token is.
+//! Contexts: named clusters with their address and the place of their token, in one file that only its owner can read. The
+//! file never contains a token.
 //!
-//! A context is used as a whole or not at all. Who names a server, by flag or variable, uses none: the token of one
-//! cluster must never go to another.
+//! A context is used completely or not at all. A server set by flag or variable disables the context, because the token of
+//! one cluster must never be sent to another.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -26,7 +26,7 @@ pub(crate) struct Context {
     pub(crate) key: Option<PathBuf>,
 }
 
-/// Where a token is.
+/// The place of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TokenRef {
     /// In a file.
@@ -48,7 +48,7 @@ impl FromStr for TokenRef {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || "must be file:PATH or env:NAME; a token itself is never kept here".to_owned();
+        let wrong = || "must be file:PATH or env:NAME; contexts never contain a token".to_owned();
         match text.split_once(':') {
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
             Some(("env", name))
@@ -61,14 +61,14 @@ impl FromStr for TokenRef {
     }
 }
 
-/// All there are, and the one in use.
+/// All contexts, and the current one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Contexts {
     pub(crate) current: Option<String>,
     pub(crate) all: BTreeMap<String, Context>,
 }
 
-/// Where they are: `WEIR_CONFIG`, or `weir/contexts.json` where the user's configuration is.
+/// The path of the file: `WEIR_CONFIG`, or `weir/contexts.json` in the user's configuration directory.
 pub(crate) fn path() -> Result<PathBuf, Error> {
     let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || var("HOME").map(|home| home.join(".config"));
@@ -78,7 +78,7 @@ pub(crate) fn path() -> Result<PathBuf, Error> {
 }
 
 impl Contexts {
-    /// None when there is no file.
+    /// Reads the contexts; empty without a file.
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
         match std::fs::read_to_string(path) {
             Ok(text) => Self::parse(&text)
@@ -107,7 +107,7 @@ impl Contexts {
         Some(Self { current, all })
     }
 
-    /// As the file has it, and `-o json`.
+    /// The JSON form, as in the file and for `-o json`.
     pub(crate) fn value(&self) -> Value {
         let rows = self.all.iter().map(|(name, context)| {
             let mut row = json!({ "server": context.server });
@@ -141,7 +141,7 @@ impl Contexts {
     }
 }
 
-/// A name that can be typed and printed.
+/// A valid name of a context.
 pub(crate) fn name(text: &str) -> Result<String, String> {
     let fits = (1..=NAME_MAX).contains(&text.len());
     if fits && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {

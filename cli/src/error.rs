@@ -1,16 +1,16 @@
-//! What can go wrong, as sentences for the person at the terminal, and the exit code of each.
+//! The errors of commands, as text for people, and their exit codes.
 
 use std::io;
 
 use tonic::{Code, Status};
 use weir_proto::manifest;
-use weir_proto::status::field_violations;
+use weir_proto::status::{FieldViolation, field_violations};
 use weir_runtime::exit;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No connection.
+    /// The control plane cannot be reached.
     #[error(
         "the control plane at {server} cannot be reached: {reason}\n\
          start it (weir-control-plane, or weir up), or say where it is with --server or WEIR_SERVER"
@@ -18,23 +18,23 @@ pub enum Error {
     Unreachable {
         /// The address tried.
         server: String,
-        /// What the system said.
+        /// The reason.
         reason: String,
     },
-    /// A connection, and no answer in time.
+    /// The control plane did not answer within the timeout.
     #[error("the control plane at {server} did not answer within {timeout}; --timeout allows more")]
     Timeout {
         /// The address.
         server: String,
-        /// The time it had.
+        /// The timeout.
         timeout: String,
     },
-    /// It answered with an error.
+    /// The control plane answered with an error.
     #[error("{}", sentence(.status, .server))]
     Refused {
         /// The address.
         server: String,
-        /// The answer.
+        /// The gRPC status.
         status: Box<Status>,
     },
     /// A part of `weir up` could not start.
@@ -42,91 +42,89 @@ pub enum Error {
     Start {
         /// The exit code.
         code: u8,
-        /// What and why.
+        /// The reason.
         reason: String,
     },
-    /// A setting is wrong.
+    /// A setting is invalid.
     #[error("{0}")]
     Setting(String),
-    /// It answered with nothing where there has to be something.
-    #[error("the control plane's answer lacks its {0}; does its version fit this one?")]
+    /// A required field is missing in an answer.
+    #[error("the control plane's answer lacks {0}; check that both have the same version")]
     Answer(&'static str),
-    /// A file of resources is wrong.
+    /// A file of resources is invalid.
     #[error("{0}")]
     Manifest(#[from] manifest::Error),
-    /// A file of another gateway cannot be made sense of.
+    /// A configuration of another gateway is invalid.
     #[error("{0}")]
     Import(String),
     /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     File {
-        /// Which file.
+        /// The path of the file.
         path: String,
-        /// Why.
+        /// The reason.
         source: io::Error,
     },
-    /// Two files name the same resource.
+    /// Two files contain the same resource.
     #[error("{0} is given twice")]
     Twice(String),
-    /// The control plane refused resources that were given; one line for each mistake.
-    #[error("the control plane does not take this, and has changed nothing:\n  {}", .0.join("\n  "))]
+    /// The control plane refused resources; one line per problem.
+    #[error("the control plane refused this and changed nothing:\n  {}", .0.join("\n  "))]
     NotTaken(Vec<String>),
     /// The token cannot be sent.
     #[error("the token of {0} is empty or holds characters a header cannot")]
     Token(&'static str),
-    /// The gateways did not all take a change in time; what there is to say has been said.
-    #[error("the change is stored, but not every gateway holds it yet: weir gateways shows why")]
+    /// Not all gateways applied a change in time. The details are printed already.
+    #[error("the change is stored, but not every gateway has applied it yet: weir gateways shows why")]
     Pending,
-    /// Gateways refused a part of a change; what there is to say has been said.
-    #[error(
-        "the change is stored and the rest of it is in force; the gateways named do not use what they refuse"
-    )]
+    /// Gateways refused a part of a change. The details are printed already.
+    #[error("the change is stored, but gateways refuse a part of it; the rest is in force")]
     PartlyRefused,
-    /// Requests went on for longer than was waited.
+    /// A drain did not end within the wait time.
     #[error(
-        "backend {0} is draining, but not everything had ended within {1}; weir drain {0} goes on waiting"
+        "backend {0} is draining, but requests were still in progress after {1}; weir drain {0} waits again"
     )]
     Undrained(String, String),
-    /// The audit log is not what was written.
-    #[error("the audit log is not whole: {0}; restore a backup, and find out who wrote to the store's file")]
+    /// The hash chain of the audit log is broken.
+    #[error("the audit log was changed: {0}; restore a backup, and find out who wrote to the store")]
     AuditBroken(String),
-    /// A probe on demand found something.
-    #[error("backend {backend}: {failed} looks did not pass, {silent} of those asked did not answer in time")]
+    /// A probe on demand failed or was not answered.
+    #[error("backend {backend}: {failed} probes failed, {silent} observers did not answer in time")]
     Probed {
         /// The backend.
         backend: String,
-        /// Looks that saw something wrong.
+        /// Probes that did not pass.
         failed: usize,
-        /// Vantage points that were silent.
+        /// Observers that did not answer.
         silent: usize,
     },
-    /// A check found something.
-    #[error("{0} of the checks found something")]
+    /// A check found problems.
+    #[error("{0} checks found problems")]
     Check(usize),
     /// A file cannot be written.
     #[error("cannot write {path}: {source}")]
     Write {
-        /// Which file.
+        /// The path of the file.
         path: String,
-        /// Why.
+        /// The reason.
         source: io::Error,
     },
-    /// A process says that it is not well.
+    /// A process reports that it is not healthy.
     #[error("{url} answered {status}: {text}")]
     Unhealthy {
-        /// What was asked.
+        /// The URL.
         url: String,
         /// The status.
         status: u16,
-        /// Its reason, cut.
+        /// The reason, cut to a bound.
         text: String,
     },
     /// A process does not answer.
-    #[error("{url} cannot be asked: {reason}; is the process running, and does it listen there?")]
+    #[error("cannot reach {url}: {reason}; check that the process runs and listens there")]
     Silent {
-        /// What was asked.
+        /// The URL.
         url: String,
-        /// What the system said.
+        /// The reason.
         reason: String,
     },
     /// The result cannot be printed.
@@ -167,33 +165,35 @@ fn sentence(status: &Status, server: &str) -> String {
     };
     match status.code() {
         Code::Unauthenticated => format!(
-            "the control plane at {server} wants a valid token ({message}); give it with --token-file or WEIR_TOKEN"
+            "the control plane at {server} requires a valid token ({message}); set --token-file or WEIR_TOKEN"
         ),
         Code::PermissionDenied => format!("the token does not allow this: {message}"),
         Code::NotFound => format!("not found: {message}"),
-        Code::AlreadyExists => format!("exists already: {message}"),
+        Code::AlreadyExists => format!("already exists: {message}"),
         Code::InvalidArgument => match field_violations(status).as_slice() {
-            [] | [_] => format!("the control plane does not take this: {message}"),
+            [] | [_] => format!("the control plane refused this: {message}"),
             several => {
-                let lines = several.iter().map(|v| format!("\n  {}: {}", v.field, v.description));
-                format!("the control plane does not take this:{}", lines.collect::<String>())
+                // How many are left out has no field.
+                let separator = |field: &str| if field.is_empty() { "" } else { ": " };
+                let line =
+                    |v: &FieldViolation| format!("\n  {}{}{}", v.field, separator(&v.field), v.description);
+                let lines = several.iter().map(line);
+                format!("the control plane refused this:{}", lines.collect::<String>())
             }
         },
-        Code::FailedPrecondition => format!("not now: {message}"),
-        Code::Aborted => format!("it has changed in the meantime: {message}; read it again and retry"),
-        Code::ResourceExhausted => format!("too much at once: {message}"),
+        Code::FailedPrecondition => format!("not possible now: {message}"),
+        Code::Aborted => format!("the resource has changed: {message}; read it again and retry"),
+        Code::ResourceExhausted => format!("too many calls: {message}"),
         Code::Unavailable => {
             format!("the control plane at {server} is not ready: {message}; try again in a moment")
         }
         Code::DeadlineExceeded | Code::Cancelled => {
-            format!("the control plane at {server} gave up: {message}; --timeout allows more")
+            format!("the control plane at {server} timed out: {message}; --timeout allows more")
         }
         Code::Unimplemented => {
-            format!(
-                "the control plane at {server} does not know this call; is it an older version, or another server?"
-            )
+            format!("the control plane at {server} does not know this call; check its version and address")
         }
-        Code::OutOfRange => format!("too far: {message}"),
+        Code::OutOfRange => format!("out of range: {message}"),
         Code::Internal | Code::Unknown | Code::DataLoss | Code::Ok => {
             format!("the control plane at {server} failed: {message}; its log says more")
         }
@@ -213,12 +213,12 @@ mod tests {
     fn answers_become_sentences_with_exit_codes() {
         for (code, text, exit) in [
             (Code::NotFound, "not found: backend sgp-1", 1),
-            (Code::AlreadyExists, "exists already: backend sgp-1", 1),
-            (Code::InvalidArgument, "the control plane does not take this: backend sgp-1", 64),
-            (Code::FailedPrecondition, "not now: backend sgp-1", 1),
+            (Code::AlreadyExists, "already exists: backend sgp-1", 1),
+            (Code::InvalidArgument, "the control plane refused this: backend sgp-1", 64),
+            (Code::FailedPrecondition, "not possible now: backend sgp-1", 1),
             (
                 Code::Unauthenticated,
-                "the control plane at http://h:7070 wants a valid token (backend sgp-1); give it with --token-file \
+                "the control plane at http://h:7070 requires a valid token (backend sgp-1); set --token-file \
                  or WEIR_TOKEN",
                 1,
             ),

@@ -1,8 +1,11 @@
 //! Other gateways' configuration as resources of Weir. Pure: text in, resources and what was left out.
 
+mod fields;
 pub(crate) mod litellm;
 mod providers;
+pub(crate) mod ratelimit;
 
+use weir_proto::resource::{Resource, kind_name, kind_of};
 use weir_proto::v1;
 
 /// What became of a file.
@@ -27,6 +30,35 @@ impl Import {
     fn note(&mut self, path: impl Into<String>, text: impl Into<String>) {
         self.notes.push(Note { path: path.into(), text: text.into() });
     }
+
+    /// Notes what Weir does not take of the resources. Said now and not only when they are applied: values come from a file
+    /// that nobody checked by Weir's rules.
+    fn judge(&mut self) {
+        for resource in &self.resources {
+            let Err(violations) = Resource::try_from(resource) else { continue };
+            let name = format!("{} {}", kind_name(kind_of(resource)), resource.name);
+            self.notes.extend(violations.0.into_iter().map(|violation| Note {
+                path: name.clone(),
+                text: format!("has to be corrected by hand: {}: {}", violation.path, violation.message),
+            }));
+        }
+    }
+
+    /// The same, unless this was said of another path before.
+    fn note_once(&mut self, path: impl Into<String>, text: String) {
+        if !self.notes.iter().any(|note| note.text == text) {
+            self.note(path, text);
+        }
+    }
+}
+
+/// The name, or the name with the first number behind it that is free.
+fn free_name(base: &str, taken: impl Fn(&str) -> bool) -> String {
+    if !taken(base) {
+        return base.to_owned();
+    }
+    let base = &base[..base.len().min(57)];
+    (2..).map(|n| format!("{base}-{n}")).find(|name| !taken(name)).unwrap_or_default()
 }
 
 /// A resource name made of any text: lower case, what is not allowed becomes `-`, at most 63 characters.

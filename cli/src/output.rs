@@ -1,4 +1,4 @@
-//! Where results go, and their forms.
+//! Standard output and standard error of commands, and the formats of results.
 
 use std::io::{self, Write};
 use std::sync::mpsc;
@@ -14,8 +14,8 @@ use crate::tables;
 /// How long a service waits for the reader of its standard output.
 const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Standard output of a service. A flush hands over what was written and returns within a second, also when nobody
-/// reads; the text is then printed as soon as somebody does.
+/// Standard output of a service. A flush returns within a second, even if nothing reads the output; the text is printed
+/// when it is read.
 #[derive(Debug, Default)]
 pub(crate) struct Patient(Vec<u8>);
 
@@ -28,18 +28,18 @@ impl Write for Patient {
     fn flush(&mut self) -> io::Result<()> {
         let text = std::mem::take(&mut self.0);
         let (printed, done) = mpsc::channel();
-        // Not joined: it may hang for as long as the process lives.
+        // Not joined, because the thread may hang until the process ends.
         std::thread::Builder::new().name("weir-print".into()).spawn(move || {
             let mut out = io::stdout();
-            // Nobody listens when it took too long.
+            // The receiver is dropped after the timeout.
             let _ = printed.send(out.write_all(&text).and_then(|()| out.flush()));
         })?;
-        let nobody = |_| io::Error::new(io::ErrorKind::TimedOut, "nobody reads standard output");
+        let nobody = |_| io::Error::new(io::ErrorKind::TimedOut, "standard output is not read");
         done.recv_timeout(PRINT_TIMEOUT).map_err(nobody)?
     }
 }
 
-/// The streams and the form wanted.
+/// The streams and the output format.
 pub(crate) struct Io<'a> {
     pub(crate) out: &'a mut dyn Write,
     pub(crate) err: &'a mut dyn Write,
@@ -47,7 +47,7 @@ pub(crate) struct Io<'a> {
 }
 
 impl Io<'_> {
-    /// Prints resources of one kind: columns, or documents with what the system says of them.
+    /// Prints resources of one kind: columns, or documents with the output-only fields.
     pub(crate) fn resources(
         &mut self,
         kind: v1::ResourceKind,
@@ -62,7 +62,7 @@ impl Io<'_> {
         Ok(self.out.write_all(text.as_bytes())?)
     }
 
-    /// Prints a result that is no resource: text for people, or the value.
+    /// Prints a result that is not a resource: text, or the JSON value.
     pub(crate) fn result(
         &mut self,
         text: impl FnOnce() -> String,
@@ -76,12 +76,12 @@ impl Io<'_> {
         Ok(())
     }
 
-    /// Whether columns are wanted, and whether more of them.
+    /// Whether the format is a table, and whether it is wide.
     pub(crate) fn wide(&self) -> bool {
         self.format == OutputFormat::Wide
     }
 
-    /// Says something to the person.
+    /// Prints a note to standard error.
     pub(crate) fn note(&mut self, text: &str) -> Result<(), Error> {
         Ok(writeln!(self.err, "{text}")?)
     }

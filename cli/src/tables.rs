@@ -5,7 +5,7 @@ use weir_proto::manifest::format_duration;
 use weir_proto::v1;
 use weir_proto::v1::resource::Spec;
 
-/// A table of a header and rows, each line without blanks at its end.
+/// A table of a header and rows, without trailing blanks.
 pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.to_vec());
@@ -18,12 +18,12 @@ pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
-/// The columns of a kind.
+/// The table of resources of a kind.
 pub(crate) fn resources(kind: v1::ResourceKind, resources: &[v1::Resource]) -> String {
     columns(kind, resources, &[], |_| Vec::new())
 }
 
-/// The same, with what the system says of each.
+/// The table with the output-only fields in addition.
 pub(crate) fn resources_wide(kind: v1::ResourceKind, resources: &[v1::Resource]) -> String {
     columns(kind, resources, &["SET", "ETAG", "CREATED", "UPDATED"], |r| {
         vec![text(&r.apply_set), text(&r.etag), time(r.create_time.as_ref()), time(r.update_time.as_ref())]
@@ -61,7 +61,7 @@ fn columns(
     table(&[header, more].concat(), rows.collect())
 }
 
-/// What is between name and revision.
+/// The cells between name and revision.
 fn cells(spec: &Spec) -> Vec<String> {
     match spec {
         Spec::Pool(s) => {
@@ -119,7 +119,7 @@ fn cells(spec: &Spec) -> Vec<String> {
     }
 }
 
-/// What is between name and revision of a rule.
+/// The cells between name and revision of a descriptor rule.
 fn rule(s: &v1::DescriptorRuleSpec) -> Vec<String> {
     let entries: Vec<_> = s
         .entries
@@ -157,7 +157,7 @@ fn rule(s: &v1::DescriptorRuleSpec) -> Vec<String> {
     ]
 }
 
-/// What the operator wants of a backend.
+/// The name of an admin state.
 pub(crate) const fn state(state: v1::AdminState) -> &'static str {
     match state {
         v1::AdminState::Unspecified | v1::AdminState::Active => "active",
@@ -183,7 +183,7 @@ fn rates(rates: Option<&v1::Rates>) -> String {
     add(r.tokens_per_minute, "tok/min");
     add(r.input_tokens_per_minute, "in tok/min");
     add(r.output_tokens_per_minute, "out tok/min");
-    add(r.concurrency.map(u64::from), "at once");
+    add(r.concurrency.map(u64::from), "concurrent");
     if let Some(budget) = &r.budget {
         parts.push(format!("{}/{}", dollars(budget.micro_dollars), period(budget.period())));
     }
@@ -191,7 +191,7 @@ fn rates(rates: Option<&v1::Rates>) -> String {
         parts.push(format!("wait {}", format_duration(wait)));
     }
     if let Some(percent) = r.prefetch_percent.filter(|percent| *percent > 0) {
-        parts.push(format!("{percent} % ahead"));
+        parts.push(format!("{percent} % prefetched"));
     }
     if r.shadow {
         parts.push("shadow".to_owned());

@@ -1,7 +1,7 @@
 //! `weir up`: all of Weir in one process, for a first look and for small installations.
 //!
-//! The parts are the real ones: a control plane with its gRPC services, gateways that subscribe to it over a socket,
-//! and one limiter they share. Only the processes are missing.
+//! The parts are the same as in separate processes: a control plane with its gRPC services, gateways that connect to it
+//! over a socket, and one limiter for all of them.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -25,17 +25,17 @@ use crate::args::{OutputFormat, UpArgs};
 use crate::error::Error;
 use crate::output::Io;
 
-/// What runs without `--config`.
+/// The resources without `--config`.
 const EXAMPLE: &str = include_str!("up/example.yaml");
 /// The regions of the example: name of the backend, name of the region, tokens per second it decodes at.
 const REGIONS: [(&str, &str, f64); 3] =
     [("sgp", "singapore", 120.0), ("fra", "frankfurt", 100.0), ("vir", "virginia", 80.0)];
-/// The name of the API key that is made at each start.
+/// The name of the API key that is issued at each start.
 const KEY_NAME: &str = "first-look";
-/// Every gateway holds the configuration within this, or the start has failed.
+/// The start fails if a gateway has not applied the configuration within this time.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where everything is.
+/// The addresses of all parts.
 #[derive(Debug)]
 struct Started {
     gateways: Vec<SocketAddr>,
@@ -52,7 +52,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     weir_runtime::init_logs(&args.log).map_err(Error::Setting)?;
     let (shutdown, force) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(weir_runtime::shutdown_on_signals(shutdown.clone(), force.clone()));
-    // Whatever ends this function ends every part.
+    // Every part stops when this function returns.
     let end = shutdown.clone().drop_guard();
 
     let resources = resources(args, &shutdown).await?;
@@ -89,7 +89,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         model: admin.first_model().await?,
     };
     if let Err(error) = started.print(io) {
-        tracing::warn!(%error, "where everything is could not be printed; it runs all the same");
+        tracing::warn!(%error, "addresses not printed to standard output");
     }
     for gateway in running {
         let ended = gateway.ended().await;
@@ -104,12 +104,12 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     }
 }
 
-/// An address of the operator's choice; every port is free to choose when that of the first gateway is.
+/// An address with a port; with port 0 of the first gateway every port is free.
 fn address(args: &UpArgs, ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, if args.listen.port() == 0 { 0 } else { port })
 }
 
-/// Admin and operations stay on loopback wherever clients are served: a first look must not open them.
+/// Admin and operations ports listen on loopback even if clients are served elsewhere, so that `weir up` does not expose them.
 fn local(args: &UpArgs, port: u16) -> SocketAddr {
     address(args, IpAddr::from([127, 0, 0, 1]), port)
 }
@@ -124,7 +124,7 @@ fn control_plane_config(args: &UpArgs, bootstrap: Vec<v1::Resource>) -> ControlP
         http_listen: local(args, 7080),
         store,
         bootstrap,
-        allow_backend_cidr: args.allow_backend_cidr.clone(),
+        allow_backend_cidr: args.common.allow_backend_cidr.clone(),
         ..ControlPlaneConfig::default()
     }
 }
@@ -134,7 +134,7 @@ fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> 
         listen: address(args, args.listen.ip(), args.listen.port().saturating_add(k)),
         ops_listen: local(args, 9100 + k),
         ops_token_file: None,
-        // One token opens everything of this process.
+        // All parts of this process accept the same token.
         ops_token: Some(control_plane.admin_token.clone()),
         ops_allowed_hosts: Vec::new(),
         control_plane: format!("http://{}", control_plane.grpc_addr),
@@ -153,10 +153,11 @@ fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> 
         },
         id: Some(format!("gateway-{k}")),
         region: String::new(),
-        allow_backend_cidr: args.allow_backend_cidr.clone(),
+        common: args.common.clone(),
         max_connections: 10_000,
         max_connections_per_address: None,
         body_memory_mib: 1024,
+        answer_max_mib: 256,
         tls_cert: None,
         tls_key: None,
         pre_stop_s: 0,
@@ -212,7 +213,7 @@ async fn resources(args: &UpArgs, shutdown: &CancellationToken) -> Result<Vec<v1
     Ok(manifest::parse(&text, "the built-in example")?)
 }
 
-/// The few calls that `up` makes of the control plane it started.
+/// The calls of `up` to its own control plane.
 struct Admin {
     client: AdminServiceClient<tonic::transport::Channel>,
     server: String,
@@ -240,8 +241,7 @@ impl Admin {
         Error::Refused { server: self.server.clone(), status: Box::new(status) }
     }
 
-    /// A key for the first tenant there is. A store that has been used before holds the key of the last start, whose
-    /// secret is known to nobody any more: it is rotated.
+    /// Issues a key for the first tenant. In a used store the key exists already and its secret is lost, so it is rotated.
     async fn key(&mut self, resources: &[v1::Resource]) -> Result<Secret, Error> {
         let given = resources.iter().find(|r| resource::kind_of(r) == v1::ResourceKind::Tenant);
         let tenant = match given {
@@ -291,7 +291,7 @@ impl Admin {
         }))
     }
 
-    /// Returns when every gateway holds everything.
+    /// Returns when every gateway has applied the configuration.
     async fn wait_for_gateways(&mut self, count: usize) -> Result<(), Error> {
         let revision = self.list(v1::ResourceKind::ApiKey).await?.revision;
         let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
@@ -303,7 +303,8 @@ impl Admin {
                 return Ok(());
             }
             if tokio::time::Instant::now() >= deadline {
-                let reason = format!("{} of {count} gateways took the configuration in time", answer.applied);
+                let reason =
+                    format!("{} of {count} gateways applied the configuration in time", answer.applied);
                 return Err(Error::Start { code: weir_runtime::exit::FAILED, reason });
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -333,7 +334,7 @@ impl Started {
         Ok(io.out.flush()?)
     }
 
-    /// The live page. The token is in the fragment, which browsers send to nobody.
+    /// The URL of the live page. The token is in the fragment, which browsers never send.
     fn page(&self) -> String {
         format!("http://{}/#token={}", self.control_plane_http, self.admin_token.expose())
     }

@@ -155,7 +155,7 @@ impl AdminService for Fake {
         r: Request<v1::WaitOperationRequest>,
     ) -> Answer<v1::WaitOperationResponse> {
         let request = self.enter(r, |_, _| ())?;
-        let left = request.seen.map_or(0, |seen| seen.in_flight).saturating_sub(1);
+        let left = request.last_seen.map_or(0, |last_seen| last_seen.in_flight).saturating_sub(1);
         let backend = request.name.trim_start_matches("drain/");
         Ok(Response::new(v1::WaitOperationResponse { operation: Some(drain(backend, left)) }))
     }
@@ -208,7 +208,7 @@ impl AdminService for Fake {
         };
         let status = v1::BackendStatus { backend, health: Some(health), weight: 100, ..Default::default() };
         let vote = v1::explain_backend_response::Vote {
-            vantage: "gw-1".into(),
+            observer: "gw-1".into(),
             tier: v1::ProbeTier::Liveness.into(),
             outcome: v1::ProbeOutcome::Refused.into(),
             detail: "cannot connect".into(),
@@ -220,6 +220,16 @@ impl AdminService for Fake {
             votes: vec![vote],
             may_return_time: Some(prost_types::Timestamp { seconds: 60, nanos: 0 }),
             conditions: vec!["one readiness pass".into()],
+            failures: vec![v1::explain_backend_response::GatewayFailure {
+                gateway_id: "gw-1".into(),
+                failure: Some(v1::AttemptFailure {
+                    time: Some(prost_types::Timestamp { seconds: 30, nanos: 0 }),
+                    model: "small".into(),
+                    outcome: "credential_refused".into(),
+                    status: 401,
+                    message: "Incorrect API key provided: [redacted]".into(),
+                }),
+            }],
             ..Default::default()
         }))
     }
@@ -233,8 +243,8 @@ impl AdminService for Fake {
     }
     async fn probe_backend(&self, r: Request<v1::ProbeBackendRequest>) -> Answer<v1::ProbeBackendResponse> {
         let backend = self.enter(r, |_, _| ())?.backend;
-        let look = v1::probe_backend_response::Look {
-            vantage: "gateway-0".into(),
+        let result = v1::probe_backend_response::ObserverResult {
+            observer: "gateway-0".into(),
             tier: v1::ProbeTier::Liveness.into(),
             outcome: v1::ProbeOutcome::Timeout.into(),
             detail: "no answer within 2 s".into(),
@@ -243,8 +253,8 @@ impl AdminService for Fake {
         let health =
             v1::BackendHealth { state: v1::HealthState::Healthy.into(), backend, ..Default::default() };
         Ok(Response::new(v1::ProbeBackendResponse {
-            looks: vec![look],
-            pending: vec!["gateway-1".into()],
+            results: vec![result],
+            pending_observers: vec!["gateway-1".into()],
             status: Some(v1::BackendStatus { health: Some(health), ..Default::default() }),
         }))
     }
@@ -358,8 +368,8 @@ async fn a_drain_says_what_is_left_until_nothing_is() {
     let said = "backend sgp-1 is draining\n";
     assert_eq!(weir(at, "drain sgp-1 --no-wait").await, (0, said.into(), String::new()));
     let (code, out, err) = weir(at, "drain sgp-1").await;
-    let steps = "2 in progress; held by 3 of 3 gateways\n1 in progress; held by 3 of 3 gateways\n\
-                 drained: nothing is in progress there any more (3 of 3 gateways)\n";
+    let steps = "2 in progress; applied on 3 of 3 gateways\n1 in progress; applied on 3 of 3 gateways\n\
+                 drained: no request is in progress any more (3 of 3 gateways)\n";
     assert_eq!((code, out.as_str(), err.as_str()), (0, said, steps));
     let state = fake.0.lock().expect("not poisoned");
     assert_eq!(state.drains[0].backend, "sgp-1");
@@ -433,7 +443,7 @@ async fn errors_are_sentences() {
     let (_, at) = start(State::default()).await;
     assert_eq!(weir(at, "get te x").await, (1, String::new(), "weir: not found: tenant x\n".into()));
     let (code, _, err) = weir(at, "delete pool p").await;
-    assert_eq!((code, err.as_str()), (1, "weir: not now: backend sgp-1 refers to it\n"));
+    assert_eq!((code, err.as_str()), (1, "weir: not possible now: backend sgp-1 refers to it\n"));
 }
 
 #[tokio::test]
@@ -469,15 +479,12 @@ async fn why_names_the_rule_the_votes_and_the_way_back() {
 async fn a_probe_shows_what_each_saw_and_fails_unless_all_is_well() {
     let (_, at) = start(State::default()).await;
     let (code, out, err) = weir(at, "probe sgp-1").await;
-    let table = "VANTAGE    TIER      SAW                AFTER  DETAIL\n\
-                 gateway-0  liveness  timeout            -      no answer within 2 s\n\
-                 gateway-1  -         no answer in time  -      -\n\
+    let table = "OBSERVER   TIER      OUTCOME            LATENCY  DETAIL\n\
+                 gateway-0  liveness  timeout            -        no answer within 2 s\n\
+                 gateway-1  -         no answer in time  -        -\n\
                  backend sgp-1 is healthy: -\n";
     assert_eq!((code, out.as_str()), (1, table));
-    assert!(
-        err.contains("backend sgp-1: 1 looks did not pass, 1 of those asked did not answer in time"),
-        "{err}"
-    );
+    assert!(err.contains("backend sgp-1: 1 probes failed, 1 observers did not answer in time"), "{err}");
     let (code, out, _) = weir(at, "probe sgp-1 -o json").await;
     assert!(code == 1 && out.contains(r#""outcome": "timeout""#) && out.contains("gateway-1"), "{out}");
 }

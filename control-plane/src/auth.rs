@@ -1,7 +1,7 @@
-//! Who may call what: roles, the methods each opens, and the tokens and certificates that prove them.
+//! Authentication and authorization: roles, the methods of each role, tokens and certificates.
 //!
-//! Everything is refused that is not listed. A token is a row of the store, known by digests of its secrets; two more
-//! come with the start of the process, so that there is a way in before there are any rows.
+//! Methods that are not listed are denied. A token is a row of the store with digests of its secrets. Two more tokens are
+//! set at the start of the process, for the time before the store has any.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -21,28 +21,28 @@ mod bound_tokens;
 mod gate;
 
 pub(crate) use bound_tokens::GatewayTokens;
-pub(crate) use gate::{Gated, Reach};
+pub(crate) use gate::{Reach, gated};
 
-/// Shorter ones could be guessed.
+/// The shortest allowed token; shorter ones could be guessed.
 pub(crate) const TOKEN_MIN_CHARS: usize = 16;
 
-/// Above the longest wait that a call may ask for, 60 s, with what a large change takes.
+/// The timeout of a call: the longest wait that a call can request, 60 s, and the time of a large change.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
-/// Streams of gateways of one kind. A fleet of ten thousand has one each, and some that are about to end.
+/// The maximum of gateway streams of one kind: one each of ten thousand gateways, and some that are about to end.
 const GATEWAY_STREAMS_MAX: usize = 16_384;
-/// Of a token of one gateway: the stream in use, the one that takes over, and one to spare.
+/// The maximum of streams with a token of one gateway: the current one, its replacement, and one in reserve.
 const STREAMS_PER_GATEWAY: usize = 4;
-/// Streams of those who watch.
+/// The maximum of watch streams.
 const WATCHES_MAX: usize = 256;
-/// One caller leaves room for others.
+/// The maximum of watch streams of one caller.
 const WATCHES_PER_CALLER: usize = 64;
-/// Copies of the store under way; each holds one in memory.
+/// The maximum of backups in progress; each holds a copy of the store in memory.
 const BACKUPS_MAX: usize = 4;
 const BACKUPS_PER_CALLER: usize = 2;
-/// A copy that is not taken within this is given up.
+/// A backup that is not read within this time is cancelled.
 const BACKUP_AGE: Duration = Duration::from_secs(15 * 60);
 
-/// What bounds a call, by its path.
+/// The bound of a call, by its path.
 pub(crate) fn bound(path: &str) -> Bound {
     let stream =
         |kind, most, most_per_caller, age| Bound::Stream(StreamBound { kind, most, most_per_caller, age });
@@ -61,43 +61,43 @@ pub(crate) fn bound(path: &str) -> Bound {
     }
 }
 
-/// Who calls, proven.
+/// An authenticated caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Caller {
-    /// For the audit log.
+    /// The name in the audit log.
     pub(crate) name: Arc<str>,
     pub(crate) role: Role,
-    /// The one gateway it speaks for.
+    /// The gateway that the token is bound to.
     pub(crate) gateway_id: Option<Arc<str>>,
     proof: Proof,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Proof {
-    /// Given at the start of the process.
+    /// A token set at the start of the process.
     Fixed,
-    /// A row of the store, by the digest of the secret used.
+    /// A token of the store, by the digest of the secret used.
     Token([u8; 32]),
-    /// A file of a gateway's token, by its digest.
+    /// A token from a file, bound to a gateway, by its digest.
     File([u8; 32]),
-    /// A client certificate, checked when the connection was made.
+    /// A client certificate, verified when the connection was opened.
     Certificate,
 }
 
 /// Longest id of a gateway, bytes.
 pub(crate) const GATEWAY_ID_MAX_BYTES: usize = 63;
 
-/// Whether a text can be the id of a gateway: short, and plain enough for logs and labels.
+/// Whether a text is a valid gateway id: short, and safe in logs and labels.
 pub(crate) fn is_gateway_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= GATEWAY_ID_MAX_BYTES && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
-/// The one judge of callers. Cheap to clone.
+/// Authenticates and authorizes all callers. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Authority {
     catalog: Arc<Catalog>,
     fixed: Arc<Fixed>,
-    /// Of gateways, from files.
+    /// The tokens of gateways from files.
     bound: GatewayTokens,
 }
 
@@ -107,19 +107,22 @@ struct Fixed {
     gateway: Option<[u8; 32]>,
 }
 
-/// What a method asks for; `None` for one that is not known, which nobody may call.
+/// The role that a method requires; `None` for an unknown method, which is denied.
 pub(crate) fn needs(path: &str) -> Option<Role> {
     let (service, method) = path.trim_start_matches('/').split_once('/')?;
     Some(match (service, method) {
         ("weir.v1.DiscoveryService", "StreamConfig") | ("weir.v1.ReportService", "StreamReports") => {
             Role::Gateway
         }
-        ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo") => Role::Viewer,
+        (
+            "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection",
+            "ServerReflectionInfo",
+        ) => Role::Viewer,
         ("weir.v1.AdminService", method) => match method {
             "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
             | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit" | "GetOperation"
             | "WaitOperation" | "GetGatewayConfig" | "WhoAmI" => Role::Viewer,
-            // What an operator may update is narrowed in the call itself.
+            // The call itself restricts which fields an operator may update.
             "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
             "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {
                 Role::Editor
@@ -131,11 +134,11 @@ pub(crate) fn needs(path: &str) -> Option<Role> {
     })
 }
 
-/// Whether a role opens what asks for another.
+/// Whether a role may call methods that require another role.
 pub(crate) fn opens(role: Role, needed: Role) -> bool {
     match (role, needed) {
         (Role::Unspecified, _) | (_, Role::Unspecified) => false,
-        // A gateway's is apart from the operators', but for the admin, who may do everything.
+        // The gateway role is separate from the operators' roles; only the admin may do everything.
         (Role::Gateway, needed) => needed == Role::Gateway,
         (Role::Admin, _) => true,
         (_, Role::Gateway) => false,
@@ -143,7 +146,7 @@ pub(crate) fn opens(role: Role, needed: Role) -> bool {
     }
 }
 
-/// A role as people write it.
+/// The name of a role.
 pub(crate) const fn role_name(role: Role) -> &'static str {
     match role {
         Role::Unspecified => "nobody",
@@ -178,11 +181,11 @@ impl Authority {
         Self { catalog, fixed, bound }
     }
 
-    /// Who calls, by its token or, without one, by its certificate.
+    /// The caller of a request, by its token or, without one, by its certificate.
     pub(crate) fn identify(&self, metadata: &MetadataMap, peer: Option<&Identity>) -> Result<Caller, Status> {
         let mut sent = metadata.get_all("authorization").iter();
         let header = sent.next().and_then(|value| value.to_str().ok());
-        // Two of them are read differently by whoever stands between.
+        // Two authorization headers are refused, because proxies may read another one than this process.
         if sent.next().is_some() {
             return Err(Status::unauthenticated("one token is needed, not several"));
         }
@@ -219,7 +222,7 @@ impl Authority {
         stored(&self.catalog.state(), &digest, weir_runtime::wall_clock())
     }
 
-    /// Who calls a method, by its path, if its role allows that.
+    /// The caller of a method, by its path, if its role allows the method.
     pub(crate) fn authorise(
         &self,
         metadata: &MetadataMap,
@@ -227,7 +230,7 @@ impl Authority {
         path: &str,
     ) -> Result<Caller, Status> {
         let caller = self.identify(metadata, peer)?;
-        // A method that nobody has thought about is nobody's.
+        // Unknown methods are denied.
         let needed = needs(path).ok_or_else(|| Status::unimplemented("there is no such method"))?;
         if opens(caller.role, needed) {
             return Ok(caller);
@@ -248,7 +251,7 @@ impl Authority {
         )))
     }
 
-    /// Whether what a caller proved still holds; streams ask now and then.
+    /// Whether the credentials of a caller are still valid; streams check this regularly.
     pub(crate) fn still(&self, caller: &Caller) -> Result<(), Status> {
         match &caller.proof {
             Proof::Fixed | Proof::Certificate => Ok(()),
@@ -262,7 +265,7 @@ impl Authority {
         }
     }
 
-    /// Whether a caller may be this gateway. A name that a token is bound to belongs to the holder of that token.
+    /// Whether a caller may use this gateway id. If a token is bound to the id, only its holder may use it.
     pub(crate) fn speaks_for(&self, caller: &Caller, gateway_id: &str) -> Result<(), Status> {
         match &caller.gateway_id {
             Some(own) if **own == *gateway_id => Ok(()),
@@ -284,7 +287,7 @@ impl Authority {
     }
 }
 
-/// The caller behind a digest.
+/// The caller with a digest.
 fn stored(state: &State, digest: &[u8; 32], now: SystemTime) -> Result<Caller, Status> {
     for token in state.tokens.values() {
         for secret in &token.secrets {
@@ -311,7 +314,7 @@ pub(crate) fn expired(secret: &v1::TokenSecret, now: SystemTime) -> bool {
     secret.expire_time.is_some_and(|end| SystemTime::try_from(end).is_ok_and(|end| end <= now))
 }
 
-/// Compared as a whole, so that time tells nothing.
+/// Compares two digests in constant time.
 pub(crate) fn equal(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }

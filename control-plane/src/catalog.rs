@@ -1,7 +1,7 @@
-//! The owner of what is declared: commits changes to the store and follows it.
+//! The catalog of all resources: commits changes to the store and follows the store.
 //!
-//! There is one way into the state, the store's watch, so a change made by another replica and one made here look
-//! the same. A commit returns once the state has it: a caller reads what it wrote.
+//! The state changes through the store's watch only, so changes of this and of other replicas are handled the same way. A
+//! commit returns once the state contains it, so that callers read their own writes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,16 +21,16 @@ use crate::store::{self, Batch, Compare, Store, Transaction, Write};
 
 pub(crate) mod log;
 
-/// How long an answer is kept under its request id.
+/// How long an answer is kept for its request id.
 const REQUESTS_KEPT_MS: u64 = 24 * 60 * 60 * 1000;
-/// And how many at most.
+/// The maximum of answers kept.
 const REQUESTS_MAX: usize = 10_000;
-/// Tries against other replicas before giving up.
+/// Attempts of a commit when other replicas commit at the same time.
 const TRIES: usize = 8;
-/// How long a commit waits to see itself. Longer means that the follower is broken.
+/// How long a commit waits until the state contains it. Longer means that the follower is broken.
 const FOLLOW_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a change was not made.
+/// The reason of a refused or failed change.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
@@ -39,7 +39,7 @@ pub(crate) enum Error {
     RequestIdReused,
     #[error(transparent)]
     Store(#[from] store::Error),
-    #[error("too many changes at once, retry")]
+    #[error("too many concurrent changes; retry")]
     Contended,
     #[error("the change is made, but the state does not follow the store")]
     Behind,
@@ -51,70 +51,70 @@ pub(crate) enum Error {
     Ahead { asked: u64, newest: u64 },
 }
 
-/// The answer of a change; it can be told the revision that it made.
+/// The answer to a change, with the revision that the change made.
 pub(crate) trait Answer: prost::Message + Default {
-    /// Fills in the revision of the commit.
+    /// Sets the revision of the commit.
     fn set_revision(&mut self, revision: u64);
 }
 
-/// What a change comes with.
+/// The context of a change.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
-    /// Empty: the change is not remembered.
+    /// The request id; empty: the answer is not kept.
     pub(crate) request_id: String,
     /// SHA-256 over method and request.
     pub(crate) digest: [u8; 32],
-    /// Check only.
+    /// Check and change nothing.
     pub(crate) validate_only: bool,
-    /// Who asks.
+    /// The caller.
     pub(crate) actor: Actor,
 }
 
-/// What became of a change.
+/// The result of a change.
 #[derive(Debug)]
 pub(crate) struct Committed<A> {
     pub(crate) answer: A,
-    /// What was done; `None` when nothing was written by this call.
+    /// The written change; `None` when this call wrote nothing.
     pub(crate) done: Option<(Plan, u64)>,
 }
 
-/// The present state, and the one way to change it.
+/// The current state, and the only way to change it.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     store: Arc<dyn Store>,
     state: watch::Sender<Arc<State>>,
     /// The newest records of the audit log.
     recent: log::Recent,
-    /// One commit at a time in this process; other replicas are met by the comparison.
+    /// Allows one commit at a time in this process; commits of other replicas are detected by the store.
     commit: Mutex<()>,
 }
 
 impl Catalog {
-    /// Loads everything. Nobody is answered before that.
+    /// Loads the state. No call is answered before.
     pub(crate) async fn load(store: Arc<dyn Store>) -> Result<Self, store::Error> {
         let state = read(&*store).await?;
         let recent = log::Recent::load(&*store, state.audit.sequence).await?;
         Ok(Self { store, state: watch::Sender::new(Arc::new(state)), recent, commit: Mutex::new(()) })
     }
 
-    /// The state now.
+    /// The current state.
     pub(crate) fn state(&self) -> Arc<State> {
         Arc::clone(&self.state.borrow())
     }
 
-    /// The state and every one after it.
+    /// The state and its changes.
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<State>> {
         self.state.subscribe()
     }
 
-    /// Follows the store until told to stop. On an error it reads everything again after a pause.
+    /// Follows the store until `stop`. After an error the store is read again after a pause.
     pub(crate) async fn follow(&self, stop: CancellationToken) {
         loop {
             let error = tokio::select! {
                 () = stop.cancelled() => return,
                 error = self.follow_once() => error,
             };
-            tracing::warn!(%error, "reading the store again");
+            tracing::warn!(%error, "following the store failed; the store is read again");
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}
@@ -152,7 +152,7 @@ impl Catalog {
         }
     }
 
-    /// The state after a batch. Its records are there before it is: who sees a state finds the way to it.
+    /// Applies a batch. The records are published before the state, so that every state has its records.
     fn take(&self, batch: &Batch) -> Result<State, crate::model::Unreadable> {
         let state = self.state().after(batch)?;
         for write in &batch.writes {
@@ -165,7 +165,7 @@ impl Catalog {
         Ok(state)
     }
 
-    /// Plans against the present state and commits; plans again when another replica was faster.
+    /// Plans against the current state and commits. Plans again if another replica committed first.
     pub(crate) async fn commit<A: Answer>(
         &self,
         call: &Call,
@@ -185,8 +185,8 @@ impl Catalog {
                 return Ok(Committed { answer, done: None });
             }
             let plan = plan(&state);
-            // What writes nothing is not compared with the store by a transaction. Told from a state that lags, it would
-            // deny, or take for done, what another replica has changed by now.
+            // A plan that writes nothing is not checked by a transaction. From a state that lags, it could refuse, or treat as
+            // done, something that another replica has changed. So the state is brought up to date first.
             let writes = plan.as_ref().is_ok_and(|plan| !plan.is_empty());
             if !writes && !call.validate_only && !self.is_current(&state).await? {
                 continue;
@@ -204,7 +204,7 @@ impl Catalog {
                     return Ok(Committed { answer, done: Some((plan, revision)) });
                 }
                 Err(store::Error::Conflict(_)) => {
-                    // Somebody else's change is on its way here.
+                    // A change of another replica is on its way.
                     let mut changes = self.subscribe();
                     let newer = changes.wait_for(|now| now.revision > state.revision);
                     let _ = tokio::time::timeout(FOLLOW_TIMEOUT, newer).await;
@@ -215,7 +215,7 @@ impl Catalog {
         Err(Error::Contended)
     }
 
-    /// Whether the store has nothing newer than a state; else waits until it is here.
+    /// Whether the store has nothing newer than a state; otherwise waits for the newer state.
     async fn is_current(&self, state: &State) -> Result<bool, Error> {
         let newest = self.store.range(HEAD).await?.revision;
         if newest <= state.revision {
@@ -225,7 +225,7 @@ impl Catalog {
         Ok(false)
     }
 
-    /// A state at a revision or after it: where another replica has made it, it is waited for.
+    /// A state at or after a revision; waits for a revision of another replica.
     async fn state_at(&self, revision: u64) -> Result<Arc<State>, Error> {
         let mut state = self.state();
         if revision > state.revision && !self.is_current(&state).await? {
@@ -260,7 +260,7 @@ fn now() -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: now.as_second(), nanos: now.subsec_nanosecond() }
 }
 
-/// The answer kept under the request id, when it is of the same request and not too old.
+/// The kept answer for a request id, if it is of the same request and not too old.
 fn recall(state: &State, call: &Call) -> Result<Option<Arc<Remembered>>, Error> {
     match state.requests.get(call.request_id.as_str()) {
         Some(kept) if now_ms().saturating_sub(kept.time_ms) >= REQUESTS_KEPT_MS => Ok(None),
@@ -311,7 +311,8 @@ fn transaction(state: &State, call: &Call, plan: &Plan, answer: &impl Answer) ->
     Transaction { compares, writes }
 }
 
-/// The request ids that are too old, and the oldest of too many; room for one more is left.
+/// The request ids to remove: old ones, and the oldest ones above the maximum, leaving room for one more. They are rows of
+/// the store, deleted by the transaction that adds one.
 fn forgotten(state: &State) -> BTreeSet<Arc<str>> {
     let now = now_ms();
     let expired = |kept: &Remembered| now.saturating_sub(kept.time_ms) >= REQUESTS_KEPT_MS;

@@ -1,4 +1,4 @@
-//! What this control plane knows of its gateways: who is connected, what each holds, and what they report.
+//! The state of the gateways: connected gateways, their applied configuration, and their reports.
 //!
 //! - [`registry`]: the streams of the configuration and what each gateway has acknowledged.
 //! - [`membership`]: how many gateways there are; [`departures`]: which ones have gone.

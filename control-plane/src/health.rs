@@ -1,14 +1,15 @@
-//! One verdict per backend for the whole cluster. Pure: time is an argument, the shell is [`crate::verdicts`].
+//! Computes one verdict per backend for the whole cluster. Pure: time is an argument; [`crate::verdicts`] does the I/O.
 //!
-//! - [`evidence`]: observations and who made them; [`tally`]: how votes are counted; [`isolation`]: whose votes count.
-//! - [`event`]: what happened, for people.
-//! - [`record`]: the state machine of one backend; [`degrade`]: what makes it worse without making it useless.
-//! - [`guard`]: what a pool makes of its backends' states. [`cluster`]: all of it together.
-//! - [`assign`]: which observers probe which backends. [`params`]: every number with its reason. [`rule`]: states and rules by name.
+//! - [`evidence`]: observers and their observations; [`tally`]: the count of votes; [`isolation`]: observers without a vote.
+//! - [`event`]: health events and alarms.
+//! - [`record`]: the health record of one backend, a state machine; [`degrade`]: signs that degrade a backend.
+//! - [`guard`]: the maximum of ejections and panic mode of a pool. [`cluster`]: the health of all backends.
+//! - [`assign`]: which observers probe which backends. [`params`]: every constant with its reason. [`rule`]: names of states
+//!   and rules.
 //!
-//! Invariants, each a property in `tests`: one observer never ejects a backend that another one reaches; when
-//! all agree it is ejected within a bound; a pool is never left with less than its budget; silence changes nothing;
-//! every verdict names its rule.
+//! Invariants, each a property test in `tests`: one observer never ejects a backend that another one reaches. If all
+//! observers see failures, the backend is ejected within a bound. A pool never loses more backends than the maximum. Missing
+//! reports change no state. Every verdict names its rule.
 
 pub(crate) mod assign;
 pub(crate) mod cluster;

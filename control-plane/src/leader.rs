@@ -1,8 +1,8 @@
-//! Which of several control planes leads: the one that has the lease. All of them take in what gateways see and judge it;
-//! the one that leads has its verdicts and assignments followed.
+//! Which of several control planes is the leader: the one that holds the lease. All of them receive reports and compute
+//! verdicts; gateways follow the verdicts and assignments of the leader only.
 //!
-//! Nothing is written to the store by virtue of leading, so the number of the lease fences what is sent: gateways
-//! follow the highest they have received. A leader that cannot renew stops before its lease ends.
+//! The leader writes nothing to the store because it is the leader, so the fencing token needs to protect messages only:
+//! gateways follow the highest token that they have received. A leader that cannot renew its lease stops before it expires.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,39 +15,39 @@ use crate::metrics::Metrics;
 use crate::store::{Error, Store};
 
 const LEASE: &str = "leader";
-/// How long a leader that died is waited for. Several times the pauses of a busy machine.
+/// The lifetime of the lease, after which a dead leader is replaced. Several times the pauses of a busy machine.
 const TTL: Duration = Duration::from_secs(8);
-/// A leader stops so long before its lease ends: the time that a message may be on its way.
+/// A leader stops this long before its lease expires, for messages that are still on their way.
 const MARGIN: Duration = Duration::from_secs(1);
-/// Between two renewals, or two looks at whether it is free. One small read each.
+/// The interval between two renewals, or two requests of the lease. Each is one small read.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The number of the lease while this control plane leads.
+/// The fencing token while this control plane is the leader.
 pub(crate) type Leads = watch::Receiver<Option<u64>>;
 
-/// One control plane's part in the election.
+/// A candidate for the leader lease.
 #[derive(Debug)]
 pub(crate) struct Candidate {
     store: Arc<dyn Store>,
     name: String,
     leads: watch::Sender<Option<u64>>,
     metrics: Arc<Metrics>,
-    /// Until when it may lead.
+    /// Until when this control plane may be the leader.
     until: Instant,
 }
 
 impl Candidate {
-    /// Under this name, which is nobody else's.
+    /// A candidate under a name that no other control plane of the store has.
     pub(crate) fn new(store: Arc<dyn Store>, name: String, metrics: Arc<Metrics>) -> Self {
         Self { store, name, leads: watch::Sender::new(None), metrics, until: Instant::now() }
     }
 
-    /// The number, and every change of it.
+    /// The fencing token and its changes.
     pub(crate) fn leads(&self) -> Leads {
         self.leads.subscribe()
     }
 
-    /// Asks once. Where there is no other control plane it leads from then on.
+    /// Requests or renews the lease once. A control plane without others is the leader after this call.
     pub(crate) async fn ask(&mut self) {
         let asked = Instant::now();
         let leading = *self.leads.borrow();
@@ -59,12 +59,12 @@ impl Candidate {
         match answer {
             Ok(Ok(lease)) => {
                 self.until = asked + TTL - MARGIN;
-                // A renewal that came too late is none.
-                self.set((Instant::now() < self.until).then_some(lease.fencing), "it has the lease");
+                // A renewal whose answer came after the lease expired does not count.
+                self.set((Instant::now() < self.until).then_some(lease.fencing_token), "acquired the lease");
             }
             Ok(Err(Error::Held(by))) => self.set(None, &format!("{by} has the lease")),
             Ok(Err(error)) => {
-                tracing::warn!(%error, "the lease of the leader could not be asked for");
+                tracing::warn!(%error, "the leader lease could not be requested");
                 if Instant::now() >= self.until {
                     self.set(None, "the lease could not be renewed");
                 }
@@ -73,18 +73,19 @@ impl Candidate {
         }
     }
 
-    fn set(&self, fencing: Option<u64>, reason: &str) {
-        let changed = self.leads.send_if_modified(|leads| std::mem::replace(leads, fencing) != fencing);
+    fn set(&self, fencing_token: Option<u64>, reason: &str) {
+        let changed =
+            self.leads.send_if_modified(|leads| std::mem::replace(leads, fencing_token) != fencing_token);
         if changed {
-            match fencing {
-                Some(fencing) => tracing::info!(name = self.name, fencing, "this control plane leads"),
-                None => tracing::warn!(name = self.name, reason, "this control plane does not lead any more"),
+            match fencing_token {
+                Some(fencing_token) => tracing::info!(name = self.name, fencing_token, "became the leader"),
+                None => tracing::warn!(name = self.name, reason, "stopped being the leader"),
             }
-            self.metrics.leads.set(i64::from(fencing.is_some()));
+            self.metrics.is_leader.set(i64::from(fencing_token.is_some()));
         }
     }
 
-    /// Asks again and again until told to stop; then gives the lease back.
+    /// Renews the lease until `stop`, then releases it.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
             let next = Instant::now() + INTERVAL;
@@ -97,9 +98,9 @@ impl Candidate {
                 () = self.ask() => {}
             }
         }
-        self.set(None, "it stops");
+        self.set(None, "stopping");
         if let Err(error) = self.store.release(LEASE, &self.name).await {
-            tracing::warn!(%error, "the lease is not given back: the next leader waits for its end");
+            tracing::warn!(%error, "the leader lease was not released; the next leader waits until it expires");
         }
     }
 }

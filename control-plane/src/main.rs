@@ -14,14 +14,14 @@ use weir_control_plane::{Config, ControlPlane, StoreConfig, TlsConfig};
 use weir_proto::{manifest, v1};
 use weir_runtime::{AllowedHost, Cidr, Secret, exit, flush_logs_at_end, init_logs, say, shutdown_on_signals};
 
-/// Keeps what operators declare, hands it to gateways, and watches backends.
+/// Stores resources, sends them to gateways, and computes the health of backends.
 #[derive(Parser)]
 #[command(name = "weir-control-plane", version = weir_runtime::version())]
 struct Args {
-    /// Where the admin, discovery and report services listen.
+    /// Address of the admin, discovery and report services.
     #[arg(long, env = "WEIR_LISTEN", default_value = "127.0.0.1:7070", value_name = "HOST:PORT")]
     listen: SocketAddr,
-    /// Where the live page, /livez, /readyz and /metrics are.
+    /// Address of the live page, /livez, /readyz and /metrics.
     #[arg(long, env = "WEIR_HTTP_LISTEN", default_value = "127.0.0.1:7080", value_name = "HOST:PORT")]
     http_listen: SocketAddr,
     /// Name under which the page and the operations pages may be asked for, such as weir.example.com or *.example.com; may
@@ -33,10 +33,10 @@ struct Args {
         value_name = "NAME"
     )]
     ops_allowed_hosts: Vec<AllowedHost>,
-    /// Where the store and the admin token are kept; made when it is not there.
+    /// Directory of the store and the admin token; created if missing.
     #[arg(long, env = "WEIR_DATA_DIR", default_value = ".weir/control-plane", value_name = "DIR")]
     data_dir: PathBuf,
-    /// Keep resources in memory only; they are gone with the process.
+    /// Keep resources in memory only; they are lost when the process ends.
     #[arg(long, env = "WEIR_STORE_IN_MEMORY")]
     store_in_memory: bool,
     /// Keep resources in etcd, for several control planes: etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX], etcds:// for TLS.
@@ -46,26 +46,26 @@ struct Args {
     /// A file with the password of etcd's user. Also as WEIR_STORE_PASSWORD.
     #[arg(long, env = "WEIR_STORE_PASSWORD_FILE", value_name = "FILE", requires = "store")]
     store_password_file: Option<PathBuf>,
-    /// Who signs etcd's certificates (PEM); without it, who the system trusts.
+    /// CA certificate (PEM) of etcd. Default: the CA certificates of the system.
     #[arg(long, env = "WEIR_STORE_CA", value_name = "FILE", requires = "store")]
     store_ca: Option<PathBuf>,
-    /// Certificate (PEM) to show to etcd.
+    /// Client certificate (PEM) for etcd.
     #[arg(long, env = "WEIR_STORE_CERT", value_name = "FILE", requires = "store_key")]
     store_cert: Option<PathBuf>,
     /// Private key (PEM) of that certificate.
     #[arg(long, env = "WEIR_STORE_KEY", value_name = "FILE", requires = "store_cert")]
     store_key: Option<PathBuf>,
-    /// Resources to start with, as `weir apply` reads them. Taken when the store has never held any, else ignored.
+    /// File of resources to start with, as for `weir apply`. Ignored if the store has held any resource.
     #[arg(long, env = "WEIR_BOOTSTRAP", value_name = "FILE")]
     bootstrap: Option<PathBuf>,
     /// A backup, as `weir backup` writes it, to make the store from. The store gets a new epoch, so gateways take no
     /// mass removal from it. Refused when there is a store that holds anything; start without this afterwards.
     #[arg(long, value_name = "FILE", conflicts_with = "store_in_memory")]
     restore: Option<PathBuf>,
-    /// A file with the token that opens everything, at least 16 characters. Also as WEIR_ADMIN_TOKEN.
+    /// File with the admin token, at least 16 characters. Also as WEIR_ADMIN_TOKEN.
     #[arg(long, env = "WEIR_ADMIN_TOKEN_FILE", value_name = "FILE")]
     admin_token_file: Option<PathBuf>,
-    /// A file with the token that opens discovery and reports only. Also as WEIR_GATEWAY_TOKEN.
+    /// File with the token for configuration and report streams only. Also as WEIR_GATEWAY_TOKEN.
     #[arg(long, env = "WEIR_GATEWAY_TOKEN_FILE", value_name = "FILE")]
     gateway_token_file: Option<PathBuf>,
     /// A directory of tokens that are each bound to one gateway or limit service: a file is named by its id and holds its
@@ -78,21 +78,21 @@ struct Args {
     /// Private key (PEM) of that certificate.
     #[arg(long, env = "WEIR_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
-    /// Who signs client certificates (PEM). Their URI name says who they are: weir://gateway/ID or weir://ROLE/NAME.
+    /// CA certificate (PEM) of client certificates. Their URI name is the identity: weir://gateway/ID or weir://ROLE/NAME.
     #[arg(long, env = "WEIR_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
     /// Networks in which backends are probed although such addresses are refused: link-local ones, where clouds keep
     /// credentials, and other metadata services, such as 169.254.10.0/24,fe80::/10. The same as of the gateways.
     #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
     allow_backend_cidr: Vec<Cidr>,
-    /// What is logged: a level, or levels by target.
+    /// Log filter: a level, or levels by target.
     #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    // Dropped after the runtime, so that what its tasks say last is written too.
+    // Dropped after the runtime, so that the last log lines of its tasks are written.
     let _flush = flush_logs_at_end();
     if let Err(message) = init_logs(&args.log) {
         return failed(exit::CONFIG, &message);

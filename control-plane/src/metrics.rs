@@ -7,7 +7,6 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 use weir_proto::v1;
 
 use crate::health::event::{Alarm, EventKind};
@@ -48,92 +47,34 @@ struct HealthEvent {
     kind: &'static str,
 }
 
-#[derive(Debug, Default)]
-pub(crate) struct Metrics {
-    pub(crate) revision: Gauge,
-    pub(crate) gateways: Gauge,
-    /// Whether this control plane leads.
-    pub(crate) leads: Gauge,
-    /// How many revisions the connected gateway that is furthest behind has yet to acknowledge.
-    pub(crate) applied_lag: Gauge,
-    deltas: Counter,
-    resources: Counter,
-    bytes: Counter,
-    /// Deltas refused whole: a gateway guards what it holds.
-    pub(crate) refused_whole: Counter,
-    /// Gateways that came with the configuration of another store.
-    pub(crate) foreign_epochs: Counter,
-    pub(crate) acks: Counter,
-    pub(crate) nacks: Counter,
-    admin_calls: Family<AdminCall, Counter>,
-    probes: Family<Probe, Counter>,
-    health_events: Family<HealthEvent, Counter>,
-    backend_states: Family<BackendState, Gauge>,
-    backend_factors: Family<Backend, Gauge<f64, AtomicU64>>,
-    alarms: Family<AlarmLabels, Gauge>,
+weir_runtime::metrics! {
+    pub(crate) struct Metrics {
+        pub(crate) revision: Gauge = "weir_store_revision", "The newest store revision";
+        pub(crate) gateways: Gauge = "weir_connected_gateways", "Gateways with a configuration stream";
+        pub(crate) is_leader: Gauge = "weir_control_plane_is_leader",
+            "1 while this control plane is the leader, whose verdicts and assignments gateways follow";
+        pub(crate) applied_lag: Gauge = "weir_applied_lag_revisions",
+            "Revisions that the connected gateway furthest behind has yet to acknowledge";
+        deltas: Counter = "weir_deltas_sent", "Deltas sent to gateways";
+        resources: Counter = "weir_delta_resources_sent", "Resources sent to gateways, each with its body";
+        bytes: Counter = "weir_delta_body_bytes", "Bytes of the bodies sent";
+        pub(crate) full_nacks: Counter = "weir_delta_full_nacks",
+            "Deltas that gateways refused entirely, such as a mass removal that was not allowed";
+        pub(crate) foreign_epochs: Counter = "weir_foreign_epoch_connects",
+            "Connects of gateways whose configuration is of another store epoch";
+        pub(crate) acks: Counter = "weir_delta_acks", "Deltas that gateways applied";
+        pub(crate) nacks: Counter = "weir_delta_nacks", "Deltas that gateways refused entirely or in part";
+        admin_calls: Family<AdminCall, Counter> = "weir_admin_calls", "Calls of the admin service";
+        probes: Family<Probe, Counter> = "weir_probes", "Probe results of all observers";
+        health_events: Family<HealthEvent, Counter> = "weir_health_events", "Health events, by kind";
+        backend_states: Family<BackendState, Gauge> = "weir_backend_state", "1 for the state a backend is in";
+        backend_factors: Family<Backend, Gauge<f64, AtomicU64>> = "weir_backend_health_factor",
+            "The part of a backend's weight that its health and its pool leave, 0 to 1, without slow start";
+        alarms: Family<AlarmLabels, Gauge> = "weir_health_alarm", "1 for each alarm that is on";
+    }
 }
 
 impl Metrics {
-    pub(crate) fn register(&self, registry: &mut Registry) {
-        registry.register("weir_store_revision", "The newest store revision", self.revision.clone());
-        registry.register(
-            "weir_connected_gateways",
-            "Gateways with a configuration stream",
-            self.gateways.clone(),
-        );
-        registry.register(
-            "weir_control_plane_leads",
-            "1 while this control plane leads: its verdicts and assignments are followed",
-            self.leads.clone(),
-        );
-        registry.register(
-            "weir_applied_lag_revisions",
-            "Revisions that the connected gateway furthest behind has yet to acknowledge",
-            self.applied_lag.clone(),
-        );
-        registry.register("weir_deltas_sent", "Deltas sent to gateways", self.deltas.clone());
-        registry.register(
-            "weir_delta_resources_sent",
-            "Resources sent to gateways, each with its body",
-            self.resources.clone(),
-        );
-        registry.register("weir_delta_body_bytes", "Bytes of the bodies sent", self.bytes.clone());
-        registry.register(
-            "weir_deltas_refused_whole",
-            "Deltas that gateways refused as a whole, such as a mass removal nobody allowed",
-            self.refused_whole.clone(),
-        );
-        registry.register(
-            "weir_foreign_epoch_connects",
-            "Connects of gateways that hold the configuration of another store",
-            self.foreign_epochs.clone(),
-        );
-        registry.register("weir_delta_acks", "Deltas that gateways applied", self.acks.clone());
-        registry.register(
-            "weir_delta_nacks",
-            "Deltas that gateways refused in part or whole",
-            self.nacks.clone(),
-        );
-        registry.register("weir_admin_calls", "Calls of the admin service", self.admin_calls.clone());
-        registry.register(
-            "weir_probes",
-            "Probes of backends taken into account, by all observers",
-            self.probes.clone(),
-        );
-        registry.register("weir_health_events", "Events of health, by kind", self.health_events.clone());
-        registry.register(
-            "weir_backend_state",
-            "1 for the state a backend is in",
-            self.backend_states.clone(),
-        );
-        registry.register(
-            "weir_backend_health_factor",
-            "What its state and its pool leave of a backend's weight, 0 to 1, slow start aside",
-            self.backend_factors.clone(),
-        );
-        registry.register("weir_health_alarm", "1 for each alarm that is on", self.alarms.clone());
-    }
-
     pub(crate) fn sent(&self, resources: usize, bytes: usize) {
         self.deltas.inc();
         self.resources.inc_by(resources as u64);
@@ -154,7 +95,7 @@ impl Metrics {
         self.health_events.get_or_create(&HealthEvent { kind: kind.as_str() }).inc();
     }
 
-    /// Shows the verdicts and alarms there are, and no others.
+    /// Replaces the series of verdicts and alarms.
     pub(crate) fn health(&self, healths: &BTreeMap<String, v1::BackendHealth>, alarms: &BTreeSet<Alarm>) {
         self.backend_states.clear();
         self.backend_factors.clear();
@@ -171,7 +112,7 @@ impl Metrics {
         }
     }
 
-    /// A backend that is gone leaves no series behind.
+    /// Removes the series of a deleted backend.
     pub(crate) fn forget_backend(&self, backend: &str) {
         for tier in Tier::ALL {
             for result in Outcome::NAMES {

@@ -1,5 +1,4 @@
-//! What is declared, as one immutable value, and what a change would make of it. Pure: no clock, no store, no
-//! network.
+//! The state of all resources as one immutable value, and the plans of changes. Pure: no clock, no store, no network.
 
 pub(crate) mod audit;
 mod edit;

@@ -1,9 +1,8 @@
-//! The live page: what the cluster does, at a glance, on the HTTP port.
+//! The live page: the state of the cluster, on the HTTP port.
 //!
-//! Page and data are apart. The page itself is three files that anybody may read and that hold nothing; its data is
-//! behind the same tokens and roles as the admin service, sent in an `authorization` header that the page's script adds,
-//! so that no other site can make a browser ask for it. Changes go through the admin service: the same roles, checks and
-//! audit log.
+//! The files of the page are public and contain no data. The data needs the same tokens and roles as the admin service, in
+//! an `authorization` header that the page's script adds, so that no other site can make a browser request it. Changes go
+//! through the admin service, with the same roles, checks and audit log.
 
 pub(crate) mod act;
 mod feed;
@@ -26,12 +25,12 @@ pub(crate) use self::feed::Feed;
 use crate::auth::{Caller, needs, opens};
 use crate::services::Shared;
 
-/// What the page may do: load its own three files, ask its own server, and nothing else.
+/// The content security policy: the page loads its own files and calls its own server only.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'";
 /// Largest body of a change, bytes.
 const BODY_MAX_BYTES: usize = 4096;
-/// The methods whose answers the page shows: who may not call all of them may not see it.
+/// The methods whose answers the page shows. The caller needs a role that may call all of them.
 const SHOWN: [&str; 4] = [
     "/weir.v1.AdminService/ListGateways",
     "/weir.v1.AdminService/ListBackendStatus",
@@ -40,6 +39,17 @@ const SHOWN: [&str; 4] = [
 ];
 /// The method behind the page's changes.
 const CHANGES: &str = "/weir.v1.AdminService/UpdateResource";
+
+/// The script of the page: one file for browsers, several by concern for readers. Each starts with a comment.
+const SCRIPT: &str = concat!(
+    include_str!("page/script/format.js"),
+    include_str!("page/script/widgets.js"),
+    include_str!("page/script/backends.js"),
+    include_str!("page/script/limits_gateways.js"),
+    include_str!("page/script/log.js"),
+    include_str!("page/script/board.js"),
+    include_str!("page/script/feed.js"),
+);
 
 #[derive(Debug, Clone)]
 struct Page {
@@ -54,7 +64,7 @@ pub(crate) fn routes(shared: Shared, feed: Arc<Feed>) -> Router {
     Router::new()
         .route("/", file("text/html; charset=utf-8", include_str!("page/index.html")))
         .route("/page.css", file("text/css; charset=utf-8", include_str!("page/page.css")))
-        .route("/page.js", file("text/javascript; charset=utf-8", include_str!("page/page.js")))
+        .route("/page.js", file("text/javascript; charset=utf-8", SCRIPT))
         .route("/icon.svg", file("image/svg+xml", include_str!("page/icon.svg")))
         .route("/page/stream", get(stream))
         .route("/page/backends/{name}", post(act::act).layer(DefaultBodyLimit::max(BODY_MAX_BYTES)))
@@ -62,7 +72,7 @@ pub(crate) fn routes(shared: Shared, feed: Arc<Feed>) -> Router {
         .with_state(Page { shared, feed })
 }
 
-/// Every answer says what browsers may do with it.
+/// Adds the security headers to every answer.
 async fn guarded(mut response: Response) -> Response {
     let headers: [(HeaderName, &'static str); 7] = [
         (header::CONTENT_SECURITY_POLICY, POLICY),
@@ -71,7 +81,7 @@ async fn guarded(mut response: Response) -> Response {
         (header::REFERRER_POLICY, "no-referrer"),
         (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
         (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
-        // Data is never kept, and a new version of the page is seen at once.
+        // Without caching, data is not stored and a new version of the page is used at once.
         (header::CACHE_CONTROL, "no-store"),
     ];
     for (name, value) in headers {
@@ -81,10 +91,10 @@ async fn guarded(mut response: Response) -> Response {
 }
 
 impl Page {
-    /// Who asks, if that one may call all of these methods.
+    /// The caller, if its role may call all of these methods.
     fn caller(&self, headers: &HeaderMap, methods: &[&str]) -> Result<Caller, Refused> {
         let metadata = MetadataMap::from_headers(headers.clone());
-        let mut caller = Err(Status::permission_denied("there is nothing to see"));
+        let mut caller = Err(Status::permission_denied("no method is requested"));
         for method in methods {
             caller = Ok(self.shared.authority.authorise(&metadata, None, method)?);
         }
@@ -102,7 +112,7 @@ async fn stream(State(page): State<Page>, headers: HeaderMap) -> Result<Response
     Ok((headers, Body::from_stream(events)).into_response())
 }
 
-/// A refusal of the admin service, as HTTP says it.
+/// A gRPC status as an HTTP answer.
 #[derive(Debug)]
 struct Refused(Status);
 

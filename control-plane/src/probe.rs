@@ -1,5 +1,5 @@
-//! The control plane as an observer: probes the liveness of backends where there are too few gateways, and when it is
-//! asked to confirm. It holds no credentials and asks no model for anything.
+//! The control plane as an observer: makes liveness probes if there are too few gateways, and to confirm a failure. It has
+//! no credentials and makes no readiness probes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,30 +23,30 @@ use crate::health::{Cause, Observation, Observer, Outcome, Reading, Tier};
 use crate::model::{Key, State};
 use crate::verdicts::{Duties, Verdicts, view};
 
-/// Probes at once: what a large fleet of backends may take of the control plane.
+/// The maximum of concurrent probes.
 const AT_ONCE: usize = 32;
-/// What is read of an answer that says unavailable, to see whether it is loading.
+/// Bytes read of an unavailable answer, to find out whether the backend is loading.
 const ANSWER_MAX_BYTES: usize = 4096;
 
 type Http = Client<HttpsConnector<EgressConnector>, Empty<Bytes>>;
 
-/// What may be probed.
+/// A backend that is probed.
 struct Target {
     uri: Uri,
     profile: HealthProfile,
 }
 
-/// What a probe is of: the backend's name, and where it was.
+/// The backend of a probe: its name and URL.
 type Probed = (String, Uri);
 
-/// Probes until told to stop.
+/// Probes until `stop`.
 pub(crate) struct Prober {
     http: Http,
     verdicts: Verdicts,
     targets: BTreeMap<String, Target>,
-    /// At liveness alone.
+    /// Liveness only.
     schedule: Schedule,
-    /// Orders up to this one were taken.
+    /// The serial of the last order that was taken.
     serial: u64,
 }
 
@@ -58,7 +58,7 @@ impl std::fmt::Debug for Prober {
 
 impl Prober {
     pub(crate) fn new(verdicts: Verdicts, egress: EgressPolicy) -> Self {
-        // A connection of its own for each probe: the point is that a new one can be opened.
+        // Each probe uses a new connection, because it tests whether one can be opened.
         let http = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector(egress));
         Self { http, verdicts, targets: BTreeMap::new(), schedule: Schedule::default(), serial: 0 }
     }
@@ -70,7 +70,7 @@ impl Prober {
         self.take(&duties.borrow_and_update().clone());
         loop {
             self.start_due(&mut probes);
-            // With all permits taken, the next thing to happen is the end of a probe.
+            // With all permits taken, the loop waits for the end of a probe.
             let next = self.schedule.next().filter(|_| probes.len() < AT_ONCE);
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -95,7 +95,7 @@ impl Prober {
         }
     }
 
-    /// Takes up what is declared. A backend that moved is probed anew.
+    /// Applies the configured backends. A backend with a new URL is probed again.
     fn follow(&mut self, state: &State) {
         let mut targets = BTreeMap::new();
         for stored in state.of_kind(ResourceKind::Backend) {
@@ -116,7 +116,7 @@ impl Prober {
         self.targets = targets;
     }
 
-    /// Takes up what is assigned and ordered.
+    /// Applies assignments and orders.
     fn take(&mut self, duties: &Duties) {
         let now = Now::read();
         let own = duties.assignments.get(&Observer::ControlPlane);
@@ -125,7 +125,7 @@ impl Prober {
             .flat_map(|own| &own.assignments)
             .filter(|assignment| assignment.tier() == ProbeTier::Liveness)
             .filter(|assignment| self.targets.contains_key(&assignment.backend))
-            .map(|a| ((a.backend.clone(), ProbeTier::Liveness), (a.turn, a.turns)))
+            .map(|a| ((a.backend.clone(), ProbeTier::Liveness), (a.prober_index, a.prober_count)))
             .collect();
         let interval = |key: &weir_probe::Key| self.targets[&key.0].profile.liveness_interval;
         self.schedule.assign(&assigned, interval, now);
@@ -140,16 +140,16 @@ impl Prober {
     fn start_due(&mut self, probes: &mut InFlight<Probed, Observation>) {
         let most = AT_ONCE.saturating_sub(probes.len());
         for (name, _) in self.schedule.take_due(Instant::now(), most) {
-            // The schedule holds no backend that is not a target.
+            // The schedule contains targets only.
             let Some(target) = self.targets.get(&name) else { continue };
             let (http, uri, limit) = (self.http.clone(), target.uri.clone(), target.profile.timeout);
             probes.spawn((name, uri.clone()), async move { probe(&http, &uri, limit).await });
         }
     }
 
-    /// A probe ended; `None` if it panicked, after which it is made again in a second.
+    /// Records the end of a probe. `None` if it panicked; the probe is repeated after a second.
     fn finished(&mut self, (backend, uri): &Probed, observation: Option<&Observation>) {
-        // Of a backend that moved or went meanwhile the answer says nothing.
+        // The result is ignored if the backend was deleted or has a new URL.
         let Some(target) = self.targets.get(backend).filter(|target| target.uri == *uri) else { return };
         let end = observation.map_or(End::NotMade, |observation| match observation.outcome {
             Outcome::Pass | Outcome::Busy => End::Good,
@@ -174,9 +174,10 @@ async fn probe(http: &Http, uri: &Uri, limit: Duration) -> Observation {
 async fn ask(http: &Http, uri: &Uri, method: Method) -> Result<Answer, Finding> {
     let request = Request::builder().method(method).uri(uri.clone()).header(header::USER_AGENT, "weir-probe");
     let request = request.body(Empty::new());
-    let request = request.map_err(|_| Finding::new(ProbeOutcome::Broken, "the address is not usable"))?;
-    let (head, body) = http.request(request).await.map_err(|error| no_answer(&error))?.into_parts();
-    // A page may be long; only one that says unavailable is read.
+    let request = request.map_err(|_| Finding::new(ProbeOutcome::Broken, "the address is not valid"))?;
+    let answer = http.request(request).await.map_err(|error| no_answer(&error, error.is_connect()))?;
+    let (head, body) = answer.into_parts();
+    // The body is read only if the status says unavailable.
     let body = match head.status {
         StatusCode::SERVICE_UNAVAILABLE => Limited::new(body, ANSWER_MAX_BYTES).collect().await.ok(),
         _ => None,
@@ -203,7 +204,7 @@ fn connector(egress: EgressPolicy) -> HttpsConnector<EgressConnector> {
     let builder = match builder.with_provider_and_native_roots(provider()) {
         Ok(builder) => builder,
         Err(error) => {
-            // Plain http still works; every https probe will say that it cannot connect.
+            // Probes over http still work; every https probe fails to connect.
             tracing::warn!(%error, "no root certificates: https backends cannot be probed");
             let config = rustls::ClientConfig::builder_with_provider(provider())
                 .with_safe_default_protocol_versions()

@@ -1,4 +1,4 @@
-//! From the state to what a gateway is sent: debounced, and only what differs from what it holds.
+//! Publishes snapshots of the state, debounced, and computes the difference to a gateway's configuration.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,15 +11,15 @@ use weir_proto::v1;
 
 use crate::model::{Key, State, Stored, Versions};
 
-/// A change after so long a silence is sent at once; others wait for as long a silence.
+/// A change after this time without changes is published at once. Other changes wait until no change came for this time...
 const QUIET: Duration = Duration::from_millis(100);
-/// But never longer than that.
+/// ...but at most this long.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// What gateways are to hold: an immutable state with every resource encoded once.
+/// A snapshot: an immutable state in which every resource is encoded once.
 pub(crate) type Snapshot = Arc<State>;
 
-/// Passes states on, merged when they come quickly.
+/// Publishes states and merges changes that follow quickly.
 pub(crate) async fn publish(
     mut state: watch::Receiver<Snapshot>,
     out: watch::Sender<Snapshot>,
@@ -56,12 +56,12 @@ pub(crate) struct ConfigState {
     pub(crate) epoch: Arc<str>,
     pub(crate) revision: u64,
     pub(crate) versions: Arc<Versions>,
-    /// What it is, and so which kinds it is to hold.
+    /// The role of the subscriber, which decides the kinds of its resources.
     pub(crate) role: v1::SubscriberRole,
 }
 
-/// Whether subscribers of a role get resources of a kind. Gateways of before the kind was would refuse it, and a limit
-/// service has no use for backends.
+/// Whether subscribers of a role receive resources of a kind. A limit service needs no backends, and a gateway no descriptor
+/// rules.
 pub(crate) const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
     use v1::ResourceKind as Kind;
     match role {
@@ -74,7 +74,7 @@ pub(crate) const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> 
     }
 }
 
-/// What subscribers of a role hold once they are in sync with a snapshot; made when it is first asked for.
+/// The resource versions of subscribers of a role that are in sync with a snapshot; computed on first use.
 pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versions> {
     let of_role = usize::from(role == v1::SubscriberRole::LimitService);
     snapshot.versions[of_role].get_or_init(|| {
@@ -88,18 +88,21 @@ pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versi
 impl ConfigState {
     /// From the hello of a gateway.
     pub(crate) fn of(hello: &v1::Hello) -> Self {
-        let versions =
-            hello.held.iter().map(|h| (Key::new(h.kind(), &h.name), h.version.as_str().into())).collect();
+        let versions = hello
+            .resource_versions
+            .iter()
+            .map(|h| (Key::new(h.kind(), &h.name), h.version.as_str().into()))
+            .collect();
         let epoch = hello.store_epoch.as_str().into();
         Self { epoch, revision: hello.store_revision, versions: Arc::new(versions), role: hello.role() }
     }
 
-    /// It holds exactly this.
+    /// Whether epoch and revision are those of the snapshot.
     pub(crate) fn is(&self, snapshot: &State) -> bool {
         self.epoch == snapshot.epoch && self.revision == snapshot.revision
     }
 
-    /// It applied a delta but for what it refused.
+    /// Applies a delta except for the refused resources.
     pub(crate) fn apply(&mut self, delta: &v1::Delta, refused: &[Key]) {
         if !delta.upserts.is_empty() || !delta.removals.is_empty() {
             let versions = Arc::make_mut(&mut self.versions);
@@ -114,7 +117,7 @@ impl ConfigState {
                 versions.remove(&key);
             }
         }
-        // It is at the delta's revision only when it refused nothing.
+        // The revision changes only without refusals.
         if refused.is_empty() {
             if *self.epoch != *delta.store_epoch {
                 self.epoch = delta.store_epoch.as_str().into();
@@ -123,7 +126,7 @@ impl ConfigState {
         }
     }
 
-    /// Shares the map of the snapshot when its own is the same.
+    /// Replaces the map by that of the snapshot if both are equal, so that it is shared.
     pub(crate) fn share(&mut self, snapshot: &State) {
         let shared = versions(snapshot, self.role);
         if !Arc::ptr_eq(shared, &self.versions) && *shared == self.versions {
@@ -132,12 +135,12 @@ impl ConfigState {
     }
 }
 
-/// What differs between what a gateway holds and a snapshot.
+/// The difference between a gateway's configuration and a snapshot.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Difference {
-    /// New and changed, what is referred to first.
+    /// New and changed resources; a resource comes before the ones that refer to it.
     pub(crate) upserts: Vec<v1::VersionedResource>,
-    /// Gone, what refers first.
+    /// Deleted resources; a resource comes after the ones that refer to it.
     pub(crate) removals: Vec<Key>,
 }
 
@@ -161,7 +164,7 @@ impl Difference {
     }
 }
 
-/// Differences already found: a thousand gateways that hold the same need one.
+/// Cached differences: gateways with the same configuration share one.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Differences(Arc<Mutex<VecDeque<KnownDifference>>>);
 
@@ -173,7 +176,7 @@ struct KnownDifference {
     difference: Arc<Difference>,
 }
 
-/// Differences remembered: gateways are a few revisions apart at most.
+/// Cached differences; connected gateways are at most a few revisions apart.
 const REMEMBERED: usize = 8;
 
 impl Differences {
@@ -188,7 +191,7 @@ impl Differences {
             return Arc::clone(&known.difference);
         }
         let difference = Arc::new(Difference::between(held, snapshot));
-        // Kept alive here, so that no other map can come to lie at the same address.
+        // The map is kept alive, so that no other map can have the same address.
         let known = KnownDifference {
             role: held.role,
             held: Arc::clone(&held.versions),
@@ -204,9 +207,9 @@ impl Differences {
     }
 }
 
-/// Within an epoch, every removal has passed the guard here, one change at a time; several merged into one delta
-/// may look like a mass removal to a gateway, and are meant. Another epoch is another history: there, only the
-/// operator's word counts, so that an empty new store takes nothing away from anybody.
+/// Whether a delta may carry `allow_mass_removal`. Within an epoch every removal was checked when it was applied; several
+/// of them merged into one delta may look like a mass removal to a gateway, and are allowed. After a change of the epoch
+/// only the operator's permission counts, so that an empty new store deletes nothing from gateways.
 pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &ConfigState) -> bool {
     if held.epoch == snapshot.epoch {
         snapshot.removal > held.revision || snapshot.allowed > held.revision

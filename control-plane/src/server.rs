@@ -1,10 +1,11 @@
-//! Putting it together: load, bind, serve, stop.
+//! Starts and stops a control plane: load, bind, serve, stop.
 
 mod by_size;
 mod config;
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use weir_runtime::edge::{self, BusyLayer, Edge, EdgeMetrics};
 use weir_runtime::grpc::{HEADER_LIST_BYTES_MAX, Permits, STREAMS_PER_CONNECTION};
 use weir_runtime::{AllowedHosts, EgressPolicy, Readiness, Secret, ServerTls, serve_ops_with};
 
-use crate::auth::{Authority, Caller, Gated, GatewayTokens, Reach};
+use crate::auth::{Authority, Caller, GatewayTokens, Reach, gated};
 use crate::catalog::Catalog;
 use crate::gateways::aggregate::Aggregate;
 use crate::gateways::membership::Membership;
@@ -89,8 +90,16 @@ pub struct Handle {
 }
 
 impl ControlPlane {
-    /// Loads the store, binds and serves until `shutdown`. Returns when it serves.
-    pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Handle, Error> {
+    /// Loads the store, binds and serves until `shutdown`. Returns when it serves. Boxed, so that it is compiled with this crate
+    /// and not again with each binary that starts one.
+    pub fn start(
+        config: Config,
+        shutdown: CancellationToken,
+    ) -> Pin<Box<dyn Future<Output = Result<Handle, Error>> + Send>> {
+        Box::pin(Self::begin(config, shutdown))
+    }
+
+    async fn begin(config: Config, shutdown: CancellationToken) -> Result<Handle, Error> {
         let admin_token = config.check()?;
         let egress = EgressPolicy::allowing(&config.allow_backend_cidr).map_err(Error::Config)?;
         let hosts = AllowedHosts::new(&config.ops_allowed_hosts)
@@ -141,9 +150,9 @@ impl ControlPlane {
             "control plane serves"
         );
         shared.tasks.spawn(publish(catalog.subscribe(), snapshots, follow_stop.clone()));
-        // Before anybody can ask: what was known before a restart is known from the first moment.
+        // Before the listener accepts, so that the state from before a restart is used from the start.
         verdicts.configure(&catalog.state());
-        // Where it is alone, it leads before anybody is told anything.
+        // Without other control planes, this one is the leader before the first message is sent.
         candidate.ask().await;
         shared.tasks.spawn(candidate.run(follow_stop.clone()));
         let prober = Prober::new(verdicts.clone(), egress);
@@ -186,7 +195,7 @@ fn bind(name: &'static str, addr: SocketAddr) -> Result<(TcpListener, SocketAddr
     bound().map_err(Error::bind(name, addr))
 }
 
-/// Who may call: the tokens given at the start, those of the store, and those of the directory of gateway tokens.
+/// The authority over callers: tokens set at the start, tokens of the store, and the directory of gateway tokens.
 fn authority(
     config: &Config,
     catalog: &Arc<Catalog>,
@@ -215,7 +224,7 @@ async fn bootstrap(catalog: &Catalog, resources: &[v1::Resource]) -> Result<(), 
     }
     let revision = catalog.state().head;
     if revision != 0 {
-        tracing::info!(revision, "the store has been used before; the resources to start with are ignored");
+        tracing::info!(revision, "store is not empty; the resources to start with are ignored");
         return Ok(());
     }
     let actor = admin::actor(&Caller::bootstrap(), "Bootstrap");
@@ -255,7 +264,7 @@ async fn measure(shared: Shared, stop: CancellationToken) {
         shared.metrics.revision.set(number(revision));
         shared.metrics.gateways.set(number(connected as u64));
         shared.metrics.applied_lag.set(number(lag.unwrap_or_default()));
-        // A thousand answers to one change are one look.
+        // A thousand acknowledgements of one change cause one update.
         tokio::time::sleep(MEASURE_INTERVAL).await;
         tokio::select! {
             () = stop.cancelled() => return,
@@ -338,14 +347,17 @@ impl Serving {
 async fn routes(shared: &Shared, loopback: bool) -> Result<(Routes, HealthReporter), Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
-    // Everything is loaded before anybody can connect, so nobody ever sees an answer from half a store.
+    // The store is loaded before the listener accepts, so that no answer is from a partly loaded store.
     for name in HEALTH_NAMES {
         health.set_service_status(name, ServingStatus::Serving).await;
     }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| Error::Failed(e.to_string()))?;
+    let described = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
+    };
+    let wrong = |e: tonic_reflection::server::Error| Error::Failed(e.to_string());
+    // Most tools still ask by the older name alone.
+    let reflections = (described().build_v1().map_err(wrong)?, described().build_v1alpha().map_err(wrong)?);
     let reflection_reach = if loopback { Reach::Everybody } else { Reach::Authorised };
     let admin = |most| {
         AdminServiceServer::new(Admin::new(shared.clone()))
@@ -359,11 +371,12 @@ async fn routes(shared: &Shared, loopback: bool) -> Result<(Routes, HealthReport
     let reports =
         ReportServiceServer::new(Reports(shared.clone())).max_decoding_message_size(REPORT_BYTES_MAX);
     let (authority, permits) = (&shared.authority, Permits::default());
-    let routes = Routes::new(Gated::new(health_service, authority.clone(), Reach::Probes, permits.clone()))
-        .add_service(Gated::new(reflection, authority.clone(), reflection_reach, permits.clone()))
-        .add_service(Gated::new(admin, authority.clone(), Reach::Authorised, permits.clone()))
-        .add_service(Gated::new(discovery, authority.clone(), Reach::Authorised, permits.clone()))
-        .add_service(Gated::new(reports, authority.clone(), Reach::Authorised, permits));
+    let routes = Routes::new(gated(health_service, authority.clone(), Reach::Probes, permits.clone()))
+        .add_service(gated(reflections.0, authority.clone(), reflection_reach, permits.clone()))
+        .add_service(gated(reflections.1, authority.clone(), reflection_reach, permits.clone()))
+        .add_service(gated(admin, authority.clone(), Reach::Authorised, permits.clone()))
+        .add_service(gated(discovery, authority.clone(), Reach::Authorised, permits.clone()))
+        .add_service(gated(reports, authority.clone(), Reach::Authorised, permits));
     Ok((routes, health))
 }
 

@@ -1,7 +1,6 @@
-//! The files of TLS, and what a client certificate says.
+//! The files of TLS, and the identity in a client certificate.
 //!
-//! A renewed certificate is used by the connections that come after; those that are there go on, so that a rotation
-//! costs no stream.
+//! New connections use a renewed certificate. Open connections continue, so that a rotation ends no stream.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ pub struct TlsConfig {
     pub cert: PathBuf,
     /// The key of that.
     pub key: PathBuf,
-    /// Who signs client certificates. Without it clients show tokens only.
+    /// The CA certificate of client certificates. `None`: clients use tokens only.
     pub client_ca: Option<PathBuf>,
 }
 
@@ -33,7 +32,7 @@ impl TlsConfig {
     }
 }
 
-/// What a client certificate says about its holder.
+/// The identity in a client certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) role: Role,
@@ -41,7 +40,7 @@ pub(crate) struct Identity {
     pub(crate) name: Arc<str>,
 }
 
-/// Who a client certificate, already verified, says its holder is: its first name of ours.
+/// The identity in a verified client certificate: its first URI name with Weir's scheme.
 pub(crate) fn identity(certificate: &CertificateDer<'_>) -> Option<Identity> {
     let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
     parsed.valid_uri_names().find_map(named)

@@ -1,7 +1,7 @@
-//! The shell around [`crate::health`]: brings it what is seen and the time, and publishes what it decides.
+//! Connects [`crate::health`] to its surroundings: passes observations and the time to it, and publishes its verdicts.
 //!
-//! The machine is behind a lock that is held for one report or one observation, never across an await. What it decides goes
-//! into watches at once: the streams of the gateways send it on without waiting for anything.
+//! The state machine is behind a lock that is held for one report or one observation, never across an await. Verdicts are
+//! published at once in watch channels, which the report streams of the gateways read.
 
 mod checkpoint;
 pub(crate) mod view;
@@ -26,15 +26,15 @@ use crate::model::{Key, State};
 /// The verdicts, by backend.
 pub(crate) type Healths = BTreeMap<String, v1::BackendHealth>;
 
-/// Gateways that come or go within this time are assigned together: after a restart all of them come at once.
+/// Gateways that connect or leave within this time are assigned together: after a restart all of them connect at once.
 const GATHER: Duration = Duration::from_millis(50);
-/// Between two checkpoints at least.
+/// The shortest interval between two checkpoints.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Observations that wait for callers of [`Verdicts::probe_now`]; one that is further behind misses some.
+/// Observations kept for callers of [`Verdicts::probe_now`]; a slower caller misses some.
 const OBSERVATIONS_KEPT: usize = 1024;
 
-/// An observation and who made it.
+/// An observation with its observer.
 #[derive(Debug, Clone)]
 pub(crate) struct Observed {
     pub(crate) observer: Observer,
@@ -42,12 +42,12 @@ pub(crate) struct Observed {
     pub(crate) seen: Observation,
 }
 
-/// Who observations at what.
+/// Probe assignments and probe orders of all observers.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Duties {
-    /// All that is assigned, by observer; the same `Arc` as long as it is the same.
+    /// The assignments by observer. The `Arc` is the same while the assignments of the observer are the same.
     pub(crate) assignments: BTreeMap<Observer, Arc<v1::ProbeAssignments>>,
-    /// The last order per backend and tier: of two for the same, the later one is enough.
+    /// The newest order per backend and tier; a newer order replaces an older one.
     pub(crate) orders: BTreeMap<(String, Tier), Order>,
 }
 
@@ -82,29 +82,29 @@ struct Inner {
     duties: watch::Sender<Arc<Duties>>,
     /// Every observation, for callers of [`Verdicts::probe_now`].
     observations: broadcast::Sender<Arc<Observed>>,
-    /// Told when the next tick may be due earlier than was thought.
+    /// Notified when the next tick may be due earlier than planned.
     wake: Notify,
     metrics: Arc<Metrics>,
-    /// Of several control planes that see the same, one says so.
+    /// Whether this control plane is the leader; only the leader logs events at info level.
     leads: Leads,
-    /// Where the states are kept over a restart.
+    /// The file that keeps the states over a restart.
     checkpoint: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
 struct Machine {
     cluster: Cluster,
-    /// What was published last.
+    /// The generation that was published last.
     generation: u64,
     assignment: u64,
-    /// Read at the start, taken over by the first configuration.
+    /// The checkpoint read at the start; applied with the first configuration.
     saved: checkpoint::Saved,
-    /// Gateways that are not yet taken into account, and when they will be.
+    /// New gateways that are not assigned yet, and when they will be.
     gathered: Option<(Regions, Timestamp)>,
 }
 
 impl Verdicts {
-    /// Starts from what the checkpoint holds, if there is one.
+    /// Starts from the checkpoint, if there is one.
     pub(crate) fn new(metrics: Arc<Metrics>, checkpoint: Option<PathBuf>, leads: Leads) -> Self {
         let saved = checkpoint.as_deref().map(checkpoint::read).unwrap_or_default();
         let machine = Machine { saved, ..Machine::default() };
@@ -135,7 +135,7 @@ impl Verdicts {
         (self.inner.origin_wall + at).into()
     }
 
-    /// Changes the machine and publishes what that made of it.
+    /// Changes the state machine and publishes the result.
     fn with<T>(&self, change: impl FnOnce(&mut Machine, Timestamp) -> T) -> T {
         let now = self.now();
         let mut machine = self.machine();
@@ -159,12 +159,17 @@ impl Verdicts {
         for event in machine.cluster.events(machine.cluster.logged()) {
             let (subject, kind, message) = (&event.subject, event.kind.as_str(), &event.message);
             self.inner.metrics.health_event(event.kind);
-            // What is well needs nobody's attention.
+            // A recovery is logged at info level, an ejection at warn level.
             let state = machine.cluster.record(subject).map(|record| record.state);
             let leads = self.inner.leads.borrow().is_some();
             match event.kind {
                 _ if !leads => {
-                    tracing::debug!(subject, kind, message, "health, as one that does not lead sees it")
+                    tracing::debug!(
+                        subject,
+                        kind,
+                        message,
+                        "health event, not published: this control plane is not the leader"
+                    )
                 }
                 EventKind::State
                     if matches!(state, Some(health::State::Healthy | health::State::Recovering)) =>
@@ -211,7 +216,7 @@ impl Verdicts {
         machine.assignment = machine.cluster.assignment();
     }
 
-    /// Takes up what is declared.
+    /// Applies the configured backends.
     pub(crate) fn configure(&self, state: &State) {
         let targets = targets(state);
         self.with(|machine, now| {
@@ -224,7 +229,7 @@ impl Verdicts {
         });
     }
 
-    /// A gateway of a region carries out probes; without a region it does not, or is gone.
+    /// Sets the region of a gateway that carries out probes. `None`: the gateway does not probe, or is gone.
     pub(crate) fn set_gateway(&self, observer: Observer, region: Option<String>) {
         let now = self.now();
         let mut machine = self.machine();
@@ -238,7 +243,7 @@ impl Verdicts {
         self.inner.wake.notify_one();
     }
 
-    /// When something is due though nothing happens.
+    /// When the next tick is due.
     fn due(&self) -> Instant {
         let now = self.now();
         let machine = self.machine();
@@ -247,7 +252,7 @@ impl Verdicts {
         self.inner.origin + gathered.map_or(tick, |due| due.min(tick))
     }
 
-    /// Time has passed.
+    /// Evaluates everything that depends on time.
     fn pass(&self) {
         self.with(|machine, now| {
             if let Some((gateways, _)) = machine.gathered.take_if(|(_, due)| *due <= now) {
@@ -257,11 +262,11 @@ impl Verdicts {
         });
     }
 
-    /// Takes in one observation.
+    /// Records one observation.
     pub(crate) fn observe(&self, observer: &Observer, backend: &str, seen: &Observation) {
         tracing::debug!(%observer, backend, tier = seen.tier.name(), outcome = seen.outcome.name(), "observation");
         let known = self.with(|machine, now| {
-            // Only of backends there are: the name comes from outside.
+            // Only of configured backends, because the name comes from the gateway.
             let known = machine.cluster.record(backend).is_some();
             if known {
                 self.inner.metrics.probed(backend, seen.tier, seen.outcome);
@@ -269,17 +274,17 @@ impl Verdicts {
             }
             known
         });
-        // Who waits for observations finds the verdict they made published.
+        // Sent after the verdict is published, so that a caller that receives the observation sees its verdict.
         if known && self.inner.observations.receiver_count() > 0 {
             let (observer, backend) = (observer.clone(), backend.to_owned());
-            // Nobody listens any more: nobody misses it.
+            // Without a receiver the observation is not needed.
             let _ =
                 self.inner.observations.send(Arc::new(Observed { observer, backend, seen: seen.clone() }));
         }
     }
 
-    /// Has a backend probed now. Returns the observers that were asked and every observation from then on; `None` for a backend
-    /// that nobody probes.
+    /// Orders probes of a backend now. Returns the observers and a receiver of all observations from now on; `None` for a
+    /// backend that is not probed.
     pub(crate) fn probe_now(
         &self,
         backend: &str,
@@ -292,10 +297,10 @@ impl Verdicts {
         Some((asked, observations))
     }
 
-    /// Takes in a whole report: its probes, then its requests.
+    /// Records a report: its probe results, then the results of requests.
     pub(crate) fn report(&self, observer: &Observer, report: &v1::StreamReportsRequest) {
         let observations =
-            report.results.iter().filter_map(|result| view::observation(result).map(|o| (result, o)));
+            report.probe_results.iter().filter_map(|result| view::observation(result).map(|o| (result, o)));
         for (result, seen) in observations {
             self.observe(observer, &result.backend, &seen);
         }
@@ -306,17 +311,17 @@ impl Verdicts {
         }
     }
 
-    /// The verdicts, and every change of them.
+    /// The verdicts and their changes.
     pub(crate) fn healths(&self) -> watch::Receiver<Arc<Healths>> {
         self.inner.healths.subscribe()
     }
 
-    /// Who observations at what, and every change of it.
+    /// The assignments and orders and their changes.
     pub(crate) fn duties(&self) -> watch::Receiver<Arc<Duties>> {
         self.inner.duties.subscribe()
     }
 
-    /// Lets time pass and keeps checkpoints until `stop`.
+    /// Ticks and writes checkpoints until `stop`.
     pub(crate) async fn run(self, mut state: watch::Receiver<Arc<State>>, stop: CancellationToken) {
         let (mut saved, mut save_at) = (0, Instant::now() + CHECKPOINT_INTERVAL);
         self.configure(&state.borrow_and_update().clone());
@@ -342,7 +347,7 @@ impl Verdicts {
         self.save(saved).await;
     }
 
-    /// Writes the checkpoint if anything changed since the generation given; returns the one that is written.
+    /// Writes the checkpoint if the state changed since `generation`. Returns the generation that is written.
     async fn save(&self, saved: u64) -> u64 {
         let Some(path) = self.inner.checkpoint.clone() else { return saved };
         let (generation, text) = {
@@ -357,14 +362,14 @@ impl Verdicts {
         match written.map_err(std::io::Error::other).flatten() {
             Ok(()) => generation,
             Err(error) => {
-                tracing::warn!(%error, "the health checkpoint was not written: a restart would begin from what is older");
+                tracing::warn!(%error, "health checkpoint not written; a restart would use an older one");
                 saved
             }
         }
     }
 }
 
-/// What is declared, as the machine takes it. A disabled backend is neither used nor probed.
+/// The configured backends as targets. A disabled backend is neither used nor probed.
 fn targets(state: &State) -> BTreeMap<String, Target> {
     let mut targets = BTreeMap::new();
     for stored in state.of_kind(ResourceKind::Backend) {
@@ -376,7 +381,7 @@ fn targets(state: &State) -> BTreeMap<String, Target> {
         let Some(Spec::Pool(pool)) = pool.map(|pool| &pool.checked.spec) else { continue };
         let target = Target {
             pool: backend.pool.to_string(),
-            identity: format!("{}{}", backend.url, backend.health_path),
+            identity: format!("{}{} {}", backend.url, backend.health_path, backend.api_base_path),
             weight: backend.weight,
             active: backend.admin_state == AdminState::Active,
             profile: pool.health,

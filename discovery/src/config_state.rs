@@ -1,9 +1,8 @@
-//! The configuration in force, as it came, and its copy on disk.
+//! The configuration in force in its encoded form, and its copy on disk.
 //!
-//! The disk copy lets a process that restarts while the control plane is away serve what it served before. Two
-//! generations are kept; each is written whole to a temporary file, synced and renamed, readable by its owner
-//! only (it holds key digests), and opens with a SHA-256 of the rest: a torn or damaged file is refused whole
-//! and the older generation is used.
+//! With the copy, a process that restarts without a control plane serves its last configuration. Two generations are kept.
+//! Each is written to a temporary file, synced and renamed, and only its owner can read it, because it contains digests of
+//! keys. A file starts with a SHA-256 of the rest: a damaged file is refused and the older generation is used.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -16,7 +15,7 @@ use sha2::{Digest, Sha256};
 use weir_proto::resource::Resource;
 use weir_proto::v1::{self, ResourceKind};
 
-/// First bytes of the file: what it is and the version of its form.
+/// The first bytes of the file: its type and the version of its format.
 const MAGIC: &[u8; 8] = b"WEIRCFG1";
 /// Largest copy that is read back.
 const MAX_BYTES: u64 = 256 << 20;
@@ -24,53 +23,53 @@ const MAX_BYTES: u64 = 256 << 20;
 /// Resources by kind and name, each with its version and encoded body.
 #[derive(Debug, Clone, Default)]
 pub struct ConfigState {
-    /// The store's history; empty when nothing is held.
+    /// The store epoch; empty without a configuration.
     pub epoch: String,
-    /// The revision held.
+    /// The applied revision; zero without a configuration.
     pub revision: u64,
-    /// What is held.
+    /// The applied resources.
     pub resources: BTreeMap<(i32, String), (String, Bytes)>,
 }
 
-/// Why a resource could not be used. The rest of the configuration is used all the same.
+/// A refused resource. The rest of the configuration is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
-    /// Its kind.
+    /// The kind of the resource.
     pub kind: ResourceKind,
-    /// Its name.
+    /// The name of the resource.
     pub name: String,
-    /// Why.
+    /// The reason.
     pub message: String,
 }
 
-/// Why a delta was refused whole.
+/// Why an entire delta was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeltaError {
-    /// A lagging control plane must not take a gateway back.
-    #[error("revision {offered} is older than the {held} held, within the same store")]
+    /// The delta is older than the applied revision: a lagging control plane must not take a gateway back.
+    #[error("revision {offered} is older than the applied revision {held} of the same store")]
     Backwards {
         /// The revision of the delta.
         offered: u64,
-        /// What is held.
+        /// The applied revision.
         held: u64,
     },
-    /// More than half of a pool would go, and the operator has not allowed that.
-    #[error("it takes {removed} of {had} backends from pool {pool} without allow_mass_removal")]
+    /// The delta removes more than half of a pool's backends, and the operator has not allowed that.
+    #[error("it removes {removed} of {had} backends of pool {pool} without allow_mass_removal")]
     MassRemoval {
         /// The pool.
         pool: String,
-        /// How many would go.
+        /// The number of removed backends.
         removed: usize,
-        /// How many there were.
+        /// The number of backends before.
         had: usize,
     },
 }
 
 impl ConfigState {
-    /// The versions held, for Hello.
-    pub fn versions(&self) -> Vec<v1::HeldResource> {
+    /// The version of every applied resource, for Hello.
+    pub fn versions(&self) -> Vec<v1::ResourceVersion> {
         let held = self.resources.iter();
-        held.map(|((kind, name), (version, _))| v1::HeldResource {
+        held.map(|((kind, name), (version, _))| v1::ResourceVersion {
             kind: *kind,
             name: name.clone(),
             version: version.clone(),
@@ -78,7 +77,7 @@ impl ConfigState {
         .collect()
     }
 
-    /// What would be held after a delta; an error leaves everything as it is.
+    /// The configuration after a delta. With an error nothing changes.
     pub fn after(&self, delta: &v1::Delta) -> Result<Self, DeltaError> {
         if delta.store_epoch == self.epoch && delta.store_revision < self.revision {
             return Err(DeltaError::Backwards { offered: delta.store_revision, held: self.revision });
@@ -99,7 +98,7 @@ impl ConfigState {
         Ok(next)
     }
 
-    /// Puts the refused resources of a delta back to what they were before it. Says whether there were any.
+    /// Restores the refused resources of a delta to their version before it. Returns whether there were any.
     pub fn keep(&mut self, before: &Self, delta: &v1::Delta, refused: &[Refused]) -> bool {
         let mut any = false;
         for upsert in &delta.upserts {
@@ -120,7 +119,7 @@ impl ConfigState {
         let (before, after) = (self.pool_sizes(), next.pool_sizes());
         for (pool, had) in before {
             let removed = had.saturating_sub(after.get(&pool).copied().unwrap_or(0));
-            // Whatever the control plane accepted as ordinary comes with its word; without it even a pool of one stays.
+            // The control plane marks removals that it accepted. Without the mark even the only backend of a pool stays.
             if removed * 2 > had {
                 return Err(DeltaError::MassRemoval { pool, removed, had });
             }
@@ -142,7 +141,7 @@ impl ConfigState {
         sizes
     }
 
-    /// The checked form; what cannot be decoded or is not valid is left out and reported.
+    /// The decoded and validated resources, and the ones that are refused.
     pub fn checked(&self) -> (Vec<Resource>, Vec<Refused>) {
         let (mut good, mut refused) = (Vec::new(), Vec::new());
         for ((kind, name), (_, body)) in &self.resources {
@@ -183,7 +182,7 @@ impl ConfigState {
         file
     }
 
-    /// What is in a file; the reason when it is not whole.
+    /// Parses a file; the error is the reason if it is damaged.
     #[doc(hidden)]
     pub fn decode(file: &[u8]) -> Result<Self, &'static str> {
         let rest = file.strip_prefix(MAGIC).ok_or("it is not a configuration copy of this version")?;
@@ -196,14 +195,14 @@ impl ConfigState {
     }
 }
 
-/// Where the copies are.
+/// The directory of the copies.
 #[derive(Debug, Clone)]
 pub struct Disk {
     directory: PathBuf,
 }
 
 impl Disk {
-    /// Copies in this directory, which is made when missing.
+    /// Keeps copies in this directory, which is created if missing.
     pub fn new(directory: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(directory)?;
         Ok(Self { directory: directory.to_owned() })
@@ -217,7 +216,7 @@ impl Disk {
         self.directory.join("config.previous")
     }
 
-    /// Writes a copy durably; blocks. The former newest becomes the previous one.
+    /// Writes a copy durably; blocks. The last copy becomes the older generation.
     pub fn save(&self, held: &ConfigState) -> std::io::Result<()> {
         let temporary = self.directory.join("config.writing");
         let mut file = std::fs::OpenOptions::new()
@@ -235,7 +234,7 @@ impl Disk {
         std::fs::File::open(&self.directory)?.sync_all()
     }
 
-    /// The newest good copy; `None` when there is none. Blocks.
+    /// The newest valid copy; `None` without one. Blocks.
     pub fn load(&self) -> Option<ConfigState> {
         [self.newest(), self.previous()].into_iter().find_map(|path| match load(&path) {
             Ok(held) => held,

@@ -1,12 +1,13 @@
 //! The client side of the configuration stream: what gateways and limit services share.
 //!
-//! A [`Subscriber`] keeps what its owner [`Apply`]s fresh from the control plane and never waits for it: it begins with
-//! the copy on [`Disk`], and while the control plane is away the [`ConfigState`] stays in force.
+//! A [`Subscriber`] receives configuration from the control plane and passes it to its owner, which implements [`Apply`]. It
+//! never waits for the control plane: it starts with the copy on [`Disk`], and without a control plane the [`ConfigState`]
+//! stays in force.
 
 mod config_state;
 mod link;
-mod observe;
 mod save;
+mod status_stream;
 mod subscribe;
 
 pub use config_state::{ConfigState, DeltaError, Disk, Refused};

@@ -11,24 +11,24 @@ use weir_proto::v1::stream_config_request::Message;
 use weir_proto::v1::{StreamConfigRequest, SubscriberRole};
 use weir_runtime::Backoff;
 
-/// Longest pause between two tries to connect: everybody is back within ten seconds of an outage, however long it was.
+/// The longest pause between two attempts to connect, so that every process is connected within ten seconds after an outage.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// First pause.
+/// The first pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// A control plane that sends nothing for so long (three heartbeats) is taken for dead.
+/// A control plane that sends nothing for this time (three heartbeats) counts as dead.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// Who this process is to the control plane.
+/// The identity of this process at the control plane.
 #[derive(Debug, Clone)]
 pub struct Identity {
-    /// Its name.
+    /// The name of this process.
     pub id: String,
-    /// What it is: decides which kinds of resources it gets.
+    /// The role, which decides the kinds of resources.
     pub role: SubscriberRole,
-    /// This start of the process.
+    /// New with every start of the process.
     pub incarnation: String,
-    /// Where it runs.
+    /// The region; empty when unknown.
     pub region: String,
-    /// Sent as the bearer token; `None` to a control plane in the same process without one.
+    /// The bearer token; `None` for a control plane in the same process.
     pub token: Option<weir_runtime::Secret>,
 }
 
@@ -56,8 +56,8 @@ pub struct Link {
 }
 
 impl Link {
-    /// The control planes at URLs with commas between them: all of one store. For https: who signs their certificates
-    /// (`None`: who the system trusts), and this process's own certificate and key.
+    /// The control planes of one store at comma-separated URLs. For https: the CA certificate (`None`: those of the system),
+    /// and the client certificate and key of this process.
     pub fn all(
         urls: &str,
         ca: Option<PathBuf>,
@@ -66,7 +66,7 @@ impl Link {
         let mut links: Vec<Self> = Vec::new();
         for url in urls.split(',').map(str::trim) {
             if links.iter().any(|link| link.url == url) {
-                return Err(format!("control plane address '{url}' is given twice"));
+                return Err(format!("control plane address '{url}' is listed twice"));
             }
             links.push(Self::new(url, ca.clone(), own.clone())?);
         }
@@ -86,8 +86,8 @@ impl Link {
         &self.url
     }
 
-    /// A channel with bounds on connecting and silence. The files are read each time, so that the next connection uses
-    /// a renewed certificate; they are small.
+    /// A channel with a connect timeout and keep-alive. The small certificate files are read each time, so that a new
+    /// connection uses a renewed certificate.
     pub fn endpoint(&self) -> Result<Endpoint, String> {
         let endpoint = Endpoint::from_shared(self.url.clone())
             .map_err(|_| {
@@ -123,7 +123,7 @@ pub(crate) async fn send(up: &mpsc::Sender<StreamConfigRequest>, message: Messag
     sent.map_err(|_| "the stream ended".to_owned())
 }
 
-/// An error with its causes: transport errors keep the useful part in the source.
+/// An error with its causes, because transport errors have the reason in their source.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

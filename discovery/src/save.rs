@@ -1,7 +1,7 @@
-//! Writes copies of the configuration beside it: a disk that hangs must not keep the next change waiting.
+//! Writes copies of the configuration in the background, so that a disk that hangs does not delay the next change.
 //!
-//! A thread of its own writes, one copy at a time; of those that wait only the newest is kept. It is not one of tokio's,
-//! which a hanging disk would use up, and which the process waits for when it ends.
+//! A separate thread writes one copy at a time; only the newest waiting copy is kept. It is not a thread of tokio's
+//! blocking pool, because a disk that hangs would block that pool and the shutdown, which waits for the pool.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,14 +10,14 @@ use tokio::sync::watch;
 
 use crate::config_state::{ConfigState, Disk};
 
-/// How long the answer to a change waits for its copy; on a disk that is well it takes milliseconds.
+/// How long the acknowledgement of a change waits for its copy, which normally takes milliseconds.
 const SAVED_WITHIN: Duration = Duration::from_millis(250);
 
 /// Writes to one [`Disk`].
 #[derive(Debug)]
 pub(crate) struct Saver {
     shared: Arc<Shared>,
-    /// The copy that was handed over last.
+    /// The number of the last copy that was handed over.
     asked: u64,
 }
 
@@ -25,7 +25,7 @@ pub(crate) struct Saver {
 struct Shared {
     disk: Disk,
     next: Mutex<Next>,
-    /// The copy that was written last, or could not be.
+    /// The number of the last copy that was written or failed.
     done: watch::Sender<u64>,
 }
 
@@ -41,7 +41,7 @@ impl Saver {
         Self { shared: Arc::new(shared), asked: 0 }
     }
 
-    /// Has this written, instead of what waits to be.
+    /// Queues this copy instead of a waiting one.
     pub(crate) fn save(&mut self, held: &ConfigState) {
         self.asked += 1;
         let mut next = self.shared.next();
@@ -52,17 +52,17 @@ impl Saver {
         let shared = Arc::clone(&self.shared);
         match std::thread::Builder::new().name("configuration".into()).spawn(move || shared.write()) {
             Ok(_) => next.writing = true,
-            Err(error) => tracing::error!(%error, "no thread to write the configuration's copy"),
+            Err(error) => tracing::error!(%error, "thread for the configuration copy not started"),
         }
     }
 
-    /// Waits a moment until all is written; what takes longer is written later.
+    /// Waits at most 250 ms until the copy is written; a slower copy is written later.
     pub(crate) async fn saved(&self) {
         let mut done = self.shared.done.subscribe();
         let written = done.wait_for(|done| *done >= self.asked);
         if tokio::time::timeout(SAVED_WITHIN, written).await.is_err() {
             tracing::warn!(
-                "the configuration's copy is not written yet: a restart without the control plane would serve an older one"
+                "configuration copy not written yet; a restart without the control plane would serve an older one"
             );
         }
     }
@@ -73,7 +73,7 @@ impl Shared {
         self.next.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the thread does: writes what waits, and ends.
+    /// The work of the thread: writes waiting copies until there is none.
     fn write(&self) {
         loop {
             let (number, held) = {
@@ -85,7 +85,7 @@ impl Shared {
                 copy
             };
             if let Err(error) = self.disk.save(&held) {
-                tracing::error!(%error, "the configuration could not be kept on disk: a restart without the control plane would serve an older one");
+                tracing::error!(%error, "configuration copy not written; a restart without the control plane would serve an older one");
             }
             self.done.send_replace(number);
         }

@@ -1,9 +1,9 @@
-//! One task owns the [`ConfigState`] resources. It loads the disk copy first, then follows the control plane; when the
-//! stream ends it comes back with full-jitter backoff, and what was held stays in force meanwhile.
+//! One task owns the [`ConfigState`]. It loads the copy on disk first, then follows a control plane. When the stream ends it
+//! connects again with full-jitter backoff; the configuration stays in force meanwhile.
 //!
-//! A change is in force before anything is waited for: a resource that the owner cannot use yet, such as a backend whose
-//! credential is on a disk that does not answer, and a copy that cannot be written delay the answer to a change, and
-//! that by less than a second. So the next change, which may revoke a key, never waits for them.
+//! A change is put in force before the task waits for anything. A resource that the owner cannot use yet, such as a backend
+//! whose credential is on a disk that hangs, or a copy that cannot be written, delays only the acknowledgement, by less than
+//! a second. So the next change, which may revoke a key, is never blocked.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,36 +24,36 @@ use weir_runtime::Backoff;
 
 use crate::config_state::{ConfigState, Disk, Refused};
 use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
-use crate::observe::{self, SubscriberStatus};
 use crate::save::Saver;
+use crate::status_stream::{self, SubscriberStatus};
 
 /// Largest message: a full synchronisation of some ten thousand resources.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
-/// What is done with a configuration.
+/// The owner of a configuration, which puts it in force.
 pub trait Apply: Send {
-    /// Puts these resources in force, all at once; what could not be used is left out and returned.
+    /// Puts these resources in force together. Resources that cannot be used are left out and returned.
     fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused>;
-    /// What of these resources could not be used, without putting any in force. Of a changed one that cannot, the version
-    /// held before then stays. An owner that uses whatever is valid has nothing to say here.
+    /// Returns the resources that cannot be used, without putting any in force. The last version of such a resource stays. An
+    /// owner that can use every valid resource returns nothing.
     fn check(&self, _epoch: &str, _revision: u64, _resources: &[Resource]) -> Vec<Refused> {
         Vec::new()
     }
-    /// Waits, for a bounded time of well below a second, for what the last check or apply could not know yet. Returns whether
-    /// there was anything: then both may come out differently.
+    /// Waits, well below a second, for what the last check or apply could not know yet. Returns whether there was anything;
+    /// if so, check and apply may have another result.
     fn settle(&mut self) -> impl Future<Output = bool> + Send {
         std::future::ready(false)
     }
-    /// Returns when what is in force, or was refused, may come out differently although no resource has changed. Cancel-safe;
-    /// returns again until the resources are applied anew.
+    /// Returns when check or apply may have another result although no resource changed. Cancel-safe; returns again until
+    /// the resources are applied again.
     fn changed(&mut self) -> impl Future<Output = ()> + Send {
         std::future::pending()
     }
-    /// What is refused by now, by kind and name, with the reasons.
+    /// The refused resources by kind and name, with reasons.
     fn refusing(&mut self, _refusing: &BTreeMap<(i32, String), String>) {}
-    /// So many resources of the newest configuration are refused; one refused whole counts as one.
+    /// Sets the number of refused resources; an entire refused delta counts as one.
     fn refused(&mut self, _count: usize) {}
-    /// The control plane is heard, or is not any more.
+    /// Sets whether a control plane is connected.
     fn connected(&mut self, connected: bool);
 }
 
@@ -62,27 +62,27 @@ pub trait Apply: Send {
 pub struct Subscriber<A> {
     owner: A,
     identity: Arc<Identity>,
-    /// All of one store. One is followed; what is held is reported to the others.
+    /// All control planes of the store. One is followed; the others receive status streams.
     links: Vec<Link>,
-    /// The one that is followed, or tried.
+    /// The index of the control plane that is followed or tried.
     followed: watch::Sender<usize>,
     status: watch::Sender<SubscriberStatus>,
     saver: Option<Saver>,
-    /// What the disk held at the start, until it is in force.
+    /// The copy read at the start, until it is in force.
     loaded: Option<ConfigState>,
     config: ConfigState,
-    /// The revision that was answered last, whether all of it was taken or not.
+    /// The newest revision that was acknowledged or refused.
     answered: u64,
-    /// What is refused by now, by kind and name, with the reasons.
+    /// The refused resources by kind and name, with reasons.
     refusing: BTreeMap<(i32, String), String>,
-    /// The control plane is to send again what was refused.
+    /// The control plane is to send the refused resources again.
     retry: bool,
 }
 
 impl<A: Apply> Subscriber<A> {
-    /// Loads the disk copy (blocks briefly), which [`Self::run`] puts in force first of all. There has to be a link.
+    /// Loads the copy on disk (blocks), which [`Self::run`] puts in force first. `links` must not be empty.
     pub fn new(owner: A, identity: Identity, links: Vec<Link>, disk: Option<Disk>) -> Self {
-        // Spread over the control planes, each always at the same one while it is there.
+        // Subscribers spread over the control planes by their names, and start with the same one each time.
         let bytes = Sha256::digest(identity.id.as_bytes());
         let first = bytes.first().map_or(0, |byte| usize::from(*byte)) % links.len().max(1);
         Self {
@@ -100,26 +100,32 @@ impl<A: Apply> Subscriber<A> {
         }
     }
 
-    /// Puts the disk copy in force, follows a control plane, and another one when it is gone, until `shutdown`.
+    /// Puts the copy on disk in force and follows a control plane, or another one if it fails, until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         if let Some(held) = self.loaded.take() {
             let (revision, resources) = (held.revision, held.checked().0);
-            // Nothing serves yet, so nothing is the worse for waiting a moment for what it needs.
+            // No request is served yet, so a short wait delays nothing.
             self.owner.check(&held.epoch, held.revision, &resources);
             self.owner.settle().await;
             let refused = self.enforce(held);
             say(&refused);
             self.owner.refused(refused.len());
-            tracing::info!(revision, refused = refused.len(), "serving the configuration kept on disk");
+            tracing::info!(revision, refused = refused.len(), "serving the configuration copy");
         }
         let mut backoff = reconnect_backoff();
         self.publish_status(&[]);
-        // Ends with this task.
-        let mut observers = JoinSet::new();
+        // The status streams end with this task.
+        let mut status_streams = JoinSet::new();
         if self.links.len() > 1 {
             for (at, link) in self.links.iter().enumerate() {
                 let (status, followed) = (self.status.subscribe(), self.followed.subscribe());
-                observers.spawn(observe::run(at, link.clone(), Arc::clone(&self.identity), status, followed));
+                status_streams.spawn(status_stream::run(
+                    at,
+                    link.clone(),
+                    Arc::clone(&self.identity),
+                    status,
+                    followed,
+                ));
             }
         }
         tokio::select! {
@@ -143,13 +149,13 @@ impl<A: Apply> Subscriber<A> {
                 reason,
                 revision = self.config.revision,
                 ?pause,
-                "control plane away; configuration stays"
+                "control plane not reachable; the configuration stays in force"
             );
             self.meanwhile(tokio::time::sleep(pause)).await;
         }
     }
 
-    /// Waits for something, and takes over what changes by itself meanwhile.
+    /// Waits for a future, and applies the resources again whenever the owner requests it.
     async fn meanwhile<T>(&mut self, something: impl Future<Output = T>) -> T {
         let mut something = std::pin::pin!(something);
         loop {
@@ -166,9 +172,9 @@ impl<A: Apply> Subscriber<A> {
         let channel: Channel =
             self.meanwhile(async move { connecting.connect().await }).await.map_err(|e| error_chain(&e))?;
         let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
-        // One delta is in flight at a time, so two answers never wait; what is asked to be sent again is the third.
+        // Room for hello, one answer and one retry, because one delta is in flight at a time.
         let (up, messages) = mpsc::channel(3);
-        // With what is held now, everything that was refused is sent.
+        // After hello the control plane sends all refused resources anyway.
         self.retry = false;
         send(&up, Up::Hello(self.hello())).await?;
         let request = self.identity.request(ReceiverStream::new(messages))?;
@@ -187,7 +193,7 @@ impl<A: Apply> Subscriber<A> {
                     continue;
                 }
             };
-            let message = message.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))?;
+            let message = message.map_err(|_| format!("no message for {SILENCE_MAX:?}"))?;
             let Some(message) = message.map_err(|s| s.message().to_owned())? else { return Ok(()) };
             silent_at = Instant::now() + SILENCE_MAX;
             backoff.reset();
@@ -207,12 +213,12 @@ impl<A: Apply> Subscriber<A> {
             build: weir_runtime::version().to_owned(),
             store_epoch: self.config.epoch.clone(),
             store_revision: self.config.revision,
-            held: self.config.versions(),
-            observer: false,
+            resource_versions: self.config.versions(),
+            status_only: false,
         }
     }
 
-    /// Publishes what is held, for the control planes that are not followed.
+    /// Publishes the status for the control planes that are not followed.
     fn publish_status(&self, errors: &[ResourceError]) {
         if self.links.len() > 1 {
             let (hello, answered) = (self.hello(), self.answered);
@@ -226,7 +232,7 @@ impl<A: Apply> Subscriber<A> {
         let next = match self.config.after(&delta) {
             Ok(next) => next,
             Err(error) => {
-                tracing::error!(%error, "configuration refused whole");
+                tracing::error!(%error, "entire delta refused");
                 self.owner.refused(1);
                 let errors = vec![ResourceError { resource: None, message: error.to_string() }];
                 self.publish_status(&errors);
@@ -246,7 +252,7 @@ impl<A: Apply> Subscriber<A> {
             refused = refused.len(),
             "configuration applied"
         );
-        // What is refused is offered again with whatever is new; only what is gone goes without it.
+        // Refused resources are sent again with the next change; deletions are sent without them.
         if !delta.upserts.is_empty() || delta.store_revision == delta.target_revision {
             self.refusing.clear();
         }
@@ -263,20 +269,20 @@ impl<A: Apply> Subscriber<A> {
         if errors.is_empty() { Up::Ack(Ack { nonce }) } else { Up::Nack(Nack { nonce, errors }) }
     }
 
-    /// Puts a delta's resources in force, at once those that the owner can use at once.
+    /// Puts the resources of a delta in force; first the ones that the owner can use at once.
     async fn take(&mut self, next: ConfigState, delta: &Delta) -> Vec<Refused> {
         let before = self.config.clone();
         if before.epoch.is_empty() {
-            // Nothing serves yet, and what is revoked is in force nowhere.
+            // No request is served yet, so a revoked key is not in force either.
             self.owner.check(&next.epoch, next.revision, &next.checked().0);
             self.owner.settle().await;
         }
         let refused = self.enforce_or_keep(next.clone(), &before, delta);
-        // What is refused by now may have been asked for a moment ago.
+        // The owner may have requested the refused resources a moment ago.
         if self.owner.settle().await { self.enforce_or_keep(next, &before, delta) } else { refused }
     }
 
-    /// Of a changed resource that cannot be used, the version that was held before stays.
+    /// Keeps the last version of changed resources that cannot be used.
     fn enforce_or_keep(
         &mut self,
         mut next: ConfigState,
@@ -296,7 +302,7 @@ impl<A: Apply> Subscriber<A> {
         refused
     }
 
-    /// Puts resources in force; what could not be used is left out and returned.
+    /// Puts resources in force and returns the refused ones.
     fn enforce(&mut self, next: ConfigState) -> Vec<Refused> {
         let (resources, mut refused) = next.checked();
         refused.extend(self.owner.apply(&next.epoch, next.revision, &resources));
@@ -304,12 +310,16 @@ impl<A: Apply> Subscriber<A> {
         refused
     }
 
-    /// Puts what is held in force anew, since something else has changed, and has sent again what was refused before.
+    /// Applies the resources again after a change of the owner, and requests the refused resources again.
     fn renew(&mut self) {
         let held = std::mem::take(&mut self.config);
         let refused = self.enforce(held);
         say(&refused);
-        tracing::info!(revision = self.config.revision, refused = refused.len(), "configuration renewed");
+        tracing::info!(
+            revision = self.config.revision,
+            refused = refused.len(),
+            "configuration applied again"
+        );
         self.owner.refused(self.refusing.len().max(refused.len()));
         self.retry = !self.refusing.is_empty();
     }
@@ -321,7 +331,7 @@ fn say(refused: &[Refused]) {
             kind = weir_proto::resource::kind_name(r.kind),
             name = r.name,
             reason = r.message,
-            "resource not used"
+            "resource refused"
         );
     }
 }

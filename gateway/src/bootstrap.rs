@@ -1,6 +1,7 @@
-//! Wiring: settings -> parts -> running tasks, all tracked and all ended by one token.
+//! Builds a gateway from its settings and runs its tasks. All tasks are tracked and end with one cancellation token.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
 use crate::http::authentication::Failures;
+use crate::http::cors::Cors;
 use crate::http::gateway::Gateway;
 use crate::http::request_body::BodyMemory;
 use crate::http::server::Server;
@@ -47,7 +49,7 @@ const BACKLOG: u32 = 1024;
 /// Why a gateway could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// A setting is wrong; says which.
+    /// A setting is invalid; the text names it.
     #[error("{0}")]
     Config(String),
     /// An address cannot be used.
@@ -57,17 +59,17 @@ pub enum StartError {
         address: SocketAddr,
         /// The flag that sets it.
         flag: &'static str,
-        /// Why.
+        /// The reason.
         source: std::io::Error,
     },
 }
 
-/// A gateway that runs.
+/// A running gateway.
 #[derive(Debug)]
 pub struct Handle {
-    /// Where clients are served.
+    /// The address for clients.
     pub address: SocketAddr,
-    /// Where operations are served.
+    /// The address of the operations port.
     pub ops_address: SocketAddr,
     /// The configuration in force.
     pub live: Arc<LiveConfig>,
@@ -77,8 +79,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Returns once clients are served, which takes a configuration. Until then their connections are refused, so
-    /// that a load balancer takes another gateway instead of an answer that nobody can use.
+    /// Returns when clients are served, which needs a configuration. Until then connections are refused, so that a load
+    /// balancer uses another gateway.
     pub async fn serving(&self) {
         self.serving.cancelled().await;
     }
@@ -86,23 +88,37 @@ impl Handle {
     /// Returns when everything has ended: after the shutdown token was cancelled, or because it could not serve.
     pub async fn ended(self) -> Result<(), StartError> {
         self.tasks.wait().await;
-        // A task that panicked has said so itself.
+        // A panic is logged by the task itself.
         self.server.await.unwrap_or(Ok(()))
     }
 }
 
-/// Starts a gateway. `limiter` is the one to share inside a process; `None` makes what the settings ask for.
-pub async fn start(
+/// A gateway that is being started. Boxed, so that the gateway is compiled with this crate and not again with each binary that
+/// starts one.
+pub type Starting = Pin<Box<dyn Future<Output = Result<Handle, StartError>> + Send>>;
+
+/// Starts a gateway. `limiter` is shared inside a process; `None` creates the limiter of the settings.
+pub fn start(
     config: Config,
     limiter: Option<AnyLimiter>,
     shutdown: CancellationToken,
     force: CancellationToken,
-) -> Result<Handle, StartError> {
-    start_resolving(config, limiter, Resolver::system(), shutdown, force).await
+) -> Starting {
+    start_resolving(config, limiter, Resolver::system(), shutdown, force)
 }
 
-/// The same, with hosts of backends looked up by `resolver`.
-pub async fn start_resolving(
+/// Starts a gateway with another resolver for hosts of backends.
+pub fn start_resolving(
+    config: Config,
+    limiter: Option<AnyLimiter>,
+    resolver: Resolver,
+    shutdown: CancellationToken,
+    force: CancellationToken,
+) -> Starting {
+    Box::pin(begin(config, limiter, resolver, shutdown, force))
+}
+
+async fn begin(
     config: Config,
     limiter: Option<AnyLimiter>,
     resolver: Resolver,
@@ -113,13 +129,7 @@ pub async fn start_resolving(
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let limiter = limiter_of(&config, limiter).await?;
-    let mut registry = Registry::default();
-    let metrics = Metrics::new(&mut registry);
-    weir_runtime::register(&mut registry);
-    let listeners = EdgeMetrics::new(&mut registry);
-    resolver.register(&mut registry);
-    let live = Arc::new(LiveConfig::new(settings.egress, resolver));
-    registry.register_collector(Box::new(WeightMetrics(live.clone())));
+    let (registry, metrics, listeners, live) = counted(settings.egress, resolver);
     let holder = OwnerId::of(&settings.identity.incarnation);
     let (ledger, worker) = Ledger::new(limiter, holder, live_gateways(&live), metrics.clone());
     let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
@@ -129,8 +139,12 @@ pub async fn start_resolving(
         ledger: ledger.clone(),
         failures: Failures::new(&metrics),
         bodies: BodyMemory::new(config.body_memory_mib << 20, metrics.body_bytes.clone()),
+        answer_max: config.answer_max_mib << 20,
+        body_bytes_max: settings.body_bytes_max,
+        cors: settings.cors,
         metrics: metrics.clone(),
         traffic: traffic.clone(),
+        probes: probes.clone(),
     };
     let (identity, links, credentials) = (settings.identity, settings.control_planes, settings.credentials);
     let publisher = Publisher::new(live.clone(), credentials.clone());
@@ -141,7 +155,7 @@ pub async fn start_resolving(
     let pages = pages(&live, &ledger, settings.ops_token);
     let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
 
-    // What serves requests ends last: the settlement worker and the operations port outlive the streams.
+    // The settlement worker and the operations port end after the streams.
     let (tasks, serving, drained) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
     tasks.spawn(credentials.run(metrics.credentials_unreadable.clone(), drained.clone()));
     tasks.spawn(subscriber.run(drained.clone()));
@@ -173,7 +187,22 @@ pub async fn start_resolving(
     Ok(Handle { address, ops_address, live, tasks, serving, server })
 }
 
-/// How many gateways there are, as the limits that are shared among them ask.
+/// The configuration, which is empty yet, and the metrics of all parts.
+fn counted(
+    egress: EgressPolicy,
+    resolver: Resolver,
+) -> (Registry, Arc<Metrics>, EdgeMetrics, Arc<LiveConfig>) {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    weir_runtime::register(&mut registry);
+    let listeners = EdgeMetrics::new(&mut registry);
+    resolver.register(&mut registry);
+    let live = Arc::new(LiveConfig::new(egress, resolver));
+    registry.register_collector(Box::new(WeightMetrics(live.clone())));
+    (registry, metrics, listeners, live)
+}
+
+/// The number of gateways, for the local share of limits.
 fn live_gateways(live: &Arc<LiveConfig>) -> LiveGateways {
     let live = live.clone();
     Arc::new(move || live.live_gateways())
@@ -182,11 +211,11 @@ fn live_gateways(live: &Arc<LiveConfig>) -> LiveGateways {
 /// The pages of the operations port that only its token opens.
 fn pages(live: &Arc<LiveConfig>, ledger: &Arc<Ledger>, token: OpsToken) -> Router {
     let pages = explain::page(live.clone(), ledger.clone()).merge(usage::page(live.clone(), ledger.clone()));
-    // Around these pages alone: what is not there is 404.
+    // The token is required for these pages only; unknown paths are 404.
     pages.route_layer(from_fn_with_state(token, guard_ops_page))
 }
 
-/// What the settings come to, checked before anything is started.
+/// The validated settings, before anything is started.
 struct Settings {
     ops_token: OpsToken,
     ops_hosts: AllowedHosts,
@@ -196,6 +225,8 @@ struct Settings {
     disk: Option<Disk>,
     identity: Identity,
     egress: EgressPolicy,
+    body_bytes_max: usize,
+    cors: Cors,
 }
 
 impl Settings {
@@ -227,24 +258,26 @@ impl Settings {
                 region: config.region.clone(),
                 token: config.token().map_err(StartError::Config)?,
             },
-            egress: EgressPolicy::allowing(&config.allow_backend_cidr).map_err(StartError::Config)?,
+            egress: EgressPolicy::allowing(&config.common.allow_backend_cidr).map_err(StartError::Config)?,
+            body_bytes_max: config.body_bytes_max().map_err(wrong("--max-body-mib"))?,
+            cors: config.cors().map_err(wrong("--cors-allowed-origin"))?,
         })
     }
 }
 
-/// The limiter that is shared inside the process, or else the one that the settings ask for.
+/// The shared limiter of the process, or the limiter of the settings.
 async fn limiter_of(config: &Config, shared: Option<AnyLimiter>) -> Result<AnyLimiter, StartError> {
     if let Some(shared) = shared {
         return Ok(shared);
     }
     let Some(url) = &config.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
-    // Waited for a little, so that a gateway counts with the others from its first request; not for long, since one
-    // that starts while Redis is away serves its share of the limits.
+    // A short wait for Redis, so that a gateway shares the limits from its first request on. During a store outage it starts
+    // with the local share of the limits.
     let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };
     match RedisLimiter::connect(url, options).await {
         Ok(redis) => Ok(redis.into()),
         Err(error) => {
-            tracing::warn!(%error, "redis is away; this gateway starts with its share of the limits");
+            tracing::warn!(%error, "redis not reachable; starting with the local share of the limits");
             let redis = RedisLimiter::open(url, options);
             redis.map(AnyLimiter::from).map_err(|e| StartError::Config(format!("--redis: {e}")))
         }
@@ -258,7 +291,7 @@ async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener,
     Ok((listener, address))
 }
 
-/// Takes the address without serving it yet.
+/// Binds the address without serving it.
 fn reserve(address: SocketAddr, flag: &'static str) -> Result<(TcpSocket, SocketAddr), StartError> {
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
@@ -270,7 +303,7 @@ fn reserve(address: SocketAddr, flag: &'static str) -> Result<(TcpSocket, Socket
     bind().map_err(|source| StartError::Listen { address, flag, source })
 }
 
-/// The port for clients, taken and not served before there is a configuration.
+/// The port for clients, bound and not served before there is a configuration.
 struct Clients {
     socket: TcpSocket,
     address: SocketAddr,
@@ -310,12 +343,12 @@ impl Clients {
     }
 }
 
-/// Keeps readiness and the gauges true.
+/// Updates readiness and gauges.
 struct Status {
     live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
     readiness: Readiness,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
 }
 
 impl Status {
@@ -328,10 +361,10 @@ impl Status {
             self.show_configuration(&mut known);
             self.show_prefetched();
             let store = self.ledger.limiter.status();
-            self.metrics.limit_store_away.set(i64::from(store.phase != Phase::Closed));
-            self.metrics.limit_store_untold.set(gauge(store.pending));
+            self.metrics.limit_store_unavailable.set(i64::from(store.phase != Phase::Closed));
+            self.metrics.limit_store_pending_records.set(gauge(store.pending));
             self.metrics.limit_store_outages.inc_by(store.opened - outages);
-            self.metrics.limit_store_lost.inc_by(store.lost - lost);
+            self.metrics.limit_store_lost_records.inc_by(store.lost - lost);
             (outages, lost) = (store.opened, store.lost);
             self.metrics.waiting.set(gauge(self.ledger.waiting.len()));
             tokio::select! {
@@ -344,11 +377,11 @@ impl Status {
         }
     }
 
-    /// `known` is the revision whose backends have their series.
+    /// Updates the metrics of the configuration. `known` is the revision whose backends already have their series.
     fn show_configuration(&self, known: &mut Option<u64>) {
         let (live, metrics) = (&self.live, &self.metrics);
         let snapshot = live.snapshot();
-        // A counter that begins with its first event has no increase that an alert could see.
+        // A counter that appears with its first event shows no increase, so an alert would miss the event.
         if known.replace(snapshot.revision) != Some(snapshot.revision) {
             metrics.know_backends(snapshot.backends.keys().map(Name::as_str));
         }
@@ -360,11 +393,11 @@ impl Status {
 
     fn show_prefetched(&self) {
         let (store, metrics) = (self.ledger.limiter.store(), &self.metrics);
-        metrics.merged.set(gauge(store.store().merged_calls()));
-        let ahead = store.status();
-        metrics.from_quota.set(gauge(ahead.decided));
-        for (kind, held) in Kind::ALL.into_iter().zip(ahead.held) {
-            metrics.ahead.get_or_create(&KindLabels { kind: kind.name() }).set(gauge(held));
+        metrics.coalesced.set(gauge(store.store().coalesced_calls()));
+        let quota = store.status();
+        metrics.prefetched_decisions.set(gauge(quota.decided));
+        for (kind, held) in Kind::ALL.into_iter().zip(quota.held) {
+            metrics.prefetched_units.get_or_create(&KindLabels { kind: kind.name() }).set(gauge(held));
         }
     }
 }

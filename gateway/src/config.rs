@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser};
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
 use crate::control::credentials::CredentialSources;
 use crate::http::bounds::Bounds;
+use crate::http::cors::{AllowedOrigin, Cors};
 
 /// Serves the OpenAI API in front of your backends, within the cluster's limits.
 #[derive(Debug, Clone, Parser)]
@@ -81,11 +82,9 @@ pub struct Config {
     /// Region of this gateway.
     #[arg(long, env = "WEIR_REGION", default_value = "", value_name = "NAME")]
     pub region: String,
-    /// Networks that backends may be in although such addresses are refused: link-local ones, where clouds keep
-    /// credentials, and other metadata services, such as 169.254.10.0/24,fe80::/10. Loopback and private networks need
-    /// none.
-    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
-    pub allow_backend_cidr: Vec<Cidr>,
+    /// What `weir up` takes too.
+    #[command(flatten)]
+    pub common: CommonSettings,
     /// Most client connections at once.
     #[arg(long, env = "WEIR_MAX_CONNECTIONS", default_value_t = 10_000, value_name = "N")]
     pub max_connections: usize,
@@ -95,6 +94,9 @@ pub struct Config {
     /// Most memory that request bodies take together, in MiB.
     #[arg(long, env = "WEIR_BODY_MEMORY_MIB", default_value_t = 1024, value_name = "MIB")]
     pub body_memory_mib: usize,
+    /// Largest answer of a backend that is not streamed, in MiB; larger ones are refused. It counts to the memory above.
+    #[arg(long, env = "WEIR_ANSWER_MAX_MIB", default_value_t = 256, value_name = "MIB")]
+    pub answer_max_mib: usize,
     /// Certificate chain (PEM) to serve clients over TLS alone; read again when it changes.
     #[arg(long, env = "WEIR_TLS_CERT", value_name = "PATH", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
@@ -112,6 +114,37 @@ pub struct Config {
     pub log: String,
 }
 
+/// The settings that a gateway has in every process that runs one.
+#[derive(Debug, Clone, Default, Args)]
+pub struct CommonSettings {
+    /// Networks that backends may be in although such addresses are refused: link-local ones, where clouds keep
+    /// credentials, and other metadata services, such as 169.254.10.0/24,fe80::/10. Loopback and private networks need
+    /// none.
+    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
+    pub allow_backend_cidr: Vec<Cidr>,
+    /// Origin of web pages that may use this gateway from a browser, such as http://localhost:3000, or * for all; may be
+    /// repeated. None is allowed without it.
+    #[arg(
+        long = "cors-allowed-origin",
+        env = "WEIR_CORS_ALLOWED_ORIGINS",
+        value_delimiter = ',',
+        value_name = "ORIGIN"
+    )]
+    pub cors_allowed_origins: Vec<AllowedOrigin>,
+    /// Largest request body, in MiB, 1 to 4096; at most what all bodies may take together (--body-memory-mib). When not
+    /// given 50, as OpenAI takes, or that if it is less.
+    #[arg(
+        long,
+        env = "WEIR_MAX_BODY_MIB",
+        value_parser = clap::value_parser!(u32).range(1..=4096),
+        value_name = "MIB"
+    )]
+    pub max_body_mib: Option<u32>,
+}
+
+/// OpenAI takes bodies of 50 MB, which files and images of several pages need.
+const BODY_MIB_MAX: usize = 50;
+
 impl Config {
     /// The bounds these settings ask for.
     pub fn bounds(&self) -> Bounds {
@@ -126,6 +159,29 @@ impl Config {
             drain: Duration::from_secs(self.drain_s),
             ..shipped
         }
+    }
+
+    /// The largest request body, bytes.
+    ///
+    /// # Errors
+    /// When all bodies together may take less than one.
+    pub fn body_bytes_max(&self) -> Result<usize, String> {
+        let all = self.body_memory_mib;
+        match self.common.max_body_mib.map(|max| max as usize) {
+            Some(max) if max > all => {
+                Err(format!("{max} MiB are more than all bodies may take together (--body-memory-mib {all})"))
+            }
+            Some(max) => Ok(max << 20),
+            None => Ok(BODY_MIB_MAX.min(all) << 20),
+        }
+    }
+
+    /// Which web pages may ask.
+    ///
+    /// # Errors
+    /// When `*` stands beside other origins, or there are too many.
+    pub fn cors(&self) -> Result<Cors, String> {
+        Cors::new(&self.common.cors_allowed_origins)
     }
 
     /// The operations token: given, in the environment, or in the file.

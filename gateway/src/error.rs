@@ -5,9 +5,14 @@
 //!   together and nowhere else.
 //! - 429 only ever means a limit that an operator set, the caller's own or one it shares; trouble of ours or of a
 //!   backend is 5xx, with a time to come back.
-//! - Messages are for clients: no key, address or upstream body is in them, and what the client sent is escaped and
-//!   cut. A key that is missing, wrong, expired or revoked gives the same answer, as does a model that is unknown or
+//! - Messages are for clients: no key or address of ours is in them, and what the client sent is escaped and cut. A
+//!   backend's own text is in them where it may be about the request, on one line and without what looks like a key. A key that is missing, wrong, expired or revoked gives the same answer, as does a model that is unknown or
 //!   not allowed.
+
+mod refusal;
+#[cfg(test)]
+mod tests;
+mod upstream_failure;
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -17,13 +22,19 @@ use serde_json::{Value, json};
 use weir_ratelimit::{Kind, What};
 use weir_runtime::edge::framing::Violation;
 
-use crate::api::duration::{duration, millis};
+pub use self::refusal::Refusal;
+pub use self::upstream_failure::UpstreamFailure;
+
+use crate::api::duration::millis;
 use crate::api::request::ReadError;
-use crate::routing::scope::{ScopeKind, what_name};
+use crate::api::upstream_error::Meaning;
+use crate::routing::scope::what_name;
 
 /// Most characters of a client's own text that are repeated to it.
 pub const ECHO_CHARS_MAX: usize = 64;
 
+/// What a client is told of a failure that it cannot do anything about.
+const UPSTREAM: &str = "The model's server failed to answer. Please retry.";
 /// When to come back where nothing better is known.
 const RETRY_SOON: Duration = Duration::from_secs(1);
 
@@ -38,25 +49,6 @@ pub enum Blame {
     Upstream,
 }
 
-/// A limit that refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    /// What the limit is over.
-    pub scope_kind: ScopeKind,
-    /// The configured name of the scope.
-    pub scope: String,
-    /// What is limited.
-    pub what: What,
-    /// How much the limit allows.
-    pub limit: u64,
-    /// How much is left.
-    pub remaining: u64,
-    /// How much the request needs.
-    pub needs: u64,
-    /// The time until this request would fit; `None` when it never will.
-    pub wait: Option<Duration>,
-}
-
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say what each is")]
@@ -65,10 +57,12 @@ pub enum GatewayError {
     MissingKey,
     #[error("api key not valid")]
     InvalidKey,
+    /// The method and the path as they came, and the path that was probably meant.
     #[error("unknown route")]
-    UnknownRoute,
+    UnknownRoute { url: String, nearest: Option<&'static str> },
+    /// The methods that are, as the header `Allow` lists them.
     #[error("method not allowed on this route")]
-    MethodNotAllowed,
+    MethodNotAllowed { allow: &'static str },
     #[error(transparent)]
     BadRequest(#[from] ReadError),
     #[error("invalid header or path: {0}")]
@@ -96,16 +90,16 @@ pub enum GatewayError {
     NoBackend { retry_after: Option<Duration> },
     #[error("all slots busy")]
     Busy { retry_after: Option<Duration> },
-    #[error("backend is busy")]
-    UpstreamBusy { retry_after: Option<Duration> },
     #[error("connecting to the backend failed")]
     UpstreamConnect,
     #[error("connection to the backend broke")]
     UpstreamBroken,
     #[error("backend did not answer in time")]
     UpstreamTimeout,
-    #[error("backend answered {status}")]
-    UpstreamStatus { status: u16 },
+    #[error("backend answered {}: {}", .0.status, .0.meaning.as_str())]
+    Upstream(Box<UpstreamFailure>),
+    #[error("answer of the backend larger than {max} bytes")]
+    AnswerTooLarge { max: u64 },
     #[error("answer of the backend makes no sense")]
     UpstreamInvalid,
     #[error("deadline of the request passed")]
@@ -142,15 +136,17 @@ pub struct ErrorFacts {
 impl GatewayError {
     /// The one mapping.
     pub fn facts(&self) -> ErrorFacts {
-        const KEY: &str = "Missing or invalid API key. Send it as 'Authorization: Bearer KEY'.";
-        const UPSTREAM: &str = "The model's server failed to answer. Please retry.";
+        const KEY: &str = "Missing or invalid API key. Send it as 'Authorization: Bearer KEY', 'x-api-key: KEY' or 'api-key: KEY'.";
         match self {
             Self::MissingKey => client(401, "invalid_api_key", "missing_key", KEY),
             Self::InvalidKey => client(401, "invalid_api_key", "invalid_key", KEY),
-            Self::UnknownRoute => client(404, "unknown_url", "unknown_route", "Unknown request URL."),
-            Self::MethodNotAllowed => {
-                client(405, "method_not_allowed", "method_not_allowed", "This method is not allowed here.")
-            }
+            Self::UnknownRoute { url, nearest } => no_route(url, *nearest),
+            Self::MethodNotAllowed { allow } => client(
+                405,
+                "method_not_allowed",
+                "method_not_allowed",
+                format!("This method is not allowed here; allowed: {allow}."),
+            ),
             Self::BadRequest(error) => ErrorFacts {
                 param: error.param(),
                 ..client(400, read_code(error), "bad_request", capitalised(&error.to_string()))
@@ -174,7 +170,9 @@ impl GatewayError {
                 413,
                 "request_too_large",
                 "body_too_large",
-                format!("The request body is larger than {max} bytes."),
+                format!(
+                    "The request body is larger than {max} bytes, the most that the operator of this gateway lets pass."
+                ),
             ),
             Self::BodyTimeout => {
                 client(408, "request_timeout", "body_timeout", "The request body did not arrive in time.")
@@ -227,15 +225,21 @@ impl GatewayError {
             Self::Busy { retry_after } => {
                 ours("overloaded", "busy", "All servers for this model are busy now.", *retry_after)
             }
-            // Busy is not broken, and it is not the caller's limit either: 503, never 429.
-            Self::UpstreamBusy { retry_after } => ErrorFacts {
-                retry_elsewhere: true,
-                blame: Blame::Upstream,
-                ..ours("upstream_busy", "upstream_busy", "The model's server is busy.", *retry_after)
-            },
             Self::UpstreamConnect => upstream(502, "upstream_unavailable", "upstream_connect", UPSTREAM),
             Self::UpstreamBroken => upstream(502, "upstream_disconnected", "upstream_broken", UPSTREAM),
-            Self::UpstreamStatus { .. } => upstream(502, "upstream_error", "upstream_status", UPSTREAM),
+            Self::Upstream(failure) => failure.facts(),
+            // A bound of the gateway's own: neither the client nor the backend did anything wrong, and another backend's
+            // answer would be as large.
+            Self::AnswerTooLarge { max } => ErrorFacts {
+                status: StatusCode::BAD_GATEWAY,
+                retry_after: None,
+                message: format!(
+                    "The answer is larger than {max} bytes, the most that this gateway takes of an answer that is not \
+                     streamed. Ask for less at once, or have the operator raise --answer-max-mib."
+                )
+                .into(),
+                ..ours("answer_too_large", "answer_too_large", "", None)
+            },
             Self::UpstreamInvalid => upstream(502, "upstream_invalid_response", "upstream_invalid", UPSTREAM),
             Self::UpstreamTimeout => upstream(
                 504,
@@ -256,6 +260,25 @@ impl GatewayError {
                 ..ours("internal_error", "internal", "The gateway failed to process this request.", None)
             },
         }
+    }
+
+    /// Whether it is known that a retry fails in the same way. SDKs repeat a 5xx unless they are told.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Upstream(failure) => {
+                failure.elsewhere_too || matches!(failure.meaning, Meaning::Credential | Meaning::Quota)
+            }
+            Self::AnswerTooLarge { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Of a failed attempt that was sent: whether its backend may have generated, and billed, all the same.
+    pub const fn leaves_outcome_unknown(&self) -> bool {
+        matches!(
+            self,
+            Self::UpstreamTimeout | Self::UpstreamBroken | Self::AnswerTooLarge { .. } | Self::Deadline
+        )
     }
 
     /// The body of the answer, in OpenAI's shape.
@@ -284,27 +307,6 @@ impl GatewayError {
             error["retry_after_ms"] = refusal.wait.map_or(Value::Null, |wait| Value::from(millis(wait)));
         }
         json!({ "error": error })
-    }
-}
-
-impl Refusal {
-    fn message(&self) -> String {
-        let Self { scope_kind, limit, remaining, needs, .. } = self;
-        let what = what_name(self.what);
-        let scope = echo(&self.scope);
-        let advice = match self.wait {
-            Some(wait) => format!("Please try again in {}.", duration(wait)),
-            None if needs > limit && *limit > 0 => {
-                format!("This request needs {needs} and can never fit; make it smaller.")
-            }
-            None => "It lets nothing more pass.".to_owned(),
-        };
-        if self.scope_kind.is_of_account() {
-            return format!("Rate limit reached for {what} of {scope_kind} '{scope}'. {advice}");
-        }
-        format!(
-            "Rate limit reached for {what} of {scope_kind} '{scope}': limit {limit}, remaining {remaining}. {advice}"
-        )
     }
 }
 
@@ -349,6 +351,12 @@ fn ours(
     ErrorFacts { retry_after, ..facts(503, code, label, message.into(), Blame::Gateway) }
 }
 
+/// As OpenAI words it, and what to write instead where that is clear.
+fn no_route(url: &str, nearest: Option<&'static str>) -> ErrorFacts {
+    let hint = nearest.map(|path| format!(" Did you mean {path}?")).unwrap_or_default();
+    client(404, "unknown_url", "unknown_route", format!("Invalid URL ({}).{hint}", echo(url)))
+}
+
 /// 404 for a model that is not allowed too, as OpenAI does: names of others' models cannot be probed for.
 fn no_model(model: &str, label: &'static str) -> ErrorFacts {
     let message = format!("The model '{}' does not exist or you do not have access to it.", echo(model));
@@ -367,6 +375,7 @@ fn read_code(error: &ReadError) -> &'static str {
         ReadError::Duplicate(_) | ReadError::CaseVariant(_) => "duplicate_parameter",
         ReadError::WrongType { .. } => "invalid_type",
         ReadError::OutOfRange { .. } => "invalid_value",
+        ReadError::Unsupported { .. } => "unsupported_value",
     }
 }
 
@@ -382,98 +391,4 @@ fn echo(text: &str) -> String {
         out.push_str("...");
     }
     out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn limited(wait: Option<Duration>) -> GatewayError {
-        let scope = "acme".to_owned();
-        GatewayError::Limited(Refusal {
-            scope_kind: ScopeKind::Tenant,
-            scope,
-            what: What::Bucket(Kind::Tokens),
-            limit: 10,
-            remaining: 2,
-            needs: 11,
-            wait,
-        })
-    }
-
-    #[test]
-    fn one_answer_for_every_bad_key_and_one_for_every_model_out_of_reach() {
-        assert_eq!(GatewayError::MissingKey.to_body(), GatewayError::InvalidKey.to_body());
-        let model = || "m".to_owned();
-        let unknown = GatewayError::ModelNotFound { model: model() };
-        assert_eq!(unknown.to_body(), GatewayError::ModelNotAllowed { model: model() }.to_body());
-        assert_eq!((unknown.facts().status.as_u16(), unknown.facts().code), (404, "model_not_found"));
-    }
-
-    #[test]
-    fn what_a_client_sent_is_cut_and_escaped() {
-        let error = GatewayError::ModelNotFound { model: format!("a\n\u{1b}[31m{}", "x".repeat(500)) };
-        let message = error.facts().message;
-        assert!(
-            message.len() < 200 && message.chars().all(|c| c.is_ascii() && !c.is_ascii_control()),
-            "{message}"
-        );
-    }
-
-    #[test]
-    fn a_refusal_explains_itself() {
-        let error = limited(Some(Duration::from_millis(1500)));
-        let body: Value = serde_json::from_str(&error.to_body()).unwrap();
-        assert_eq!(error.facts().status, 429);
-        assert_eq!(body["error"]["code"], "rate_limit_exceeded");
-        assert_eq!(body["error"]["retry_after_ms"], 1500);
-        assert_eq!(body["error"]["scope"]["name"], "acme");
-        assert!(error.facts().message.ends_with("try again in 1.5s."));
-        let never = limited(None).facts();
-        assert_eq!(
-            (never.status.as_u16(), never.code, never.retry_after),
-            (400, "request_exceeds_limit", None)
-        );
-    }
-
-    #[test]
-    fn only_an_upstreams_fault_is_tried_elsewhere_and_429_is_the_callers_alone() {
-        let retry_after = None;
-        for error in [
-            GatewayError::LimitStore,
-            GatewayError::NoBackend { retry_after },
-            GatewayError::Busy { retry_after },
-        ] {
-            let facts = error.facts();
-            assert_eq!((facts.status.as_u16(), facts.retry_elsewhere), (503, false));
-            assert!(facts.retry_after.is_some(), "{error}");
-        }
-        assert!(GatewayError::UpstreamConnect.facts().retry_elsewhere);
-        for error in [
-            GatewayError::UpstreamConnect,
-            GatewayError::UpstreamBroken,
-            GatewayError::UpstreamInvalid,
-            GatewayError::UpstreamTimeout,
-            GatewayError::UpstreamStatus { status: 500 },
-            GatewayError::UpstreamBusy { retry_after: None },
-        ] {
-            assert!(error.facts().retry_after.is_some(), "a retry helps: {error}");
-        }
-        for error in [GatewayError::Deadline, GatewayError::Internal, GatewayError::InvalidKey] {
-            assert!(error.facts().retry_after.is_none(), "a retry does not help: {error}");
-        }
-        assert!(!limited(None).facts().retry_elsewhere);
-        assert_eq!(GatewayError::UpstreamStatus { status: 429 }.facts().status, 502);
-    }
-
-    #[test]
-    fn bodies_have_openais_shape_and_events_end_once() {
-        let error = GatewayError::from(ReadError::Duplicate("model"));
-        let body: Value = serde_json::from_str(&error.to_body()).unwrap();
-        assert_eq!(body["error"]["param"], "model");
-        assert_eq!(body["error"]["message"], "Duplicate parameter: 'model'.");
-        let event = GatewayError::Internal.sse_event();
-        assert_eq!(event.matches('\n').count(), 2);
-        assert!(event.starts_with("data: {\"error\"") && event.contains("\"param\":null"));
-    }
 }

@@ -27,4 +27,4 @@ pub mod routing;
 
 mod bootstrap;
 
-pub use bootstrap::{Handle, StartError, start, start_resolving};
+pub use bootstrap::{Handle, StartError, Starting, start, start_resolving};

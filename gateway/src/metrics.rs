@@ -1,5 +1,7 @@
 //! Every metric of a gateway: name, help and labels. Labels come from configured names only.
 
+use std::sync::Arc;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -60,7 +62,7 @@ pub struct ProbeLabels {
     pub outcome: &'static str,
 }
 
-/// Of a count of a backend that cannot be true.
+/// Of an implausible count of a backend.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ImplausibleLabels {
     /// The backend.
@@ -76,7 +78,7 @@ pub struct AuthenticationLabels {
     pub reason: &'static str,
 }
 
-/// Of probes that were not made.
+/// Of probes that requests made needless.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct NeedlessProbeLabels {
     /// The backend.
@@ -97,8 +99,19 @@ pub struct PaidProbeLabels {
 pub struct LimiterLabels {
     /// "granted", "limited", "no_slot" or "error".
     pub outcome: &'static str,
-    /// Who decided: "store", "memory" for a refusal that was known, or "local" while the store was away.
+    /// Who decided: "store", "memory" for a refusal by the deny cache, or "local" during a store outage.
     pub by: &'static str,
+}
+
+/// Of hedges: second attempts beside one under way.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HedgeLabels {
+    /// The model resource.
+    pub model: String,
+    /// Why: "silent" for longer than the backend ever needs, or held for "unhealthy" meanwhile.
+    pub cause: &'static str,
+    /// "started", or "won" for those that answered first.
+    pub event: &'static str,
 }
 
 /// Of what a limit counts.
@@ -117,96 +130,91 @@ pub struct WaitLabels {
     pub priority: &'static str,
 }
 
-/// Of a gateway that the control plane said was gone.
+/// Of a gateway that the control plane reported as gone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct GoneLabels {
-    /// "freed": its leases are; "lives": it says in the limit store that it does; "unknown": the store did not answer.
+    /// "freed": its leases were freed; "lives": its heartbeat in the limit store continues; "unknown": the store did not
+    /// answer.
     pub outcome: &'static str,
 }
 
-/// The metrics; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Metrics {
-    /// Finished requests.
-    pub requests: Family<RequestLabels, Counter>,
-    /// Requests under way.
-    pub in_flight: Gauge,
-    /// From the request's arrival to its last byte.
-    pub duration: Family<ModelLabels, Histogram>,
-    /// From the request's arrival to the first byte of its answer.
-    pub first_byte: Family<ModelLabels, Histogram>,
-    /// Tokens settled.
-    pub tokens: Family<TokenLabels, Counter>,
-    /// Reports of usage that cannot be true, and were left aside.
-    pub implausible_usage: Family<ImplausibleLabels, Counter>,
-    /// Requests without a valid key.
-    pub authentication_failures: Family<AuthenticationLabels, Counter>,
-    /// Attempts at backends.
-    pub attempts: Family<AttemptLabels, Counter>,
-    /// Limiter calls.
-    pub limiter: Family<LimiterLabels, Counter>,
-    /// How long a limiter call took.
-    pub limiter_duration: Histogram,
-    /// How long requests waited in queues.
-    pub wait: Family<WaitLabels, Histogram>,
-    /// How many stood before a request that joined a queue.
-    pub queue_ahead: Histogram,
-    /// Requests in queues.
-    pub waiting: Gauge,
-    /// Admissions and settlements that travelled to the store with another one.
-    pub merged: Gauge,
-    /// Units taken ahead and not yet used.
-    pub ahead: Family<KindLabels, Gauge>,
-    /// Scopes of admissions decided from quota taken ahead.
-    pub from_quota: Gauge,
-    /// Settlements that could not be made.
-    pub settlements_lost: Counter,
-    /// Steps charged while a stream ran on beyond its reservation.
-    pub settlement_steps: Counter,
-    /// Leases that ran out under a live request.
-    pub leases_lost: Counter,
-    /// 1 while the limit store does not decide.
-    pub limit_store_away: Gauge,
-    /// Times it went away.
-    pub limit_store_outages: Counter,
-    /// What it has not been told of what was decided without it.
-    pub limit_store_untold: Gauge,
-    /// What it will never be told.
-    pub limit_store_lost: Counter,
-    /// Gateways that the control plane said were gone.
-    pub gateways_gone: Family<GoneLabels, Counter>,
-    /// Leases freed of gateways that were gone.
-    pub leases_reaped: Counter,
-    /// Leases that were taken again under a live request.
-    pub leases_retaken: Counter,
-    /// Open client connections.
-    pub connections: Gauge,
-    /// Client connections refused for lack of room.
-    pub connections_refused: Counter,
-    /// Bytes of request bodies held.
-    pub body_bytes: Gauge,
-    /// The configuration revision in force.
-    pub revision: Gauge,
-    /// Seconds for which it has been in force.
-    pub config_age: Gauge,
-    /// 1 while the control plane is heard.
-    pub control_plane_connected: Gauge,
-    /// Resources that this gateway refuses.
-    pub config_refused: Gauge,
-    /// Credential files that could not be read last.
-    pub credentials_unreadable: Gauge,
-    /// From the control plane's decision until a verdict was in force here; between hosts also what their clocks differ.
-    pub verdict_delay: Histogram,
-    /// Probes made by this gateway.
-    pub probes: Family<ProbeLabels, Counter>,
-    /// Probes whose tokens were saved, since requests said as much.
-    pub probes_needless: Family<NeedlessProbeLabels, Counter>,
-    /// Output tokens that probes cost, as far as backends say.
-    pub probe_tokens: Family<PaidProbeLabels, Counter>,
-    /// Probes left out since the budget was spent.
-    pub probes_over_budget: Family<PaidProbeLabels, Counter>,
-    /// Probes put off since all slots of the backend were taken.
-    pub probes_without_slot: Family<NeedlessProbeLabels, Counter>,
+weir_runtime::metrics! {
+    /// The metrics. Shared by one `Arc`: a copy of each family for each request would be seventy counts of references.
+    pub struct Metrics {
+        pub requests: Family<RequestLabels, Counter> = "requests", "Finished requests";
+        pub in_flight: Gauge = "requests_in_flight", "Requests under way";
+        pub duration: Family<ModelLabels, Histogram> = "request_duration_seconds",
+            "From arrival to the last byte", Family::new_with_constructor(seconds);
+        pub first_byte: Family<ModelLabels, Histogram> = "first_byte_seconds",
+            "From arrival to the first byte of the answer", Family::new_with_constructor(seconds);
+        pub tokens: Family<TokenLabels, Counter> = "tokens", "Tokens settled";
+        pub implausible_usage: Family<ImplausibleLabels, Counter> = "implausible_usage",
+            "Usage reported by backends that is implausible; the gateway's own count was used instead";
+        pub authentication_failures: Family<AuthenticationLabels, Counter> = "authentication_failures",
+            "Requests without a valid API key";
+        pub attempts: Family<AttemptLabels, Counter> = "backend_attempts", "Attempts at backends";
+        pub hedges: Family<HedgeLabels, Counter> = "hedges",
+            "Attempts at a second backend beside one under way";
+        pub hedge_tokens: Family<ModelLabels, Counter> = "hedge_lost_tokens",
+            "Estimated tokens of calls that were given up because the other backend answered first; the provider may bill them";
+        pub hedge_micro_dollars: Family<ModelLabels, Counter> = "hedge_lost_micro_dollars",
+            "What these cost at the model's prices, micro-dollars";
+        pub connections: Gauge = "connections", "Open client connections";
+        pub connections_refused: Counter = "connections_refused",
+            "Client connections refused because the maximum was reached";
+        pub body_bytes: Gauge = "request_body_bytes", "Request bodies held, bytes";
+        pub limiter: Family<LimiterLabels, Counter> = "limiter_calls", "Admissions asked of the limiter";
+        pub limiter_duration: Histogram = "limiter_duration_seconds",
+            "Time of one call of the limiter", Histogram::new(LIMITER_BUCKETS);
+        pub limit_store_unavailable: Gauge = "limit_store_unavailable",
+            "1 during a store outage: limits are decided without the limit store";
+        pub limit_store_outages: Counter = "limit_store_outages", "Outages of the limit store";
+        pub limit_store_pending_records: Gauge = "limit_store_pending_records",
+            "Settlements, releases and usage records that wait for the limit store";
+        pub limit_store_lost_records: Counter = "limit_store_lost_records",
+            "Settlements, releases and usage records that never reach the limit store";
+        pub leases_reaped: Counter = "leases_reaped", "Leases of dead gateways that this gateway freed";
+        pub gateways_gone: Family<GoneLabels, Counter> = "gateways_gone",
+            "Gateways that the control plane reported as gone, by outcome";
+        pub leases_retaken: Counter = "leases_retaken", "Stale leases that were taken again";
+        pub settlement_steps: Counter = "settlement_steps",
+            "Additional charges of streams that ran beyond their reservation";
+        pub wait: Family<WaitLabels, Histogram> = "limit_wait_seconds",
+            "Time in queues for a limit or a slot", Family::new_with_constructor(seconds);
+        pub queue_position: Histogram = "limit_queue_position",
+            "Requests before a request that joined a queue", Histogram::new(QUEUE_BUCKETS);
+        pub waiting: Gauge = "limit_waiting", "Requests in queues for a limit or a slot";
+        pub coalesced: Gauge = "limiter_coalesced_calls",
+            "Admissions and settlements that shared a script call with others under the same limits";
+        pub prefetched_units: Family<KindLabels, Gauge> = "limit_prefetched_units",
+            "Prefetched quota that is not used yet, in units of its kind";
+        pub prefetched_decisions: Gauge = "limit_prefetched_decisions",
+            "Scopes of admissions that were decided from prefetched quota";
+        pub settlements_lost: Counter = "settlements_lost", "Settlements that could not be made";
+        pub stale_leases: Counter = "stale_leases", "Leases that expired while their request still ran";
+        pub config_age: Gauge = "config_age_seconds",
+            "For how long the configuration revision has been in force";
+        pub revision: Gauge = "config_revision", "Configuration revision in force";
+        pub control_plane_connected: Gauge = "control_plane_connected",
+            "1 while a control plane is connected";
+        pub config_refused: Gauge = "config_refused_resources",
+            "Resources that this gateway refuses; an entire refused delta, such as a mass removal that was not allowed, counts as one";
+        pub credentials_unreadable: Gauge = "credential_files_unreadable",
+            "Credential files whose last read failed; a credential that was read before stays in use";
+        /// From the control plane's decision until the verdict is in force, including the difference of the hosts' clocks.
+        pub verdict_delay: Histogram = "verdict_delay_seconds",
+            "From the control plane's decision until a changed verdict was in force here",
+            Histogram::new(VERDICT_BUCKETS);
+        pub probes: Family<ProbeLabels, Counter> = "gateway_probes", "Probes made by this gateway";
+        pub probes_needless: Family<NeedlessProbeLabels, Counter> = "probes_needless",
+            "Probes that were not made because requests of all gateways proved the backend";
+        /// Output tokens of probes, as reported by backends.
+        pub probe_tokens: Family<PaidProbeLabels, Counter> = "probe_tokens", "Output tokens that probes cost";
+        pub probes_over_rate: Family<PaidProbeLabels, Counter> = "probes_over_rate",
+            "Probes left out because the rate of paid probes was used up";
+        pub probes_without_slot: Family<NeedlessProbeLabels, Counter> = "probes_without_slot",
+            "Probes put off because all slots of the backend were taken and no request had succeeded";
+    }
 }
 
 const REQUEST_BUCKETS: [f64; 16] =
@@ -238,199 +246,10 @@ impl Metrics {
         }
     }
 
-    /// Registers every metric.
-    pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self::unregistered();
-        let registry = registry.sub_registry_with_prefix("weir");
-        metrics.register_requests(registry);
-        metrics.register_limits(registry);
-        metrics.register_configuration(registry);
-        metrics.register_probes(registry);
-        metrics
-    }
-
-    fn unregistered() -> Self {
-        Self {
-            requests: Family::default(),
-            in_flight: Gauge::default(),
-            duration: Family::new_with_constructor(seconds),
-            first_byte: Family::new_with_constructor(seconds),
-            tokens: Family::default(),
-            implausible_usage: Family::default(),
-            authentication_failures: Family::default(),
-            attempts: Family::default(),
-            limiter: Family::default(),
-            limiter_duration: Histogram::new(LIMITER_BUCKETS),
-            wait: Family::new_with_constructor(seconds),
-            queue_ahead: Histogram::new(QUEUE_BUCKETS),
-            waiting: Gauge::default(),
-            merged: Gauge::default(),
-            ahead: Family::default(),
-            from_quota: Gauge::default(),
-            settlements_lost: Counter::default(),
-            settlement_steps: Counter::default(),
-            leases_lost: Counter::default(),
-            limit_store_away: Gauge::default(),
-            limit_store_outages: Counter::default(),
-            limit_store_untold: Gauge::default(),
-            limit_store_lost: Counter::default(),
-            gateways_gone: Family::default(),
-            leases_reaped: Counter::default(),
-            leases_retaken: Counter::default(),
-            connections: Gauge::default(),
-            connections_refused: Counter::default(),
-            body_bytes: Gauge::default(),
-            revision: Gauge::default(),
-            config_age: Gauge::default(),
-            control_plane_connected: Gauge::default(),
-            config_refused: Gauge::default(),
-            credentials_unreadable: Gauge::default(),
-            verdict_delay: Histogram::new(VERDICT_BUCKETS),
-            probes: Family::default(),
-            probes_needless: Family::default(),
-            probe_tokens: Family::default(),
-            probes_over_budget: Family::default(),
-            probes_without_slot: Family::default(),
-        }
-    }
-
-    fn register_requests(&self, r: &mut Registry) {
-        r.register("requests", "Finished requests", self.requests.clone());
-        r.register("requests_in_flight", "Requests under way", self.in_flight.clone());
-        r.register("request_duration_seconds", "From arrival to the last byte", self.duration.clone());
-        r.register(
-            "first_byte_seconds",
-            "From arrival to the first byte of the answer",
-            self.first_byte.clone(),
-        );
-        r.register("tokens", "Tokens settled", self.tokens.clone());
-        r.register(
-            "implausible_usage",
-            "Reports of usage by backends that cannot be true; the gateway's own count was used",
-            self.implausible_usage.clone(),
-        );
-        r.register(
-            "authentication_failures",
-            "Requests without a valid API key",
-            self.authentication_failures.clone(),
-        );
-        r.register("backend_attempts", "Attempts at backends", self.attempts.clone());
-        r.register("connections", "Open client connections", self.connections.clone());
-        r.register(
-            "connections_refused",
-            "Client connections refused for lack of room",
-            self.connections_refused.clone(),
-        );
-        r.register("request_body_bytes", "Request bodies held, bytes", self.body_bytes.clone());
-    }
-
-    fn register_limits(&self, r: &mut Registry) {
-        r.register("limiter_calls", "Admissions asked of the limiter", self.limiter.clone());
-        r.register("limiter_duration_seconds", "How long an reservation took", self.limiter_duration.clone());
-        r.register(
-            "limit_store_away",
-            "1 while the limit store does not decide",
-            self.limit_store_away.clone(),
-        );
-        r.register(
-            "limit_store_outages",
-            "Times the limit store went away",
-            self.limit_store_outages.clone(),
-        );
-        r.register(
-            "limit_store_untold",
-            "Settlements, releases and lines of usage that wait for the limit store",
-            self.limit_store_untold.clone(),
-        );
-        r.register(
-            "limit_store_lost",
-            "Settlements, releases and lines of usage that the limit store will never be told",
-            self.limit_store_lost.clone(),
-        );
-        r.register("leases_reaped", "Leases freed of gateways that were gone", self.leases_reaped.clone());
-        r.register(
-            "gateways_gone",
-            "Gateways the control plane said were gone, by what came of it",
-            self.gateways_gone.clone(),
-        );
-        r.register("leases_retaken", "Leases taken again under a live request", self.leases_retaken.clone());
-        r.register(
-            "settlement_steps",
-            "Charges of streams beyond their reservation",
-            self.settlement_steps.clone(),
-        );
-        r.register("limit_wait_seconds", "Time in queues for a limit or a slot", self.wait.clone());
-        r.register(
-            "limit_queue_ahead",
-            "How many stood before a request that joined a queue",
-            self.queue_ahead.clone(),
-        );
-        r.register("limit_waiting", "Requests in queues for a limit or a slot", self.waiting.clone());
-        r.register(
-            "limiter_merged_calls",
-            "Admissions and settlements so far that travelled to the store with another one under the same limits",
-            self.merged.clone(),
-        );
-        r.register(
-            "limit_prefetched_units",
-            "Units taken ahead of limits and not yet used",
-            self.ahead.clone(),
-        );
-        r.register(
-            "limit_prefetched_decisions",
-            "Scopes of admissions so far that were decided from quota taken ahead",
-            self.from_quota.clone(),
-        );
-        r.register("settlements_lost", "Settlements that could not be made", self.settlements_lost.clone());
-        r.register("leases_lost", "Leases that ran out under a live request", self.leases_lost.clone());
-    }
-
-    fn register_configuration(&self, r: &mut Registry) {
-        r.register(
-            "config_age_seconds",
-            "For how long the configuration revision has been in force",
-            self.config_age.clone(),
-        );
-        r.register("config_revision", "Configuration revision in force", self.revision.clone());
-        r.register(
-            "control_plane_connected",
-            "1 while the control plane is heard",
-            self.control_plane_connected.clone(),
-        );
-        r.register(
-            "config_refused_resources",
-            "Resources this gateway refuses; a delta refused whole, such as a mass removal nobody allowed, counts as one",
-            self.config_refused.clone(),
-        );
-        r.register(
-            "credential_files_unreadable",
-            "Files of backends' credentials that could not be read last; where one was read before, that one is in use",
-            self.credentials_unreadable.clone(),
-        );
-        r.register(
-            "verdict_delay_seconds",
-            "From the control plane's decision until a changed verdict was in force here",
-            self.verdict_delay.clone(),
-        );
-    }
-
-    fn register_probes(&self, r: &mut Registry) {
-        r.register("gateway_probes", "Probes made by this gateway", self.probes.clone());
-        r.register(
-            "probes_needless",
-            "Probes whose tokens were saved, since requests of the fleet said as much",
-            self.probes_needless.clone(),
-        );
-        r.register("probe_tokens", "Output tokens that probes cost", self.probe_tokens.clone());
-        r.register(
-            "probes_over_budget",
-            "Probes left out since their hour's budget was spent",
-            self.probes_over_budget.clone(),
-        );
-        r.register(
-            "probes_without_slot",
-            "Probes put off since all slots of the backend were taken and its requests did not prove it",
-            self.probes_without_slot.clone(),
-        );
+    /// Creates and registers every metric.
+    pub fn new(registry: &mut Registry) -> Arc<Self> {
+        let metrics = Self::default();
+        metrics.register(registry.sub_registry_with_prefix("weir"));
+        Arc::new(metrics)
     }
 }

@@ -12,7 +12,7 @@ use crate::error::ApiError;
 use crate::faults::Faults;
 use crate::generate::read;
 use crate::handle::{Handle, Shared};
-use crate::openai::error_response;
+use crate::openai::{error_response, reply_response};
 
 /// Largest body of `POST /admin/faults`.
 const FAULTS_BYTES_MAX: usize = 64 * 1024;
@@ -24,6 +24,11 @@ pub(crate) async fn answer(
 ) -> Result<Response<Body>, ApiError> {
     let handle = Handle { shared: Arc::clone(shared) };
     let method = request.method().clone();
+    if let Some(reply) = shared.faults().reply.as_ref().filter(|reply| reply.everywhere)
+        && !request.uri().path().starts_with("/admin/")
+    {
+        return Ok(reply_response(reply));
+    }
     match (request.uri().path(), method) {
         ("/health", Method::GET | Method::HEAD) => {
             if shared.is_loading() {

@@ -1,5 +1,5 @@
-//! Response bodies. A generated answer is a list of parts that is played in time, never held whole: tokens are slices
-//! of one block built per answer, so a body of any length needs the memory of one block.
+//! Response bodies. A generated answer is a list of parts that is sent over time and never held as a whole: tokens
+//! are slices of one block per answer, so a body of any length needs the memory of one block.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,10 +20,10 @@ use crate::handle::Shared;
 
 /// Size at which a block of repeated tokens is long enough to make writes cheap.
 const BLOCK_BYTES: usize = 64 * 1024;
-/// What a garbage event looks like: neither UTF-8 nor JSON.
+/// The data of a garbage event: neither UTF-8 nor JSON.
 const GARBAGE_EVENT: &[u8] = b"data: {\"choices\":[{\xff\xfe\x00]]\n\n";
 
-/// One token's event, again and again.
+/// The event of one token, repeated.
 #[derive(Debug)]
 pub(crate) struct Frames {
     kind: Kind,
@@ -32,9 +32,9 @@ pub(crate) struct Frames {
 
 #[derive(Debug)]
 enum Kind {
-    /// Rendered once; tokens are slices of the block.
+    /// Built once; tokens are slices of the block.
     Fixed { block: Bytes, ends: Vec<usize> },
-    /// Each event carries its number, so it is rendered when it is due, into a buffer that is reused.
+    /// Events with a number are built when they are due, into a buffer that is reused.
     Numbered {
         words: Vec<Bytes>,
         before: String,
@@ -50,7 +50,7 @@ impl Frames {
     pub(crate) fn fixed(count: u64, words: &[Bytes], before: &str, after: &str) -> Self {
         let mut block = BytesMut::new();
         let mut ends = Vec::new();
-        // Only whole rounds of words, so that starting over at the block's end keeps their order.
+        // Only complete rounds of words, so that the order continues at the start of the block.
         'rounds: while block.len() < BLOCK_BYTES {
             for word in words {
                 if ends.len() as u64 >= count {
@@ -79,7 +79,7 @@ impl Frames {
         }
     }
 
-    /// At least one and at most `count` events (`count` above 0), and how many they are.
+    /// At least one and at most `count` events (`count` above 0), and their number.
     fn take(&mut self, count: u64) -> (Bytes, u64) {
         let count_max = usize::try_from(count).unwrap_or(usize::MAX);
         match &mut self.kind {
@@ -109,7 +109,7 @@ impl Frames {
         }
     }
 
-    /// Bytes of `count` events; `None` where they are not of fixed size.
+    /// The bytes of `count` events; `None` if they are not of fixed size.
     fn len(&self, count: u64) -> Option<u64> {
         let Kind::Fixed { block, ends } = &self.kind else { return None };
         let frames = ends.len() as u64;
@@ -120,15 +120,19 @@ impl Frames {
     }
 }
 
-/// A piece of an answer.
+/// A part of an answer.
 #[derive(Debug)]
 pub(crate) enum Part {
     /// Sent at once.
     Bytes(Bytes),
     /// Tokens: timed, counted, interruptible.
     Tokens { frames: Frames, left: u64 },
-    /// The same text again, as the Responses API repeats it; free and not counted.
+    /// A repeated text, as the Responses API sends it; it takes no time and is not counted.
     Text { frames: Frames, left: u64 },
+    /// The connection is closed without the end of the body.
+    Close,
+    /// Nothing is sent until the faults change.
+    Hang,
 }
 
 impl Part {
@@ -140,17 +144,18 @@ impl Part {
         match self {
             Self::Bytes(bytes) => Some(bytes.len() as u64),
             Self::Tokens { frames, left } | Self::Text { frames, left } => frames.len(*left),
+            Self::Close | Self::Hang => None,
         }
     }
 }
 
-/// What interrupts an answer after a number of tokens.
+/// A fault that interrupts an answer after a number of tokens.
 #[derive(Debug)]
 pub(crate) enum Action {
     Hang(HangAt),
     Cut,
     Garbage,
-    /// Everything left is replaced by these bytes.
+    /// Everything that is left is replaced by these bytes.
     Replace(Bytes),
 }
 
@@ -160,7 +165,7 @@ pub(crate) struct Interrupt {
     pub(crate) action: Action,
 }
 
-/// What comes next of an answer.
+/// The next step of an answer.
 enum Next {
     Bytes(Bytes),
     /// Nothing yet: a part has ended, or a token is not due.
@@ -168,17 +173,20 @@ enum Next {
     End,
 }
 
-/// An answer being played.
+/// An answer that is being sent.
 pub(crate) struct Generation {
     parts: VecDeque<Part>,
-    /// In the order of `after_tokens`.
+    /// Sorted by `after_tokens`.
     interrupts: VecDeque<Interrupt>,
     pace: Pace,
-    /// When the next token is due; only kept where tokens take time.
+    /// When the next token is due. Only used if tokens take time.
     due: Instant,
     sleep: Option<Pin<Box<Sleep>>>,
     hang: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     cutting: bool,
+    closing: bool,
+    /// Everything was sent, and the body does not end.
+    lingers: bool,
     sent_tokens: u64,
     left_bytes: Option<u64>,
     shared: Arc<Shared>,
@@ -214,6 +222,8 @@ impl Generation {
             sleep,
             hang: None,
             cutting: false,
+            closing: false,
+            lingers: false,
             sent_tokens: 0,
             shared,
             control,
@@ -221,18 +231,18 @@ impl Generation {
         }
     }
 
-    /// Lets the response carry `Content-Length`. Only for answers whose parts are not replaced on the way.
+    /// Sets `Content-Length`. Only for answers whose parts are not replaced while they are sent.
     pub(crate) fn with_known_length(mut self) -> Self {
         self.left_bytes = self.parts.iter().map(Part::len).sum();
         self
     }
 
-    /// Acts on a due interrupt. `Some` is what the body answers now, `None` means look again.
+    /// Applies a due interrupt. `Some` is the result of the poll; `None` means that the caller must check again.
     fn interrupt(&mut self, action: Action, context: &Context<'_>) -> Option<Poll<Bytes>> {
         match action {
             Action::Hang(at) => self.hang = Some(Box::pin(self.shared.hang_released(at))),
             Action::Cut => {
-                // One round through the connection first, so that what was sent before the cut leaves.
+                // The connection is polled once first, so that everything before the cut is sent.
                 self.cutting = true;
                 context.waker().wake_by_ref();
                 return Some(Poll::Pending);
@@ -258,7 +268,10 @@ impl Generation {
         loop {
             if let Some(hang) = self.hang.as_mut() {
                 ready!(hang.as_mut().poll(context));
-                self.hang = None;
+                (self.hang, self.lingers) = (None, false);
+            }
+            if self.closing {
+                return Poll::Ready(Some(Err(Cut)));
             }
             if self.cutting {
                 self.parts.clear();
@@ -271,6 +284,25 @@ impl Generation {
             if let Some(sleep) = self.sleep.as_mut() {
                 ready!(sleep.as_mut().poll(context));
                 self.sleep = None;
+            }
+            match self.parts.front() {
+                Some(Part::Close) => {
+                    self.parts.clear();
+                    self.end();
+                    // The connection is polled once first, as before a cut. The answer is complete, so nothing is
+                    // reset.
+                    (self.closing, self.lingers) = (true, true);
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Some(Part::Hang) => {
+                    self.parts.pop_front();
+                    self.end();
+                    self.lingers = true;
+                    self.hang = Some(Box::pin(self.shared.tail_released()));
+                    continue;
+                }
+                _ => {}
             }
             let before_interrupt = match self.interrupts.front() {
                 Some(interrupt) if interrupt.after_tokens <= self.sent_tokens => {
@@ -292,7 +324,7 @@ impl Generation {
                 }
             };
             if self.parts.is_empty() {
-                // Given back before the client can see the end, so that its next request finds the slot free.
+                // The slot is freed before the client can see the end, so that its next request finds it free.
                 self.end();
             }
             if !bytes.is_empty() {
@@ -301,10 +333,12 @@ impl Generation {
         }
     }
 
-    /// The bytes that are due of the next part, with at most as many tokens as come before the next interrupt.
+    /// The due bytes of the next part, with at most as many tokens as there are before the next interrupt.
     fn next_bytes(&mut self, before_interrupt: u64) -> Next {
         match self.parts.front_mut() {
             None => Next::End,
+            // Handled before, where the connection is at hand.
+            Some(Part::Close | Part::Hang) => Next::Later,
             Some(Part::Tokens { left: 0, .. } | Part::Text { left: 0, .. }) => {
                 self.parts.pop_front();
                 Next::Later
@@ -349,12 +383,12 @@ impl Generation {
     }
 }
 
-/// A fault ended the body before its end.
+/// A fault ended the body early.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("answer cut by a fault")]
 pub(crate) struct Cut;
 
-/// Body of any response of this server.
+/// The body of any response of this server.
 #[derive(Debug)]
 pub(crate) enum Body {
     Full(Full<Bytes>),
@@ -390,7 +424,7 @@ impl http_body::Body for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Full(full) => full.is_end_stream(),
-            Self::Generation(generation) => generation.active.is_none(),
+            Self::Generation(generation) => generation.active.is_none() && !generation.lingers,
         }
     }
 

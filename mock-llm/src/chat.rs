@@ -7,27 +7,28 @@ use data_encoding::BASE64;
 use serde_json::json;
 
 use crate::body::{Frames, Part};
+use crate::oddities::{StreamTail, UsageForm};
 use crate::openai::Endpoint;
 
-/// Words of an answer; plain ASCII, so that they need no escaping.
+/// Words of an answer, in plain ASCII so that they need no escaping.
 const WORDS: [&str; 16] = [
     "the ", "weir ", "holds ", "water ", "back ", "and ", "lets ", "it ", "through ", "at ", "a ", "rate ",
     "that ", "rivers ", "can ", "carry ",
 ];
-/// End of a stream.
+/// The end of a stream.
 pub(crate) const DONE: &str = "data: [DONE]\n\n";
 
-/// Where a stream tells its usage.
+/// The place of usage in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Usage {
     Nowhere,
-    /// On a chunk of its own with empty `choices`, as the API says.
+    /// In a chunk of its own with empty `choices`, as the API specifies.
     OwnChunk,
-    /// On the last chunk with `finish_reason`.
+    /// In the last chunk, with `finish_reason`.
     LastChoice,
 }
 
-/// Everything an answer says, decided before the first byte.
+/// The content of an answer, decided before the first byte.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
     pub(crate) endpoint: Endpoint,
@@ -43,11 +44,17 @@ pub(crate) struct Answer {
     /// 0: natural words.
     pub(crate) chunk_bytes: usize,
     pub(crate) usage: Usage,
+    pub(crate) usage_form: UsageForm,
     pub(crate) done: bool,
+    /// `""` instead of null.
+    pub(crate) empty_finish_reason: bool,
+    /// Comments before the first event.
+    pub(crate) comments: u32,
+    pub(crate) tail: Option<StreamTail>,
 }
 
 impl Answer {
-    /// The text of one token each, in the order they repeat.
+    /// The texts of the tokens, in the order in which they repeat.
     pub(crate) fn words(&self) -> Vec<Bytes> {
         match self.chunk_bytes {
             0 => WORDS.map(|word| Bytes::from_static(word.as_bytes())).to_vec(),
@@ -59,38 +66,52 @@ impl Answer {
         self.tokens * u64::from(self.choices)
     }
 
-    /// Usage as chat and completions name it.
+    /// Usage with the names of chat and completions.
     fn usage_json(&self) -> String {
-        let (prompt, output) = (self.prompt_tokens, self.output_tokens());
-        let total = prompt + output;
-        format!(r#"{{"prompt_tokens":{prompt},"completion_tokens":{output},"total_tokens":{total}}}"#)
+        self.usage_form.json(self.prompt_tokens, self.output_tokens())
     }
 
     fn is_chat(&self) -> bool {
         self.endpoint == Endpoint::Chat
     }
 
-    /// Start of every JSON object of the answer, up to and with the `[` of `choices`.
+    /// The start of every JSON object of the answer, up to the `[` of `choices`.
     fn head(&self, object: &str) -> String {
         let model = json!(self.model);
         let (id, created) = (&self.id, self.created);
         format!(r#"{{"id":"{id}","object":"{object}","created":{created},"model":{model},"choices":["#)
     }
 
-    /// The stream of chat and completions: role, tokens, reason of the end per choice; then usage; then `[DONE]`.
+    /// The stream of chat and completions: per choice its role, tokens and finish reason; then usage; then `[DONE]`.
     pub(crate) fn stream(&self) -> VecDeque<Part> {
         let head = self.head(if self.is_chat() { "chat.completion.chunk" } else { "text_completion" });
         let tail = if self.usage == Usage::OwnChunk { "],\"usage\":null}\n\n" } else { "]}\n\n" };
         let words = self.words();
-        let mut parts = VecDeque::new();
+        let mut parts: VecDeque<Part> =
+            (0..self.comments).map(|_| Part::text(": PROCESSING\n\n".to_owned())).collect();
+        let none = if self.empty_finish_reason { r#""""# } else { "null" };
         for index in 0..self.choices {
-            let rest = format!(r#""logprobs":null,"finish_reason":null}}{tail}"#);
-            let finish = format!(r#""logprobs":null,"finish_reason":"{}"}}"#, self.finish_reason);
+            let is_last = index + 1 == self.choices;
+            let rest = format!(r#""logprobs":null,"finish_reason":{none}}}{tail}"#);
+            let inside = match self.usage_form {
+                UsageForm::InChoice if is_last && self.usage != Usage::Nowhere => {
+                    format!(r#","usage":{}"#, self.usage_json())
+                }
+                _ => String::new(),
+            };
+            let finish = match self.empty_finish_reason {
+                true => r#""logprobs":null,"finish_reason":""}"#.to_owned(),
+                false => format!(r#""logprobs":null,"finish_reason":"{}"{inside}}}"#, self.finish_reason),
+            };
             let choice = format!(r#"data: {head}{{"index":{index},"#);
-            let tail = if self.usage == Usage::LastChoice && index + 1 == self.choices {
-                format!("],\"usage\":{}}}\n\n", self.usage_json())
-            } else {
-                tail.to_owned()
+            let tail = match (self.usage, self.usage_form) {
+                (Usage::LastChoice | Usage::OwnChunk, UsageForm::XGroq) if is_last => {
+                    format!("],\"x_groq\":{{\"usage\":{}}}}}\n\n", self.usage_json())
+                }
+                (Usage::LastChoice, form) if is_last && form != UsageForm::InChoice => {
+                    format!("],\"usage\":{}}}\n\n", self.usage_json())
+                }
+                _ => tail.to_owned(),
             };
             let (before, after) = if self.is_chat() {
                 let role = r#""delta":{"role":"assistant","content":""},"#;
@@ -104,7 +125,8 @@ impl Answer {
             let empty = if self.is_chat() { r#""delta":{},"# } else { r#""text":"","# };
             parts.push_back(Part::text(format!("{choice}{empty}{finish}{tail}")));
         }
-        if self.usage == Usage::OwnChunk {
+        if self.usage == Usage::OwnChunk && !matches!(self.usage_form, UsageForm::InChoice | UsageForm::XGroq)
+        {
             parts.push_back(Part::text(format!("data: {head}],\"usage\":{}}}\n\n", self.usage_json())));
         }
         if self.done {
@@ -113,7 +135,16 @@ impl Answer {
         parts
     }
 
-    /// The one JSON object of chat and completions.
+    /// What a stream does after its last event.
+    pub(crate) fn tail(&self) -> Option<Part> {
+        Some(match self.tail? {
+            StreamTail::Error => Part::text("data: {\"error\":{\"message\":\"late\"}}\n\n".to_owned()),
+            StreamTail::Close => Part::Close,
+            StreamTail::Hang => Part::Hang,
+        })
+    }
+
+    /// The single JSON object of chat and completions.
     pub(crate) fn whole(&self) -> VecDeque<Part> {
         let head = self.head(if self.is_chat() { "chat.completion" } else { "text_completion" });
         let words = self.words();
@@ -139,12 +170,12 @@ impl Answer {
         parts
     }
 
-    /// An embedding list; vectors are the same for every input, of length 1.
+    /// A list of embeddings. The vectors are the same for every input, of length 1.
     pub(crate) fn embeddings(&self, inputs: usize, dimensions: usize, base64: bool) -> VecDeque<Part> {
         let value = 1.0 / (dimensions as f32).sqrt();
         let vector = if base64 {
             let bytes: Vec<u8> = std::iter::repeat_n(value.to_le_bytes(), dimensions).flatten().collect();
-            // As OpenAI's SDKs ask for it.
+            // The encoding that OpenAI's SDKs ask for.
             format!("\"{}\"", BASE64.encode(&bytes))
         } else {
             let numbers = vec![value.to_string(); dimensions];

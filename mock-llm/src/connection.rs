@@ -9,15 +9,15 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-/// Sent instead of a response: not a status line, not an HTTP/2 frame anyone expects, no end of line.
+/// Sent instead of a response: neither a status line nor an HTTP/2 frame, without a line end.
 const GARBAGE: &[u8] = b"\x00\xff\xfe\x13\x37 this is not HTTP \xc0\xaf\x00";
 
-/// States of [`Control`]; 0 is a connection nobody touched.
+/// States of [`Control`]. In state 0 the connection works normally.
 const RESET: u8 = 1;
 const GARBAGE_DUE: u8 = 2;
 const GARBAGE_SENT: u8 = 3;
 
-/// What requests on a connection may do to it.
+/// The faults that a request can cause on its connection.
 #[derive(Debug, Default)]
 pub(crate) struct Control(AtomicU8);
 
@@ -27,7 +27,7 @@ impl Control {
         self.0.store(RESET, Relaxed);
     }
 
-    /// The next write becomes garbage, all later ones vanish.
+    /// The next write is replaced by garbage, and later ones are dropped.
     pub(crate) fn arm_garbage(&self) {
         self.0.store(GARBAGE_DUE, Relaxed);
     }
@@ -61,7 +61,8 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         if self.control.0.load(Relaxed) == RESET {
-            // Zero linger turns close into RST. If it fails the client sees FIN, which is a cut as well.
+            // With zero linger, closing sends RST. If the option cannot be set, the client sees FIN, which is a cut
+            // as well.
             let _ = self.stream.set_zero_linger();
         }
     }

@@ -1,7 +1,7 @@
-//! Slots and time: who may generate now, and how long each step takes.
+//! Slots and time: which request may generate, and how long each step takes.
 //!
-//! Invariant: an [`Active`] holds exactly one slot, and whatever way it goes (done, cut, dropped because the client
-//! left), the slot and the gauges are given back once, the gauges before the slot.
+//! Invariant: an [`Active`] holds exactly one slot. However it ends (done, cut, or dropped because the client left),
+//! the slot and the gauges are given back once, the gauges before the slot.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
@@ -16,10 +16,10 @@ use crate::handle::Shared;
 use crate::metrics::ModelMetrics;
 use crate::rng::Rng;
 
-/// Longest single delay; what a tiny rate and a huge prompt would ask for beyond it is cut off.
+/// The longest single delay, which bounds the delay of a tiny rate and a huge prompt.
 const DELAY_MAX_S: f64 = 3600.0;
 
-/// Which model a request is for and how many tokens it will hold.
+/// The model of a request and its number of tokens.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
     /// Index in [`Config::models`].
@@ -28,7 +28,7 @@ pub(crate) struct Load {
     pub(crate) output_tokens: u64,
 }
 
-/// How an answer ended; `Open` at drop means that the client left.
+/// How an answer ended. `Open` at its drop means that the client left.
 #[derive(Debug)]
 enum End {
     Open,
@@ -36,7 +36,7 @@ enum End {
     Cut,
 }
 
-/// One request that holds a slot.
+/// A request that holds a slot.
 #[derive(Debug)]
 pub(crate) struct Active {
     shared: Arc<Shared>,
@@ -48,7 +48,8 @@ pub(crate) struct Active {
 }
 
 impl Active {
-    /// Waits for a slot, first come first served. Cancel-safe: a dropped wait leaves the queue and counts as cancelled.
+    /// Waits for a slot, first come first served. Cancel-safe: a dropped wait leaves the queue and counts as
+    /// cancelled.
     pub(crate) async fn acquire(
         shared: &Arc<Shared>,
         load: Load,
@@ -59,7 +60,7 @@ impl Active {
             Ok(slot) => slot,
             Err(_) => {
                 let mut waiting = Waiting::enter(shared, load.model)?;
-                // The semaphore is never closed; if it were, the honest answer is that there is no room.
+                // The semaphore is never closed; if it were, there would be no room.
                 let slot = slots.acquire_owned().await.map_err(|_| ApiError::QueueFull)?;
                 waiting.admitted = true;
                 slot
@@ -98,12 +99,12 @@ impl Active {
         model.generation_tokens.fetch_add(tokens, Relaxed);
     }
 
-    /// The whole answer was handed to the connection.
+    /// Records that the whole answer was handed to the connection.
     pub(crate) fn done(mut self) {
         self.end = End::Done;
     }
 
-    /// A fault of ours ended the answer.
+    /// Records that a fault of this server ended the answer.
     pub(crate) fn cut(mut self) {
         self.end = End::Cut;
     }
@@ -164,7 +165,7 @@ impl Drop for Waiting {
     }
 }
 
-/// How long one answer takes.
+/// The times of one answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
     prefill_s: f64,
@@ -174,7 +175,7 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// `choices` answers of one request share the batch, so each token event comes that much sooner.
+    /// The `choices` answers of one request share the batch, so token events come that much sooner.
     pub(crate) fn new(config: &Config, prompt_tokens: u64, choices: u32, slow_factor: f64, rng: Rng) -> Self {
         let per_token = |rate: f64| if rate > 0.0 { slow_factor / rate } else { 0.0 };
         Self {
@@ -185,7 +186,7 @@ impl Pace {
         }
     }
 
-    /// No delay anywhere.
+    /// Whether there are no delays.
     pub(crate) fn instant() -> Self {
         Self { prefill_s: 0.0, token_s: 0.0, jitter: 0.0, rng: Rng::new(0, 0) }
     }
@@ -203,7 +204,7 @@ impl Pace {
         seconds(self.token_s * (1.0 + spread))
     }
 
-    /// Time of a whole answer; jitter is drawn once, so the cost does not grow with the tokens.
+    /// The time of a whole answer. Jitter is drawn once, so the cost does not grow with the tokens.
     pub(crate) fn whole(&mut self, tokens: u64) -> Duration {
         let decode = self.next_token().as_secs_f64() * tokens as f64;
         seconds(self.prefill_s + decode)

@@ -1,22 +1,27 @@
-//! Every answer that is not the one asked for, in the shape of OpenAI's errors.
+//! Error answers, in the form of OpenAI's errors.
 
 use hyper::StatusCode;
 use serde_json::json;
 
 use crate::faults::ErrorStatus;
 
-/// What a client is told to wait when the queue is full.
+/// The wait that clients are told when the queue is full.
 const RETRY_AFTER_S: u32 = 1;
 
-/// Every answer that is not the one asked for.
+/// Every error answer.
 #[derive(Clone, Debug)]
 pub(crate) enum ApiError {
     BadJson(String),
-    Invalid { param: &'static str, message: &'static str },
+    Invalid {
+        param: &'static str,
+        message: &'static str,
+    },
     InvalidFaults(String),
     BodyTooLarge,
     BodyIncomplete,
     UnknownModel(String),
+    /// Refused because of a field that the server does not know.
+    ExtraField(&'static str),
     UnknownPath,
     WrongMethod,
     QueueFull,
@@ -32,6 +37,7 @@ impl ApiError {
             }
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UnknownModel(_) | Self::UnknownPath => StatusCode::NOT_FOUND,
+            Self::ExtraField(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
             Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Loading => StatusCode::SERVICE_UNAVAILABLE,
@@ -56,6 +62,9 @@ impl ApiError {
             Self::UnknownModel(model) => {
                 (format!("the model `{model}` does not exist"), Some("model"), Some("model_not_found"))
             }
+            Self::ExtraField(name) => {
+                (format!("Extra inputs are not permitted: {name}"), Some(name), Some("extra_forbidden"))
+            }
             Self::UnknownPath => ("unknown path".to_owned(), None, Some("unknown_url")),
             Self::WrongMethod => ("method not allowed".to_owned(), None, Some("method_not_allowed")),
             Self::QueueFull => ("the request queue is full".to_owned(), None, Some("rate_limit_exceeded")),
@@ -74,6 +83,7 @@ impl ApiError {
             | Self::BodyTooLarge
             | Self::BodyIncomplete
             | Self::UnknownModel(_)
+            | Self::ExtraField(_)
             | Self::UnknownPath
             | Self::WrongMethod => None,
         }

@@ -1,15 +1,20 @@
-//! What can go wrong on command, and the decision, per request, which of it does.
+//! The faults that can be switched on, and the decision which of them a request gets.
 
 use serde::{Deserialize, Serialize};
 
+use crate::oddities::{Reply, StreamTail, UsageForm, always};
 use crate::rng::Rng;
 
 /// Largest slowdown.
 const SLOW_FACTOR_MAX: f64 = 10_000.0;
 /// Longest model name to answer with.
 const MODEL_NAME_BYTES_MAX: usize = 256;
+/// Most comments before a stream.
+const COMMENTS_MAX: u32 = 100;
+/// Shortest idle time after which connections are closed.
+const IDLE_MS_MIN: u32 = 10;
 
-/// Everything that can be made to fail. The default is no fault; every field may be left out in JSON.
+/// All faults. The default is no fault; every field may be left out in JSON.
 ///
 /// Faults act on the four generating endpoints. Only `loading` (also `/health`) and `hang` at `accept` (the whole
 /// connection, except one that starts with a request to `/admin/`) reach further, so a server can fail its requests
@@ -29,16 +34,32 @@ pub struct Faults {
     pub slow_factor: Option<f64>,
     /// Health and the generating endpoints answer 503, as while weights are loaded.
     pub loading: bool,
-    /// Put an error object inside an answer with status 200, then end as if done.
+    /// Put an error object inside an answer with status 200, then end as after a success.
     pub error_in_stream: Option<ErrorInStream>,
-    /// Leave out `usage`, though the client asked for it (llama.cpp's server).
+    /// Leave out `usage` although the client asked for it (llama.cpp's server).
     pub no_usage: bool,
     /// End streams without `[DONE]` (`transformers serve`).
     pub no_done: bool,
-    /// Put `usage` on the chunk with `finish_reason`, asked for or not, instead of on one with empty `choices`.
+    /// Put `usage` into the chunk with `finish_reason`, asked for or not, instead of a chunk with empty `choices`.
     pub usage_on_last_choice: bool,
-    /// Name another model than the one asked for; at most 256 bytes.
+    /// Name another model than the requested one; at most 256 bytes.
     pub wrong_model_name: Option<String>,
+    /// Send this reply instead of every answer.
+    pub reply: Option<Reply>,
+    /// The form of usage.
+    pub usage_form: UsageForm,
+    /// What streams do after their last event.
+    pub stream_tail: Option<StreamTail>,
+    /// Comments before the first event of a stream, as relays send them while they wait; at most 100.
+    pub comments: u32,
+    /// `finish_reason` is "" where it is null elsewhere (older Ollama and SGLang).
+    pub empty_finish_reason: bool,
+    /// Answer 422 to a request with `stream_options` (Mistral).
+    pub refuse_stream_options: bool,
+    /// Answer a request for a stream with one JSON object.
+    pub never_stream: bool,
+    /// Close a connection after this idle time, at least 10 ms, as servers do after seconds.
+    pub close_idle_after_ms: Option<u32>,
 }
 
 /// See [`Faults::error_status`].
@@ -59,7 +80,7 @@ pub struct ErrorStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hang {
-    /// Where it stops.
+    /// The place where it stops.
     pub at: HangAt,
     /// Share of requests (of connections, for `accept`), 0.0 to 1.0; 1.0 if left out.
     #[serde(default = "always")]
@@ -126,10 +147,6 @@ pub struct ErrorInStream {
     pub probability: f64,
 }
 
-fn always() -> f64 {
-    1.0
-}
-
 /// A fault has a value outside its bound.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{field} must be {expected}")]
@@ -178,19 +195,38 @@ impl Faults {
                 "at most 256 bytes",
             ),
         ];
-        match checks.into_iter().find(|(holds, ..)| !holds) {
+        let odd = [
+            (
+                self.reply.as_ref().is_none_or(|reply| (200..=599).contains(&reply.status)),
+                "reply.status",
+                "200 to 599",
+            ),
+            (share(self.reply.as_ref().map(|f| f.probability)), "reply.probability", range),
+            (
+                self.reply.as_ref().is_none_or(Reply::is_sendable),
+                "reply",
+                "a body and headers of at most 32 KiB, headers in plain ASCII",
+            ),
+            (self.comments <= COMMENTS_MAX, "comments", "at most 100"),
+            (
+                self.close_idle_after_ms.is_none_or(|ms| ms >= IDLE_MS_MIN),
+                "close_idle_after_ms",
+                "at least 10",
+            ),
+        ];
+        match checks.into_iter().chain(odd).find(|(holds, ..)| !holds) {
             Some((_, field, expected)) => Err(InvalidFaults { field, expected }),
             None => Ok(()),
         }
     }
 
-    /// Whether a new connection is to be accepted and left alone.
+    /// Whether a new connection must be accepted and never read.
     pub(crate) fn hangs_on_accept(&self, rng: &mut Rng) -> bool {
         self.hang.as_ref().is_some_and(|hang| hang.at == HangAt::Accept && rng.chance(hang.probability))
     }
 
-    /// Draws what happens to one request. Every fault draws exactly once, so switching one on or off does not change
-    /// what the same seed decides for the others.
+    /// Draws the faults of one request. Every fault draws exactly once, so switching one on or off does not change
+    /// the draws of the others under the same seed.
     pub(crate) fn draw(&self, rng: &mut Rng) -> Drawn {
         let mut hit = |probability: Option<f64>| rng.chance(probability.unwrap_or(0.0));
         let error = hit(self.error_status.as_ref().map(|f| f.probability));
@@ -198,6 +234,7 @@ impl Faults {
         let cut = hit(self.cut_after_tokens.as_ref().map(|f| f.probability));
         let garbage = hit(self.garbage.as_ref().map(|f| f.probability));
         let error_in_stream = hit(self.error_in_stream.as_ref().map(|f| f.probability));
+        let reply = hit(self.reply.as_ref().map(|f| f.probability));
         Drawn {
             error_status: self.error_status.clone().filter(|_| error),
             hang: self.hang.as_ref().filter(|_| hang).map(|f| f.at),
@@ -213,11 +250,18 @@ impl Faults {
             no_done: self.no_done,
             usage_on_last_choice: self.usage_on_last_choice,
             wrong_model_name: self.wrong_model_name.clone(),
+            reply: self.reply.clone().filter(|_| reply),
+            usage_form: self.usage_form,
+            stream_tail: self.stream_tail,
+            comments: self.comments,
+            empty_finish_reason: self.empty_finish_reason,
+            refuse_stream_options: self.refuse_stream_options,
+            never_stream: self.never_stream,
         }
     }
 }
 
-/// The faults of one request, chance already decided.
+/// The faults of one request, after the draw.
 #[derive(Clone, Debug)]
 pub(crate) struct Drawn {
     pub(crate) error_status: Option<ErrorStatus>,
@@ -230,6 +274,13 @@ pub(crate) struct Drawn {
     pub(crate) no_done: bool,
     pub(crate) usage_on_last_choice: bool,
     pub(crate) wrong_model_name: Option<String>,
+    pub(crate) reply: Option<Reply>,
+    pub(crate) usage_form: UsageForm,
+    pub(crate) stream_tail: Option<StreamTail>,
+    pub(crate) comments: u32,
+    pub(crate) empty_finish_reason: bool,
+    pub(crate) refuse_stream_options: bool,
+    pub(crate) never_stream: bool,
 }
 
 #[cfg(test)]
@@ -259,6 +310,10 @@ mod tests {
             r#"{"hang":{"at":"accept","probability":1.1}}"#,
             r#"{"garbage":{"at":"wire","probability":-0.1}}"#,
             r#"{"slow_factor":0}"#,
+            r#"{"reply":{"status":100}}"#,
+            r#"{"reply":{"status":200,"content_type":"a\nb"}}"#,
+            r#"{"comments":101}"#,
+            r#"{"close_idle_after_ms":1}"#,
         ] {
             let faults: Faults = serde_json::from_str(text).unwrap();
             assert!(faults.validate().is_err(), "{text}");

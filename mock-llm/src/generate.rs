@@ -1,4 +1,4 @@
-//! Life of a request that costs tokens: faults that come first, checks, a slot, then the answer.
+//! The life of a request that costs tokens: early faults, checks, a slot, then the answer.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,13 +21,13 @@ use crate::engine::{Active, Load, Pace};
 use crate::error::ApiError;
 use crate::faults::{Drawn, ErrorStatus, GarbageAt, HangAt};
 use crate::handle::Shared;
-use crate::openai::{Endpoint, REQUEST_BYTES_MAX, Request};
+use crate::openai::{Endpoint, REQUEST_BYTES_MAX, Request, reply_response};
 use crate::rng::Rng;
 
-/// Body of a 200 that is neither UTF-8 nor JSON nor an event stream.
+/// The body of a 200 that is neither UTF-8 nor JSON nor an event stream.
 const GARBAGE_BODY: &[u8] = b"\xff\xfe\x00{\"choices\":[[[\xc0\xaf garbage";
 
-/// Answers one request to `endpoint`. Cancel-safe: dropped at any point, it gives back what it holds.
+/// Answers one request to `endpoint`. Cancel-safe: dropping it at any point gives back what it holds.
 pub(crate) async fn generate(
     shared: &Arc<Shared>,
     control: &Arc<Control>,
@@ -48,7 +48,13 @@ pub(crate) async fn generate(
     if let Some(fault) = &drawn.error_status {
         return Err(ApiError::Fault(fault.clone()));
     }
+    if let Some(reply) = &drawn.reply {
+        return Ok(reply_response(reply));
+    }
     let request = Request::parse(&body)?;
+    if drawn.refuse_stream_options && request.has_stream_options() {
+        return Err(ApiError::ExtraField("stream_options"));
+    }
     drop(body);
     let known = shared.config.models.iter().position(|name| *name == request.model);
     let Some(model) = known else { return Err(ApiError::UnknownModel(request.model)) };
@@ -67,7 +73,7 @@ pub(crate) async fn generate(
     if drawn.hang == Some(HangAt::Headers) {
         shared.hang_released(HangAt::Headers).await;
     }
-    let streams = request.streams() && endpoint != Endpoint::Embeddings;
+    let streams = request.streams() && endpoint != Endpoint::Embeddings && !drawn.never_stream;
     if let Some(garbage) = garbage(&drawn, streams, control, version) {
         active.cut();
         return Ok(garbage);
@@ -123,7 +129,7 @@ struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    /// What is to be answered.
+    /// The answer to make.
     fn answer(&self, prompt_tokens: u64, id: String) -> Result<Answer, ApiError> {
         let config = &self.shared.config;
         let asked = header_number(self.headers, "x-mock-output-tokens", 1, OUTPUT_TOKENS_MAX)?;
@@ -137,7 +143,7 @@ impl Asked<'_> {
             Endpoint::Embeddings => "embd-",
             Endpoint::Responses => "resp_",
         };
-        // A streamed chat tells usage only when asked; everything else always does.
+        // A streamed chat sends usage only if it was asked for; everything else always does.
         let asks_usage =
             !self.request.streams() || self.endpoint == Endpoint::Responses || self.request.include_usage();
         let usage = match (self.drawn.no_usage, self.drawn.usage_on_last_choice) {
@@ -159,19 +165,27 @@ impl Asked<'_> {
                 .and_then(|bytes| usize::try_from(bytes).ok())
                 .unwrap_or(config.chunk_bytes),
             usage,
+            usage_form: self.drawn.usage_form,
             done: !self.drawn.no_done,
+            empty_finish_reason: self.drawn.empty_finish_reason,
+            comments: self.drawn.comments,
+            tail: self.drawn.stream_tail,
         })
     }
 
     /// The answer in the form of the endpoint.
     fn parts(&self, answer: &Answer, inputs: usize, embedding: &Embedding, streams: bool) -> VecDeque<Part> {
-        match (self.endpoint, streams) {
+        let mut parts = match (self.endpoint, streams) {
             (Endpoint::Chat | Endpoint::Completions, true) => answer.stream(),
             (Endpoint::Chat | Endpoint::Completions, false) => answer.whole(),
             (Endpoint::Responses, true) => answer.stream_response(),
             (Endpoint::Responses, false) => answer.whole_response(),
             (Endpoint::Embeddings, _) => answer.embeddings(inputs, embedding.dimensions, embedding.base64),
+        };
+        if streams {
+            parts.extend(answer.tail());
         }
+        parts
     }
 }
 
@@ -180,7 +194,7 @@ fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }
 
-/// How embeddings are asked for.
+/// The inputs of an embeddings request.
 struct Embedding {
     dimensions: usize,
     base64: bool,

@@ -1,4 +1,4 @@
-//! The state all connections share, and the view of it that the embedding process gets.
+//! The state that all connections share, and the handle for the process that runs the server.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering::Relaxed;
@@ -11,10 +11,11 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::faults::{Faults, HangAt, InvalidFaults};
 use crate::metrics::Metrics;
+use crate::oddities::StreamTail;
 
-/// Different request ids remembered; the oldest is forgotten first.
+/// The maximum of remembered request ids; the oldest is forgotten first.
 const REQUEST_IDS_MAX: usize = 65_536;
-/// Longest request id remembered; a longer one is echoed but not remembered.
+/// The longest remembered request id; a longer one is echoed but not remembered.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// Shared by all connections of one server.
@@ -29,7 +30,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The configuration must have been validated.
+    /// Expects a validated configuration.
     pub(crate) fn new(config: Config) -> Self {
         Self {
             metrics: Metrics::new(&config),
@@ -46,7 +47,7 @@ impl Shared {
     }
 
     pub(crate) fn is_loading(&self) -> bool {
-        // The clock is read only until the cold start is over in practice: most configurations have none.
+        // The clock is only read during the cold start; most configurations have none.
         self.faults.borrow().loading || (!self.config.cold_start.is_zero() && Instant::now() < self.ready_at)
     }
 
@@ -60,6 +61,14 @@ impl Shared {
         }
     }
 
+    /// Resolves when streams do not hang after their end any more.
+    pub(crate) fn tail_released(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut faults = self.faults.subscribe();
+        async move {
+            let _ = faults.wait_for(|faults| faults.stream_tail != Some(StreamTail::Hang)).await;
+        }
+    }
+
     pub(crate) fn count_request_id(&self, id: &str) {
         self.metrics.with_request_id.fetch_add(1, Relaxed);
         if id.len() <= REQUEST_ID_BYTES_MAX {
@@ -68,7 +77,7 @@ impl Shared {
     }
 }
 
-/// How often each of the last ids was seen.
+/// How often each of the last ids arrived.
 #[derive(Debug, Default)]
 struct RequestIds {
     seen: HashMap<Arc<str>, u64>,
@@ -92,7 +101,7 @@ impl RequestIds {
     }
 }
 
-/// View of a running [`Server`](crate::Server) from inside the process; cheap to clone, valid after the server ended.
+/// A handle of a running [`Server`](crate::Server); cheap to clone, valid after the server has ended.
 #[derive(Clone, Debug)]
 pub struct Handle {
     pub(crate) shared: Arc<Shared>,
@@ -121,7 +130,7 @@ impl Handle {
         self.shared.faults.send_replace(Arc::default());
     }
 
-    /// A reading of all counters; they are read one after the other.
+    /// Reads all counters, one after the other.
     #[must_use]
     pub fn counters(&self) -> Counters {
         let metrics = &self.shared.metrics;

@@ -21,7 +21,7 @@
 //! # }
 //! ```
 
-// They panic when the stream is gone, and hang when nobody reads it.
+// These macros panic if the stream is gone and hang if nobody reads it.
 #![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
 
 mod admin;
@@ -35,6 +35,7 @@ mod faults;
 mod generate;
 mod handle;
 mod metrics;
+mod oddities;
 mod openai;
 mod responses;
 mod rng;
@@ -49,4 +50,5 @@ pub use faults::{
     CutAfterTokens, ErrorInStream, ErrorStatus, Faults, Garbage, GarbageAt, Hang, HangAt, InvalidFaults,
 };
 pub use handle::{Counters, Handle};
+pub use oddities::{Reply, StreamTail, UsageForm};
 pub use server::Server;

@@ -13,7 +13,9 @@ use clap::Parser;
 use mock_llm::{Config, Faults, Server};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Exit code of a wrong flag or setting.
 const USAGE: u8 = 2;
@@ -109,7 +111,7 @@ fn faults(text: &str) -> Result<Faults, serde_json::Error> {
     serde_json::from_str(text)
 }
 
-/// `250ms`, `1.5s`, `2m`.
+/// Parses a duration such as `250ms`, `1.5s` or `2m`.
 fn duration(text: &str) -> Result<Duration, &'static str> {
     const USE: &str = "use a number with unit ms, s or m, such as 250ms";
     let number = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
@@ -125,11 +127,13 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = std::env::var("RUST_LOG").ok().and_then(|filter| filter.parse().ok());
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(tracing::Level::TRACE)
         .with_writer(std::io::stderr)
         .log_internal_errors(false)
+        .finish()
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO)))
         .init();
     let listen = args.listen;
     let config = Config::from(args);
@@ -146,7 +150,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Says why it fails; it fails all the same when nobody can be told.
+/// Prints why the process fails. It fails as well if nobody reads the message.
 fn complain(reason: &dyn std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "mock-llm: {reason}");
 }
@@ -162,7 +166,7 @@ fn run(listen: SocketAddr, config: Config) -> anyhow::Result<()> {
         if !listen.ip().is_loopback() {
             tracing::warn!(%listen, "listening beyond loopback without access control, also for /admin/faults");
         }
-        // Whoever started us with port 0 reads the port here; a closed stdout is no reason to stop.
+        // The caller of a server on port 0 reads the port here. A closed stdout is no reason to stop.
         let _ = writeln!(std::io::stdout(), "mock-llm serves {models} on http://{}", server.local_addr());
         let shutdown = CancellationToken::new();
         let serving = server.run(shutdown.clone());

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 
-/// Tokens of key-value cache per slot; only the fraction in use is ever shown.
+/// Tokens of key-value cache per slot; only the used fraction is shown.
 const KV_TOKENS_PER_SLOT: u64 = 4096;
 /// vLLM's buckets, seconds.
 const TTFT_BUCKETS: [f64; 18] =
@@ -14,7 +14,7 @@ const TTFT_BUCKETS: [f64; 18] =
 const E2E_BUCKETS: [f64; 16] =
     [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0];
 
-/// A histogram of durations; the last count is what exceeds all bounds.
+/// A histogram of durations; the last count is of values above all bounds.
 #[derive(Debug)]
 struct Histogram {
     bounds: &'static [f64],
@@ -50,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// What is counted per model.
+/// The counters of one model.
 #[derive(Debug)]
 pub(crate) struct ModelMetrics {
     name: String,

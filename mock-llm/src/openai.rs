@@ -1,18 +1,19 @@
-//! The part of OpenAI's API that all endpoints share: what is read of a request, and the shape of errors.
+//! The part of OpenAI's API that all endpoints share: the fields of requests, and the form of errors.
 
-use hyper::Response;
 use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Response, StatusCode};
 use serde::Deserialize;
 
 use crate::body::Body;
 use crate::error::ApiError;
+use crate::oddities::Reply;
 use crate::text::{Kind, Measured};
 
-/// Largest request body; larger is answered 413.
+/// The largest request body; a larger one is answered 413.
 pub(crate) const REQUEST_BYTES_MAX: usize = 32 * 1024 * 1024;
-/// Most answers to one prompt, as at OpenAI.
+/// The maximum of answers to one prompt, as at OpenAI.
 const CHOICES_MAX: u32 = 128;
-/// Most inputs of one embedding request, as at OpenAI.
+/// The maximum of inputs of one embeddings request, as at OpenAI.
 const EMBEDDING_INPUTS_MAX: usize = 2048;
 /// The endpoints that cost tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +64,7 @@ impl Request {
         serde_json::from_slice(body).map_err(|error| ApiError::BadJson(error.to_string()))
     }
 
-    /// The prompt, checked to be of a kind this endpoint takes.
+    /// The prompt, which must be of a kind that this endpoint takes.
     pub(crate) fn measured(&self, endpoint: Endpoint) -> Result<Measured, ApiError> {
         let (param, value) = match endpoint {
             Endpoint::Chat => ("messages", self.messages),
@@ -91,11 +92,15 @@ impl Request {
         self.stream.unwrap_or(false)
     }
 
+    pub(crate) fn has_stream_options(&self) -> bool {
+        self.stream_options.is_some()
+    }
+
     pub(crate) fn include_usage(&self) -> bool {
         self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
     }
 
-    /// Tokens the client allows; the newer field wins.
+    /// The maximum of tokens that the client allows; the newer field wins.
     pub(crate) fn tokens_max(&self) -> Result<Option<u64>, ApiError> {
         match self.max_completion_tokens.or(self.max_output_tokens).or(self.max_tokens) {
             Some(0) => Err(ApiError::Invalid { param: "max_tokens", message: "must be at least 1" }),
@@ -111,7 +116,19 @@ impl Request {
     }
 }
 
-/// The answer that tells a client about an error.
+/// The reply that replaces every answer.
+pub(crate) fn reply_response(reply: &Reply) -> Response<Body> {
+    let mut response = Response::new(Body::full(reply.body.clone()));
+    *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    for (name, value) in [(CONTENT_TYPE, &reply.content_type), (RETRY_AFTER, &reply.retry_after)] {
+        if let Some(value) = value.as_ref().and_then(|text| HeaderValue::from_str(text).ok()) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    response
+}
+
+/// The answer that reports an error to a client.
 pub(crate) fn error_response(error: &ApiError) -> Response<Body> {
     let mut response = Response::new(Body::full(error.json()));
     *response.status_mut() = error.status();

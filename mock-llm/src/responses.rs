@@ -1,4 +1,4 @@
-//! Answers of `/v1/responses`: named events with rising `sequence_number`, the text repeated in the closing events.
+//! Answers of `/v1/responses`: named events with a rising `sequence_number`; the closing events repeat the text.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use crate::chat::{Answer, Usage};
 /// Events before the first delta.
 const EVENTS_BEFORE_TEXT: u64 = 4;
 
-/// Builds events in order; text inside an event is a part of its own.
+/// Builds events in order. Text inside an event is a part of its own.
 struct Events<'a> {
     answer: &'a Answer,
     parts: VecDeque<Part>,
@@ -42,7 +42,7 @@ impl Answer {
         format!("msg_{}", self.id)
     }
 
-    /// Response object up to the value of `output`.
+    /// The response object up to the value of `output`.
     fn response_head(&self, status: &str) -> String {
         let (id, created, model) = (&self.id, self.created, json!(self.model));
         format!(
@@ -50,7 +50,7 @@ impl Answer {
         )
     }
 
-    /// The output message, split where its text goes.
+    /// The output message, split at the place of its text.
     fn message_around_text(&self, status: &str) -> (String, &'static str) {
         let id = self.message_id();
         let before = format!(

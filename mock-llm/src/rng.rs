@@ -1,4 +1,4 @@
-//! Small seeded generator, so that a run can be repeated from its seed.
+//! A small seeded generator, so that a run can be repeated from its seed.
 
 /// SplitMix64: two multiplications per draw, any seed is a good seed.
 #[derive(Clone, Debug)]
@@ -7,7 +7,7 @@ pub(crate) struct Rng(u64);
 impl Rng {
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
-    /// A generator of its own for request number `request` of a server seeded with `seed`.
+    /// The generator of request number `request` of a server with this seed.
     pub(crate) fn new(seed: u64, request: u64) -> Self {
         let mut outer = Self(seed);
         let base = outer.next();
@@ -24,7 +24,7 @@ impl Rng {
 
     /// Uniform in `[0, 1)`.
     pub(crate) fn unit(&mut self) -> f64 {
-        // The upper 53 bits are what a f64 holds exactly.
+        // An f64 holds the upper 53 bits exactly.
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 

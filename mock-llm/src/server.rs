@@ -1,4 +1,4 @@
-//! The listener: accepts connections, routes requests, stamps responses, drains at shutdown.
+//! The listener: accepts connections, routes requests, adds headers to responses, drains at shutdown.
 
 use std::convert::Infallible;
 use std::io;
@@ -31,13 +31,13 @@ use crate::handle::{Handle, Shared};
 use crate::openai::{Endpoint, error_response};
 use crate::rng::Rng;
 
-/// Longest time for a request head. It also ends idle connections, so it is longer than clients keep them.
+/// The longest time for a request head. It also ends idle connections, so it is longer than clients keep them.
 const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(300);
-/// Pause after a failed accept, which is mostly a lack of file descriptors.
+/// The pause after a failed accept, which is mostly caused by a lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
-/// Bytes looked at to let requests to `/admin/` through a hang at accept.
+/// Bytes that are read to let requests to `/admin/` through a hang at accept.
 const PEEK_BYTES: usize = 256;
-/// What such a request line holds.
+/// The start of such a request line.
 const ADMIN: &[u8] = b"/admin/";
 /// Concurrent HTTP/2 streams of one connection.
 const H2_STREAMS_MAX: u32 = 1024;
@@ -45,7 +45,7 @@ const H2_STREAMS_MAX: u32 = 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REGION: HeaderName = HeaderName::from_static("x-mock-region");
 const INSTANCE: HeaderName = HeaderName::from_static("x-mock-instance");
-/// Passed on by gateways, which keep a server's own headers to themselves.
+/// A header that gateways pass on; they drop a server's own headers.
 const PASSED_ON: HeaderName = HeaderName::from_static("request-id");
 
 /// A bound simulated LLM server.
@@ -109,7 +109,7 @@ impl Server {
         let kill = CancellationToken::new();
         let serving = async {
             loop {
-                // Never closed, so this only ever waits.
+                // The semaphore is never closed, so this only waits.
                 let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
                 let stream = match listener.accept().await {
                     Ok((stream, _)) => stream,
@@ -121,7 +121,7 @@ impl Server {
                 };
                 let connection = serve(stream, Arc::clone(&shared), stamp.clone(), shutdown.clone());
                 let kill = kill.clone();
-                // Ends with its connection; a panic in it is that connection's alone.
+                // Ends with its connection. A panic ends only that connection.
                 tasks.spawn(async move {
                     let _permit = permit;
                     kill.run_until_cancelled(connection).await;
@@ -149,16 +149,17 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>, stamp: Stamp, shutdown: C
             () = shutdown.cancelled() => return,
         }
     }
-    // Tokens are small writes that must not wait for each other. Failing, the connection is only slower.
+    // Tokens are small writes that must not wait for each other. Without the option the connection is only slower.
     let _ = stream.set_nodelay(true);
     let control = Arc::new(Control::default());
+    let idle = shared.faults().close_idle_after_ms.map(|ms| Duration::from_millis(ms.into()));
     let io = TokioIo::new(Connection::new(stream, Arc::clone(&control)));
     let service = service_fn(move |request| {
         let (shared, stamp, control) = (Arc::clone(&shared), stamp.clone(), Arc::clone(&control));
         async move { Ok::<_, Infallible>(respond(&shared, &stamp, &control, request).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_READ_TIMEOUT);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle.unwrap_or(HEADER_READ_TIMEOUT));
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(H2_STREAMS_MAX);
     let mut connection = pin!(builder.serve_connection(io, service));
     let ended = tokio::select! {
@@ -169,7 +170,7 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>, stamp: Stamp, shutdown: C
         }
     };
     if let Err(error) = ended {
-        // Clients leave and faults cut: nothing an operator must act on.
+        // Clients leave and faults cut connections; an operator need not act.
         tracing::debug!(%error, "connection ended early");
     }
 }

@@ -1,16 +1,16 @@
-//! Measures prompt text while JSON is parsed; nothing of the text is kept.
+//! Measures prompt text while JSON is parsed, without keeping any of it.
 
 use std::fmt;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Bytes of text behind one token; the usual rule of thumb for English.
+/// Bytes of text per token, the usual rule of thumb for English.
 const BYTES_PER_TOKEN: u64 = 4;
-/// Fields of a message or content part that hold text a model reads.
+/// Fields of a message or content part with text that a model reads.
 const TEXT_FIELDS: [&str; 6] = ["content", "text", "input", "output", "arguments", "refusal"];
 
-/// What kind of JSON value was measured.
+/// The kind of a measured JSON value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Kind {
     #[default]
@@ -22,12 +22,12 @@ pub(crate) enum Kind {
     Object,
 }
 
-/// Size of a prompt.
+/// The size of a prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Measured {
     pub(crate) kind: Kind,
     pub(crate) bytes: u64,
-    /// How many prompts it is: the elements of a list, except that a list of token ids is one prompt.
+    /// The number of prompts: the elements of a list, except that a list of token ids is one prompt.
     pub(crate) items: usize,
 }
 
@@ -109,7 +109,7 @@ impl<'de> Visitor<'de> for Measure {
     }
 }
 
-/// Whether a field holds text; spares allocating its name.
+/// Whether a field holds text, found without allocating its name.
 struct Field(bool);
 
 impl<'de> Deserialize<'de> for Field {

@@ -1,15 +1,15 @@
-//! What an answer to a probe says of the backend. Pure.
+//! Evaluates answers to probes. Pure.
 
 use bytes::Bytes;
 use http::StatusCode;
 use weir_proto::v1::ProbeOutcome;
 
-/// What one probe found, for the machine and for people. The text never holds what a backend sent.
+/// The finding of one probe. The text never contains what a backend sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// For the machine.
+    /// The outcome.
     pub outcome: ProbeOutcome,
-    /// For people.
+    /// A description for people.
     pub detail: String,
 }
 
@@ -19,35 +19,35 @@ impl Finding {
         Self { outcome, detail: detail.into() }
     }
 
-    /// The server is there and does its work, if reluctantly.
+    /// Whether the backend works: it passed or is busy.
     pub const fn is_good(&self) -> bool {
         matches!(self.outcome, ProbeOutcome::Pass | ProbeOutcome::Busy)
     }
 }
 
-/// As much of an answer as a probe judges.
+/// The parts of an answer that a probe evaluates.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// Its status.
+    /// The status.
     pub status: StatusCode,
-    /// Whether it says when to come back.
+    /// Whether it has a Retry-After header.
     pub retry_after: bool,
-    /// Its body, within the caller's bound.
+    /// The body, cut to the caller's bound.
     pub body: Bytes,
-    /// Whether the request carried our credential.
+    /// Whether the request had the backend's credential.
     pub with_credential: bool,
 }
 
 impl Answer {
-    /// Whoever answers a liveness probe lives, even with "no such page" or "who are you": many servers have no health
-    /// page. 429 is alive too. `None`: the body of a GET must be seen.
+    /// The finding of a liveness probe. Every answer proves liveness, 404, 401 and 429 included, because many servers have no
+    /// health page. `None`: the body of a GET is needed.
     pub fn liveness(&self) -> Option<Finding> {
         let (status, code) = (self.status, self.status.as_u16());
         let alive = status.is_success() || status.is_redirection() || matches!(code, 401 | 404 | 405 | 429);
         alive.then(|| Finding::new(ProbeOutcome::Pass, format!("answered {code}")))
     }
 
-    /// An answer of any tier that is not what was asked for.
+    /// The finding for an answer of any tier that is not a success.
     pub fn refusal(&self) -> Finding {
         let code = self.status.as_u16();
         let (outcome, detail) = match code {

@@ -1,11 +1,11 @@
-//! Probes under way.
+//! Probes in progress.
 
 use std::collections::HashMap;
 use std::future;
 
 use tokio::task::{self, JoinSet};
 
-/// Probes under way, each in a task, with what it probes. All end when this is dropped.
+/// Probes in progress, each in a task, by key. Dropping this cancels all of them.
 #[derive(Debug)]
 pub struct InFlight<K, T> {
     tasks: JoinSet<T>,
@@ -19,12 +19,12 @@ impl<K, T> Default for InFlight<K, T> {
 }
 
 impl<K, T: Send + 'static> InFlight<K, T> {
-    /// How many there are.
+    /// The number of probes in progress.
     pub fn len(&self) -> usize {
         self.tasks.len()
     }
 
-    /// Whether there is none.
+    /// Whether no probe is in progress.
     pub fn is_empty(&self) -> bool {
         self.tasks.is_empty()
     }
@@ -35,8 +35,8 @@ impl<K, T: Send + 'static> InFlight<K, T> {
         self.keys.insert(id, key);
     }
 
-    /// The next probe that ends, with its key; `None` in place of a result if it panicked. Never returns while there is
-    /// none. Cancel-safe.
+    /// The next probe that ends, with its key; `None` instead of a result if it panicked. Waits without a probe in progress.
+    /// Cancel-safe.
     pub async fn next(&mut self) -> (K, Option<T>) {
         let Some(ended) = self.tasks.join_next_with_id().await else { return future::pending().await };
         let (id, result) = match ended {

@@ -1,13 +1,16 @@
 //! Health probes of backends, as gateways and the control plane both make them.
 //!
-//! - [`Schedule`]: when to probe what. Observers take turns by Unix time, a first failure is checked again at once.
-//! - [`InFlight`]: probes under way, each in a task. One that panics is still known by its key.
-//! - [`liveness`]: HEAD, and GET where HEAD does not tell. Whoever calls it brings the connection.
-//! - [`Finding`]: what one probe found. [`Answer::liveness`] and [`Answer::refusal`] judge answers.
+//! - [`Schedule`]: when to probe which backend. Observers probe one after the other by Unix time; a first failure is
+//!   confirmed at once.
+//! - [`InFlight`]: probes in progress, each in a task. The key of a task that panics is known.
+//! - [`liveness`]: HEAD, and GET if HEAD is not conclusive. The caller provides the connection.
+//! - [`Finding`]: the finding of one probe. [`Answer::liveness`] and [`Answer::refusal`] evaluate answers.
+//! - [`FAILURES_IN_A_ROW`] and [`expiry`]: what several probes of one observer prove.
 //!
-//! What asks a model for tokens is the gateways' own: the control plane has no credentials.
+//! Probes that cost tokens are part of the gateway, because the control plane has no credentials.
 
 mod answer;
+mod evidence;
 mod in_flight;
 mod liveness;
 mod schedule;
@@ -17,6 +20,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 pub use self::answer::{Answer, Finding, mentions};
+pub use self::evidence::{FAILURES_IN_A_ROW, expiry};
 pub use self::in_flight::InFlight;
 pub use self::liveness::{late, liveness, no_answer};
 pub use self::schedule::{End, Key, Now, Schedule, interval};

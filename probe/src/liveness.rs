@@ -1,5 +1,6 @@
-//! The liveness probe: HEAD, and GET where HEAD does not tell.
+//! The liveness probe: HEAD, and GET if HEAD is not conclusive.
 
+use std::error::Error;
 use std::time::Duration;
 
 use http::Method;
@@ -9,8 +10,8 @@ use weir_runtime::RefusedAddress;
 
 use crate::answer::{Answer, Finding};
 
-/// Probes within `limit`; `ask` sends one request to the health page. Returns what was found, and how long a good answer
-/// took.
+/// Probes within `limit`; `ask` sends one request to the health page. Returns the finding, and the latency of a successful
+/// probe.
 pub async fn liveness<Asked>(ask: impl Fn(Method) -> Asked, limit: Duration) -> (Finding, Option<Duration>)
 where
     Asked: Future<Output = Result<Answer, Finding>>,
@@ -33,7 +34,7 @@ where
             }
         }
         Err(found) if found.outcome == ProbeOutcome::Refused => return found,
-        // A connection that was kept open may have been closed at the other end: a new one tells.
+        // A kept connection may have been closed by the backend, so the probe is repeated on a new one.
         Err(_) => {}
     }
     ask(Method::GET).await.map_or_else(|found| found, |answer| judge(&answer))
@@ -48,11 +49,11 @@ pub fn late(limit: Duration) -> Finding {
     Finding::new(ProbeOutcome::Timeout, format!("no answer within {} ms", limit.as_millis()))
 }
 
-/// A request that a client could not send, or got no answer to.
-pub fn no_answer(error: &hyper_util::client::legacy::Error) -> Finding {
+/// A request that a client could not send since there was no connection, or got no answer to.
+pub fn no_answer(error: &(dyn Error + 'static), is_connect: bool) -> Finding {
     if let Some(refused) = RefusedAddress::of(error) {
         Finding::new(ProbeOutcome::Refused, refused.to_string())
-    } else if error.is_connect() {
+    } else if is_connect {
         Finding::new(ProbeOutcome::Refused, "cannot connect")
     } else {
         Finding::new(ProbeOutcome::Broken, "the connection broke")

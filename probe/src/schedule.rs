@@ -1,4 +1,4 @@
-//! When to probe what. Pure: times are arguments.
+//! The schedule of an observer's probes. Pure: times are arguments.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -9,42 +9,42 @@ use weir_proto::v1::{ProbeOutcome, ProbeTier};
 
 use crate::answer::Finding;
 
-/// Between the probes of a confirmation, and after a first failure.
+/// The pause between the probes of a confirmation, and after a first failure.
 const AGAIN: Duration = Duration::from_millis(500);
-/// After a probe that could not be made.
+/// The pause after a probe that could not be made.
 const NOT_MADE_AGAIN: Duration = Duration::from_secs(1);
-/// Liveness probes that an order asks for, and that follow a first failure.
+/// The number of liveness probes of an order, and after a first failure.
 const CONFIRMATION: u32 = 2;
-/// The first deep probe waits so long: a start is not the time to measure anything.
+/// The delay of the first deep probe, because measurements during a start are not representative.
 const DEEP_FIRST: Duration = Duration::from_secs(15);
-/// A turn that is nearer than this share of the interval is the one just taken: a clock was set back a little.
-const SAME_TURN: f64 = 0.05;
-/// Turns are spread by this share of the interval, so that probes of many backends do not march in step.
+/// A time that is nearer than this share of the interval belongs to the last probe: the clock was set back slightly.
+const SAME_PROBE: f64 = 0.05;
+/// The random share of the interval that spreads the probes of many backends.
 const JITTER: f64 = 0.05;
 
-/// What is probed: a backend at a tier.
+/// A backend at a tier.
 pub type Key = (String, ProbeTier);
 
-/// The present by both clocks.
+/// The current time of both clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct Now {
-    /// By which probes are due.
+    /// The monotonic time, by which probes are due.
     pub instant: Instant,
-    /// The time of day, by which observers take turns.
+    /// The Unix time, by which observers probe one after the other.
     pub unix: Duration,
 }
 
-/// The time to our next turn. Turns are counted in Unix time, so that observers that never speak to each other probe
-/// one after the other. A clock that is wrong makes turns fall together, which costs only evenness.
-fn until_turn(interval: Duration, (turn, turns): (u32, u32), unix: Duration, jitter: f64) -> Duration {
+/// The time to this observer's next probe. Probes are aligned to Unix time, so that observers probe one after the other
+/// without communication. With a wrong clock two observers may probe at the same time, which does no harm.
+fn until_next_probe(interval: Duration, (turn, turns): (u32, u32), unix: Duration, jitter: f64) -> Duration {
     let interval = interval.as_secs_f64().max(0.001);
     let phase = interval * f64::from(turn) / f64::from(turns.max(1));
     let wait = interval - (unix.as_secs_f64() - phase).rem_euclid(interval);
-    let wait = if wait < interval * SAME_TURN { wait + interval } else { wait };
+    let wait = if wait < interval * SAME_PROBE { wait + interval } else { wait };
     Duration::from_secs_f64(wait + interval * JITTER * jitter)
 }
 
-/// Between two probes of one observer.
+/// The interval between two probes of one observer.
 pub const fn interval(profile: &HealthProfile, tier: ProbeTier) -> Duration {
     match tier {
         ProbeTier::Unspecified | ProbeTier::Liveness => profile.liveness_interval,
@@ -55,33 +55,35 @@ pub const fn interval(profile: &HealthProfile, tier: ProbeTier) -> Duration {
 
 #[derive(Debug, Default)]
 struct Task {
-    /// Whose turn ours is among how many; `None` without a regular turn.
+    /// The index of this observer and the number of probers; `None` without an assignment.
     turn: Option<(u32, u32)>,
     due: Option<Instant>,
-    /// Probes that follow the one that is due, whether it has been answered or not: one that waits for an answer in
-    /// vain must not hold up the next.
+    /// Probes that follow the due one, even if it is not answered yet, because a probe that times out must not delay the next
+    /// one.
     extra: u32,
     failing: u32,
     in_flight: u32,
-    /// Some of these were ordered.
+    /// The number of ordered probes among them.
     ordered: u32,
+    /// This observer itself wants to know, whether it is assigned or not.
+    wanted: bool,
 }
 
-/// How a probe ended, as far as the schedule minds.
+/// The end of a probe, as far as the schedule needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// The backend passed.
     Good,
-    /// It failed.
+    /// The probe failed.
     Bad,
-    /// It failed because it is loading its model: another probe now would say the same.
+    /// The backend is loading its model; another probe now would have the same outcome.
     Loading,
-    /// It could not be asked: nothing is known that was not known before.
+    /// The probe could not be made.
     NotMade,
 }
 
 impl End {
-    /// The end of a probe that found this.
+    /// The end of a probe with this finding.
     pub const fn of(finding: &Finding) -> Self {
         match finding.outcome {
             _ if finding.is_good() => Self::Good,
@@ -91,15 +93,16 @@ impl End {
     }
 }
 
-/// All that one observer probes.
+/// All probes of one observer.
 #[derive(Debug, Default)]
 pub struct Schedule {
     tasks: BTreeMap<Key, Task>,
 }
 
 impl Schedule {
-    /// Takes over what is assigned, and how many turns there are. What is new is probed at once, deeply a little later;
-    /// whoever got another turn takes it from this interval on, or nobody would probe while turns are given anew.
+    /// Applies assignments with the index of this observer and the number of probers. New backends are probed at once, deep
+    /// probes follow later. A changed index applies from the current interval on. Otherwise no observer would probe while
+    /// assignments change.
     pub fn assign(
         &mut self,
         assigned: &BTreeMap<Key, (u32, u32)>,
@@ -109,9 +112,9 @@ impl Schedule {
         for (key, task) in &mut self.tasks {
             let before = std::mem::replace(&mut task.turn, assigned.get(key).copied());
             match task.turn {
-                None if task.ordered == 0 => task.due = None,
+                None if task.ordered == 0 && !task.wanted => task.due = None,
                 Some(turn) if before.is_some_and(|before| before != turn) => {
-                    let next = now.instant + until_turn(interval(key), turn, now.unix, 0.0);
+                    let next = now.instant + until_next_probe(interval(key), turn, now.unix, 0.0);
                     task.due = task.due.map(|due| due.min(next));
                 }
                 _ => {}
@@ -121,7 +124,7 @@ impl Schedule {
             let task = self.tasks.entry(key.clone()).or_default();
             task.turn = Some(*turn);
             let wait = if key.1 == ProbeTier::Deep { DEEP_FIRST } else { Duration::ZERO };
-            // What is under way is given its next turn when it ends.
+            // A probe in progress is scheduled again when it ends.
             if task.in_flight == 0 {
                 task.due.get_or_insert(now.instant + wait);
             }
@@ -129,21 +132,36 @@ impl Schedule {
         self.tasks.retain(|_, task| task.turn.is_some() || task.due.is_some() || task.in_flight > 0);
     }
 
-    /// Probes now, whether it is assigned or not.
+    /// Schedules a probe now, whether the backend is assigned or not.
     pub fn order(&mut self, key: Key, now: Instant) {
         let probes = if key.1 == ProbeTier::Liveness { CONFIRMATION } else { 1 };
-        // One that is under way was begun before it was asked for.
+        // A probe in progress started before the order and does not count for it.
         let task = self.tasks.entry(key).or_default();
         (task.extra, task.due) = (probes - 1, Some(now));
         task.ordered = task.in_flight + probes;
     }
 
-    /// Forgets backends that are gone.
+    /// Schedules one probe now for this observer's own use, and its confirmation if it fails. An observer that is assigned
+    /// learns as much in its turn.
+    pub fn want(&mut self, key: Key, now: Instant) {
+        let task = self.tasks.entry(key).or_default();
+        if task.turn.is_none() && task.in_flight == 0 {
+            task.due.get_or_insert(now);
+            task.wanted = true;
+        }
+    }
+
+    /// Whether this observer has a turn there.
+    pub fn is_assigned(&self, key: &Key) -> bool {
+        self.tasks.get(key).is_some_and(|task| task.turn.is_some())
+    }
+
+    /// Removes deleted backends.
     pub fn retain(&mut self, backends: &BTreeSet<String>) {
         self.tasks.retain(|(backend, _), _| backends.contains(backend));
     }
 
-    /// Forgets all about one backend: it is another one now.
+    /// Removes one backend, whose identity changed.
     pub fn forget(&mut self, backend: &str) {
         self.tasks.retain(|(of, _), _| of != backend);
     }
@@ -172,7 +190,7 @@ impl Schedule {
             End::NotMade => before,
         };
         if end == End::NotMade {
-            if task.turn.is_some() || task.ordered > 0 {
+            if task.turn.is_some() || task.ordered > 0 || task.wanted {
                 task.due.get_or_insert(now.instant + NOT_MADE_AGAIN);
             } else if task.due.is_none() && task.in_flight == 0 {
                 self.tasks.remove(key);
@@ -184,11 +202,12 @@ impl Schedule {
         // A first failure is probed again at once, a lasting one in its regular turns. Deep probes eject nothing, so
         // they need no confirmation.
         let again = end == End::Bad && key.1 != ProbeTier::Deep && (1..=CONFIRMATION).contains(&task.failing);
+        task.wanted &= again;
         if task.in_flight == 0 && task.due.is_none() {
             task.due = if again && !asked {
                 Some(now.instant + AGAIN)
             } else {
-                let next = |turn| until_turn(interval(profile, key.1), turn, now.unix, jitter);
+                let next = |turn| until_next_probe(interval(profile, key.1), turn, now.unix, jitter);
                 task.turn.map(|turn| now.instant + next(turn))
             };
         }
@@ -230,16 +249,17 @@ mod tests {
     }
 
     #[test]
-    fn turns_of_three_gateways_divide_the_interval() {
+    fn probes_of_three_gateways_divide_the_interval() {
         let interval = Duration::from_secs(5);
         // At 1000 s, a multiple of the interval: each gateway waits for its own third.
         let at = Duration::from_secs(1000);
-        let waits: Vec<f64> = (0..3).map(|t| until_turn(interval, (t, 3), at, 0.0).as_secs_f64()).collect();
+        let waits: Vec<f64> =
+            (0..3).map(|t| until_next_probe(interval, (t, 3), at, 0.0).as_secs_f64()).collect();
         assert!((waits[0] - 5.0).abs() < 1e-6, "{waits:?}");
         assert!((waits[1] - 5.0 / 3.0).abs() < 1e-6, "{waits:?}");
         assert!((waits[2] - 10.0 / 3.0).abs() < 1e-6, "{waits:?}");
         // A little early or late for the turn: not twice in one.
-        let early = until_turn(interval, (0, 3), at - Duration::from_millis(100), 0.0);
+        let early = until_next_probe(interval, (0, 3), at - Duration::from_millis(100), 0.0);
         assert!(early > interval, "{early:?}");
     }
 
@@ -374,6 +394,41 @@ mod tests {
         assert_eq!(schedule.next().map(|next| (next - now).as_millis()), Some(1666));
         assign(&mut schedule, &assigned(ProbeTier::Liveness, (2, 3)), now);
         assert_eq!(schedule.next().map(|next| (next - now).as_millis()), Some(1666));
+    }
+
+    #[test]
+    fn what_this_observer_wants_to_know_is_probed_once_and_confirmed_if_it_fails() {
+        let profile = HealthProfile::default();
+        for (end, probes) in [(End::Good, 1), (End::Loading, 1), (End::Bad, 3)] {
+            let (mut schedule, mut now) = (Schedule::default(), Instant::now());
+            let liveness = key(ProbeTier::Liveness);
+            schedule.want(liveness.clone(), now);
+            let mut seen = 0;
+            while let Some(next) = schedule.next() {
+                now = next;
+                // Assignments of others change nothing, and one probe at a time is enough.
+                assign(&mut schedule, &BTreeMap::new(), now);
+                assert_eq!(schedule.take_due(now, 10).len(), 1);
+                schedule.want(liveness.clone(), now);
+                seen += 1;
+                let news = schedule.finished(&liveness, end, &profile, both(now, DAYS), 0.0);
+                assert_eq!(news, end != End::Good);
+            }
+            assert_eq!(seen, probes, "{end:?}");
+            assert!(!schedule.is_assigned(&liveness));
+        }
+    }
+
+    #[test]
+    fn an_observer_with_a_turn_wants_no_other_probe() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let (liveness, profile) = (key(ProbeTier::Liveness), HealthProfile::default());
+        assign(&mut schedule, &assigned(ProbeTier::Liveness, (0, 1)), now);
+        schedule.take_due(now, 10);
+        schedule.finished(&liveness, End::Good, &profile, both(now, DAYS), 0.0);
+        schedule.want(liveness.clone(), now);
+        assert_eq!(schedule.next(), Some(now + profile.liveness_interval));
+        assert!(schedule.is_assigned(&liveness));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The intervals in which both ends of the report lane count latencies: four to each doubling, from 1 ms to 2^14 ms, so
+//! The intervals in which both ends of the report stream count latencies: four to each doubling, from 1 ms to 2^14 ms, so
 //! that a quantile read from them is off by a tenth at most.
 //!
 //! Two other histograms have intervals of their own. The gateway's hedge delay looks at the 99th percentile up to 20

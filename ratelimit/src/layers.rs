@@ -1,4 +1,4 @@
-//! What stands between a caller and the store: see [`crate::stack`] for their order.
+//! The layers between a caller and the store. [`crate::stack`] puts them in order.
 
 pub mod deny_cache;
 pub mod fallback;

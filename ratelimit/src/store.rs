@@ -1,4 +1,5 @@
-//! Where limits are kept: inside one process, or in Redis for all of them. One contract, one suite of tests.
+//! The stores of limits: memory of one process, or Redis for all processes. Both keep one contract and pass one test
+//! suite.
 
 pub(crate) mod any;
 pub mod memory;

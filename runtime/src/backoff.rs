@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Pauses that double up to a bound. Each is drawn from zero to its ceiling, so that processes which failed together do
-/// not come back together.
+/// Pauses that double up to a bound. Each pause is drawn at random between zero and its ceiling, so that processes
+/// that failed together do not return together.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     first: Duration,
@@ -23,7 +23,7 @@ impl Backoff {
         ceiling.mul_f64(crate::random_unit())
     }
 
-    /// Back to the first pause, after something worked.
+    /// Starts again at the first pause, after a success.
     pub const fn reset(&mut self) {
         self.pauses = 0;
     }

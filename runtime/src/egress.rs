@@ -1,11 +1,11 @@
-//! Which addresses backends may have.
+//! The addresses that backends may have.
 //!
-//! A backend's URL is written by people who may configure Weir, and not by those who own the machines it runs on. So that
-//! no URL reaches what only the machine itself is meant to reach (a cloud's metadata service, which hands out
-//! credentials), some addresses are refused unless the operator of the process allows them. Loopback and private networks
-//! are where engines run, and are allowed.
+//! The authors of a backend's URL may configure Weir, but need not own the machines it runs on. So that no URL
+//! reaches what only the machine itself may reach (a cloud's metadata service, which hands out credentials), some
+//! addresses are refused unless the operator of the process allows them. Loopback and private networks are allowed,
+//! because engines run there.
 //!
-//! The address is checked when a connection is opened, after the name was resolved: a name that is good when it is
+//! The address is checked when a connection is opened, after the name was resolved. A name that is good when it is
 //! configured may lead elsewhere later, and `2130706433` or `0x7f.1` are addresses too.
 
 use std::error::Error;
@@ -24,23 +24,23 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-/// Most networks that can be allowed.
+/// The maximum of networks that can be allowed.
 const ALLOWED_MAX: usize = 64;
-/// Addresses of a name that are tried; who lists more has no use for them.
+/// Addresses of a name that are tried.
 const ADDRESSES_MAX: usize = 32;
-/// Sources of an error that are looked through for a refusal.
+/// Causes of an error that are searched for a refusal.
 const SOURCES_MAX: usize = 16;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// A network: an address and how many of its leading bits count. A bare address is a network of one.
+/// A network: an address and the number of its leading bits that count. A bare address is a network of one address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cidr {
     address: IpAddr,
     bits: u8,
 }
 
-/// What is wrong with a network.
+/// Why a text is not a network.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a network; write ADDRESS or ADDRESS/BITS, such as 169.254.10.0/24 or fe80::/10")]
 pub struct CidrError(String);
@@ -84,7 +84,7 @@ impl Cidr {
         Self { address: IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h)), bits }
     }
 
-    /// Whether the address is in it. IPv4 is not in a network of IPv6.
+    /// Whether the address is in the network. IPv4 addresses are not in networks of IPv6.
     pub fn contains(&self, address: IpAddr) -> bool {
         let same = |a: u128, b: u128, width: u8| {
             let rest = u32::from(width - self.bits);
@@ -98,7 +98,7 @@ impl Cidr {
     }
 }
 
-/// What is refused, and why. Metadata services outside link-local networks are named one by one.
+/// The refused networks, with the reason. Metadata services outside link-local networks are listed one by one.
 const REFUSED: [(Cidr, &str); 14] = [
     (Cidr::v4(0, 0, 0, 0, 8), "unspecified"),
     (Cidr::v4(169, 254, 0, 0, 16), "link-local"),
@@ -116,16 +116,17 @@ const REFUSED: [(Cidr, &str); 14] = [
     (Cidr::v6([0xfd00, 0x00c1, 0, 0, 0xa9fe, 0xa9fe, 0, 0], 96), "a metadata service"),
 ];
 
-/// Networks whose addresses carry one of IPv4, and the bit at which it begins: translators forward to that.
+/// Networks whose addresses contain an IPv4 address, and the bit at which it begins. Translators forward to that
+/// address.
 const CARRIERS: [(Cidr, u32); 4] = [
-    // IPv4-compatible, given up long ago; ::1 is below.
+    // IPv4-compatible addresses, which are deprecated; ::1 is handled below.
     (Cidr::v6([0; 8], 96), 96),
     (Cidr::v6([0x64, 0xff9b, 0, 0, 0, 0, 0, 0], 96), 96),
     (Cidr::v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48), 96),
     (Cidr::v6([0x2002, 0, 0, 0, 0, 0, 0, 0], 16), 16),
 ];
 
-/// The IPv4 address inside one of IPv6, if it has one.
+/// The IPv4 address inside an IPv6 address, if there is one.
 fn carried(address: IpAddr) -> Option<IpAddr> {
     let IpAddr::V6(v6) = address else { return None };
     if v6.is_loopback() || v6.is_unspecified() {
@@ -136,19 +137,19 @@ fn carried(address: IpAddr) -> Option<IpAddr> {
     Some(IpAddr::V4(Ipv4Addr::from_bits(bits)))
 }
 
-/// A connection that was not opened.
+/// A connection that was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-// Short, since reasons of probes are cut at 64 characters; what to do comes first.
+// Short, because reasons of probes are cut at 64 characters; the remedy comes first.
 #[error("refused (--allow-backend-cidr): {address} is {reason}")]
 pub struct RefusedAddress {
     /// The address.
     pub address: IpAddr,
-    /// What it is.
+    /// The kind of the address.
     pub reason: &'static str,
 }
 
 impl RefusedAddress {
-    /// The refusal that an error of a connection is about, if it is one.
+    /// The refusal among the causes of a connection's error, if there is one.
     pub fn of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
         for _ in 0..SOURCES_MAX {
@@ -162,16 +163,17 @@ impl RefusedAddress {
     }
 }
 
-/// Which addresses may be connected to. Cheap to clone.
+/// The policy: the addresses that may be connected to. Cheap to clone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EgressPolicy {
     allowed: Arc<[Cidr]>,
 }
 
 impl EgressPolicy {
-    /// Allows these networks besides all that are not refused.
+    /// Allows these networks in addition to all that are not refused.
     ///
     /// # Errors
+    /// If there are more than 64.
     /// When there are more than 64.
     pub fn allowing(networks: &[Cidr]) -> Result<Self, String> {
         if networks.len() > ALLOWED_MAX {
@@ -184,9 +186,9 @@ impl EgressPolicy {
     /// Whether this address may be connected to.
     ///
     /// # Errors
-    /// What it is, and the flag that allows it.
+    /// The kind of the address, and the flag that allows it.
     pub fn check(&self, address: IpAddr) -> Result<(), RefusedAddress> {
-        // An IPv4 address that is written as one of IPv6 is that IPv4 address.
+        // An IPv4 address in the form of an IPv6 address is judged as IPv4.
         let address = address.to_canonical();
         let carried = carried(address);
         let is_any =
@@ -198,7 +200,7 @@ impl EgressPolicy {
     }
 }
 
-/// Opens connections to backends, and to none that the policy refuses.
+/// Opens connections to backends, except to addresses that the policy refuses.
 #[derive(Debug, Clone)]
 pub struct EgressConnector<R = GaiResolver> {
     http: HttpConnector<PolicyResolver<R>>,
@@ -206,14 +208,14 @@ pub struct EgressConnector<R = GaiResolver> {
 }
 
 impl EgressConnector {
-    /// Asks the system's resolver. `settle` sets what else connections need, such as timeouts.
+    /// A connector with the system's resolver. `settle` sets the other options of connections, such as timeouts.
     pub fn new(policy: EgressPolicy, settle: impl FnOnce(&mut HttpConnector<PolicyResolver>)) -> Self {
         Self::resolving(GaiResolver::new(), policy, settle)
     }
 }
 
 impl<R> EgressConnector<R> {
-    /// The same, with names looked up by `resolver`.
+    /// A connector that resolves names by `resolver`.
     pub fn resolving(
         resolver: R,
         policy: EgressPolicy,
@@ -221,7 +223,7 @@ impl<R> EgressConnector<R> {
     ) -> Self {
         let resolver = PolicyResolver { resolver, policy: policy.clone() };
         let mut http = HttpConnector::new_with_resolver(resolver);
-        // TLS is the caller's.
+        // TLS is added by the caller.
         http.enforce_http(false);
         settle(&mut http);
         Self { http, policy }
@@ -244,7 +246,7 @@ where
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        // The connector asks no resolver for what is an address already.
+        // The connector does not ask the resolver for addresses.
         let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = host.parse::<IpAddr>()
             && let Err(refused) = self.policy.check(address)
@@ -256,7 +258,7 @@ where
     }
 }
 
-/// Resolves names, and leaves out what the policy refuses.
+/// Resolves names and leaves out refused addresses.
 #[derive(Debug, Clone)]
 pub struct PolicyResolver<R = GaiResolver> {
     resolver: R,
@@ -287,7 +289,7 @@ where
     }
 }
 
-/// Those that may be connected to.
+/// The addresses that may be connected to.
 fn permitted(
     policy: &EgressPolicy,
     addresses: impl Iterator<Item = SocketAddr>,
@@ -436,7 +438,7 @@ mod tests {
             let error = connector.call(url.parse().expect("a URL")).await.expect_err(url);
             assert!(RefusedAddress::of(&*error).is_some(), "{error}");
         }
-        // The resolver reads these spellings as addresses.
+        // The system's resolver reads these spellings as addresses.
         for url in ["http://0:1/", "http://2852039166/", "http://0xa9fea9fe/"] {
             let error = connector.call(url.parse().expect("a URL")).await.expect_err(url);
             assert!(RefusedAddress::of(&*error).is_some(), "{url}: {error:?}");

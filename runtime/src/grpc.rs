@@ -1,6 +1,8 @@
-//! Bounds of gRPC calls: how long one may take, how many streams are open at once, and how old a stream may get.
+//! Bounds of gRPC calls: their longest time, and the number and the age of open streams.
 //!
-//! They stand in front of a service, so that no method can forget them.
+//! They stand in front of a service, so that they hold for every method.
+
+mod gate;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -16,28 +18,30 @@ use tokio::time::{Sleep, sleep, timeout};
 use tonic::Status;
 use tonic::body::Body;
 
-/// Calls at once on one connection; more wait at the caller. Far above what one program has under way.
+pub use gate::{Admitted, Gated, Gatekeeper};
+
+/// Concurrent calls on one connection; more wait at the caller. Far above the needs of one program.
 pub const STREAMS_PER_CONNECTION: u32 = 256;
-/// Largest head of a call, bytes. A token and what tracing adds are some hundred.
+/// The largest head of a call, bytes. A token and tracing fields are some hundred.
 pub const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
-/// A stream that answers nothing at all within this has failed: its first message never came.
+/// A stream without an answer within this time has failed: its first message never came.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The one method that everybody may call: kubelets and proxies ask for health and have no token.
+/// The one method that needs no token: kubelets and proxies check the health and have no token.
 pub const HEALTH_CHECK: &str = "/grpc.health.v1.Health/Check";
-/// A check of health is a few bytes each way.
+/// The timeout of a health check, which is a few bytes each way.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Streams that watch health: one for each proxy, and room to spare.
+/// The maximum of streams that watch the health: one for each proxy, with room to spare.
 const HEALTH_WATCHES_MAX: usize = 256;
-/// After this a stream is opened anew, and with it its token is checked again.
+/// A health watch ends at this age. It is then opened again, and its token is checked again.
 const HEALTH_WATCH_AGE: Duration = Duration::from_secs(10 * 60);
-/// Streams of reflection, which people use by hand.
+/// The maximum of reflection streams, which people use by hand.
 const REFLECTIONS_MAX: usize = 64;
-/// Reading all descriptors takes a second.
+/// The age of a reflection stream. Reading all descriptors takes a second.
 const REFLECTION_AGE: Duration = Duration::from_secs(30);
 
-/// The bounds of the methods that every gRPC port serves, health and reflection; `None` for other methods. One caller
-/// watches health with at most so many streams.
+/// The bounds of the methods that every gRPC port serves: health and reflection. `None` for other methods. One caller
+/// may have at most `health_watches_per_caller` health watches.
 pub fn standard_bound(path: &str, health_watches_per_caller: usize) -> Option<Bound> {
     match path {
         HEALTH_CHECK => Some(Bound::Unary(CHECK_TIMEOUT)),
@@ -47,35 +51,38 @@ pub fn standard_bound(path: &str, health_watches_per_caller: usize) -> Option<Bo
             most_per_caller: health_watches_per_caller.min(HEALTH_WATCHES_MAX),
             age: Some(HEALTH_WATCH_AGE),
         })),
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Some(Bound::Stream(StreamBound {
-            kind: "reflection streams",
-            most: REFLECTIONS_MAX,
-            most_per_caller: REFLECTIONS_MAX,
-            age: Some(REFLECTION_AGE),
-        })),
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+        | "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo" => {
+            Some(Bound::Stream(StreamBound {
+                kind: "reflection streams",
+                most: REFLECTIONS_MAX,
+                most_per_caller: REFLECTIONS_MAX,
+                age: Some(REFLECTION_AGE),
+            }))
+        }
         _ => None,
     }
 }
 
-/// What bounds a call.
+/// The bound of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
-    /// One answer within this time from the head of the call, so that one whose message never comes ends too.
+    /// One answer within this time after the head of the call. A call whose message never comes ends too.
     Unary(Duration),
-    /// A stream that goes on.
+    /// A stream.
     Stream(StreamBound),
 }
 
-/// What bounds streams of one kind.
+/// The bounds of the streams of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamBound {
     /// Its name, for the text of a refusal.
     pub kind: &'static str,
-    /// Open at once in this process.
+    /// The maximum of open streams in this process.
     pub most: usize,
-    /// Open at once of one caller.
+    /// The maximum of open streams of one caller.
     pub most_per_caller: usize,
-    /// It ends when it is this old; `None`: its service ends it.
+    /// The age at which it ends; `None` if its service ends it.
     pub age: Option<Duration>,
 }
 
@@ -83,14 +90,14 @@ pub struct StreamBound {
 #[derive(Debug, Clone, Default)]
 pub struct Permits(Arc<Mutex<Open>>);
 
-/// Holds no more than what is open.
+/// The counts of open streams.
 #[derive(Debug, Default)]
 struct Open {
     by_kind: BTreeMap<&'static str, usize>,
     by_caller: BTreeMap<(&'static str, Arc<str>), usize>,
 }
 
-/// The permit of one stream; dropping it frees it for the next.
+/// The permit of one stream. Dropping it returns the permit.
 #[derive(Debug)]
 pub struct Permit {
     permits: Permits,
@@ -106,7 +113,7 @@ impl Permits {
     /// Takes a permit for a stream of a caller.
     ///
     /// # Errors
-    /// RESOURCE_EXHAUSTED when all of them, or all of this caller's, are taken.
+    /// RESOURCE_EXHAUSTED if all permits, or all of this caller, are taken.
     pub fn take(&self, bound: &StreamBound, caller: &Arc<str>) -> Result<Permit, Status> {
         let StreamBound { kind, most, most_per_caller, .. } = *bound;
         let mut open = self.open();
@@ -141,8 +148,8 @@ impl Drop for Permit {
     }
 }
 
-/// Carries a call out within its bound.
-pub async fn bounded(
+/// Makes a call within its bound.
+async fn bounded(
     bound: Bound,
     permits: Permits,
     caller: Arc<str>,
@@ -169,7 +176,7 @@ pub async fn bounded(
     }
 }
 
-/// The body of a stream, which holds its permit.
+/// The body of a stream, which holds the stream's permit.
 struct PermitBody {
     /// `None` after its end.
     body: Option<Body>,
@@ -179,7 +186,7 @@ struct PermitBody {
 
 impl PermitBody {
     fn of(body: Body, age: Option<Duration>, permit: Permit) -> Body {
-        // A refusal in the head alone holds nothing.
+        // A refusal in the head alone needs no permit.
         if body.is_end_stream() {
             return body;
         }

@@ -1,9 +1,9 @@
-//! The log: one line per event on standard error, text for a person at a terminal, JSON for a collector.
+//! The log: one line per event on standard error, as text at a terminal and as JSON for a collector.
 //!
-//! Nothing that a process does waits for its log. Whoever logs puts a line into a bounded queue ([`queue`]), and one
-//! thread writes. A line that finds the queue full, or that cannot be written, is dropped and counted; the log itself
-//! says how many as soon as it can. All that a process writes to standard error goes this way: events, panics, and the
-//! last word of a process that fails.
+//! No work of a process waits for its log. A line goes into a bounded queue ([`queue`]), which one thread writes. A
+//! line that finds the queue full, or that cannot be written, is dropped and counted; the log reports the count as
+//! soon as it can. Everything that a process writes to standard error goes this way: events, panics, and the last
+//! message of a process that fails.
 
 mod panics;
 mod queue;
@@ -16,20 +16,24 @@ use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt;
 use tracing_subscriber::fmt::format::Writer as TimeWriter;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::{EnvFilter, fmt};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use queue::Queue;
 
-/// A process that ends gives its log so long, and ends without the rest when nobody reads it.
+/// The time that a process gives its log at its end. If nobody reads the log, the process ends without the rest.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 static LINES_LOST: LazyLock<Counter> = LazyLock::new(Counter::default);
-/// The queue of the process. Its thread is never joined: it may hang in a write for as long as the process lives.
+/// The queue of the process. Its thread is never joined, because it may hang in a write as long as the process lives.
 static LOG: LazyLock<io::Result<Queue>> = LazyLock::new(|| {
     let form = if io::stderr().is_terminal() { Form::Text } else { Form::Json };
-    // A descriptor of our own: a write that hangs must not hold the lock that the standard library puts around its own.
+    // A descriptor of its own: a write that hangs must not hold the standard library's lock of standard error.
     let sink: Box<dyn Write + Send> = match io::stderr().as_fd().try_clone_to_owned() {
         Ok(descriptor) => Box::new(std::fs::File::from(descriptor)),
         Err(_) => Box::new(io::stderr()),
@@ -37,19 +41,20 @@ static LOG: LazyLock<io::Result<Queue>> = LazyLock::new(|| {
     Queue::start(sink, form, LINES_LOST.clone())
 });
 
-/// Starts logging for the process. `filter` is a `tracing` filter such as `info` or `weir_gateway=debug`; a bad one
-/// is an error that names it. JSON unless standard error is a terminal. From here on panics are lines of the log too.
-/// A second call changes nothing. Whoever calls this holds [`flush_logs_at_end`] in its `main`.
+/// Starts logging for the process. `filter` is a level, or levels by module: `info`, `warn,weir_gateway=debug`; a bad
+/// filter is an error that names it. Lines are JSON unless standard error is a terminal. From here on panics are
+/// lines of the log too. A second call changes nothing. The caller's `main` must hold [`flush_logs_at_end`].
 pub fn init_logs(filter: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|e| format!("log filter '{filter}': {e}"))?;
+    let filter: Targets = filter.parse().map_err(|e| format!("log filter '{filter}': {e}"))?;
     let queue = LOG.as_ref().map_err(|e| {
         format!("cannot start the thread that writes the log: {e}; raise the limit of processes (ulimit -u)")
     })?;
-    // An event that cannot be formatted is no reason to write to standard error, which may block or be gone.
-    let builder = fmt().with_env_filter(filter).with_writer(|| Line(queue)).log_internal_errors(false);
+    // `tracing` would report an event that it cannot format on standard error, which may block or be gone.
+    let builder =
+        fmt().with_max_level(LevelFilter::TRACE).with_writer(|| Line(queue)).log_internal_errors(false);
     let started = match queue.form() {
-        Form::Text => builder.try_init().is_ok(),
-        Form::Json => builder.json().flatten_event(true).try_init().is_ok(),
+        Form::Text => builder.finish().with(filter).try_init().is_ok(),
+        Form::Json => builder.json().flatten_event(true).finish().with(filter).try_init().is_ok(),
     };
     if started {
         panics::log_panics(queue);
@@ -57,8 +62,8 @@ pub fn init_logs(filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Says something on standard error, in plain text, in its turn among the lines of the log. Never waits and never
-/// fails, unlike `eprintln!`, which panics when standard error is gone and hangs when nobody reads it.
+/// Writes plain text to standard error, in its turn among the lines of the log. Never waits and never fails, unlike
+/// `eprintln!`, which panics if standard error is gone and hangs if nobody reads it.
 pub fn say(text: &str) {
     match &*LOG {
         Ok(queue) => queue.push(format!("{text}\n").as_bytes()),
@@ -68,7 +73,7 @@ pub fn say(text: &str) {
     }
 }
 
-/// Metrics that every process has: lines of its log that were lost, and panics.
+/// Registers the metrics of every process: lost lines of its log, and panics.
 pub fn register(registry: &mut Registry) {
     registry.register(
         "weir_log_lines_lost",
@@ -78,8 +83,8 @@ pub fn register(registry: &mut Registry) {
     registry.register("weir_panics", "Panics in this process, also those that were caught", panics::count());
 }
 
-/// Waits when it is dropped until the log is written, 1 s at most. Held by `main` from its first line on, so that it
-/// is dropped after the runtime and also when `main` panics.
+/// Waits when it is dropped until the log is written, at most 1 s. `main` holds it from its first line on, so that it
+/// is dropped after the runtime, and also when `main` panics.
 #[derive(Debug)]
 #[must_use = "it flushes when it is dropped"]
 pub struct FlushLogs(());
@@ -97,7 +102,7 @@ impl Drop for FlushLogs {
     }
 }
 
-/// One formatted event on its way into the queue. The subscriber writes it with a single call.
+/// A formatted event for the queue. The subscriber writes it with a single call.
 #[derive(Debug)]
 struct Line(&'static Queue);
 
@@ -112,7 +117,7 @@ impl Write for Line {
     }
 }
 
-/// How lines look.
+/// The form of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Text,
@@ -126,11 +131,10 @@ enum Value<'a> {
     Text(&'a str),
 }
 
-/// A line that does not come from `tracing`, because `tracing` refuses what is logged while it logs. It looks like those
-/// that do.
+/// A line that does not come from `tracing`, which cannot log while it logs. It has the form of the others.
 fn line(form: Form, level: &str, target: &str, message: &str, fields: &[(&str, Value<'_>)]) -> String {
     let mut time = String::new();
-    // A clock that cannot be formatted leaves the line without its time.
+    // If the clock cannot be formatted, the line has no time.
     let _ = SystemTime.format_time(&mut TimeWriter::new(&mut time));
     let mut line = match form {
         Form::Text => format!("{time} {level:>5} {target}: {message}"),
@@ -154,12 +158,12 @@ fn line(form: Form, level: &str, target: &str, message: &str, fields: &[(&str, V
     line
 }
 
-/// A text as JSON writes it.
+/// A text in JSON form.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// The beginning of a text, at most so many bytes and whole characters.
+/// The beginning of a text, of at most this number of bytes and of complete characters.
 fn beginning(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }

@@ -1,6 +1,6 @@
 //! `/livez`, `/readyz` and `/metrics`, on a port of their own so that no client reaches them.
 //!
-//! [`hosts`] keeps pages of other sites out; [`token`] closes what tells about tenants.
+//! [`hosts`] refuses requests of other sites' pages; [`token`] protects pages about tenants.
 
 mod hosts;
 mod token;
@@ -23,18 +23,18 @@ use tonic::codegen::Service as _;
 use crate::edge::framing::{HeadBounds, Violation};
 use crate::edge::{self, Client, Edge, HttpBounds, check, serve_http1};
 
-/// Heads of requests here are those of scrapers and browsers.
+/// The bounds of heads, which come from scrapers and browsers.
 const BOUNDS: HttpBounds =
     HttpBounds { head: HeadBounds { bytes: 32 << 10, fields: 100, target_bytes: 8 << 10 }, streams: 0 };
-/// An answer begins within so long, whatever a request's body does.
+/// The time in which an answer must begin, whatever the request's body does.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// What runs when the process ends has so long to end.
+/// The time that running requests have when the process ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub use hosts::{AllowedHost, AllowedHosts, Head, Refusal};
 pub use token::{OpsRefusal, OpsToken, guard_ops_page, read_token};
 
-/// Whether the process wants traffic, and if not, why. Cheap to clone.
+/// Whether the process wants traffic, and the reason if not. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Readiness(Arc<Mutex<Result<(), String>>>);
 
@@ -44,7 +44,7 @@ impl Readiness {
         Self(Arc::new(Mutex::new(Err(reason.to_owned()))))
     }
 
-    /// Says that traffic is welcome, or why it is not.
+    /// Sets whether traffic is welcome, or why it is not.
     pub fn set(&self, state: Result<(), String>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
@@ -87,7 +87,7 @@ pub async fn serve_ops_with(
         .route("/metrics", get(metrics))
         .with_state(Ops { readiness, registry })
         .merge(pages)
-        // Around everything, pages that are not there included.
+        // Around everything, missing pages included.
         .layer(from_fn_with_state(hosts, hosts::guard));
     let handle = edge.handle();
     loop {
@@ -123,7 +123,7 @@ async fn answer(mut app: Router, client: Client, mut request: Request<Incoming>)
 }
 
 fn refuse(violation: Violation) -> edge::Refusal {
-    // A violation is one of our own sentences: no character of it has a meaning in JSON.
+    // A violation is one of our own sentences, which contain no character with a meaning in JSON.
     edge::Refusal { body: format!("{{\"error\":\"{violation}\"}}"), request_id: None }
 }
 

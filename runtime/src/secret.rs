@@ -1,4 +1,4 @@
-//! Text that never shows itself.
+//! A text that is never shown.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The text; each use is a place to check.
+    /// The text. Each use is a place to review.
     pub fn expose(&self) -> &str {
         &self.0
     }

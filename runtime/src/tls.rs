@@ -1,4 +1,4 @@
-//! A server's certificate, read anew when its files change.
+//! A server's certificate, which is read again when its files change.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,13 +12,14 @@ use rustls::{RootCertStore, ServerConfig};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-/// How often the files are looked at. Certificates are renewed days before they end; a few seconds are soon enough.
+/// The interval at which the files are checked. Certificates are renewed days before they expire, so a few seconds
+/// are soon enough.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Why a certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read, or is not PEM.
+    /// A file cannot be read or is not PEM.
     #[error("{}: {source}", path.display())]
     File {
         /// The file.
@@ -29,7 +30,7 @@ pub enum TlsError {
     /// The file holds no certificate.
     #[error("{}: no certificate in this file", .0.display())]
     Empty(PathBuf),
-    /// Who signs client certificates is not usable.
+    /// The certificate of the authority that signs client certificates is not usable.
     #[error("{}: {reason}", path.display())]
     Clients {
         /// The file.
@@ -37,7 +38,7 @@ pub enum TlsError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Certificate and key are no pair.
+    /// Certificate and key do not belong together.
     #[error("{}: {source}", path.display())]
     Pair {
         /// The key's file.
@@ -58,15 +59,15 @@ impl std::fmt::Debug for ServerTls {
 }
 
 impl ServerTls {
-    /// Reads a certificate chain and its key, both PEM, and offers these protocols. Files that change later are read
-    /// again for connections that are made then; those that cannot be used leave the old ones in force, with an
-    /// error in the log. Must be called inside a tokio runtime; the watching ends with the last clone.
+    /// Reads a certificate chain and its key, both PEM, and offers these protocols. Changed files are read again for
+    /// later connections; if they cannot be used, the old ones stay in force and the log has an error. Must be called
+    /// inside a tokio runtime; the checks end with the last clone.
     pub fn open(certificate: &Path, key: &Path, alpn: &'static [&'static [u8]]) -> Result<Self, TlsError> {
         Self::open_for(certificate, key, None, alpn)
     }
 
-    /// The same, and clients may show a certificate that `client_ca` signs; one that is shown and not
-    /// signed by it ends the handshake. Who may do what without one is up to the caller.
+    /// Like [`open`](Self::open), and clients may show a certificate that `client_ca` signs. A certificate of another authority
+    /// ends the handshake. The caller decides what clients without one may do.
     pub fn open_for(
         certificate: &Path,
         key: &Path,
@@ -93,7 +94,7 @@ impl ServerTls {
                         seen = now;
                         tracing::info!(certificate = %files.certificate.display(), "a new certificate is in force");
                     }
-                    // Perhaps one file was written and the other not yet: looked at again next time.
+                    // One file may be written and the other not yet, so the files are checked again next time.
                     Err(error) => {
                         tracing::error!(%error, "the new certificate cannot be used; the old one stays")
                     }
@@ -103,7 +104,7 @@ impl ServerTls {
         Ok(Self(acceptor))
     }
 
-    /// What accepts a connection made now.
+    /// The acceptor of new connections.
     pub fn acceptor(&self) -> TlsAcceptor {
         self.0.borrow().clone()
     }

@@ -1,4 +1,4 @@
-//! Panics as lines of the log, seen from outside: the test runs itself as a process whose standard error it holds.
+//! Panics as lines of the log, seen from outside: the test runs itself as a process whose standard error it reads.
 
 use std::io::{PipeReader, Read};
 use std::process::{Command, Stdio};
@@ -7,16 +7,16 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
-/// Tells the process that it is the one that panics, and how many lines it says before.
+/// Tells the process that it must panic, and after how many lines.
 const CHILD: &str = "WEIR_TEST_PANICS_AFTER_LINES";
 const PANICS: usize = 50;
-/// More than a pipe takes.
+/// More lines than fit into a pipe.
 const PIPE_FULL_LINES: usize = 20_000;
 const TEST: &str = "a_panic_is_one_line_of_the_log_and_counted_and_waits_for_nobody";
 
 fn panics_in_many_threads(lines_before: usize) {
     let _flush = weir_runtime::flush_logs_at_end();
-    // Panics are told whatever the filter.
+    // Panics are logged whatever the filter.
     weir_runtime::init_logs("off").expect("a filter");
     for _ in 0..lines_before {
         weir_runtime::say("a line that nobody reads");
@@ -33,7 +33,7 @@ fn panics_in_many_threads(lines_before: usize) {
     assert!(page.contains(&format!("weir_panics_total {PANICS}\n")), "{page}");
 }
 
-/// Runs it with a pipe as standard error; what is left of that pipe.
+/// Runs the process with a pipe as standard error. Returns the rest of the pipe.
 fn run(lines_before: usize) -> PipeReader {
     let (log, stderr) = std::io::pipe().expect("a pipe");
     let mut command = Command::new(std::env::current_exe().expect("a path"));
@@ -75,6 +75,6 @@ fn a_panic_is_one_line_of_the_log_and_counted_and_waits_for_nobody() {
         let location = line["location"].as_str().expect("a text");
         assert!(location.contains("panics.rs:"), "{location}");
     }
-    // Nobody reads: the process panics, counts, and ends all the same.
+    // Nobody reads, and the process panics, counts, and ends all the same.
     drop(run(PIPE_FULL_LINES));
 }

@@ -1,5 +1,9 @@
 //! Backends that lie, break off, or answer with what is no answer: what reaches the client, what is charged, who is blamed.
 
+mod addresses;
+mod counts;
+mod endless;
+
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::{Answer, Client};
-use weir_tests::cluster::{Gateway, Resources, gateway, gateway_with};
+use weir_tests::cluster::{Gateway, Resources, gateway};
 use weir_tests::eventually;
 use weir_tests::scripted::{
     Scripted, answer, chunk, completion, delta, event, head, json_answer, stream_end, stream_head,
@@ -96,9 +100,10 @@ fn with_limit(resources: &mut Resources) {
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
 }
 
-fn with_timeouts(first_byte: Duration, idle: Duration) -> impl FnOnce(&mut Resources) {
+fn with_timeouts(silence: Duration, total: Duration) -> impl FnOnce(&mut Resources) {
     let wire = |time: Duration| prost_types::Duration::try_from(time).ok();
-    let timeouts = v1::Timeouts { first_byte: wire(first_byte), idle: wire(idle), ..Default::default() };
+    let (first_byte, idle, total) = (wire(silence), wire(silence), wire(total));
+    let timeouts = v1::Timeouts { first_byte, idle, total, ..Default::default() };
     move |resources| {
         resources.put("chat", Spec::Pool(v1::PoolSpec { timeouts: Some(timeouts), ..Default::default() }));
     }
@@ -124,96 +129,6 @@ fn assert_cut(text: &str, code: &str) {
     assert_eq!(payload["error"]["code"], code, "{text}");
 }
 
-const ABSURD: [&str; 10] = [
-    r#"{"prompt_tokens":2,"completion_tokens":9223372036854775807,"total_tokens":9}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":18446744073709551615,"total_tokens":9}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":18446744073709551616,"total_tokens":9}"#,
-    r#"{"prompt_tokens":9223372036854775807,"completion_tokens":2,"total_tokens":9}"#,
-    r#"{"prompt_tokens":10000000,"completion_tokens":2,"total_tokens":10000002}"#,
-    r#"{"input_tokens":18446744073709551615,"output_tokens":18446744073709551615}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":10000000000}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":2,"total_tokens":18446744073709551615}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":9223372036854775807}}"#,
-    r#"{"prompt_tokens":2,"completion_tokens":2,"completion_tokens_details":{"reasoning_tokens":99999999999999999999}}"#,
-];
-
-#[tokio::test]
-async fn an_absurd_count_is_replaced_by_our_own_and_moves_neither_limits_nor_estimates() {
-    let scene = Scene::with(with_limit).await;
-    let honest = r#"{"prompt_tokens":2,"completion_tokens":2}"#;
-    for _ in 0..20 {
-        assert_eq!(scene.ask(json_answer("hello", honest), CHAT).await.status, StatusCode::OK);
-    }
-    let mut before = scene.metric("weir_tokens_total", &[]).await;
-    for usage in ABSURD {
-        let whole = scene.ask(json_answer("hello", usage), CHAT).await;
-        let streamed = [stream_head(), delta("hello").into(), stream_end(usage).into()].concat();
-        let streamed = scene.ask(streamed, STREAM).await;
-        for answer in [whole, streamed] {
-            assert_eq!(answer.status, StatusCode::OK, "{usage}");
-            assert!(left(&answer) > LIMIT - 20_000, "{usage}: {}", left(&answer));
-        }
-        // A counter neither wraps nor jumps.
-        let after = scene.metric("weir_tokens_total", &[]).await;
-        assert!(after >= before && after - before < 1000.0, "{usage}: {before} {after}");
-        before = after;
-    }
-    scene.counts("weir_implausible_usage_total", &["backend=\"b0\""], 2.0 * ABSURD.len() as f64).await;
-    assert!(scene.metric("weir_tokens_total", &["source=\"counted\""]).await > 0.0);
-    // What was learned of the good ones still holds: one more reserves a few tokens.
-    let next = scene.ask(json_answer("hello", honest), CHAT).await;
-    assert!(left(&next) > LIMIT - 20_000, "{}", left(&next));
-    let reserved = scene.gateway.client.ask(Method::POST, "/v1/chat/completions", CHAT).await;
-    assert_eq!(reserved.status, StatusCode::OK);
-}
-
-#[tokio::test]
-async fn one_request_is_charged_at_most_what_max_tokens_and_the_bytes_seen_allow() {
-    let scene = Scene::with(with_limit).await;
-    let asked = r#"{"model":"gpt-4.1","max_tokens":10,"n":2,"messages":[{"role":"user","content":"hi"}]}"#;
-    let usage = |completion: u64| format!(r#"{{"prompt_tokens":2,"completion_tokens":{completion}}}"#);
-    scene.ask(json_answer("hello", &usage(20)), asked).await;
-    scene.counts("weir_implausible_usage_total", &[], 0.0).await;
-    let believed = scene.metric("weir_tokens_total", &["direction=\"output\""]).await;
-    assert_eq!(believed, 20.0);
-    scene.ask(json_answer("hello", &usage(5000)), asked).await;
-    scene.counts("weir_implausible_usage_total", &["direction=\"output\""], 1.0).await;
-    // A backend that does not know max_tokens wrote all that, and the bytes show it.
-    let long = "word ".repeat(2000);
-    scene.ask(json_answer(&long, &usage(2000)), asked).await;
-    scene.counts("weir_implausible_usage_total", &[], 1.0).await;
-}
-
-#[tokio::test]
-async fn reasoning_that_is_not_sent_and_images_that_are_not_text_are_believed() {
-    let scene = Scene::new().await;
-    let usage = r#"{"prompt_tokens":9,"completion_tokens":100000,"completion_tokens_details":{"reasoning_tokens":99990}}"#;
-    scene.ask(json_answer("42", usage), CHAT).await;
-    let image = r#"{"model":"gpt-4.1","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"https://example.com/a.png"}}]}]}"#;
-    let usage = r#"{"prompt_tokens":60000,"completion_tokens":5}"#;
-    scene.ask(json_answer("a cat", usage), image).await;
-    scene.counts("weir_tokens_total", &["source=\"provider\""], 160_014.0).await;
-    scene.counts("weir_implausible_usage_total", &[], 0.0).await;
-}
-
-#[tokio::test]
-async fn embeddings_are_bounded_by_their_input() {
-    let scene = Scene::with(with_limit).await;
-    let body = |tokens: u64| {
-        let body = format!(
-            r#"{{"object":"list","model":"gpt-4.1","data":[{{"index":0,"embedding":[0.5]}}],"usage":{{"prompt_tokens":{tokens},"total_tokens":{tokens}}}}}"#
-        );
-        answer(200, &[JSON], body)
-    };
-    let asked = r#"{"model":"gpt-4.1","input":"hello"}"#;
-    for tokens in [2, 9_223_372_036_854_775_807] {
-        let answer = scene.ask_at("/v1/embeddings", body(tokens), asked).await;
-        assert_eq!(answer.status, StatusCode::OK);
-        assert!(left(&answer) > LIMIT - 5000, "{tokens}: {}", left(&answer));
-    }
-    scene.counts("weir_implausible_usage_total", &["direction=\"input\""], 1.0).await;
-}
-
 #[tokio::test]
 async fn an_encoded_answer_is_the_backends_fault_and_none_is_asked_for() {
     let accepted: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -232,7 +147,7 @@ async fn an_encoded_answer_is_the_backends_fault_and_none_is_asked_for() {
         [head(200, &[JSON, ("transfer-encoding", "gzip, chunked")]), chunk(completion("hi", "")), chunk("")];
     assert_eq!(scene.ask(chunked.concat(), CHAT).await.status, StatusCode::BAD_GATEWAY);
     let errors = codings.len() as f64 * 3.0;
-    assert!(scene.metric("weir_backend_attempts_total", &["server_error"]).await >= errors);
+    assert!(scene.metric("weir_backend_attempts_total", &["invalid_answer"]).await >= errors);
     // One that says so in full is no different from one that does not.
     let plain = answer(200, &[JSON, ("content-encoding", "identity")], completion("hi", ""));
     assert_eq!(scene.ask(plain, CHAT).await.status, StatusCode::OK);
@@ -272,7 +187,8 @@ fn nonsense() -> Vec<(&'static str, Vec<u8>)> {
         ("not UTF-8", b"{\"a\":\"\xff\xfe\"}".to_vec()),
         ("a byte order mark", b"\xef\xbb\xbf{}".to_vec()),
         ("NaN", br#"{"a":NaN}"#.to_vec()),
-        ("an error", br#"{"error":{"message":"no memory"}}"#.to_vec()),
+        ("of another endpoint", br#"{"id":"1","detail":"Not authenticated"}"#.to_vec()),
+        ("an empty error", br#"{"error":{}}"#.to_vec()),
         ("zeros", vec![0; 4096]),
     ]
 }
@@ -299,7 +215,7 @@ async fn a_200_that_is_no_json_object_is_502_on_every_route_and_the_backends_fau
         assert_invalid(&scene.ask(answer(status, &[JSON], body), CHAT).await, &status.to_string());
     }
     let asked = nonsense().len() as f64 * 5.0 + 3.0;
-    scene.counts("weir_backend_attempts_total", &["b0", "server_error"], asked).await;
+    scene.counts("weir_backend_attempts_total", &["b0", "invalid_answer"], asked).await;
 }
 
 #[tokio::test]
@@ -327,16 +243,18 @@ async fn what_is_no_answer_is_tried_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_stream_nobody_asked_for_is_no_answer_and_a_whole_answer_to_a_stream_is_one() {
+async fn a_stream_nobody_asked_for_is_no_answer_and_a_unary_answer_becomes_the_stream_asked_for() {
     let scene = Scene::new().await;
     let stream = [stream_head(), delta("hi").into(), stream_end("").into()].concat();
     assert_invalid(&scene.ask(stream, CHAT).await, "a stream");
-    let whole = scene.ask(json_answer("hi", ""), STREAM).await;
-    assert_eq!(
-        (whole.status, &whole.headers["content-type"]),
-        (StatusCode::OK, &"application/json".parse().expect("a value"))
-    );
-    assert_eq!(whole.json()["choices"][0]["message"]["content"], "hi");
+    let unary = scene.ask(json_answer("hi", ""), STREAM).await;
+    assert_eq!(unary.status, StatusCode::OK);
+    assert!(unary.headers["content-type"].to_str().expect("text").starts_with("text/event-stream"));
+    let first =
+        unary.text().split("\n\n").next().and_then(|event| event.strip_prefix("data: ")).expect("an event");
+    let first: Value = serde_json::from_str(first).expect("JSON");
+    assert_eq!(first["choices"][0]["delta"]["content"], "hi");
+    assert!(unary.text().ends_with("data: [DONE]\n\n"));
 }
 
 /// Headers by which a server commands the proxy before it or the browser behind it, or tells about itself.
@@ -377,12 +295,13 @@ async fn headers_of_a_backend_pass_by_an_allow_list() {
         ("request-id", "req_1"),
     ]);
     let whole = answer(200, &[&headers[..], &[JSON]].concat(), completion("hi", ""));
-    let refusing = answer(400, &[&headers[..], &[("content-type", "text/html")]].concat(), "<script>");
+    let refusal = r#"{"error":{"message":"<script>","type":"invalid_request_error"}}"#;
+    let refusing = answer(400, &[&headers[..], &[("content-type", "text/html")]].concat(), refusal);
     let stream = head(200, &[&headers[..], &[EVENTS, ("connection", "close")]].concat());
     let stream = [stream, delta("hi").into(), stream_end("").into()].concat();
     for (says, request, kind) in [
         (whole, CHAT, "application/json"),
-        (refusing, CHAT, "text/plain; charset=utf-8"),
+        (refusing, CHAT, "application/json"),
         (stream, STREAM, "text/event-stream"),
     ] {
         let answer = scene.ask(says, request).await;
@@ -452,63 +371,6 @@ async fn garbage_in_place_of_http_is_502() {
     assert_eq!(scene.ask(json_answer("hi", ""), CHAT).await.status, StatusCode::OK);
 }
 
-/// Sends the beginning and then the same bytes without end; how many bytes of those the gateway took is told.
-async fn endless(begin: Vec<u8>, again: Vec<u8>) -> (Answer, u64) {
-    let end = CancellationToken::new();
-    let taken: Arc<Mutex<u64>> = Arc::default();
-    let told = taken.clone();
-    let backend = Scripted::start(&end, move |_, mut wire| {
-        let (begin, again, told) = (begin.clone(), again.clone(), told.clone());
-        async move {
-            wire.send(begin).await;
-            // A bound of the test's own, far beyond every bound of the gateway.
-            let times = wire.repeat(&again, (1 << 30) / again.len() as u64).await;
-            *told.lock().expect("sound") += times * again.len() as u64;
-            None
-        }
-    })
-    .await;
-    let gateway = gateway(&Resources::at(&[backend.address]), None).await;
-    let answer = gateway.client.chat(CHAT).await;
-    eventually("the backend's connection is closed", || async { *taken.lock().expect("sound") > 0 }).await;
-    let taken = *taken.lock().expect("sound");
-    (answer, taken)
-}
-
-#[tokio::test]
-async fn an_endless_head_is_502_after_a_bounded_number_of_bytes() {
-    for again in [vec![b'a'; 65_536], b"x-a: b\r\n".repeat(8192)] {
-        let (answer, taken) = endless(b"HTTP/1.1 200 OK\r\nx-big: ".to_vec(), again).await;
-        assert_eq!(answer.status, StatusCode::BAD_GATEWAY);
-        // What lies in the buffers of two sockets is not read.
-        assert!(taken < 32 << 20, "{taken}");
-    }
-}
-
-#[tokio::test]
-async fn an_endless_body_is_502_after_a_bounded_number_of_bytes() {
-    let (answer, taken) = endless(head(200, &[JSON]), vec![b' '; 1 << 20]).await;
-    assert_invalid(&answer, "endless");
-    assert!(taken < 128 << 20, "{taken}");
-}
-
-#[tokio::test]
-async fn an_endless_line_of_a_stream_passes_in_parts_and_is_charged_by_its_bytes() {
-    let scene = Scene::with(with_limit).await;
-    let line = format!("data: {}\n\n", "x".repeat(1 << 20));
-    let says = [stream_head(), line.into_bytes(), stream_end("").into()].concat();
-    let answer = scene.ask(says, STREAM).await;
-    assert_eq!(answer.status, StatusCode::OK);
-    assert!(answer.body.len() > 1 << 20 && answer.text().ends_with("data: [DONE]\n\n"));
-    scene
-        .counts(
-            "weir_tokens_total",
-            &["direction=\"output\"", "counted"],
-            ((1 << 20) + 8_f64 as u64).div_ceil(4) as f64,
-        )
-        .await;
-}
-
 #[tokio::test]
 async fn bytes_after_an_answer_are_never_the_answer_to_another_request() {
     let end = CancellationToken::new();
@@ -542,7 +404,9 @@ async fn an_error_inside_a_stream_passes_without_done_and_is_the_backends_fault(
     // As the first event, nothing was sent yet.
     let error = event(r#"{"error":{"message":"out of memory","code":500}}"#);
     let says = [stream_head(), error.into()].concat();
-    assert_invalid(&scene.ask(says, STREAM).await, "an error first");
+    let first = scene.ask(says, STREAM).await;
+    assert_eq!((first.status.as_u16(), first.error_code().as_str()), (500, "upstream_error"));
+    assert!(first.text().contains("out of memory") && first.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]
@@ -610,7 +474,7 @@ async fn a_backend_that_hangs_after_its_head_is_given_up_in_time() {
     })
     .await;
     let mut resources = Resources::at(&[backend.address]);
-    with_timeouts(Duration::from_millis(700), Duration::from_millis(700))(&mut resources);
+    with_timeouts(Duration::from_millis(700), Duration::from_secs(3))(&mut resources);
     let gateway = gateway(&resources, None).await;
     let began = Instant::now();
     for (n, request) in [STREAM, STREAM, CHAT, CHAT].into_iter().enumerate() {
@@ -620,11 +484,13 @@ async fn a_backend_that_hangs_after_its_head_is_given_up_in_time() {
             continue;
         }
         assert_eq!(answer.status, StatusCode::GATEWAY_TIMEOUT, "{n}");
-        assert_eq!(answer.error_code(), "upstream_timeout");
-        assert!(answer.headers.contains_key("retry-after"), "another backend may be free by then");
+        // Of an answer that is not streamed it is not known whether it would have come.
+        let (code, again) = if n == 0 { ("upstream_timeout", true) } else { ("deadline_exceeded", false) };
+        assert_eq!(answer.error_code(), code, "{n}");
+        assert_eq!(answer.headers.contains_key("retry-after"), again, "another backend may be free by then");
     }
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
-    assert_eq!(metric(&gateway, "weir_backend_attempts_total", &["timeout"]).await, 4.0);
+    assert_eq!(metric(&gateway, "weir_backend_attempts_total", &["timeout"]).await, 2.0);
 }
 
 #[tokio::test]
@@ -652,67 +518,6 @@ async fn what_a_model_writes_never_ends_its_stream() {
     assert!(answer.text().contains("after"));
     assert_eq!(answer.text().matches("\ndata: [DONE]\n").count(), 1);
     scene.counts("weir_backend_attempts_total", &["outcome=\"ok\""], 1.0).await;
-}
-
-fn at(url: &str) -> Resources {
-    let mut resources = Resources::at(&[([127, 0, 0, 1], 9).into()]);
-    resources.rebuild("b0", |spec| {
-        if let Spec::Backend(backend) = spec {
-            backend.url = url.to_owned();
-        }
-    });
-    resources
-}
-
-#[tokio::test]
-async fn backends_at_metadata_link_local_and_unspecified_addresses_are_not_connected_to() {
-    let end = CancellationToken::new();
-    let backend = Scripted::raw(&end, json_answer("reached", "")).await;
-    let port = backend.address.port();
-    // The unspecified addresses lead to this machine, so that a connection would be seen.
-    for url in [
-        format!("http://0.0.0.0:{port}"),
-        format!("http://0:{port}"),
-        format!("http://0x0.0:{port}"),
-        format!("http://[::ffff:0.0.0.0]:{port}"),
-        format!("http://[::]:{port}"),
-        "http://169.254.169.254/latest/meta-data".to_owned(),
-        "http://2852039166".to_owned(),
-        "http://0xa9fea9fe".to_owned(),
-        "http://[::ffff:169.254.169.254]".to_owned(),
-        "http://[fe80::1]".to_owned(),
-        "http://[fd00:ec2::254]".to_owned(),
-        "http://100.100.100.200".to_owned(),
-        "https://169.254.169.254".to_owned(),
-    ] {
-        let began = Instant::now();
-        let gateway = gateway(&at(&url), None).await;
-        let answer = gateway.client.chat(CHAT).await;
-        assert_eq!(answer.status, StatusCode::BAD_GATEWAY, "{url}");
-        assert!(
-            !answer.text().contains("169.254") && !answer.text().contains("0.0.0.0"),
-            "{}",
-            answer.text()
-        );
-        assert!(began.elapsed() < Duration::from_secs(20), "{url} was tried: {:?}", began.elapsed());
-    }
-    assert_eq!(backend.requests(), 0);
-}
-
-#[tokio::test]
-async fn an_operator_can_allow_such_an_address_and_loopback_needs_no_leave() {
-    let end = CancellationToken::new();
-    let backend = Scripted::raw(&end, json_answer("reached", "")).await;
-    let resources = at(&format!("http://0.0.0.0:{}", backend.address.port()));
-    let allowing = gateway_with(&resources, |config| {
-        config.allow_backend_cidr = vec!["0.0.0.0/32".parse().expect("a network")];
-    })
-    .await;
-    assert_eq!(allowing.client.chat(CHAT).await.status, StatusCode::OK);
-    for host in ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1"] {
-        let gateway = gateway(&at(&format!("http://{host}:{}", backend.address.port())), None).await;
-        assert_eq!(gateway.client.chat(CHAT).await.status, StatusCode::OK, "{host}");
-    }
 }
 
 #[tokio::test]

@@ -6,8 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{Method, StatusCode};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
@@ -15,17 +13,20 @@ use weir_tests::cluster::{Mock, mock};
 use weir_tests::eventually;
 use weir_tests::plane::{ADMIN_TOKEN, Plane, start, start_with};
 use weir_tests::process::{Process, command, command_of, signal};
+use weir_tests::scripted::{Scripted, json_answer};
 
 const GATEWAYS: usize = 2;
-/// What gateways are known to the control plane by.
+/// The token by which the control plane knows gateways.
 const GATEWAY_TOKEN: &str = "gateway-token-of-the-tests";
-/// A variable that is a secret, though not Weir's.
+/// A variable with a secret of another program.
 const OTHER_SECRET: (&str, &str) = ("AWS_SECRET_ACCESS_KEY", "secret-of-another-program");
-/// A revocation is in force within a second; on a machine that builds at the same time it may take longer.
+/// A revocation is in force within a second; a machine that builds at the same time needs longer.
 const REVOKED_WITHIN: Duration = Duration::from_secs(5);
+/// The usage in the thief's answers.
+const USAGE: &str = r#"{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}"#;
 const CHAT: &str = r#"{"model":"MODEL","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// A backend that writes down what it is sent.
+/// A backend that records what it receives.
 #[derive(Debug, Clone)]
 struct Thief {
     address: SocketAddr,
@@ -33,28 +34,19 @@ struct Thief {
 }
 
 impl Thief {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let thief = Self { address: listener.local_addr().expect("an address"), heard: Arc::default() };
-        let heard = Arc::clone(&thief.heard);
-        tokio::spawn(async move {
-            while let Ok((mut socket, _)) = listener.accept().await {
-                let heard = Arc::clone(&heard);
-                tokio::spawn(async move {
-                    let mut head = vec![0; 65_536];
-                    let read = socket.read(&mut head).await.unwrap_or(0);
-                    let text = String::from_utf8_lossy(&head[..read]).into_owned();
-                    heard.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
-                    let body = r#"{"id":"x","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"ok"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}"#;
-                    let answer = format!(
-                        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
-                        body.len()
-                    );
-                    let _ = socket.write_all(answer.as_bytes()).await;
-                });
+    async fn start(end: &CancellationToken) -> Self {
+        let heard = Arc::<Mutex<String>>::default();
+        let written = Arc::clone(&heard);
+        let scripted = Scripted::start(end, move |asked, mut wire| {
+            let text = asked.head + &String::from_utf8_lossy(&asked.body);
+            written.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+            async move {
+                wire.send(json_answer("ok", USAGE)).await;
+                None
             }
-        });
-        thief
+        })
+        .await;
+        Self { address: scripted.address, heard }
     }
 
     fn heard(&self, text: &str) -> bool {
@@ -62,7 +54,7 @@ impl Thief {
     }
 }
 
-/// A control plane and gateways that follow it, each a process, in front of a backend that is well and a thief.
+/// A control plane and gateways that follow it, each a process, in front of a healthy backend and a thief.
 struct Fleet {
     plane: Plane,
     gateways: Vec<Process>,
@@ -82,7 +74,7 @@ impl Fleet {
         let plane = start_with("127.0.0.1:0", &data.path().join("plane"), None, &args).await;
         let end = CancellationToken::new();
         let config = mock_llm::Config { models: vec!["good".into()], ..Default::default() };
-        let (good, thief) = (mock(config, &end).await, Thief::start().await);
+        let (good, thief) = (mock(config, &end).await, Thief::start(&end).await);
         std::fs::create_dir(data.path().join("credentials")).expect("made");
         let mut fleet = Self {
             plane,
@@ -178,7 +170,7 @@ impl Fleet {
         client.ask(Method::POST, "/v1/chat/completions", CHAT.replace("MODEL", model)).await.status
     }
 
-    /// Revokes a key; returns how long it took until no gateway took it.
+    /// Revokes a key. Returns the time until no gateway accepted it.
     async fn revoke(&self, key: usize, name: &str) -> Duration {
         for k in 0..GATEWAYS {
             assert_eq!(self.chat(k, key, "good").await, StatusCode::OK, "before it is revoked");
@@ -203,7 +195,7 @@ impl Fleet {
         took
     }
 
-    /// That nothing else suffers.
+    /// Asserts that nothing else is affected.
     async fn is_well(&self, key: usize) {
         for k in 0..GATEWAYS {
             assert_eq!(self.chat(k, key, "good").await, StatusCode::OK);
@@ -217,7 +209,7 @@ async fn fifo(path: &Path) {
     assert!(made.success());
 }
 
-/// Takes the place of whatever is there, in one step.
+/// Replaces a file in one step.
 fn replace(path: &Path, text: &str) {
     let new = path.with_extension("new");
     std::fs::write(&new, text).expect("written");
@@ -231,7 +223,7 @@ async fn an_editor_gets_no_setting_no_variable_and_no_file_that_is_not_meant_for
     assert_eq!(code, 0, "{err}");
     let editor = editor.trim().to_owned();
 
-    // What is never a credential is not even declared.
+    // References that can never be credentials are not accepted.
     for credential in [
         "env:WEIR_GATEWAY_TOKEN".to_owned(),
         "env:WEIR_API_KEY".into(),
@@ -244,7 +236,7 @@ async fn an_editor_gets_no_setting_no_variable_and_no_file_that_is_not_meant_for
         assert!(err.contains("credential"), "{err}");
     }
 
-    // Of other variables and files gateways say that they do not read them, and of files not whether they are there.
+    // Gateways report that they do not read other variables and files, and do not tell whether a file exists.
     let inside = |name: &str| format!("file:{}", fleet.credentials().join(name).display());
     let link = |name: &str, target: &Path| {
         std::os::unix::fs::symlink(target, fleet.credentials().join(name)).expect("made");
@@ -286,7 +278,7 @@ async fn an_editor_gets_no_setting_no_variable_and_no_file_that_is_not_meant_for
         assert_ne!(fleet.chat(k, 0, "stolen").await, StatusCode::OK);
     }
 
-    // What is meant for backends gets there: the thief listens.
+    // Credentials for backends arrive: the thief reads them.
     std::fs::write(fleet.credentials().join("key"), "sk-for-backends\n").expect("written");
     for (credential, secret) in [(inside("key"), "sk-for-backends"), ("env:MINE_API_KEY".into(), "sk-mine")] {
         let (code, _, err) = fleet.apply_as(&editor, &fleet.stealing(&credential)).await;
@@ -318,12 +310,12 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
     fleet.is_well(0).await;
     fleet.revoke(0, "victim").await;
     fleet.is_well(1).await;
-    // Taken away, it is as if it had never been.
+    // If it is removed, the state is as before.
     let (code, _, err) =
         fleet.weir(ADMIN_TOKEN, &["delete", "backend", "thief", "--allow-mass-removal"]).await;
     assert!(code == 0 && err.contains("applied on 2 of 2 gateways"), "{err}");
 
-    // And put right, it is used without another change.
+    // If the file is corrected, it is used without another change.
     let (code, ..) = fleet.apply(&stealing).await;
     assert_eq!(code, 1);
     let begun = Instant::now();
@@ -339,7 +331,7 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
     println!("used by all gateways {:?} after it was a file", begun.elapsed());
     assert!(fleet.thief.heard("Bearer sk-first"));
 
-    // An exchanged secret is used as it is, and one that became unreadable leaves the last one.
+    // A changed secret is used, and an unreadable file leaves the last secret in use.
     let begun = Instant::now();
     replace(&path, "sk-second");
     eventually("the exchanged one is used", || async {
@@ -360,7 +352,7 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
     fleet.is_well(2).await;
 }
 
-/// The disk of a gateway's copy stops answering: here, the file it is written to is a FIFO that nobody reads.
+/// The disk of a gateway's copy stops answering: the file is a FIFO that nobody reads.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_hangs_keeps_no_change_waiting_and_no_process_from_ending() {
     let mut fleet = Fleet::start().await;
@@ -372,7 +364,7 @@ async fn a_disk_that_hangs_keeps_no_change_waiting_and_no_process_from_ending() 
     let (code, _, err) = fleet.apply("kind: tenant\nname: more\nspec: {}\n").await;
     assert!(code == 0 && err.contains("applied on 2 of 2 gateways"), "{err}");
     fleet.is_well(2).await;
-    // Once the disk answers, what is newest is written: a start without the control plane serves it.
+    // When the disk answers, the newest configuration is written: a start without the control plane serves it.
     let (fifo, copy) = (fleet.copy(0).join("fifo"), fleet.copy(0).join("config.current"));
     std::fs::rename(fleet.copy(0).join("config.writing"), &fifo).expect("renamed");
     let mut reader = command_of("cat");
@@ -405,11 +397,11 @@ async fn a_gateway_that_starts_without_its_control_plane_has_the_credentials_of_
     );
     plane.kill().await;
     fleet.plane.url = format!("http://{address}");
-    // From its first answer on, since what is on disk was waited for before it served.
+    // From its first answer on, because it waited for the disk before it served.
     let gateway = fleet.gateway(0).await;
     fleet.gateways.insert(0, gateway);
     assert_eq!(fleet.chat(0, 0, "stolen").await, StatusCode::OK);
-    // What is exchanged meanwhile is used too.
+    // A secret that changes meanwhile is used too.
     replace(&path, "sk-exchanged");
     eventually("the exchanged one is used", || async {
         fleet.chat(0, 0, "stolen").await;

@@ -1,4 +1,4 @@
-//! DNS that fails, lies or flaps under a backend that has a name.
+//! DNS that fails, lies or flaps for a backend with a host name.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -17,21 +17,21 @@ use weir_tests::eventually;
 
 use crate::fleet::{CHAT, plenty, roomy};
 
-/// Where the backends listen, and where nobody does.
+/// The port of the backends, and a port without a listener.
 const GOOD: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const DEAD: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 99));
 
-/// What the resolver says.
+/// The answers of the resolver.
 #[derive(Debug, Clone)]
 enum Says {
     These(Vec<IpAddr>),
     NoSuchName,
     Nothing,
-    /// These one after the other.
+    /// These answers, one after the other.
     Turns(Vec<Vec<IpAddr>>),
 }
 
-/// A resolver that a test scripts, by name.
+/// A resolver whose answers a test decides, by name.
 #[derive(Clone)]
 struct Dns {
     says: Arc<Mutex<Vec<(&'static str, Says)>>>,
@@ -74,7 +74,7 @@ impl Dns {
     }
 }
 
-/// A gateway in front of these backends by name; each request to them makes a connection.
+/// A gateway in front of these backends by name. Each request to them opens a connection.
 async fn named(mocks: &[Mock], hosts: &[&str], resolver: Resolver) -> Gateway {
     gateway_resolving(&with_hosts(mocks, hosts, |_| {}), resolver).await
 }
@@ -173,7 +173,7 @@ async fn dead_addresses_among_good_ones_and_answers_that_flap_fail_no_request() 
     let gw = named(&mocks, &["mixed.test", "flaps.test"], resolver).await;
     let began = Instant::now();
     let mut sent = 0;
-    // Longer than an answer is fresh, so that each answer has its turn.
+    // Longer than the life of an answer, so that each answer is used.
     while began.elapsed() < Duration::from_secs(8) {
         let answer = gw.client.chat(CHAT).await;
         assert_eq!(answer.status, StatusCode::OK, "request {sent}: {}", answer.text());

@@ -1,4 +1,4 @@
-//! The end of a gateway: streams are told of it, and nobody idle holds it up.
+//! The drain of a gateway: streams are told of it, and idle connections do not delay it.
 
 use std::time::Duration;
 
@@ -54,7 +54,7 @@ async fn at_the_limit_of_a_drain_a_stream_gets_its_error_event_and_closes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_without_a_request_do_not_hold_a_drain() {
     let mut lab = Lab::process(&["--drain-s=120"]).await;
-    // It reads nothing from now on, so it never learns that it should leave.
+    // The client reads nothing from now on, so it never learns that it should leave.
     let mut used = Http2::connect(lab.clients, &[]).await;
     assert!(used.send(&models(1)).await);
     assert_eq!(used.ended(1).await, Ended::Answer(200));
@@ -66,7 +66,7 @@ async fn connections_without_a_request_do_not_hold_a_drain() {
     half.write_all(b"GET /v1/models HTTP/1.1\r\nHost:").await.expect("sent");
     lab.assert_served_within(SOON, "before the end").await;
     signal(&lab.process.as_ref().expect("a process").child, "-TERM").await;
-    // Half a head has its ten seconds; nothing else has anything to wait for.
+    // A partial head has its ten seconds; nothing else delays the end.
     ended_within(&mut lab, Duration::from_secs(30), "idle connections").await;
 }
 

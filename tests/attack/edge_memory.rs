@@ -11,22 +11,22 @@ use crate::lab::http1::chat;
 use crate::lab::http2::{self, Ended, Http2, INITIAL_WINDOW_SIZE, window_update};
 use crate::lab::{Lab, SOON, connect_narrow};
 
-/// What a stream may hold in the gateway.
+/// The memory that a stream may hold in the gateway.
 const STREAM_KIB: u64 = 128;
-/// Streams of one kind at once.
+/// Concurrent streams of one kind.
 const STREAMS: u32 = 40;
-/// What is not of the streams: pages of code that run for the first time, and parts that the allocator keeps.
+/// Memory that is not of streams: pages of code that run for the first time, and parts that the allocator keeps.
 const NOISE_KIB: u64 = 8 << 10;
-/// What the backend pours is all somewhere when nothing more was taken from it for so long.
+/// When nothing was taken from the backend for this time, everything that it poured has its place.
 const STILL: Duration = Duration::from_secs(1);
-/// A client that takes nothing of what is written is cut after a minute; a busy machine may be late.
+/// A client that takes nothing is cut after a minute; a busy machine may be late.
 const CUT_WITHIN: Duration = Duration::from_secs(90);
-/// How long slow readers read.
+/// The time for which slow readers read.
 const READING: Duration = Duration::from_secs(3);
 /// The largest window.
 const WHOLE_WINDOW: u32 = (1 << 31) - 1;
 
-/// Connections, which end with this value.
+/// Connections, which end when this value is dropped.
 enum Open {
     Old(Vec<TcpStream>),
     New(Vec<Http2>),
@@ -43,7 +43,7 @@ async fn old(lab: &Lab, act: &str) -> Open {
     Open::Old(sockets)
 }
 
-/// Streams over HTTP/2, so many on each connection, whose clients give these windows and read nothing.
+/// Streams over HTTP/2, a number per connection, whose clients give these windows and read nothing.
 async fn new(lab: &Lab, act: &str, window: u32, on_each: u32) -> Open {
     let mut connections = Vec::new();
     for _ in 0..STREAMS / on_each {
@@ -60,8 +60,8 @@ async fn new(lab: &Lab, act: &str, window: u32, on_each: u32) -> Open {
     Open::New(connections)
 }
 
-/// Asserts that memory stays within `bound` of `before` while the backend pours, until it is held up or for `longest`,
-/// and that good clients are served meanwhile.
+/// Asserts that memory stays within `bound` of `before` while the backend pours, until it is blocked or for
+/// `longest`, and that good clients are served meanwhile.
 async fn assert_within(lab: &Lab, (before, bound): (u64, u64), longest: Duration, case: &str) {
     let began = Instant::now();
     let (mut poured, mut since) = (lab.backend.poured(), began);
@@ -83,7 +83,7 @@ async fn assert_within(lab: &Lab, (before, bound): (u64, u64), longest: Duration
     assert!(more <= bound, "{case}: {more} KiB more than {before} after a good client, {bound} are promised");
 }
 
-/// What all streams of a variation may hold.
+/// The memory that all streams of a variation may hold.
 fn bound() -> u64 {
     u64::from(STREAMS) * STREAM_KIB + NOISE_KIB
 }
@@ -95,7 +95,7 @@ async fn idle(lab: &Lab) {
     .await;
 }
 
-/// A gateway that has had as many streams at once, all of them short, so that its code and its buffers are there.
+/// A gateway that has had as many short streams at once, so that its code and its buffers are in memory.
 async fn warm() -> (Lab, u64) {
     let lab = Lab::process(&[]).await;
     for _ in 0..2 {
@@ -107,7 +107,7 @@ async fn warm() -> (Lab, u64) {
     (lab, before)
 }
 
-/// Each variation in turn may hold its streams' memory; what an earlier one held is counted with it.
+/// Each variation may hold the memory of its streams; memory that an earlier variation left is included.
 async fn assert_bounded(lab: &Lab, before: u64, case: &str, open: Open) {
     assert_within(lab, (before, bound()), SOON, case).await;
     match open {
@@ -166,7 +166,8 @@ async fn a_client_that_reads_slowly_gets_all_of_a_stream_and_costs_no_more() {
 async fn large_answers_that_nobody_reads_are_held_once_and_not_for_ever() {
     /// Answers at once.
     const ANSWERS: u32 = 4;
-    /// Each is read whole before its first byte is sent on; beside it lies at most a copy with the model's name changed.
+    /// Each answer is read completely before its first byte is sent; beside it there is at most a copy with the
+    /// model's name changed.
     const COPIES: u64 = 2;
     let (lab, before) = warm().await;
     let mut old = Vec::new();
@@ -181,7 +182,8 @@ async fn large_answers_that_nobody_reads_are_held_once_and_not_for_ever() {
     }
     let bound = u64::from(ANSWERS) * COPIES * (BIG_BYTES as u64 >> 10) + NOISE_KIB;
     assert_within(&lab, (before, bound), SOON, "large answers").await;
-    // Who takes nothing is cut, by the clock on writes at the latest; the other one has a connection of its own.
+    // A client that takes nothing is cut, at the latest by the clock on writes; the other client has a connection of
+    // its own.
     let cut = async {
         while lab.metric("weir_connections").await > 1.0 {
             tokio::time::sleep(Duration::from_millis(50)).await;

@@ -8,14 +8,14 @@ use tokio::time::Instant;
 use crate::lab::http1::{End, exchange_until, models, post, write_then_read};
 use crate::lab::{Lab, SOON, connect};
 
-/// More than any bound, and more than the buffers of both kernels take.
+/// Above the bound of 16 MiB of these gateways, and above the buffers of both kernels.
 const LARGE: usize = 20_000_000;
-/// How long a client may go on sending behind a refusal before it is cut, with room for a busy machine.
+/// The time for which a client may send after a refusal before it is cut, with room for a busy machine.
 const LINGERS_AT_MOST: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_sends_all_of_a_large_body_first_reads_its_refusal() {
-    let lab = Lab::here().await;
+    let lab = Lab::here_with(|config| config.common.max_body_mib = Some(16)).await;
     let zeros = vec![b'a'; LARGE];
     let length = format!("Content-Length: {LARGE}\r\n\r\n");
     let part = [b"10000\r\n", &[b'a'; 65_536][..], b"\r\n"].concat();
@@ -63,7 +63,7 @@ async fn a_refused_client_that_never_ends_is_cut() {
         let mut socket = connect(lab.clients).await;
         socket.write_all(wrong.as_bytes()).await.expect("sent");
         let began = Instant::now();
-        // A chunk each 100 ms, until the other end is gone.
+        // A chunk every 100 ms, until the other end has gone.
         while socket.write_all(b"1\r\na\r\n").await.is_ok() {
             assert!(began.elapsed() < LINGERS_AT_MOST, "a trickle behind a refusal is still taken");
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -99,7 +99,7 @@ async fn a_refused_client_that_never_ends_is_cut() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_comes_before_the_body_and_at_once() {
-    let lab = Lab::here().await;
+    let lab = Lab::here_with(|config| config.common.max_body_mib = Some(16)).await;
     let began = Instant::now();
     let head = format!("{}Content-Length: {LARGE}\r\n\r\n", post());
     let heard = exchange_until(lab.clients, head, Duration::from_secs(2)).await;

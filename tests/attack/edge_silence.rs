@@ -1,4 +1,4 @@
-//! Connections that say nothing, or not enough: they are cut in time on every port, and keep nobody out.
+//! Silent and slow connections: they are cut in time on every port, and keep nobody out.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -19,22 +19,22 @@ use crate::lab::http2::{self, Ended, Http2, PREFACE};
 use crate::lab::{Lab, SOON, connect, resources};
 use crate::tls::{certificate, flags, trusting};
 
-/// A first request has so long.
+/// The time for a first request.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
-/// A busy machine may notice later.
+/// The additional time of a busy machine.
 const LATE: Duration = Duration::from_secs(8);
 /// Good clients are answered within a second; a busy machine with a slow build has some more.
 const AT_ONCE: Duration = Duration::from_secs(3);
 
-/// What a connection of a stranger does.
+/// The behaviour of a stranger's connection.
 #[derive(Debug, Clone, Copy)]
 enum Stranger {
     Says(&'static [u8]),
-    /// This, and then a byte each second.
+    /// These bytes, and then a byte per second.
     Trickles(&'static [u8]),
 }
 
-/// How long the peer keeps the connection, at most as long as is worth waiting for.
+/// The time for which the peer keeps the connection, at most as long as the test waits.
 async fn kept(address: SocketAddr, stranger: Stranger) -> Option<Duration> {
     let began = Instant::now();
     let (mut reader, mut writer) = connect(address).await.into_split();
@@ -49,7 +49,7 @@ async fn kept(address: SocketAddr, stranger: Stranger) -> Option<Duration> {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         };
-        // Whichever learns of it first.
+        // Whichever side learns of it first.
         tokio::select! { _ = reading => {}, () = trickle => {} }
     };
     tokio::time::timeout(FIRST_REQUEST + LATE, ended).await.ok()?;
@@ -110,14 +110,14 @@ async fn a_connection_without_a_whole_first_request_is_cut_after_ten_seconds_on_
             }
         }
     }
-    // Whoever has asked for something is no stranger, and is not cut with them.
+    // A caller that has sent a request is no stranger, and is not cut with them.
     let mut known = connect(gateway.clients).await;
     known.write_all(&models("")).await.expect("sent");
     let mut wrong = Vec::new();
     for (port, kind, kept) in strangers.join_all().await {
         match kept {
             None => wrong.push(format!("{port}, {kind}: still open after {:?}", FIRST_REQUEST + LATE)),
-            // A port may know at once that this is not its protocol; of clients, who are slow at times, it may not.
+            // A port may detect a wrong protocol at once, but not a slow client.
             Some(time) if time < FIRST_REQUEST / 2 && port == "gateway, clients" => {
                 wrong.push(format!("{port}, {kind}: cut after {time:?} already"));
             }
@@ -132,12 +132,12 @@ async fn a_connection_without_a_whole_first_request_is_cut_after_ten_seconds_on_
     assert_eq!(answers.matches("HTTP/1.1 200").count(), 2, "{answers}");
 }
 
-/// So many connections that say this.
+/// Opens this number of connections that send these bytes.
 async fn open(address: SocketAddr, count: usize, first: &[u8]) -> Vec<TcpStream> {
     let mut sockets = Vec::with_capacity(count);
     for _ in 0..count {
         let mut socket = connect(address).await;
-        // It may have been put out already.
+        // It may have been closed already.
         let _ = socket.write_all(first).await;
         sockets.push(socket);
     }

@@ -1,4 +1,4 @@
-//! Clients that take nothing: a backend's slots are free again when the pool's clocks say so, whatever the client does.
+//! Clients that take nothing: a backend's slots are freed by the pool's timeouts, whatever the client does.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use crate::lab::http2::{
 };
 use crate::lab::{Lab, SHORT_SLOTS, SHORT_TOTAL, SOON, connect_narrow};
 
-/// Beyond the pool's clocks, on a busy machine.
+/// Beyond the pool's timeouts, on a busy machine.
 const LATE: Duration = Duration::from_secs(2);
 
-/// How long it takes from `began` until nothing is in flight; a good client is served then.
+/// The time from `began` until nothing is in flight; a good client is served then.
 async fn assert_slots_come_back(lab: &Lab, began: Instant, case: &str) {
     weir_tests::eventually("the slots are free", || async {
         lab.metric("weir_requests_in_flight").await == 0.0
@@ -57,7 +57,7 @@ async fn http2_streams_without_a_window_give_their_slots_back_in_time() {
         assert!(connection.answers_pings().await, "{case}: the connection is well");
         assert_slots_come_back(&lab, began, case).await;
         assert!(connection.answers_pings().await, "{case}: and stays well");
-        // Another stream of the same connection is served once it may be written to.
+        // Another stream of the same connection is served once it may be written.
         let more =
             [settings(&[(INITIAL_WINDOW_SIZE, 1 << 20)]), window_update(0, 1 << 20), models(99)].concat();
         assert!(connection.send(&more).await);
@@ -88,7 +88,7 @@ async fn an_http2_stream_whose_client_takes_nothing_is_reset_and_never_ends_as_i
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_whose_connection_has_no_window_or_no_reader_give_their_slots_back_in_time() {
     let lab = Lab::here().await;
-    // Windows of streams without an end; that of the connection stays at 65 535.
+    // Unlimited windows of streams; that of the connection stays at 65 535.
     let large = [(INITIAL_WINDOW_SIZE, (1 << 31) - 1)];
     let began = Instant::now();
     let mut connection = Http2::connect(lab.clients, &large).await;

@@ -21,15 +21,15 @@ use weir_tests::stack::Stack;
 
 use crate::fleet::{CHAT, Counts, Fleet, Traffic, ask, is_whole, plenty, roomy};
 
-/// Tokens of the answers that the tests here ask for.
+/// The tokens of the answers that the tests here ask for.
 const ANSWER: u64 = 8;
 const UNARY: &str = r#"{"model":"gpt-4.1","max_tokens":8,"messages":[{"role":"user","content":"hi"}]}"#;
 const STREAM: &str =
     r#"{"model":"gpt-4.1","stream":true,"max_tokens":8,"messages":[{"role":"user","content":"hi"}]}"#;
-/// More than the tokens of any prompt here.
+/// Above the tokens of any prompt here.
 const PROMPT_MAX: u64 = 64;
 
-/// One backend, and limits that count and never refuse, but for `concurrency`.
+/// One backend, and limits that count and never refuse, except `concurrency`.
 fn manifest(backend: std::net::SocketAddr, concurrency: u32) -> String {
     format!(
         "kind: pool\nname: chat\nspec: {{ health: {{ paid_probes_per_hour: 0 }} }}\n\
@@ -41,16 +41,17 @@ fn manifest(backend: std::net::SocketAddr, concurrency: u32) -> String {
     )
 }
 
-/// What drains of a meter while a test runs: the tests look at meters with a rate of one a minute, gateways with theirs.
+/// The drain of a bucket during a test: the tests read buckets with a rate of one per minute, gateways with their
+/// own.
 fn drained(per_minute: u64, since: Instant) -> u64 {
     per_minute * (since.elapsed().as_secs() + 1) / 60 + 1
 }
 
-/// What clients asked for and got.
+/// The requests and results of clients.
 #[derive(Default)]
 struct Ledger {
     sent: AtomicU64,
-    /// Tokens of answers that clients have seen, also of those that broke off.
+    /// Tokens of answers that clients received, broken ones included.
     delivered: AtomicU64,
     failed: AtomicU64,
 }
@@ -71,7 +72,7 @@ impl Ledger {
         };
         let text = String::from_utf8_lossy(&text);
         let tokens = match text.starts_with("data:") {
-            // The first event says who speaks and has no token.
+            // The first event has the role and no token.
             true => text.matches("\"content\":\"").count().saturating_sub(1) as u64,
             false => serde_json::from_str::<serde_json::Value>(&text)
                 .ok()
@@ -108,7 +109,7 @@ async fn gateways_killed_under_load_leave_one_charge_for_each_request_no_lease_a
     for kill in 0..kills {
         let before = mock.handle.counters().requests;
         eventually("requests arrive", || async { mock.handle.counters().requests >= before + 20 }).await;
-        // At another moment of the requests each time.
+        // At a different time within the requests each time.
         tokio::time::sleep(Duration::from_millis(kill * 7 % 50)).await;
         stack.gateways[0].kill().await;
         stack.gateways[0] = stack.gateway(0).await;
@@ -160,7 +161,7 @@ async fn a_gateway_paused_for_longer_than_its_leases_charges_nothing_twice_and_a
         streams.push(body);
     }
     signal(&stack.gateways[0].child, "-STOP").await;
-    // These arrive in its socket and wait there. The tenant may have none in flight then, and be told so.
+    // These requests arrive in its socket and wait there. The tenant may be refused meanwhile.
     let mut waiting = JoinSet::new();
     for _ in 0..10 {
         let paused = paused.clone();
@@ -192,10 +193,11 @@ async fn a_gateway_paused_for_longer_than_its_leases_charges_nothing_twice_and_a
     assert!(charged.contains(&arrived), "{arrived} arrived, charged {charged:?}");
 }
 
-/// Ticks of CPU that a process has used; there is no telling where there is no /proc.
+/// CPU ticks of a process; `None` without /proc.
 fn ticks(id: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-    // After the name, which may hold anything: state is the first field, user and system time the 12th and 13th.
+    // After the name, which may contain anything: state is the first field, user and system time are the 12th and
+    // 13th.
     let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
     Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
 }
@@ -203,7 +205,7 @@ fn ticks(id: u32) -> Option<u64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_without_descriptors_goes_on_with_what_it_has_rests_and_recovers() {
     const DESCRIPTORS: u32 = 256;
-    /// Ticks in a second, on every Linux.
+    /// Ticks per second, on every Linux.
     const HERTZ: u64 = 100;
     let end = CancellationToken::new();
     let config = MockConfig { decode_tokens_per_s: 50.0, output_tokens: 1_000_000, ..roomy() };
@@ -254,12 +256,12 @@ async fn a_gateway_without_descriptors_goes_on_with_what_it_has_rests_and_recove
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_the_load_leaves_the_good_answers_per_second_where_they_were() {
-    // Few, so that the machine is not what is overloaded.
+    // Few, so that the machine itself is not overloaded.
     const SLOTS: u32 = 2;
-    /// Requests a second that the backend can serve: each holds a slot for 0.1 s.
+    /// The requests per second that the backend can serve: each holds a slot for 0.1 s.
     const CAPACITY: u32 = 20;
     const FOR: Duration = Duration::from_secs(4);
-    /// Of the answers per second at the load it can bear; what is lost on a busy machine included.
+    /// The required part of the answers per second under a load it can bear, with room for a busy machine.
     const KEPT: f64 = 0.5;
     let config = MockConfig {
         slots: SLOTS as usize,

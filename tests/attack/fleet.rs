@@ -1,4 +1,4 @@
-//! A control plane, gateways in this process and traffic that counts what becomes of every request.
+//! A control plane, gateways in this process, and traffic that counts the result of every request.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -21,23 +21,23 @@ use weir_tests::plane::{self, ADMIN_TOKEN, Admin, Plane};
 pub(crate) const CHAT: &str =
     r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// Whether the long versions run: twenty restarts of each gateway under 500 requests a second and 200 streams, sixty kills, two
-/// thousand clients. On a quiet machine: WEIR_TEST_WHOLE=1 cargo test -p weir-tests --test attack.
+/// Whether the long versions run: twenty restarts of each gateway under 500 requests per second and 200 streams,
+/// sixty kills, two thousand clients. On a quiet machine: WEIR_TEST_WHOLE=1 cargo test -p weir-tests --test attack.
 pub(crate) fn is_whole() -> bool {
     std::env::var_os("WEIR_TEST_WHOLE").is_some()
 }
 
-/// A backend with room for everybody.
+/// A backend with slots for all.
 pub(crate) fn roomy() -> MockConfig {
     MockConfig { models: vec!["gpt-4.1".into()], slots: 4096, ..MockConfig::default() }
 }
 
-/// So many requests, which hardly drain.
+/// A limit of this number of requests, which hardly drains.
 pub(crate) fn requests(count: u32) -> v1::Rates {
     v1::Rates { requests_per_minute: Some(1), burst_multiplier: Some(f64::from(count)), ..Default::default() }
 }
 
-/// More requests than a test makes.
+/// Above the requests of any test.
 pub(crate) fn plenty() -> v1::Rates {
     v1::Rates { requests_per_minute: Some(10_000_000), concurrency: Some(10_000), ..Default::default() }
 }
@@ -83,8 +83,8 @@ pub(crate) struct Fleet {
 }
 
 impl Fleet {
-    /// Starts it; `change` sets what is particular about each gateway. Returns once each holds the configuration and
-    /// knows of the others.
+    /// Starts it; `change` sets the particular settings of each gateway. Returns when each holds the configuration
+    /// and knows of the others.
     pub(crate) async fn start(
         count: usize,
         resources: &Resources,
@@ -100,7 +100,7 @@ impl Fleet {
         fleet
     }
 
-    /// Starts so many more gateways; returns once each knows of all.
+    /// Starts more gateways. Returns when each knows of all.
     pub(crate) async fn join(&mut self, more: usize, change: impl Fn(usize, &mut Config)) {
         let before = self.gateways.len();
         for k in before..before + more {
@@ -127,18 +127,18 @@ impl Fleet {
         self.gateways.iter().map(|one| one.client.clone()).collect()
     }
 
-    /// Returns once every gateway uses Redis.
+    /// Returns when every gateway uses Redis.
     pub(crate) async fn uses_redis(&self) {
         for one in &self.gateways {
             eventually("Redis decides", || async {
-                // Who has no requests finds out about a change within a second; who has them, at once.
-                one.metric("weir_limit_store_away", "").await == 0.0
+                // A gateway without requests detects a change within a second; one with requests, at once.
+                one.metric("weir_limit_store_unavailable", "").await == 0.0
             })
             .await;
         }
     }
 
-    /// How many outages of Redis each gateway has seen.
+    /// The number of Redis outages of each gateway.
     pub(crate) async fn outages(&self) -> Vec<f64> {
         let mut all = Vec::new();
         for one in &self.gateways {
@@ -147,7 +147,7 @@ impl Fleet {
         all
     }
 
-    /// Returns once these gateways have seen one more, and use Redis again.
+    /// Returns when these gateways have had one more outage and use Redis again.
     pub(crate) async fn was_away(&self, before: &[f64], gateways: std::ops::Range<usize>) {
         for k in gateways {
             eventually("the outage is noticed", || async {
@@ -158,7 +158,7 @@ impl Fleet {
         self.uses_redis().await;
     }
 
-    /// Changes a tenant; returns the revision.
+    /// Changes a tenant. Returns the revision.
     pub(crate) async fn touch(&mut self, word: &str) -> u64 {
         let spec = v1::TenantSpec { display_name: word.into(), ..Default::default() };
         let spec = Some(v1::resource::Spec::Tenant(spec));
@@ -169,20 +169,20 @@ impl Fleet {
     }
 }
 
-/// What became of requests.
+/// The results of requests.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Counts {
     /// By status.
     pub(crate) statuses: BTreeMap<u16, u64>,
-    /// Requests without a whole answer, and why; the first few.
+    /// The reasons of requests without a complete answer; the first few.
     pub(crate) broken: Vec<String>,
-    /// Bodies of answers that are neither 200 nor 429; the first few.
+    /// Bodies of answers other than 200 and 429; the first few.
     pub(crate) odd: Vec<String>,
     pub(crate) slowest: Duration,
     pub(crate) total: u64,
 }
 
-/// How many failures are kept to be shown.
+/// The number of failures that are kept to be shown.
 const SHOWN: usize = 5;
 
 impl Counts {
@@ -198,7 +198,7 @@ impl Counts {
     }
 }
 
-/// Clients that ask one request after the other until told to stop.
+/// Clients that send one request after the other until they are stopped.
 pub(crate) struct Traffic {
     counts: Arc<Mutex<Counts>>,
     stop: CancellationToken,
@@ -206,7 +206,7 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    /// So many workers, each at one of the clients, with a pause after each answer.
+    /// A number of workers, each with one of the clients, with a pause after each answer.
     pub(crate) fn start(clients: &[Client], workers: usize, pause: Duration) -> Self {
         let traffic =
             Self { counts: Arc::default(), stop: CancellationToken::new(), workers: JoinSet::new() };
@@ -224,18 +224,18 @@ impl Traffic {
         traffic
     }
 
-    /// What has become of requests so far.
+    /// The results so far.
     pub(crate) fn counts(&self) -> Counts {
         self.counts.lock().expect("whole").clone()
     }
 
-    /// Returns once so many more requests have ended.
+    /// Returns when this number of further requests have ended.
     pub(crate) async fn more(&self, requests: u64) {
         let before = self.counts().total;
         eventually("traffic goes on", || async { self.counts().total >= before + requests }).await;
     }
 
-    /// Stops; returns what became of every request.
+    /// Stops. Returns the results of all requests.
     pub(crate) async fn end(mut self) -> Counts {
         self.stop.cancel();
         while let Some(ended) = self.workers.join_next().await {
@@ -245,7 +245,7 @@ impl Traffic {
     }
 }
 
-/// One request, counted.
+/// Sends and counts one request.
 pub(crate) async fn ask(client: &Client, body: &str, counts: &Mutex<Counts>) {
     let asked = Instant::now();
     let answer = client.try_chat(body).await;

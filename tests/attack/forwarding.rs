@@ -1,4 +1,4 @@
-//! What a backend or a prompt says leads nowhere else and ends nothing early.
+//! Redirects of a backend and contents of a prompt have no effect on the gateway.
 
 use http::StatusCode;
 

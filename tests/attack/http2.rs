@@ -1,4 +1,4 @@
-//! Floods in HTTP/2: each ends by the peer's refusal or costs no memory, and good clients are served meanwhile.
+//! Floods in HTTP/2: each is refused or costs no memory, and good clients are served meanwhile.
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use crate::lab::http2::{
 };
 use crate::lab::{Lab, connect_narrow};
 
-/// What a flood may cost a gateway in memory: buffers of one connection, and noise of the allocator.
+/// The memory that a flood may cost a gateway: buffers of one connection, and noise of the allocator.
 const MEMORY_KIB: u64 = 16 << 10;
-/// Promised is a second; a test's machine is busy and its build is slow.
+/// A second is promised; a test's machine is busy and its build is slow.
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
 /// ENHANCE_YOUR_CALM.
 const CALM: u32 = 11;
-/// Bursts of a flood that is refused at some point; without a refusal until then the test has failed.
+/// The number of bursts within which a flood must be refused.
 const BURSTS: usize = 300;
 
-/// A process that served and was flooded a little, so that what follows compares with a steady state.
+/// A process that has served and was flooded a little, so that later measurements start from a steady state.
 async fn warm() -> (Lab, u64) {
     let lab = Lab::process(&[]).await;
     lab.assert_served_within(Duration::from_secs(20), "before").await;
@@ -36,7 +36,7 @@ fn assert_memory(lab: &Lab, before: u64, case: &str) {
     assert!(more < MEMORY_KIB, "{case}: {more} KiB more than {before}");
 }
 
-/// Sends bursts until the peer ends the connection; how it did, or nothing if it did not.
+/// Sends bursts until the peer ends the connection. Returns how; `None` if it did not.
 async fn flood(connection: &mut Http2, mut burst: impl FnMut() -> Vec<u8>) -> Option<Ended> {
     for _ in 0..BURSTS {
         let sent = connection.send(&burst()).await;
@@ -55,7 +55,7 @@ async fn flood(connection: &mut Http2, mut burst: impl FnMut() -> Vec<u8>) -> Op
     None
 }
 
-/// Floods twice; each time it must be ended, by GOAWAY where that still gets through.
+/// Floods twice. Each time the connection must be ended, by GOAWAY if that still arrives.
 async fn assert_flood_is_ended(lab: &Lab, case: &str, begin: &[u8], mut burst: impl FnMut(u32) -> Vec<u8>) {
     for _ in 0..2 {
         let mut connection = Http2::connect(lab.clients, &[]).await;
@@ -72,7 +72,7 @@ async fn assert_flood_is_ended(lab: &Lab, case: &str, begin: &[u8], mut burst: i
     }
 }
 
-/// A hundred streams from this one on.
+/// A hundred streams, from this one on.
 fn hundred(first: u32, one: impl Fn(u32) -> Vec<u8>) -> Vec<u8> {
     (0..100).flat_map(|i| one(first + 2 * i)).collect()
 }
@@ -94,7 +94,7 @@ async fn streams_that_are_reset_as_fast_as_opened_end_the_connection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_that_the_server_is_made_to_reset_end_the_connection() {
     let (lab, before) = warm().await;
-    // Each of these is an error of its stream alone, so that the server resets it.
+    // Each of these is an error of its stream alone, so the server resets the stream.
     let no_window = |stream| [models(stream), window_update(stream, 0)].concat();
     let too_much = |stream| [chat(stream, "m", "slow"), window_update(stream, (1 << 31) - 1)].concat();
     let itself = |stream: u32| {
@@ -167,7 +167,7 @@ async fn control_frames_in_floods_cost_no_memory_also_when_no_reply_is_read() {
         };
         tokio::join!(flooding, lab.assert_served_within(SERVED_WITHIN, case));
         assert_memory(&lab, before, case);
-        // The same, and what comes back stays where it is.
+        // The same without reading the answers.
         let mut deaf = Http2::over(connect_narrow(lab.clients).await, &[]).await;
         for _ in 0..400 {
             if !deaf.send_within(&burst, Duration::from_millis(500)).await {
@@ -185,7 +185,7 @@ async fn a_header_that_is_referred_to_thousands_of_times_is_not_unpacked() {
     let request = fields("GET", "/v1/models");
     let request: Vec<(&[u8], &[u8])> = request.iter().map(|(n, v)| (&n[..], &v[..])).collect();
     let mut primed = block(&request);
-    // Into the table, where it is the newest: index 62.
+    // Enters the table as its newest entry: index 62.
     literal(&mut primed, 0x40, b"x-bomb", &[b'a'; 3900]);
     let mut bomb = block(&request);
     bomb.extend([0xbe; 15_000]);

@@ -1,4 +1,4 @@
-//! Keys: one refusal for every wrong one, and no way to learn them.
+//! Keys: every wrong key gets the same refusal, and no answer helps to guess one.
 
 use http::{HeaderMap, StatusCode};
 use weir_proto::v1::{self, resource::Spec};
@@ -18,7 +18,7 @@ async fn ask(lab_address: std::net::SocketAddr, authorization: &[u8]) -> Heard {
     exchange(lab_address, [before.as_bytes(), authorization, after.as_bytes()].concat()).await
 }
 
-/// An answer without what differs from request to request.
+/// An answer without the parts that differ between requests.
 fn what_is_told(heard: &Heard) -> (u16, Vec<String>, Vec<u8>) {
     let reply = heard.replies().pop().unwrap_or_else(|| panic!("no answer: {heard:?}"));
     let own =
@@ -63,7 +63,10 @@ async fn every_key_that_is_not_right_gets_the_same_answer_however_near_it_is() {
         ("not text", b"Authorization: Bearer \xff\xfe\r\n".to_vec()),
         ("600 bytes", bearer(&"a".repeat(600))),
         ("60 000 bytes", bearer(&"a".repeat(60_000))),
-        ("in another header", format!("X-Api-Key: {KEY}\r\n").into_bytes()),
+        ("unknown, in Anthropic's header", b"X-Api-Key: weir_nobody_knows_this_one\r\n".to_vec()),
+        ("unknown, in Azure's header", b"Api-Key: weir_nobody_knows_this_one\r\n".to_vec()),
+        ("with a scheme in Azure's header", format!("Api-Key: Bearer {KEY}\r\n").into_bytes()),
+        ("in a header of Google's", format!("X-Goog-Api-Key: {KEY}\r\n").into_bytes()),
         ("in a cookie", format!("Cookie: authorization=Bearer {KEY}\r\n").into_bytes()),
         ("for a proxy", format!("Proxy-Authorization: Bearer {KEY}\r\n").into_bytes()),
     ];
@@ -77,6 +80,40 @@ async fn every_key_that_is_not_right_gets_the_same_answer_however_near_it_is() {
         .replace("/v1/models", &format!("/v1/models?api_key={KEY}&key={KEY}&authorization=Bearer%20{KEY}"));
     assert_eq!(what_is_told(&exchange(address, query).await), reference, "in the query");
     assert!(backend.arrived().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_taken_from_the_headers_of_azure_and_anthropic_and_stays_here() {
+    let lab = Lab::here().await;
+    let body = body("m", false);
+    for name in ["authorization: Bearer", "x-api-key:", "api-key:", "X-API-Key:"] {
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{name} {KEY}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let heard = exchange(lab.clients, head + &body).await;
+        assert_eq!(heard.statuses(), [200], "{name}: {heard:?}");
+        let arrived = lab.backend.arrived().pop().expect("it arrived");
+        assert!(!arrived.head.contains(KEY), "{name}: {}", arrived.head);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_credentials_at_once_are_refused_and_one_in_two_headers_is_not() {
+    let lab = Lab::here().await;
+    let bearer = format!("Authorization: Bearer {KEY}\r\n");
+    for (other, status) in [
+        (format!("Api-Key: {KEY}\r\nX-Api-Key: {KEY}\r\n"), 200),
+        ("Api-Key: \r\n".to_owned(), 200),
+        ("Api-Key: another\r\n".to_owned(), 400),
+        ("X-Api-Key: another\r\n".to_owned(), 400),
+        (format!("Api-Key: {KEY}\r\nApi-Key: {KEY}\r\n"), 400),
+        (format!("X-Api-Key: {KEY}\r\nX-Api-Key: {KEY}\r\n"), 400),
+    ] {
+        let heard = ask(lab.clients, format!("{bearer}{other}").as_bytes()).await;
+        assert_eq!(heard.statuses(), [status], "{other}: {heard:?}");
+    }
+    assert!(lab.backend.arrived().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

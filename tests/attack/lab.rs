@@ -19,11 +19,11 @@ use weir_tests::process::Process;
 
 use self::backend::Backend;
 
-/// What a stranger waits at most for something that is promised at once: generous, since the machine may be busy.
+/// The longest wait for an effect that is promised at once; long, because the machine may be busy.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Slots of the model `short`.
 pub(crate) const SHORT_SLOTS: u32 = 4;
-/// The whole time that a request to the model `short` may take.
+/// The total timeout of the model `short`.
 pub(crate) const SHORT_TOTAL: Duration = Duration::from_secs(3);
 
 /// A gateway and its backend.
@@ -35,13 +35,14 @@ pub(crate) struct Lab {
     pub(crate) ops: SocketAddr,
     /// The backend.
     pub(crate) backend: Backend,
-    /// The gateway's process, where it has one of its own.
+    /// The gateway's process, if it has one of its own.
     pub(crate) process: Option<Process>,
     _here: Option<Gateway>,
     _data: TempDir,
 }
 
-/// The model `m` has slots and time in plenty, `short` has four slots and three seconds. The tenant `acme` has [`KEY`].
+/// The model `m` has plenty of slots and time, `short` has four slots and three seconds. The tenant `acme` has
+/// [`KEY`].
 pub(crate) fn resources(backend: SocketAddr) -> Resources {
     let seconds = |seconds| Some(Wire { seconds, nanos: 0 });
     let mut resources = Resources::default();
@@ -109,7 +110,7 @@ impl Lab {
         Self { clients, ops, backend, process: Some(process), _here: None, _data: data }
     }
 
-    /// A client that behaves well.
+    /// A good client.
     pub(crate) fn client(&self) -> Client {
         Client::new(self.clients, KEY)
     }
@@ -129,7 +130,7 @@ impl Lab {
         resident_kib(self.pid())
     }
 
-    /// The most resident memory that the gateway's process ever had.
+    /// The peak of resident memory of the gateway's process.
     pub(crate) fn peak_kib(&self) -> u64 {
         status_kib(self.pid(), "VmHWM:")
     }
@@ -141,7 +142,7 @@ impl Lab {
         line.unwrap_or_else(|| panic!("no {name} in {}", page.text())).parse().expect("a number")
     }
 
-    /// Asks as a good client does, on a connection of its own, until told that it must have been served.
+    /// Sends a good client's request on a new connection, and asserts that it was served.
     pub(crate) async fn assert_served_within(&self, within: Duration, meanwhile: &str) {
         let began = Instant::now();
         let asked =
@@ -165,14 +166,14 @@ fn status_kib(pid: u32, field: &str) -> u64 {
     value.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// A connection whose own buffer for what it receives is small, so that what it does not read stays with the peer.
+/// A connection with a small receive buffer, so that unread bytes stay with the peer.
 pub(crate) async fn connect_narrow(address: SocketAddr) -> TcpStream {
     let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
     socket.set_recv_buffer_size(4096).expect("a small buffer");
     socket.connect(address).await.expect("listens")
 }
 
-/// Connects, however full the queue of the listener is.
+/// Connects, even if the listener's queue is full.
 pub(crate) async fn connect(address: SocketAddr) -> TcpStream {
     let connecting = tokio::time::timeout(SOON, TcpStream::connect(address));
     let socket = connecting.await.expect("it listens").expect("a connection");

@@ -1,4 +1,4 @@
-//! Logs never stop what a process is for: standard error that nobody reads, whose reader is gone, or whose disk is full.
+//! Logs never stop a process: standard error without a reader, with a dead reader, or on a full disk.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader};
@@ -25,24 +25,24 @@ const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"use
 const TOKEN: &str = "0123456789abcdef";
 /// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Longest that an answer may take; a request that waits for the log waits for ever.
+/// The longest time of an answer. A request that waits for the log waits for ever.
 const ANSWER: Duration = Duration::from_secs(30);
-/// Requests at once.
+/// Concurrent requests.
 const AT_ONCE: usize = 20;
 
-/// What becomes of a line of the log.
+/// The fate of a log line.
 #[derive(Debug, Clone, Copy)]
 enum Log {
     /// A pipe that is open and that nobody reads.
     Stopped,
-    /// A pipe whose reader is gone.
+    /// A pipe without a reader.
     Closed,
-    /// A disk without room.
+    /// A full disk.
     Full,
 }
 
 impl Log {
-    /// Standard error, and what keeps it as it is.
+    /// Standard error, and the handle that keeps it in this state.
     fn open(self) -> (Stdio, Option<PipeReader>) {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         match self {
@@ -56,17 +56,17 @@ impl Log {
     }
 }
 
-/// An address that nobody else uses: a process whose log cannot be read cannot say which one it took.
+/// An address that nothing else uses: a process whose log cannot be read cannot report its port.
 fn free_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-    // Outgoing connections come from 127.0.0.1 and cannot take it meanwhile.
+    // Outgoing connections come from 127.0.0.1 and cannot take the port meanwhile.
     let own = Ipv4Addr::new(127, 64 + high, low, 1 + (std::process::id() % 250) as u8);
     let listener = TcpListener::bind((own, 0)).expect("a port");
     listener.local_addr().expect("an address")
 }
 
-/// What a process serves.
+/// The service of a process.
 enum Serves {
     Chat(Client),
     Admin(AdminServiceClient<tonic::transport::Channel>),
@@ -104,7 +104,7 @@ impl Serves {
     }
 }
 
-/// All of them at once, in this task.
+/// All requests at once, in this task.
 async fn all_at_once<F: Future<Output = ()>>(futures: Vec<F>) {
     let mut futures: Vec<_> = futures.into_iter().map(|future| Some(Box::pin(future))).collect();
     std::future::poll_fn(|context| {
@@ -121,7 +121,7 @@ async fn all_at_once<F: Future<Output = ()>>(futures: Vec<F>) {
     .await;
 }
 
-/// A process and what it needs to live.
+/// A process and the parts that it depends on.
 struct Process {
     child: Child,
     serves: Serves,
@@ -161,7 +161,7 @@ fn gateway_args(data: &TempDir, clients: SocketAddr, ops: SocketAddr) -> Vec<Str
     vec![
         format!("--listen={clients}"),
         format!("--ops-listen={ops}"),
-        // The discard port: nothing answers there, and the copy on disk is served.
+        // The discard port: nothing listens there, and the copy on disk is served.
         "--control-plane=http://127.0.0.1:9".into(),
         format!("--data-dir={data}"),
         "--pre-stop-s=0".into(),
@@ -238,7 +238,8 @@ async fn up(log: Log) -> Process {
     }
 }
 
-/// The promise: it starts, answers everything, is ready, counts what it lost, leaks nothing, and ends when told.
+/// The promise: the process starts, answers everything, is ready, counts lost lines, leaks nothing, and ends when
+/// told.
 async fn serves_all_the_same(mut process: Process) {
     process.started().await;
     let lost = "weir_log_lines_lost_total";
@@ -256,7 +257,7 @@ async fn serves_all_the_same(mut process: Process) {
     }
     assert_eq!(process.figure("weir_panics_total").await, Some(0.0));
     if let Serves::Chat(client) = &mut process.serves {
-        // A new one has no connections yet; those of the old one end with it.
+        // A new process has no connections yet; those of the old one end with it.
         *client = Client::new(([127, 0, 0, 1], 9).into(), "");
         for gauge in ["weir_requests_in_flight", "weir_connections"] {
             eventually(&format!("{gauge} is 0 again"), || async { process.figure(gauge).await == Some(0.0) })
@@ -293,13 +294,13 @@ rows! {
     up_whose_log_disk_is_full_serves: up, Full;
 }
 
-/// The number in the line that tells of lost lines, if there is one.
+/// The number in the report of lost lines, if there is one.
 fn told(line: &str) -> Option<u64> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     (line["message"] == "log lines were lost").then(|| line["lost"].as_u64().expect("a number"))
 }
 
-/// The reader of a named pipe goes, for instance because a collector is restarted, and another comes.
+/// The reader of a named pipe goes, for instance because a collector restarts, and another one comes.
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_flow_again_when_a_new_reader_comes_and_say_how_many_were_lost() {
     let backends = CancellationToken::new();
@@ -308,7 +309,7 @@ async fn lines_flow_again_when_a_new_reader_comes_and_say_how_many_were_lost() {
     let pipe = data.path().join("log");
     let made = command_of("mkfifo").arg(&pipe).status().await.expect("mkfifo runs");
     assert!(made.success());
-    // Opened for both, so that opening does not wait for the other end.
+    // Opened for reading and writing, so that opening does not wait for the other end.
     let first = File::options().read(true).write(true).open(&pipe).expect("a reader");
     let log = File::options().write(true).open(&pipe).expect("the gateway's end");
     let mut command = command("weir-gateway");
@@ -330,13 +331,13 @@ async fn lines_flow_again_when_a_new_reader_comes_and_say_how_many_were_lost() {
         // It stays open, so that nothing more is lost.
         (told, lines)
     });
-    // No request is needed for it: the log tells by itself.
+    // The log reports losses without a request.
     let (told, _lines) = timeout(PATIENCE, again).await.expect("it tells").expect("no panic");
     assert_eq!(process.figure(lost).await, Some(told as f64));
     process.backends.cancel();
 }
 
-/// A log file that has reached its limit of size, as one on a full disk or over a quota, and is made room for.
+/// A log file has reached its maximum size, as on a full disk or over a quota, and then gets room again.
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_flow_again_when_there_is_room_again_and_say_how_many_were_lost() {
     let backends = CancellationToken::new();
@@ -360,7 +361,7 @@ async fn lines_flow_again_when_there_is_room_again_and_say_how_many_were_lost() 
     }
     process.serves.ask_many().await;
     assert_eq!(process.page("/readyz").await.0, StatusCode::OK);
-    // What follows until there is room is lost, so the file is full to its last byte.
+    // Lines are lost until there is room, so the file is full to its last byte.
     File::options().write(true).open(&path).and_then(|file| file.set_len(0)).expect("room");
     eventually("the log tells", || async {
         let text = std::fs::read_to_string(&path).expect("readable");
@@ -376,7 +377,7 @@ async fn lines_flow_again_when_there_is_room_again_and_say_how_many_were_lost() 
     process.backends.cancel();
 }
 
-/// `weir up` for which nobody reads what it prints runs on, and says so.
+/// `weir up` continues and reports it if nobody reads its output.
 #[tokio::test(flavor = "multi_thread")]
 async fn up_runs_on_when_it_cannot_print() {
     let (_, gone) = std::io::pipe().expect("a pipe");
@@ -394,7 +395,7 @@ async fn up_runs_on_when_it_cannot_print() {
             let line: serde_json::Value = serde_json::from_str(&line).expect("JSON");
             match line["message"].as_str() {
                 Some("serving") => clients = line["clients"].as_str().map(str::to_owned),
-                Some(text) => complained |= text.starts_with("where everything is could not be printed"),
+                Some(text) => complained |= text.starts_with("addresses not printed"),
                 None => {}
             }
         }
@@ -407,7 +408,7 @@ async fn up_runs_on_when_it_cannot_print() {
     }
 }
 
-/// The exit code of a process that cannot start does not depend on who reads why.
+/// The exit code of a process that cannot start does not depend on a reader of its output.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_setting_has_its_exit_code_whatever_becomes_of_the_log() {
     for log in [Log::Stopped, Log::Closed, Log::Full] {

@@ -1,5 +1,5 @@
-//! Attacks and faults, a row a test: what strangers, slow clients, lying backends and failing machines may do to Weir,
-//! and what it promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
+//! Attacks and faults, a row a test: strangers, slow clients, lying backends and failing machines, and what Weir
+//! promises then. `SECURITY.md` and `docs/failures.md` name the test of each promise.
 
 mod backend;
 mod credentials;

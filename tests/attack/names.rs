@@ -1,4 +1,4 @@
-//! Names: none of them is another's key in Redis, and Redis is nobody's who is not meant to have it.
+//! Names: none of them is the Redis key of another one, and Redis is open to nobody else.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use weir_proto::v1::{self, CreateResourceRequest, resource::Spec};
 use weir_ratelimit::{Key, Scope, scope_keys};
 use weir_tests::plane;
 
-/// What somebody may hope to be taken for another's name, or for a part of a key.
+/// Names that somebody may choose to pass for another name, or for a part of a key.
 const HOSTILE: [&str; 24] = [
     "../x",
     "a:b",
@@ -74,7 +74,7 @@ fn no_name_is_anothers_key_or_another_slot_of_a_cluster() {
             note(format!("descriptor {one:?} {other:?}"), &Key::descriptor("rule", [one, other]));
         }
     }
-    // A name that looks like the digest of another is not taken for it.
+    // A name that looks like the digest of another one is hashed too.
     let digest = Key::tenant("Acme").as_str().to_owned();
     let (_, tag) = parts(&digest);
     let forged = tag.strip_prefix("t:").expect("a tenant's").to_owned();
@@ -121,7 +121,7 @@ fn redis_has_no_port_and_no_neighbour_that_is_not_meant_to_use_it() {
         .filter(|name| service(&compose, name).iter().any(|l| l.contains("networks:") && l.contains("state")))
         .collect();
     assert_eq!(neighbours, BTreeSet::from(["ratelimit", "redis"]), "who is on Redis's network by itself");
-    // The gateways are, by what they have in common, and nobody else has that.
+    // Gateways are on it through their common settings, and no other service is.
     let common: Vec<&str> =
         compose.lines().skip_while(|line| *line != "x-gateway: &gateway").skip(1).collect();
     let common = common.iter().take_while(|line| line.starts_with(' ')).collect::<Vec<_>>();
@@ -132,7 +132,7 @@ fn redis_has_no_port_and_no_neighbour_that_is_not_meant_to_use_it() {
         .map(|line| line.trim().trim_end_matches(':'))
         .filter(|name| service(&compose, name).contains(&"    <<: *gateway"))
         .collect();
-    // Each is also the name of a volume, further down.
+    // Each is also the name of a volume further down.
     assert_eq!(BTreeSet::from_iter(gateways), BTreeSet::from(["gateway-1", "gateway-2", "gateway-3"]));
     let kubernetes = read("deploy/kubernetes/weir.yaml");
     let policy = kubernetes.split("\n---").find(|part| {

@@ -1,4 +1,5 @@
-//! Operations ports and the live page's port: who is answered, under which name, and what about tenants.
+//! Operations ports and the port of the live page: which callers are answered, under which host names, and with what
+//! about tenants.
 
 use std::net::SocketAddr;
 
@@ -8,13 +9,13 @@ use weir_tests::cluster::{OPS_TOKEN, Resources, gateway, gateway_with};
 use weir_tests::plane::{self, ADMIN_TOKEN};
 use weir_tests::process::{Process, command};
 
-/// The status of an answer to these header lines, and the whole of it.
+/// The status and the text of the answer to these header lines.
 async fn ask(address: SocketAddr, line: &str, headers: &str) -> (u16, String) {
     let mut socket = TcpStream::connect(address).await.expect("connects");
     let request = format!("{line}\r\n{headers}connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await.expect("sent");
     let mut answer = Vec::new();
-    // Whoever is refused may be reset after its answer.
+    // A refused client may be reset after its answer.
     let _ = socket.read_to_end(&mut answer).await;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -25,7 +26,7 @@ async fn get(address: SocketAddr, path: &str, headers: &str) -> u16 {
     ask(address, &format!("GET {path} HTTP/1.1"), headers).await.0
 }
 
-/// Hosts of other sites, and what is no host, at a port of ours.
+/// Hosts of other sites and invalid hosts, with the port of ours.
 async fn only_its_own_names(what: &str, address: SocketAddr, paths: &[&str]) {
     let port = address.port();
     for path in paths {
@@ -53,7 +54,7 @@ async fn only_its_own_names(what: &str, address: SocketAddr, paths: &[&str]) {
             assert_eq!(get(address, path, &format!("{own}{from}")).await, 403, "{what}{path} {from}");
         }
     }
-    // Pages that are not there tell no more.
+    // Missing pages do not tell more.
     assert_eq!(get(address, "/nothing", "host: evil.example\r\n").await, 421, "{what}");
 }
 

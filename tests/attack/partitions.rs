@@ -1,5 +1,5 @@
-//! Ways between the parts that break, fall silent, or let only one direction through: to the control plane, to Redis and
-//! to a backend, while requests and streams run.
+//! Broken, silent and one-way connections to the control plane, to Redis and to a backend, while requests and streams
+//! run.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use weir_tests::redis::Redis;
 use crate::fleet::{CHAT, Fleet, Traffic, plenty, roomy};
 
 const PAUSE: Duration = Duration::from_millis(10);
-/// A change is everywhere so soon after the way is whole again. The longest pause between two attempts to connect is
-/// 5 s; a silent connection is found dead within 20 s, but on a line that is mended it goes on.
+/// A change is everywhere within this time after a connection is repaired. The longest pause between two attempts to
+/// connect is 5 s. A silent connection is found dead within 20 s, but continues if its line is repaired before.
 const CONVERGED: Duration = Duration::from_secs(15);
 
-/// What becomes of a way: its name, and what does it.
+/// A fault of a connection: its name and the action.
 type Fate = (&'static str, fn(&Line));
 
 const FATES: [Fate; 4] = [
@@ -95,7 +95,7 @@ async fn a_gateway_cut_off_from_redis_in_any_way_fails_no_request_and_comes_back
     eventually("every lease is given back", || async { redis.standing("acme").await.leases == 0 }).await;
 }
 
-/// Of two backends one is cut off: whatever way, requests go to the other one, and streams that were cut say so.
+/// One of two backends is cut off, in every direction: requests go to the other one, and cut streams report it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() {
     const ENDLESS: &str = r#"{"model":"gpt-4.1","stream":true,"max_tokens":100000,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -107,9 +107,8 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
     let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
     resources.rebuild("chat", |spec| {
         let Spec::Pool(pool) = spec else { panic!("a pool") };
-        let initial = Some(prost_types::Duration { seconds: 0, nanos: 300_000_000 });
-        pool.hedging = Some(v1::Hedging { initial, ..Default::default() });
-        // Few requests: the budget of a quiet pool is not what is looked at.
+        pool.hedging = Some(v1::Hedging { unary: true, ..Default::default() });
+        // Few requests, because the retry budget of a quiet pool is not the subject.
         pool.retry_budget = Some(v1::RetryBudget { percent: 100, min_per_second: 100, ..Default::default() });
         let timeouts = v1::Timeouts { connect: seconds(2), idle: seconds(2), ..Default::default() };
         pool.timeouts = Some(timeouts);
@@ -128,8 +127,12 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
     }
     let fleet = Fleet::start(1, &resources, |_, _| {}).await;
     let client = &fleet.gateways[0].client;
+    // There are no hedges before the backend is known.
+    while mocks[..2].iter().any(|mock| mock.handle.counters().requests < 60) {
+        assert_eq!(client.chat(CHAT).await.status, StatusCode::OK);
+    }
     for (fate, happens) in FATES {
-        // Both are used.
+        // Both backends are used.
         eventually("the backend is used", || async {
             let before = mocks[0].handle.counters().requests;
             for _ in 0..4 {
@@ -154,7 +157,7 @@ async fn a_backend_cut_off_in_any_way_costs_no_request_that_has_no_answer_yet() 
         let traffic = Traffic::start(std::slice::from_ref(client), 2, PAUSE);
         traffic.more(60).await;
         if fate.contains("nothing arrives") {
-            // What it sends still comes: the stream runs on, until its client leaves.
+            // Its bytes still arrive: the stream continues until its client leaves.
             stream.frame().await.expect("a chunk").expect("whole");
             drop(stream);
         } else {

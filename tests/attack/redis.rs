@@ -1,5 +1,5 @@
-//! Redis fails in every way it can while gateways are under traffic: no request fails because of it, no more is admitted
-//! than one limit for each primary, and everything heals.
+//! Redis fails in every way while gateways are under traffic: no request fails because of it, admissions stay within
+//! one limit per primary, and everything recovers.
 
 use std::time::Duration;
 
@@ -16,12 +16,12 @@ use weir_tests::sentinel::Sentinel;
 
 use crate::fleet::{Counts, Fleet, Traffic, ask, plenty, requests, roomy};
 
-/// Requests at the tenant's limit.
+/// The tenant's limit of requests.
 const LIMIT: u32 = 100;
-/// Requests that a gateway may decide alone before it takes Redis for away: five calls without an answer in a row, and
-/// those of the other workers that were in flight with them.
+/// Requests that a gateway may decide alone before it detects the outage: five consecutive timeouts, and the calls of
+/// other workers in flight with them.
 const BLIP: u64 = 5 + WORKERS as u64;
-/// Requests that a flood has in flight at each gateway.
+/// Concurrent requests of a flood at each gateway.
 const WORKERS: usize = 4;
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -45,7 +45,7 @@ async fn redis_flushed_emptied_and_killed_under_traffic_costs_no_request() {
     redis.restart().await;
     fleet.uses_redis().await;
     traffic.more(100).await;
-    // Back at once: whether a gateway calls that an outage depends on how many calls fell into it.
+    // Back at once: whether a gateway detects an outage depends on the number of calls in it.
     redis.kill().await;
     redis.restart().await;
     traffic.more(100).await;
@@ -56,7 +56,7 @@ async fn redis_flushed_emptied_and_killed_under_traffic_costs_no_request() {
     eventually("every lease is given back", || async { redis.standing("acme").await.leases == 0 }).await;
 }
 
-/// A command that makes Redis refuse, and what undoes it.
+/// A command that makes Redis refuse, and one that undoes it.
 struct Refusal {
     name: &'static str,
     wrong: &'static [&'static str],
@@ -80,7 +80,7 @@ const REFUSALS: &[Refusal] = &[
         wrong: &["ACL", "SETUSER", "default", "-evalsha", "-eval"],
         undo: &["ACL", "SETUSER", "default", "+@all"],
     },
-    // Nobody is answered, also not who would end it, until the time is over.
+    // Redis answers nobody until the time is over, not even a command that would end it.
     Refusal { name: "paused", wrong: &["CLIENT", "PAUSE", "4000", "ALL"], undo: &["PING"] },
 ];
 
@@ -96,14 +96,17 @@ async fn every_way_redis_refuses_is_no_error_for_clients_and_heals() {
     traffic.more(50).await;
     for refusal in REFUSALS {
         redis.cli(refusal.wrong).await;
-        eventually(refusal.name, || async { gateway.metric("weir_limit_store_away", "").await == 1.0 }).await;
+        eventually(refusal.name, || async {
+            gateway.metric("weir_limit_store_unavailable", "").await == 1.0
+        })
+        .await;
         traffic.more(50).await;
         redis.cli(refusal.undo).await;
         fleet.uses_redis().await;
         let counts = traffic.counts();
         counts.only(&[200], refusal.name);
     }
-    // One record of a wrong kind: nobody can count there, and nobody else is disturbed.
+    // One record of a wrong type: its limit cannot be decided, and all others can.
     let (record, leases) = scope_keys(Scope::Tenant("acme"));
     for key in [record.as_str(), leases.as_str()] {
         redis.cli(&["DEL", key]).await;
@@ -112,10 +115,11 @@ async fn every_way_redis_refuses_is_no_error_for_clients_and_heals() {
         redis.cli(&["DEL", key]).await;
     }
     fleet.uses_redis().await;
-    // A script that does not end: Redis answers BUSY until it is killed.
+    // An endless script: Redis answers BUSY until it is killed.
     redis.cli(&["CONFIG", "SET", "busy-reply-threshold", "10"]).await;
     let (_, ()) = tokio::join!(redis.cli(&["EVAL", "while true do end", "0"]), async {
-        eventually("busy", || async { gateway.metric("weir_limit_store_away", "").await == 1.0 }).await;
+        eventually("busy", || async { gateway.metric("weir_limit_store_unavailable", "").await == 1.0 })
+            .await;
         traffic.more(50).await;
         redis.cli(&["SCRIPT", "KILL"]).await;
     });
@@ -124,7 +128,7 @@ async fn every_way_redis_refuses_is_no_error_for_clients_and_heals() {
     traffic.end().await.only(&[200], "each refusal was undone");
 }
 
-/// A primary and its replica, and what gateways are told by one Sentinel or the other.
+/// A primary and its replica, and the answers of two Sentinels.
 struct Replicated {
     old: Redis,
     new: Redis,
@@ -138,7 +142,7 @@ impl Replicated {
         this
     }
 
-    /// Makes one a replica of the other; returns once it has what the other has.
+    /// Makes one server a replica of the other. Returns when it has the other's data.
     async fn follow(&self, replica: &Redis, primary: &Redis) {
         replica.cli(&["REPLICAOF", "127.0.0.1", &primary.address().port().to_string()]).await;
         eventually("the replica follows", || async {
@@ -147,7 +151,7 @@ impl Replicated {
         .await;
     }
 
-    /// Returns once the new one holds all of the old one's.
+    /// Returns when the new server has all data of the old one.
     async fn caught_up(&self) {
         let offset = async |redis: &Redis| {
             let page = redis.cli(&["INFO", "replication"]).await;
@@ -163,7 +167,7 @@ impl Replicated {
     }
 }
 
-/// Far more requests than the limit allows, and wrong keys among them.
+/// Far more requests than the limit allows, with wrong keys among them.
 async fn flood(clients: &[Client], each: usize) -> Counts {
     let counts = std::sync::Arc::new(std::sync::Mutex::new(Counts::default()));
     let mut all = tokio::task::JoinSet::new();
@@ -204,7 +208,7 @@ async fn a_primary_that_hangs_is_left_for_the_promoted_replica_within_the_limit(
     redis.caught_up().await;
     let before = fleet.outages().await;
     signal(redis.old.child(), "-STOP").await;
-    // Sentinel does not answer either at first: it needs its time.
+    // Sentinel does not answer at first either: it needs its time.
     sentinel.silence();
     admitted += flood(&fleet.clients(), 40).await.of(200);
     redis.promote().await;
@@ -213,16 +217,16 @@ async fn a_primary_that_hangs_is_left_for_the_promoted_replica_within_the_limit(
     fleet.was_away(&before, 0..3).await;
     eprintln!("the promoted replica decides after {:?}", promoted.elapsed());
     admitted += flood(&fleet.clients(), 200).await.of(200);
-    // While nobody decides each gateway has its share, rounded down, at least what was its own.
+    // During the outage each gateway has its local share, rounded down, at least the slots that it held.
     let most = u64::from(LIMIT) + 3;
     assert!((u64::from(LIMIT) - 3..=most).contains(&admitted), "{admitted} of {LIMIT}");
-    // The old one comes back and still believes that it is the primary: nobody asks it.
+    // The old primary returns and still believes that it is the primary: no gateway asks it.
     signal(redis.old.child(), "-CONT").await;
     let refused = flood(&fleet.clients(), 40).await;
     assert!(refused.of(200) <= 1, "{refused:?}");
     redis.follow(&redis.old, &redis.new).await;
     assert!(flood(&fleet.clients(), 40).await.of(200) <= 1);
-    // And a second failover, back to it, with the primary killed.
+    // A second failover, back to it, with the primary killed.
     redis.new.kill().await;
     redis.old.cli(&["REPLICAOF", "NO", "ONE"]).await;
     sentinel.say(redis.old.address());
@@ -237,7 +241,7 @@ async fn a_split_brain_admits_one_limit_for_each_primary_and_heals() {
     let end = CancellationToken::new();
     let mocks = [mock(roomy(), &end).await];
     let redis = Replicated::start().await;
-    // Each side has its own way to the old primary, and its own Sentinel.
+    // Each side has its own connection to the old primary, and its own Sentinel.
     let ways = [Line::to(redis.old.address(), &end).await, Line::to(redis.old.address(), &end).await];
     let mut sentinels = Vec::new();
     for way in &ways {
@@ -264,7 +268,7 @@ async fn a_split_brain_admits_one_limit_for_each_primary_and_heals() {
     let left = u64::from(LIMIT) - before;
     eprintln!("of {left} left, {old_side} were admitted at the old primary and {new_side} at the new one");
     assert!(old_side <= left && new_side <= left + 2 * BLIP, "{old_side} and {new_side} of {left}");
-    // It heals: the old primary is made a replica, and both Sentinels say so.
+    // The partition ends: the old primary becomes a replica, and both Sentinels report it.
     sentinels[0].say(redis.new.address());
     redis.follow(&redis.old, &redis.new).await;
     let healed = Instant::now();
@@ -278,7 +282,7 @@ async fn a_split_brain_admits_one_limit_for_each_primary_and_heals() {
     assert!(flood(&clients, 40).await.of(200) <= 1, "one limit again, and it is used up");
 }
 
-/// Sentinel that accepts and says nothing: gateways start, serve, and find the primary when it speaks.
+/// A Sentinel accepts connections and never answers: gateways start, serve, and find the primary when it answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_sentinel_delays_nobody_and_is_asked_again() {
     let end = CancellationToken::new();

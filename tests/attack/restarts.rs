@@ -1,4 +1,4 @@
-//! Gateways restarted one after the other under load, and everybody coming back at once after an outage.
+//! Gateways that are restarted one after the other under load, and clients that all return at once after an outage.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,15 +27,15 @@ use weir_tests::stack::Stack;
 
 use crate::fleet::{Fleet, Traffic, is_whole, plenty, roomy};
 
-/// How long a gateway accepts after it was told to end; load balancers find out meanwhile.
+/// The time for which a gateway accepts connections after it was told to end, so that load balancers notice.
 const PRE_STOP_S: u64 = 2;
-/// A client keeps idle connections for less than that, so none is used at the moment when it is closed.
+/// A client keeps idle connections for less than that, so none is used while it is being closed.
 const IDLE: Duration = Duration::from_millis(300);
-/// Gateways that a request is tried at while they refuse connections.
+/// The number of gateways that a request is tried at while they refuse connections.
 const TRIES: usize = 30;
 
-/// A client with several gateways: it goes to the next one where a connection is refused, or a stream was given back
-/// unread, and keeps to what `Connection: close` and GOAWAY say.
+/// A client with several gateways. It uses the next one if a connection is refused or a stream was given back unread,
+/// and obeys `Connection: close` and GOAWAY.
 struct Balancer {
     gateways: Mutex<Vec<SocketAddr>>,
     next: AtomicUsize,
@@ -60,7 +60,7 @@ impl Balancer {
         }
     }
 
-    /// The whole answer; or why the request is lost.
+    /// The complete answer, or why the request is lost.
     async fn ask(&self, body: &'static str, two: bool) -> Result<(StatusCode, Bytes), String> {
         let mut refused = String::new();
         for _ in 0..TRIES {
@@ -90,11 +90,11 @@ impl Balancer {
     }
 }
 
-/// Whether the request certainly reached nobody: the connection had ended before it was written, or HTTP/2 says that the
-/// request was not looked at.
+/// Whether the request certainly reached no gateway: the connection had ended before it was written, or HTTP/2
+/// reports that the request was not processed.
 fn is_unread(error: &hyper_util::client::legacy::Error) -> bool {
     let mut causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
-    // How h2 words REFUSED_STREAM, and a GOAWAY without an error that does not count the stream in.
+    // h2's words for REFUSED_STREAM, and for a GOAWAY without an error that excludes the stream.
     let words = ["refused stream before processing any application logic", "not a result of an error"];
     causes.any(|cause| {
         let text = cause.to_string();
@@ -108,11 +108,11 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
     const UNARY: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
     const STREAM: &str =
         r#"{"model":"gpt-4.1","stream":true,"max_tokens":10,"messages":[{"role":"user","content":"hi"}]}"#;
-    /// A machine that cannot bear the load offers what it can, instead of a backlog that only grows.
+    /// A machine that cannot bear the load gets what it can, instead of a growing backlog.
     const IN_FLIGHT_MAX: usize = 256;
     let (rounds, per_second, streams) = if is_whole() { (20, 500, 200) } else { (2, 60, 20) };
     let rounds = std::env::var("WEIR_TEST_RESTARTS").ok().and_then(|n| n.parse().ok()).unwrap_or(rounds);
-    // A stream takes 2.5 s: longer than a gateway accepts after it was told to end.
+    // A stream takes 2.5 s: longer than a gateway accepts connections after it was told to end.
     let slow = MockConfig { decode_tokens_per_s: 4.0, ..roomy() };
     let mock = mock(slow, &CancellationToken::new()).await;
     let manifest = format!(
@@ -210,7 +210,7 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
         .await;
 }
 
-/// What a process takes of memory, KiB: now, and at most so far. `None` where there is no /proc.
+/// The memory of a process, KiB: now and at its peak. `None` without /proc.
 fn memory_kib(id: u32) -> Option<(u64, u64)> {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
     let of = |name: &str| {
@@ -219,7 +219,7 @@ fn memory_kib(id: u32) -> Option<(u64, u64)> {
     Some((of("VmRSS:")?, of("VmHWM:")?))
 }
 
-/// One client that connects anew and asks for the models.
+/// One client that reconnects and asks for the models.
 async fn models(address: SocketAddr) -> std::io::Result<TcpStream> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET /v1/models HTTP/1.1\r\nhost: weir\r\nauthorization: Bearer {KEY}\r\n\r\n");
@@ -235,7 +235,7 @@ async fn models(address: SocketAddr) -> std::io::Result<TcpStream> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everybody_back_at_once_after_an_outage_is_in_step_within_ten_seconds() {
     const GATEWAYS: usize = 20;
-    // Ten seconds are promised; a machine that is busy with other tests as well has twice as many.
+    // Ten seconds are promised; a machine that is busy with other tests has twice as many.
     const IN_STEP: Duration = Duration::from_secs(20);
     let clients = if is_whole() { 2000 } else { 400 };
     let mocks = [mock(roomy(), &CancellationToken::new()).await];

@@ -1,4 +1,4 @@
-//! A gateway that lies: about who it is, and about what it sees.
+//! A gateway that lies about its identity and about what it observes.
 
 use std::time::Duration;
 
@@ -35,14 +35,14 @@ fn hello(id: &str, incarnation: &str) -> v1::Hello {
     v1::Hello { gateway_id: id.into(), incarnation: incarnation.into(), ..v1::Hello::default() }
 }
 
-/// A stream of one of the lanes; it ends when what is sent is dropped.
+/// A stream of either kind; it ends when its sender is dropped.
 struct Open<Q, A> {
     said: mpsc::Sender<Q>,
     heard: Streaming<A>,
 }
 
 impl<Q, A> Open<Q, A> {
-    /// How it ends.
+    /// How the stream ended.
     async fn end(mut self) -> Code {
         let ended = tokio::time::timeout(Duration::from_secs(60), async {
             loop {
@@ -76,13 +76,13 @@ async fn report(url: &str, token: &str, first: v1::StreamReportsRequest) -> Repo
     Open { said, heard: heard.into_inner() }
 }
 
-/// Waits until it is sent something of the configuration.
+/// Waits for a part of the configuration.
 async fn is_served(configuration: &mut Configuration) {
     let heard = tokio::time::timeout(Duration::from_secs(60), configuration.heard.message()).await;
     heard.expect("soon").expect("no refusal").expect("something");
 }
 
-/// What the control plane knows of the gateways: id, incarnation and whether it is connected.
+/// The gateways that the control plane knows: id, incarnation and whether it is connected.
 async fn gateways(plane: &plane::Plane) -> Vec<(String, String, bool)> {
     let list =
         plane.admin().await.list_gateways(v1::ListGatewaysRequest {}).await.expect("listed").into_inner();
@@ -105,8 +105,8 @@ async fn a_shared_token_cannot_take_the_id_of_a_gateway_that_is_connected() {
     let mut real = say_hello(&plane.url, ADMIN_TOKEN, hello("gwx", "real")).await;
     is_served(&mut real).await;
     let _reports = report(&plane.url, ADMIN_TOKEN, of("gwx", "real")).await;
-    for observer in [false, true] {
-        let rogue = v1::Hello { observer, ..hello("gwx", "rogue") };
+    for status_only in [false, true] {
+        let rogue = v1::Hello { status_only, ..hello("gwx", "rogue") };
         assert_eq!(say_hello(&plane.url, ADMIN_TOKEN, rogue).await.end().await, Code::Aborted);
     }
     eventually("its reports are taken", || async {
@@ -114,11 +114,11 @@ async fn a_shared_token_cannot_take_the_id_of_a_gateway_that_is_connected() {
     })
     .await;
     assert_eq!(gateways(&plane).await, [("gwx".to_owned(), "real".to_owned(), true)]);
-    // The process itself comes back before anybody noticed that its old connection is dead.
+    // The process itself reconnects before its dead connection is noticed.
     let mut again = say_hello(&plane.url, ADMIN_TOKEN, hello("gwx", "real")).await;
     is_served(&mut again).await;
     assert_eq!(real.end().await, Code::Aborted);
-    // And once it has left, a new process has its id at once.
+    // After it has left, a new process gets its id at once.
     drop(again);
     eventually("the next process is taken", || async {
         let mut next = say_hello(&plane.url, ADMIN_TOKEN, hello("gwx", "next")).await;
@@ -147,11 +147,11 @@ async fn a_token_of_one_gateway_speaks_for_no_other_and_nobody_else_for_it() {
     let mut admin = weir_proto::v1::admin_service_client::AdminServiceClient::new(channel(&plane.url).await);
     let refused = admin.list_gateways(with(GW1, v1::ListGatewaysRequest {})).await.expect_err("no operator");
     assert_eq!(refused.code(), Code::PermissionDenied);
-    // Its own next process takes over, whatever became of the last one.
+    // Its next process takes over, whatever happened to the last one.
     let mut next = say_hello(&plane.url, GW1, hello("gw-1", "2")).await;
     is_served(&mut next).await;
     assert_eq!(real.end().await, Code::Aborted);
-    // A gateway that is added needs no restart, and one that is taken out has none.
+    // Gateways can be added and removed without a restart.
     write("gw-2", GW2);
     eventually("a new token is known", || async {
         let mut client = DiscoveryServiceClient::new(channel(&plane.url).await);
@@ -166,7 +166,7 @@ async fn a_token_of_one_gateway_speaks_for_no_other_and_nobody_else_for_it() {
 }
 
 #[tokio::test]
-async fn one_token_is_one_vantage_point_however_many_names_it_gives() {
+async fn one_token_is_one_observer_however_many_gateway_ids_it_uses() {
     let data = tempfile::tempdir().expect("a directory");
     let plane = plane::start("127.0.0.1:0", data.path(), None).await;
     let issue = v1::IssueTokenRequest {
@@ -224,7 +224,7 @@ async fn streams_of_one_gateways_token_are_bounded() {
     let mut client = ReportServiceClient::new(channel(&plane.url).await);
     let mut held = Vec::new();
     let refused = loop {
-        // It says nothing at first, so that no stream takes over from another.
+        // It sends nothing at first, so that no stream replaces another.
         let (said, requests) = mpsc::channel::<v1::StreamReportsRequest>(1);
         match client.stream_reports(with(GW1, ReceiverStream::new(requests))).await {
             Ok(heard) => held.push((said, heard)),
@@ -237,7 +237,7 @@ async fn streams_of_one_gateways_token_are_bounded() {
 
 const BACKENDS: usize = 5;
 
-/// Two gateways that tell the truth, one that does not, and five backends.
+/// Two honest gateways, one that lies, and five backends.
 struct World {
     stack: Stack,
     gates: Vec<Gate>,
@@ -290,7 +290,7 @@ impl World {
         states.len() == BACKENDS && states.iter().all(|s| s == state)
     }
 
-    /// Says the same of every backend, in every way there is, until it is dropped.
+    /// Reports the same of every backend, in every way, until it is dropped.
     async fn lie(&self, outcome: ProbeOutcome) -> tokio::task::JoinHandle<()> {
         let dead = outcome != ProbeOutcome::Pass;
         let lie = move |sequence: u64| {
@@ -315,8 +315,8 @@ impl World {
                 gateway_id: "liar".into(),
                 incarnation: "1".into(),
                 sequence,
-                probes: true,
-                results: results.collect(),
+                can_probe: true,
+                probe_results: results.collect(),
                 backends: backends.collect(),
                 ..Default::default()
             }
@@ -326,7 +326,7 @@ impl World {
         let mut reports = report(&self.url, &self.token, lie(1)).await;
         tokio::spawn(async move {
             let mut sequence = 1;
-            // Its stream ends when what it says ends.
+            // Its stream ends with its reports.
             let _said = configuration.said;
             loop {
                 tokio::select! {
@@ -348,7 +348,7 @@ impl World {
 async fn one_liar_of_three_gateways_ejects_nothing() {
     let world = World::start(2).await;
     let liar = world.lie(ProbeOutcome::Refused).await;
-    // Long enough for suspicions, their confirmation and a second round after the liar was outvoted.
+    // Long enough for suspicion, its confirmation and a second round after the liar was outvoted.
     let end = tokio::time::Instant::now() + Duration::from_secs(12);
     while tokio::time::Instant::now() < end {
         let states = world.states().await;
@@ -368,8 +368,8 @@ async fn one_liar_of_three_gateways_keeps_no_dead_backend_in_use() {
     for gate in &world.gates {
         gate.set("*", Door::Broken);
     }
-    // In the first seconds the control plane's last probe still says that the backends live. With the liar that makes two
-    // against two, and both honest gateways may be taken for isolated and lose their votes for a minute.
+    // In the first seconds the control plane's last probe is still a pass. It is older than the first failure, so it
+    // is no second vote beside the liar's. On a quiet machine this takes seconds.
     let dead = tokio::time::timeout(Duration::from_secs(120), async {
         while !world.are("unhealthy").await {
             tokio::time::sleep(Duration::from_millis(50)).await;

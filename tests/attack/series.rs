@@ -1,11 +1,11 @@
-//! Metrics: what strangers send makes no series.
+//! Metrics: input of strangers creates no series.
 
 use http::{Method, StatusCode};
 
 use crate::lab::Lab;
 use crate::lab::http1::{exchange, models};
 
-/// Series that the first request of each outcome adds; what a stranger chooses must add none.
+/// Series that the first request of each outcome adds. Input of a stranger must add none.
 const MORE: usize = 60;
 
 async fn count(lab: &Lab) -> usize {

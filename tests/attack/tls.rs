@@ -1,4 +1,4 @@
-//! TLS towards clients: no old version, nothing in plain.
+//! TLS towards clients: no old version, no plain text.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ async fn old_versions_of_tls_are_refused() {
         let hello = [&[1, 0][..], &length(body.len()), &body].concat();
         let record = [&[22, 3, minor][..], &length(hello.len()), &hello].concat();
         let heard = exchange(gateway.clients, record).await;
-        // An alert, or nothing at all; never a hello in return.
+        // An alert or nothing, but never a hello in return.
         assert!(heard.bytes.is_empty() || heard.bytes[0] == 21, "{name}: {heard:?}");
         assert_ne!(heard.end, End::Open, "{name}: {heard:?}");
     }

@@ -1,4 +1,4 @@
-//! Streams and calls of the control plane and the limit service that strangers, or one caller alone, would hold.
+//! Streams and calls of the control plane and the limit service that strangers, or one caller alone, try to occupy.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -70,7 +70,7 @@ async fn health_is_checked_by_everybody_and_watched_with_a_token() {
 async fn watches_of_a_stranger_are_refused_and_held_nowhere() {
     let (plane, _data) = plane().await;
     let channel = channel(&plane.url).await;
-    // As many as a second allows: what matters is that each of them is refused and none is held.
+    // As many as a second allows: each of them must be refused and none held.
     let refused = Arc::new(AtomicUsize::new(0));
     let mut strangers = tokio::task::JoinSet::new();
     for _ in 0..50 {
@@ -140,9 +140,12 @@ async fn a_watch_of_changes_ends_when_its_token_is_revoked() {
 async fn reflection_streams_are_bounded() {
     let (plane, _data) = plane().await;
     let channel = channel(&plane.url).await;
-    let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    // Both names count as one.
+    let paths = ["v1", "v1alpha"]
+        .map(|version| format!("/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"));
     let mut held = Vec::new();
     let refused = loop {
+        let path = &paths[held.len() % 2];
         let mut grpc = Grpc::new(channel.clone());
         grpc.ready().await.expect("ready");
         let open = Request::new(tokio_stream::pending::<()>());
@@ -154,6 +157,56 @@ async fn reflection_streams_are_bounded() {
         assert!(held.len() < 1000, "no bound on reflection");
     };
     assert_eq!((refused, held.len()), (Code::ResourceExhausted, 64));
+}
+
+/// The part of reflection that lists services; both versions have the same field numbers.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ListAsked {
+    #[prost(string, tag = "7")]
+    list_services: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Listed {
+    #[prost(message, optional, tag = "6")]
+    list: Option<Services>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Services {
+    #[prost(message, repeated, tag = "1")]
+    service: Vec<Service>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Service {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+#[tokio::test]
+async fn reflection_answers_by_both_of_its_names() {
+    let (plane, _data) = plane().await;
+    let (_service, limits) = limit_service().await;
+    for (url, token, service) in [
+        (&plane.url, ADMIN_TOKEN, "weir.v1.AdminService"),
+        (&limits, LIMIT_TOKEN, "envoy.service.ratelimit.v3.RateLimitService"),
+    ] {
+        for version in ["v1", "v1alpha"] {
+            let mut grpc = Grpc::new(channel(url).await);
+            grpc.ready().await.expect("ready");
+            let path = format!("/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo");
+            let asked = with(Some(token), tokio_stream::once(ListAsked { list_services: "*".into() }));
+            let codec = ProstCodec::<ListAsked, Listed>::default();
+            let answer = grpc.streaming(asked, path.parse().expect("a path"), codec).await;
+            let mut answers =
+                answer.unwrap_or_else(|status| panic!("{url} {version}: {status}")).into_inner();
+            let listed =
+                answers.message().await.expect("heard").and_then(|answer| answer.list).expect("a list");
+            let names: Vec<String> = listed.service.into_iter().map(|service| service.name).collect();
+            assert!(names.contains(&service.to_owned()), "{url} {version}: {names:?}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -184,10 +237,11 @@ async fn a_call_without_a_token_is_refused_before_its_message_is_read() {
         (&limits, "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"),
         (&limits, "/grpc.health.v1.Health/Watch"),
         (&limits, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
+        (&limits, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
     ] {
         let mut grpc = Grpc::new(channel(url).await);
         grpc.ready().await.expect("ready");
-        // The head alone: not a byte of a message follows it.
+        // Only the head: no byte of a message follows.
         let silent = Request::new(tokio_stream::pending::<()>());
         let path_and_query = path.parse().expect("a path");
         let call = grpc.client_streaming(silent, path_and_query, ProstCodec::<(), ()>::default());
@@ -213,7 +267,7 @@ async fn only_an_apply_may_be_large() {
     assert_ne!(judged, Code::OutOfRange, "a whole configuration is read");
 }
 
-/// The settings that a server says first, by their number.
+/// The first settings of a server, by their number.
 async fn settings(address: &str) -> Vec<(u16, u32)> {
     let mut socket = TcpStream::connect(address).await.expect("connects");
     socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");

@@ -1,7 +1,7 @@
-//! Ways out of a request, drawn at random: whatever clients, backends, limits and the operator do, when nothing is under
-//! way any more then gauges, leases and memory are where they were.
+//! Ways out of a request, drawn at random: whatever clients, backends, limits and the operator do, gauges, leases and
+//! memory are back at their old values when no request runs any more.
 //!
-//! `WEIR_TEST_SEED` makes the same draws again, `WEIR_TEST_SECONDS` says for how long.
+//! `WEIR_TEST_SEED` repeats the draws of a run, `WEIR_TEST_SECONDS` sets its length.
 
 mod client;
 mod panics;
@@ -10,7 +10,7 @@ mod script;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use http::Method;
 use tokio::io::AsyncWriteExt as _;
@@ -27,6 +27,7 @@ use weir_tests::eventually;
 use weir_tests::line::Line;
 use weir_tests::plane::{ADMIN_TOKEN, Admin};
 use weir_tests::process::Process;
+use weir_tests::random::{Random, given, seed, seed_of_now};
 use weir_tests::redis::Redis;
 
 use self::client::Heard;
@@ -34,61 +35,16 @@ use self::script::Backends;
 use crate::fleet::Fleet;
 use crate::lab::{connect, http1};
 
-/// Clients at once.
+/// Concurrent clients.
 const CLIENTS: u64 = 24;
-/// Of a whole request.
+/// The total timeout of a request.
 const TOTAL: Duration = Duration::from_secs(2);
-/// The longest way out is a body that never ends: that takes ten seconds, and some more on a busy machine.
+/// The longest way out is a body that never ends: it takes ten seconds, and more on a busy machine.
 const LONGEST: Duration = Duration::from_secs(60);
-/// Leases are renewed every five seconds: one that is renewed although its request has ended is there again by then.
+/// Leases are renewed every five seconds: one that is renewed after the end of its request is back by then.
 const RENEWED: Duration = Duration::from_secs(6);
-/// The key of a tenant that may ask seldom.
+/// The key of a tenant with a small limit.
 const SELDOM_KEY: &str = "weir_test_key_of_few";
-
-/// Numbers that look random and come again with the seed (splitmix64).
-#[derive(Debug, Clone)]
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `end`.
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[usize::try_from(self.below(all.len() as u64)).expect("an index")]
-    }
-
-    /// Some time up to so many milliseconds.
-    fn pause(&mut self, up_to_ms: u64) -> Duration {
-        Duration::from_millis(self.below(up_to_ms))
-    }
-}
-
-fn given(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable} is a number: {text}")))
-}
-
-/// The seed, which is printed.
-fn seed() -> u64 {
-    let now = weir_runtime::wall_clock().duration_since(UNIX_EPOCH).expect("after 1970");
-    let seed = given("WEIR_TEST_SEED").unwrap_or(now.as_micros() as u64);
-    println!("seed {seed}: WEIR_TEST_SEED={seed} makes the same draws again");
-    seed
-}
 
 fn seconds() -> Duration {
     Duration::from_secs(given("WEIR_TEST_SECONDS").unwrap_or(10))
@@ -103,8 +59,8 @@ fn patient() -> RedisOptions {
     RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() }
 }
 
-/// A model `gpt-4.1` at two backends; `passing`, whose backend comes and goes, falls back to it; `seldom` may be asked
-/// seldom. Everything has few slots, short queues and short times.
+/// A model `gpt-4.1` at two backends; `passing`, whose backend comes and goes, falls back to it; `seldom` has a small
+/// limit. Everything has few slots, short queues and short timeouts.
 fn resources(backends: &Backends) -> Resources {
     let [first, second, passing] = backends.addresses();
     let mut resources = Resources::at(&[first, second]);
@@ -119,12 +75,12 @@ fn resources(backends: &Backends) -> Resources {
         health: Some(v1::HealthProfile { paid_probes_per_hour: Some(0), ..Default::default() }),
         queue: Some(v1::Queue { max_waiting: 8, max_wait: wire(Duration::from_millis(300)) }),
         hedging: Some(v1::Hedging {
-            initial: wire(Duration::from_millis(100)),
             floor: wire(Duration::from_millis(50)),
+            unary: true,
             ..Default::default()
         }),
         retry_budget: Some(v1::RetryBudget { percent: 100, min_per_second: 100, max_attempts: 3 }),
-        // Bad backends go and come back: both are ways out.
+        // Failing backends go and come back: both are ways out.
         ejection: Some(v1::Ejection {
             base_duration: wire(Duration::from_secs(1)),
             max_duration: wire(Duration::from_secs(1)),
@@ -149,7 +105,7 @@ fn resources(backends: &Backends) -> Resources {
     let with_fallback =
         v1::ModelSpec { pool: "aside".into(), fallbacks: vec!["gpt-4.1".into()], ..Default::default() };
     resources.put("b2", Spec::Backend(aside)).put("passing", Spec::Model(with_fallback));
-    // They hardly drain, so that what was charged can be read.
+    // The limits hardly drain, so that charges can be read.
     let most = v1::Rates {
         requests_per_minute: Some(100),
         tokens_per_minute: Some(10_000),
@@ -158,7 +114,7 @@ fn resources(backends: &Backends) -> Resources {
         ..Default::default()
     };
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(most), ..Default::default() }));
-    // Tries at the second backend have leases of its account as well.
+    // Attempts at the second backend have leases of its account as well.
     resources.rebuild("b1", |spec| {
         let Spec::Backend(spec) = spec else { panic!("a backend") };
         spec.account = "provider".into();
@@ -175,13 +131,13 @@ fn resources(backends: &Backends) -> Resources {
     resources
 }
 
-/// What clients did and heard.
+/// The actions and results of clients.
 #[derive(Debug, Default)]
 struct Tally {
     ways: BTreeMap<String, u64>,
-    /// Requests whose head was sent whole, if anybody read it.
+    /// Requests whose head was sent completely.
     sent: u64,
-    /// Statuses that clients saw.
+    /// The statuses that clients received.
     seen: BTreeMap<u16, u64>,
 }
 
@@ -209,13 +165,13 @@ impl Tally {
     }
 }
 
-/// Draws ways out for so long, and returns when all have ended.
+/// Draws ways out for this time, and returns when all have ended.
 async fn draw_for(time: Duration, clients: std::net::SocketAddr, seed: u64, done: &AtomicU64) -> Tally {
     let until = Instant::now() + time;
     let mut workers = JoinSet::new();
     let round = done.fetch_add(1, Ordering::SeqCst);
     for worker in 0..CLIENTS {
-        let mut draw = Draw(seed ^ (round << 32) ^ worker);
+        let mut draw = Random::new(seed ^ (round << 32) ^ worker);
         workers.spawn(async move {
             let mut tally = Tally::default();
             while Instant::now() < until {
@@ -246,7 +202,7 @@ async fn page(ops: &Client) -> BTreeMap<String, f64> {
     series.collect()
 }
 
-/// The sum over the series of a metric whose labels hold this.
+/// The sum of a metric over the series whose labels contain this.
 fn sum(page: &BTreeMap<String, f64>, name: &str, label: &str) -> f64 {
     let of_name = |series: &str| {
         series.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
@@ -255,7 +211,7 @@ fn sum(page: &BTreeMap<String, f64>, name: &str, label: &str) -> f64 {
     page.iter().filter(|(series, _)| of_name(series)).map(|(_, value)| value).sum()
 }
 
-/// What is not back where it was.
+/// The values that are not back where they were.
 async fn left_over(ops: &Client) -> Vec<String> {
     let page = page(ops).await;
     let gauges = [
@@ -264,16 +220,16 @@ async fn left_over(ops: &Client) -> Vec<String> {
         ("weir_listener_connections", "listener=\"clients\""),
         ("weir_limit_waiting", ""),
         ("weir_request_body_bytes", ""),
-        ("weir_limit_store_untold", ""),
+        ("weir_limit_store_pending_records", ""),
     ];
     let stands = |(name, label)| (name, sum(&page, name, label));
     let left = gauges.into_iter().map(stands).filter(|(_, value)| *value != 0.0);
     left.map(|(name, value)| format!("{name} is {value}")).collect()
 }
 
-/// All leases that the store holds. One that nobody gave back, and that ran out, is still there.
+/// All leases in the store. A lease that was never released and has expired is still there.
 async fn leases(redis: &Redis) -> Vec<String> {
-    // They are all the sorted sets but the roll of gateways.
+    // All sorted sets except the membership.
     let script = "local all = {}; for _, key in ipairs(redis.call('KEYS', '*')) do \
                   if redis.call('TYPE', key).ok == 'zset' and not string.find(key, ':roll$') then \
                   for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do table.insert(all, key .. ' ' .. id) end \
@@ -282,7 +238,7 @@ async fn leases(redis: &Redis) -> Vec<String> {
     printed.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
 }
 
-/// Returns once nothing is left over.
+/// Returns when nothing is left over.
 async fn at_rest<F: Future<Output = Vec<String>>>(what: &str, mut left: impl FnMut() -> F) {
     let until = Instant::now() + LONGEST;
     loop {
@@ -295,7 +251,7 @@ async fn at_rest<F: Future<Output = Vec<String>>>(what: &str, mut left: impl FnM
     }
 }
 
-/// Each request was counted under one code, and none twice.
+/// Every request was counted under one code, once.
 fn assert_counted_once(page: &BTreeMap<String, f64>, tally: &Tally) {
     let counted = sum(page, "weir_requests_total", "");
     let seen: u64 = tally.seen.values().sum();
@@ -307,20 +263,22 @@ fn assert_counted_once(page: &BTreeMap<String, f64>, tally: &Tally) {
     }
     let timed = sum(page, "weir_request_duration_seconds_count", "");
     assert_eq!(timed, counted, "each request was timed once");
-    for never in
-        ["weir_settlements_lost_total", "weir_limit_store_lost_total", "weir_limit_store_outages_total"]
-    {
+    for never in [
+        "weir_settlements_lost_total",
+        "weir_limit_store_lost_records_total",
+        "weir_limit_store_outages_total",
+    ] {
         assert_eq!(sum(page, never, ""), 0.0, "{never}");
     }
 }
 
 /// Backends and slots come and go until told to stop.
-async fn change(mut admin: Admin, whole: Resources, mut draw: Draw, stop: CancellationToken) -> u64 {
+async fn change(mut admin: Admin, whole: Resources, mut draw: Random, stop: CancellationToken) -> u64 {
     let mut changes = 0;
     loop {
         let mut resources = whole.clone();
         let is_last = stop.is_cancelled();
-        // Only what was in the set can leave it.
+        // Only members of the set can leave it.
         if changes > 0 && !is_last && draw.chance(50) {
             resources = resources.without("b2");
             if draw.chance(50) {
@@ -356,13 +314,13 @@ async fn change(mut admin: Admin, whole: Resources, mut draw: Draw, stop: Cancel
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
-    /// At rest so often.
+    /// The number of times that the test waits for rest.
     const ROUNDS: u32 = 3;
-    /// Tokens of a prompt that clients here send, and of an answer as long as they allow, at most.
+    /// The maximum of tokens of a prompt here, and of an answer.
     const REQUEST_TOKENS: u64 = 400;
-    /// Tries of one request.
+    /// The attempts of one request.
     const TRIES: u64 = 3;
-    let seed = seed();
+    let seed = seed(seed_of_now);
     let end = CancellationToken::new();
     let _guard = end.clone().drop_guard();
     let backends = Backends::start(&end).await;
@@ -388,7 +346,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
         let changing = tokio::spawn(change(
             fleet.admin.clone(),
             whole.clone(),
-            Draw(seed ^ u64::from(round)),
+            Random::new(seed ^ u64::from(round)),
             stop.clone(),
         ));
         let watching = async {
@@ -457,9 +415,9 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_is_as_large_after_many_ways_out_as_before() {
-    /// Between two counts: what the allocator keeps of the most that was under way at once.
+    /// The allowed difference between two readings: memory that the allocator keeps of the peak.
     const NOISE_KIB: u64 = 16 << 10;
-    let seed = seed();
+    let seed = seed(seed_of_now);
     let time = (seconds() / 2).min(Duration::from_secs(30));
     let end = CancellationToken::new();
     let _guard = end.clone().drop_guard();
@@ -482,7 +440,7 @@ async fn a_process_is_as_large_after_many_ways_out_as_before() {
     }
     println!("seed {seed}: {} ways drawn; resident after each round: {sizes:?} KiB", all.drawn());
     assert_counted_once(&page(&ops).await, &all);
-    // The first round brings the code and the buffers that all need.
+    // The first round loads the code and the buffers that all rounds need.
     let grown = sizes[2].saturating_sub(sizes[0]);
     assert!(grown <= NOISE_KIB, "seed {seed}: {sizes:?} KiB after each round");
 }
@@ -499,17 +457,22 @@ async fn a_client_that_leaves_while_a_slot_is_asked_for_leaves_no_lease_behind()
         let limiter = RedisLimiter::connect(&url, patient()).await.expect("a Redis");
         let gateway = gateway_over(&resources(&backends), limiter.into()).await;
         let ops = Client::new(gateway.running.ops_address, "");
-        // The store learns each script by its first call, which takes two rounds. A retry moves a slot.
+        // There are no hedges before a backend is known: both are after this number of answers.
+        for _ in 0..50 {
+            let heard = http1::exchange(gateway.running.address, http1::chat("gpt-4.1", "good", true)).await;
+            assert_eq!(heard.statuses(), [200], "{heard:?}");
+        }
+        // The first call of each script loads it, which takes two round trips. A retry moves a slot.
         let heard = http1::exchange(gateway.running.address, http1::chat("gpt-4.1", "closed", true)).await;
         assert_eq!(heard.statuses(), [502], "{heard:?}");
         at_rest("before", || leases(&redis)).await;
         let asked = backends.asked();
-        // What is decided from now on is not heard.
+        // Later decisions get no answer.
         if !hedges {
             line.silence_to_client();
         }
         let mut socket = connect(gateway.running.address).await;
-        // The first backend is silent; after a tenth of a second a slot of the other is asked for as well.
+        // The first backend is silent; after a twentieth of a second a slot of the other one is taken as well.
         socket.write_all(&http1::chat("gpt-4.1", "hang", false)).await.expect("sent");
         if hedges {
             eventually("the first backend is asked", || async { backends.asked() == asked + 1 }).await;

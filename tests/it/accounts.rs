@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use mock_llm::{Config, ErrorStatus, Faults, Hang, HangAt};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -38,7 +37,7 @@ fn seconds(seconds: i64) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds, nanos: 0 })
 }
 
-/// So many requests at once, one more each minute; who does not fit is refused.
+/// A limit of concurrent requests, of which one per minute drains; requests that do not fit are refused.
 fn requests(capacity: u32) -> v1::Rates {
     v1::Rates {
         requests_per_minute: Some(1),
@@ -48,7 +47,7 @@ fn requests(capacity: u32) -> v1::Rates {
     }
 }
 
-/// More than any test uses, of everything.
+/// Above the use of any test.
 fn wide() -> v1::Rates {
     v1::Rates {
         requests_per_minute: Some(1),
@@ -59,7 +58,7 @@ fn wide() -> v1::Rates {
     }
 }
 
-/// A gateway over a limiter that the test sees too; the backends are tried in their order, each under an account.
+/// A gateway over a limiter that the test can read; the backends are tried in their order, each under an account.
 struct World {
     gateway: Gateway,
     mocks: Vec<Mock>,
@@ -96,7 +95,7 @@ impl World {
         standing_of(&self.limiter, Scope::Account(account)).await
     }
 
-    /// What `weir limits explain` says would refuse.
+    /// The refusals that `weir limits explain` predicts.
     async fn explained(&self) -> serde_json::Value {
         let ops = Client::new(self.gateway.running.ops_address, weir_tests::cluster::OPS_TOKEN);
         let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await;
@@ -120,7 +119,7 @@ impl World {
     }
 }
 
-/// A pool of backends that are tried in their order, each under an account, and what limits these.
+/// A pool of backends that are tried in their order, each under an account, and the limits of the accounts.
 async fn resources(
     backends: &[&str],
     mock_config: Config,
@@ -158,14 +157,6 @@ fn backend(mock: &Mock, account: &str, priority: u32) -> v1::BackendSpec {
 fn limit(account: &str, rates: v1::Rates) -> v1::LimitSpec {
     let selector = v1::LimitSelector { account: account.into(), ..Default::default() };
     v1::LimitSpec { selector: Some(selector), rates: Some(rates) }
-}
-
-async fn open(client: &Client) -> Incoming {
-    let answer = client.send(Method::POST, "/v1/chat/completions", ENDLESS).await;
-    assert_eq!(answer.status(), StatusCode::OK);
-    let mut body = answer.into_body();
-    body.frame().await.expect("a chunk").expect("whole");
-    body
 }
 
 fn assert_refused_by(answer: &Answer, account: &str) {
@@ -241,8 +232,10 @@ async fn the_callers_own_limit_stands_before_any_account() {
 
 #[tokio::test]
 async fn a_failed_try_stands_at_its_account_and_the_answer_at_the_other() {
-    let world = World::with(&["x", "y"], config(), &[("x", wide()), ("y", wide())], |resources| {
-        let own = v1::TenantSpec { limits: Some(wide()), ..Default::default() };
+    // It hardly drains, so that what was charged can be read however long the request takes.
+    let slow = v1::Rates { tokens_per_minute: Some(1), ..wide() };
+    let world = World::with(&["x", "y"], config(), &[("x", slow), ("y", slow)], |resources| {
+        let own = v1::TenantSpec { limits: Some(slow), ..Default::default() };
         resources.put("acme", Spec::Tenant(own));
     })
     .await;
@@ -274,7 +267,7 @@ async fn a_retry_within_an_account_is_counted_there_and_needs_room_for_one_only(
     assert_eq!([world.reached(0), world.reached(1)], [1, 1]);
 }
 
-/// Both accounts are used up in the outage, and nothing more comes of its end.
+/// Both accounts are used up during the outage, and its end admits nothing more.
 #[tokio::test]
 async fn limits_of_accounts_hold_while_redis_is_away_and_when_it_is_back() {
     let limits = [("x", requests(20)), ("y", requests(10))];
@@ -296,7 +289,7 @@ async fn limits_of_accounts_hold_while_redis_is_away_and_when_it_is_back() {
         admitted += 1;
     };
     assert_refused_by(&refusal, "x");
-    // What drains in a second, a sixtieth of a request here, counts as used by others.
+    // What drains in a second, here a sixtieth of a request, counts as used by others.
     assert!((29..=30).contains(&admitted), "{admitted}");
     let [x, y] = reached();
     assert!(x <= 20 && y == 10, "a full account is passed by: {x}, {y}");
@@ -346,23 +339,33 @@ async fn with_no_answer_at_all_the_caller_pays_nothing_and_the_accounts_stand() 
 
 #[tokio::test]
 async fn an_overtaken_try_stands_at_its_account() {
-    let world = World::with(&["x", "y"], config(), &[("x", wide()), ("y", wide())], |resources| {
-        let soon = Some(prost_types::Duration { seconds: 0, nanos: 50_000_000 });
-        let hedging = v1::Hedging { disabled: false, initial: soon, floor: soon };
+    // It hardly drains while the backend is learned.
+    let slow = v1::Rates { tokens_per_minute: Some(1), ..wide() };
+    let world = World::with(&["x", "y"], config(), &[("x", slow), ("y", slow)], |resources| {
+        let floor = Some(prost_types::Duration { seconds: 0, nanos: 50_000_000 });
+        let hedging = v1::Hedging { floor, unary: true, ..Default::default() };
         let mut pool = v1::PoolSpec { hedging: Some(hedging), ..Default::default() };
         pool.set_balancing_policy(v1::BalancingPolicy::Priority);
         resources.put("chat", Spec::Pool(pool));
     })
     .await;
+    // There are no hedges before the backend is known.
+    for _ in 0..25 {
+        assert_eq!(world.chat().await.status, StatusCode::OK);
+    }
+    eventually("settled", || async { world.stands("x").await.tokens == world.billed(0) }).await;
+    let known = world.stands("x").await;
+    assert_eq!(world.stands("y").await.requests, 0);
     let hang = Hang { at: HangAt::Headers, probability: 1.0 };
     world.mocks[0].handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
     assert_eq!(world.chat().await.status, StatusCode::OK);
     eventually("settled", || async {
         let (x, y) = (world.stands("x").await, world.stands("y").await);
-        (x.requests, x.leases, y.requests, y.leases, y.tokens) == (1, 0, 1, 0, world.billed(1))
+        (x.requests, x.leases, y.requests, y.leases, y.tokens)
+            == (known.requests + 1, 0, 1, 0, world.billed(1))
     })
     .await;
-    assert!(world.stands("x").await.tokens >= 7);
+    assert!(world.stands("x").await.tokens >= known.tokens + 7);
 }
 
 #[tokio::test]
@@ -370,7 +373,7 @@ async fn a_stream_weighs_on_the_account_that_answers_while_it_runs() {
     let quick = Config { decode_tokens_per_s: 2000.0, ..endless() };
     let world = World::of(&["x", "y"], quick, &[("x", wide()), ("y", wide())]).await;
     world.breaks(0);
-    let mut stream = open(world.client()).await;
+    let mut stream = world.client().open_stream(ENDLESS).await;
     let reading =
         tokio::spawn(async move { while stream.frame().await.is_some_and(|frame| frame.is_ok()) {} });
     let begun = world.stands("y").await.tokens;
@@ -410,9 +413,10 @@ async fn a_full_account_is_waited_for_in_turn() {
 async fn who_waits_is_woken_by_whichever_account_has_room_first() {
     let one = v1::Rates { concurrency: Some(1), max_wait: seconds(60), ..Default::default() };
     let world = World::of(&["x", "y"], endless(), &[("x", one), ("y", one)]).await;
-    let (_first, second) = (open(world.client()).await, open(world.client()).await);
+    let (_first, second) =
+        (world.client().open_stream(ENDLESS).await, world.client().open_stream(ENDLESS).await);
     let client = world.client().clone();
-    let third = tokio::spawn(async move { open(&client).await });
+    let third = tokio::spawn(async move { client.open_stream(ENDLESS).await });
     let ops = Client::new(world.gateway.running.ops_address, weir_tests::cluster::OPS_TOKEN);
     eventually("it waits", || async {
         let page = ops.ask(Method::GET, "/limits?key=acme-key&model=gpt-4.1", "").await;
@@ -430,7 +434,7 @@ async fn a_model_whose_accounts_are_full_leaves_it_to_its_fallback() {
         let fallback = v1::ModelSpec { pool: "chat".into(), ..Default::default() };
         resources.put("other", Spec::Model(fallback.clone()));
         resources.put("gpt-4.1", Spec::Model(v1::ModelSpec { fallbacks: vec!["other".into()], ..fallback }));
-        // The second backend serves the fallback alone.
+        // The second backend serves only the fallback.
         resources.rebuild("b1", |spec| {
             if let Spec::Backend(backend) = spec {
                 backend.models = [("other".to_owned(), "gpt-4.1".to_owned())].into();

@@ -1,5 +1,5 @@
-//! `weir apply -f` against a control plane and three gateways, all of them processes: what it says when everybody takes a
-//! change, when the control plane refuses it, and when one gateway does.
+//! `weir apply -f` against a control plane and three gateways, all of them processes: its output when all gateways
+//! accept a change, when the control plane refuses it, and when one gateway does.
 
 use std::path::{Path, PathBuf};
 
@@ -16,14 +16,14 @@ struct Stand {
 }
 
 impl Stand {
-    /// Three gateways, of which the last one does not have the credential.
+    /// Three gateways, of which the last one lacks the credential.
     async fn start() -> Self {
         let data = tempfile::tempdir().expect("a directory");
         let plane = start("127.0.0.1:0", &data.path().join("plane"), None).await;
         let token = data.path().join("token");
         std::fs::write(&token, ADMIN_TOKEN).expect("written");
         let mut stand = Self { plane, gateways: Vec::new(), data };
-        // A gateway says that it serves once it has a configuration.
+        // A gateway reports its start when it has a configuration.
         let first = stand.file("first", "kind: tenant\nname: first\nspec: {}\n");
         let (code, _, err) = stand.apply(&first).await;
         assert_eq!(code, 0, "{err}");
@@ -75,8 +75,9 @@ impl Stand {
     /// The version of a resource that a gateway holds.
     async fn version(&self, gateway: &str, name: &str) -> Option<String> {
         let config = self.json(&["gateway", "config", gateway]).await;
-        let held = config["held"].as_array().expect("a list").iter().find(|held| held["name"] == name);
-        held.map(|held| held["version"].as_str().expect("a text").to_owned())
+        let versions = config["resource_versions"].as_array().expect("a list");
+        let applied = versions.iter().find(|applied| applied["name"] == name);
+        applied.map(|applied| applied["version"].as_str().expect("a text").to_owned())
     }
 
     async fn revision(&self) -> u64 {
@@ -84,7 +85,7 @@ impl Stand {
     }
 }
 
-/// The text with the time that it took left out.
+/// The text without its time.
 fn timeless(text: &str) -> String {
     let mut words: Vec<&str> = text.split(' ').collect();
     for at in 1..words.len() {
@@ -117,11 +118,11 @@ async fn an_apply_says_on_how_many_gateways_it_is_what_stopped_it_and_who_refuse
     let applied = format!("applied on 3 of 3 gateways at revision {revision} in N ms\n");
     assert_eq!((code, out.as_str(), timeless(&err)), (0, made, applied));
 
-    // One that the control plane refuses stops all of it: the change beside it is not made.
+    // A change that the control plane refuses stops the whole apply: the change beside it is not made.
     let wrong = [good.replace("Acme", "Other"), backend("lost", "nowhere", "")].concat();
     let file = stand.file("wrong", &wrong);
     let stopped = format!(
-        "weir: the control plane does not take this, and has changed nothing:\n  \
+        "weir: the control plane refused this and changed nothing:\n  \
          {}: backend lost: spec.pool: there is no pool nowhere\n",
         file.display()
     );
@@ -129,7 +130,14 @@ async fn an_apply_says_on_how_many_gateways_it_is_what_stopped_it_and_who_refuse
     assert_eq!(stand.revision().await, revision);
     assert_eq!(stand.json(&["get", "tenant", "acme"]).await[0]["spec"]["display_name"], "Acme");
 
-    // One that a gateway refuses is shown for that gateway, and the rest is applied there too.
+    // Of ten thousand faults the first are named and the others counted.
+    let faults: String = (0..10_000).map(|i| backend(&format!("lost-{i}"), "nowhere", "")).collect();
+    let (code, out, err) = stand.apply(&stand.file("faults", &faults)).await;
+    assert_eq!((code, out.as_str(), err.lines().count()), (64, "", 52), "{err}");
+    assert!(err.contains("backend lost-49: spec.pool: there is no pool nowhere\n"), "{err}");
+    assert!(err.ends_with("\n  and 9950 more\n"), "{err}");
+
+    // A change that one gateway refuses is shown for that gateway, and the rest is applied there too.
     let picky = backend("picky", "chat", &format!(", credential: \"env:{CREDENTIAL}\""));
     let partly = [good.replace("Acme", "New"), picky].concat();
     let (code, out, err) = stand.apply(&stand.file("partly", &partly)).await;
@@ -142,7 +150,7 @@ async fn an_apply_says_on_how_many_gateways_it_is_what_stopped_it_and_who_refuse
         timeless(&err),
         format!(
             "applied on 2 of 3 gateways at revision {} in N ms\ngateway-2 refuses backend picky: {reason}\n\
-             weir: the change is stored and the rest of it is in force; the gateways named do not use what they refuse\n",
+             weir: the change is stored, but gateways refuse a part of it; the rest is in force\n",
             revision + 1
         )
     );
@@ -152,7 +160,7 @@ async fn an_apply_says_on_how_many_gateways_it_is_what_stopped_it_and_who_refuse
     assert!(stand.version("gateway-0", "picky").await.is_some());
     assert_eq!(stand.version("gateway-2", "picky").await, None);
 
-    // What is gone meanwhile goes there too, and the refusal stays shown until it is put right.
+    // A removal meanwhile reaches that gateway too, and the refusal stays shown until it is corrected.
     let (code, _, err) = stand.weir(&["delete", "tenant", "first"]).await;
     assert!(code == 1 && err.contains(&format!("gateway-2 refuses backend picky: {reason}\n")), "{err}");
     assert_eq!(stand.version("gateway-2", "first").await, None);

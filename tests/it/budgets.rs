@@ -16,7 +16,7 @@ async fn a_budget_holds_over_gateways_and_says_when_it_begins_anew() {
     let config = Config { models: vec!["gpt-4.1".into()], ..Config::default() };
     let mocks = [mock(config, &end).await];
     let mut resources = Resources::in_front_of(&mocks);
-    // A dollar a token written, so ten of an answer are ten dollars.
+    // A dollar per output token, so an answer of ten tokens is ten dollars.
     let model = v1::ModelSpec {
         pool: "chat".into(),
         output_price_micro_dollars: 1_000_000_000_000,

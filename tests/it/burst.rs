@@ -1,5 +1,5 @@
-//! Ten thousand changes as fast as the control plane takes them, while gateways follow: each is sent a few merged
-//! deltas, one that never answers costs a bounded amount of memory, and in the end everybody holds the same.
+//! Ten thousand changes as fast as the control plane takes them, while gateways follow: each gets a few merged
+//! deltas, one that never answers costs a bounded amount of memory, and in the end all hold the same.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,19 +21,19 @@ use weir_tests::eventually;
 use weir_tests::plane::{ADMIN_TOKEN, Admin, start};
 
 const WRITES: u64 = 10_000;
-/// At once: enough that the store never waits for a writer.
+/// Concurrent writers: enough that the store never waits for one.
 const WRITERS: u64 = 32;
-/// Each is written again and again.
+/// Resources that are written again and again.
 const NAMES: u64 = 200;
 const GATEWAYS: usize = 4;
 /// A gateway that leaves a delta unanswered is stale after 30 s, and its stream ends after 120 s.
 const GIVEN_UP_AFTER_S: f64 = 110.0;
-/// Gateways that take what they are sent and never answer.
+/// Gateways that receive deltas and never answer.
 const SILENT: usize = 60;
-/// Deltas that a gateway may be sent in a second.
+/// Deltas that a gateway may receive per second.
 const DELTAS_PER_S: f64 = 10.0;
-/// What the control plane may grow by. It keeps the last 4096 changes for those who watch, which are some 10 MiB here;
-/// with one queue of changes for each of those who do not answer it would be 600 000.
+/// The memory by which the control plane may grow. It keeps the last 4096 changes for watchers, which are some 10 MiB
+/// here. With a queue of changes for each gateway that does not answer it would be 600 000.
 const GROWTH_KIB: u64 = 40 << 10;
 
 /// Counts the deltas applied.
@@ -75,7 +75,8 @@ fn gateway(id: &str, plane: &str, data: &Path) -> Gateway {
     Gateway { deltas, disk, _end: end.drop_guard() }
 }
 
-/// One that says hello, is sent a delta, and neither answers nor reads on. Returns what keeps it connected.
+/// A gateway that sends its hello, receives a delta, and neither answers nor reads on. Returns what keeps it
+/// connected.
 async fn silent(id: &str, plane: &str) -> impl Sized + use<> {
     let (say, said) = mpsc::channel(2);
     let hello = v1::Hello { gateway_id: id.into(), incarnation: id.into(), ..Default::default() };
@@ -113,7 +114,7 @@ async fn of_ten_thousand_changes_each_gateway_is_sent_a_few_deltas_and_memory_st
     }
     let gateways: Vec<_> =
         (0..GATEWAYS).map(|k| gateway(&format!("g{k}"), &plane.url, data.path())).collect();
-    // They are let in a few at a time, and those who do not answer keep nobody out.
+    // They are admitted a few at a time, and those that do not answer keep nobody out.
     let all = (0..SILENT).map(|k| {
         let plane = plane.url.clone();
         tokio::spawn(async move { silent(&format!("silent-{k}"), &plane).await })
@@ -179,7 +180,7 @@ async fn of_ten_thousand_changes_each_gateway_is_sent_a_few_deltas_and_memory_st
     );
     assert!(grown < GROWTH_KIB, "grew by {grown} KiB");
 
-    // The same everywhere, and what the store holds.
+    // The same everywhere, and the same as the store.
     let held = gateways[0].disk.load().expect("a copy").resources;
     for gateway in &gateways[1..] {
         assert_eq!(gateway.disk.load().expect("a copy").resources, held);
@@ -194,10 +195,10 @@ async fn of_ten_thousand_changes_each_gateway_is_sent_a_few_deltas_and_memory_st
     });
     assert_eq!(decoded.collect::<BTreeMap<_, _>>(), desired);
     assert_eq!(desired.len() as u64, NAMES);
-    // Those who never answered are still at their first delta, and are shown so.
+    // Those that never answered are still at their first delta, and are shown so.
     let list = admin.clone().list_gateways(v1::ListGatewaysRequest {}).await.expect("answers").into_inner();
     let waiting = list.gateways.iter().filter(|g| g.unanswered_since.is_some() && g.connected).count();
-    // Where the changes took longer than a gateway may leave one unanswered, these are gone, as they should be.
+    // If the changes took longer than the time for an answer, these are disconnected, as they should be.
     assert!(waiting == SILENT || elapsed >= GIVEN_UP_AFTER_S, "{waiting} of {SILENT} after {elapsed:.0} s");
     drop(silent_ones);
     plane.kill().await;

@@ -1,4 +1,4 @@
-//! The wall clock of a machine jumps. Timers run on the monotonic one, so nobody notices but what has a date.
+//! The wall clock of a machine jumps. Timers use the monotonic clock, so only dates are affected.
 
 use std::path::{Path, PathBuf};
 
@@ -36,7 +36,7 @@ impl Clock {
         clock
     }
 
-    /// So many seconds beside the machine's.
+    /// This number of seconds beside the machine's clock.
     fn set(&self, offset: &str) {
         // Renamed, so that nobody reads half of it.
         let new = self.file.with_extension("new");

@@ -1,5 +1,5 @@
-//! The commands of `weir` for one operator's day, each as a process against a running stack: what they print, in which form,
-//! and with which exit code.
+//! The commands of `weir` for one operator's day, each as a process against a running stack: output, its form, and
+//! exit code.
 
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ impl Desk {
         self.data.path().join("contexts.json")
     }
 
-    /// Runs a command with these variables only; exit code, output and errors.
+    /// Runs a command with only these variables. Returns exit code, output and errors.
     async fn run(&self, args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
         let mut command = command("weir");
         command.args(args).envs(env.iter().copied()).env("WEIR_CONFIG", self.contexts());
@@ -36,7 +36,7 @@ impl Desk {
         (done.status.code().unwrap_or(-1), text(done.stdout), text(done.stderr))
     }
 
-    /// As the administrator; what it printed, output before errors.
+    /// Runs a command as the administrator. Returns its output, before its errors.
     async fn weir(&self, args: &[&str], wanted: i32) -> String {
         self.weir_with(args, &[], wanted).await
     }
@@ -64,7 +64,7 @@ async fn resources_are_shown_in_every_form_and_changed_in_an_editor() {
     let all = desk.weir(&["describe", "backend", "sgp"], 0).await;
     assert!(all.contains("revision:") && all.contains("HEALTH"), "in full, and what the cluster says: {all}");
 
-    // What was shown can be applied again, and differs in nothing.
+    // The output can be applied again without a change.
     let file = desk.file("sgp.yaml", &yaml);
     assert_eq!(
         desk.weir(&["diff", "-f", &file, "--take-over"], 1).await,

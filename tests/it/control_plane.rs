@@ -1,4 +1,4 @@
-//! What the failure matrix promises of the control plane, its store and the gateway's copy on disk.
+//! The promises of the failure matrix for the control plane, its store and the gateway's copy on disk.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +16,8 @@ use weir_tests::etcd::Etcd;
 use weir_tests::plane::{ADMIN_TOKEN, Admin, Plane, start, start_on};
 use weir_tests::{eventually, process};
 
-/// A gateway alone finds a dead backend within ten seconds; a machine that is busy with other tests has twice as many.
+/// A gateway alone finds a dead backend within ten seconds; a machine that is busy with other tests has twice as
+/// many.
 const BACKEND_FOUND: std::time::Duration = std::time::Duration::from_secs(20);
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
@@ -51,7 +52,7 @@ async fn audit_problem(admin: &mut Admin) -> String {
     admin.verify_audit(v1::VerifyAuditRequest::default()).await.expect("answers").into_inner().problem
 }
 
-/// Writers that go on until the process is killed under them; what each was told is done has to be there afterwards.
+/// Writers that continue until the process is killed. Every acknowledged write must be there afterwards.
 async fn kill_among_writes(wanted: usize, start: impl AsyncFn() -> Plane) {
     let mut acknowledged: BTreeMap<String, u64> = BTreeMap::new();
     let (mut done, mut round) = (0, 0);
@@ -96,7 +97,7 @@ async fn kill_among_writes(wanted: usize, start: impl AsyncFn() -> Plane) {
         let mut admin = plane.admin().await;
         for (name, n) in &mut acknowledged {
             let found: u64 = word(&mut admin, name).await.expect("there").parse().expect("a number");
-            // One more may have been made whose answer was lost.
+            // One more write may have been made whose answer was lost.
             assert!(found == *n || found == *n + 1, "{name}: told {n}, found {found}");
             *n = found;
         }
@@ -106,7 +107,7 @@ async fn kill_among_writes(wanted: usize, start: impl AsyncFn() -> Plane) {
     println!("{done} acknowledged writes in {round} rounds");
 }
 
-/// How many writes: half a minute's on a busy machine of two cores; WEIR_TEST_WRITES makes it fewer or more.
+/// The number of writes: half a minute's on a busy machine of two cores, or WEIR_TEST_WRITES.
 fn writes() -> usize {
     std::env::var("WEIR_TEST_WRITES").ok().and_then(|n| n.parse().ok()).unwrap_or(10_000)
 }
@@ -127,7 +128,7 @@ async fn kill_9_among_writes_into_etcd_loses_nothing_acknowledged() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_refuses_changes_says_so_and_goes_on_when_there_is_room() {
     let data = tempfile::tempdir().expect("a directory");
-    // The shell's limit counts against every file alike; the store is the one that grows.
+    // The shell's limit holds for every file; the store is the one that grows.
     let plane = start("127.0.0.1:0", data.path(), Some(6 << 10)).await;
     let mut admin = plane.admin().await;
     let big = "x".repeat(60);
@@ -143,7 +144,7 @@ async fn a_full_disk_refuses_changes_says_so_and_goes_on_when_there_is_room() {
     };
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert!(refused.message().contains("the disk of the store is full"), "{refused}");
-    // It can still be read, also by gateways, and it goes on refusing without ending.
+    // It can still be read, also by gateways, and continues to refuse writes.
     for name in &acknowledged {
         assert_eq!(word(&mut admin, name).await.as_deref(), Some(big.as_str()), "{name}");
     }
@@ -225,7 +226,7 @@ async fn a_control_plane_that_comes_back_with_an_empty_store_takes_no_backend_aw
     assert!(refused.errors[0].message.contains("allow_mass_removal"), "{:?}", refused.errors);
     assert_eq!(gateway.running.live.config_refused(), 1, "the gateway's metric shows it too");
     assert_eq!(gateway.chats().await, StatusCode::OK);
-    // The operator applies the same files again: the same content, so nothing has to go.
+    // The operator applies the same files again: the content is the same, so nothing is removed.
     let resources = Resources::in_front_of(&mocks).all();
     let revision = admin
         .apply(v1::ApplyRequest { resources, ..Default::default() })
@@ -255,11 +256,17 @@ async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_no
     for _ in 0..50 {
         assert_eq!(gateway.chats().await, StatusCode::OK);
     }
-    // A backend that dies meanwhile leaves rotation, and costs no request either.
+    // A backend that dies meanwhile is not used any more, and costs no request either.
     death.cancel();
     let died = tokio::time::Instant::now();
-    let health = || gateway.running.live.snapshot().backends["b1"].state.health();
-    while health() != v1::HealthState::Unhealthy {
+    // By this gateway's own verdict, or, while its last assignments go on for a minute, by its local ejection.
+    let is_out = || {
+        let snapshot = gateway.running.live.snapshot();
+        let backend = &snapshot.backends["b1"];
+        backend.state.health() == v1::HealthState::Unhealthy
+            || snapshot.pools[&backend.spec.pool].state.is_ejected(&backend.name)
+    };
+    while !is_out() {
         assert_eq!(gateway.chats().await, StatusCode::OK);
         assert!(died.elapsed() < BACKEND_FOUND, "it is still in rotation after {:?}", died.elapsed());
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -282,7 +289,7 @@ async fn while_the_control_plane_is_down_no_request_fails_and_a_restart_sends_no
         .await
         .expect("answers")
         .into_inner();
-    assert!(answer.differences.is_empty() && !answer.held.is_empty());
+    assert!(answer.differences.is_empty() && !answer.resource_versions.is_empty());
     gateway.shutdown.cancel();
     plane.kill().await;
 }
@@ -315,7 +322,7 @@ async fn of_a_change_that_a_gateway_refuses_the_rest_applies_and_what_ran_goes_o
         .into_inner();
     assert_eq!(answer.differences.len(), 1);
     assert!(!answer.differences[0].refusal.is_empty());
-    assert!(answer.held.iter().any(|held| held.name == "beside"), "the rest is applied");
+    assert!(answer.resource_versions.iter().any(|applied| applied.name == "beside"), "the rest is applied");
     gateway.shutdown.cancel();
     plane.kill().await;
 }
@@ -342,11 +349,15 @@ async fn the_commands_an_operator_has_work_on_a_running_stack() {
     assert!(weir(&["audit", "--verify"], 0).await.contains("follow from each other"));
     assert!(weir(&["watch", "backend", "--once"], 0).await.contains("present backend sgp"));
     assert!(weir(&["gateway", "config", "gateway-0"], 0).await.contains("backend"));
-    assert!(weir(&["gateway", "diff", "gateway-1"], 0).await.contains("holds what it is to hold"));
+    assert!(
+        weir(&["gateway", "diff", "gateway-1"], 0)
+            .await
+            .contains("has applied the newest revision completely")
+    );
     assert!(weir(&["wait"], 0).await.contains("applied on 2 of 2 gateways"));
-    assert!(weir(&["check"], 0).await.contains("ok     the audit log is whole"));
+    assert!(weir(&["check"], 0).await.contains("ok     the hash chain of the audit log is intact"));
     assert!(weir(&["explain", "backend.weight"], 0).await.contains("backend.weight  <whole number>"));
-    assert!(weir(&["drain", "sgp"], 0).await.contains("drained: nothing is in progress"));
+    assert!(weir(&["drain", "sgp"], 0).await.contains("drained: no request is in progress"));
     weir(&["undrain", "sgp"], 0).await;
     let token = weir(&["token", "create", "ci", "--role", "viewer"], 0).await;
     assert!(token.starts_with("weirtok_"), "{token}");

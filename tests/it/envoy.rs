@@ -84,7 +84,7 @@ async fn edge() -> Edge {
         .replace("port_value: 8080", &format!("port_value: {}", mock.address.port()))
         .replacen("port_value: 8090", &format!("port_value: {}", port(services[0].text("grpc"))), 1)
         .replacen("port_value: 8091", &format!("port_value: {}", port(services[1].text("grpc"))), 1)
-        // What a busy machine cannot answer in time would be Envoy's trouble and not the limit's.
+        // A timeout on a busy machine would be Envoy's error and not a refusal by the limit.
         .replace("timeout: 1s", "timeout: 20s")
         .replace("Bearer TOKEN", &format!("Bearer {TOKEN}"));
     std::fs::write(path("envoy.yaml"), yaml).expect("written");
@@ -191,6 +191,6 @@ async fn envoy_follows_its_own_policy_while_the_store_is_away() {
     let mut edge = edge().await;
     assert_eq!(edge.chat("acme").await.0, StatusCode::OK);
     edge.redis.kill().await;
-    // failure_mode_deny: true in the configuration, so what is not decided is refused as Envoy's own trouble.
+    // failure_mode_deny is true in the configuration, so an undecided request is refused as Envoy's own error.
     assert_eq!(edge.chat("acme").await.0, StatusCode::INTERNAL_SERVER_ERROR);
 }

@@ -1,11 +1,11 @@
-//! One backend fails: nobody notices, as long as nothing was sent.
+//! One backend fails: no client notices, as long as nothing was sent.
 
 use http::{Method, StatusCode};
 use mock_llm::{Config, ErrorInStream, ErrorStatus, Faults, Hang, HangAt};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::Client;
-use weir_tests::cluster::{Resources, gateway, mock};
+use weir_tests::cluster::{Mock, Resources, digest, gateway, mock};
 use weir_tests::eventually;
 
 fn millis(ms: i32) -> Option<prost_types::Duration> {
@@ -13,6 +13,20 @@ fn millis(ms: i32) -> Option<prost_types::Duration> {
 }
 
 const CHAT: &str = r#"{"model":"gpt-4.1","messages":[{"role":"user","content":"hi"}]}"#;
+const STREAM: &str = r#"{"model":"gpt-4.1","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
+
+/// Asks until each of these backends is known: there are no hedges before.
+async fn learn(client: &Client, mocks: &[Mock], body: &str) {
+    while mocks.iter().any(|mock| mock.handle.counters().requests < 25) {
+        let answer = client.chat(body).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+}
+
+fn hangs(mock: &Mock) {
+    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
+    mock.handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
+}
 
 fn config() -> Config {
     Config { models: vec!["gpt-4.1".into()], ..Config::default() }
@@ -81,17 +95,15 @@ async fn a_backend_that_hangs_costs_nobody_a_second_and_is_left_alone() {
     };
     resources.put("b1", Spec::Backend(narrow));
     let gw = gateway(&resources, None).await;
-    for _ in 0..60 {
-        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
-    }
-    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
-    mocks[1].handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
+    learn(&gw.client, &mocks, STREAM).await;
+    hangs(&mocks[1]);
     let before = mocks[1].handle.counters().requests;
     for i in 0..60 {
-        let answer = gw.client.chat(CHAT).await;
-        assert_eq!(answer.status, StatusCode::OK, "request {i}: {}", answer.text());
+        let answer = gw.client.chat(STREAM).await;
+        let whole = answer.text().contains("[DONE]");
+        assert!(answer.status == StatusCode::OK && whole, "request {i}: {}", answer.text());
     }
-    // It has one slot: a call that was given up and kept its slot would be the only one.
+    // It has one slot, which a cancelled call that kept its slot would hold.
     let tried = mocks[1].handle.counters().requests - before;
     assert!(
         (3..=4).contains(&tried),
@@ -107,18 +119,61 @@ async fn a_pool_that_waits_alone_does_not_try_elsewhere() {
     let clocks = v1::Timeouts { first_byte: millis(300), ..Default::default() };
     let pool = v1::PoolSpec {
         timeouts: Some(clocks),
-        hedging: Some(v1::Hedging { disabled: true, initial: millis(1), floor: millis(1) }),
+        hedging: Some(v1::Hedging { disabled: true, floor: millis(1), unary: true }),
         retry_budget: Some(v1::RetryBudget { max_attempts: 1, ..Default::default() }),
         ..Default::default()
     };
     resources.put("chat", Spec::Pool(pool));
     let gw = gateway(&resources, None).await;
-    let hang = Hang { at: HangAt::Headers, probability: 1.0 };
-    for m in &mocks {
-        m.handle.set_faults(Faults { hang: Some(hang.clone()), ..Faults::default() }).expect("valid");
+    learn(&gw.client, &mocks, STREAM).await;
+    mocks.iter().for_each(hangs);
+    let before: u64 = mocks.iter().map(|m| m.handle.counters().requests).sum();
+    assert_eq!(gw.client.chat(STREAM).await.status, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!(mocks.iter().map(|m| m.handle.counters().requests).sum::<u64>(), before + 1);
+}
+
+/// A request that was refused held the only trial of an ejected backend for ten seconds.
+#[tokio::test]
+async fn refused_requests_do_not_keep_a_backend_out_that_works_again() {
+    const OTHER_KEY: &str = "weir_test_key_of_others";
+    let end = CancellationToken::new();
+    let mocks = [mock(config(), &end).await, mock(config(), &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    let second = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let ejection = v1::Ejection { base_duration: second, max_duration: second, ..Default::default() };
+    resources.put("chat", Spec::Pool(v1::PoolSpec { ejection: Some(ejection), ..Default::default() }));
+    let once = v1::Rates { requests_per_minute: Some(1), burst_multiplier: Some(1.0), ..Default::default() };
+    resources.put("few", Spec::Tenant(v1::TenantSpec { limits: Some(once), ..Default::default() }));
+    let known = v1::KeyDigest { sha256: digest(OTHER_KEY), prefix: "weir_test".into(), expire_time: None };
+    let key = v1::ApiKeySpec { tenant: "few".into(), digests: vec![known], ..Default::default() };
+    resources.put("few-key", Spec::ApiKey(key));
+    let gw = gateway(&resources, None).await;
+    let (few, ops) = (Client::new(gw.running.address, OTHER_KEY), Client::new(gw.running.ops_address, ""));
+    assert_eq!(few.chat(CHAT).await.status, StatusCode::OK, "its one request of this minute");
+    let ejected = async || {
+        let page = ops.ask(Method::GET, "/metrics", "").await;
+        page.text().lines().any(|line| line.starts_with("weir_backend_ejected{backend=\"b1\"} 1"))
+    };
+    let error = ErrorStatus { status: 500, probability: 1.0, retry_after_s: None };
+    mocks[1].handle.set_faults(Faults { error_status: Some(error), ..Faults::default() }).expect("valid");
+    eventually("it is ejected", async || {
+        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
+        ejected().await
+    })
+    .await;
+    mocks[1].handle.clear_faults();
+    eventually("it is on probation", async || !ejected().await).await;
+    for _ in 0..20 {
+        assert_eq!(few.chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS);
     }
-    assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::GATEWAY_TIMEOUT);
-    assert_eq!(mocks.iter().map(|m| m.handle.counters().requests).sum::<u64>(), 1);
+    let before = mocks[1].handle.counters().requests;
+    // Its share is small, because it failed.
+    let mut asked = 0;
+    while mocks[1].handle.counters().requests == before && asked < 100 {
+        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
+        asked += 1;
+    }
+    assert!(mocks[1].handle.counters().requests > before, "not one of {asked} in turn tried it");
 }
 
 #[tokio::test]
@@ -166,7 +221,7 @@ async fn requests_that_begin_alike_go_to_one_backend_from_every_gateway() {
     assert_eq!(used, 0b111, "different beginnings spread");
 }
 
-/// It was answered 503 at once, although the pool's queue lets a request wait for a slot.
+/// The request was answered 503 at once, although the pool's queue lets a request wait for a slot.
 #[tokio::test]
 async fn a_retry_that_finds_every_slot_taken_waits_for_one() {
     let end = CancellationToken::new();

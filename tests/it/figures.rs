@@ -1,4 +1,4 @@
-//! What alerts and the dashboard ask for is what the processes tell.
+//! The metrics that alerts and the dashboard use are those that the processes have.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,7 +14,7 @@ use weir_tests::stack::Stack;
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// Every name of ours in a text, as the processes register it.
+/// Every metric name of ours in a text, as the processes register it.
 fn names(text: &str) -> BTreeSet<String> {
     let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
     let ours = text.split(word).filter(|name| name.starts_with("weir_") && name.len() > "weir_".len());
@@ -25,7 +25,7 @@ fn names(text: &str) -> BTreeSet<String> {
     ours.map(of_kind).collect()
 }
 
-/// Figures with labels are told from their first event on.
+/// Metrics with labels are there from their first event on.
 async fn told(stack: &Stack, limits: &Process) -> BTreeSet<String> {
     let mut told = BTreeSet::new();
     for (process, address) in [(&stack.gateways[0], "ops"), (&stack.control_plane, "http"), (limits, "ops")] {

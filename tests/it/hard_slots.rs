@@ -1,5 +1,5 @@
-//! A backend never sees more at once than its slots, whoever asks: requests of all gateways and the probes that ask for
-//! tokens.
+//! A backend never has more requests at once than slots: requests of all gateways and probes that ask for tokens
+//! together.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use weir_tests::stack::Stack;
 
 const GATEWAYS: usize = 4;
 const SLOTS: usize = 16;
-/// Clients of each gateway: four for each slot, over all.
+/// Clients of each gateway: four per slot over all gateways.
 const CLIENTS: usize = 16;
 const OVERLOADED_FOR: Duration = Duration::from_secs(6);
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":10,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -26,13 +26,13 @@ async fn sixteen_slots_under_overload_from_four_gateways_are_sixteen_for_request
     let _end = end.clone().drop_guard();
     let config = Config {
         models: vec!["gpt-4.1".into()],
-        // More than its declared slots: what would be one too many is counted and not refused.
+        // More than its declared slots, so that one request too many is counted and not refused.
         slots: 1000,
         decode_tokens_per_s: 100.0,
         ..Config::default()
     };
     let mock = mock(config, &end).await;
-    // Looked at far more often than the fleet hears what requests came to, so that these save few probes.
+    // Probes are far more frequent than reports of requests, so that requests save few of them.
     let manifest = format!(
         "kind: pool\nname: chat\nspec:\n  health: {{ readiness_interval: 100ms, deep_interval: 1s, \
          paid_probes_per_hour: 100000 }}\n---\nkind: backend\nname: b0\nspec: {{ pool: chat, url: \"http://{}\", \
@@ -68,7 +68,7 @@ async fn sixteen_slots_under_overload_from_four_gateways_are_sixteen_for_request
         failed.extend(bad);
     }
     let counters = mock.handle.counters();
-    // What the backend was asked beyond the requests, but for HEADs and pages, are probes that asked for tokens.
+    // Calls of the backend beyond the requests, HEADs and pages excluded, are probes that asked for tokens.
     let mut paid = 0.0;
     for gateway in &stack.gateways {
         let ops = Client::new(gateway.text("ops").parse().expect("an address"), "");
@@ -84,8 +84,8 @@ async fn sixteen_slots_under_overload_from_four_gateways_are_sixteen_for_request
     assert_eq!(counters.max_in_flight, SLOTS, "{served} requests, {paid} probes");
 }
 
-/// Liveness passes and every slot is taken by a request that gets no answer: only a completion would tell, and there is
-/// no slot for a probe but those that requests give up.
+/// Liveness passes, and every slot is taken by a request without an answer. Only a completion would show the fault,
+/// and probes get no slot but those that requests give up.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backend_that_hangs_with_all_its_slots_taken_is_judged_all_the_same() {
     let end = CancellationToken::new();
@@ -95,7 +95,7 @@ async fn a_backend_that_hangs_with_all_its_slots_taken_is_judged_all_the_same() 
         "kind: pool\nname: chat\nspec:\n  health: {{ liveness_interval: 1s, timeout: 1s, readiness_interval: 1s, slow_start: 2s, \
          paid_probes_per_hour: 100000 }}\n---\nkind: backend\nname: b0\nspec: {{ pool: chat, url: \"http://{}\", \
          max_concurrency: 2, models: {{ gpt-4.1: \"\" }} }}\n---\nkind: model\nname: gpt-4.1\nspec: {{ pool: chat, \
-         health_timeout: 1s, timeouts: {{ first_byte: 2s, total: 10s }} }}\n---\nkind: tenant\nname: acme\nspec: {{}}\n",
+         health_timeout: 1s, timeouts: {{ total: 2s }} }}\n---\nkind: tenant\nname: acme\nspec: {{}}\n",
         mock.address
     );
     let stack = Stack::start(2, &manifest).await;
@@ -117,7 +117,7 @@ async fn a_backend_that_hangs_with_all_its_slots_taken_is_judged_all_the_same() 
     mock.handle.set_faults(Faults { hang: Some(hang), ..Faults::default() }).expect("valid");
     eventually("its verdict tells the truth", async || is("unhealthy").await).await;
     let why = stack.weir(&["-o", "json", "why", "b0"]).await;
-    // By both gateways, or by one where the other was late.
+    // By both gateways, or by one if the other was late.
     assert!(why.contains("\"rule\": \"readiness_"), "{why}");
     mock.handle.clear_faults();
     eventually("it is back under the same requests", async || is("healthy").await).await;

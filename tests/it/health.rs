@@ -1,4 +1,6 @@
-//! One verdict for the cluster: what only some gateways see, what all see, and what the operator says.
+//! One verdict for the cluster: faults that some gateways see, faults that all see, and the operator's settings.
+
+use std::time::Duration;
 
 use http::StatusCode;
 use mock_llm::Config;
@@ -13,7 +15,7 @@ use weir_tests::stack::{CREDENTIAL, Stack};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// A pool whose backends are looked at often, since a test does not wait for regular rounds.
+/// A pool with frequent probes, so that a test does not wait for regular rounds.
 fn manifest(gates: &[Gate]) -> String {
     let mut text = "kind: pool\nname: chat\nspec:\n  health: { liveness_interval: 1s, timeout: 1s, readiness_interval: 1s, \
                     slow_start: 2s, paid_probes_per_hour: 100000 }\n"
@@ -79,6 +81,28 @@ impl World {
         self.events(backend, "state").await.iter().filter(|message| message.contains("-> unhealthy")).count()
     }
 
+    /// Gateway `k` serves although the first so many backends hang, for it alone.
+    async fn serves_while_hanging(&self, k: usize, backends: usize) {
+        let gateway = format!("gateway-{k}");
+        self.gates[..backends].iter().for_each(|gate| gate.set(&gateway, Door::Silent));
+        let mut requests = JoinSet::new();
+        for _ in 0..6 {
+            let client = self.stack.client(k);
+            requests.spawn(async move { client.chat(CHAT).await });
+        }
+        let answered = async {
+            while let Some(answer) = requests.join_next().await {
+                let answer = answer.expect("no panic");
+                assert_eq!(answer.status, StatusCode::OK, "{gateway}: {}", answer.text());
+            }
+        };
+        tokio::time::timeout(ANSWERED_WITHIN, answered).await.expect("no request waits for its total");
+        for (i, gate) in self.gates[..backends].iter().enumerate() {
+            gate.set(&gateway, Door::Open);
+            assert_eq!(self.falls(&format!("b{i}")).await, 0);
+        }
+    }
+
     /// Every gateway serves.
     async fn all_serve(&self, requests: usize) {
         for k in 0..self.stack.gateways.len() {
@@ -94,11 +118,11 @@ impl World {
 #[tokio::test]
 async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
     let world = World::start(5, 2).await;
-    // One of five is cut off from a backend that is well.
+    // One of five gateways is cut off from a healthy backend.
     world.gates[0].set("gateway-0", Door::Broken);
     eventually("the others are asked and outvote it", async || {
-        let acquitted = world.events("b0", "acquitted").await;
-        acquitted.iter().any(|message| message.contains("for gateway-0 alone"))
+        let cleared = world.events("b0", "suspect_cleared").await;
+        cleared.iter().any(|message| message.contains("for gateway-0 alone"))
     })
     .await;
     world.all_serve(5).await;
@@ -107,15 +131,15 @@ async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
         world.gates[0].set(gateway, Door::Silent);
     }
     eventually("they are outvoted too", async || {
-        let acquitted = world.events("b0", "acquitted").await;
+        let cleared = world.events("b0", "suspect_cleared").await;
         ["gateway-1", "gateway-2"]
             .iter()
-            .any(|g| acquitted.iter().any(|m| m.contains(&format!("for {g} alone"))))
+            .any(|g| cleared.iter().any(|m| m.contains(&format!("for {g} alone"))))
     })
     .await;
     world.all_serve(3).await;
     assert_eq!(world.falls("b0").await, 0, "{:?}", world.events("b0", "state").await);
-    // Nobody reaches it.
+    // No gateway reaches it.
     world.gates[0].set("*", Door::Broken);
     for k in 0..5 {
         world.gates[0].set(&format!("gateway-{k}"), Door::Broken);
@@ -123,7 +147,7 @@ async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
     world.until(0, "unhealthy").await;
     world.all_serve(3).await;
     let why = world.json(&["why", "b0"]).await;
-    // Nobody gets a completion either: whichever round comes first.
+    // No completion arrives either: whichever round comes first.
     let rule = why["status"]["rule"].as_str().expect("a rule");
     assert!(["liveness_quorum", "readiness_quorum"].contains(&rule), "{why:#}");
     assert!(why["votes"].as_array().expect("votes").len() >= 2, "{why:#}");
@@ -139,12 +163,33 @@ async fn what_some_gateways_alone_see_ejects_nothing_and_what_all_see_does() {
     assert_eq!(world.falls("b1").await, 0);
 }
 
-/// How often what is repeated is repeated: twenty times, which takes half a minute, or as `WEIR_TEST_TRIALS` says.
+/// A unary answer has no clock but its total, an hour. Which of the gateways probe the backend is the control plane's choice:
+/// the others have it probed by themselves while their requests wait.
+#[tokio::test]
+async fn a_request_that_one_gateway_alone_sees_hang_is_answered_by_another_backend() {
+    let world = World::start(4, 2).await;
+    for gateway in 0..4 {
+        world.serves_while_hanging(gateway, 1).await;
+    }
+}
+
+#[tokio::test]
+async fn where_two_backends_hang_for_one_gateway_alone_a_third_one_answers() {
+    let world = World::start(4, 3).await;
+    for gateway in 0..2 {
+        world.serves_while_hanging(gateway, 2).await;
+    }
+}
+
+/// Two probes that time out after a second each, and room for a machine that is busy.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(60);
+
+/// The number of repetitions: twenty, which take half a minute, or `WEIR_TEST_TRIALS`.
 fn trials() -> usize {
     std::env::var("WEIR_TEST_TRIALS").map_or(20, |text| text.parse().expect("a number of trials"))
 }
 
-/// Trials at once: each has processes of its own, and mostly waits for probes.
+/// Concurrent trials: each has processes of its own, and mostly waits for probes.
 const TRIALS_AT_ONCE: usize = 3;
 
 #[tokio::test]
@@ -174,7 +219,7 @@ async fn all_fail_and_are_then_disabled() {
     let backends = world.json(&["backends"]).await;
     assert!(backends.as_array().expect("all").iter().all(|b| b["overridden"] == true), "{backends:#}");
     world.all_serve(5).await;
-    // What the operator says is never overridden.
+    // The operator's settings are never overridden.
     for backend in ["b0", "b1", "b2"] {
         world.stack.weir(&["disable", backend]).await;
     }

@@ -15,7 +15,7 @@ fn config() -> Config {
     Config { models: vec!["gpt-4.1".into()], slots: 4096, ..Config::default() }
 }
 
-/// A capacity of 100 that drains one a minute.
+/// A capacity of 100 that drains one per minute.
 fn hundred() -> v1::Rates {
     v1::Rates { requests_per_minute: Some(1), burst_multiplier: Some(100.0), ..Default::default() }
 }

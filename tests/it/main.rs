@@ -1,6 +1,7 @@
 //! The product from outside.
 
 mod accounts;
+mod answers;
 mod apply;
 mod budgets;
 #[cfg(target_os = "linux")]
@@ -8,8 +9,11 @@ mod burst;
 #[cfg(target_os = "linux")]
 mod canary;
 mod clock;
+mod clocks;
 mod commands;
 mod control_plane;
+mod dialects;
+mod edge;
 mod envoy;
 mod errors;
 mod failover;

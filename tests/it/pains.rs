@@ -1,5 +1,5 @@
-//! What users of other gateways complain about, each as a scenario that must not happen here. `docs/pains.md` tells
-//! where each complaint was made, and which of them other tests answer.
+//! Complaints of users of other gateways, each as a scenario that must not happen here. `docs/pains.md` says where
+//! each complaint was made, and which other tests answer some of them.
 
 mod health;
 mod limits;
@@ -7,9 +7,6 @@ mod slots;
 mod store;
 mod tokens;
 
-use http::Method;
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use mock_llm::Config;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
@@ -25,12 +22,12 @@ fn config() -> Config {
     Config { models: vec!["gpt-4.1".into()], slots: 4096, ..Config::default() }
 }
 
-/// So slow that a stream of it is still there when a test looks.
+/// So slow that a stream of it still runs when a test checks.
 fn endless() -> Config {
     Config { decode_tokens_per_s: 50.0, output_tokens: 1_000_000, ..config() }
 }
 
-/// Gateways over one Redis, in front of one backend with room for everybody.
+/// Gateways over one Redis, in front of one backend with slots for all.
 struct World {
     redis: Redis,
     gateways: Vec<Gateway>,
@@ -48,7 +45,7 @@ impl World {
         Self::start(gateways, backend, true, change).await
     }
 
-    /// With gateways that wait for Redis as long as they do by default, under these limits of the tenant.
+    /// With gateways that wait for Redis as long as by default, under these limits of the tenant.
     async fn hasty(gateways: usize, backend: Config, limits: v1::Rates) -> Self {
         Self::start(gateways, backend, false, |resources| limit(resources, limits)).await
     }
@@ -85,7 +82,7 @@ fn limit(resources: &mut Resources, limits: v1::Rates) {
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
 }
 
-/// The backend of [`Resources::in_front_of`] with so many slots.
+/// The backend of [`Resources::in_front_of`] with this number of slots.
 fn slots(mock: &Mock, most: u32) -> v1::BackendSpec {
     v1::BackendSpec {
         pool: "chat".into(),
@@ -94,15 +91,6 @@ fn slots(mock: &Mock, most: u32) -> v1::BackendSpec {
         max_concurrency: Some(most),
         ..Default::default()
     }
-}
-
-/// Opens a stream and reads its first chunk.
-async fn open(client: &Client) -> Incoming {
-    let answer = client.send(Method::POST, "/v1/chat/completions", ENDLESS).await;
-    assert_eq!(answer.status(), http::StatusCode::OK);
-    let mut body = answer.into_body();
-    body.frame().await.expect("a chunk").expect("whole");
-    body
 }
 
 /// A number in a header.

@@ -61,7 +61,7 @@ async fn with_the_control_plane_killed_a_restarted_gateway_serves_from_disk() {
     let mut up = up(&["--data-dir", directory]).await;
     let key = up.text("api_key").to_owned();
     assert_eq!(up.client(0).chat(CHAT).await.status, StatusCode::OK);
-    // Simulated backends end with their process, so the one that is asked afterwards is started by itself.
+    // Simulated backends end with their process, so the one that is asked afterwards is started separately.
     let ready = format!("{directory}/mock");
     let mut mock = command("mock-llm");
     let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -97,11 +97,11 @@ async fn with_the_control_plane_killed_a_restarted_gateway_serves_from_disk() {
     }
 }
 
-/// A gateway that listens anywhere and whose control plane is not there.
+/// A gateway on any port whose control plane is away.
 const ALONE: [&str; 3] =
     ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--control-plane=http://127.0.0.1:9"];
 
-/// Runs a process to its end; its exit code and what it said.
+/// Runs a process to its end. Returns its exit code and its output.
 async fn ended(name: &str, args: &[&str]) -> (i32, String) {
     let done = command(name).args(args).output().await.expect("runs");
     (done.status.code().unwrap_or(-1), String::from_utf8(done.stderr).expect("UTF-8"))
@@ -186,7 +186,7 @@ async fn a_draining_gateway_still_answers_and_sends_its_clients_away() {
     let answer = client.chat(CHAT).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     assert_eq!(answer.headers["connection"], "close");
-    // The second signal ends what is left of the time.
+    // The second signal ends the remaining time.
     signal(&gateway.child, "-TERM").await;
     assert_eq!(gateway.child.wait().await.expect("ends").code(), Some(0));
 }

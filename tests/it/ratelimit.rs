@@ -11,7 +11,7 @@ use weir_tests::stack::Stack;
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// A tenant with so many requests that hardly drain, and a rule by which a proxy consumes them.
+/// A tenant with a number of requests that hardly drain, and a rule by which a proxy consumes them.
 fn manifest(backend: std::net::SocketAddr, requests: u32) -> String {
     format!(
         "kind: pool\nname: chat\nspec: {{}}\n\
@@ -38,7 +38,7 @@ async fn the_same_bucket_refuses_at_a_gateway_and_at_two_limit_services() {
         })
         .await;
     }
-    // Some at each first: in a race one kind may be so much quicker that it takes all.
+    // Some at each first: in a race one kind may be fast enough to take everything.
     for i in 0..30 {
         assert_eq!(stack.client(i % 2).chat(CHAT).await.status, StatusCode::OK);
         assert!(limits[i % 2].passes("acme").await);

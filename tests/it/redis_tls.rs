@@ -1,4 +1,4 @@
-//! Limits in a Redis that speaks TLS alone.
+//! Limits in a Redis that only speaks TLS.
 
 use std::process::Stdio;
 

@@ -1,10 +1,9 @@
-//! Redis, a control plane and gateways as processes: what holds when one of them dies.
+//! Redis, a control plane and gateways as processes: the promises when one of them dies.
 
 use std::net::SocketAddr;
 
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use mock_llm::Config;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
@@ -29,7 +28,7 @@ async fn backend(decode_tokens_per_s: f64) -> Mock {
     mock(config, &CancellationToken::new()).await
 }
 
-/// A pool with this backend and a model in front of it. No probe asks it for tokens: requests are counted there.
+/// A pool with this backend and a model in front of it. No probe asks for tokens, because requests are counted there.
 fn manifest(mock: &Mock, max_concurrency: u32, model: &str, tenant: &str) -> String {
     format!(
         "kind: pool\nname: chat\nspec: {{ health: {{ paid_probes_per_hour: 0 }} }}\n\
@@ -39,15 +38,6 @@ fn manifest(mock: &Mock, max_concurrency: u32, model: &str, tenant: &str) -> Str
          ---\nkind: tenant\nname: acme\nspec: {{ {tenant} }}\n",
         mock.address
     )
-}
-
-/// Opens a stream and reads its first chunk.
-async fn open(client: &Client) -> Incoming {
-    let answer = client.send(Method::POST, "/v1/chat/completions", ENDLESS).await;
-    assert_eq!(answer.status(), StatusCode::OK);
-    let mut body = answer.into_body();
-    body.frame().await.expect("a chunk").expect("whole");
-    body
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,8 +69,8 @@ async fn a_killed_gateway_frees_its_leases_and_nobody_elses() {
     let mock = backend(50.0).await;
     let mut stack = Stack::start(2, &manifest(&mock, 3, "", "limits: { concurrency: 3 }")).await;
     let (doomed, other) = (stack.client(0), stack.client(1));
-    let _theirs = [open(&doomed).await, open(&doomed).await];
-    let mut ours = open(&other).await;
+    let _theirs = [doomed.open_stream(ENDLESS).await, doomed.open_stream(ENDLESS).await];
+    let mut ours = other.open_stream(ENDLESS).await;
     assert_eq!(stack.redis.standing("acme").await.leases, 3);
     assert_eq!(other.chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS, "every lease is taken");
     stack.gateways[0].kill().await;
@@ -98,7 +88,7 @@ async fn a_killed_gateway_frees_its_leases_and_nobody_elses() {
     ours.frame().await.expect("the other gateway's stream runs on").expect("whole");
 }
 
-/// A way to the control plane that can be cut.
+/// A connection to the control plane that can be cut.
 struct Way {
     address: SocketAddr,
     open: JoinHandle<()>,
@@ -132,7 +122,7 @@ async fn a_gateway_that_only_lost_its_control_plane_keeps_its_leases() {
     let way = Way::to(stack.control_plane.text("grpc").parse().expect("an address")).await;
     let alone = stack.gateway_by(1, &way.address.to_string()).await;
     let client = stack.client_of(&alone);
-    let (_first, mut second) = (open(&client).await, open(&client).await);
+    let (_first, mut second) = (client.open_stream(ENDLESS).await, client.open_stream(ENDLESS).await);
     let held = stack.redis.leases("acme").await;
     assert_eq!(held.len(), 2);
     way.cut();
@@ -146,9 +136,9 @@ async fn a_gateway_that_only_lost_its_control_plane_keeps_its_leases() {
     assert!(held.keys().eq(now.keys()), "{held:?} were held and {now:?} are");
     let own = Client::new(alone.text("ops").parse().expect("an address"), "");
     let page = own.ask(Method::GET, "/metrics", "").await;
-    assert!(page.text().contains("weir_leases_lost_total 0"), "{}", page.text());
+    assert!(page.text().contains("weir_stale_leases_total 0"), "{}", page.text());
     second.frame().await.expect("its streams run on").expect("whole");
-    // Once it is dead, nothing protects it.
+    // Once it is dead, nothing protects its leases.
     let mut alone = alone;
     alone.kill().await;
     stack.gateways[0].kill().await;
@@ -159,7 +149,7 @@ async fn a_stream_cut_by_its_client_frees_its_lease_and_settles_what_it_got() {
     let mock = backend(200.0).await;
     let limits = "limits: { concurrency: 10, tokens_per_minute: 1000, burst_multiplier: 1000 }";
     let stack = Stack::start(1, &manifest(&mock, 10, "", limits)).await;
-    let stream = open(&stack.client(0)).await;
+    let stream = stack.client(0).open_stream(ENDLESS).await;
     let during = stack.redis.standing("acme").await;
     assert_eq!(during.leases, 1);
     drop(stream);

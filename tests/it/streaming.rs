@@ -1,4 +1,4 @@
-//! Streams: bytes through, the end told truly, everything given back.
+//! Streams: bytes pass, the end is reported truthfully, everything is given back.
 
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
@@ -92,7 +92,8 @@ async fn settled_tokens_are_the_providers_count() {
     let gw = gateway(&resources, Some(redis.url())).await;
     eventually("redis is connected", || async { gw.client.chat(STREAM).await.status == StatusCode::OK })
         .await;
-    // Reserved were the prompt's estimate and 20; what stands after settlement is what the provider said it was.
+    // The prompt's estimate and 20 tokens were reserved; after the settlement the charge is what the provider
+    // reported.
     eventually("settled", || async { (1..200).contains(&redis.standing("acme").await.tokens) }).await;
 }
 
@@ -116,7 +117,7 @@ async fn a_stream_beyond_its_estimate_is_charged_while_it_runs() {
     assert_eq!(stream.status(), StatusCode::OK);
     let mut body = stream.into_body();
     let reader = tokio::spawn(async move { while body.frame().await.is_some() {} });
-    // 500 000 less what was guessed for it, 512 tokens; then less what it has generated beyond.
+    // 500 000 less its estimate of 512 tokens; then less what it has generated beyond.
     eventually("two steps are charged", || async { left(&gw.client.chat(STREAM).await) < 498_000 }).await;
     assert!(!reader.is_finished(), "long before its end");
     reader.abort();

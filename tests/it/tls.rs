@@ -22,7 +22,7 @@ fn certificate(directory: &Path) -> CertificateDer<'static> {
     cert.der().clone()
 }
 
-/// Asks for the list of models, trusting this certificate only; `None` when the gateway shows another.
+/// Asks for the list of models, trusting only this certificate; `None` if the gateway shows another one.
 async fn models(address: SocketAddr, trusted: &CertificateDer<'static>) -> Option<String> {
     let mut roots = RootCertStore::empty();
     roots.add(trusted.clone()).expect("a root");

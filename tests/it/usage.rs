@@ -1,4 +1,4 @@
-//! Who used what: the account equals what the backends did, and is one for all gateways.
+//! Usage by tenant: the records equal the backends' counts, and all gateways share them.
 
 use http::{Method, StatusCode};
 use mock_llm::Config;
@@ -17,8 +17,8 @@ async fn page(gateway: &Gateway, query: &str) -> Value {
     answer.json()
 }
 
-/// Short and long, whole and streamed (beyond what was reserved, so charged in steps), over two gateways: every figure is
-/// the sum of what the backends counted, and the money is that times the price.
+/// Short and long requests, unary and streamed (beyond the reservation, so charged in steps), over two gateways:
+/// every figure is the sum of the backends' counts, and the money is that times the price.
 #[tokio::test]
 async fn usage_is_the_sum_of_what_the_backends_did() {
     let end = CancellationToken::new();
@@ -41,7 +41,7 @@ async fn usage_is_the_sum_of_what_the_backends_did() {
         };
         resources.put(&format!("b{backend}"), Spec::Backend(backend_spec));
     }
-    // With limits and without: the account does not depend on them.
+    // With limits and without: the records do not depend on them.
     let limits = v1::Rates { tokens_per_minute: Some(1_000_000), ..Default::default() };
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
     let redis = Redis::start().await;

@@ -10,7 +10,7 @@ use weir_tests::eventually;
 use weir_tests::redis::Redis;
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
-/// At 50 tokens a second: two seconds.
+/// At 50 tokens per second: two seconds.
 const LONG: &str =
     r#"{"model":"gpt-4.1","max_tokens":100,"stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
 
@@ -22,7 +22,7 @@ fn wait(seconds: u64) -> Option<prost_types::Duration> {
     Some(prost_types::Duration { seconds: seconds.cast_signed(), nanos: 0 })
 }
 
-/// One slot, and a queue for it of that length and patience.
+/// One slot, and a queue for it with this length and longest wait.
 fn one_slot(mocks: &[Mock], max_waiting: u32, max_wait: u64) -> Resources {
     let mut resources = Resources::in_front_of(mocks);
     let backend = v1::BackendSpec {

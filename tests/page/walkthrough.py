@@ -27,7 +27,7 @@ globalThis.pill = (name) => row(name)?.querySelector('.pill').innerText;
 """
 # What differs from one run to the next.
 VOLATILE = [(r"\d+(\.\d+)? ms", "N ms"), (r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME"), (r"\b\d+ in progress", "N in progress"),
-            (r"N in progress; held by .*", "N in progress"), (r"\b(gateway-\d|control-plane)\b", "VANTAGE"),
+            (r"N in progress; applied on .*", "N in progress"), (r"\b(gateway-\d|control-plane)\b", "OBSERVER"),
             (r"is (healthy|unknown): .*", "is as the verdict has it by then")]
 
 

@@ -3,16 +3,12 @@
 Run by `make test-sdk`. Needs the packages of requirements.txt and the path of the `weir` binary as argument.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import unittest
 
 import openai
 
-WEIR = os.path.abspath(sys.argv.pop())
+from weir_up import WeirUp
+
 MODEL = "gpt-4.1"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -39,37 +35,13 @@ spec: { pool: away }
 class Sdk(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.up = subprocess.Popen(
-            [WEIR, "up", "--listen", "127.0.0.1:0", "--output", "json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        cls.addClassCleanup(cls.stop)
-        cls.told = json.loads(cls.up.stdout.readline())
-        cls.key = cls.told["api_key"]
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write(RESOURCES)
-            file.flush()
-            cls.weir("apply", "-f", file.name)
-        cls.small_key = cls.weir("key", "create", "small-key", "--tenant", "small").strip()
-
-    @classmethod
-    def stop(cls):
-        cls.up.terminate()
-        cls.up.wait(timeout=30)
-        cls.up.stdout.close()
-
-    @classmethod
-    def weir(cls, *args):
-        env = os.environ | {"WEIR_SERVER": cls.told["admin"], "WEIR_TOKEN": cls.told["admin_token"]}
-        done = subprocess.run([WEIR, *args], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        cls.up = WeirUp()
+        cls.addClassCleanup(cls.up.stop)
+        cls.up.apply(RESOURCES)
+        cls.small_key = cls.up.weir("key", "create", "small-key", "--tenant", "small").strip()
 
     def client(self, key=None):
-        base = self.told["gateways"][0] + "/v1"
-        client = openai.OpenAI(base_url=base, api_key=key or self.key, max_retries=0)
+        client = self.up.client(key)
         self.addCleanup(client.close)
         return client
 

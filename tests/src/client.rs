@@ -9,7 +9,7 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::{Client as Hyper, connect::HttpConnector};
 use hyper_util::rt::TokioExecutor;
 
-/// Speaks to one gateway with one key.
+/// A client of one gateway with one key.
 #[derive(Debug, Clone)]
 pub struct Client {
     base: String,
@@ -17,7 +17,7 @@ pub struct Client {
     http: Hyper<HttpConnector, Full<Bytes>>,
 }
 
-/// An answer read to its end.
+/// A complete answer.
 #[derive(Debug)]
 pub struct Answer {
     /// The status.
@@ -28,12 +28,12 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-/// A request without a whole answer.
+/// A request without a complete answer.
 #[derive(Debug)]
 pub struct Broken {
     /// Why, with all causes.
     pub why: String,
-    /// What came of the answer's body; `None`: not even its head.
+    /// The part of the body that arrived; `None` if not even the head did.
     pub body: Option<Vec<u8>>,
 }
 
@@ -60,7 +60,7 @@ impl Answer {
 }
 
 impl Client {
-    /// To this address with this key.
+    /// A client of this address with this key.
     pub fn new(address: SocketAddr, key: &str) -> Self {
         let http = Hyper::builder(TokioExecutor::new()).build_http();
         Self { base: format!("http://{address}"), key: key.to_owned(), http }
@@ -71,7 +71,7 @@ impl Client {
         Self { key: key.to_owned(), ..self.clone() }
     }
 
-    /// Sends a request; the answer's body is still to be read.
+    /// Sends a request. The caller reads the body of the answer.
     pub async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Response<Incoming> {
         let request = Request::builder()
             .method(method)
@@ -90,7 +90,25 @@ impl Client {
         Answer { status: head.status, headers: head.headers, body }
     }
 
-    /// A chat completion whose connection may fail; what a stream's events were up to then is in the error.
+    /// Sends a request with these headers and no others, and reads the answer.
+    pub async fn ask_with(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Full::new(body.into())).expect("a valid request");
+        let (head, body) = self.http.request(request).await.expect("an answer").into_parts();
+        let body = body.collect().await.expect("a whole body").to_bytes();
+        Answer { status: head.status, headers: head.headers, body }
+    }
+
+    /// A chat completion whose connection may fail. The error holds the part of the answer that arrived.
     pub async fn try_chat(&self, body: &str) -> Result<Answer, Broken> {
         let request = Request::builder()
             .method(Method::POST)
@@ -111,6 +129,15 @@ impl Client {
             body.extend_from_slice(&frame.into_data().unwrap_or_default());
         }
         Ok(Answer { status: head.status, headers: head.headers, body: body.into() })
+    }
+
+    /// Opens a chat completion that is streamed, and reads its first chunk.
+    pub async fn open_stream(&self, body: &str) -> Incoming {
+        let answer = self.send(Method::POST, "/v1/chat/completions", body.to_owned()).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        let mut body = answer.into_body();
+        body.frame().await.expect("a chunk").expect("an open stream");
+        body
     }
 
     /// A chat completion through a proxy that knows tenants by a header.

@@ -1,4 +1,4 @@
-//! Gateways in front of simulated regions, configured from the copy on disk as after a control plane's loss.
+//! Gateways in front of simulated backends, configured by the copy on disk as after the loss of a control plane.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ pub const KEY: &str = "weir_test_key";
 /// The operations token of every gateway.
 pub const OPS_TOKEN: &str = "operations-token-of-the-tests";
 
-/// How a key is known to gateways.
+/// The digest of a key, by which gateways know it.
 pub fn digest(key: &str) -> Vec<u8> {
     Sha256::digest(key).to_vec()
 }
@@ -63,14 +63,14 @@ impl Resources {
         self
     }
 
-    /// Changes the spec of the resource of this name; there is one.
+    /// Changes the spec of the resource of this name, which must exist.
     pub fn rebuild(&mut self, name: &str, change: impl FnOnce(&mut Spec)) {
         let found = self.0.iter_mut().find(|((_, known), _)| known == name);
         let (_, resource) = found.unwrap_or_else(|| panic!("no {name}"));
         change(resource.spec.as_mut().expect("a spec"));
     }
 
-    /// All but the resources of this name.
+    /// Removes the resources of this name.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {
         self.0.retain(|(_, known), _| known != name);
@@ -82,7 +82,7 @@ impl Resources {
         Self::at(&mocks.iter().map(|mock| mock.address).collect::<Vec<_>>())
     }
 
-    /// The same in front of whatever listens at these addresses.
+    /// The same in front of the servers at these addresses.
     pub fn at(backends: &[SocketAddr]) -> Self {
         let mut resources = Self::default();
         resources.put("chat", Spec::Pool(v1::PoolSpec::default()));
@@ -103,8 +103,8 @@ impl Resources {
         resources
     }
 
-    /// The same under limits of the tenant, and with so many slots of each backend. No probe asks a backend for tokens,
-    /// so what reached it are requests.
+    /// The same with limits of the tenant and a number of slots per backend. No probe asks a backend for tokens, so
+    /// that every request at a backend is one of the test.
     pub fn limited(mocks: &[Mock], slots: u32, limits: v1::Rates) -> Self {
         let mut resources = Self::in_front_of(mocks);
         let health = v1::HealthProfile { paid_probes_per_hour: Some(0), ..Default::default() };
@@ -119,7 +119,7 @@ impl Resources {
         resources
     }
 
-    /// All of them.
+    /// All resources.
     pub fn all(&self) -> Vec<v1::Resource> {
         self.0.values().cloned().collect()
     }
@@ -136,7 +136,7 @@ impl Resources {
     }
 }
 
-/// Settings of a gateway whose control plane is not there.
+/// The settings of a gateway whose control plane is away.
 pub fn gateway_config(data: &Path) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
@@ -144,7 +144,7 @@ pub fn gateway_config(data: &Path) -> Config {
         ops_token_file: None,
         ops_token: Some(Secret::new(OPS_TOKEN.to_owned())),
         ops_allowed_hosts: Vec::new(),
-        // The discard port: nothing answers there.
+        // The discard port: nothing listens there.
         control_plane: "http://127.0.0.1:9".into(),
         control_plane_ca: None,
         control_plane_cert: None,
@@ -157,10 +157,11 @@ pub fn gateway_config(data: &Path) -> Config {
         credentials: Default::default(),
         id: None,
         region: String::new(),
-        allow_backend_cidr: Vec::new(),
+        common: Default::default(),
         max_connections: 10_000,
         max_connections_per_address: None,
         body_memory_mib: 1024,
+        answer_max_mib: 64,
         tls_cert: None,
         tls_key: None,
         pre_stop_s: 0,
@@ -172,11 +173,11 @@ pub fn gateway_config(data: &Path) -> Config {
 /// A gateway in this process.
 #[derive(Debug)]
 pub struct Gateway {
-    /// A client of it.
+    /// A client of the gateway.
     pub client: Client,
-    /// Itself.
+    /// The gateway.
     pub running: GatewayHandle,
-    /// Ends it gracefully.
+    /// Stops it gracefully.
     pub shutdown: CancellationToken,
     _data: TempDir,
 }
@@ -186,23 +187,23 @@ pub async fn gateway(resources: &Resources, redis: Option<String>) -> Gateway {
     gateway_with(resources, |config| config.redis = redis).await
 }
 
-/// The same, with settings of the test's own.
+/// The same with settings of the test's own.
 pub async fn gateway_with(resources: &Resources, change: impl FnOnce(&mut Config)) -> Gateway {
     start(resources, None, change).await
 }
 
-/// The same, with a Redis that is waited for: on a busy machine a gateway would take a late answer for an outage and
+/// The same with a Redis that is waited for: on a busy machine a gateway would take a late answer for an outage and
 /// decide alone.
 ///
 /// # Panics
-/// When there is no Redis at `redis`.
+/// If there is no Redis at `redis`.
 pub async fn patient_gateway(resources: &Resources, redis: &str) -> Gateway {
     let patient = RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() };
     let limiter = RedisLimiter::connect(redis, patient).await.expect("a Redis");
     gateway_over(resources, limiter.into()).await
 }
 
-/// The same, over a limiter of the test's own.
+/// The same over a limiter of the test's own.
 pub async fn gateway_over(resources: &Resources, limiter: AnyLimiter) -> Gateway {
     start(resources, Some(limiter), |_| {}).await
 }

@@ -1,4 +1,4 @@
-//! An etcd cluster of a test's own; each member is a process that can be killed and started again.
+//! An etcd cluster of a test's own. Each member is a process that can be killed and started again.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 pub struct Etcd {
     members: Vec<Member>,
     flags: Vec<String>,
-    /// How clients speak to it.
+    /// The scheme of its clients.
     scheme: &'static str,
     data: TempDir,
 }
@@ -25,12 +25,12 @@ pub struct Etcd {
 struct Member {
     client: u16,
     peer: u16,
-    /// `None` while it is dead.
+    /// `None` while the member is dead.
     child: Option<Child>,
 }
 
 impl Etcd {
-    /// Starts this many members and waits until they take calls.
+    /// Starts this many members and waits until they accept calls.
     pub async fn start(members: usize) -> Self {
         Self::with(members, &[]).await
     }
@@ -40,8 +40,8 @@ impl Etcd {
         Self::spoken_to(members, flags, "http").await
     }
 
-    /// One member that speaks TLS, with `cert.pem` and `key.pem` of a directory, to who shows a certificate that its
-    /// `ca.pem` signs.
+    /// One member with TLS: it shows `cert.pem` and `key.pem` of a directory and accepts clients with a certificate
+    /// that its `ca.pem` signed.
     pub async fn secured(directory: &Path) -> Self {
         let file = |name: &str| directory.join(name).to_str().expect("UTF-8").to_owned();
         let (cert, key, ca) = (file("cert.pem"), file("key.pem"), file("ca.pem"));
@@ -51,7 +51,7 @@ impl Etcd {
     }
 
     async fn spoken_to(members: usize, flags: &[&str], scheme: &'static str) -> Self {
-        // All ports are taken at the same time, so that none is given twice.
+        // All ports are reserved at the same time, so that none is used twice.
         let mut free = Vec::new();
         for _ in 0..2 * members {
             free.push(TcpListener::bind("127.0.0.1:0").await.expect("a free port"));
@@ -94,7 +94,7 @@ impl Etcd {
 
     async fn ready(&self) {
         for member in self.members.iter().filter(|member| member.child.is_some()) {
-            // It listens once it has found the others.
+            // It listens once it has found the other members.
             crate::eventually("etcd listens", || async {
                 TcpStream::connect(("127.0.0.1", member.client)).await.is_ok()
             })
@@ -102,7 +102,7 @@ impl Etcd {
         }
     }
 
-    /// Where a member keeps its data.
+    /// The data directory of a member.
     pub fn directory(&self, member: usize) -> PathBuf {
         self.data.path().join(format!("m{member}"))
     }
@@ -112,37 +112,37 @@ impl Etcd {
         self.url_of(&(0..self.members.len()).collect::<Vec<_>>(), prefix)
     }
 
-    /// The same over some members only.
+    /// The same over some members.
     pub fn url_of(&self, members: &[usize], prefix: &str) -> String {
         let hosts = members.iter().map(|at| format!("127.0.0.1:{}", self.members[*at].client));
         let scheme = if self.scheme == "https" { "etcds" } else { "etcd" };
         format!("{scheme}://{}/{prefix}", hosts.collect::<Vec<_>>().join(","))
     }
 
-    /// The store under a prefix as `--store` takes it, where each member is found at another address.
+    /// The store under a prefix, as `--store` takes it, with each member at another address.
     pub fn url_by(addresses: &[SocketAddr], prefix: &str) -> String {
         let hosts: Vec<_> = addresses.iter().map(ToString::to_string).collect();
         format!("etcd://{}/{prefix}", hosts.join(","))
     }
 
-    /// Where clients find each member.
+    /// The address of each member for clients.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.members.iter().map(|member| ([127, 0, 0, 1], member.client).into()).collect()
     }
 
-    /// Kills a member without a word.
+    /// Kills a member.
     pub async fn kill(&mut self, member: usize) {
         let mut child = self.members[member].child.take().expect("it runs");
         child.kill().await.expect("killed");
     }
 
-    /// Starts a member again with its data, and waits until it takes calls.
+    /// Starts a member again with its data, and waits until it accepts calls.
     pub async fn restart(&mut self, member: usize) {
         self.spawn(member);
         self.ready().await;
     }
 
-    /// The member that leads.
+    /// The leader among the members.
     pub async fn leader(&self) -> usize {
         loop {
             for (at, member) in self.members.iter().enumerate().filter(|(_, member)| member.child.is_some()) {
@@ -157,13 +157,13 @@ impl Etcd {
         }
     }
 
-    /// Calls etcd's JSON API at a member that runs, as an operator does with curl.
+    /// Calls etcd's JSON API at a running member, as an operator does with curl.
     pub async fn post(&self, path: &str, body: &Value) -> Value {
         let member = self.members.iter().find(|member| member.child.is_some()).expect("one runs");
         post(member.client, path, body).await.unwrap_or_else(|| panic!("{path} is answered"))
     }
 
-    /// Forgets all revisions before the present one.
+    /// Compacts all revisions before the current one.
     pub async fn compact(&self) {
         let range = self.post("/v3/kv/range", &json!({"key": "AA=="})).await;
         let revision = &range["header"]["revision"];
@@ -185,7 +185,7 @@ async fn post(port: u16, path: &str, body: &Value) -> Option<Value> {
         Some(String::from_utf8_lossy(&answer).into_owned())
     };
     let answer = tokio::time::timeout(Duration::from_secs(5), exchange).await.ok()??;
-    // One JSON object, perhaps in chunks whose lengths lie around it.
+    // One JSON object, perhaps in chunks with their lengths around it.
     let (_, body) = answer.split_once("\r\n\r\n")?;
     serde_json::from_str(&body[body.find('{')?..=body.rfind('}')?]).ok()
 }

@@ -1,5 +1,5 @@
-//! A door in front of a backend that opens and shuts for each gateway on its own: gateways are told apart by the
-//! credential they send, so a test can cut one of them off from a backend that is well.
+//! Doors in front of a backend, one per gateway. Gateways are told apart by the credential that they send, so a test
+//! can cut one of them off from a healthy backend.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,13 +16,13 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// What a gateway meets.
+/// What a gateway gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Door {
     /// The backend.
     #[default]
     Open,
-    /// A connection that breaks.
+    /// A broken connection.
     Broken,
     /// Silence.
     Silent,
@@ -39,7 +39,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// In front of `backend`, open to everybody, until `shutdown`.
+    /// Starts in front of `backend`, open for everybody, until `shutdown`.
     pub async fn start(backend: SocketAddr, shutdown: &CancellationToken) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
@@ -67,7 +67,7 @@ async fn serve(listener: TcpListener, backend: SocketAddr, doors: watch::Receive
         let (http, doors) = (http.clone(), doors.clone());
         let service = service_fn(move |request| pass(http.clone(), backend, doors.clone(), request));
         tokio::spawn(async move {
-            // A connection that a shut door breaks ends with an error, as it should.
+            // A connection that a shut door breaks ends with an error.
             let _ = hyper::server::conn::http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), service)
                 .await;
@@ -95,7 +95,7 @@ async fn pass(
         Door::Open => {}
         Door::Broken => return Err(broken()),
         Door::Silent => {
-            // Until it opens again; the gateway has given up long before.
+            // Waits until the door opens again; the gateway has given up long before.
             let _ = doors.wait_for(|doors| door(doors, &head.headers) != Door::Silent).await;
             return Err(broken());
         }

@@ -1,5 +1,4 @@
-//! The harness of the tests from outside: real sockets, real processes, ports chosen by the system, no sleeping for
-//! luck.
+//! The harness of the tests from outside: real sockets, real processes, ports that the system chooses, and no sleeps.
 
 pub mod client;
 pub mod cluster;
@@ -9,6 +8,7 @@ pub mod limits;
 pub mod line;
 pub mod plane;
 pub mod process;
+pub mod random;
 pub mod redis;
 pub mod scripted;
 pub mod sentinel;
@@ -17,8 +17,8 @@ pub mod stack;
 use std::future::Future;
 use std::time::Duration;
 
-/// Asks until the answer is yes; a test that waits longer than this has failed. Leases of the dead take 15 s to run
-/// out, so on a busy machine half a minute is no failure.
+/// Repeats a question until the answer is yes; the test fails after a minute. Leases of dead holders expire after 15
+/// s, so half a minute is no failure on a busy machine.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
     let patience = Duration::from_secs(60);
     let asked = tokio::time::timeout(patience, async {

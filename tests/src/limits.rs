@@ -8,7 +8,7 @@ use weir_proto::envoy::service::ratelimit::v3::rate_limit_response::Code;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_client::RateLimitServiceClient;
 use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitResponse};
 
-/// Asks one limit service as a proxy does.
+/// A client of one limit service, which asks as a proxy does.
 #[derive(Debug, Clone)]
 pub struct Limits {
     client: RateLimitServiceClient<Channel>,
@@ -16,13 +16,13 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Of the service at this address.
+    /// A client of the service at this address.
     pub fn new(address: &str) -> Self {
         let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address");
         Self { client: RateLimitServiceClient::new(endpoint.connect_lazy()), token: None }
     }
 
-    /// Of a service that wants this token.
+    /// A client of a service that needs this token.
     pub fn with_token(address: &str, token: &str) -> Self {
         Self { token: Some(token.to_owned()), ..Self::new(address) }
     }
@@ -40,7 +40,7 @@ impl Limits {
         self.try_ask(request).await.expect("an answer")
     }
 
-    /// Sends any request; it may be refused.
+    /// Sends any request, which may be refused.
     pub async fn try_ask(&self, request: RateLimitRequest) -> Result<RateLimitResponse, Status> {
         let mut request = tonic::Request::new(request);
         if let Some(token) = &self.token {
@@ -50,7 +50,7 @@ impl Limits {
         self.client.clone().should_rate_limit(request).await.map(tonic::Response::into_inner)
     }
 
-    /// Whether one hit of the tenant passes.
+    /// Whether one hit of the tenant is admitted.
     pub async fn passes(&self, tenant: &str) -> bool {
         self.ask(&[("tenant", tenant)], 1).await.overall_code() == Code::Ok
     }

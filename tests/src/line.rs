@@ -1,4 +1,5 @@
-//! A line between a client and a server: it can be cut, kept from coming back, and fall silent, in one direction or both.
+//! A connection between a client and a server that can be cut, kept from coming back, and silenced in one direction
+//! or both.
 
 use std::net::SocketAddr;
 
@@ -8,24 +9,24 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// Bytes that one direction holds at most; what is silent pushes back on who writes.
+/// Bytes that one direction holds. A silent direction blocks its sender.
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// One line; all connections over it share its fate.
+/// One line. All connections over it share its state.
 #[derive(Debug, Clone)]
 pub struct Line {
-    /// Where the client finds the server.
+    /// The address for the client.
     pub address: SocketAddr,
     state: watch::Sender<State>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct State {
-    /// Connections of an earlier one are broken.
+    /// Counts cuts. Connections of an earlier count are broken.
     cuts: u64,
     /// New connections are broken at once.
     down: bool,
-    /// Nothing gets through, and nothing breaks.
+    /// Nothing passes, and nothing breaks.
     silent: Silent,
 }
 
@@ -36,7 +37,7 @@ struct Silent {
 }
 
 impl Line {
-    /// To a server, until `shutdown`.
+    /// A line to a server, until `shutdown`.
     pub async fn to(server: SocketAddr, shutdown: &CancellationToken) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
@@ -47,7 +48,7 @@ impl Line {
         Self { address, state }
     }
 
-    /// Breaks every connection; new ones too, until it is [mended](Self::mend).
+    /// Breaks every connection, new ones included, until it is [mended](Self::mend).
     pub fn cut(&self) {
         self.state.send_modify(|state| {
             state.cuts += 1;
@@ -55,22 +56,22 @@ impl Line {
         });
     }
 
-    /// Lets nothing through, and breaks nothing, until it is mended.
+    /// Lets nothing pass, without breaking a connection, until it is mended.
     pub fn silence(&self) {
         self.state.send_modify(|state| state.silent = Silent { to_server: true, to_client: true });
     }
 
-    /// The same for what the client sends only.
+    /// The same for the client's bytes only.
     pub fn silence_to_server(&self) {
         self.state.send_modify(|state| state.silent.to_server = true);
     }
 
-    /// The same for what the server sends only.
+    /// The same for the server's bytes only.
     pub fn silence_to_client(&self) {
         self.state.send_modify(|state| state.silent.to_client = true);
     }
 
-    /// Makes it whole again. What was written into a silent line arrives.
+    /// Repairs it. Bytes that were written while it was silent arrive.
     pub fn mend(&self) {
         self.state.send_modify(|state| (state.down, state.silent) = (false, Silent::default()));
     }
@@ -91,7 +92,7 @@ async fn serve(listener: TcpListener, server: SocketAddr, state: watch::Receiver
             let ((from_client, to_client), (from_server, to_server)) =
                 (client.into_split(), server.into_split());
             let mut cut = state.clone();
-            // Whichever direction ends, both are dropped: a line has no half.
+            // When one direction ends, both are dropped.
             tokio::select! {
                 () = pump(from_client, to_server, state.clone(), |silent| silent.to_server) => {}
                 () = pump(from_server, to_client, state, |silent| silent.to_client) => {}

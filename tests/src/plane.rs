@@ -15,7 +15,7 @@ use weir_proto::v1::admin_service_client::AdminServiceClient;
 
 use crate::process::command;
 
-/// The token that opens everything.
+/// The token with all rights.
 pub const ADMIN_TOKEN: &str = "admin-token-of-the-tests";
 
 /// Sends the admin token with every call.
@@ -32,19 +32,19 @@ impl Interceptor for Bearer {
 /// A client of the admin service.
 pub type Admin = AdminServiceClient<InterceptedService<Channel, Bearer>>;
 
-/// A control plane that runs.
+/// A running control plane.
 #[derive(Debug)]
 pub struct Plane {
     /// The process.
     pub child: Child,
-    /// Where its gRPC services are.
+    /// The address of its gRPC services.
     pub url: String,
-    /// Where its page is.
+    /// The address of its page.
     pub page: String,
 }
 
-/// Starts a control plane on this address with its store in a directory. `limit_kib` bounds the size of every file it
-/// writes: to it, a disk that is full.
+/// Starts a control plane on this address with its store in a directory. `limit_kib` bounds the size of every file
+/// that it writes, which has the effect of a full disk.
 pub async fn start(listen: &str, data: &Path, limit_kib: Option<u64>) -> Plane {
     start_with(listen, data, limit_kib, &[]).await
 }
@@ -58,7 +58,7 @@ pub async fn start_on(listen: &str, data: &Path, store: &str) -> Plane {
 pub async fn start_with(listen: &str, data: &Path, limit_kib: Option<u64>, more: &[&str]) -> Plane {
     let mut command = command("weir-control-plane");
     if let Some(kib) = limit_kib {
-        // The shell sets the limit and ignores the signal that goes with it, so that writing fails instead.
+        // The shell sets the limit and ignores its signal, so that writing fails instead.
         let program = crate::process::binary("weir-control-plane");
         command = crate::process::command_of("sh");
         let line = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", kib * 2);
@@ -80,12 +80,12 @@ pub async fn start_with(listen: &str, data: &Path, limit_kib: Option<u64>, more:
             break (url("grpc"), url("http"));
         }
     };
-    // Whatever is logged later is read and thrown away, so that the process never waits for us.
+    // Later log lines are read and discarded, so that the process never waits for the test.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     Plane { child, url, page }
 }
 
-/// A client of the control plane at a URL, which need not be there yet.
+/// A client of the control plane at a URL, which need not exist yet.
 pub fn admin_at(url: &str) -> Admin {
     let channel = Endpoint::from_shared(url.to_owned()).expect("a URL").connect_lazy();
     let value = format!("Bearer {ADMIN_TOKEN}").parse().expect("a header");
@@ -93,25 +93,25 @@ pub fn admin_at(url: &str) -> Admin {
 }
 
 impl Plane {
-    /// Where its gRPC services are, as `--listen` takes it.
+    /// The address of its gRPC services, as `--listen` takes it.
     pub fn address(&self) -> String {
         self.url.trim_start_matches("http://").to_owned()
     }
 
-    /// Whether it leads.
+    /// Whether this control plane is the leader.
     pub async fn leads(&self) -> bool {
         let answer = self.admin().await.who_am_i(WhoAmIRequest {}).await;
-        answer.expect("answers").into_inner().leads
+        answer.expect("answers").into_inner().leader
     }
 
-    /// A client of it.
+    /// A client of its admin service.
     pub async fn admin(&self) -> Admin {
         let channel = Endpoint::from_shared(self.url.clone()).expect("a URL").connect().await.expect("there");
         let value = format!("Bearer {ADMIN_TOKEN}").parse().expect("a header");
         AdminServiceClient::with_interceptor(channel, Bearer(value))
     }
 
-    /// Ends it without a word.
+    /// Kills it.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("killed");
     }

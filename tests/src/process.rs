@@ -6,7 +6,7 @@ use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-/// A binary of this build. The tests run from `target/PROFILE/deps`, the binaries lie one above.
+/// A binary of this build. The tests run from `target/PROFILE/deps`, and the binaries are one directory above.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a path");
     let path = test.parent().and_then(|deps| deps.parent()).expect("a target directory").join(name);
@@ -18,12 +18,12 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
-/// A command for a binary, with nothing of this environment's settings.
+/// A command for a binary, without settings of this environment.
 pub fn command(name: &str) -> Command {
     command_of(binary(name))
 }
 
-/// A command for any program, with nothing of this environment's settings.
+/// A command for any program, without settings of this environment.
 pub fn command_of(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(program);
     for (variable, _) in std::env::vars().filter(|(v, _)| v.starts_with("WEIR_")) {
@@ -33,12 +33,12 @@ pub fn command_of(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-/// `weir up`, and what it printed.
+/// A running `weir up`, and its output.
 #[derive(Debug)]
 pub struct Up {
     /// The process.
     pub child: Child,
-    /// The line of `--output json`.
+    /// Its line of `--output json`.
     pub line: serde_json::Value,
 }
 
@@ -53,7 +53,7 @@ pub async fn up(args: &[&str]) -> Up {
 }
 
 impl Up {
-    /// A text of the line.
+    /// A text field of that line.
     pub fn text(&self, key: &str) -> &str {
         self.line[key].as_str().unwrap_or_else(|| panic!("no {key} in {}", self.line))
     }
@@ -75,7 +75,7 @@ impl Up {
     }
 }
 
-/// A binary that runs, and the line of its log that said so.
+/// A running binary, and the log line that reported its start.
 #[derive(Debug)]
 pub struct Process {
     /// The process; it is killed when this is dropped.
@@ -84,7 +84,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it and waits for the message by which it says that it is there.
+    /// Starts it and waits for the message by which it reports its start.
     pub async fn start(name: &str, args: &[&str], message: &str) -> Self {
         Self::start_with(name, args, &[], message).await
     }
@@ -96,7 +96,7 @@ impl Process {
         Self::start_by(command, name, message).await
     }
 
-    /// The same by a command of the test's own, such as a shell that sets limits and becomes the binary.
+    /// The same by a command of the test's own, such as a shell that sets limits and then becomes the binary.
     pub async fn start_by(mut command: Command, name: &str, message: &str) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().expect("starts");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
@@ -107,7 +107,7 @@ impl Process {
             };
             match serde_json::from_str::<serde_json::Value>(&line) {
                 Ok(json) if json["message"] == message => {
-                    // What is logged later is read and thrown away, so that the process never waits for us.
+                    // Later log lines are read and discarded, so that the process never waits for the test.
                     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
                     return Self { child, line: json };
                 }
@@ -121,14 +121,14 @@ impl Process {
         self.line[field].as_str().unwrap_or_else(|| panic!("no {field} in {}", self.line))
     }
 
-    /// Ends it as a crash does.
+    /// Kills it.
     pub async fn kill(&mut self) {
         signal(&self.child, "-KILL").await;
         self.child.wait().await.expect("dead");
     }
 }
 
-/// Sends a signal by the process's own id.
+/// Sends a signal to the process.
 pub async fn signal(child: &Child, signal: &str) {
     let id = child.id().expect("still running").to_string();
     let sent = Command::new("kill").args([signal, &id]).status().await.expect("kill runs");

@@ -19,19 +19,19 @@ pub struct Redis {
     looking: OnceCell<RedisLimiter>,
 }
 
-/// What the requests of a scope stand at in the store.
+/// The usage of a scope in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing {
-    /// Requests made and not yet drained.
+    /// Requests that have not drained.
     pub requests: u64,
-    /// Tokens used and not yet drained.
+    /// Tokens that have not drained.
     pub tokens: u64,
     /// Requests in flight.
     pub leases: u64,
 }
 
 impl Redis {
-    /// Starts one and waits until it takes connections.
+    /// Starts a server and waits until it accepts connections.
     pub async fn start() -> Self {
         let free = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = free.local_addr().expect("an address").port();
@@ -54,7 +54,7 @@ impl Redis {
         self.listens().await;
     }
 
-    /// Where it listens.
+    /// Its port.
     pub fn address(&self) -> SocketAddr {
         ([127, 0, 0, 1], self.port).into()
     }
@@ -64,12 +64,12 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// The process, to signal.
+    /// Its process id, for signals.
     pub fn child(&self) -> &Child {
         &self.child
     }
 
-    /// What a tenant's requests stand at: what was used and has not yet drained, and leases held.
+    /// The usage of a tenant: requests and tokens that have not drained, and leases.
     pub async fn standing(&self, tenant: &str) -> Standing {
         let connect =
             || async { RedisLimiter::connect(&self.url(), Default::default()).await.expect("there") };
@@ -77,7 +77,7 @@ impl Redis {
         standing_of(limiter, Scope::Tenant(tenant)).await
     }
 
-    /// What a command of redis-cli prints.
+    /// The output of a redis-cli command.
     pub async fn cli(&self, args: &[&str]) -> String {
         let port = self.port.to_string();
         let done = Command::new("redis-cli").args(["-p", &port]).args(args).output().await;
@@ -85,7 +85,7 @@ impl Redis {
         String::from_utf8(done.stdout).expect("UTF-8")
     }
 
-    /// The leases of a tenant's requests: id, and when each runs out, microseconds of the server's clock.
+    /// The leases of a tenant: their ids and expiries, in microseconds of the server's clock.
     pub async fn leases(&self, tenant: &str) -> BTreeMap<String, u64> {
         let (_, leases) = scope_keys(Scope::Tenant(tenant));
         let printed = self.cli(&["ZRANGE", leases.as_str(), "0", "-1", "WITHSCORES"]).await;
@@ -93,14 +93,14 @@ impl Redis {
         lines.chunks_exact(2).map(|pair| (pair[0].to_owned(), pair[1].parse().expect("a score"))).collect()
     }
 
-    /// Its clock, microseconds.
+    /// The time of its clock, microseconds.
     pub async fn now(&self) -> u64 {
         let printed = self.cli(&["TIME"]).await;
         let mut parts = printed.lines().map(|part| part.parse::<u64>().expect("a number"));
         parts.next().expect("seconds") * 1_000_000 + parts.next().expect("microseconds")
     }
 
-    /// Forgets everything it holds.
+    /// Removes all of its data.
     pub async fn flush(&self) {
         let port = self.port.to_string();
         let done =
@@ -108,7 +108,7 @@ impl Redis {
         assert!(done.expect("redis-cli comes with redis-server").success());
     }
 
-    /// Ends it now, without letting it say goodbye.
+    /// Kills it.
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("killed");
         tokio::time::timeout(Duration::from_secs(5), self.child.wait()).await.expect("ends").expect("ended");
@@ -118,18 +118,18 @@ impl Redis {
 fn spawn(port: u16) -> Child {
     let mut command = Command::new("redis-server");
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
-    // A replica that begins again at once is what tests of replicas wait for.
+    // A replica that synchronises again at once is what tests of replicas need.
     command.args(["--repl-diskless-sync-delay", "0", "--enable-debug-command", "local"]);
-    // A replica leaves a dump in its folder; in a folder that cannot be written it does without.
+    // A replica writes a dump into its directory; it works without one if the directory is not writable.
     command.args(["--repl-diskless-load", "swapdb", "--dbfilename", &format!("weir-test-{port}.rdb")]);
     let spawned = command.current_dir(std::env::temp_dir()).stdout(Stdio::null()).kill_on_drop(true).spawn();
     spawned.expect("redis-server is needed: run `make tools`, or apt-get install redis-server")
 }
 
-/// What the requests of a scope stand at: what was used and has not yet drained, and leases held.
+/// The usage of a scope: requests and tokens that have not drained, and leases.
 pub async fn standing_of(limiter: &impl Limiter, scope: Scope<'_>) -> Standing {
-    // None is ever reached here; what is left of them tells what was taken. A rate of one a minute: looking at a meter
-    // drains it by the rate of the one who looks.
+    // Limits that are never reached: the rest of them shows the usage. The rate is one per minute, because reading a
+    // bucket drains it by the reader's rate.
     const UNITS: u64 = 1_000_000;
     const LEASES: u32 = 1_000_000;
     let (record, leases) = scope_keys(scope);
@@ -148,7 +148,7 @@ pub async fn standing_of(limiter: &impl Limiter, scope: Scope<'_>) -> Standing {
     };
     let looked = async {
         loop {
-            // On a busy machine an answer may take longer than a gateway would wait for it.
+            // On a busy machine an answer may take longer than a gateway would wait.
             match limiter.peek(std::slice::from_ref(&scope)).await {
                 Ok(states) => return states,
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,

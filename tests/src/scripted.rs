@@ -1,4 +1,5 @@
-//! A backend whose every byte a test decides: answers cut short, malformed, compressed, too long, or more than asked for.
+//! A backend of which a test decides every byte: answers that are cut short, malformed, compressed, too long, or more
+//! than asked for.
 //!
 //! ```ignore
 //! let backend = Scripted::start(&end, |asked, mut wire| async move {
@@ -22,29 +23,32 @@ use tokio_util::sync::CancellationToken;
 /// Largest head of a request that is read.
 const HEAD_MAX_BYTES: usize = 1 << 20;
 
-/// A request as it came.
+/// A request as it arrived.
 #[derive(Debug, Clone)]
 pub struct Asked {
-    /// Which of all requests this is, from 0.
+    /// Its number among all requests, from 0.
     pub number: u64,
-    /// The request line and the headers, as they were written.
+    /// The request line and the headers, unchanged.
     pub head: String,
-    /// The body, of the length that the head says.
+    /// The body, of the length in the head.
     pub body: Bytes,
 }
 
 impl Asked {
-    /// The path asked for.
+    /// The requested path.
     pub fn path(&self) -> &str {
         self.head.split_whitespace().nth(1).unwrap_or_default()
     }
 
-    /// The first header of this name, which is given in lower case.
+    /// The first header of this name.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().skip(1).find_map(|line| {
-            let (key, value) = line.split_once(':')?;
-            key.eq_ignore_ascii_case(name).then_some(value.trim())
-        })
+        self.headers(name).next()
+    }
+
+    /// All headers of this name.
+    pub fn headers(&self, name: &str) -> impl Iterator<Item = &str> {
+        let fields = self.head.lines().skip(1).filter_map(|line| line.split_once(':'));
+        fields.filter(move |(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
     }
 }
 
@@ -56,12 +60,12 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Writes these bytes; false when the other side has gone.
+    /// Writes these bytes. Returns false if the other side has gone.
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.stream.write_all(bytes.as_ref()).await.is_ok()
     }
 
-    /// Writes the same bytes again and again, `times` times at most; how often, until the other side went.
+    /// Writes the same bytes up to `times` times. Returns how often, until the other side went.
     pub async fn repeat(&mut self, bytes: impl AsRef<[u8]>, times: u64) -> u64 {
         for sent in 0..times {
             if !self.send(bytes.as_ref()).await {
@@ -71,20 +75,25 @@ impl Wire {
         times
     }
 
-    /// Waits until the other side closes, which may be for ever.
+    /// Waits for one more byte, or until the other side closes.
+    pub async fn next_byte(&mut self) -> Option<u8> {
+        self.stream.read_u8().await.ok()
+    }
+
+    /// Waits until the other side closes, which may never happen.
     pub async fn until_closed(&mut self) {
         let mut rest = [0; 4096];
         while self.stream.read(&mut rest).await.is_ok_and(|count| count > 0) {}
     }
 
-    /// Ends the connection with a reset.
+    /// Closes the connection with a reset.
     pub fn reset(self) -> Option<Self> {
-        // Without it the end is a FIN, which is what the test would then see.
+        // Without it the end is a FIN, and the test would see that.
         self.stream.set_zero_linger().expect("a socket");
         None
     }
 
-    /// The next request; `None` when there is none, or it is none.
+    /// The next request; `None` if there is none, or if the bytes are none.
     async fn next(&mut self, number: &AtomicU64) -> Option<Asked> {
         let end = loop {
             if let Some(at) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
@@ -110,14 +119,15 @@ impl Wire {
 /// A backend that does what a test says.
 #[derive(Debug)]
 pub struct Scripted {
-    /// Where it listens.
+    /// Its address.
     pub address: SocketAddr,
     requests: Arc<AtomicU64>,
+    connections: Arc<AtomicU64>,
 }
 
 impl Scripted {
-    /// Listens until `shutdown`. `behaviour` is asked for each request and gives back the connection if another request
-    /// may follow on it.
+    /// Listens until `shutdown`. `behaviour` answers each request, and returns the connection if another request may
+    /// follow on it.
     pub async fn start<B, F>(shutdown: &CancellationToken, behaviour: B) -> Self
     where
         B: Fn(Asked, Wire) -> F + Send + Sync + 'static,
@@ -126,10 +136,13 @@ impl Scripted {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let requests = Arc::new(AtomicU64::new(0));
+        let connections = Arc::new(AtomicU64::new(0));
+        let opened = connections.clone();
         let (behaviour, numbers, end) = (Arc::new(behaviour), requests.clone(), shutdown.clone());
         let serving = async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let _ = stream.set_nodelay(true);
+                opened.fetch_add(1, Ordering::SeqCst);
                 let (behaviour, numbers, end) = (behaviour.clone(), numbers.clone(), end.clone());
                 let connection = async move {
                     let mut wire = Wire { stream, read: BytesMut::new() };
@@ -145,7 +158,7 @@ impl Scripted {
         };
         let shutdown = shutdown.clone();
         tokio::spawn(async move { shutdown.run_until_cancelled(serving).await });
-        Self { address, requests }
+        Self { address, requests, connections }
     }
 
     /// Answers every request with these bytes and closes the connection.
@@ -161,7 +174,12 @@ impl Scripted {
         .await
     }
 
-    /// Requests that came so far.
+    /// The number of connections.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    /// The number of requests.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::SeqCst)
     }
@@ -176,13 +194,14 @@ pub fn answer(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> 
     out
 }
 
-/// The head of an answer; whatever follows is its body until the connection closes, unless `headers` say otherwise.
+/// The head of an answer. All following bytes are its body until the connection closes, unless `headers` say
+/// otherwise.
 pub fn head(status: u16, headers: &[(&str, &str)]) -> Vec<u8> {
     let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
     format!("HTTP/1.1 {status} Scripted\r\n{lines}\r\n").into_bytes()
 }
 
-/// One chunk of a chunked body; an empty one ends it.
+/// One chunk of a chunked body. An empty one ends the body.
 pub fn chunk(bytes: impl AsRef<[u8]>) -> Vec<u8> {
     let bytes = bytes.as_ref();
     [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
@@ -197,7 +216,7 @@ pub fn completion(text: &str, usage: &str) -> String {
     )
 }
 
-/// A 200 with a whole chat completion.
+/// A 200 with a complete chat completion.
 pub fn json_answer(text: &str, usage: &str) -> Vec<u8> {
     answer(200, &[("content-type", "application/json")], completion(text, usage))
 }
@@ -207,7 +226,7 @@ pub fn event(payload: &str) -> String {
     format!("data: {payload}\n\n")
 }
 
-/// The event that carries this text.
+/// The event with this text.
 pub fn delta(text: &str) -> String {
     let delta = serde_json::json!({ "content": text });
     event(&format!(

@@ -1,4 +1,4 @@
-//! A Sentinel that says what a test tells it: which address is the primary of the service `weir`.
+//! A Sentinel whose answers a test decides: the address of the primary of the service `weir`.
 
 use std::net::SocketAddr;
 
@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// One Sentinel. Gateways that ask different ones may be told different things.
+/// One Sentinel. Gateways that ask different Sentinels may get different answers.
 #[derive(Debug)]
 pub struct Sentinel {
     address: SocketAddr,
@@ -15,7 +15,7 @@ pub struct Sentinel {
 }
 
 impl Sentinel {
-    /// Which says that the primary is at `primary`, until `shutdown`.
+    /// A Sentinel that names `primary`, until `shutdown`.
     pub async fn start(primary: SocketAddr, shutdown: &CancellationToken) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
@@ -31,23 +31,23 @@ impl Sentinel {
         Self { address, primary }
     }
 
-    /// As `--redis` takes it.
+    /// Its address as `--redis` takes it.
     pub fn url(&self) -> String {
         format!("redis+sentinel://{}/weir", self.address)
     }
 
-    /// From now on the primary is there.
+    /// Names another primary from now on.
     pub fn say(&self, primary: SocketAddr) {
         self.primary.send_replace(Some(primary));
     }
 
-    /// From now on it answers nobody.
+    /// Answers nobody from now on.
     pub fn silence(&self) {
         self.primary.send_replace(None);
     }
 }
 
-/// Answers one connection; an end of any kind ends it.
+/// Answers on one connection until it ends.
 async fn serve(stream: TcpStream, mut told: watch::Receiver<Option<SocketAddr>>) {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
@@ -87,7 +87,7 @@ async fn command(read: &mut (impl AsyncBufRead + Unpin)) -> Option<Vec<String>> 
     Some(words)
 }
 
-/// A line of a mark and a number.
+/// Reads a line of a mark and a number.
 async fn number(read: &mut (impl AsyncBufRead + Unpin), mark: char) -> Option<usize> {
     let mut line = String::new();
     read.read_line(&mut line).await.ok()?;

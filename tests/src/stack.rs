@@ -6,25 +6,25 @@ use crate::client::Client;
 use crate::process::{Process, command, signal};
 use crate::redis::Redis;
 
-/// The variable in which each gateway finds its own name, for backends whose credential is `env:` of it.
+/// The variable with the name of each gateway, for backends whose credential is `env:` of it.
 pub const CREDENTIAL: &str = "TEST_CREDENTIAL";
 
-/// Everything but the backends, which a test brings itself so that it can count what reached them.
+/// All parts but the backends, which the test starts itself so that it can count their requests.
 #[derive(Debug)]
 pub struct Stack {
-    /// The store of limits and slots.
+    /// The limit store.
     pub redis: Redis,
-    /// The control plane; its store is on disk.
+    /// The control plane, with its store on disk.
     pub control_plane: Process,
-    /// The gateways; each keeps a copy of the configuration on disk.
+    /// The gateways, each with its copy of the configuration on disk.
     pub gateways: Vec<Process>,
     key: String,
     data: TempDir,
 }
 
 impl Stack {
-    /// Starts it with this many gateways, applies `manifest`, and makes a key of its tenant `acme`. Returns once
-    /// every gateway has applied both.
+    /// Starts the stack with this many gateways, applies `manifest`, and creates a key of its tenant `acme`. Returns
+    /// when every gateway has applied both.
     pub async fn start(gateways: usize, manifest: &str) -> Self {
         let data = tempfile::tempdir().expect("a directory");
         let redis = Redis::start().await;
@@ -45,17 +45,17 @@ impl Stack {
         stack
     }
 
-    /// Starts gateway `k`, with the copy on disk that an earlier gateway `k` left.
+    /// Starts gateway `k` with the copy on disk of an earlier gateway `k`.
     pub async fn gateway(&self, k: usize) -> Process {
         self.gateway_by(k, self.control_plane.text("grpc")).await
     }
 
-    /// The same, which finds the control plane at another address.
+    /// The same with the control plane at another address.
     pub async fn gateway_by(&self, k: usize, control_plane: &str) -> Process {
         self.gateway_with(k, control_plane, 0).await
     }
 
-    /// The same, which goes on accepting for so many seconds after it was told to end.
+    /// The same with a number of seconds for which it accepts connections after it was told to end.
     pub async fn gateway_with(&self, k: usize, control_plane: &str, pre_stop_s: u64) -> Process {
         let copy = self.data.path().join(format!("gateway-{k}"));
         let control_plane = format!("http://{control_plane}");
@@ -94,7 +94,7 @@ impl Stack {
         self.control_plane = Process::start("weir-control-plane", &args, "control plane serves").await;
     }
 
-    /// Starts limit service `k`, with the copy on disk that an earlier one left.
+    /// Starts limit service `k` with the copy on disk of an earlier one.
     pub async fn limit_service(&self, k: usize) -> Process {
         let copy = self.data.path().join(format!("limits-{k}"));
         let control_plane = format!("http://{}", self.control_plane.text("grpc"));
@@ -118,7 +118,7 @@ impl Stack {
         Process::start("weir-ratelimit", &args, "serving").await
     }
 
-    /// The key of its tenant.
+    /// The key of the tenant.
     pub fn key(&self) -> &str {
         &self.key
     }
@@ -133,7 +133,7 @@ impl Stack {
         Client::new(gateway.text("clients").parse().expect("an address"), &self.key)
     }
 
-    /// Runs a `weir` command that must succeed; returns what it printed.
+    /// Runs a `weir` command that must succeed, and returns its output.
     pub async fn weir(&self, args: &[&str]) -> String {
         let mut command = command("weir");
         command

@@ -1,23 +1,23 @@
-//! The account against what was billed.
+//! Compares the usage records with what the servers billed.
 
 use serde_json::Value;
 
 use super::driver::{End, Record};
 use super::limits::{Limit, Scope};
 
-/// Tokens by who used them, from both sides.
+/// Tokens by user, from both sides.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Books {
-    /// Of the account: tenant, model, tokens.
+    /// From the usage records: tenant, model, tokens.
     rows: Vec<(String, String, u64)>,
-    /// Of the servers, by model.
+    /// From the servers, by model.
     billed: Vec<(&'static str, u64)>,
-    /// Of the answers that clients got whole, by tenant.
+    /// From the complete answers of clients, by tenant.
     answered: Vec<(&'static str, u64)>,
 }
 
 impl Books {
-    /// From the page of a gateway, the servers' counts, and what clients saw.
+    /// Reads a gateway's usage page, the servers' counts, and the clients' records.
     pub(crate) fn read(page: &str, billed: Vec<(&'static str, u64)>, records: &[Record]) -> Self {
         let page: Value = serde_json::from_str(page).unwrap_or_default();
         let text = |row: &Value, name: &str| row[name].as_str().unwrap_or_default().to_owned();
@@ -37,7 +37,7 @@ impl Books {
         Self { rows: rows.collect(), billed, answered }
     }
 
-    /// Tokens that the account has of a scope.
+    /// The tokens of a scope in the usage records.
     pub(crate) fn noted(&self, limit: &Limit) -> u64 {
         let of = self.rows.iter().filter(|(tenant, model, _)| match limit.scope {
             Scope::Global => true,
@@ -47,7 +47,7 @@ impl Books {
         of.map(|(_, _, tokens)| tokens).sum()
     }
 
-    /// How many more that is than its servers billed; of a tenant, than its clients got.
+    /// The excess of the records over what the servers billed; for a tenant, over what its clients got.
     pub(crate) fn off(&self, limit: &Limit) -> i64 {
         let of = |sums: &[(&str, u64)], name: Option<&str>| -> u64 {
             sums.iter().filter(|(of, _)| name.is_none_or(|name| name == *of)).map(|(_, sum)| sum).sum()
@@ -60,7 +60,7 @@ impl Books {
         self.noted(limit).cast_signed() - must.cast_signed()
     }
 
-    /// Whether both sides say the same of every scope.
+    /// Whether both sides agree on every scope.
     pub(crate) fn agree(&self, limits: &[Limit]) -> bool {
         limits.iter().all(|limit| self.off(limit) == 0)
     }

@@ -1,5 +1,5 @@
-//! The load of `accuracy`: requests of several tenants for several models, streams and unary, arriving at a fixed
-//! rate at gateways chosen at random; and the record of what each client saw.
+//! The load of `accuracy`: requests of several tenants for several models, streams and unary, which arrive at a fixed
+//! rate at random gateways; and the record of each client.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,18 +17,18 @@ use super::oracle::Span;
 /// The code of a refusal for want of a slot.
 const NO_SLOT: &str = "overloaded";
 
-/// Who asks for what: a tenant's key, and how often its requests come, out of a hundred.
+/// A tenant's load: its key, and its share of the arrivals.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caller {
     /// Its name and the stem of its key.
     pub(crate) tenant: &'static str,
-    /// Share of the arrivals, percent.
+    /// Its share of the arrivals, percent.
     pub(crate) percent: u64,
-    /// Tokens of its answers, from and to.
+    /// The range of the tokens of its answers.
     pub(crate) tokens: (u64, u64),
-    /// Share of streams, percent.
+    /// The share of streams, percent.
     pub(crate) streams: u64,
-    /// What it asks for, each as often.
+    /// The models it asks for, each as often as the others.
     pub(crate) models: &'static [&'static str],
 }
 
@@ -37,39 +37,39 @@ pub(crate) struct Caller {
 pub(crate) enum End {
     /// Admitted and answered.
     Answered,
-    /// Refused with 429: the scope's kind, its name, and what was limited.
+    /// Refused with 429: the kind and the name of the scope, and the limit.
     Limited(String, String, String),
     /// Refused because every slot of the model was taken.
     NoSlot,
     /// Answered with another status and this code.
     Failed(u16, String),
-    /// Cut, or not answered in time: whether it was admitted is not known.
+    /// Cut, or not answered in time: it is unknown whether it was admitted.
     Unknown,
 }
 
 impl End {
-    /// Whether the request was refused, and so charged nothing. Any other may have been charged.
+    /// Whether the request was refused and so charged nothing. Any other request may have been charged.
     pub(crate) const fn is_refusal(&self) -> bool {
         matches!(self, End::Limited(..) | End::NoSlot)
     }
 }
 
-/// One request as its client saw it; times in microseconds since the start.
+/// One request as its client saw it; times are in microseconds since the start.
 #[derive(Debug, Clone)]
 pub(crate) struct Record {
-    /// Whose it was.
+    /// The tenant.
     pub(crate) tenant: &'static str,
-    /// What it asked for.
+    /// The model.
     pub(crate) model: &'static str,
-    /// Tokens of its prompt.
+    /// The tokens of its prompt.
     pub(crate) prompt_tokens: u64,
-    /// Tokens of its answer.
+    /// The tokens of its answer.
     pub(crate) tokens: u64,
-    /// When it was decided: between sending and the first byte of the answer.
+    /// The time of the decision: between sending and the first byte of the answer.
     pub(crate) decided: Span,
-    /// When the last byte came, or the connection broke.
+    /// The time of the last byte, or of the end of the connection.
     pub(crate) ended_us: u64,
-    /// How it ended.
+    /// Its end.
     pub(crate) end: End,
 }
 
@@ -78,22 +78,23 @@ pub(crate) fn key(tenant: &str) -> String {
     format!("weir_bench_key_{tenant}")
 }
 
-/// What to send, and for how long.
+/// The requests to send, and the time for them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plan<'a> {
-    /// Who asks.
+    /// The tenants.
     pub(crate) callers: &'a [Caller],
     /// Arrivals per second.
     pub(crate) per_second: f64,
-    /// How long they arrive.
+    /// The time in which they arrive.
     pub(crate) length: Duration,
-    /// Seed of everything drawn.
+    /// The seed of all draws.
     pub(crate) seed: u64,
-    /// Tokens of the prompt that all requests have, as the servers count them.
+    /// The tokens of every prompt, as the servers count them.
     pub(crate) prompt_tokens: u64,
 }
 
-/// Sends what is planned and waits for the last end. The records count from `started`, which is now or was before.
+/// Sends the planned requests and waits for the last one to end. Times count from `started`, which may be in the
+/// past.
 pub(crate) async fn drive(
     gateways: &[SocketAddr],
     plan: Plan<'_>,
@@ -144,7 +145,7 @@ fn pick(callers: &[Caller], rng: &mut Rng) -> Caller {
     callers[0]
 }
 
-/// Goes to the next gateway when one refuses the connection, as a load balancer does.
+/// Uses the next gateway if one refuses the connection, as a load balancer does.
 async fn send(
     gateways: &[SocketAddr],
     first: usize,
@@ -179,7 +180,7 @@ async fn send(
     record
 }
 
-/// What a refusal says: the limit it names, or its code.
+/// The limit that a refusal names, or its code.
 fn refusal(status: u16, body: &str) -> End {
     let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();

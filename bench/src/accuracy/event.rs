@@ -1,10 +1,10 @@
-//! What happens in the middle of a run, and what design section 5 allows because of it.
+//! The event in the middle of a run, and what design section 5 allows because of it.
 
 use std::time::Duration;
 
 use crate::store::Topology;
 
-/// What a replica may lack of its primary: they compare notes once a second.
+/// The time by which a replica may lag behind its primary: they compare once a second.
 const REPLICATION: Duration = Duration::from_secs(1);
 
 /// What happens.
@@ -20,12 +20,12 @@ pub(crate) enum Event {
     Failover,
 }
 
-/// What may be admitted beyond the envelope, because the store was away.
+/// The allowed excess over the envelope, because the store was away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Bound {
-    /// Each capacity once more: its meter was lost and counts as empty.
+    /// Each capacity once more: its bucket was lost and counts as empty.
     pub(crate) burst: bool,
-    /// What was admitted so shortly before: it had not reached the replica.
+    /// Admissions in this time before the event: they had not reached the replica.
     pub(crate) unreplicated: Duration,
 }
 
@@ -62,12 +62,12 @@ impl Event {
         }
     }
 
-    /// Whether a meter that is not there counts as full when the data set was born.
+    /// Whether a missing bucket counts as full when the data set was created.
     pub(crate) const fn is_strict(self) -> bool {
         matches!(self, Self::RedisRestartedEmptyStrict)
     }
 
-    /// `None` while Redis lives: then nothing may be admitted beyond the envelope.
+    /// `None` while Redis lives: no excess over the envelope is allowed.
     pub(crate) const fn bound(self) -> Option<Bound> {
         let alone = Bound { burst: false, unreplicated: Duration::ZERO };
         match self {

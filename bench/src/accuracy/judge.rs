@@ -1,4 +1,4 @@
-//! What became of each limit in a run.
+//! The verdict on each limit of a run.
 
 use super::driver::{End, Record};
 use super::event::Bound;
@@ -6,46 +6,47 @@ use super::limits::{GATEWAYS, Limit, Scope};
 use super::oracle::{Span, crowd_refused_wrongly};
 use crate::load::micros;
 
-/// What a refusal may be off by: the stated slack of one unit per bucket, and for tokens what the estimate of one
-/// request may differ.
+/// The allowed error of a refusal: the stated slack of one unit per bucket, and for tokens the possible error of one
+/// estimate.
 pub(crate) const SLACK_REQUESTS: u64 = 1;
 pub(crate) const SLACK_TOKENS: u64 = 80;
-/// A slot is free for others this long after its stream ended; a refusal within it is not held against the limiter.
+/// A slot is free for others this long after its stream ended. A refusal within this time does not count against the
+/// limiter.
 const RELEASE_LAG_US: u64 = 300_000;
 
-/// When the store was away, microseconds since the load began.
+/// The time of the store outage, microseconds since the start of the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Outage {
-    /// When it went.
+    /// Its start.
     pub(crate) began_us: u64,
-    /// When it served again.
+    /// When the store served again.
     pub(crate) back_us: u64,
-    /// When the last gateway decided alone for the last time.
+    /// The last decision of a gateway without the store.
     pub(crate) over_us: u64,
 }
 
-/// A run.
+/// The data of one run.
 #[derive(Debug)]
 pub(crate) struct Run<'a> {
-    /// What the clients saw.
+    /// The records of the clients.
     pub(crate) records: &'a [Record],
-    /// When the store was away, and what that allows.
+    /// The store outage, and the excess that it allows.
     pub(crate) outage: Option<(Outage, Bound)>,
-    /// When the data set was born that every meter counts as full in.
+    /// The creation of the data set at which missing buckets count as full.
     pub(crate) full_at_us: Option<u64>,
-    /// How long leases of the dead stand.
+    /// The life of leases of dead gateways.
     pub(crate) lease_us: u64,
 }
 
-/// What became of a limit.
+/// The result for one limit.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(crate) admitted: u64,
-    /// By the envelope, and the bound of the outage.
+    /// Compared with the envelope, and with the bound of the outage.
     pub(crate) allowed: u64,
-    /// The worst of all windows against the envelope alone.
+    /// The worst window compared with the envelope alone.
     pub(crate) beyond_envelope: u64,
-    /// The same against what is allowed.
+    /// The worst window compared with what is allowed.
     pub(crate) over_admission: u64,
     pub(crate) refused: u64,
     /// While the store served.
@@ -64,7 +65,7 @@ impl Run<'_> {
         })
     }
 
-    /// What the outage allows of this limit.
+    /// The excess of this limit that the outage allows.
     fn extra(&self, limit: &Limit) -> u64 {
         let Some((outage, bound)) = self.outage else { return 0 };
         let since = outage.began_us.saturating_sub(micros(bound.unreplicated));
@@ -82,7 +83,8 @@ impl Run<'_> {
                 let burst = if bound.burst { envelope.capacity } else { 0 };
                 burst + unreplicated
             }
-            // What is held goes on, and who holds none has its share beside it: how many are taken gateways are not told.
+            // Running requests continue, and a gateway without any adds its share. Gateways do not know how many
+            // slots others hold.
             None if matches!(limit.scope, Scope::Backend(_)) => {
                 others * (limit.most / GATEWAYS as u64).max(1)
             }
@@ -98,7 +100,7 @@ impl Run<'_> {
         let costs = |r: &Record| (r.decided, limit.cost(r));
         let admitted: Vec<(Span, u64)> =
             self.records.iter().filter(under).filter(|r| r.end == End::Answered).map(costs).collect();
-        // Refused by a limit, a request was certainly not charged; in any other case it may have been.
+        // A request that a limit refused was certainly not charged; any other one may have been.
         let charged = self.records.iter().filter(under).filter(|r| !r.end.is_refusal());
         let mut maybe: Vec<(Span, u64)> = charged.map(costs).collect();
         maybe.extend(self.full_at_us.map(|at| (Span { from_us: at, until_us: at }, envelope.capacity)));
@@ -118,7 +120,7 @@ impl Run<'_> {
         }
     }
 
-    /// Judges a limit over requests in flight, of which its server saw so many at most.
+    /// Judges a limit of requests in flight by the maximum that its server saw.
     pub(crate) fn crowd(&self, limit: &Limit, most: u64) -> Found {
         let extra = self.extra(limit);
         let in_flight: Vec<Span> = self
@@ -126,7 +128,7 @@ impl Run<'_> {
             .iter()
             .filter(|r| limit.covers(r) && !r.end.is_refusal())
             .map(|r| {
-                // What a dead gateway held stands until its leases run out.
+                // The leases of a dead gateway stand until they expire.
                 let held = if r.end == End::Unknown { self.lease_us } else { RELEASE_LAG_US };
                 Span { from_us: r.decided.from_us, until_us: r.ended_us + held }
             })

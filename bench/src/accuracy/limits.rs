@@ -1,4 +1,4 @@
-//! The limits of `accuracy`, who asks under them, and the resources that say so to the gateways.
+//! The limits of `accuracy`, its tenants, and the resources with which gateways are configured.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,33 +13,33 @@ use crate::resources::{Resources, backend};
 
 /// Gateways of a scene.
 pub(crate) const GATEWAYS: usize = 4;
-/// Tenant `c` alone uses `m3`, so that the server's count of requests at the same time is its own.
+/// Only tenant `c` uses `m3`, so that the server's count of concurrent requests is that of the tenant.
 pub(crate) const MODELS: [&str; 3] = ["m1", "m2", CROWD_MODEL];
 pub(crate) const CROWD_MODEL: &str = "m3";
-/// A model whose answers take no time, for a tenant that is under limits and never reaches them.
+/// A model whose answers take no time, for a tenant that never reaches its limits.
 pub(crate) const FREE: &str = "free";
-/// Slots of every backend: fewer than the first burst wants.
+/// The slots of every backend: fewer than the first burst needs.
 pub(crate) const SLOTS: u32 = 8;
-/// More than any load of a bench.
+/// Above the load of any bench.
 const PLENTY: u64 = 1_000_000;
 
-/// Who is under limits.
+/// The scope of a limit.
 const TENANTS: [&str; 3] = ["a", "b", "c"];
 
-/// Who asks.
+/// The tenants.
 pub(crate) const CALLERS: [Caller; 3] = [
     Caller { tenant: "a", percent: 36, tokens: (10, 40), streams: 30, models: &["m1", "m2"] },
     Caller { tenant: "b", percent: 34, tokens: (10, 60), streams: 30, models: &["m1", "m2"] },
     Caller { tenant: "c", percent: 30, tokens: (300, 600), streams: 100, models: &[CROWD_MODEL] },
 ];
 
-/// What is limited.
+/// The limited quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scope {
     Global,
     Tenant(&'static str),
     Model(&'static str),
-    /// The slots of a backend, which is called after its model.
+    /// The slots of a backend, which has the name of its model.
     Backend(&'static str),
 }
 
@@ -49,7 +49,7 @@ impl Scope {
     }
 }
 
-/// How it is counted.
+/// The kind of its units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Counted {
     Requests,
@@ -62,7 +62,7 @@ pub(crate) enum Counted {
 pub(crate) struct Limit {
     pub(crate) scope: Scope,
     pub(crate) counted: Counted,
-    /// Per minute, and the capacity too; at once for what is in flight.
+    /// The rate per minute, which is also the capacity; the maximum for requests in flight.
     pub(crate) most: u64,
 }
 
@@ -70,7 +70,7 @@ pub(crate) const fn limit(scope: Scope, counted: Counted, most: u64) -> Limit {
     Limit { scope, counted, most }
 }
 
-/// Each is far exceeded by its own load, and that of everything by what the others let through.
+/// The load far exceeds each limit, and the admitted requests of others exceed the global one.
 pub(crate) const LIMITS: [Limit; 7] = [
     limit(Scope::Tenant("a"), Counted::Requests, 120),
     limit(Scope::Tenant("b"), Counted::Tokens, 6000),
@@ -98,7 +98,7 @@ impl fmt::Display for Limit {
 }
 
 impl Limit {
-    /// Capacity and rate; `None` for what is in flight.
+    /// Capacity and rate; `None` for requests in flight.
     pub(crate) fn envelope(&self) -> Option<Envelope> {
         let envelope = Envelope { capacity: self.most, per_minute: self.most };
         (self.counted != Counted::InFlight).then_some(envelope)
@@ -108,7 +108,7 @@ impl Limit {
         self.counted == Counted::Tokens
     }
 
-    /// Whether a request is under it.
+    /// Whether a request is under the limit.
     pub(crate) fn covers(&self, record: &Record) -> bool {
         match self.scope {
             Scope::Global => true,
@@ -117,7 +117,7 @@ impl Limit {
         }
     }
 
-    /// What a request costs it.
+    /// The cost of a request under the limit.
     pub(crate) fn cost(&self, record: &Record) -> u64 {
         match self.counted {
             Counted::Requests | Counted::InFlight => 1,
@@ -125,7 +125,7 @@ impl Limit {
         }
     }
 
-    /// Whether it is the limit that a request was refused by.
+    /// Whether a request was refused by this limit.
     pub(crate) fn refused(&self, record: &Record) -> bool {
         if let Scope::Backend(model) = self.scope {
             return record.end == End::NoSlot && record.model == model;
@@ -145,13 +145,13 @@ impl Limit {
         same && what == counted
     }
 
-    /// Where it is kept: its record and its leases.
+    /// The keys of the limit: its record and its leases.
     pub(crate) fn keys(&self) -> (Key, Key) {
         match self.scope {
             Scope::Global => scope_keys(weir_ratelimit::Scope::Global),
             Scope::Tenant(name) => scope_keys(weir_ratelimit::Scope::Tenant(name)),
             Scope::Model(name) => scope_keys(weir_ratelimit::Scope::Model(name)),
-            // Slots have no record; a look at them wants one that lives where they do.
+            // Slots have no record; reading them needs a record with the same hash slot.
             Scope::Backend(name) => {
                 let slots = Key::backend_slots(name);
                 (Key::budget(&slots, "none"), slots)
@@ -159,7 +159,7 @@ impl Limit {
         }
     }
 
-    /// What to look at to see how many leases it has: as if a million were allowed.
+    /// The scope to read for the number of its leases, with a limit of a million.
     pub(crate) fn leases(&self) -> Option<ScopeLimits> {
         let (record, leases) = self.keys();
         (self.counted == Counted::InFlight).then_some(ScopeLimits {
@@ -175,7 +175,7 @@ impl Limit {
 
     fn rates(&self) -> v1::Rates {
         let most = Some(self.most);
-        // Refused at once: who waits is decided later, and the oracle knows less about when.
+        // Refused at once: waiting requests are decided later, and the oracle knows less about the time.
         let mut rates =
             v1::Rates { burst_multiplier: Some(1.0), max_wait: Some(Wire::default()), ..Default::default() };
         match self.counted {
@@ -187,10 +187,10 @@ impl Limit {
     }
 }
 
-/// More leases than any run has.
+/// Above the leases of any run.
 pub(crate) const LEASES_MAX: u32 = 1_000_000;
 
-/// Every place one of these limits is kept in.
+/// Every key of these limits.
 pub(crate) fn places(limits: &[Limit]) -> Vec<Key> {
     limits
         .iter()
@@ -201,14 +201,14 @@ pub(crate) fn places(limits: &[Limit]) -> Vec<Key> {
         .collect()
 }
 
-/// The scene as a configuration: a model, a pool and a backend for each of these servers, which are called after the
-/// model and have so many slots, and the tenants.
+/// The configuration: for each server a model, a pool and a backend with the model's name and this number of slots,
+/// and the tenants.
 pub(crate) fn resources(mocks: &[(&str, SocketAddr)], limits: &[Limit], slots: u32) -> Resources {
     let mut resources = Resources::default();
     let rates = |scope: Scope| limits.iter().find(|l| l.scope == scope).map(Limit::rates);
     for (model, address) in mocks {
         let queue = Some(v1::Queue { max_wait: Some(Wire::default()), ..Default::default() });
-        // Probes ask for tokens too, and would be counted with the requests of tenants.
+        // No probes for tokens, which would be counted with the tenants' requests.
         let health = Some(v1::HealthProfile { paid_probes_per_hour: Some(0), ..Default::default() });
         resources.put(model, Spec::Pool(v1::PoolSpec { queue, health, ..Default::default() }));
         resources.put(model, Spec::Backend(backend(model, model, *address, slots)));

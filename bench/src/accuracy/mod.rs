@@ -1,10 +1,10 @@
-//! Do limits hold over several gateways, to the request, while things break?
+//! Whether limits hold over several gateways, exactly, during faults.
 //!
-//! Four gateways as processes of their own, a control plane, a real Redis (one, a primary and its replica, or a Cluster
-//! of three), three simulated servers. Three tenants ask for three models, streams and unary, far above their limits;
-//! in the middle of each run something happens. What the clients saw is judged offline ([`oracle`]): admitted in any
-//! window against `capacity + rate x length`, refusals that were wrong, and leases that nobody holds any more.
-//! Concurrency is read where it cannot be wrong: from the servers' own count of requests at the same time.
+//! Four gateways as processes, a control plane, a real Redis (one server, a primary and its replica, or a Cluster of
+//! three), three simulated servers. Three tenants ask for three models, streams and unary, far above their limits; in
+//! the middle of each run there is a fault. The records of the clients are judged offline ([`oracle`]): admissions in
+//! any window against `capacity + rate x length`, wrong refusals, and leases without a holder. Concurrency is read
+//! from the servers' own count of concurrent requests.
 
 mod books;
 pub(crate) mod driver;
@@ -29,9 +29,9 @@ use crate::report::{Report, Row, progress};
 
 /// Arrivals per second over all gateways.
 const PER_SECOND: f64 = 160.0;
-/// Leases of a gateway that is gone end by themselves within this.
+/// Leases of a dead gateway expire within this time.
 const LEASE_TTL: Duration = Duration::from_secs(15);
-/// After the last lease is gone the last settlement is noted within this.
+/// The last settlement is made within this time after the last lease was freed.
 const BOOKS_CLOSED: Duration = Duration::from_secs(3);
 
 /// The arguments of `accuracy`.

@@ -1,12 +1,12 @@
 //! Judges a run offline, from what the clients saw: no clock, no I/O.
 //!
-//! A client knows that its request was decided at some moment between sending it and the first byte of the answer.
-//! That is enough for verdicts without false alarms:
+//! A client knows that its request was decided between sending it and the first byte of the answer. That suffices for
+//! verdicts without false alarms:
 //!
 //! - **Over-admission**: for every window, the cost of the requests that were certainly admitted inside it, less
-//!   `capacity + rate x length`. What may have been admitted outside of the window is not counted.
-//! - **False refusal**: a request was refused though it would have fitted, even if everything that may have been
-//!   admitted before was charged as late as it can have been.
+//!   `capacity + rate x length`. A request that may have been admitted outside of the window is not counted.
+//! - **False refusal**: a refused request would have fitted even if everything that may have been admitted before was
+//!   charged as late as possible.
 
 /// A limit over requests or tokens.
 #[derive(Debug, Clone, Copy)]
@@ -17,30 +17,30 @@ pub(crate) struct Envelope {
     pub(crate) per_minute: u64,
 }
 
-/// A moment that lies between two others, microseconds since the start of the run.
+/// A time between two others, microseconds since the start of the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
-    /// Not before.
+    /// The earliest time.
     pub(crate) from_us: u64,
-    /// Not after.
+    /// The latest time.
     pub(crate) until_us: u64,
 }
 
 const MINUTE_US: u128 = 60_000_000;
 
 impl Envelope {
-    /// What may be admitted in a window of this length.
+    /// The units that may be admitted in a window of this length.
     pub(crate) fn allowed(&self, length_us: u64) -> u64 {
         let drained = u128::from(self.per_minute) * u128::from(length_us) / MINUTE_US;
         self.capacity.saturating_add(u64::try_from(drained).unwrap_or(u64::MAX))
     }
 
-    /// The most by which any window was exceeded; zero when none was.
+    /// The largest excess of a window; zero if there was none.
     pub(crate) fn over_admission(&self, admitted: &[(Span, u64)]) -> u64 {
         self.worst_window(admitted).map_or(0, |(beyond, _)| beyond)
     }
 
-    /// The window that was exceeded most, and by how much; `None` when none was.
+    /// The window with the largest excess, and that excess; `None` if there was none.
     pub(crate) fn worst_window(&self, admitted: &[(Span, u64)]) -> Option<(u64, Span)> {
         let mut by_end: Vec<&(Span, u64)> = admitted.iter().collect();
         by_end.sort_by_key(|(span, _)| span.until_us);
@@ -62,7 +62,7 @@ impl Envelope {
         worst
     }
 
-    /// What fits at a moment, if each of these was charged as late as it can have been and nothing else was.
+    /// The units that fit at a time if each of these was charged as late as possible and nothing else was charged.
     pub(crate) fn room(&self, admitted: &[(Span, u64)], at_us: u64) -> u64 {
         let mut charges: Vec<(u64, u64)> = admitted
             .iter()
@@ -96,7 +96,7 @@ impl Envelope {
             .filter(|(span, _)| span.from_us <= refused.until_us)
             .map(|(span, cost)| (span.until_us.min(refused.until_us), *cost))
             .collect();
-        // From the latest back: the level is the largest of what any suffix left behind.
+        // From the latest back: the level is the largest rest of any suffix.
         charges.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
         let (mut sum, mut level) = (0_u64, 0_u64);
         for (at, cost) in charges {
@@ -110,7 +110,7 @@ impl Envelope {
 }
 
 /// Whether a refusal for concurrency was certainly wrong: fewer than `limit` requests can have been in flight at any
-/// moment it may have been decided at.
+/// possible time of the decision.
 pub(crate) fn crowd_refused_wrongly(refused: Span, limit: u64, in_flight: &[Span]) -> bool {
     let present = |span: &&Span| span.from_us <= refused.until_us && span.until_us >= refused.from_us;
     (in_flight.iter().filter(present).count() as u64) < limit
@@ -126,7 +126,7 @@ mod tests {
         Span { from_us, until_us }
     }
 
-    /// Ten at once, one a second.
+    /// A capacity of ten, and one per second.
     const TEN: Envelope = Envelope { capacity: 10, per_minute: 60 };
 
     #[test]

@@ -1,4 +1,4 @@
-//! What `accuracy` runs: the processes under the limits, and what happens to them.
+//! The processes of `accuracy` and the faults that they get.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -20,29 +20,30 @@ use crate::load::micros;
 use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs};
 use crate::store::{Store, Topology};
 
-/// Tokens per second of an answer: a stream lasts some tenths of a second, or some seconds.
+/// Tokens per second of an answer: a stream lasts from some tenths of a second to some seconds.
 const TOKENS_PER_S: f64 = 150.0;
-/// For so long Redis is stopped.
+/// The time for which Redis is stopped.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Gateways that decide alone are looked at so often, and believed to have ended after so long.
+/// The interval of checks of gateways that decide alone, and the time without local decisions after which the outage
+/// is over.
 const LOOK: Duration = Duration::from_millis(200);
 const QUIET: Duration = Duration::from_secs(2);
-/// The data set of a strict scene is older than any of its meters takes to drain.
+/// The data set of a strict scene is older than the time in which any of its buckets drains.
 const AGE_S: u64 = 3600;
 const BIRTH: &str = "weir:{g}:birth";
 
-/// What is to run.
+/// The scene to run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Setup {
     pub(crate) topology: Topology,
-    /// Whether a meter that is not in the store counts as full when the data set was born.
+    /// Whether a missing bucket counts as full when the data set was created.
     pub(crate) strict: bool,
     pub(crate) limits: &'static [Limit],
-    /// Slots of every backend.
+    /// The slots of every backend.
     pub(crate) slots: u32,
 }
 
-/// Everything that runs in one scenario.
+/// The processes of one scenario.
 pub(crate) struct Scene {
     pub(crate) gateways: Vec<Gateway>,
     pub(crate) store: Store,
@@ -80,12 +81,12 @@ impl Scene {
             };
             gateways.push(Gateway::start(&args, &resources, directory).await?);
         }
-        // The control plane tells every gateway how many there are, within its report interval.
+        // The control plane tells every gateway the number of gateways within its report interval.
         sleep(Duration::from_secs(2)).await;
         Ok(Self { gateways, store, mocks, control_plane, directory: directory.to_owned(), setup })
     }
 
-    /// Where the gateways serve clients.
+    /// The addresses of the gateways for clients.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
         self.gateways.iter().map(|gateway| gateway.address).collect()
     }
@@ -96,7 +97,7 @@ impl Scene {
         found.map(|(_, mock)| mock).with_context(|| format!("no server of {model}"))
     }
 
-    /// Tokens of the prompt as the servers count them.
+    /// The tokens of the prompt, as the servers count them.
     pub(crate) async fn prompt_tokens(&self) -> anyhow::Result<u64> {
         let request = crate::load::chat("none", FREE, 1, false);
         let mut connection = crate::load::Connection::open(self.mock(FREE)?.address).await?;
@@ -105,7 +106,8 @@ impl Scene {
         body["usage"]["prompt_tokens"].as_u64().with_context(|| format!("no usage in {body}"))
     }
 
-    /// Lets it happen `after` so long; says when the store was away, if it was. Times count from `started`.
+    /// Makes the event happen after this time. Returns the outage of the store, if there was one. Times count from
+    /// `started`.
     pub(crate) async fn happen(
         &mut self,
         event: Event,
@@ -149,14 +151,14 @@ impl Scene {
         self.store.restart(self.setup.topology, &self.directory).await
     }
 
-    /// Stops the store for so long; it keeps its connections and says nothing.
+    /// Stops the store for a time. It keeps its connections and does not answer.
     pub(crate) async fn pause(&self, length: Duration) -> anyhow::Result<()> {
         self.store.first().process.signal(Signal::STOP)?;
         sleep(length).await;
         self.store.first().process.signal(Signal::CONT)
     }
 
-    /// Returns when no gateway decides alone any more; says when the last one did.
+    /// Returns when no gateway decides alone any more, and the time of the last local decision.
     pub(crate) async fn decided_together(&self, started: Instant) -> u64 {
         let (mut sum, mut last) = (self.decided_alone().await, Instant::now());
         while last.elapsed() < QUIET {
@@ -169,11 +171,11 @@ impl Scene {
         micros(last.saturating_duration_since(started))
     }
 
-    /// Decisions that gateways made without Redis, on their share of the limits.
+    /// The number of local decisions.
     pub(crate) async fn decided_alone(&self) -> u64 {
         let mut sum = 0;
         for gateway in &self.gateways {
-            // One that was killed tells nothing.
+            // A killed gateway does not answer.
             let page = crate::roles::fetch(gateway.ops, "/metrics").await.unwrap_or_default();
             let alone = page
                 .lines()
@@ -183,14 +185,14 @@ impl Scene {
         sum
     }
 
-    /// When the data set that is there now was born, in the time of the records; `None` before they began.
+    /// The creation of the current data set, in the time of the records; `None` if it was before their start.
     pub(crate) async fn born_us(&self, started: Instant) -> anyhow::Result<Option<u64>> {
         let born: u64 = self.store.first().ask(&["GET", BIRTH]).await?;
         let age = redis_now_us(&self.store).await?.saturating_sub(born);
         Ok(micros(started.elapsed()).checked_sub(age))
     }
 
-    /// The most requests its server ever had at the same time.
+    /// The maximum of concurrent requests of the model's server.
     pub(crate) async fn most_in_flight(&self, limit: &Limit) -> anyhow::Result<u64> {
         let model = match limit.scope {
             Scope::Backend(model) | Scope::Model(model) => model,
@@ -199,8 +201,8 @@ impl Scene {
         self.mock(model)?.stats().await?["max_in_flight"].as_u64().context("a counter of the mock")
     }
 
-    /// The account that settlements keep, as `weir usage` shows it, and what servers billed meanwhile. Settlements are
-    /// not waited for by anybody, so both are looked at until they agree, or `patience` is over.
+    /// The usage records as `weir usage` shows them, and what the servers billed. Settlements are asynchronous, so
+    /// both are read until they agree, or until `patience` is over.
     pub(crate) async fn books(&self, records: &[Record], patience: Duration) -> anyhow::Result<Books> {
         let deadline = Instant::now() + patience;
         let mut billed = Vec::new();
@@ -209,7 +211,7 @@ impl Scene {
             let count = |name: &str| stats[name].as_u64().with_context(|| format!("{name} of a server"));
             billed.push((model, count("prompt_tokens")? + count("generation_tokens")?));
         }
-        // The first may have been killed.
+        // The first gateway may have been killed.
         let gateway = self.gateways.last().context("a gateway")?;
         loop {
             let page = crate::roles::fetch(gateway.ops, "/usage?by=tenant,model").await;
@@ -221,7 +223,7 @@ impl Scene {
         }
     }
 
-    /// Leases that are still counted when none is held any more, after at most `patience`.
+    /// Leases that still count although no request runs, after at most `patience`.
     pub(crate) async fn leaked_leases(&self, patience: Duration) -> anyhow::Result<Vec<(Scope, u64)>> {
         let options = RedisOptions { deadline: Duration::from_secs(2), ..RedisOptions::default() };
         let limiter = RedisLimiter::connect(&self.store.url(), options).await?;

@@ -1,16 +1,16 @@
-//! A simulated engine: so many slots, shared speed, a queue beyond the slots, a cache of prefixes.
+//! A simulated engine: slots, a shared speed, a queue beyond the slots, a cache of prefixes.
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, VecDeque};
 
 /// Slots of each engine.
 pub(super) const SLOTS: usize = 32;
-/// So many requests at once halve the speed of each: batching is not free.
+/// This number of concurrent requests halves the speed of each, because batching has a cost.
 const HALF_SPEED_AT: f64 = 16.0;
 /// Prefixes an engine remembers.
 const CACHED_PREFIXES: usize = 40;
 
-/// A time or an amount of work, ordered so that the smallest is the greatest: what a heap gives first.
+/// A time or an amount of work in reverse order, so that a heap returns the smallest first.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Soonest(pub(super) f64);
 
@@ -28,7 +28,7 @@ impl PartialOrd for Soonest {
     }
 }
 
-/// Speed of one request among so many at an engine of speed 1.
+/// The speed of one of this number of requests at an engine of speed 1.
 pub(super) fn share(requests: usize) -> f64 {
     1.0 / (1.0 + requests as f64 / HALF_SPEED_AT)
 }
@@ -42,16 +42,16 @@ pub(super) fn full_rate() -> f64 {
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) speed: f64,
-    /// Requests being worked on, by the [`Self::done`] at which they end.
+    /// Running requests, by the [`Self::done`] at which they end.
     active: BinaryHeap<(Soonest, usize)>,
-    /// Requests that found no slot.
+    /// Requests without a slot.
     pub(super) queue: VecDeque<usize>,
-    /// Work done for each request that has been there all the time.
+    /// The work done for each request that has been running all the time.
     done: f64,
     at: f64,
-    /// Prefixes used last, the latest first.
+    /// The latest prefixes, newest first.
     cache: VecDeque<u64>,
-    /// Changes whenever the time of the next end does.
+    /// Changes whenever the time of the next end changes.
     pub(super) version: u64,
 }
 
@@ -68,12 +68,12 @@ impl Engine {
         }
     }
 
-    /// Requests being worked on.
+    /// The number of running requests.
     pub(super) fn busy(&self) -> usize {
         self.active.len()
     }
 
-    /// Requests that are there.
+    /// The number of requests at the engine.
     pub(super) fn present(&self) -> usize {
         self.active.len() + self.queue.len()
     }
@@ -94,19 +94,19 @@ impl Engine {
         self.active.push((Soonest(self.done + work), request));
     }
 
-    /// When the next request ends, if nothing changes.
+    /// When the next request ends if nothing changes.
     pub(super) fn next_end(&self) -> Option<f64> {
         let (Soonest(end), _) = self.active.peek()?;
         Some(self.at + (end - self.done).max(0.0) / self.rate())
     }
 
-    /// Ends the request whose time it is.
+    /// Ends the request that is due.
     pub(super) fn finish(&mut self, now: f64) -> Option<usize> {
         self.advance(now);
         self.active.pop().map(|(_, request)| request)
     }
 
-    /// Whether the prefix is in the cache; it is from now on.
+    /// Whether the prefix is in the cache. It is from now on.
     pub(super) fn recall(&mut self, prefix: u64) -> bool {
         let known = self.cache.iter().position(|p| *p == prefix);
         if let Some(at) = known {

@@ -1,11 +1,11 @@
-//! Which policy keeps requests from waiting when there are many gateways, none of which sees more than its own part
-//! and a report that is a second old?
+//! Which policy keeps requests from waiting when there are many gateways, each of which sees its own part and a
+//! report that is a second old.
 //!
-//! The gateway's own balancing code in a discrete-event model: gateways that get requests at random, eight engines with
-//! 32 slots whose requests share their speed, two of them half as fast as the operator's equal weights say, work drawn
-//! from a log-normal distribution, Poisson arrivals. Beside Weir's policies the usual ones without a cluster-wide view
-//! (round-robin, random, least-request on local counts; engines queue what is too much) and the ideal: one queue that
-//! knows everything. The same seeds give the same arrivals to every policy.
+//! The gateway's own balancing code in a discrete-event model: gateways that get requests at random; eight engines
+//! with 32 slots whose requests share their speed, two of them half as fast as their equal weights suggest; work from
+//! a log-normal distribution; Poisson arrivals. Weir's policies are compared with the usual ones without a
+//! cluster-wide view (round-robin, random, least-request on local counts; engines queue the excess) and with the
+//! ideal of one queue that knows everything. Every policy gets the same arrivals from the same seeds.
 
 mod backend;
 mod sim;

@@ -6,73 +6,73 @@ use std::time::Duration;
 use tokio::time::Instant;
 use weir_gateway::routing::balance::{
     Balancer, Candidates, ChooseConfig, EjectConfig, EjectionStatus, Ejector, Measure, Pace, Policy, Sample,
-    Usability, View,
+    Usability, View, claim_probe, is_panic,
 };
 
 use super::backend::{Engine, SLOTS, Soonest, full_rate, share};
 use crate::rng::Rng;
 
-/// A gateway whose requests found no slot asks again after this; one that frees a slot asks at once.
+/// A gateway whose requests found no slot asks again after this time; one that frees a slot asks at once.
 const ASK_AGAIN_S: f64 = 0.05;
-/// A failing engine answers this fast.
+/// The response time of a failing engine.
 const FAIL_S: f64 = 0.005;
 /// Tokens of output per unit of work.
 const TOKENS_PER_WORK: f64 = 50.0;
-/// Times the mean load an engine may have for its prefixes.
+/// The maximum of an engine's requests for its prefixes, as a multiple of the mean load.
 pub(super) const BOUND: f64 = 1.25;
 /// Tokens of every prompt.
 const PROMPT_TOKENS: u64 = 64;
-/// Share of its work that a request saves where its prefix is cached.
+/// The share of its work that a request saves if its prefix is cached.
 const CACHED_SHARE: f64 = 0.5;
 /// Bounds of the work of one request, seconds alone on an engine of speed 1.
 const WORK_MIN: f64 = 0.2;
 const WORK_MAX: f64 = 30.0;
 
-/// How requests find an engine.
+/// How requests are assigned to engines.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Scheme {
-    /// The gateway's own code, over what all gateways report.
+    /// The gateway's own code, with reports of all gateways.
     Weir {
         policy: Policy,
-        /// Whether the limiter keeps slots for the cluster. Without, engines queue what is too much.
+        /// Whether the limiter counts slots for the cluster. Otherwise engines queue the excess.
         slots: bool,
     },
-    /// The less loaded of two random engines, by what this gateway itself has there.
+    /// The less loaded of two random engines, by this gateway's own requests.
     LeastRequestLocal,
     /// One queue that knows everything: the engine that serves the next request fastest.
     Ideal,
 }
 
-/// What is simulated.
+/// The scenario to simulate.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Scenario {
     pub(super) scheme: Scheme,
     pub(super) gateways: usize,
-    /// Share of what the engines can do with every slot taken.
+    /// The load as a share of the engines' capacity with every slot taken.
     pub(super) load: f64,
-    /// Age of reports when the next one comes, seconds.
+    /// The age of a report when the next one comes, seconds.
     pub(super) report_s: f64,
     pub(super) requests: usize,
     pub(super) seed: u64,
-    /// Requests begin with one of so many prefixes; 0 is none.
+    /// The number of prefixes; 0 for none.
     pub(super) prefixes: u64,
     /// One engine fails every request at once.
     pub(super) failing: bool,
-    /// Whether gateways eject on their own evidence.
+    /// Whether gateways eject engines by their own observations.
     pub(super) ejection: bool,
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Outcome {
     pub(super) waits_s: Vec<f64>,
     pub(super) slowdowns: Vec<f64>,
     pub(super) hits: u64,
     pub(super) prefixed: u64,
-    /// Share of all tries that the failing engine drew.
+    /// The share of all attempts that went to the failing engine.
     pub(super) failing_share: f64,
-    /// Requests placed by their prefix, and those of them that put their engine above the bound as it really was: the
-    /// gateway went by a picture that was up to a report old.
+    /// Requests placed by their prefix, and those of them that exceeded the bound of their engine: the gateway
+    /// decides by a report that is up to one interval old.
     pub(super) affine: u64,
     pub(super) over_bound: u64,
 }
@@ -84,7 +84,7 @@ struct Request {
     prefix: Option<u64>,
     started: f64,
     engine: usize,
-    /// What it takes on this engine.
+    /// The work on this engine.
     todo: f64,
 }
 
@@ -92,7 +92,7 @@ struct Gateway {
     balancer: Balancer,
     ejector: Ejector<usize>,
     local: Vec<u32>,
-    /// What all others had at the last report.
+    /// The requests of all other gateways at the last report.
     elsewhere: Vec<u32>,
     waiting: VecDeque<usize>,
     asks: bool,
@@ -102,9 +102,9 @@ struct Gateway {
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Arrival,
-    /// The engine's next request ends, if its version is still this.
+    /// The engine's next request ends, if the version is still this one.
     End(usize, u64),
-    /// A request at the failing engine is told so.
+    /// A request at the failing engine gets its error.
     Failed(usize),
     Report,
     Ask(usize),
@@ -126,7 +126,7 @@ struct Sim {
     failing_tries: u64,
 }
 
-/// Eight engines, two of them half as fast, which nobody told the operator: all have the same weight.
+/// Eight engines of the same weight, two of them half as fast without the operator's knowledge.
 const SPEEDS: [f64; 8] = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5];
 /// The one that fails.
 const FAILING: usize = 0;
@@ -181,7 +181,7 @@ pub(super) fn run(scenario: &Scenario) -> Outcome {
 
 impl Sim {
     fn simulate(&mut self) {
-        // Half of the prefixed requests' saving is not counted on: the load is what it is without a cache.
+        // The load is that without a cache, although requests with a cached prefix save work.
         let serving = SPEEDS.iter().enumerate().filter(|(i, _)| !(self.scenario.failing && *i == FAILING));
         let capacity = serving.map(|(_, speed)| speed).sum::<f64>() * full_rate() / mean_work();
         let gap = 1.0 / (self.scenario.load * capacity);
@@ -213,7 +213,7 @@ impl Sim {
     }
 
     fn at(&mut self, time: f64, event: Event) {
-        // Those of the same moment in their order.
+        // Events of the same time in the order of their creation.
         let number = u64::MAX - self.kinds.len() as u64;
         self.events.push((Soonest(time), number, self.kinds.len()));
         self.kinds.push(event);
@@ -259,7 +259,7 @@ impl Sim {
         }
     }
 
-    /// A gateway decides where a new request goes.
+    /// A gateway chooses an engine for a new request.
     fn offer(&mut self, request: usize) {
         let gateway = self.requests[request].gateway;
         match self.scenario.scheme {
@@ -273,7 +273,7 @@ impl Sim {
                 }
             }
             Scheme::Weir { slots: false, .. } => {
-                if let Some(first) = self.order(request).first() {
+                if let Some(first) = self.order(request).0.first() {
                     self.enqueue(request, first.index);
                 }
             }
@@ -287,8 +287,9 @@ impl Sim {
         }
     }
 
-    fn order(&mut self, request: usize) -> Candidates {
-        let Scheme::Weir { policy, .. } = self.scenario.scheme else { return Candidates::new() };
+    /// The candidates in order of preference, and the number of the first one's probe if it is on probation.
+    fn order(&mut self, request: usize) -> (Candidates, Option<u64>) {
+        let Scheme::Weir { policy, .. } = self.scenario.scheme else { return (Candidates::new(), None) };
         let now = self.instant();
         let Request { gateway, prefix, .. } = self.requests[request];
         let gateway = &mut self.gateways[gateway];
@@ -308,16 +309,15 @@ impl Sim {
         let views: Vec<View> = (0..SPEEDS.len()).map(view).collect();
         let config = ChooseConfig { policy, ..ChooseConfig::default() };
         let (balancer, rng) = (&mut gateway.balancer, &mut gateway.rng);
-        let places = balancer.order(&config, &views, prefix, now, || unit(rng));
-        if let Some(first) = places.first() {
-            gateway.ejector.begin_probe(&first.index, now);
-        }
-        places
+        let mut places = balancer.order(&config, &views, prefix, now, || unit(rng));
+        let panic = is_panic(&config, &views);
+        let probe = claim_probe(&mut gateway.ejector, &mut places, |index| index, panic, now);
+        (places, probe)
     }
 
-    /// Takes the first place that has a slot, as the limiter's script does. False: there is none.
+    /// Takes the first candidate with a slot, as the limiter's script does. Returns false if there is none.
     fn place(&mut self, request: usize) -> bool {
-        let places = self.order(request);
+        let (places, probe) = self.order(request);
         let all = (0..SPEEDS.len()).map(|i| self.present(i)).sum::<usize>();
         let free = |p: &&weir_gateway::routing::balance::Candidate| {
             let bound = p
@@ -326,11 +326,16 @@ impl Sim {
             let present = self.present(p.index) as u64;
             present < u64::from(p.slots).min(bound.max(1))
         };
-        let Some(place) = places.iter().find(free).copied() else { return false };
+        let place = places.iter().find(free).copied();
         let gateway = &mut self.gateways[self.requests[request].gateway];
+        if let (Some(number), Some(first)) = (probe, places.first())
+            && place.is_none_or(|place| place.index != first.index)
+        {
+            gateway.ejector.abandon_probe(&first.index, number);
+        }
+        let Some(place) = place else { return false };
         if place.index != places[0].index {
             gateway.balancer.reassign(places[0].index as u64 + 1, place.index as u64 + 1);
-            gateway.ejector.abandon_probe(&places[0].index);
         }
         if place.bound.is_some() {
             let bound = (BOUND * (all as f64 + 1.0) / SPEEDS.len() as f64).ceil();
@@ -345,7 +350,7 @@ impl Sim {
         self.engines[engine].present()
     }
 
-    /// Sends it to an engine that queues what is too much.
+    /// Sends it to an engine, which queues the excess.
     fn enqueue(&mut self, request: usize, engine: usize) {
         if self.engines[engine].busy() < SLOTS {
             self.start(request, engine);
@@ -360,7 +365,7 @@ impl Sim {
         self.begin(request, engine);
     }
 
-    /// The engine begins to work.
+    /// The engine starts to work.
     fn begin(&mut self, request: usize, engine: usize) {
         let hit = match self.requests[request].prefix {
             Some(prefix) => {
@@ -417,7 +422,7 @@ impl Sim {
         self.ask(number);
     }
 
-    /// The failing engine said so; the request is tried again from the start.
+    /// The failing engine answered; the request is tried again from the start.
     fn failed(&mut self, request: usize) {
         let now = self.instant();
         let Request { gateway: number, engine, started, .. } = self.requests[request];
@@ -433,12 +438,12 @@ impl Sim {
         if self.scenario.ejection {
             gateway.ejector.failed(&engine, SPEEDS.len(), now);
         }
-        // The client is told and does not come back: what counts is what the engine drew.
+        // The client gets the error and does not return: the bench counts the engine's requests.
         self.out.waits_s.push(started - self.requests[request].arrived);
         self.ask(number);
     }
 
-    /// Every gateway hears what the others have, and how fast they saw engines serve.
+    /// Every gateway learns the requests of the others, and the speeds that they measured.
     fn report(&mut self) {
         self.report_speeds();
         let all: Vec<u32> =
@@ -449,7 +454,7 @@ impl Sim {
         self.at(self.now + self.scenario.report_s, Event::Report);
     }
 
-    /// As the control plane does: the sum of all, less what the gateway itself said.
+    /// As the control plane computes it: the sum of all, less the gateway's own report.
     fn report_speeds(&mut self) {
         let now = self.instant();
         let paces = |gateway: &Gateway| -> HashMap<u64, Pace> {
@@ -480,7 +485,7 @@ impl Sim {
         }
     }
 
-    /// The head of a gateway's queue asks for a slot, and those behind it as long as there are any.
+    /// The head of a gateway's queue asks for a slot, and the following requests while there are slots.
     fn ask(&mut self, gateway: usize) {
         while let Some(&head) = self.gateways[gateway].waiting.front() {
             if !self.place(head) {

@@ -1,4 +1,4 @@
-//! What the bench claims, on a smaller scale.
+//! The claims of the bench, on a smaller scale.
 
 use super::*;
 

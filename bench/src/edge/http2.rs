@@ -1,11 +1,11 @@
-//! As much of HTTP/2 as a client needs that asks for streams and reads them slowly, or not at all.
+//! The part of HTTP/2 that a client needs which asks for streams and reads them slowly, or not at all.
 
 use std::io;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// What a connection begins with.
+/// The preface of a connection.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The largest window.
 pub(super) const WINDOW_MAX: u32 = (1 << 31) - 1;
@@ -21,7 +21,7 @@ const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const INITIAL_WINDOW_SIZE: u16 = 4;
-/// Bytes of a frame's head.
+/// The size of a frame's head, bytes.
 const HEAD: usize = 9;
 
 fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
@@ -32,14 +32,14 @@ fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
     out.extend(payload);
 }
 
-/// Lets a stream send more.
+/// Lets a stream send more bytes.
 pub(super) fn window_update(out: &mut Vec<u8>, stream: u32, by: u32) {
     frame(out, WINDOW_UPDATE, 0, stream, &by.to_be_bytes());
 }
 
-/// A literal that no table remembers. Its texts are shorter than 16 KiB.
+/// A literal that enters no table. Its texts are shorter than 16 KiB.
 fn literal(out: &mut Vec<u8>, name: &str, value: &str) {
-    /// The longest length of one byte.
+    /// The longest length that fits into one byte.
     const ONE_BYTE: usize = 127;
     out.push(0);
     for text in [name, value] {
@@ -71,7 +71,7 @@ fn chat(out: &mut Vec<u8>, stream: u32, key: &str, body: &str) {
     frame(out, DATA, END_STREAM, stream, body.as_bytes());
 }
 
-/// Finds the pings in what is read, piece by piece: a client that does not answer them counts as gone.
+/// Finds pings in the bytes that arrive in pieces: a client that does not answer them counts as gone.
 #[derive(Debug, Default)]
 pub(super) struct Pings {
     head: Vec<u8>,
@@ -80,7 +80,7 @@ pub(super) struct Pings {
 }
 
 impl Pings {
-    /// Takes the next piece, and adds to `out` what must be answered.
+    /// Takes the next piece, and adds the answers to `out`.
     pub(super) fn read(&mut self, mut piece: &[u8], out: &mut Vec<u8>) {
         while !piece.is_empty() {
             if self.payload == 0 {
@@ -109,12 +109,12 @@ impl Pings {
     }
 }
 
-/// The streams of a connection by their numbers.
+/// The numbers of the streams of a connection.
 pub(super) fn streams(count: u32) -> impl Iterator<Item = u32> {
     (0..count).map(|n| 2 * n + 1)
 }
 
-/// Begins a connection whose streams have this window, and asks for so many streams.
+/// Opens a connection whose streams have this window, and sends this number of requests.
 pub(super) async fn begin(
     socket: &mut TcpStream,
     window: u32,
@@ -127,7 +127,7 @@ pub(super) async fn begin(
     frame(&mut out, SETTINGS, 0, 0, &setting);
     window_update(&mut out, 0, WINDOW_MAX - CONNECTION_WINDOW);
     socket.write_all(&out).await?;
-    // The server's settings come first, and may only be acknowledged once they are there.
+    // The server's settings come first, and may only be acknowledged after they have arrived.
     let mut head = [0; HEAD];
     socket.read_exact(&mut head).await?;
     let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;

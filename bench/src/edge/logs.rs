@@ -1,4 +1,4 @@
-//! Processes under load whose log cannot be written.
+//! Processes under load with a log that cannot be written.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -17,11 +17,11 @@ use crate::roles::{ControlPlaneProcess, Gateway, GatewayArgs, LimitService, Logg
 
 /// Requests per second.
 const RATE: f64 = 200.0;
-/// Whether a process is ready is asked so often, and must be answered within this.
+/// The interval of readiness checks, and the time in which each must be answered.
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Enough lines to fill a pipe and the queue before it within the first seconds: of a gateway, and of the services of gRPC, which
-/// tell more.
+/// Lines that fill a pipe and the queue before it within the first seconds: of a gateway, and of the gRPC services,
+/// which log more.
 const GATEWAY_FILTER: &str = "trace";
 const FILTER: &str = "debug";
 
@@ -34,11 +34,11 @@ const LOGS: [(Log, &str); 4] = [
 
 const PROCESSES: [&str; 3] = ["gateway", "control plane", "limit service"];
 
-/// A process, and what is asked of it.
+/// A process and the requests to it.
 struct Target {
     service: Service,
     ops: SocketAddr,
-    /// Ends with this.
+    /// What the process ends with.
     _processes: Vec<Process>,
 }
 
@@ -104,7 +104,7 @@ async fn measure(
     notes: &mut Vec<String>,
 ) -> anyhow::Result<(Row, f64)> {
     let length = Duration::from_secs(seconds);
-    // The first requests meet connections that are not open yet.
+    // The first requests find connections that are not open yet.
     for _ in 0..20 {
         let _ = target.service.ask().await;
     }
@@ -138,7 +138,7 @@ async fn measure(
     Ok((row, p99))
 }
 
-/// Asks at a fixed rate; latency counts from when a request was due.
+/// Sends requests at a fixed rate. Latency counts from when a request was due.
 async fn paced(open: Open, length: Duration) -> std::io::Result<Outcome> {
     let mut outcome = Outcome::new();
     let mut pacer = Pacer::start(RATE)?;
@@ -169,7 +169,7 @@ async fn paced(open: Open, length: Duration) -> std::io::Result<Outcome> {
     Ok(outcome)
 }
 
-/// Asks whether it is ready: how often, and how often it was not.
+/// Checks readiness. Returns the number of checks, and of those that failed.
 async fn ready(ops: SocketAddr, length: Duration) -> (u64, u64) {
     let (mut asked, mut unready) = (0, 0);
     let until = Instant::now() + length;

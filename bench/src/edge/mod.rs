@@ -1,11 +1,11 @@
-//! What strangers, slow clients and a broken log cost, and whether everybody else is served meanwhile.
+//! The cost of strangers, slow clients and a broken log, and the service that others get meanwhile.
 //!
 //! * [`readers`]: clients that take little or nothing of what a backend sends as fast as it can;
 //! * [`silent`]: thousands of connections without a request, on each port of each process;
 //! * [`logs`]: a full disk, a stopped reader and no reader behind standard error.
 //!
-//! Strangers and the backend that pours live in a runtime of their own ([`Aside`]), so that they delay nothing that is
-//! measured but by the CPU time they take.
+//! Strangers and the pouring backend have a runtime of their own ([`Aside`]), so that they delay the measured parts
+//! only by the CPU time they take.
 
 mod http2;
 mod logs;
@@ -24,7 +24,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::report::Report;
 use crate::roles::fetch;
 
-/// Answers at the same time of a simulated server: more than there ever are.
+/// Concurrent answers of a simulated server, above any need.
 const SLOTS: usize = 10_000;
 
 /// The arguments of `edge`. Without `--readers`, `--silent` or `--logs` all three run.
@@ -73,7 +73,7 @@ pub(crate) async fn run(args: &EdgeArgs) -> anyhow::Result<Report> {
     Ok(Report { bench: "edge", machine, rows, notes })
 }
 
-/// A runtime on a thread of its own. What runs in it ends when this is dropped.
+/// A runtime on a thread of its own. Dropping this ends its tasks.
 #[derive(Debug)]
 struct Aside(Option<Runtime>);
 
@@ -93,13 +93,13 @@ impl Aside {
 impl Drop for Aside {
     fn drop(&mut self) {
         if let Some(runtime) = self.0.take() {
-            // A runtime must not be waited for within another one.
+            // A runtime must not be waited for inside another one.
             runtime.shutdown_background();
         }
     }
 }
 
-/// Connects from this address with a small buffer for what arrives: what is not read stays with the server.
+/// Connects from this address with a small receive buffer: unread bytes stay with the server.
 async fn connect_narrow(address: SocketAddr, receive_bytes: u32) -> std::io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(receive_bytes)?;

@@ -18,35 +18,35 @@ use crate::report::{Row, progress};
 use crate::resources::{KEY, Resources};
 use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs};
 
-/// Streams at once.
+/// The number of streams.
 const STREAMS: u32 = 2000;
-/// Streams of a connection of HTTP/2.
+/// Streams per connection of HTTP/2.
 const STREAMS_PER_CONNECTION: u32 = 20;
-/// What slow readers take of each stream in a second.
+/// Bytes per second that slow readers take of each stream.
 const READ_BYTES_PER_S: u32 = 2048;
-/// What the kernel keeps for a client of HTTP/1, and for one of HTTP/2.
+/// The kernel's buffer for a client of HTTP/1, and of HTTP/2.
 const RECEIVE_BYTES: [u32; 2] = [16 << 10, 32 << 10];
-/// What the kernel keeps for the backend on each connection: what nobody reads would otherwise take gigabytes there.
+/// The kernel's buffer for the backend on each connection; unread bytes would otherwise take gigabytes.
 const SEND_BYTES: u32 = 32 << 10;
-/// Between two connections that are opened.
+/// The pause between opening two connections.
 const OPEN_EVERY: Duration = Duration::from_millis(2);
-/// Who reads nothing is cut after 50 s (HTTP/2, whose pings it does not answer) or 60 s and would not notice: it comes again
-/// before, so that all streams are there all the time.
+/// A client that reads nothing is cut after 50 s (HTTP/2, for its unanswered pings) or 60 s, without noticing. It
+/// reconnects before that, so that all streams exist all the time.
 const LIFE: Duration = Duration::from_secs(40);
-/// Waits of a quiet gateway, before and after.
+/// Measurements of a quiet gateway, before and after.
 const QUIET: Duration = Duration::from_secs(6);
-/// Between two requests of the other client.
+/// The pause between two requests of the other client.
 const PAUSE: Duration = Duration::from_millis(5);
 /// Tokens of its answers.
 const TOKENS: u64 = 16;
-/// What is promised: so much in all, and so much for each stream.
+/// The promised memory: in all, and for each stream.
 const BASE_MIB: f64 = 64.0;
 const STREAM_KIB: f64 = 128.0;
-/// Between two looks at the gateway's memory.
+/// The interval of memory readings.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
-/// Until all streams are there.
+/// The time for all streams to open.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
-/// Content of an event, and events written at once.
+/// The content of an event, and the events per write.
 const EVENT_BYTES: usize = 1000;
 const EVENTS_AT_ONCE: usize = 16;
 
@@ -54,11 +54,11 @@ const EVENTS_AT_ONCE: usize = 16;
 const POURS: &str = "pours";
 const QUICK: &str = "quick";
 
-/// How clients ask.
+/// The protocol of clients.
 #[derive(Debug, Clone, Copy)]
 enum Protocol {
     Http1,
-    /// With this window for each stream.
+    /// HTTP/2 with this window for each stream.
     Http2(u32),
 }
 
@@ -139,7 +139,7 @@ async fn measure(scenario: Scenario, length: Duration, directory: &Path) -> anyh
     let args = GatewayArgs { id: "gateway".into(), ..GatewayArgs::default() };
     let gateway = Gateway::start(&args, &resources, directory).await?;
     let mut quiet = Other::default();
-    // What runs for the first time is not what is compared.
+    // The first run warms up and is not compared.
     Other::default().ask(gateway.address, Duration::from_secs(1)).await;
     quiet.ask(gateway.address, QUIET).await;
     let idle_mib = gateway.process.usage().rss_mib;
@@ -159,7 +159,7 @@ async fn measure(scenario: Scenario, length: Duration, directory: &Path) -> anyh
     memory.most = memory.most.max(gateway.process.usage().peak_rss_mib);
     let streams = metric(gateway.ops, "weir_requests_in_flight").await?;
     drop(clients);
-    // Cut streams end at once; those that the gateway still writes to are noticed when it writes.
+    // Cut streams end at once. Those that the gateway still writes to are noticed at the next write.
     let free = async {
         while metric(gateway.ops, "weir_requests_in_flight").await.unwrap_or(0.0) > 0.0 {
             sleep(SAMPLE_EVERY).await;
@@ -207,7 +207,7 @@ async fn sample(gateway: &Gateway, memory: &mut Memory) {
     }
 }
 
-/// Somebody else, who asks the same gateway for short answers.
+/// Another client, which asks the same gateway for short answers.
 #[derive(Debug)]
 struct Other {
     waits: Histogram<u64>,
@@ -239,18 +239,18 @@ impl Other {
     }
 }
 
-/// Opens all clients of a scenario, and those that were cut again.
+/// Opens all clients of a scenario, and reconnects those that were cut.
 async fn open(scenario: Scenario, address: SocketAddr) {
     let (connections, streams) = match scenario.protocol {
         Protocol::Http1 => (STREAMS, 1),
         Protocol::Http2(_) => (STREAMS / STREAMS_PER_CONNECTION, STREAMS_PER_CONNECTION),
     };
     for n in 0..connections {
-        // Those that come again do not all come at once.
+        // Clients do not all reconnect at once.
         let life = LIFE + OPEN_EVERY * n * 4;
         tokio::spawn(async move {
             loop {
-                // However it ends, another one comes.
+                // However a client ends, another one follows.
                 let _ = client(scenario, address, streams, life).await;
                 sleep(OPEN_EVERY).await;
             }
@@ -269,7 +269,7 @@ async fn client(
     let mut socket = match scenario.protocol {
         Protocol::Http1 => {
             let mut socket = connect_narrow(address, RECEIVE_BYTES[0]).await?;
-            // More than any scenario lasts for.
+            // Longer than any scenario.
             socket.write_all(&load::chat(KEY, POURS, 1_000_000, true)).await?;
             socket
         }
@@ -289,7 +289,7 @@ async fn client(
     read_slowly(&mut socket, scenario.protocol, streams).await
 }
 
-/// Reads its share each second, until the server ends the connection.
+/// Reads its share each second until the server ends the connection.
 async fn read_slowly(socket: &mut TcpStream, protocol: Protocol, streams: u32) -> std::io::Result<()> {
     let mut buffer = vec![0; READ_BYTES_PER_S as usize];
     let mut tick = tokio::time::interval(Duration::from_secs(1));
@@ -323,7 +323,7 @@ async fn read_slowly(socket: &mut TcpStream, protocol: Protocol, streams: u32) -
     }
 }
 
-/// A backend that sends as fast as it is taken from it.
+/// A backend that sends as fast as its bytes are taken.
 async fn backend(listener: std::net::TcpListener, poured: Arc<AtomicU64>) {
     let Ok(listener) = TcpListener::from_std(listener) else { return };
     let event = format!(
@@ -336,7 +336,7 @@ async fn backend(listener: std::net::TcpListener, poured: Arc<AtomicU64>) {
     loop {
         let Ok((socket, _)) = listener.accept().await else { return };
         let (burst, poured) = (burst.clone(), poured.clone());
-        // A gateway that leaves ends it.
+        // Ends when the gateway closes.
         tokio::spawn(async move { drop(pour(socket, &burst, &poured).await) });
     }
 }

@@ -1,4 +1,4 @@
-//! What is asked of each port by those who must be answered.
+//! The requests of good clients to each port.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use weir_proto::v1::admin_service_client::AdminServiceClient;
 
 use crate::load::Connection;
 
-/// A request that takes longer has failed.
+/// The timeout of a request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One request of a good client.
 #[derive(Debug, Clone)]
 pub(super) enum Service {
-    /// Of HTTP/1.
+    /// An HTTP/1 request.
     Http(SocketAddr, Bytes),
-    /// The same over TLS; it asks the server to end the connection.
+    /// The same over TLS; it asks the server to close the connection.
     Tls(SocketAddr, Bytes, Arc<rustls::ClientConfig>),
     /// `ListResources` of a control plane, with its token.
     List(SocketAddr, String),
@@ -36,7 +36,7 @@ pub(super) enum Service {
     Limit(SocketAddr),
 }
 
-/// A connection that is used again, where one is worth having.
+/// A connection for several requests, where it is useful.
 #[derive(Debug, Clone)]
 pub(super) enum Open {
     List(AdminServiceClient<Channel>, String),
@@ -44,7 +44,7 @@ pub(super) enum Open {
 }
 
 impl Service {
-    /// Connects anew and asks.
+    /// Opens a connection and asks.
     pub(super) async fn ask(&self) -> Result<(), String> {
         let asked = async {
             match self {
@@ -78,7 +78,7 @@ impl Service {
         }
     }
 
-    /// A connection for many requests, of a service of gRPC.
+    /// A connection for many requests of a gRPC service.
     pub(super) fn open(&self) -> Option<Open> {
         let channel = |address: &SocketAddr| {
             Endpoint::from_shared(format!("http://{address}")).ok().map(|endpoint| endpoint.connect_lazy())

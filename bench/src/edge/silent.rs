@@ -21,26 +21,26 @@ use crate::report::{Row, progress};
 use crate::resources::{KEY, Resources};
 use crate::roles::{ControlPlaneProcess, Gateway, GatewayArgs, LimitService, Logging, Mock, MockArgs};
 
-/// Connections that strangers keep open, as far as they are let.
+/// The number of connections that strangers try to keep open.
 const STRANGERS: usize = 10_000;
-/// They connect so many at a time, and so often: 5000 a second at most.
+/// Connections that are opened at a time, and the pause: at most 5000 per second.
 const CONNECTS_AT_ONCE: usize = 50;
 const CONNECT_EVERY: Duration = Duration::from_millis(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Those that trickle send a byte so often.
+/// The interval of bytes of a trickling connection.
 const TRICKLE_EVERY: Duration = Duration::from_secs(1);
-/// A good client comes so often.
+/// The interval of good clients.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 /// Everything must be as before this long after the strangers.
 const BACK: Duration = Duration::from_secs(15);
-/// Strangers from many addresses have this many, from 127.64.0.0 on.
+/// The number of addresses of strangers that come from many, from 127.64.0.0 on.
 const ADDRESSES: u32 = 10_000;
 
 /// A record of a TLS handshake that announces 512 bytes and has six.
 const HALF_HELLO: &[u8] = &[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3];
 const HALF_HEAD: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ";
 
-/// What a stranger does.
+/// The behaviour of a stranger.
 #[derive(Debug, Clone, Copy)]
 struct Kind {
     name: &'static str,
@@ -48,7 +48,7 @@ struct Kind {
     trickles: bool,
 }
 
-/// On ports with TLS and on others.
+/// On ports with TLS and without.
 fn kinds(tls: bool) -> [Kind; 3] {
     let begins = if tls { HALF_HELLO } else { HALF_HEAD };
     let half = if tls { HALF_HELLO } else { &http2::PREFACE[..15] };
@@ -62,7 +62,7 @@ fn kinds(tls: bool) -> [Kind; 3] {
 /// A port under attack.
 struct Port<'a> {
     name: &'static str,
-    /// Its label in the figures of its process.
+    /// Its label in the metrics of its process.
     listener: &'static str,
     address: SocketAddr,
     ops: SocketAddr,
@@ -76,7 +76,7 @@ struct Scene {
     secured: Gateway,
     control_plane: ControlPlaneProcess,
     limits: LimitService,
-    /// Of a client that trusts the certificate of `secured`.
+    /// A TLS client that trusts the certificate of `secured`.
     tls: Arc<rustls::ClientConfig>,
     _quick: Mock,
     _directory: tempfile::TempDir,
@@ -215,7 +215,7 @@ fn certificate(directory: &Path) -> anyhow::Result<(Vec<String>, Arc<rustls::Cli
     Ok((flags, Arc::new(client.with_root_certificates(roots).with_no_client_auth())))
 }
 
-/// What strangers did.
+/// The results of the strangers.
 #[derive(Debug, Default)]
 struct Counts {
     open: AtomicU64,
@@ -223,7 +223,7 @@ struct Counts {
     opened: AtomicU64,
 }
 
-/// What good clients saw.
+/// The results of the good clients.
 struct Good {
     waits: Histogram<u64>,
     asked: u64,
@@ -239,8 +239,8 @@ async fn attack(
     notes: &mut Vec<String>,
 ) -> anyhow::Result<Row> {
     let figure = format!("weir_listener_connections{{listener=\"{}\"}}", port.listener);
-    // The connection that asks for the figure is one of them, where it comes to the same port.
-    // A listener that had none yet has no figure.
+    // The connection that reads the metric counts, if it is one of this port.
+    // A listener without any connection so far has no metric.
     let before = metric(port.ops, &figure).await.unwrap_or(0.0);
     let rss = || port.process.usage().rss_mib;
     let rss_before = rss();
@@ -291,7 +291,7 @@ async fn attack(
         .figure("left_mib", rss() - rss_before, 1))
 }
 
-/// Good clients, one after the other has begun, whether or not it was answered.
+/// Good clients at a fixed interval, whether or not earlier ones were answered.
 async fn ask(service: &Service, length: Duration) -> Good {
     let mut good = Good { waits: load::latencies(), asked: 0, failed: 0, first_failure: None };
     let until = Instant::now() + length;
@@ -322,7 +322,7 @@ async fn ask(service: &Service, length: Duration) -> Good {
     good
 }
 
-/// Opens connections and keeps them open, and opens others for those that are closed.
+/// Opens connections, keeps them open, and replaces those that are closed.
 async fn strangers(address: SocketAddr, kind: Kind, many: bool, counts: Arc<Counts>) {
     let room = Arc::new(Semaphore::new(STRANGERS));
     let mut tick = tokio::time::interval(CONNECT_EVERY);
@@ -337,7 +337,7 @@ async fn strangers(address: SocketAddr, kind: Kind, many: bool, counts: Arc<Coun
                 many.then(|| Ipv4Addr::from_bits(Ipv4Addr::new(127, 64, 0, 1).to_bits() + n % ADDRESSES));
             let counts = counts.clone();
             tokio::spawn(async move {
-                // However it ends, another one comes.
+                // However a connection ends, another one follows.
                 let _ = stranger(address, from, kind, &counts).await;
                 drop(permit);
             });

@@ -1,8 +1,9 @@
-//! How long until a broken backend is left alone, and what do clients notice?
+//! How long until a broken backend is not used any more, and what clients notice.
 //!
-//! A control plane, gateways as processes of their own, three simulated backends that answer in 100 ms. One of them is
-//! killed, stopped, black-holed, slowed or made to fail at once: under traffic, where each gateway must notice by
-//! itself, and idle, where probes must. Clients ask for whole answers, so that every failure can still go elsewhere.
+//! A control plane, gateways as processes, three simulated backends that answer in 100 ms. One of them is killed,
+//! stopped, black-holed, slowed or made to fail at once: under traffic, where each gateway must notice by itself, and
+//! without traffic, where probes must. Clients ask for unary answers, so that every failed attempt can be repeated
+//! elsewhere.
 
 mod relay;
 mod scene;
@@ -19,9 +20,9 @@ use self::trial::{PER_SECOND, Plan, Trial};
 use crate::load::Outcome;
 use crate::report::{Report, Row, progress};
 
-/// Between two liveness probes of a gateway, by default.
+/// The default interval of a gateway's liveness probes.
 const LIVENESS_INTERVAL: Duration = Duration::from_secs(5);
-/// A verdict is promised to be in force within this of its decision, milliseconds.
+/// The promised time from a verdict's decision until it is in force, milliseconds.
 const PUSH_MS: f64 = 10.0;
 
 /// What to break and how often.
@@ -66,7 +67,10 @@ pub(crate) async fn run(args: &FailoverArgs) -> anyhow::Result<Report> {
         }
     }
     let notes = vec![
-        format!("{} gateways, 3 backends that answer in 100 ms, whole answers; busy: {PER_SECOND} requests/s", args.gateways),
+        format!(
+            "{} gateways, 3 backends that answer in 100 ms, whole answers (hedging.unary is on); busy: {PER_SECOND} requests/s",
+            args.gateways
+        ),
         "local: the last gateway keeps away on its own evidence; cluster: the last gateway was told the verdict; \
          both from the fault on, looked at every 20 ms (idle: 50 ms); seen: in how many trials"
             .into(),
@@ -84,7 +88,7 @@ pub(crate) async fn run(args: &FailoverArgs) -> anyhow::Result<Report> {
     Ok(Report { bench: "failover", machine, rows, notes })
 }
 
-/// All trials of a row: one after the other where they load the machine.
+/// All trials of a row; one after the other if they load the machine.
 async fn trials(fault: Fault, busy: bool, args: &FailoverArgs) -> anyhow::Result<Vec<Trial>> {
     let at_once = if busy { 1 } else { usize::from(args.idle_at_once) };
     let mut running = JoinSet::new();
@@ -117,7 +121,7 @@ async fn trials(fault: Fault, busy: bool, args: &FailoverArgs) -> anyhow::Result
     }
 }
 
-/// Evenly over the interval of liveness probes, however many trials there are.
+/// Spreads the trials evenly over the interval of liveness probes.
 fn phase(trial: u16) -> Duration {
     LIVENESS_INTERVAL.mul_f64((f64::from(trial) * 0.618_034).fract())
 }

@@ -1,5 +1,5 @@
-//! A TCP relay that can go dark: it accepts nothing and passes nothing on, as a network does that drops every packet
-//! without a word. For all, or for those callers whose credential is named.
+//! A TCP relay that can go dark: it accepts nothing and passes nothing on, like a network that drops every packet.
+//! For all callers, or for those with a given credential.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -11,13 +11,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Bytes passed on at once.
+/// The bytes that are passed on at once.
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// Before a caller's credential on the wire.
+/// The text before a caller's credential on the wire.
 const AUTHORIZATION: &[u8] = b"authorization: Bearer ";
 
-/// For whom the relay is dark.
+/// The callers for whom the relay is dark.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Dark {
     all: bool,
@@ -30,7 +30,7 @@ impl Dark {
     }
 }
 
-/// A relay to one server; it ends when dropped.
+/// A relay to one server. Dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Relay {
     pub(crate) address: SocketAddr,
@@ -49,12 +49,12 @@ impl Relay {
         Ok(Self { address, dark, _task: task })
     }
 
-    /// Goes dark, or passes on again what was held up.
+    /// Goes dark, or passes on what was held back.
     pub(super) fn set_dark(&self, dark: bool) {
         self.dark.send_replace(Dark { all: dark, ..Dark::default() });
     }
 
-    /// Goes dark for these callers alone, by the credentials they send.
+    /// Goes dark for the callers with these credentials.
     pub(crate) fn cut_off(&self, callers: BTreeSet<String>) {
         self.dark.send_replace(Dark { all: false, callers });
     }
@@ -81,9 +81,9 @@ async fn pass(client: TcpStream, to: SocketAddr, dark: watch::Receiver<Dark>) {
     let Ok(server) = TcpStream::connect(to).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-    // Known with the first request; a server says nothing before.
+    // Known with the first request; the server sends nothing before.
     let caller = Arc::new(OnceLock::new());
-    // When one side ends, so does the other.
+    // If one side ends, the other one is closed too.
     tokio::select! {
         () = pump(from_client, to_server, dark.clone(), &caller) => {}
         () = pump(from_server, to_client, dark, &caller) => {}
@@ -102,10 +102,10 @@ async fn pump(
         if caller.get().is_none()
             && let Some(name) = credential(&buffer[..length])
         {
-            // Both directions may find it only once.
+            // Both directions may find the credential, but only once.
             let _ = caller.set(name);
         }
-        // Also the end of a connection goes unheard.
+        // The end of a connection is not passed on either.
         if dark.wait_for(|dark| !dark.for_caller(caller)).await.is_err() || length == 0 {
             return;
         }
@@ -115,7 +115,7 @@ async fn pump(
     }
 }
 
-/// The credential that a request carries.
+/// The credential of a request.
 fn credential(head: &[u8]) -> Option<String> {
     let at = head.windows(AUTHORIZATION.len()).position(|w| w.eq_ignore_ascii_case(AUTHORIZATION))?;
     let rest = &head[at + AUTHORIZATION.len()..];

@@ -15,28 +15,28 @@ use crate::resources::{Resources, backend};
 use crate::roles::{Gateway, GatewayArgs, Mock, MockArgs, fetch};
 
 pub(super) const MODEL: &str = "gpt-4.1";
-/// Tokens of an answer, and how fast they come: 100 ms.
+/// The tokens of an answer and their rate: 100 ms in all.
 pub(super) const TOKENS: u64 = 10;
 const TOKENS_PER_S: f64 = 100.0;
 /// The backend that fails.
 const VICTIM: &str = "b0";
-/// So much slower is a slow backend.
+/// The factor of a slow backend.
 const SLOW_FACTOR: f64 = 10.0;
-/// Every gateway must have heard from the control plane within this.
+/// Every gateway must have a verdict of the control plane within this time.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What goes wrong with one backend.
+/// A fault of one backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// Its process is killed: connections break, new ones are refused.
     Kill,
-    /// Its process is stopped: it accepts and says nothing.
+    /// Its process is stopped: it accepts and does not answer.
     Hang,
-    /// Nothing gets through to it or back.
+    /// No packet passes in either direction.
     BlackHole,
     /// It takes ten times as long.
     Slow,
-    /// It answers 500 at once; its health page looks good.
+    /// It answers 500 at once, and its health page is good.
     FastFail,
 }
 
@@ -63,30 +63,30 @@ pub(super) struct Scene {
     relay: Relay,
 }
 
-/// How one gateway sees the backend that fails.
+/// The state of the failing backend at one gateway.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sight {
-    /// It keeps away on its own evidence.
+    /// The gateway ejected it by its own observations.
     pub(super) ejected: bool,
-    /// It was told that the backend is unhealthy.
+    /// The gateway has the verdict that it is unhealthy.
     pub(super) unhealthy: bool,
-    /// Good answers it had from there.
+    /// Good answers from it.
     pub(super) answers: u64,
     /// Attempts at any backend.
     pub(super) attempts: u64,
-    /// It was told that the backend is healthy.
+    /// The gateway has the verdict that it is healthy.
     pub(super) healthy: bool,
-    /// What its health leaves of its weight here.
+    /// The part of its weight that its health leaves here.
     pub(super) health_factor: f64,
-    /// How long verdicts took to be in force here.
+    /// The delays of verdicts here.
     pub(super) pushes: Pushes,
 }
 
-/// How long verdicts took from their decision until they were in force: a histogram of a gateway's metrics.
+/// The delays of verdicts from their decision until they were in force: a histogram of a gateway's metrics.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pushes {
     pub(super) count: u64,
-    /// (Upper edge in seconds, how many took no longer); by edge.
+    /// (Upper edge in seconds, count up to it), by edge.
     buckets: Vec<(f64, u64)>,
 }
 
@@ -102,7 +102,7 @@ impl Pushes {
         self.buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
 
-    /// What came since an earlier look.
+    /// The difference to an earlier reading.
     pub(super) fn since(&self, before: &Self) -> Self {
         let old =
             |edge: f64| before.buckets.iter().find(|(own, _)| *own == edge).map_or(0, |(_, count)| *count);
@@ -110,12 +110,12 @@ impl Pushes {
         Self { count: self.count.saturating_sub(before.count), buckets: buckets.collect() }
     }
 
-    /// How many took no longer than so many seconds, which must be an edge.
+    /// The count up to this number of seconds, which must be an edge.
     pub(super) fn within(&self, seconds: f64) -> u64 {
         self.buckets.iter().find(|(edge, _)| *edge >= seconds).map_or(0, |(_, count)| *count)
     }
 
-    /// The upper edge of the bucket that the slowest fell in; infinite above the last.
+    /// The upper edge of the bucket with the slowest value; infinite above the last edge.
     pub(super) fn slowest_ms(&self) -> f64 {
         let edge = self.buckets.iter().find(|(_, count)| *count == self.count).map(|(edge, _)| *edge);
         edge.unwrap_or(f64::INFINITY) * 1e3
@@ -143,7 +143,7 @@ fn mock_args(port: u16) -> MockArgs {
 }
 
 impl Scene {
-    /// Starts everything and waits until every gateway is connected and has heard a verdict on every backend.
+    /// Starts everything, and waits until every gateway is connected and has a verdict on every backend.
     pub(super) async fn start(gateways: u16, directory: &Path) -> anyhow::Result<Self> {
         let mut mocks = Vec::new();
         for i in 0..3 {
@@ -151,7 +151,9 @@ impl Scene {
         }
         let relay = Relay::start(mocks[0].address).await?;
         let mut resources = Resources::basic();
-        resources.put(MODEL, Spec::Pool(v1::PoolSpec::default()));
+        // Only unary answers can all be repeated elsewhere. They are hedged only if the operator wants it.
+        let hedging = v1::Hedging { unary: true, ..Default::default() };
+        resources.put(MODEL, Spec::Pool(v1::PoolSpec { hedging: Some(hedging), ..Default::default() }));
         for (i, mock) in mocks.iter().enumerate() {
             let address = if i == 0 { relay.address } else { mock.address };
             resources.put(&format!("b{i}"), Spec::Backend(backend(MODEL, MODEL, address, 1000)));
@@ -186,7 +188,8 @@ impl Scene {
             let healthy = page
                 .lines()
                 .filter(|line| line.starts_with("weir_backend_state") && line.contains("state=\"healthy\""));
-            // And has seen so itself: one that never reached a backend that others reach has no vote on it.
+            // And has reached it itself: an observer that never reached a backend that others reach has no vote on
+            // it.
             let seen = page.lines().filter(|line| {
                 line.starts_with("weir_gateway_probes_total")
                     && line.contains("tier=\"liveness\"")
@@ -199,7 +202,7 @@ impl Scene {
         Ok(true)
     }
 
-    /// Breaks the backend, now.
+    /// Switches the fault on.
     pub(super) async fn inject(&mut self, fault: Fault) -> anyhow::Result<Instant> {
         match fault {
             Fault::Kill => self.mocks[0].process.kill().await?,
@@ -211,7 +214,7 @@ impl Scene {
         Ok(Instant::now())
     }
 
-    /// Mends it.
+    /// Switches the fault off.
     pub(super) async fn heal(&mut self, fault: Fault, directory: &Path) -> anyhow::Result<()> {
         match fault {
             Fault::Kill => {
@@ -237,7 +240,7 @@ impl Scene {
         Ok(())
     }
 
-    /// How each gateway sees the backend now.
+    /// The current state of the backend at each gateway.
     pub(super) async fn sights(&self) -> anyhow::Result<Vec<Sight>> {
         let mut sights = Vec::new();
         for gateway in &self.gateways {
@@ -249,7 +252,7 @@ impl Scene {
     /// Ends it.
     pub(super) async fn end(self) -> anyhow::Result<()> {
         let Self { gateways, control_plane, mocks, .. } = self;
-        // A stopped process takes no signal but this.
+        // A stopped process reacts to no other signal.
         drop((gateways, mocks));
         control_plane.end().await
     }

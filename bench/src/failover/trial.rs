@@ -1,4 +1,4 @@
-//! One trial: a cluster of its own, one fault, what was seen of it.
+//! One trial: a cluster of its own, one fault, and its effects.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,56 +13,56 @@ use crate::resources::KEY;
 
 /// Requests per second over all gateways.
 pub(super) const PER_SECOND: f64 = 200.0;
-/// Traffic before the fault: what is usual must be known.
+/// Traffic before the fault, so that usual latencies are known.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// Between two looks at the gateways' metrics; the precision of every time here.
+/// The interval of reading the gateways' metrics, which is the precision of every time here.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// The same without traffic, where several trials run at once.
+/// The interval without traffic, where several trials run at once.
 const LOOK_IDLE: Duration = Duration::from_millis(50);
-/// Traffic goes on for this long before the fault is switched on, and after everybody has kept away.
+/// The time of traffic before the fault, and after all gateways stopped using the backend.
 const MARGIN: Duration = Duration::from_secs(1);
-/// How long is watched for reactions under traffic.
+/// The time for reactions under traffic.
 const WATCH_TRAFFIC: Duration = Duration::from_secs(8);
-/// And without.
+/// The time for reactions without traffic.
 const WATCH_IDLE: Duration = Duration::from_secs(20);
-/// A mended backend must be used again within this to be timed.
+/// A mended backend must be used again within this time to count.
 const RETURN_MAX: Duration = Duration::from_secs(60);
-/// And must have its full weight within this.
+/// A mended backend must have its full weight within this time.
 const FULL_RETURN_MAX: Duration = Duration::from_secs(150);
 
-/// What one trial does.
+/// The parameters of one trial.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     pub(super) fault: Fault,
     pub(super) busy: bool,
     pub(super) gateways: u16,
-    /// Before the fault, so that it meets another phase of the probes in each trial.
+    /// The pause before the fault, so that it falls into another phase of the probes in each trial.
     pub(super) pause: Duration,
-    /// Mend it, and see when it is used again.
+    /// Whether the backend is mended and its return timed.
     pub(super) returns: bool,
-    /// And when it has its full weight.
+    /// Whether the return to full weight is timed as well.
     pub(super) full_return: bool,
 }
 
-/// What one trial found.
+/// The result of one trial.
 #[derive(Debug, Default)]
 pub(super) struct Trial {
-    /// From the fault until the last gateway kept away by itself.
+    /// From the fault until the last gateway ejected the backend by itself.
     pub(super) local: Option<Duration>,
-    /// From the fault until the last gateway was told.
+    /// From the fault until the last gateway had the verdict.
     pub(super) cluster: Option<Duration>,
-    /// From the mending until every gateway used it again.
+    /// From mending until every gateway used the backend again.
     pub(super) back: Option<Duration>,
-    /// From the mending until it had its full weight everywhere.
+    /// From mending until it had its full weight on every gateway.
     pub(super) full: Option<Duration>,
     pub(super) load: Option<Outcome>,
-    /// At any backend, by the requests of `load`.
+    /// Attempts at any backend, by the requests of `load`.
     pub(super) attempts: u64,
     pub(super) pushes: Pushes,
 }
 
 impl Trial {
-    /// For whoever watches.
+    /// For people who watch.
     pub(super) fn line(&self) -> String {
         let ms = |time: Option<Duration>| time.map_or("-".to_owned(), |t| t.as_millis().to_string());
         let (local, cluster) = (ms(self.local), ms(self.cluster));
@@ -114,7 +114,7 @@ pub(super) async fn run(plan: Plan) -> anyhow::Result<Trial> {
     if plan.returns {
         (trial.back, trial.full) = returns(&mut scene, plan, directory.path()).await?;
     }
-    // Those of the start, when everything else starts too, are not counted.
+    // Delays from the start of the cluster are not counted.
     for (now, before) in scene.sights().await?.iter().zip(&before) {
         trial.pushes.add(&now.pushes.since(&before.pushes));
     }
@@ -122,7 +122,7 @@ pub(super) async fn run(plan: Plan) -> anyhow::Result<Trial> {
     Ok(trial)
 }
 
-/// When the last gateway kept away by itself, and when the last one was told.
+/// When the last gateway ejected by itself, and when the last one had the verdict.
 async fn watch(
     scene: &Scene,
     busy: bool,
@@ -145,7 +145,7 @@ async fn watch(
         }
         let all = |times: &[Option<Duration>]| times.iter().all(Option::is_some);
         if all(&cluster) && (!busy || all(&local)) {
-            // Nothing more to see, and idle no traffic to wait for.
+            // Nothing more can happen, and without traffic there is nothing to wait for.
             until = until.min(if busy { Instant::now() + MARGIN } else { Instant::now() });
         }
     }
@@ -166,12 +166,12 @@ fn traffic(
     }
 }
 
-/// The last of them, if none is missing.
+/// The latest of them, if all are there.
 fn last(times: &[Option<Duration>]) -> Option<Duration> {
     times.iter().copied().collect::<Option<Vec<_>>>()?.into_iter().max()
 }
 
-/// Mends it; says when it was used again, and when it had its full weight.
+/// Mends the backend. Returns when it was used again, and when it had its full weight.
 async fn returns(
     scene: &mut Scene,
     plan: Plan,

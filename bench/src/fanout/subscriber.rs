@@ -1,4 +1,4 @@
-//! A gateway as the control plane sees it: two streams, each on a connection of its own.
+//! A gateway as the control plane sees it: two streams, each on its own connection.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -22,13 +22,13 @@ use weir_runtime::Backoff;
 
 use super::authorized;
 
-/// Between two reports of a gateway.
+/// The interval of a gateway's reports.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Backends with traffic, by gateway.
 const REPORTED: usize = 10;
 /// How often a waiting caller checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// Revisions whose times are remembered.
+/// Revisions with remembered times.
 const REMEMBERED: usize = 4;
 
 /// All gateways.
@@ -38,7 +38,7 @@ pub(super) struct Fleet {
     tasks: JoinSet<()>,
 }
 
-/// What all gateways write down.
+/// The records of all gateways.
 struct Board {
     plane: SocketAddr,
     token: String,
@@ -48,23 +48,23 @@ struct Board {
     connected: AtomicUsize,
     /// The backend that does not work.
     broken: watch::Sender<Option<String>>,
-    /// Gateways below this number do not read.
+    /// Gateways with a lower number do not read.
     stalled: watch::Sender<usize>,
 }
 
-/// What one gateway holds and when it got it.
+/// The configuration of one gateway, and the times of changes.
 #[derive(Default)]
 struct Gateway {
     epoch: String,
     revision: u64,
     versions: BTreeMap<(i32, String), String>,
-    /// Revisions and when they were reached.
+    /// Revisions and the times at which they were reached.
     reached: VecDeque<(u64, Instant)>,
-    /// Why a stream of it ended last.
+    /// Why its last stream ended.
     error: Option<String>,
-    /// When its configuration stream was opened last.
+    /// When its configuration stream was last opened.
     connected: Option<Instant>,
-    /// What it was told of backends: the state, and how long after the verdict.
+    /// The states of backends that it received, and how long after the verdict.
     told: BTreeMap<String, (HealthState, Duration)>,
 }
 
@@ -104,7 +104,7 @@ impl Fleet {
         authorized(&self.board.token, message)
     }
 
-    /// Bodies of resources received by all.
+    /// The bodies of resources that all gateways received.
     pub(super) fn body_bytes(&self) -> u64 {
         self.board.body_bytes.load(Ordering::Relaxed)
     }
@@ -113,12 +113,12 @@ impl Fleet {
         self.board.broken.send_replace(name);
     }
 
-    /// So many stop reading; the others read.
+    /// Lets this number of gateways stop reading.
     pub(super) fn stall(&self, gateways: usize) {
         self.board.stalled.send_replace(gateways);
     }
 
-    /// Those that read.
+    /// The gateways that read.
     fn reading(&self) -> impl Iterator<Item = MutexGuard<'_, Gateway>> {
         let stalled = *self.board.stalled.borrow();
         (stalled..self.len()).map(|i| self.board.gateway(i))
@@ -137,7 +137,7 @@ impl Fleet {
         self.until(healthy).await;
     }
 
-    /// Waits until all were told that a backend is unhealthy; how long after the verdict each was.
+    /// Waits until all have the verdict that a backend is unhealthy. Returns the delays after the verdict.
     pub(super) async fn everybody_told(&self, backend: &str) -> Vec<Duration> {
         let delay = |gateway: &Gateway| {
             let told = gateway.told.get(backend).filter(|(state, _)| *state == HealthState::Unhealthy);
@@ -159,7 +159,7 @@ impl Fleet {
         }
     }
 
-    /// How long after `start` each had a revision.
+    /// The delays after `start` until each had a revision.
     pub(super) fn delays_to(&self, revision: u64, start: Instant) -> Vec<Duration> {
         let reached = |gateway: MutexGuard<'_, Gateway>| {
             let reached = gateway.reached.iter().find(|(at, _)| *at >= revision);
@@ -168,12 +168,12 @@ impl Fleet {
         self.reading().filter_map(reached).collect()
     }
 
-    /// How long after `start` each had its stream open.
+    /// The delays after `start` until each had its stream open.
     pub(super) fn delays_to_connect(&self, start: Instant) -> Vec<Duration> {
         self.reading().filter_map(|gateway| Some(gateway.connected?.duration_since(start))).collect()
     }
 
-    /// Why streams ended, with how many gateways that happened to last.
+    /// The reasons of ended streams, with the number of gateways for which each was the last.
     pub(super) fn errors(&self) -> BTreeMap<String, usize> {
         let mut errors = BTreeMap::new();
         for error in self.reading().filter_map(|gateway| gateway.error.clone()) {
@@ -182,7 +182,7 @@ impl Fleet {
         errors
     }
 
-    /// All must hold the same.
+    /// Checks that all hold the same.
     pub(super) fn check_held(&self, revision: u64) -> anyhow::Result<()> {
         let first = self.board.gateway(0).versions.clone();
         ensure!(first.len() > self.board.backends, "a gateway holds {} resources", first.len());
@@ -218,7 +218,7 @@ enum StreamKind {
     Report,
 }
 
-/// Comes back whenever a stream ends, as a gateway does.
+/// Reconnects whenever a stream ends, as a gateway does.
 async fn again(board: Arc<Board>, i: usize, kind: StreamKind) {
     let mut backoff = reconnect_backoff();
     loop {
@@ -226,7 +226,7 @@ async fn again(board: Arc<Board>, i: usize, kind: StreamKind) {
             StreamKind::Config => config(&board, i, &mut backoff).await,
             StreamKind::Report => report(&board, i, &mut backoff).await,
         };
-        // A stream that ends is what the bench brings about; one that never comes back fails it, and then says why.
+        // The bench ends streams itself; a stream that never comes back fails the bench, with this reason.
         if let Err(error) = ended {
             board.gateway(i).error = Some(format!("{error:#}"));
         }
@@ -238,7 +238,7 @@ fn name(i: usize) -> String {
     format!("gateway-{i}")
 }
 
-/// Takes a gateway from the count when its stream is over.
+/// Stops counting a gateway when its stream ends.
 struct Connected<'a>(&'a AtomicUsize);
 
 impl Drop for Connected<'_> {
@@ -252,7 +252,7 @@ async fn config(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
     let (up, messages) = mpsc::channel(2);
     let hello = {
         let gateway = board.gateway(i);
-        let held = gateway.versions.iter().map(|((kind, name), version)| v1::HeldResource {
+        let held = gateway.versions.iter().map(|((kind, name), version)| v1::ResourceVersion {
             kind: *kind,
             name: name.clone(),
             version: version.clone(),
@@ -264,9 +264,9 @@ async fn config(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
             build: weir_runtime::version().into(),
             store_epoch: gateway.epoch.clone(),
             store_revision: gateway.revision,
-            held: held.collect(),
+            resource_versions: held.collect(),
             role: v1::SubscriberRole::Gateway.into(),
-            observer: false,
+            status_only: false,
         }
     };
     let say = |message: Up| up.send(v1::StreamConfigRequest { message: Some(message) });
@@ -307,12 +307,12 @@ impl Gateway {
     }
 }
 
-/// What a gateway says on the report stream.
+/// The reports of a gateway.
 struct Reporting<'a> {
     board: &'a Board,
     i: usize,
     sequence: u64,
-    /// The backends it probes regularly.
+    /// The backends that it probes regularly.
     assigned: BTreeSet<String>,
     out: mpsc::Sender<v1::StreamReportsRequest>,
 }
@@ -326,7 +326,7 @@ async fn report(board: &Board, i: usize, backoff: &mut Backoff) -> anyhow::Resul
     let mut stream = client.stream_reports(request).await?.into_inner();
     backoff.reset();
     let mut broken = board.broken.subscribe();
-    // Not all in the same moment.
+    // Not all at the same time.
     let phase = REPORT_INTERVAL.mul_f64(i as f64 / board.gateways.len() as f64);
     let mut tick = interval_at(Instant::now() + phase, REPORT_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -386,7 +386,7 @@ impl Reporting<'_> {
         if results.is_empty() { Ok(()) } else { self.send(Vec::new(), results).await }
     }
 
-    /// What a probe of a backend sees.
+    /// The result of a probe of a backend.
     fn probe(&self, backend: &str) -> [v1::ProbeResult; 1] {
         let broken = self.board.broken.borrow().as_deref() == Some(backend);
         let outcome = if broken { ProbeOutcome::Refused } else { ProbeOutcome::Pass };
@@ -409,9 +409,9 @@ impl Reporting<'_> {
             incarnation: "1".into(),
             sequence: self.sequence,
             region: format!("region-{}", self.i % 3),
-            probes: true,
+            can_probe: true,
             backends,
-            results,
+            probe_results: results,
             ..Default::default()
         };
         self.out.send(report).await.context("the stream ended")

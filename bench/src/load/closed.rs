@@ -1,4 +1,4 @@
-//! Closed loop: so many clients, each sends its next request when the last one is answered.
+//! Closed loop: each of a number of clients sends its next request when the last one is answered.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -43,7 +43,7 @@ async fn client(address: SocketAddr, request: Bytes, until: Instant) -> Outcome 
         let result = call(&mut connection, address, &request).await;
         outcome.count(sent.elapsed(), &result);
         if result.is_err() {
-            // A server that refuses connections must not make this loop spin.
+            // Without a pause, a server that refuses connections would make this loop spin.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

@@ -1,5 +1,5 @@
-//! One HTTP/1.1 connection to a server under load, as cheap as it can be: the request is ready-made bytes, the
-//! answer's body is counted and not kept.
+//! One HTTP/1.1 connection to a server under load, as cheap as possible: the request is prepared bytes, the body of
+//! the answer is counted and discarded.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,30 +10,30 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// Room for what arrives at once.
+/// The read buffer.
 const READ_BYTES: usize = 64 << 10;
 /// Largest head of an answer.
 const HEAD_BYTES_MAX: usize = 64 << 10;
-/// So much of the body of an answer other than 200 is kept, to say what was wrong.
+/// The bytes that are kept of the body of an answer other than 200, to report the error.
 const EXCERPT_BYTES: usize = 512;
-/// So much of a body is kept when it is wanted.
+/// The bytes that are kept of a body that the caller wants.
 const EXCERPT_BYTES_MAX: usize = 1 << 20;
 
-/// An answer, read to its end.
+/// A complete answer.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Answer {
     /// The status.
     pub(crate) status: u16,
     /// Bytes of the body.
     pub(crate) body_bytes: u64,
-    /// When the head was there.
+    /// When the head was complete.
     pub(crate) head_at: Option<Instant>,
-    /// The start of the body, when it is not 200 or was asked for.
+    /// The start of the body, if it is not 200 or was wanted.
     pub(crate) excerpt: String,
 }
 
 impl Answer {
-    /// Whether it is what was asked for.
+    /// Whether the answer is the expected one.
     pub(crate) fn is_ok(&self) -> bool {
         self.status == 200 && self.body_bytes > 0
     }
@@ -52,7 +52,7 @@ pub(crate) struct Connection {
     stream: TcpStream,
     buffer: BytesMut,
     closes: bool,
-    /// Bytes of a body to keep even when the status is 200.
+    /// Bytes of a body to keep even if the status is 200.
     excerpt_max: usize,
 }
 
@@ -64,7 +64,7 @@ impl Connection {
         Ok(Self { stream, buffer: BytesMut::with_capacity(READ_BYTES), closes: false, excerpt_max: 0 })
     }
 
-    /// Whether the server ends it after the last answer.
+    /// Whether the server closes it after the last answer.
     pub(crate) fn closes(&self) -> bool {
         self.closes
     }
@@ -94,7 +94,7 @@ impl Connection {
         Ok((answer, body))
     }
 
-    /// Sends a request and returns once the head and the first byte of the body are there.
+    /// Sends a request and returns when the head and the first byte of the body have arrived.
     pub(crate) async fn begin(&mut self, request: &[u8]) -> io::Result<u16> {
         self.stream.write_all(request).await?;
         let (status, _) = self.head().await?;
@@ -106,7 +106,7 @@ impl Connection {
         Ok(status)
     }
 
-    /// Reads whatever comes and throws it away, until the server ends the connection.
+    /// Reads and discards bytes until the server closes the connection.
     pub(crate) async fn drain(&mut self) -> io::Result<()> {
         loop {
             self.buffer.clear();
@@ -141,7 +141,7 @@ impl Connection {
         }
     }
 
-    /// Takes so many bytes of the body.
+    /// Takes this number of bytes of the body.
     async fn take(&mut self, mut left: u64, answer: &mut Answer) -> io::Result<()> {
         answer.body_bytes += left;
         while left > 0 {
@@ -195,7 +195,7 @@ fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Length of the head, status, framing of the body, and whether the connection ends with it.
+/// The length of the head, the status, the framing of the body, and whether the connection ends with it.
 fn parse_head(bytes: &[u8]) -> io::Result<Option<(usize, u16, Framing, bool)>> {
     let mut headers = [EMPTY_HEADER; 64];
     let mut response = httparse::Response::new(&mut headers);
@@ -226,7 +226,7 @@ mod tests {
 
     use super::*;
 
-    /// Serves one connection, one byte per write, and returns what a client reads from it.
+    /// Serves one connection with one byte per write, and returns what a client reads from it.
     async fn answer(text: &'static str) -> io::Result<Answer> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;

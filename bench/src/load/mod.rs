@@ -1,5 +1,5 @@
-//! The load generator: closed loop (so many clients, each with one request at a time) and open loop (requests
-//! arrive at a fixed rate, whatever the server does; latency counts from when a request was due).
+//! The load generator: closed loop (a number of clients with one request at a time) and open loop (requests arrive at
+//! a fixed rate, whatever the server does; latency counts from when a request was due).
 
 mod closed;
 mod connection;
@@ -18,14 +18,14 @@ pub(crate) use connection::{Answer, Connection};
 pub(crate) use open::{open, open_until};
 pub(crate) use pacer::Pacer;
 
-/// A request is given up after this and counts as failed.
+/// The timeout of a request, after which it counts as failed.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest latency told apart, microseconds.
+/// The longest latency that is distinguished, microseconds.
 const LATENCY_MAX_US: u64 = 120_000_000;
 
-/// Ways to fail that are told apart.
+/// The maximum of distinguished failures.
 const FAILURE_KINDS_MAX: usize = 16;
-/// All others.
+/// All other failures.
 const OTHER_KINDS: &str = "others";
 
 /// Latencies in microseconds, to three digits.
@@ -33,18 +33,18 @@ pub(crate) fn latencies() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_MAX_US, 3).expect("constants within the library's bounds")
 }
 
-/// What came back.
+/// The results of a load.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    /// Of every request that was answered as it should, microseconds.
+    /// Latencies of the requests with the expected answer, microseconds.
     pub(crate) latency_us: Histogram<u64>,
-    /// Requests answered as they should.
+    /// The number of requests with the expected answer.
     pub(crate) ok: u64,
-    /// Requests answered otherwise or not at all.
+    /// The number of other requests.
     pub(crate) failed: u64,
-    /// What the first of those said.
+    /// The first failure.
     pub(crate) first_failure: Option<String>,
-    /// How often they failed in which way.
+    /// The number of failures of each kind.
     pub(crate) failures: BTreeMap<String, u64>,
     /// How long it took.
     pub(crate) elapsed: Duration,
@@ -90,7 +90,7 @@ impl Outcome {
         *self.failures.entry(if known { kind } else { OTHER_KINDS.to_owned() }).or_default() += count;
     }
 
-    /// How requests failed, the most frequent way first; empty when none did.
+    /// The kinds of failures, the most frequent one first; empty if there were none.
     pub(crate) fn failures_line(&self) -> String {
         let mut kinds: Vec<_> = self.failures.iter().collect();
         kinds.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
@@ -98,7 +98,7 @@ impl Outcome {
         kinds.join(", ")
     }
 
-    /// Adds what another part of the same load came to.
+    /// Adds the results of another part of the same load.
     pub(crate) fn add(&mut self, other: Self) {
         self.ok += other.ok;
         self.failed += other.failed;
@@ -107,7 +107,7 @@ impl Outcome {
             self.add_kind(kind, count);
         }
         self.elapsed = self.elapsed.max(other.elapsed);
-        // Both have the same bounds, so nothing is lost.
+        // Both histograms have the same bounds, so nothing is lost.
         let _ = self.latency_us.add(other.latency_us);
     }
 
@@ -132,7 +132,7 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// One request of a client that may connect anew: an answer, or what went wrong.
+/// One request of a client that may reconnect: an answer, or the error.
 pub(crate) async fn call(
     connection: &mut Option<Connection>,
     address: SocketAddr,

@@ -1,5 +1,5 @@
-//! Open loop: requests arrive at a fixed rate. Latency counts from the moment a request was due, so a server that
-//! stalls is charged for everybody who would have waited.
+//! Open loop: requests arrive at a fixed rate. Latency counts from the time at which a request was due, so a stalled
+//! server is charged for every request that would have waited.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -13,14 +13,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Connection, Outcome, Pacer, call};
 
-/// Connections at most; requests that find none free wait, and their latency runs.
+/// The maximum of connections. Requests without a free one wait, and their latency runs.
 const CONNECTIONS_MAX: usize = 256;
 
-/// A connection that was not used for so long is not used again: a server may be closing it at this moment, and a request
-/// that meets that says nothing about the server.
+/// A connection that was idle for this time is not used again: the server may be closing it, and a failure for that
+/// reason says nothing about the server.
 const IDLE_MAX: Duration = Duration::from_secs(5);
 
-/// What the requests of one load share.
+/// The state that the requests of one load share.
 struct Shared {
     address: SocketAddr,
     request: Bytes,
@@ -28,7 +28,7 @@ struct Shared {
 }
 
 struct State {
-    /// With when they were last used.
+    /// With the time of their last use.
     idle: Vec<(Connection, Instant)>,
     busy: usize,
     waiting: VecDeque<Instant>,
@@ -51,7 +51,7 @@ pub(crate) async fn open(
     open_until(address, request, per_second, duration, &CancellationToken::new()).await
 }
 
-/// The same, for as long as nobody says that it is enough.
+/// The same until a caller ends it.
 pub(crate) async fn open_until(
     address: SocketAddr,
     request: &Bytes,
@@ -77,10 +77,10 @@ pub(crate) async fn open_until(
                 continue;
             }
             state.busy += 1;
-            // The one used last: its caches are warm, and the number of connections stays what the load needs.
+            // The connection that was used last: its caches are warm, and the number of connections stays small.
             let last = state.idle.pop();
             if last.as_ref().is_some_and(|(_, used)| used.elapsed() > IDLE_MAX) {
-                // And all below it are older.
+                // All connections below it are older.
                 state.idle.clear();
             }
             last.filter(|(_, used)| used.elapsed() <= IDLE_MAX).map(|(connection, _)| connection)

@@ -1,4 +1,4 @@
-//! Moments at a fixed rate, kept by a kernel timer to some tens of microseconds.
+//! Times at a fixed rate, kept by a kernel timer to some tens of microseconds.
 
 use std::io;
 use std::time::Duration;
@@ -14,14 +14,14 @@ pub(crate) struct Pacer {
     timer: Receiver,
     started: Instant,
     interval: Duration,
-    /// Moments told so far.
+    /// The number of times returned.
     told: u32,
-    /// Moments that have passed and were not told yet.
+    /// Times that have passed and were not returned.
     passed: u64,
 }
 
 impl Pacer {
-    /// Starts now, with `per_second` moments a second.
+    /// Starts now, with this number of times per second.
     pub(crate) fn start(per_second: f64) -> io::Result<Self> {
         let interval = Duration::from_secs_f64(1.0 / per_second.max(0.001));
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
@@ -41,7 +41,7 @@ impl Pacer {
         Ok(Self { timer, started, interval, told: 0, passed: 0 })
     }
 
-    /// Waits for the next moment and says when it was. Cancel-safe.
+    /// Waits for the next time and returns it. Cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Instant> {
         while self.passed == 0 {
             self.timer.readable().await?;

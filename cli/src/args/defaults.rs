@@ -1,4 +1,4 @@
-//! What the context in use adds to the arguments.
+//! The defaults that the current context adds to the arguments.
 
 use std::str::FromStr as _;
 
@@ -9,10 +9,10 @@ use super::{Cli, Servers};
 use crate::contexts::{self, Contexts, TokenRef};
 use crate::error::Error;
 
-/// Fills in what neither flags nor variables say.
+/// Sets the arguments that neither flags nor environment variables set.
 ///
 /// # Errors
-/// When a context is named that is not there, or the file cannot be read.
+/// If the named context does not exist, or the file cannot be read.
 pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
     let given = matches.value_source("server").is_some_and(|source| source != ValueSource::DefaultValue);
     if cli.context.is_none() && given {
@@ -20,7 +20,7 @@ pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
     }
     let known = match contexts::path() {
         Ok(path) => Contexts::read(&path)?,
-        // Without a home there is no context, which matters only to those who ask for one.
+        // Without a home directory there are no contexts, which is an error only if one is named.
         Err(_) if cli.context.is_none() => return Ok(()),
         Err(error) => return Err(error),
     };
@@ -30,11 +30,12 @@ pub(crate) fn fill(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Error> {
             "--context and a server of its own (--server, WEIR_SERVER) exclude each other".into(),
         ));
     }
-    let context = known.all.get(name).ok_or_else(|| {
-        Error::Setting(format!("there is no context {name}; weir context list shows those there are"))
-    })?;
+    let context = known
+        .all
+        .get(name)
+        .ok_or_else(|| Error::Setting(format!("there is no context {name}; weir context list shows all")))?;
     cli.server = Servers::from_str(&context.server).map_err(Error::Setting)?;
-    // What the person says now counts more than what was noted once.
+    // Flags and environment variables take precedence over the context.
     if cli.token_file.is_none() && std::env::var_os("WEIR_TOKEN").is_none() {
         match &context.token {
             Some(TokenRef::File(path)) => cli.token_file = Some(path.clone()),

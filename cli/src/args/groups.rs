@@ -1,4 +1,4 @@
-//! The arguments of the commands that look at the cluster and its past.
+//! The arguments of the commands for gateways, audit, tokens, usage, probes and contexts.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -29,9 +29,9 @@ impl FromStr for Reference {
 /// An entry of the audit log whose hash is known, as SEQUENCE:HASH.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownEntry {
-    /// Which entry.
+    /// The sequence number of the entry.
     pub sequence: u64,
-    /// Its hash.
+    /// The hash of the entry.
     pub hash: Vec<u8>,
 }
 
@@ -47,46 +47,46 @@ impl FromStr for KnownEntry {
     }
 }
 
-/// What to follow.
+/// The arguments of watch.
 #[derive(Debug, Clone, Args)]
 pub struct WatchArgs {
     /// Only this kind; may be repeated
     #[arg(value_name = "KIND")]
     pub kinds: Vec<Kind>,
-    /// Changes after this revision; without it everything there is comes first
+    /// Only changes after this revision. Default: all resources first, then changes
     #[arg(long, default_value_t = 0, value_name = "REVISION")]
     pub from: u64,
-    /// End after what is there, before the first change
+    /// End after the resources that exist, before the first change
     #[arg(long)]
     pub once: bool,
 }
 
-/// Which part of the audit log.
+/// The arguments of audit.
 #[derive(Debug, Clone, Args)]
 pub struct AuditArgs {
-    /// At most so many entries
+    /// Maximum number of entries
     #[arg(long, short = 'n', default_value_t = 20, value_name = "N")]
     pub last: usize,
-    /// Recompute the hash chain instead; fails when it is broken
+    /// Verify the hash chain instead; fails if it is broken
     #[arg(long)]
     pub verify: bool,
-    /// An entry known from an earlier --verify: shows that the log was not rewritten as a whole
+    /// An entry known from an earlier --verify; detects a log that was rewritten completely
     #[arg(long, requires = "verify", value_name = "SEQUENCE:HASH")]
     pub known: Option<KnownEntry>,
 }
 
-/// What to go back to.
+/// The arguments of rollback.
 #[derive(Debug, Clone, Args)]
 pub struct RollbackArgs {
-    /// The revision to go back to; weir history shows them
+    /// The revision to restore; weir history lists revisions
     pub revision: u64,
-    /// Only these, as KIND/NAME. None: all but API keys, which come back only when named
+    /// Only these resources, as KIND/NAME. Default: all except API keys, which are restored only when named
     #[arg(value_name = "KIND/NAME")]
     pub resources: Vec<Reference>,
-    /// Say what would change, change nothing
+    /// Show what would change and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Allow that a pool loses more than half of its backends
+    /// Allow the removal of more than half of a pool's backends
     #[arg(long)]
     pub allow_mass_removal: bool,
     #[command(flatten)]
@@ -94,15 +94,15 @@ pub struct RollbackArgs {
     pub wait: WaitArgs,
 }
 
-/// What to see of one gateway.
+/// Commands for one gateway.
 #[derive(Debug, Clone, Subcommand)]
 pub enum GatewayCommand {
-    /// Show what it holds
+    /// Show the resources that the gateway has applied, with their versions
     Config {
         /// Its id
         id: String,
     },
-    /// Show where that differs from what it is to hold; exits with 0 for nothing, 1 for differences, more for errors
+    /// Show where the applied resources differ from the newest revision; exits with 0 without differences, 1 with differences, more on errors
     Diff {
         /// Its id
         id: String,
@@ -114,7 +114,7 @@ pub enum GatewayCommand {
 pub struct DrainArgs {
     /// Its name
     pub backend: String,
-    /// How long to wait until its last stream has ended
+    /// How long to wait until the last request of the backend has ended
     #[arg(long, value_parser = positive, default_value = "10m", value_name = "DURATION")]
     pub wait: Duration,
     /// Do not wait
@@ -133,12 +133,12 @@ pub enum RoleName {
     Editor,
     /// Manages tokens and takes backups
     Admin,
-    /// Discovery and reports only
+    /// Configuration and report streams only
     Gateway,
 }
 
 impl RoleName {
-    /// As the contract has it.
+    /// The value in the protocol.
     pub const fn role(self) -> v1::Role {
         match self {
             Self::Viewer => v1::Role::Viewer,
@@ -150,32 +150,32 @@ impl RoleName {
     }
 }
 
-/// What to do with tokens of the control plane.
+/// Commands for tokens of the control plane.
 #[derive(Debug, Clone, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token; it is shown once and stored nowhere
+    /// Create a token; it is shown once and not stored
     Create {
         /// Its name, which the audit log shows
         name: String,
-        /// What it may do
+        /// The role of the token
         #[arg(long, value_enum)]
         role: RoleName,
-        /// Of role gateway: the one gateway it speaks for
+        /// With the role gateway: the only gateway that may use the token
         #[arg(long, value_name = "ID")]
         gateway: Option<String>,
-        /// For how long it is valid, such as 90d; without it for ever
+        /// How long the token is valid, such as 90d. Default: without end
         #[arg(long, value_parser = positive, value_name = "DURATION")]
         expires: Option<Duration>,
     },
-    /// Make a new secret in place of the present one, which stays valid for a while
+    /// Replace the secret of a token; the old one stays valid for the grace time
     Rotate {
         /// Its name
         name: String,
-        /// How long the present secret stays valid
+        /// How long the old secret stays valid
         #[arg(long, value_parser = duration, default_value = "1h", value_name = "DURATION")]
         grace: Duration,
     },
-    /// Refuse a token from now on
+    /// Revoke a token
     Revoke {
         /// Its name
         name: String,
@@ -184,45 +184,45 @@ pub enum TokenCommand {
     List,
 }
 
-/// Whose usage to show, of which days, and how it is added up.
+/// The arguments of usage.
 #[derive(Debug, Clone, Args)]
 pub struct UsageArgs {
-    /// Only of this tenant; also of one that has been deleted
+    /// Only this tenant, which may be deleted
     #[arg(long, value_parser = name, value_name = "NAME")]
     pub tenant: Option<Name>,
-    /// Only of this model
+    /// Only this model
     #[arg(long, value_parser = name, value_name = "NAME")]
     pub model: Option<Name>,
-    /// First day, UTC, such as 2026-11-01; without it 29 days before the last
+    /// First day, UTC, such as 2026-11-01. Default: 29 days before the last day
     #[arg(long, value_name = "DAY")]
     pub from: Option<jiff::civil::Date>,
-    /// Last day, UTC; without it today
+    /// Last day, UTC. Default: today
     #[arg(long, value_name = "DAY")]
     pub to: Option<jiff::civil::Date>,
-    /// What to tell apart; the rest is added up
+    /// Group the sums by these fields
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [UsageBy::Tenant, UsageBy::Model, UsageBy::Day])]
     pub by: Vec<UsageBy>,
-    /// A gateway's operations port
+    /// URL of a gateway's operations port
     #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
     pub gateway: http::Uri,
-    /// File with that port's token; without it WEIR_OPS_TOKEN and, to this machine, the control plane's token
+    /// File with the token of the operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
     #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
     pub ops_token_file: Option<PathBuf>,
 }
 
-/// What usage is told apart by.
+/// The fields by which usage is grouped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum UsageBy {
-    /// Who asked
+    /// The tenant
     Tenant,
-    /// What was asked
+    /// The model
     Model,
     /// The day of the admission, UTC
     Day,
 }
 
 impl UsageBy {
-    /// As the gateway's page has it.
+    /// The name in the gateway's usage page.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tenant => "tenant",
@@ -232,17 +232,17 @@ impl UsageBy {
     }
 }
 
-/// Where to put a backup.
+/// The arguments of backup.
 #[derive(Debug, Clone, Args)]
 pub struct BackupArgs {
-    /// The file; refused when it is there already
+    /// The file to write; must not exist
     pub file: PathBuf,
 }
 
-/// How deep to look.
+/// A probe tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TierName {
-    /// Whether the server answers; costs nothing
+    /// Whether the server answers; costs no tokens
     Liveness,
     /// Whether the model answers; costs one token
     Readiness,
@@ -251,7 +251,7 @@ pub enum TierName {
 }
 
 impl TierName {
-    /// As the contract has it.
+    /// The value in the protocol.
     pub const fn tier(self) -> v1::ProbeTier {
         match self {
             Self::Liveness => v1::ProbeTier::Liveness,
@@ -261,43 +261,43 @@ impl TierName {
     }
 }
 
-/// A backend to look at.
+/// The arguments of probe.
 #[derive(Debug, Clone, Args)]
 pub struct ProbeArgs {
     /// Its name
     pub backend: String,
-    /// How deep
+    /// The probe tier
     #[arg(long, value_enum, default_value_t = TierName::Liveness)]
     pub tier: TierName,
-    /// How long to wait for the answers, at most 60s
+    /// How long to wait for the results, at most 60s
     #[arg(long, value_parser = wait, default_value = "10s", value_name = "DURATION")]
     pub wait: Duration,
 }
 
-/// What to do with contexts.
+/// Commands for contexts.
 #[derive(Debug, Clone, Subcommand)]
 pub enum ContextCommand {
-    /// Show all contexts, and which one is in use
+    /// List all contexts, and which one is current
     List,
-    /// Speak to this cluster from now on
+    /// Make a context the current one
     Use {
         /// Its name
         #[arg(value_parser = contexts::name)]
         name: String,
     },
-    /// Make or replace a context of --server, --token-file, --ca, --cert and --cert-key as given
+    /// Create or replace a context from --server, --token-file, --ca, --cert and --cert-key
     Set {
         /// Its name
         #[arg(value_parser = contexts::name)]
         name: String,
-        /// The variable that holds its token, where it is in no file
+        /// Environment variable that holds the token, instead of a file
         #[arg(long, value_name = "VARIABLE", conflicts_with = "token_file")]
         token_env: Option<String>,
-        /// Speak to it from now on
+        /// Make it the current context
         #[arg(long = "use")]
         switch: bool,
     },
-    /// Forget a context
+    /// Delete a context
     Delete {
         /// Its name
         #[arg(value_parser = contexts::name)]

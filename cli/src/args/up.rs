@@ -4,37 +4,53 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
+use weir_gateway::config::CommonSettings;
 use weir_gateway::control::credentials::CredentialSources;
-use weir_runtime::Cidr;
 
-/// Gateways in one process at most.
+/// The maximum number of gateways in one process.
 const GATEWAYS_MAX: i64 = 64;
+/// What all bodies of a gateway may take together is fixed here.
+const BODY_MIB_MAX: i64 = 1024;
+
+// The settings are those of a gateway process; of several gateways they are told in fewer words.
+const ALLOW_BACKEND_CIDR: &str = "Networks of backends to allow although such addresses are refused by default, such as \
+                                  link-local 169.254.10.0/24";
+const CORS_ALLOWED_ORIGINS: &str = "Origin of web pages that may use the gateways from a browser, such as \
+                                    http://localhost:3000, or * for all";
+const MAX_BODY_MIB: &str = "Largest request body, in MiB, 1 to 1024; 50 when not given";
 
 /// The arguments of `weir up`.
 #[derive(Debug, Clone, Args)]
+#[command(
+    mut_arg("allow_backend_cidr", |arg| arg.help(ALLOW_BACKEND_CIDR)),
+    mut_arg("cors_allowed_origins", |arg| arg.help(CORS_ALLOWED_ORIGINS)),
+    mut_arg("max_body_mib", |arg| {
+        arg.help(MAX_BODY_MIB).value_parser(clap::value_parser!(u32).range(1..=BODY_MIB_MAX))
+    })
+)]
 pub struct UpArgs {
     /// Gateways to run, 1 to 64; gateway k listens on the port of --listen plus k
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=GATEWAYS_MAX), value_name = "N")]
     pub gateways: u16,
-    /// Address of the first gateway; port 0 takes free ports for everything
+    /// Address of the first gateway; with port 0 every listener takes a free port
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
     pub listen: SocketAddr,
-    /// Keep limits in this Redis instead of in this process, such as redis://127.0.0.1:6379
+    /// Redis that stores the limits, such as redis://127.0.0.1:6379. Default: the memory of this process
     #[arg(long, env = "WEIR_REDIS", hide_env_values = true, value_name = "URL")]
     pub redis: Option<String>,
-    /// Run these resources instead of the example; taken when the store is still empty
+    /// File of resources to start with instead of the example; used only if the store is empty
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Keep resources here; without it they go with the process
+    /// Directory of the store. Default: the resources are lost when the process ends
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
-    /// Networks that backends may be in although such addresses are refused, such as link-local 169.254.10.0/24
-    #[arg(long, env = "WEIR_ALLOW_BACKEND_CIDR", value_delimiter = ',', value_name = "CIDR[,CIDR...]")]
-    pub allow_backend_cidr: Vec<Cidr>,
-    /// Where backends' credentials may be found
+    /// Settings of every gateway
+    #[command(flatten)]
+    pub common: CommonSettings,
+    /// Allowed sources of backends' credentials
     #[command(flatten)]
     pub credentials: CredentialSources,
-    /// What is logged, such as info or weir_gateway=debug
+    /// Log filter, such as info or weir_gateway=debug
     #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
     pub log: String,
 }

@@ -56,6 +56,10 @@ fn request(args: &FileArgs, validate_only: bool) -> Result<(v1::ApplyRequest, Ve
 fn named(error: Error, given: &[String]) -> Error {
     let Error::Refused { status, .. } = &error else { return error };
     let name = |violation: &FieldViolation| {
+        if violation.field.is_empty() {
+            // How many are left out.
+            return Some(violation.description.clone());
+        }
         let (number, field) = violation.field.strip_prefix("resources[")?.split_once("].")?;
         let resource = given.get(number.parse::<usize>().ok()?)?;
         // The first word is the kind of the resource, which the file calls spec.

@@ -1,4 +1,4 @@
-//! `backends`, `why` and `events`.
+//! `weir backends`, `weir why` and `weir events`.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -79,7 +79,7 @@ pub(super) fn table(backends: &[v1::BackendStatus]) -> String {
     tables::table(&header, rows.collect())
 }
 
-/// The same, with what deep probes read and who makes them.
+/// The table with the readings of deep probes and their observers in addition.
 fn table_wide(backends: &[v1::BackendStatus]) -> String {
     let share = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |s| format!("{:.0}%", s * 100.0));
     let rows = backends.iter().map(|b| {
@@ -126,13 +126,13 @@ fn table_wide(backends: &[v1::BackendStatus]) -> String {
     tables::table(&header, rows.collect())
 }
 
-/// The state, with what else decides about its use.
+/// The state, with the flags that decide whether the backend is used.
 fn state_text(b: &v1::BackendStatus, health: &v1::BackendHealth) -> String {
     let mut text = health_name(health.state()).to_owned();
     let marks = [
         (health.suspect, "suspect"),
         (health.stale, "stale"),
-        (health.overridden, "used all the same"),
+        (health.overridden, "overridden"),
         (b.admin_state() == v1::AdminState::Draining, "draining"),
         (b.admin_state() == v1::AdminState::Disabled, "disabled"),
     ];
@@ -144,7 +144,7 @@ fn state_text(b: &v1::BackendStatus, health: &v1::BackendHealth) -> String {
 }
 
 fn probers(b: &v1::BackendStatus, tier: v1::ProbeTier) -> Vec<String> {
-    b.probers.iter().filter(|p| p.tier() == tier).map(|p| p.vantage.clone()).collect()
+    b.probers.iter().filter(|p| p.tier() == tier).map(|p| p.observer.clone()).collect()
 }
 
 fn status_value(b: &v1::BackendStatus) -> Value {
@@ -193,25 +193,29 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
     if answer.may_return_time.is_some() {
         let _ = writeln!(
             text,
-            "  may return    {} at the earliest",
+            "  may recover   {} at the earliest",
             tables::time(answer.may_return_time.as_ref())
         );
     }
     for (i, condition) in answer.conditions.iter().enumerate() {
-        let _ = writeln!(text, "  {}{condition}", if i == 0 { "takes         " } else { "              " });
+        let _ = writeln!(text, "  {}{condition}", if i == 0 { "requires      " } else { "              " });
     }
-    for suspicion in &answer.suspicions {
-        let asked = list(&suspicion.asked);
-        let tier = tier_name(suspicion.tier());
-        let _ = writeln!(text, "  suspected     at {tier} by {}; asked: {asked}", suspicion.reporter);
+    for suspect in &answer.suspect_tiers {
+        let asked = list(&suspect.asked_observers);
+        let tier = tier_name(suspect.tier());
+        let _ = writeln!(
+            text,
+            "  suspect       at {tier} since {} saw a failure; asked: {asked}",
+            suspect.first_observer
+        );
     }
     if !status.ejected_by.is_empty() {
-        let _ = writeln!(text, "  left out by   {} on their own evidence", list(&status.ejected_by));
+        let _ = writeln!(text, "  ejected by    {} locally", list(&status.ejected_by));
     }
     if !answer.votes.is_empty() {
         let rows = answer.votes.iter().map(|vote| {
             vec![
-                vote.vantage.clone(),
+                vote.observer.clone(),
                 tier_name(vote.tier()).to_owned(),
                 or_dash(&vote.detail),
                 vote.passes.to_string(),
@@ -220,7 +224,22 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
                 if vote.ignored.is_empty() { "yes".to_owned() } else { format!("no: {}", vote.ignored) },
             ]
         });
-        let header = ["VANTAGE", "TIER", "SAW", "PASSES", "FAILURES", "LAST", "COUNTS"];
+        let header = ["OBSERVER", "TIER", "OUTCOME", "PASSES", "FAILURES", "LAST", "COUNTS"];
+        let _ = write!(text, "\n{}", tables::table(&header, rows.collect()));
+    }
+    if !answer.failures.is_empty() {
+        let rows = answer.failures.iter().map(|of| {
+            let failure = of.failure.clone().unwrap_or_default();
+            vec![
+                tables::time(failure.time.as_ref()),
+                of.gateway_id.clone(),
+                failure.model,
+                failure.outcome,
+                if failure.status == 0 { "-".to_owned() } else { failure.status.to_string() },
+                or_dash(&failure.message),
+            ]
+        });
+        let header = ["LAST FAILED ATTEMPT", "GATEWAY", "MODEL", "OUTCOME", "STATUS", "SAW"];
         let _ = write!(text, "\n{}", tables::table(&header, rows.collect()));
     }
     if !answer.events.is_empty() {
@@ -229,10 +248,22 @@ fn why_text(answer: &v1::ExplainBackendResponse) -> String {
     text
 }
 
+fn failure_value(of: &v1::explain_backend_response::GatewayFailure) -> Value {
+    let failure = of.failure.clone().unwrap_or_default();
+    json!({
+        "gateway": of.gateway_id,
+        "time": tables::time(failure.time.as_ref()),
+        "model": failure.model,
+        "outcome": failure.outcome,
+        "status": (failure.status != 0).then_some(failure.status),
+        "message": failure.message,
+    })
+}
+
 fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
     let votes = answer.votes.iter().map(|vote| {
         json!({
-            "vantage": vote.vantage,
+            "observer": vote.observer,
             "tier": tier_name(vote.tier()),
             "outcome": vote.outcome().as_str_name().trim_start_matches("PROBE_OUTCOME_").to_ascii_lowercase(),
             "detail": vote.detail,
@@ -242,16 +273,20 @@ fn why_value(answer: &v1::ExplainBackendResponse) -> Value {
             "ignored": vote.ignored,
         })
     });
-    let suspicions = answer
-        .suspicions
-        .iter()
-        .map(|s| json!({"tier": tier_name(s.tier()), "reporter": s.reporter, "asked": s.asked}));
+    let suspect_tiers = answer.suspect_tiers.iter().map(|s| {
+        json!({
+            "tier": tier_name(s.tier()),
+            "first_observer": s.first_observer,
+            "asked_observers": s.asked_observers,
+        })
+    });
     json!({
         "status": status_value(&answer.status.clone().unwrap_or_default()),
         "votes": votes.collect::<Vec<_>>(),
-        "suspicions": suspicions.collect::<Vec<_>>(),
+        "suspect_tiers": suspect_tiers.collect::<Vec<_>>(),
         "may_return_time": answer.may_return_time.as_ref().map(|t| tables::time(Some(t))),
         "conditions": answer.conditions,
+        "failures": answer.failures.iter().map(failure_value).collect::<Vec<_>>(),
         "events": answer.events.iter().map(event_value).collect::<Vec<_>>(),
     })
 }

@@ -1,4 +1,4 @@
-//! `check`: what is verified of a running cluster, line by line, each with its remedy.
+//! `weir check`: checks of a running cluster, one line each, with a remedy.
 
 use serde_json::{Value, json};
 use weir_proto::v1;
@@ -13,11 +13,11 @@ use crate::output::Io;
 /// The result of one check.
 struct Finding {
     what: &'static str,
-    /// What is wrong, and what to do.
+    /// The problem and the remedy.
     wrong: Option<(String, &'static str)>,
 }
 
-/// Everything that is verified, read once.
+/// The state of the cluster that the checks need, read once.
 #[derive(Default)]
 struct Cluster {
     who: v1::WhoAmIResponse,
@@ -71,7 +71,7 @@ impl Cluster {
         vec![
             Finding { what: "the control plane answers and the token is valid", wrong: None },
             finding(
-                "the versions of the gateways are that of the control plane",
+                "gateways and control plane have the same version",
                 names(&|gateway| gateway.build != self.who.build),
                 "upgrade them, one at a time",
             ),
@@ -83,15 +83,15 @@ impl Cluster {
             finding(
                 "every connected gateway answers",
                 names(&|gateway| gateway.sync() == v1::SyncState::Stale),
-                "look at its load and its log; its stream is closed after 120 s and begins anew",
+                "check its load and its log; its stream is closed after 120 s and opened again",
             ),
             finding(
-                "no gateway refuses anything",
+                "no gateway refuses a resource",
                 names(&|gateway| gateway.sync() == v1::SyncState::Error),
-                "weir gateway diff ID shows what and why; change the resource or what it needs on that gateway",
+                "weir gateway diff ID shows resource and reason; change the resource, or what it needs on that gateway",
             ),
             finding(
-                "every pool has a backend that can be used",
+                "every pool has a usable backend",
                 self.pools_without_backend(),
                 "weir backends shows why; add one, enable one, or delete the pool",
             ),
@@ -101,15 +101,15 @@ impl Cluster {
                 "add the model to a backend's models, or delete it",
             ),
             finding(
-                "every account that is limited is one that a backend bills",
+                "every limited provider account is used by a backend",
                 self.limits_of_unknown_accounts(),
-                "name the account in its backends, or delete the limit: it limits nothing",
+                "set the account of its backends, or delete the limit, which has no effect",
             ),
-            finding("no API key ends within a week", self.ending_keys(), "weir key rotate NAME"),
+            finding("no API key expires within a week", self.ending_keys(), "weir key rotate NAME"),
             finding(
-                "the audit log is whole",
+                "the hash chain of the audit log is intact",
                 problem.into_iter().collect(),
-                "restore the store from a backup, and find out who wrote to its file",
+                "restore the store from a backup, and find out who wrote to it",
             ),
         ]
     }
@@ -164,7 +164,7 @@ impl Cluster {
     }
 }
 
-/// A check that fails when it finds any names.
+/// A check that fails if `names` is not empty.
 fn finding(what: &'static str, names: Vec<String>, remedy: &'static str) -> Finding {
     Finding { what, wrong: (!names.is_empty()).then(|| (names.join(", "), remedy)) }
 }
@@ -173,7 +173,7 @@ fn is_active(backend: &v1::BackendSpec) -> bool {
     matches!(backend.admin_state(), v1::AdminState::Active | v1::AdminState::Unspecified)
 }
 
-/// A week.
+/// API keys that end within this time are reported.
 const SOON_S: i64 = 7 * 24 * 60 * 60;
 
 fn text(findings: &[Finding]) -> String {

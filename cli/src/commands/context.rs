@@ -9,16 +9,15 @@ use crate::tables;
 pub(super) fn context(cli: &Cli, io: &mut Io<'_>, command: &ContextCommand) -> Result<(), Error> {
     let path = path()?;
     let mut contexts = Contexts::read(&path)?;
-    let unknown = |name: &str| {
-        Error::Setting(format!("there is no context {name}; weir context list shows those there are"))
-    };
+    let unknown =
+        |name: &str| Error::Setting(format!("there is no context {name}; weir context list shows all"));
     match command {
         ContextCommand::List => return io.result(|| table(&contexts), || contexts.value()),
         ContextCommand::Use { name } => {
             contexts.all.get(name).ok_or_else(|| unknown(name))?;
             contexts.current = Some(name.clone());
             contexts.write(&path)?;
-            io.note(&format!("commands go to {name} now"))?;
+            io.note(&format!("the current context is {name}"))?;
         }
         ContextCommand::Set { name, token_env, switch } => {
             let absolute =
@@ -37,14 +36,15 @@ pub(super) fn context(cli: &Cli, io: &mut Io<'_>, command: &ContextCommand) -> R
                 contexts.current = Some(name.clone());
             }
             contexts.write(&path)?;
-            let now = if contexts.current.as_ref() == Some(name) { "; commands go there now" } else { "" };
+            let now =
+                if contexts.current.as_ref() == Some(name) { "; it is the current context" } else { "" };
             io.note(&format!("context {name} is {}{now}", cli.server))?;
         }
         ContextCommand::Delete { name } => {
             contexts.all.remove(name).ok_or_else(|| unknown(name))?;
             contexts.current = contexts.current.filter(|current| current != name);
             contexts.write(&path)?;
-            io.note(&format!("context {name} is gone"))?;
+            io.note(&format!("context {name} is deleted"))?;
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! `drain`: no new requests, and then the end of those in progress.
+//! `weir drain`: sends no new requests to a backend and waits for those in progress.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use crate::client::{Client, Retry, request_id};
 use crate::error::Error;
 use crate::output::Io;
 
-/// How long one call waits for the next step.
+/// How long one call waits for progress.
 const STEP: Duration = Duration::from_secs(5);
-/// What the network may take beyond that.
+/// Added to the wait time for the network.
 const MARGIN: Duration = Duration::from_secs(5);
 
 pub(super) async fn drain(cli: &Cli, io: &mut Io<'_>, args: &DrainArgs) -> Result<(), Error> {
@@ -50,7 +50,7 @@ pub(super) async fn drain(cli: &Cli, io: &mut Io<'_>, args: &DrainArgs) -> Resul
         let request = v1::WaitOperationRequest {
             name: operation.name.clone(),
             timeout: prost_types::Duration::try_from(step).ok(),
-            seen: Some(progress),
+            last_seen: Some(progress),
         };
         let answer =
             client
@@ -65,9 +65,10 @@ pub(super) async fn drain(cli: &Cli, io: &mut Io<'_>, args: &DrainArgs) -> Resul
 fn line(progress: &v1::DrainProgress, done: bool) -> String {
     let (applied, connected) = (progress.applied, progress.connected);
     if done {
-        return format!("drained: nothing is in progress there any more ({applied} of {connected} gateways)");
+        return format!("drained: no request is in progress any more ({applied} of {connected} gateways)");
     }
-    let mut line = format!("{} in progress; held by {applied} of {connected} gateways", progress.in_flight);
+    let mut line =
+        format!("{} in progress; applied on {applied} of {connected} gateways", progress.in_flight);
     if !progress.waiting_for.is_empty() {
         line.push_str(&format!("; waiting for {}", progress.waiting_for.join(", ")));
     }

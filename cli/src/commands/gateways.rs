@@ -46,21 +46,21 @@ pub(super) async fn one(cli: &Cli, io: &mut Io<'_>, command: &GatewayCommand) ->
 }
 
 fn config_text(answer: &v1::GetGatewayConfigResponse) -> String {
-    let row = |held: &v1::HeldResource| {
-        vec![kind_name(held.kind()).to_owned(), held.name.clone(), held.version.clone()]
+    let row = |applied: &v1::ResourceVersion| {
+        vec![kind_name(applied.kind()).to_owned(), applied.name.clone(), applied.version.clone()]
     };
-    let rows = answer.held.iter().map(row).collect();
+    let rows = answer.resource_versions.iter().map(row).collect();
     let (at, newest) = (answer.applied_revision, answer.revision);
     format!("{}at revision {at} of {newest}\n", tables::table(&["KIND", "NAME", "VERSION"], rows))
 }
 
 fn config_value(answer: &v1::GetGatewayConfigResponse) -> Value {
-    let row = |held: &v1::HeldResource| json!({"kind": kind_name(held.kind()), "name": held.name, "version": held.version});
+    let row = |applied: &v1::ResourceVersion| json!({"kind": kind_name(applied.kind()), "name": applied.name, "version": applied.version});
     json!({
         "store_epoch": answer.store_epoch,
         "applied_revision": answer.applied_revision,
         "revision": answer.revision,
-        "held": answer.held.iter().map(row).collect::<Vec<_>>(),
+        "resource_versions": answer.resource_versions.iter().map(row).collect::<Vec<_>>(),
     })
 }
 
@@ -68,7 +68,7 @@ fn differences_text(answer: &v1::GetGatewayConfigResponse) -> String {
     let mut text = String::new();
     for difference in &answer.differences {
         let of = difference.r#ref.clone().unwrap_or_default();
-        let sign = match (difference.held_version.is_empty(), difference.desired_version.is_empty()) {
+        let sign = match (difference.applied_version.is_empty(), difference.desired_version.is_empty()) {
             (true, _) => '+',
             (false, true) => '-',
             (false, false) => '~',
@@ -78,15 +78,15 @@ fn differences_text(answer: &v1::GetGatewayConfigResponse) -> String {
             text.push_str(&format!("    refused: {}\n", difference.refusal));
         }
     }
-    if text.is_empty() { "it holds what it is to hold\n".to_owned() } else { text }
+    if text.is_empty() { "the gateway has applied the newest revision completely\n".to_owned() } else { text }
 }
 
-fn difference_value(difference: &v1::HeldDifference) -> Value {
+fn difference_value(difference: &v1::ConfigDifference) -> Value {
     let of = difference.r#ref.clone().unwrap_or_default();
     json!({
         "kind": kind_name(of.kind()),
         "name": of.name,
-        "held_version": difference.held_version,
+        "applied_version": difference.applied_version,
         "desired_version": difference.desired_version,
         "refusal": difference.refusal,
     })
@@ -111,7 +111,7 @@ const fn sync(state: v1::SyncState) -> &'static str {
         v1::SyncState::Pending => "pending",
         v1::SyncState::Stale => "stale",
         v1::SyncState::Error => "error",
-        v1::SyncState::Gone => "gone",
+        v1::SyncState::Disconnected => "disconnected",
     }
 }
 
@@ -147,7 +147,7 @@ fn text(answer: &v1::ListGatewaysResponse, wide: bool) -> String {
     text
 }
 
-/// Control planes of before there were others do not say.
+/// The role as shown; unspecified is a gateway.
 fn role(gateway: &v1::Gateway) -> &'static str {
     match gateway.role() {
         v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => "gateway",

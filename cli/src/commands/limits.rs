@@ -1,4 +1,4 @@
-//! `limits explain`: asks a gateway, since limits live where gateways share them.
+//! `weir limits explain`: asks a gateway, because gateways share the limits in their store.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(super) async fn limits(cli: &Cli, io: &mut Io<'_>, command: &LimitsCommand) 
     io.result(|| text(&answer), || answer.clone())
 }
 
-/// What a page of a gateway's operations port answers to who has its token.
+/// Reads a page of a gateway's operations port with its token.
 pub(super) async fn page(
     cli: &Cli,
     gateway: &Uri,
@@ -51,8 +51,8 @@ pub(super) async fn page(
     serde_json::from_slice(&body).map_err(|_| Error::Answer("a page of the gateway"))
 }
 
-/// The header for a gateway's operations port. The control plane's own token, which opens more than this, is sent to
-/// nobody but this machine itself.
+/// The authorization header for a gateway's operations port. The control plane's token allows more, so it is sent to this
+/// machine only.
 fn ops_token(cli: &Cli, gateway: &Uri, file: Option<&Path>) -> Result<Option<HeaderValue>, Error> {
     let text = match (file, std::env::var("WEIR_OPS_TOKEN")) {
         (Some(path), _) => Some(
@@ -71,7 +71,7 @@ fn ops_token(cli: &Cli, gateway: &Uri, file: Option<&Path>) -> Result<Option<Hea
     Ok(Some(value))
 }
 
-/// Whether an address is of this machine, as far as it says so itself.
+/// Whether the host of a URL is `localhost` or a loopback address.
 fn is_here(gateway: &Uri) -> bool {
     let host = gateway.host().unwrap_or_default().trim_matches(['[', ']']);
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
@@ -88,9 +88,9 @@ fn text(answer: &Value) -> String {
         };
         let (scope, name) = (&limit["scope"]["kind"], &limit["scope"]["name"]);
         let name = name.as_str().unwrap_or_default();
-        let mut says = limit["says"].as_str().unwrap_or_default().to_owned();
+        let mut decision = limit["decision"].as_str().unwrap_or_default().to_owned();
         if limit["shadow"] == true {
-            says.push_str(" (shadow)");
+            decision.push_str(" (shadow)");
         }
         vec![
             format!("{} {name}", scope.as_str().unwrap_or_default()).trim_end().to_owned(),
@@ -98,12 +98,12 @@ fn text(answer: &Value) -> String {
             amount("limit"),
             amount("remaining"),
             amount("needs"),
-            says,
+            decision,
             time("wait_ms"),
             time("max_wait_ms"),
         ]
     });
-    let header = ["SCOPE", "KIND", "LIMIT", "LEFT", "NEEDS", "SAYS", "FITS IN", "MAY WAIT"];
+    let header = ["SCOPE", "KIND", "LIMIT", "LEFT", "NEEDS", "DECISION", "FITS IN", "MAY WAIT"];
     let mut text = table(&header, rows.collect());
     let slots = answer["backends"].as_array().into_iter().flatten().map(|backend| {
         let state = if backend["active"] == true { "" } else { ", not active" };
@@ -113,11 +113,11 @@ fn text(answer: &Value) -> String {
     });
     text.extend(slots);
     if answer["allowed"] == false {
-        text.push_str("this key may not use this model\n");
+        text.push_str("the key may not use this model\n");
     }
     match answer["refuses"].as_str() {
-        Some(limit) => text.push_str(&format!("it would be refused by {limit}\n")),
-        None => text.push_str("no limit would refuse it\n"),
+        Some(limit) => text.push_str(&format!("a request would be refused by {limit}\n")),
+        None => text.push_str("no limit would refuse a request\n"),
     }
     text
 }
@@ -152,9 +152,9 @@ mod tests {
 
     #[test]
     fn an_explanation_is_a_table_and_a_sentence() {
-        let limit = |kind, says, wait: Option<u64>| {
+        let limit = |kind, decision, wait: Option<u64>| {
             json!({"scope": {"kind": "tenant", "name": "acme"}, "kind": kind, "limit": 20_000_000u64, "remaining": 500_000,
-                   "needs": 600_000, "says": says, "wait_ms": wait, "max_wait_ms": 0, "shadow": false})
+                   "needs": 600_000, "decision": decision, "wait_ms": wait, "max_wait_ms": 0, "shadow": false})
         };
         let answer = json!({
             "limits": [limit("spend", "refuses", Some(90_000))],
@@ -164,11 +164,11 @@ mod tests {
         });
         assert_eq!(
             text(&answer),
-            "SCOPE        KIND   LIMIT   LEFT   NEEDS  SAYS     FITS IN  MAY WAIT\n\
-             tenant acme  spend  $20.00  $0.50  $0.60  refuses  1m30s    0s\n\
+            "SCOPE        KIND   LIMIT   LEFT   NEEDS  DECISION  FITS IN  MAY WAIT\n\
+             tenant acme  spend  $20.00  $0.50  $0.60  refuses   1m30s    0s\n\
              b0: 49 of 50 slots free\n\
              b1: 5 of 5 slots free, account openai\n\
-             it would be refused by spend of tenant acme\n"
+             a request would be refused by spend of tenant acme\n"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! `probe`: has a backend looked at now.
+//! `weir probe`: has the observers of a backend probe it now.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::output::Io;
 use crate::tables;
 
-/// Beyond the time that those who look have: for the way there and back.
+/// Added to the time the observers have: for the way of the call and of its answer.
 const SPARE: Duration = Duration::from_secs(5);
 
 pub(super) async fn probe(cli: &Cli, io: &mut Io<'_>, args: &ProbeArgs) -> Result<(), Error> {
@@ -22,14 +22,14 @@ pub(super) async fn probe(cli: &Cli, io: &mut Io<'_>, args: &ProbeArgs) -> Resul
         tier: args.tier.tier().into(),
         timeout: prost_types::Duration::try_from(args.wait).ok(),
     };
-    // A control plane that does not lead says so, and then the next one is asked. A look too many does no harm.
+    // A control plane that is not the leader says so, and the next one is asked. One probe too many does no harm.
     let probe = client.call_within(args.wait + SPARE, Retry::Once, request, |mut c, r| async move {
         c.probe_backend(r).await
     });
     let answer = probe.await?;
     io.result(|| text(&answer), || value(&answer))?;
-    let failed = answer.looks.iter().filter(|look| look.outcome() != v1::ProbeOutcome::Pass).count();
-    match (failed, answer.pending.len()) {
+    let failed = answer.results.iter().filter(|result| result.outcome() != v1::ProbeOutcome::Pass).count();
+    match (failed, answer.pending_observers.len()) {
         (0, 0) => Ok(()),
         (failed, silent) => Err(Error::Probed { backend: args.backend.clone(), failed, silent }),
     }
@@ -40,21 +40,21 @@ pub(super) fn outcome(outcome: v1::ProbeOutcome) -> String {
 }
 
 fn text(answer: &v1::ProbeBackendResponse) -> String {
-    let row = |look: &v1::probe_backend_response::Look| {
+    let row = |result: &v1::probe_backend_response::ObserverResult| {
         vec![
-            look.vantage.clone(),
-            tier_name(look.tier()).to_owned(),
-            outcome(look.outcome()),
-            millis(look.latency.as_ref()),
-            if look.detail.is_empty() { "-".to_owned() } else { look.detail.clone() },
+            result.observer.clone(),
+            tier_name(result.tier()).to_owned(),
+            outcome(result.outcome()),
+            millis(result.latency.as_ref()),
+            if result.detail.is_empty() { "-".to_owned() } else { result.detail.clone() },
         ]
     };
-    let mut rows: Vec<Vec<String>> = answer.looks.iter().map(row).collect();
-    let silent = |vantage: &String| {
-        vec![vantage.clone(), "-".into(), "no answer in time".into(), "-".into(), "-".into()]
+    let mut rows: Vec<Vec<String>> = answer.results.iter().map(row).collect();
+    let silent = |observer: &String| {
+        vec![observer.clone(), "-".into(), "no answer in time".into(), "-".into(), "-".into()]
     };
-    rows.extend(answer.pending.iter().map(silent));
-    let mut text = tables::table(&["VANTAGE", "TIER", "SAW", "AFTER", "DETAIL"], rows);
+    rows.extend(answer.pending_observers.iter().map(silent));
+    let mut text = tables::table(&["OBSERVER", "TIER", "OUTCOME", "LATENCY", "DETAIL"], rows);
     if let Some(health) = answer.status.as_ref().and_then(|status| status.health.as_ref()) {
         text.push_str(&format!(
             "backend {} is {}: {}\n",
@@ -67,16 +67,17 @@ fn text(answer: &v1::ProbeBackendResponse) -> String {
 }
 
 fn value(answer: &v1::ProbeBackendResponse) -> Value {
-    let look = |look: &v1::probe_backend_response::Look| {
-        let latency = look.latency.and_then(|latency| Duration::try_from(latency).ok());
+    let result = |result: &v1::probe_backend_response::ObserverResult| {
+        let latency = result.latency.and_then(|latency| Duration::try_from(latency).ok());
         json!({
-            "vantage": look.vantage, "tier": tier_name(look.tier()), "outcome": outcome(look.outcome()),
-            "latency_ms": latency.map(|latency| latency.as_secs_f64() * 1e3), "detail": look.detail,
+            "observer": result.observer, "tier": tier_name(result.tier()), "outcome": outcome(result.outcome()),
+            "latency_ms": latency.map(|latency| latency.as_secs_f64() * 1e3), "detail": result.detail,
         })
     };
     let health = answer.status.as_ref().and_then(|status| status.health.as_ref());
     json!({
-        "looks": answer.looks.iter().map(look).collect::<Vec<_>>(), "pending": answer.pending,
+        "results": answer.results.iter().map(result).collect::<Vec<_>>(),
+        "pending_observers": answer.pending_observers,
         "health": health.map(|health| health_name(health.state())),
     })
 }

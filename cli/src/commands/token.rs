@@ -91,6 +91,24 @@ pub(super) const fn role(role: v1::Role) -> &'static str {
     }
 }
 
+pub(super) async fn show_who_am_i(cli: &Cli, io: &mut Io<'_>) -> Result<(), Error> {
+    let who = who_am_i(&Client::connect(cli).await?).await?;
+    let role = role(who.role());
+    io.result(
+        || {
+            // Of one alone it goes without saying; this is for several.
+            let leader = if who.leader { "" } else { "; this control plane is not the leader" };
+            format!("{} with the role {role}, at revision {}{leader}\n", who.name, who.revision)
+        },
+        || {
+            json!({
+                "name": who.name, "role": role, "build": who.build,
+                "store_epoch": who.store_epoch, "revision": who.revision, "leader": who.leader,
+            })
+        },
+    )
+}
+
 pub(super) async fn who_am_i(client: &Client) -> Result<v1::WhoAmIResponse, Error> {
     let request = v1::WhoAmIRequest {};
     client.call(Retry::Once, request, |mut c, r| async move { c.who_am_i(r).await }).await

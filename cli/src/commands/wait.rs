@@ -1,4 +1,4 @@
-//! After a change: until the gateways hold it.
+//! Waits after a change until the gateways have applied it.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use crate::client::{Client, Retry};
 use crate::error::Error;
 use crate::output::Io;
 
-/// What the network may take beyond the time the control plane waits.
+/// Added to the wait time of the control plane for the network.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// Waits and says how many gateways hold the revision; a failure when some do not in time.
+/// Waits and prints how many gateways have applied the revision. Fails if some have not in time.
 pub(super) async fn applied(
     client: &Client,
     io: &mut Io<'_>,
@@ -55,7 +55,7 @@ fn line(answer: &v1::WaitAppliedResponse, revision: u64) -> String {
     let counts: Vec<String> =
         roles.into_iter().filter(|(_, connected, _)| *connected > 0).map(count).collect();
     if counts.is_empty() {
-        return format!("no gateway is connected; each takes revision {revision} when it connects");
+        return format!("no gateway is connected; each applies revision {revision} when it connects");
     }
     let elapsed = answer.elapsed.and_then(|d| Duration::try_from(d).ok()).unwrap_or_default();
     let mut text =

@@ -10,18 +10,25 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::{Map, Value};
-use weir_gateway::control::credentials::CredentialSources;
-use weir_proto::resource::{CredentialRef, Resource, kind_name, kind_of};
 use weir_proto::v1::{self, resource::Spec};
 
-use super::providers;
-use super::{Import, Note, resource_name};
+use self::deployment::{Shared, credential, located};
+use super::fields::{Fields, Variables};
+use super::{Import, free_name, providers, resource_name};
+
+mod deployment;
+
+mod clocks;
 
 /// The pool and the tenant everything belongs to.
 const POOL: &str = "litellm";
 const TENANT: &str = "default";
 /// Models of one file; LiteLLM's own examples have a few dozen.
 const MODELS_MAX: usize = 5_000;
+/// The largest count that is read of a setting; those of Weir are smaller.
+const COUNT_MAX: u64 = 1 << 20;
+/// Most fallbacks of a model.
+const FALLBACKS_MAX: usize = 8;
 /// The largest rate of a limit.
 const RATE_MAX: u64 = weir_proto::resource::Rates::MAX_UNITS;
 
@@ -41,7 +48,7 @@ pub(crate) enum Unreadable {
 
 /// Reads the text of a file of this name.
 pub(crate) fn import(text: &str, file: &str) -> Result<Import, Unreadable> {
-    let options = serde_saphyr::options! { with_snippet: false };
+    let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
     let config: Value = serde_saphyr::from_str_with_options(text, options)
         .map_err(|error| Unreadable::Yaml(file.to_owned(), Box::new(error)))?;
     let Some(list) = config.get("model_list").and_then(Value::as_array) else {
@@ -50,22 +57,23 @@ pub(crate) fn import(text: &str, file: &str) -> Result<Import, Unreadable> {
     if list.len() > MODELS_MAX {
         return Err(Unreadable::TooMany(file.to_owned()));
     }
-    let mut reader = Reader::default();
+    let variables = Variables::of(config.get("environment_variables"));
+    let mut reader = Reader::new(Shared::of(&config, &variables));
     for (i, entry) in list.iter().enumerate() {
         reader.deployment(&format!("model_list[{i}]"), entry);
     }
     let mut pool = v1::PoolSpec::default();
     for (section, value) in config.as_object().into_iter().flatten().filter(|(k, _)| *k != "model_list") {
-        let Some(fields) = value.as_object() else {
-            reader.out.note(section, "not carried over");
-            continue;
-        };
-        match section.as_str() {
-            "router_settings" | "litellm_settings" => reader.settings(section, fields, &mut pool),
-            "general_settings" => reader.general(fields),
-            "environment_variables" => {
+        match (section.as_str(), value.as_object()) {
+            ("router_settings" | "litellm_settings", Some(fields)) => {
+                reader.settings(section, fields, &mut pool);
+            }
+            ("general_settings", Some(fields)) => reader.general(fields),
+            ("environment_variables", Some(_)) => {
                 reader.out.note(section, "not carried over: set these variables where the gateways run");
             }
+            ("credential_list", None) if value.is_array() => reader.credential_list(value),
+            (_, None) if value.is_null() => {}
             _ => reader.out.note(section, "not carried over"),
         }
     }
@@ -76,6 +84,10 @@ pub(crate) fn import(text: &str, file: &str) -> Result<Import, Unreadable> {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Site {
     url: String,
+    /// Empty: `/v1`.
+    api_base_path: String,
+    /// As in the contract.
+    dialect: i32,
     credential: String,
     weight: Option<u32>,
     max_concurrency: Option<u32>,
@@ -98,8 +110,9 @@ struct Limit {
     tokens: Option<u64>,
 }
 
-#[derive(Debug, Default)]
-struct Reader {
+#[derive(Debug)]
+struct Reader<'a> {
+    shared: Shared<'a>,
     out: Import,
     backends: Vec<Backend>,
     models: BTreeMap<String, v1::ModelSpec>,
@@ -109,117 +122,88 @@ struct Reader {
     fallbacks: Vec<(String, String, Vec<String>)>,
 }
 
-impl Reader {
-    fn deployment(&mut self, path: &str, entry: &Value) {
-        let params = entry.get("litellm_params").and_then(Value::as_object);
-        let (Some(alias), Some(params)) = (entry.get("model_name").and_then(Value::as_str), params) else {
+impl<'a> Reader<'a> {
+    fn new(shared: Shared<'a>) -> Self {
+        Self {
+            shared,
+            out: Import::default(),
+            backends: Vec::new(),
+            models: BTreeMap::new(),
+            limits: Vec::new(),
+            names: HashMap::new(),
+            fallbacks: Vec::new(),
+        }
+    }
+
+    fn deployment(&mut self, path: &str, entry: &'a Value) {
+        let variables = self.shared.variables;
+        let mut fields = Fields::new(path, entry.as_object(), variables);
+        let alias = fields.text("model_name");
+        let params = fields.take("litellm_params").and_then(Value::as_object);
+        let info = fields.take("model_info");
+        if info.is_some_and(|info| !info.is_object()) {
+            fields.note("model_info", "not carried over: must be a map");
+        }
+        fields.finish(&mut self.out);
+        let (Some(alias), Some(params)) = (alias, params) else {
             self.out.note(path, "not carried over: no model_name or no litellm_params");
             return;
         };
-        let Some(upstream) = params.get("model").and_then(Value::as_str) else {
-            self.out.note(format!("{path}.litellm_params"), "not carried over: no model");
-            return;
-        };
-        if alias.contains('*') || upstream.contains('*') {
-            self.out.note(path, "not carried over: wildcards; list the models by name");
-            return;
+        let mut info = Fields::new(format!("{path}.model_info"), info.and_then(Value::as_object), variables);
+        let mut params = Fields::new(format!("{path}.litellm_params"), Some(params), variables);
+        if let Some(name) = params.text("litellm_credential_name") {
+            match self.shared.credentials.get(name.as_str()) {
+                Some(values) => params = params.or(Some(values)),
+                None => {
+                    params.note("litellm_credential_name", "no credential_list of this file has this name");
+                    params.refuse(&mut self.out);
+                    self.out
+                        .note(path, "not carried over: where it is may be in a credential that is not here");
+                    return;
+                }
+            }
         }
-        let (provider, upstream) = match providers::split(upstream) {
-            Ok(known) => known,
-            Err(prefix) => {
-                let text = format!("not carried over: the provider '{prefix}' has no API that Weir speaks");
-                self.out.note(path, text);
+        let mut params = params.or(self.shared.defaults);
+        let deployment = match located(&self.shared, &alias, &mut params, &mut self.out) {
+            Ok(deployment) => deployment,
+            Err(why) => {
+                params.refuse(&mut self.out);
+                self.out.note(path, format!("not carried over: {why}"));
                 return;
             }
         };
-        let Some(url) = params.get("api_base").and_then(Value::as_str).or(provider.url) else {
-            self.out.note(path, "not carried over: no api_base");
-            return;
-        };
-        let Some(url) = self.plain(&format!("{path}.litellm_params.api_base"), url) else { return };
-        let credential = self.credential(path, params, provider.key, &url);
+        let credential = credential(&mut params, &deployment, &mut self.out);
         let site = Site {
-            url: url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
+            url: deployment.address.url,
+            api_base_path: deployment.address.api_base_path,
+            dialect: deployment.provider.map_or(v1::Dialect::Unspecified, providers::dialect_of).into(),
             credential,
-            weight: self.whole(path, params, "weight", 10_000),
-            max_concurrency: self.whole(path, params, "max_parallel_requests", 100_000),
+            weight: whole(&mut params, "weight", 10_000),
+            max_concurrency: whole(&mut params, "max_parallel_requests", 100_000),
         };
-        let model = self.model_name(alias);
-        let backend = self.place(site, &model, upstream);
-        let (requests, tokens) = (self.rate(path, params, "rpm"), self.rate(path, params, "tpm"));
+        let model = self.model_name(&alias);
+        let backend = self.place(site, &model, &deployment.model);
+        let (requests, tokens) = (params.whole("rpm", 0, RATE_MAX), params.whole("tpm", 0, RATE_MAX));
         if requests.is_some() || tokens.is_some() {
             let account = self.backends[backend].name.clone();
             let text = format!("rpm and tpm became a limit of {model} at the account {account}");
             self.out.note(format!("{path}.litellm_params"), text);
             self.limits.push(Limit { backend, model: model.clone(), requests, tokens });
         }
-        self.model(path, &model, alias, entry, params);
+        self.model(&model, &alias, &mut params, &mut info);
+        params.finish(&mut self.out);
+        info.finish(&mut self.out);
     }
 
-    /// A text that is a value, or the variable that LiteLLM would have read when it started.
-    fn plain(&mut self, path: &str, text: &str) -> Option<String> {
-        if let Some(variable) = text.strip_prefix("os.environ/") {
-            let text =
-                format!("not carried over: put the value of {variable} into the file and import again");
-            self.out.note(path, text);
-            return None;
+    /// What of the named credentials cannot be read.
+    fn credential_list(&mut self, list: &Value) {
+        for (i, entry) in list.as_array().into_iter().flatten().enumerate() {
+            let name = entry.get("credential_name").and_then(Value::as_str).unwrap_or_default();
+            if !self.shared.credentials.contains_key(name) {
+                let text = "not carried over: must have credential_name and credential_values";
+                self.out.note(format!("credential_list[{i}]"), text);
+            }
         }
-        Some(text.to_owned())
-    }
-
-    fn credential(
-        &mut self,
-        path: &str,
-        params: &Map<String, Value>,
-        default: Option<&str>,
-        url: &str,
-    ) -> String {
-        match params.get("api_key").and_then(Value::as_str) {
-            Some(text) => match text.strip_prefix("os.environ/") {
-                Some(variable) => {
-                    self.note_variable(&format!("{path}.litellm_params.api_key"), variable);
-                    format!("env:{variable}")
-                }
-                None => {
-                    let host = url.parse::<http::Uri>().ok().and_then(|u| u.host().map(resource_name));
-                    let variable = host.unwrap_or_default().to_ascii_uppercase().replace(['.', '-'], "_");
-                    let digit = variable.starts_with(|c: char| c.is_ascii_digit());
-                    let variable = format!("{}{variable}_API_KEY", if digit { "HOST_" } else { "" });
-                    // The key itself is never repeated.
-                    let text = format!("a literal key: set it as {variable} where the gateways run");
-                    self.out.note(format!("{path}.litellm_params.api_key"), text);
-                    format!("env:{variable}")
-                }
-            },
-            None => default.map(|variable| format!("env:{variable}")).unwrap_or_default(),
-        }
-    }
-
-    /// Says so, once, when gateways do not read a variable unless they are told to.
-    fn note_variable(&mut self, path: &str, variable: &str) {
-        let text = if CredentialRef::is_setting_of_weir(variable) {
-            format!(
-                "gateways never read {variable}: variables that begin with WEIR_ are settings of Weir; rename it"
-            )
-        } else if CredentialSources::default().allows(variable) {
-            return;
-        } else {
-            format!("gateways read {variable} only when started with it in --credential-env")
-        };
-        if !self.out.notes.iter().any(|note| note.text == text) {
-            self.out.note(path, text);
-        }
-    }
-
-    /// A whole number of a deployment, if it is one that Weir takes.
-    fn whole(&mut self, path: &str, params: &Map<String, Value>, field: &str, max: u64) -> Option<u32> {
-        let value = params.get(field)?;
-        let number = value.as_u64().filter(|n| (1..=max).contains(n)).and_then(|n| u32::try_from(n).ok());
-        if number.is_none() {
-            let text = format!("not carried over: Weir takes whole numbers from 1 to {max} here");
-            self.out.note(format!("{path}.litellm_params.{field}"), text);
-        }
-        number
     }
 
     /// The resource of a model of this name; two names that look the same as resources are told apart.
@@ -231,17 +215,6 @@ impl Reader {
         let name = free_name(&resource_name(alias), |name| taken.contains(name));
         self.names.insert(alias.to_owned(), name.clone());
         name
-    }
-
-    /// A limit per minute of a deployment, if it is one that Weir takes.
-    fn rate(&mut self, path: &str, params: &Map<String, Value>, field: &str) -> Option<u64> {
-        let value = params.get(field)?;
-        let number = value.as_u64().filter(|n| *n <= RATE_MAX);
-        if number.is_none() && !value.is_null() {
-            let text = format!("not carried over: Weir takes whole numbers up to {RATE_MAX} here");
-            self.out.note(format!("{path}.litellm_params.{field}"), text);
-        }
-        number
     }
 
     /// Puts a model on the backend of a site: one that serves it already is full, and so is one whose slots are those of
@@ -261,92 +234,70 @@ impl Reader {
         self.backends.len() - 1
     }
 
-    fn model(&mut self, path: &str, name: &str, alias: &str, entry: &Value, params: &Map<String, Value>) {
-        let empty = Map::new();
-        let info = entry.get("model_info").and_then(Value::as_object).unwrap_or(&empty);
+    fn model(&mut self, name: &str, alias: &str, params: &mut Fields<'_>, info: &mut Fields<'_>) {
         let model = self.models.entry(name.to_owned()).or_default();
         model.pool = POOL.into();
         if alias != name {
             alias.clone_into(&mut model.client_name);
         }
-        // Dollars per token -> micro-dollars per million tokens. Where deployments differ, the dearest counts.
-        let mut price = |field| {
-            let dollars = params.get(field).or_else(|| info.get(field)).and_then(Value::as_f64)?;
-            let micro = (dollars * 1e12).round();
-            if !(0.0..=PRICE_MAX as f64).contains(&micro) {
-                self.out.note(format!("{path}.{field}"), "not carried over: no price that Weir takes");
-                return None;
-            }
-            Some(micro as u64)
-        };
-        let prices = [price("input_cost_per_token"), price("output_cost_per_token")];
-        if let Some(price) = prices[0] {
+        // Where deployments differ, the dearest counts.
+        if let Some(price) = price(params, info, "input_cost_per_token") {
             model.input_price_micro_dollars = model.input_price_micro_dollars.max(price);
         }
-        if let Some(price) = prices[1] {
+        if let Some(price) = price(params, info, "output_cost_per_token") {
             model.output_price_micro_dollars = model.output_price_micro_dollars.max(price);
         }
-        if let Some(seconds) = params.get("timeout").and_then(Value::as_f64) {
-            model.timeouts.get_or_insert_default().total = duration(seconds);
+        if let Some(price) = price(params, info, "cache_read_input_token_cost") {
+            let known = model.cached_input_price_micro_dollars.unwrap_or(0);
+            model.cached_input_price_micro_dollars = Some(known.max(price));
         }
-        if let Some(seconds) = params.get("stream_timeout").and_then(Value::as_f64) {
-            model.timeouts.get_or_insert_default().first_byte = duration(seconds);
+        if let Some(price) = price(params, info, "cache_creation_input_token_cost") {
+            let known = model.cache_write_price_micro_dollars.unwrap_or(0);
+            model.cache_write_price_micro_dollars = Some(known.max(price));
         }
-        const CARRIED: [&str; 11] = [
-            "model",
-            "api_base",
-            "api_key",
-            "weight",
-            "max_parallel_requests",
-            "rpm",
-            "tpm",
-            "timeout",
-            "stream_timeout",
-            "input_cost_per_token",
-            "output_cost_per_token",
-        ];
-        for field in params.keys().filter(|field| !CARRIED.contains(&field.as_str())) {
-            self.out.note(format!("{path}.litellm_params.{field}"), "not carried over");
-        }
-        for field in info.keys().filter(|field| !CARRIED.contains(&field.as_str())) {
-            self.out.note(format!("{path}.model_info.{field}"), "not carried over");
-        }
+        let total = seconds(params, "timeout");
+        clocks::total(&mut model.timeouts, total, &params.path("timeout"), &mut self.out);
+        clocks::silence(&mut model.timeouts, seconds(params, "stream_timeout"));
     }
 
     /// `router_settings` and `litellm_settings` share most of their fields.
-    fn settings(&mut self, section: &str, fields: &Map<String, Value>, pool: &mut v1::PoolSpec) {
-        for (field, value) in fields {
-            let path = format!("{section}.{field}");
-            let seconds = value.as_f64().and_then(duration);
-            let whole = value.as_u64().and_then(|n| u32::try_from(n).ok());
-            match (field.as_str(), seconds, whole) {
-                ("routing_strategy", ..) => self.strategy(&path, value.as_str().unwrap_or_default(), pool),
-                ("num_retries", _, Some(n)) => {
-                    pool.retry_budget.get_or_insert_default().max_attempts = n.saturating_add(1).min(10);
-                }
-                ("allowed_fails", _, Some(n)) => {
-                    // LiteLLM cools a deployment down once it failed more often than this.
-                    pool.ejection.get_or_insert_default().consecutive_failures = n.saturating_add(1).min(100);
-                }
-                ("cooldown_time", Some(time), _) => {
-                    pool.ejection.get_or_insert_default().base_duration = Some(time);
-                }
-                ("timeout" | "request_timeout", Some(time), _) => {
-                    pool.timeouts.get_or_insert_default().total = Some(time);
-                }
-                ("stream_timeout", Some(time), _) => {
-                    pool.timeouts.get_or_insert_default().first_byte = Some(time);
-                }
-                ("fallbacks", ..) => self.fallbacks(&path, value),
-                (
-                    "redis_host" | "redis_port" | "redis_password" | "redis_url" | "cache" | "cache_params",
-                    ..,
-                ) => {
-                    self.out.note(path, "not carried over: gateways are given Redis by --redis");
-                }
-                _ => self.out.note(path, "not carried over"),
+    fn settings(&mut self, section: &str, map: &Map<String, Value>, pool: &mut v1::PoolSpec) {
+        let mut fields = Fields::new(section, Some(map), self.shared.variables);
+        if let Some(strategy) = fields.text("routing_strategy") {
+            self.strategy(&fields.path("routing_strategy"), &strategy, pool);
+        }
+        if let Some(n) = fields.whole("num_retries", 0, COUNT_MAX) {
+            pool.retry_budget.get_or_insert_default().max_attempts = n.min(9) as u32 + 1;
+        }
+        if let Some(n) = fields.whole("allowed_fails", 0, COUNT_MAX) {
+            // LiteLLM cools a deployment down once it failed more often than this.
+            pool.ejection.get_or_insert_default().consecutive_failures = n.min(99) as u32 + 1;
+        }
+        if let Some(time) = seconds(&mut fields, "cooldown_time") {
+            pool.ejection.get_or_insert_default().base_duration = Some(time);
+        }
+        for field in ["request_timeout", "timeout"] {
+            let time = seconds(&mut fields, field);
+            clocks::total(&mut pool.timeouts, time, &fields.path(field), &mut self.out);
+        }
+        clocks::silence(&mut pool.timeouts, seconds(&mut fields, "stream_timeout"));
+        if let Some(value) = fields.take("fallbacks") {
+            self.fallbacks(&fields.path("fallbacks"), value);
+        }
+        for field in ["redis_host", "redis_port", "redis_password", "redis_url", "cache", "cache_params"] {
+            if fields.take(field).is_some() {
+                fields.note(field, "not carried over: gateways are given Redis by --redis");
             }
         }
+        // Read already, since deployments depend on them.
+        let shared = [
+            ("router_settings", "default_litellm_params", self.shared.defaults.is_some()),
+            ("litellm_settings", "api_base", self.shared.openai_base.is_some()),
+        ];
+        for (_, field, _) in shared.iter().filter(|(of, _, read)| *of == section && *read) {
+            let _ = fields.take(field);
+        }
+        fields.finish(&mut self.out);
     }
 
     fn strategy(&mut self, path: &str, strategy: &str, pool: &mut v1::PoolSpec) {
@@ -365,11 +316,28 @@ impl Reader {
     }
 
     fn fallbacks(&mut self, path: &str, value: &Value) {
-        let chains = value.as_array().into_iter().flatten().filter_map(Value::as_object).flatten();
-        for (model, chain) in chains {
-            let chain = chain.as_array().into_iter().flatten();
-            let chain = chain.filter_map(|m| m.as_str().map(str::to_owned)).collect();
-            self.fallbacks.push((path.to_owned(), model.clone(), chain));
+        let Some(list) = value.as_array() else {
+            self.out.note(path, "not carried over: must be a list of a model and the list of its fallbacks");
+            return;
+        };
+        for (i, entry) in list.iter().enumerate() {
+            let Some(chains) = entry.as_object() else {
+                self.out.note(
+                    format!("{path}[{i}]"),
+                    "not carried over: must be a model and the list of its fallbacks",
+                );
+                continue;
+            };
+            for (model, chain) in chains {
+                let names = chain.as_array().into_iter().flatten().map(|m| m.as_str().map(str::to_owned));
+                match names.collect::<Option<Vec<String>>>().filter(|_| chain.is_array()) {
+                    Some(names) => self.fallbacks.push((path.to_owned(), model.clone(), names)),
+                    None => {
+                        let text = "not carried over: must be a list of names of models";
+                        self.out.note(format!("{path}[{i}].{model}"), text);
+                    }
+                }
+            }
         }
     }
 
@@ -387,16 +355,23 @@ impl Reader {
     }
 
     /// Joins what was read. Whatever refers to a model that was left out is left out too.
-    fn finish(mut self, pool: v1::PoolSpec) -> Import {
+    fn finish(mut self, mut pool: v1::PoolSpec) -> Import {
+        clocks::complete(&mut pool, self.models.values_mut(), &mut self.out);
         for (path, model, chain) in std::mem::take(&mut self.fallbacks) {
-            let known = chain.iter().filter_map(|m| self.names.get(m).cloned()).take(8).collect::<Vec<_>>();
+            let known = chain.iter().filter_map(|m| self.names.get(m).cloned()).collect::<Vec<_>>();
             let target = self.names.get(&model).and_then(|name| self.models.get_mut(name));
-            match target {
-                Some(target) if known.len() == chain.len() => target.fallbacks = known,
-                _ => self
-                    .out
-                    .note(path, format!("not carried over for '{model}': not all of these models exist")),
-            }
+            let text = match target {
+                Some(target) if !target.fallbacks.is_empty() => "it has others already".to_owned(),
+                Some(target) if known.len() == chain.len() => {
+                    target.fallbacks = known.iter().take(FALLBACKS_MAX).cloned().collect();
+                    if known.len() <= FALLBACKS_MAX {
+                        continue;
+                    }
+                    format!("all beyond the first {FALLBACKS_MAX}")
+                }
+                _ => "not all of these models exist".to_owned(),
+            };
+            self.out.note(path, format!("not carried over for '{model}': {text}"));
         }
         let mut put = |name: String, spec| {
             self.out.resources.push(v1::Resource { name, spec: Some(spec), ..Default::default() });
@@ -409,6 +384,8 @@ impl Reader {
             let spec = v1::BackendSpec {
                 pool: POOL.into(),
                 url: site.url,
+                api_base_path: site.api_base_path,
+                dialect: site.dialect,
                 credential: site.credential,
                 weight: site.weight,
                 max_concurrency: site.max_concurrency,
@@ -440,26 +417,32 @@ impl Reader {
         for (name, spec) in limits {
             put(name, Spec::Limit(spec));
         }
-        // Said now and not only when it is applied: values come from a file that nobody checked by Weir's rules.
-        for resource in &self.out.resources {
-            let Err(violations) = Resource::try_from(resource) else { continue };
-            let name = format!("{} {}", kind_name(kind_of(resource)), resource.name);
-            self.out.notes.extend(violations.0.into_iter().map(|violation| Note {
-                path: name.clone(),
-                text: format!("has to be corrected by hand: {}: {}", violation.path, violation.message),
-            }));
-        }
+        self.out.judge();
         self.out
     }
 }
 
-/// The name, or the name with the first number behind it that is free.
-fn free_name(base: &str, taken: impl Fn(&str) -> bool) -> String {
-    if !taken(base) {
-        return base.to_owned();
-    }
-    let base = &base[..base.len().min(57)];
-    (2..).map(|n| format!("{base}-{n}")).find(|name| !taken(name)).unwrap_or_default()
+/// A whole number above zero.
+fn whole(fields: &mut Fields<'_>, field: &str, max: u64) -> Option<u32> {
+    fields.whole(field, 1, max).and_then(|number| u32::try_from(number).ok())
+}
+
+/// Dollars per token as micro-dollars per million tokens: of a deployment, or of what is said of its model.
+fn price(params: &mut Fields<'_>, info: &mut Fields<'_>, field: &str) -> Option<u64> {
+    let micro = |dollars: f64| (dollars * 1e12).round();
+    let allowed = |dollars: f64| (0.0..=PRICE_MAX as f64).contains(&micro(dollars));
+    let what = "a price in dollars per token that Weir takes";
+    let dollars = match params.take(field) {
+        Some(_) => params.number(field, allowed, what),
+        None => info.number(field, allowed, what),
+    }?;
+    // In bounds, which a double holds exactly.
+    Some(micro(dollars) as u64)
+}
+
+/// A time given in seconds.
+fn seconds(fields: &mut Fields<'_>, field: &str) -> Option<prost_types::Duration> {
+    fields.number(field, |time| duration(time).is_some(), "a time in seconds above zero").and_then(duration)
 }
 
 /// Seconds as a duration; none for what is no time.

@@ -1,7 +1,8 @@
-//! Tokens that are each bound to one gateway, from a directory: a file is named by the gateway's id and holds its token.
+//! Tokens that are bound to one gateway each, from a directory: the name of a file is the gateway's id, its content the
+//! token.
 //!
-//! So whoever sets up a cluster binds every gateway before the first one starts, and no gateway has a token that can
-//! take another one's place. The directory is read again while the process runs, for gateways that come and go.
+//! So an operator can bind every gateway before it starts, and no gateway has a token that could impersonate another one.
+//! The directory is read again while the process runs, for new and removed gateways.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,9 +16,9 @@ use super::is_gateway_id;
 use super::{TOKEN_MIN_CHARS, equal};
 use crate::encoding::sha256;
 
-/// Files of one directory that are read.
+/// The maximum of files in the directory.
 const TOKENS_MAX: usize = 4096;
-/// Between two looks at the directory; what is mounted into a container changes within a minute anyway.
+/// The interval between two reads of the directory; mounted secrets of containers change within a minute.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// The digest of each gateway's token, by its id.
@@ -34,13 +35,13 @@ impl std::fmt::Debug for GatewayTokens {
 }
 
 impl GatewayTokens {
-    /// None where there is no directory.
+    /// The tokens of a directory; none without a directory.
     pub(crate) fn open(directory: Option<&Path>) -> Result<Self, String> {
         let digests = directory.map(read).transpose()?.unwrap_or_default();
         Ok(Self(watch::Sender::new(Arc::new(digests))))
     }
 
-    /// Follows the directory until `stop`. What cannot be read leaves in force what was read before.
+    /// Reads the directory again until `stop`. If it cannot be read, the last tokens stay valid.
     pub(crate) async fn follow(self, directory: PathBuf, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -54,27 +55,27 @@ impl GatewayTokens {
                     self.0.send_if_modified(|known| {
                         let changed = **known != digests;
                         if changed {
-                            tracing::info!(gateways = digests.len(), "the tokens of gateways have changed");
+                            tracing::info!(gateways = digests.len(), "gateway tokens changed");
                             *known = Arc::new(digests);
                         }
                         changed
                     });
                 }
                 Ok(Err(error)) => {
-                    tracing::warn!(error, "the tokens of gateways cannot be read; those before stay")
+                    tracing::warn!(error, "gateway tokens not readable; the last ones stay valid")
                 }
                 Err(_) => return,
             }
         }
     }
 
-    /// The gateway that has this token.
+    /// The gateway with this token.
     pub(super) fn holder(&self, digest: &[u8; 32]) -> Option<Arc<str>> {
         let all = self.0.borrow();
         all.iter().find(|(_, known)| equal(digest, known)).map(|(id, _)| Arc::clone(id))
     }
 
-    /// Whether a gateway has one.
+    /// Whether a token is bound to the gateway.
     pub(super) fn has(&self, gateway_id: &str) -> bool {
         self.0.borrow().contains_key(gateway_id)
     }
@@ -85,7 +86,7 @@ fn read(directory: &Path) -> Result<Digests, String> {
     let mut digests = Digests::new();
     for entry in std::fs::read_dir(directory).map_err(|e| failed(&e))? {
         let name = entry.map_err(|e| failed(&e))?.file_name();
-        // Kubernetes puts its own links beside the files, and editors theirs; their names begin with a dot.
+        // Links of Kubernetes and files of editors start with a dot and are skipped.
         let Some(id) = name.to_str().filter(|name| !name.starts_with('.')) else { continue };
         let path = directory.join(id);
         if !is_gateway_id(id) {

@@ -1,8 +1,8 @@
-//! The reports of all gateways, summed. The latest report of a gateway counts, and is taken off when its stream ends.
+//! The aggregate of all gateways' reports. The latest report of a gateway counts until its stream ends.
 //!
-//! Loads are summed here. Probe results and the outcomes of requests go on to the [`Verdicts`], figures for people to the
-//! [`Timeseries`]. The cost of a report depends on that report alone: with a thousand gateways, a thousand reports come
-//! every second.
+//! Loads are summed here. Probe results and results of requests go to the [`Verdicts`], figures for the page to the
+//! [`Timeseries`]. The cost of a report must not depend on the number of gateways: with a thousand gateways, a thousand
+//! reports arrive every second.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
+use weir_proto::v1::explain_backend_response::GatewayFailure;
 
 pub(crate) use super::departures::Departures;
 use super::departures::Leaving;
@@ -23,25 +24,25 @@ use super::speeds::{ReportedSpeeds, SpeedSums, Speeds};
 use super::timeseries::Timeseries;
 use crate::verdicts::{Verdicts, gateway};
 
-/// Most backends one gateway may report on; more than any configuration has.
+/// The maximum of backends in one gateway's reports; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
-/// Most probe results taken from one report; a gateway has fewer probes under way.
+/// The maximum of probe results in one report; a gateway has fewer probes in progress.
 const RESULTS_MAX: usize = 10_000;
-/// Gateways that clean up after one that is gone: more than one, since a cleaner may go too.
+/// The number of gateways that free the leases of a dead gateway. More than one, because one of them may die too.
 const CLEANERS: usize = 3;
-/// Loads are published this often at most.
+/// The shortest interval between two publications of loads.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(100);
-/// Gateways are sent new speeds and traffic at most this often.
+/// The shortest interval between two messages with new speeds and traffic.
 const NEWS_INTERVAL: Duration = Duration::from_millis(250);
-/// The time constant of the paces shown to people.
+/// The time constant of the speeds that the page and `weir backends` show.
 const PACE_TAU: Duration = Duration::from_secs(10);
 
-/// The sums over all reports. Cheap to clone.
+/// The aggregate of all reports. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Aggregate {
     reports: Arc<Mutex<Reports>>,
     loads: watch::Sender<Arc<Loads>>,
-    /// Notified when a load has changed and is not published yet.
+    /// Notified when a load changed and is not published yet.
     changed: Arc<Notify>,
     departures: watch::Sender<Departures>,
     /// Changes when there are new speeds or traffic.
@@ -54,15 +55,31 @@ pub(crate) struct Aggregate {
 #[derive(Debug, Default)]
 struct Reports {
     by_gateway: BTreeMap<String, Report>,
-    /// In flight over all gateways, by backend; nothing where that is nothing.
+    /// Requests in flight over all gateways, by backend; without entries of zero.
     in_flight: BTreeMap<String, u64>,
     streams: u64,
     leaving: Leaving,
     paces: BTreeMap<String, Pace>,
     speeds: SpeedSums,
     traffic: Traffic,
-    /// When gateways were last woken for new speeds and traffic.
+    /// When the report streams were last notified of new speeds and traffic.
     news_sent_at: Option<Instant>,
+}
+
+/// Failures of one backend that are shown.
+const FAILURES_SHOWN: usize = 8;
+/// The most that is kept of each text in a failure, characters: what a gateway sends is bounded there too, and not trusted.
+const FAILURE_TEXT_MAX: usize = 512;
+
+/// A failure with its texts cut, on one line each.
+fn bounded(failure: &v1::AttemptFailure) -> v1::AttemptFailure {
+    let cut = |text: &str| text.chars().filter(|c| !c.is_control()).take(FAILURE_TEXT_MAX).collect();
+    v1::AttemptFailure {
+        model: cut(&failure.model),
+        outcome: cut(&failure.outcome),
+        message: cut(&failure.message),
+        ..*failure
+    }
 }
 
 #[derive(Debug)]
@@ -72,13 +89,15 @@ struct Report {
     sequence: u64,
     /// Backend -> in flight, ejected.
     backends: BTreeMap<String, (u32, bool)>,
-    /// How fast it saw backends serve.
+    /// Backend -> the last failed attempt there.
+    failures: BTreeMap<String, v1::AttemptFailure>,
+    /// The speeds that the gateway measured.
     reported_speeds: ReportedSpeeds,
-    /// When the last report came.
+    /// The time of the last report.
     at: Instant,
 }
 
-/// How fast a backend serves real requests, over all gateways.
+/// The speed of a backend for requests of all gateways.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Pace {
     first_byte: Average,
@@ -97,7 +116,7 @@ impl Pace {
     }
 }
 
-/// An average that forgets with time.
+/// An average whose samples lose weight with time.
 #[derive(Debug, Clone, Copy, Default)]
 struct Average(Option<(f64, Instant)>);
 
@@ -106,13 +125,13 @@ impl Average {
         let now = Instant::now();
         self.0 = Some(self.0.map_or((sample, now), |(value, at)| {
             let share = 1.0 - (-(now - at).as_secs_f64() / PACE_TAU.as_secs_f64()).exp();
-            // Several gateways report at once: each counts for something.
+            // Several gateways report at the same time, and each sample has weight.
             (value + share.max(0.05) * (sample - value), now)
         }));
     }
 }
 
-/// One report stream; dropping it takes its reports off the sums.
+/// One report stream; dropping it removes its reports from the sums.
 #[derive(Debug)]
 pub(crate) struct Reporter {
     aggregate: Aggregate,
@@ -154,7 +173,7 @@ impl Aggregate {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The last minutes in figures.
+    /// The time series of the last five minutes.
     pub(crate) const fn timeseries(&self) -> &Timeseries {
         &self.timeseries
     }
@@ -174,6 +193,7 @@ impl Aggregate {
             incarnation: first.incarnation.clone(),
             sequence: 0,
             backends: BTreeMap::new(),
+            failures: BTreeMap::new(),
             reported_speeds: ReportedSpeeds::default(),
             at: Instant::now(),
         };
@@ -185,32 +205,49 @@ impl Aggregate {
         drop(reports);
         self.depart(gone);
         let (id, region) = (gateway(&first.gateway_id), first.region.clone());
-        self.verdicts.set_gateway(id, first.probes.then_some(region));
+        self.verdicts.set_gateway(id, first.can_probe.then_some(region));
         self.changed.notify_one();
         let present = self.membership.enter(&first.gateway_id);
         Ok(Reporter { aggregate: self.clone(), gateway: first.gateway_id.clone(), stream, _present: present })
     }
 
-    /// The gateways that have ejected a backend by themselves.
+    /// The gateways that have ejected a backend locally.
     pub(crate) fn ejected_by(&self, backend: &str) -> Vec<String> {
         let reports = self.reports();
         let ejects = |report: &Report| report.backends.get(backend).is_some_and(|(_, ejected)| *ejected);
         reports.by_gateway.iter().filter(|(_, report)| ejects(report)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// What each reporting gateway has in flight at a backend, and when it last reported.
+    /// The last failed attempt of each gateway at a backend, newest first, at most [`FAILURES_SHOWN`].
+    pub(crate) fn failures_at(&self, backend: &str) -> Vec<GatewayFailure> {
+        let reports = self.reports();
+        let of = |(id, report): (&String, &Report)| {
+            let failure = report.failures.get(backend)?.clone();
+            Some(GatewayFailure { gateway_id: id.clone(), failure: Some(failure) })
+        };
+        let mut failures: Vec<GatewayFailure> = reports.by_gateway.iter().filter_map(of).collect();
+        drop(reports);
+        let time = |failure: &GatewayFailure| {
+            failure.failure.as_ref().and_then(|failure| failure.time).map_or((0, 0), |t| (t.seconds, t.nanos))
+        };
+        failures.sort_by_key(|failure| std::cmp::Reverse(time(failure)));
+        failures.truncate(FAILURES_SHOWN);
+        failures
+    }
+
+    /// The requests in flight at a backend per gateway, with the time of the gateway's last report.
     pub(crate) fn in_flight_at(&self, backend: &str) -> BTreeMap<String, (u32, Instant)> {
         let reports = self.reports();
         let row = |report: &Report| (report.backends.get(backend).map_or(0, |(n, _)| *n), report.at);
         reports.by_gateway.iter().map(|(id, report)| (id.clone(), row(report))).collect()
     }
 
-    /// The gateways that are gone, and every change.
+    /// The departures of gateways and their changes.
     pub(crate) fn departures(&self) -> watch::Receiver<Departures> {
         self.departures.subscribe()
     }
 
-    /// Whether a gateway is among those that clean up the leases of gateways that are gone.
+    /// Whether a gateway frees the leases of dead gateways.
     pub(crate) fn cleans_up(&self, gateway: &str) -> bool {
         self.reports().by_gateway.keys().take(CLEANERS).any(|id| id == gateway)
     }
@@ -222,9 +259,8 @@ impl Aggregate {
         }
     }
 
-    /// Publishes loads, and finds out which gateways do not come back, until `stop`. The first change after a silence is
-    /// published at once. One that is
-    /// still `connected` for its configuration is not gone.
+    /// Publishes loads and detects dead gateways, until `stop`. The first change after a time without changes is published
+    /// at once. A gateway that is still `connected` with its configuration stream is not dead.
     pub(crate) async fn run(self, connected: impl Fn(&str) -> bool, stop: CancellationToken) {
         loop {
             let (gone, due) = {
@@ -244,7 +280,7 @@ impl Aggregate {
         }
     }
 
-    /// How fast a backend serves.
+    /// The speed of a backend.
     pub(crate) fn pace(&self, backend: &str) -> Pace {
         self.reports().paces.get(backend).copied().unwrap_or_default()
     }
@@ -254,7 +290,7 @@ impl Aggregate {
         self.served.subscribe()
     }
 
-    /// How fast all gateways but one saw backends serve.
+    /// The speeds of backends as all gateways but one measured them.
     pub(crate) fn speeds_without(&self, gateway: &str) -> Speeds {
         let mut reports = self.reports();
         let Reports { by_gateway, speeds, .. } = &mut *reports;
@@ -262,21 +298,21 @@ impl Aggregate {
         by_gateway.get(gateway).map(|own| speeds.without(&own.reported_speeds)).unwrap_or_default()
     }
 
-    /// How the requests of all gateways ended at these backends.
+    /// The results of all gateways' requests to these backends.
     pub(crate) fn traffic_at(&self, backends: &BTreeSet<&str>) -> Traffic {
         let reports = self.reports();
         let known = backends.iter().filter_map(|name| reports.traffic.get_key_value(*name));
         known.map(|(name, traffic)| (name.clone(), traffic.clone())).collect()
     }
 
-    /// In flight per backend, and every change of it.
+    /// Requests in flight per backend, and their changes.
     pub(crate) fn loads(&self) -> watch::Receiver<Arc<Loads>> {
         self.loads.subscribe()
     }
 }
 
 impl Reports {
-    /// Changes what one gateway has in flight at a backend. Returns whether that changes the sum.
+    /// Sets the requests in flight of one gateway at a backend. Returns whether the sum changed.
     fn moved(&mut self, backend: &str, before: u32, now: u32) -> bool {
         if before == now {
             return false;
@@ -285,7 +321,7 @@ impl Reports {
             Some(sum) => sum,
             None => self.in_flight.entry(backend.to_owned()).or_default(),
         };
-        // What is taken away was added before.
+        // The old value was added before, so the difference is not negative.
         *sum = (*sum + u64::from(now)).saturating_sub(before.into());
         if *sum == 0 {
             self.in_flight.remove(backend);
@@ -293,14 +329,14 @@ impl Reports {
         true
     }
 
-    /// Takes the loads of a gateway off the sums.
+    /// Removes the loads of a gateway from the sums.
     fn forget(&mut self, report: &Report) {
         for (backend, (in_flight, _)) in &report.backends {
             self.moved(backend, *in_flight, 0);
         }
     }
 
-    /// Whether to wake the report streams for new speeds and traffic: once for many reports that come together.
+    /// Whether to notify the report streams of new speeds and traffic: once for many reports that arrive together.
     fn is_news_due(&mut self, report: &v1::StreamReportsRequest) -> bool {
         let now = Instant::now();
         let says =
@@ -312,25 +348,25 @@ impl Reports {
         due
     }
 
-    /// Counts how requests ended.
+    /// Counts the results of requests.
     fn count(&mut self, backend: &v1::BackendReport) {
-        let bad = [backend.connect_failures, backend.server_errors, backend.timeouts, backend.busy];
-        let bad = bad.into_iter().fold(0, u64::saturating_add);
-        let silent = backend.successes == 0 && bad == 0 && backend.timed_answers == 0;
+        let failures = [backend.connect_failures, backend.server_errors, backend.timeouts, backend.busy];
+        let failures = failures.into_iter().fold(0, u64::saturating_add);
+        let silent = backend.successes == 0 && failures == 0 && backend.timed_answers == 0;
         if silent || (!self.traffic.contains_key(&backend.backend) && self.traffic.len() >= BACKENDS_MAX) {
             return;
         }
-        let sum = self.traffic.entry(backend.backend.clone()).or_insert_with(|| v1::FleetTraffic {
+        let sum = self.traffic.entry(backend.backend.clone()).or_insert_with(|| v1::AggregateTraffic {
             backend: backend.backend.clone(),
-            ..v1::FleetTraffic::default()
+            ..v1::AggregateTraffic::default()
         });
         let duration = |wire: Option<prost_types::Duration>| {
             wire.and_then(|wire| Duration::try_from(wire).ok()).unwrap_or_default()
         };
         let decode = duration(sum.decode_time).saturating_add(duration(backend.decode_time));
-        sum.good = sum.good.saturating_add(backend.successes);
-        sum.bad = sum.bad.saturating_add(bad);
-        sum.answers = sum.answers.saturating_add(backend.timed_answers);
+        sum.successes = sum.successes.saturating_add(backend.successes);
+        sum.failures = sum.failures.saturating_add(failures);
+        sum.timed_answers = sum.timed_answers.saturating_add(backend.timed_answers);
         sum.output_tokens = sum.output_tokens.saturating_add(backend.output_tokens);
         sum.decode_time = prost_types::Duration::try_from(decode).ok();
     }
@@ -359,8 +395,8 @@ impl Reports {
 }
 
 impl Reporter {
-    /// Takes a report over. False: it was older than the last one, or of another incarnation, or the stream has
-    /// been replaced.
+    /// Applies a report. Returns false if it is older than the last one, is of another incarnation, or if the stream was
+    /// replaced.
     pub(crate) fn report(&self, report: &v1::StreamReportsRequest) -> bool {
         let mut reports = self.aggregate.reports();
         let Some(own) = reports.by_gateway.get_mut(&self.gateway) else { return false };
@@ -368,14 +404,15 @@ impl Reporter {
             || own.incarnation != report.incarnation
             || report.gateway_id != self.gateway
             || report.sequence <= own.sequence
-            || report.results.len() > RESULTS_MAX
+            || report.probe_results.len() > RESULTS_MAX
         {
             return false;
         }
         own.sequence = report.sequence;
         own.at = Instant::now();
-        // Taken out for as long as the sums are changed beside it.
+        // Removed from the map while the sums are changed.
         let mut known = std::mem::take(&mut own.backends);
+        let mut failures = std::mem::take(&mut own.failures);
         let mut changed = false;
         for backend in &report.backends {
             let now = (backend.in_flight, backend.ejected);
@@ -385,12 +422,16 @@ impl Reporter {
                 None if room => known.insert(backend.backend.clone(), now).unwrap_or_default(),
                 None => continue,
             };
+            if let Some(failure) = &backend.last_failure {
+                failures.insert(backend.backend.clone(), bounded(failure));
+            }
             changed |= reports.moved(&backend.backend, before.0, now.0);
             reports.count(backend);
             reports.learn(backend);
         }
         if let Some(own) = reports.by_gateway.get_mut(&self.gateway) {
             own.backends = known;
+            own.failures = failures;
             own.reported_speeds
                 .report(report.backends.iter().map(|backend| (&backend.backend, &backend.speeds)));
         }
@@ -429,7 +470,7 @@ impl Drop for Reporter {
 mod tests {
     use super::*;
 
-    /// One that leads.
+    /// The aggregate of a leader.
     fn alone() -> crate::leader::Leads {
         watch::Sender::new(Some(1)).subscribe()
     }
@@ -469,7 +510,11 @@ mod tests {
         aggregate.publish();
         assert_eq!(aggregate.loads().borrow().get("b"), Some(&5));
         assert_eq!(
-            aggregate.traffic_at(&["b", "c"].into()).values().map(|t| (t.good, t.bad)).collect::<Vec<_>>(),
+            aggregate
+                .traffic_at(&["b", "c"].into())
+                .values()
+                .map(|t| (t.successes, t.failures))
+                .collect::<Vec<_>>(),
             [(4, 4)]
         );
         drop(reporter);
@@ -510,5 +555,42 @@ mod tests {
         assert!(aggregate.cleans_up("a") && !aggregate.cleans_up("b"));
         stop.cancel();
         running.await.expect("ended");
+    }
+
+    #[tokio::test]
+    async fn the_last_failures_are_shown_newest_first_and_bounded() {
+        let aggregate = Aggregate::new(Verdicts::new(Arc::default(), None, alone()), Membership::default());
+        let reporters: Vec<Reporter> = (0..FAILURES_SHOWN as i64 + 3)
+            .map(|n| {
+                let failure = v1::AttemptFailure {
+                    time: Some(prost_types::Timestamp { seconds: n, nanos: 0 }),
+                    status: 401,
+                    message: format!("{}\n", "x".repeat(10_000)),
+                    ..Default::default()
+                };
+                let backend = v1::BackendReport {
+                    backend: "b".into(),
+                    last_failure: Some(failure),
+                    ..Default::default()
+                };
+                let report = v1::StreamReportsRequest {
+                    gateway_id: format!("gw-{n}"),
+                    incarnation: "i".into(),
+                    sequence: 1,
+                    backends: vec![backend],
+                    ..Default::default()
+                };
+                let reporter = aggregate.join(&report, &Claim::Own).expect("a place");
+                assert!(reporter.report(&report));
+                reporter
+            })
+            .collect();
+        let failures = aggregate.failures_at("b");
+        assert_eq!((failures.len(), failures[0].gateway_id.as_str()), (FAILURES_SHOWN, "gw-10"));
+        let failure = failures[0].failure.as_ref().expect("a failure");
+        assert_eq!((failure.status, failure.message.len()), (401, FAILURE_TEXT_MAX));
+        assert!(aggregate.failures_at("other").is_empty());
+        drop(reporters);
+        assert!(aggregate.failures_at("b").is_empty());
     }
 }

@@ -1,21 +1,21 @@
-//! Gateways whose stream has ended, and gateways that are gone.
+//! Departures of gateways: which gateways are dead, so that their leases can be freed.
 //!
-//! A report stream may end because of the network. Its gateway is gone when neither its report stream nor its
-//! configuration stream has come back for a while, or when another process uses its name.
+//! A report stream may end because of the network. A gateway counts as dead when neither its report stream nor its
+//! configuration stream is open again after a time, or when another process uses its name.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a gateway may be without both streams. They come back within a second when it lives.
+/// How long a gateway may be without both streams. A living gateway opens them again within a second.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// Departures remembered: they are sent at once, so few are unsent.
+/// Departures kept. They are sent at once, so few are not sent yet.
 const KEPT: usize = 256;
-/// Gateways that may be leaving at once; leases of more run out by themselves.
+/// Gateways that can be without streams at the same time; leases of further ones expire.
 const LEAVING_MAX: usize = 10_000;
 
-/// Incarnations that are gone, each with a number that rises.
+/// Incarnations of dead gateways, each with a rising number.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Departures {
     last: u64,
@@ -28,7 +28,7 @@ impl Departures {
         self.last
     }
 
-    /// Those after that number.
+    /// The departures after a number.
     pub(crate) fn after(&self, number: u64) -> Vec<String> {
         self.recent.iter().filter(|(n, _)| *n > number).map(|(_, incarnation)| incarnation.clone()).collect()
     }
@@ -43,7 +43,7 @@ impl Departures {
     }
 }
 
-/// Gateways whose report stream has ended.
+/// Gateways without a report stream, which may return.
 #[derive(Debug, Default)]
 pub(super) struct Leaving(Vec<Left>);
 
@@ -61,7 +61,7 @@ impl Leaving {
         }
     }
 
-    /// A gateway reports: it is not leaving any more, and what others under its name were is gone.
+    /// Records that a gateway reports: it is alive, and earlier processes with its name are dead.
     pub(super) fn back(&mut self, gateway: &str, incarnation: &str) -> Vec<String> {
         let mut gone = Vec::new();
         self.0.retain(|left| {
@@ -74,7 +74,7 @@ impl Leaving {
         gone
     }
 
-    /// Those whose time is up. One that is still connected is looked at again later.
+    /// Takes the gateways whose time is over. A gateway that is still connected is checked again later.
     pub(super) fn gone(&mut self, connected: impl Fn(&str) -> bool) -> Vec<String> {
         let (now, mut gone) = (Instant::now(), Vec::new());
         self.0.retain_mut(|left| {
@@ -91,7 +91,7 @@ impl Leaving {
         gone
     }
 
-    /// When the next one is to be looked at.
+    /// The time of the next check.
     pub(super) fn due(&self) -> Option<Instant> {
         self.0.iter().map(|left| left.gone_at).min()
     }

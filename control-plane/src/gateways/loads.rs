@@ -7,5 +7,5 @@ use weir_proto::v1;
 /// Requests in flight over all gateways, by backend.
 pub(crate) type Loads = BTreeMap<String, u32>;
 
-/// How requests of all gateways ended since the start, by backend.
-pub(crate) type Traffic = BTreeMap<String, v1::FleetTraffic>;
+/// The results of all gateways' requests since the start, by backend.
+pub(crate) type Traffic = BTreeMap<String, v1::AggregateTraffic>;

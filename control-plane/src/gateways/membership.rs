@@ -1,11 +1,11 @@
-//! How many gateways there are: those with a configuration or a report stream, each counted once.
+//! The number of gateways: each gateway with a configuration or a report stream counts once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
-/// The gateways that are there. Cheap to clone.
+/// The connected gateways. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Membership {
     /// Open streams by gateway.
@@ -13,7 +13,7 @@ pub(crate) struct Membership {
     count: watch::Sender<u32>,
 }
 
-/// One open stream of a gateway; dropping it ends that.
+/// One open stream of a gateway; dropping it removes the stream.
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     membership: Membership,
@@ -25,7 +25,7 @@ impl Membership {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A gateway opened a stream.
+    /// Records an open stream of a gateway.
     pub(crate) fn enter(&self, gateway: &str) -> OpenStream {
         let mut streams = self.streams();
         *streams.entry(gateway.to_owned()).or_default() += 1;
@@ -33,7 +33,7 @@ impl Membership {
         OpenStream { membership: self.clone(), gateway: gateway.to_owned() }
     }
 
-    /// How many there are, and every change of it.
+    /// The number of gateways and its changes.
     pub(crate) fn count(&self) -> watch::Receiver<u32> {
         self.count.subscribe()
     }

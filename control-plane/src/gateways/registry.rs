@@ -1,4 +1,4 @@
-//! The subscribers (gateways and limit services): which are connected, what each has acknowledged and what it refuses.
+//! The registry of subscribers (gateways and limit services): connections, acknowledged revisions and refusals.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,20 +12,20 @@ use weir_proto::v1::{self, SyncState};
 use crate::auth::Caller;
 use crate::publish::ConfigState;
 
-/// How long a gateway that left is shown.
+/// How long a disconnected gateway is listed.
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
-/// Answers per gateway whose times are kept, to tell since when it has held a revision.
+/// Acknowledgements kept per gateway with their times, to know since when a revision is applied.
 const ANSWERS_KEPT: usize = 64;
 
-/// Ids remembered at once. One token may come with many names; the one that left longest ago is forgotten first.
+/// The maximum of ids. A token may use many ids; the gateway that disconnected first is removed first.
 const IDS_MAX: usize = 20_000;
 
-/// By what right a stream has an id.
+/// How the token of a stream proves its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// Its token or certificate is of this gateway alone.
+    /// The token or certificate is bound to this gateway.
     Own,
-    /// Its token is one that several gateways have: an id is whose process came first, as long as that is there.
+    /// Several gateways share the token: an id belongs to the process that connected first, while it is connected.
     Shared,
 }
 
@@ -35,19 +35,19 @@ impl Claim {
         if caller.gateway_id.is_some() { Self::Own } else { Self::Shared }
     }
 
-    /// Whether a stream may take over from the one of a process that is still there.
+    /// Whether a stream may replace the stream of a process that is still connected.
     pub(crate) fn may_replace(self, there: &str, comes: &str) -> bool {
         self == Self::Own || there == comes
     }
 }
 
-/// Why a stream is not taken.
+/// Why a stream is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Taken {
-    /// One that only observes has nothing to say beside it.
+    /// The same process has a configuration stream here, so a status-only stream is not needed.
     #[error("another stream of this gateway is here")]
     ByItself,
-    /// The token does not prove which of two processes the gateway is.
+    /// Another process with this id is connected, and the token does not prove which of them is the gateway.
     #[error(
         "another process is here as gateway {0}: end it, give this one another id, or give the gateway a token of its own"
     )]
@@ -62,11 +62,12 @@ pub(crate) struct Registry {
     changes: watch::Sender<u64>,
 }
 
-/// Whether it is a limit service, and its name: a gateway and a limit service may have the same.
+/// Whether the subscriber is a limit service, and its name; a gateway and a limit service may have the same name.
 type Id = (bool, String);
 
 #[derive(Debug, Default)]
 struct Gateways {
+    /// Beyond [`IDS_MAX`] the gateway that disconnected first is removed; connected ones never are.
     by_id: BTreeMap<Id, Entry>,
     streams: u64,
 }
@@ -75,26 +76,26 @@ struct Gateways {
 struct Entry {
     gateway: v1::Gateway,
     held: Arc<ConfigState>,
-    /// The newest revision it has answered, whether it took all of it or not.
+    /// The newest revision that was acknowledged or refused.
     answered: u64,
-    /// Revision and time of its last answers, the oldest first.
+    /// Revision and time of the last acknowledgements, oldest first.
     answers: VecDeque<(u64, Instant)>,
     stale: bool,
     stream: u64,
-    /// It follows another control plane, and reports here what it holds.
-    observer: bool,
-    /// Ends the stream when another one of the same gateway takes over.
+    /// The gateway follows another control plane and reports its status here.
+    status_only: bool,
+    /// Cancelled when another stream of the same gateway replaces this one.
     replaced: CancellationToken,
     left: Option<Instant>,
 }
 
-/// A gateway's open stream; dropping it marks the gateway as gone.
+/// A gateway's open stream; dropping it marks the gateway as disconnected.
 #[derive(Debug)]
 pub(crate) struct Connection {
     registry: Registry,
     id: Id,
     stream: u64,
-    /// Cancelled when a newer stream of the same gateway has taken over.
+    /// Cancelled when a newer stream of the same gateway replaces this one.
     pub(crate) replaced: CancellationToken,
 }
 
@@ -107,9 +108,9 @@ impl Registry {
         self.changes.send_modify(|n| *n += 1);
     }
 
-    /// A gateway opened a stream. The newest stream of a process wins: the connection of an older one has an end that
-    /// nobody noticed yet. Another process of the same id takes over only when its token is of that gateway alone. And one
-    /// that only observes has nothing to say beside the one of the same process that is followed here.
+    /// Registers the stream of a gateway. The newest stream of a process replaces an older one, whose connection broke
+    /// unnoticed. Another process with the same id replaces the stream only with a token that is bound to this gateway. A
+    /// status-only stream never replaces a configuration stream of the same process.
     pub(crate) fn connect(
         &self,
         hello: &v1::Hello,
@@ -122,16 +123,16 @@ impl Registry {
         gateways.streams += 1;
         let stream = gateways.streams;
         gateways.by_id.retain(|_, entry| entry.left.is_none_or(|left| left.elapsed() < REMEMBERED));
-        // Who does not say is a gateway of a version before there were others.
+        // An unspecified role is a gateway.
         let role = match hello.role() {
             v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => v1::SubscriberRole::Gateway,
             v1::SubscriberRole::LimitService => v1::SubscriberRole::LimitService,
         };
         let id = (role == v1::SubscriberRole::LimitService, hello.gateway_id.clone());
         let follows = |entry: &Entry| {
-            !entry.observer && entry.left.is_none() && entry.gateway.incarnation == hello.incarnation
+            !entry.status_only && entry.left.is_none() && entry.gateway.incarnation == hello.incarnation
         };
-        if hello.observer && gateways.by_id.get(&id).is_some_and(follows) {
+        if hello.status_only && gateways.by_id.get(&id).is_some_and(follows) {
             return Err(Taken::ByItself);
         }
         let there = gateways.by_id.get(&id).filter(|entry| entry.left.is_none());
@@ -164,7 +165,7 @@ impl Registry {
             answers: VecDeque::from([(applied_revision, Instant::now())]),
             stale: false,
             stream,
-            observer: hello.observer,
+            status_only: hello.status_only,
             replaced: replaced.clone(),
             left: None,
         };
@@ -176,7 +177,7 @@ impl Registry {
         Ok(Connection { registry: self.clone(), id, stream, replaced })
     }
 
-    /// Every gateway connected now or within the last hour, by id, against the newest revision.
+    /// Every gateway that is or was connected within the last hour, by id, compared with the newest revision.
     pub(crate) fn list(&self, revision: u64) -> Vec<v1::Gateway> {
         let gateways = self.gateways();
         let shown = |entry: &&Entry| entry.left.is_none_or(|left| left.elapsed() < REMEMBERED);
@@ -184,7 +185,7 @@ impl Registry {
         gateways.by_id.values().filter(shown).map(row).collect()
     }
 
-    /// What a gateway holds and what it refuses; `None` when it is not known.
+    /// The applied configuration of a gateway and its refusals; `None` for an unknown gateway.
     pub(crate) fn held(&self, id: &str) -> Option<(Arc<ConfigState>, Vec<v1::gateway::ResourceError>)> {
         let gateways = self.gateways();
         let own = |limit_service: bool| gateways.by_id.get(&(limit_service, id.to_owned()));
@@ -192,7 +193,7 @@ impl Registry {
         Some((Arc::clone(&entry.held), entry.gateway.errors.clone()))
     }
 
-    /// The connected gateways, each with the time since when it has held a revision.
+    /// The connected gateways, each with the time at which it applied a revision.
     pub(crate) fn applied_since(&self, revision: u64) -> Vec<(String, Option<Instant>)> {
         let gateways = self.gateways();
         let since =
@@ -208,7 +209,7 @@ impl Registry {
         gateways.by_id.get(&(false, gateway.to_owned())).is_some_and(|entry| entry.gateway.connected)
     }
 
-    /// How many gateways are connected, and the oldest revision that one of the subscribers connected is at.
+    /// The number of connected gateways, and the oldest applied revision of the connected subscribers.
     pub(crate) fn connected(&self) -> (usize, Option<u64>) {
         let gateways = self.gateways();
         let connected = || gateways.by_id.iter().filter(|(_, entry)| entry.gateway.connected);
@@ -216,13 +217,13 @@ impl Registry {
         (gateway_count, connected().map(|(_, entry)| entry.gateway.applied_revision).min())
     }
 
-    /// Whether somebody connected has yet to answer a revision.
+    /// Whether a connected subscriber has not answered a revision yet.
     pub(crate) fn is_pending(&self, revision: u64) -> bool {
         let gateways = self.gateways();
         gateways.by_id.values().any(|entry| entry.gateway.connected && entry.is_pending(revision))
     }
 
-    /// Which connected subscribers are at a revision, which are not there yet, and which refused part of it.
+    /// The connected subscribers that have applied a revision, have not answered yet, or refused a part of it.
     pub(crate) fn applied(&self, revision: u64) -> v1::WaitAppliedResponse {
         let gateways = self.gateways();
         let mut out = v1::WaitAppliedResponse::default();
@@ -246,14 +247,14 @@ impl Registry {
         out
     }
 
-    /// Tells of every change.
+    /// Notifies of every change.
     pub(crate) fn watch(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }
 }
 
 impl Entry {
-    /// It is not at a revision, nor has it refused something of it.
+    /// Whether the revision is neither applied nor refused.
     fn is_pending(&self, revision: u64) -> bool {
         let refused = self.answered >= revision && !self.gateway.errors.is_empty();
         self.gateway.applied_revision < revision && !refused
@@ -261,7 +262,7 @@ impl Entry {
 
     fn sync(&self, revision: u64) -> SyncState {
         match () {
-            () if !self.gateway.connected => SyncState::Gone,
+            () if !self.gateway.connected => SyncState::Disconnected,
             () if self.stale => SyncState::Stale,
             () if !self.gateway.errors.is_empty() => SyncState::Error,
             () if self.gateway.applied_revision >= revision => SyncState::Synced,
@@ -287,17 +288,17 @@ impl Connection {
         self.registry.changed();
     }
 
-    /// A delta is on its way to it.
+    /// Records that a delta is on its way.
     pub(crate) fn sent(&self) {
         self.update(|entry| entry.gateway.unanswered_since = Some(weir_runtime::wall_clock().into()));
     }
 
-    /// It has not answered for too long.
+    /// Records that the answer to a delta is overdue.
     pub(crate) fn stale(&self) {
         self.update(|entry| entry.stale = true);
     }
 
-    /// It applied everything up to a revision.
+    /// Records that everything up to a revision is applied.
     pub(crate) fn acknowledged(&self, revision: u64, held: &ConfigState) {
         self.update(|entry| {
             entry.gateway.last_seen_time = Some(weir_runtime::wall_clock().into());
@@ -311,12 +312,12 @@ impl Connection {
         });
     }
 
-    /// What it holds is known by now.
+    /// Sets the applied configuration, which is known now.
     pub(crate) fn holds(&self, held: &ConfigState) {
         self.update(|entry| entry.held = Arc::new(held.clone()));
     }
 
-    /// It refused something of a revision; it stays at the one before.
+    /// Records that a part of a revision was refused; the applied revision stays.
     pub(crate) fn refused(&self, errors: &[v1::ResourceError], revision: u64, held: &ConfigState) {
         let errors = errors
             .iter()
@@ -371,7 +372,7 @@ mod tests {
         let applied = registry.applied(6);
         assert_eq!((applied.refused.len(), applied.pending.len()), (1, 0), "it has said its word");
         drop(second);
-        assert_eq!(registry.list(6)[0].sync(), SyncState::Gone);
+        assert_eq!(registry.list(6)[0].sync(), SyncState::Disconnected);
         tokio::time::advance(REMEMBERED).await;
         assert!(registry.list(6).is_empty());
     }
@@ -383,8 +384,11 @@ mod tests {
         let first = registry.connect(&hello("1"), &held, 3, Claim::Shared).unwrap();
         let rogue = registry.connect(&hello("2"), &held, 3, Claim::Shared);
         assert_eq!(rogue.err(), Some(Taken::ByAnother("g".into())));
-        let observer = v1::Hello { observer: true, ..hello("2") };
-        assert!(registry.connect(&observer, &held, 3, Claim::Shared).is_err(), "nor does one that observes");
+        let status_only = v1::Hello { status_only: true, ..hello("2") };
+        assert!(
+            registry.connect(&status_only, &held, 3, Claim::Shared).is_err(),
+            "nor does a status-only stream"
+        );
         assert!(!first.replaced.is_cancelled());
         let again = registry.connect(&hello("1"), &held, 3, Claim::Shared).unwrap();
         assert!(first.replaced.is_cancelled(), "the same process comes back before its old stream has ended");
@@ -398,16 +402,16 @@ mod tests {
     fn who_follows_another_control_plane_is_counted_once_and_gives_way_to_its_own_stream() {
         let registry = Registry::default();
         let held = ConfigState::default();
-        let observer = v1::Hello { observer: true, ..hello("1") };
-        let observing = registry.connect(&observer, &held, 3, Claim::Own).unwrap();
-        observing.acknowledged(4, &held);
+        let status_only = v1::Hello { status_only: true, ..hello("1") };
+        let reporting = registry.connect(&status_only, &held, 3, Claim::Own).unwrap();
+        reporting.acknowledged(4, &held);
         assert_eq!((registry.applied(4).applied, registry.applied(4).connected), (1, 1));
         let following = registry.connect(&hello("1"), &held, 4, Claim::Own).unwrap();
-        assert!(observing.replaced.is_cancelled());
-        assert_eq!(registry.connect(&observer, &held, 4, Claim::Own).err(), Some(Taken::ByItself));
+        assert!(reporting.replaced.is_cancelled());
+        assert_eq!(registry.connect(&status_only, &held, 4, Claim::Own).err(), Some(Taken::ByItself));
         assert_eq!(registry.applied(4).connected, 1);
         drop(following);
-        assert!(registry.connect(&observer, &held, 4, Claim::Own).is_ok(), "it moved on");
+        assert!(registry.connect(&status_only, &held, 4, Claim::Own).is_ok(), "it moved on");
     }
 
     #[test]

@@ -1,35 +1,34 @@
-//! How fast backends serve, over all gateways: each gateway is sent the sums of all others.
+//! The speeds of backends over all gateways: each gateway receives the averages of all others.
 //!
-//! Gateways report averages that forget with time, all of them in each report. The latest report of each gateway is
-//! summed, and leaves the sum with its gateway. The own report of a gateway is not in what it is sent: it knows that
-//! better and sooner.
+//! Gateways report all their averages, whose samples lose weight with time. The latest report of each connected gateway is
+//! part of the sum. A gateway receives the sum without its own report, because its own samples are newer.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
+use weir_proto::v1::{AggregateSpeed, ModelSpeed, SpeedMeasure};
 
 /// Backend, model, measure.
 pub(crate) type SpeedKey = (String, String, i32);
-/// Averages that a gateway reported or was sent.
+/// The averages of one report or message.
 pub(crate) type Speeds = BTreeMap<SpeedKey, Average>;
 
-/// Most averages of one gateway; more than any configuration has.
+/// The maximum of averages of one gateway; more than any configuration has.
 const SPEEDS_MAX: usize = 30_000;
-/// How fast averages forget: as in the gateways.
+/// The time constant of the averages, as in the gateways.
 const TAU: Duration = Duration::from_secs(10);
-/// Sums are not older than this: as old as the reports they are made of.
+/// The maximum age of the sums, which is about the interval of reports.
 const REFRESH: Duration = Duration::from_secs(1);
 /// Averages of fewer measurements are not sent.
 const COUNT_MIN: f64 = 0.1;
 /// An average that has changed by less than this share is not sent again.
 const NEWS: f64 = 0.02;
-/// The same for how much an average rests on: that only bounds what chance explains.
+/// The same for the weight of an average, which only affects its random variation.
 const NEWS_COUNT: f64 = 0.25;
 
-/// An average in which a measurement weighs less the older it is.
+/// An average in which the weight of a sample falls with its age.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Average {
     count: f64,
@@ -38,7 +37,7 @@ pub(crate) struct Average {
 }
 
 impl Average {
-    /// Whether to send it to a gateway that was sent `before` so long ago, and has been forgetting it since.
+    /// Whether the average differs enough from `before`, sent that long ago, to be sent again.
     fn is_news(&self, before: Option<(Self, Duration)>) -> bool {
         let far = |now: f64, old: f64, share: f64| (now - old).abs() > share * old.abs();
         before.is_none_or(|(old, age)| {
@@ -48,21 +47,22 @@ impl Average {
         })
     }
 
-    /// For the wire.
-    fn wire(&self, (backend, model, measure): &SpeedKey) -> FleetSpeed {
+    /// The protocol message.
+    fn wire(&self, (backend, model, measure): &SpeedKey) -> AggregateSpeed {
         let Self { count, mean, variance } = *self;
         let speed = ModelSpeed { model: model.clone(), measure: *measure, count, mean, variance };
-        FleetSpeed { backend: backend.clone(), speed: Some(speed) }
+        AggregateSpeed { backend: backend.clone(), speed: Some(speed) }
     }
 }
 
-/// What a gateway was last sent, and when.
+/// The averages that a gateway was last sent, with their times.
 #[derive(Debug, Default)]
 pub(crate) struct LastSentSpeeds(BTreeMap<SpeedKey, (Average, Instant)>);
 
 impl LastSentSpeeds {
-    /// What is new to the gateway; counts as sent. What is gone fades there by itself.
-    pub(crate) fn news(&mut self, speeds: &Speeds) -> Vec<FleetSpeed> {
+    /// Takes the averages to send, and records them as sent. Removed averages lose their weight at the gateway without a
+    /// message.
+    pub(crate) fn news(&mut self, speeds: &Speeds) -> Vec<AggregateSpeed> {
         let now = Instant::now();
         self.0.retain(|key, _| speeds.contains_key(key));
         let mut news = Vec::new();
@@ -76,7 +76,7 @@ impl LastSentSpeeds {
     }
 }
 
-/// Weights, weighted values, weighted squares: what can be added and taken off.
+/// Sums of weights, weighted values and weighted squares, which can be added and subtracted.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sum {
     count: f64,
@@ -104,7 +104,7 @@ impl Sum {
             return None;
         }
         let mean = self.values / self.count;
-        // Rounding may leave a little less than nothing.
+        // Rounding can make the difference slightly negative.
         Some(Average {
             count: self.count,
             mean,
@@ -113,7 +113,7 @@ impl Sum {
     }
 }
 
-/// What one gateway reported, and what of it is in the sums.
+/// The last report of one gateway, and its part in the sums.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ReportedSpeeds {
     speeds: Arc<Speeds>,
@@ -145,7 +145,7 @@ pub(super) struct SpeedSums {
 }
 
 impl SpeedSums {
-    /// Sums the reports of all gateways, unless that was done just now.
+    /// Sums the reports of all gateways, unless the sums are recent.
     pub(super) fn refresh<'a>(&mut self, gateways: impl Iterator<Item = &'a mut ReportedSpeeds>) {
         let now = Instant::now();
         if self.at.is_some_and(|at| now - at < REFRESH) {
@@ -179,7 +179,7 @@ mod tests {
 
     fn seen(count: f64, mean: f64, variance: f64) -> ReportedSpeeds {
         let speed =
-            ModelSpeed { model: "m".into(), measure: SpeedMeasure::Whole.into(), count, mean, variance };
+            ModelSpeed { model: "m".into(), measure: SpeedMeasure::Unary.into(), count, mean, variance };
         let mut seen = ReportedSpeeds::default();
         seen.report([(&"b".to_owned(), &vec![speed])].into_iter());
         seen

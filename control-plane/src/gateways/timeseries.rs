@@ -1,5 +1,5 @@
-//! The last five minutes in figures, for people: what requests came to, how busy and how fast backends were, how full
-//! limits are. Everything has a fixed size per backend, gateway and limit, and nothing of it is kept over a restart.
+//! Time series of the last five minutes for the page: results of requests, load and latency of backends, and levels of
+//! limits. The size per backend, gateway and limit is fixed. Nothing is kept over a restart.
 
 mod series;
 
@@ -10,30 +10,31 @@ use std::time::Duration;
 use tokio::time::Instant;
 use weir_proto::latency::{INTERVALS, quantile_ms};
 use weir_proto::v1;
+use weir_runtime::RecentMap;
 
 pub(crate) use self::series::{Line, Rate};
 use super::loads::Loads;
 
-/// How often loads are sampled.
+/// The interval between two samples of loads.
 pub(crate) const SAMPLE: Duration = Duration::from_secs(1);
-/// Samples to one point of a line...
+/// Samples per point of a line...
 pub(crate) const SAMPLES: u32 = 5;
-/// ...and points to a line.
+/// ...and points per line.
 pub(crate) const POINTS: usize = 60;
 /// The time constant of the latencies shown.
 const LATENCY_TAU_S: f64 = 30.0;
-/// Backends and gateways followed at most; more than any configuration has.
+/// The maximum of backends and of gateways; more than any configuration has.
 const NAMES_MAX: usize = 10_000;
-/// Limits followed at once.
+/// The maximum of limits.
 const LIMITS_MAX: usize = 512;
-/// A limit that no gateway reports for so long is not shown any more.
+/// A limit without a report for this time is not shown any more.
 const LIMIT_KNOWN_FOR: Duration = Duration::from_secs(60);
 
-/// The figures. Cheap to clone.
+/// The time series. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Timeseries(Arc<Mutex<Inner>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     samples: u32,
     /// Points closed so far.
@@ -43,14 +44,31 @@ struct Inner {
     lines: TotalLines,
     gateways: BTreeMap<String, Traffic>,
     backends: BTreeMap<String, Backend>,
-    limits: BTreeMap<LimitKey, Limit>,
+    /// Limits whose level was reported lately.
+    limits: RecentMap<LimitKey, Limit>,
     origin: Option<Instant>,
 }
 
-/// Kind of scope, its name, what is limited.
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            samples: 0,
+            closed: 0,
+            traffic: Traffic::default(),
+            latency: Latency::default(),
+            lines: TotalLines::default(),
+            gateways: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            limits: RecentMap::new(LIMITS_MAX, LIMIT_KNOWN_FOR),
+            origin: None,
+        }
+    }
+}
+
+/// The kind of the scope, its name, and the kind of the limit.
 pub(crate) type LimitKey = (String, String, String);
 
-/// How requests ended lately.
+/// The recent results of requests.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Traffic {
     pub(crate) requests: Rate,
@@ -71,7 +89,7 @@ pub(crate) struct TotalLines {
     sum: PointSums,
 }
 
-/// What the point that is being made has so far.
+/// The sums of the open point.
 #[derive(Debug, Default)]
 struct PointSums {
     requests: u64,
@@ -80,7 +98,7 @@ struct PointSums {
     in_flight: f64,
 }
 
-/// Latencies counted: those of the point being made, and those before, fading.
+/// Histograms of latencies: of the open point, and of earlier points with falling weight.
 #[derive(Debug)]
 struct Latency {
     fresh: [f64; INTERVALS],
@@ -96,13 +114,12 @@ pub(crate) struct Backend {
 }
 
 /// The state of a limit.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Limit {
     pub(crate) limit: u64,
     pub(crate) used: Option<u64>,
     pub(crate) refusals: Rate,
     pub(crate) shadow: bool,
-    at: Instant,
 }
 
 impl Default for Latency {
@@ -116,14 +133,14 @@ impl Latency {
         self.fresh.iter_mut().zip(counts).for_each(|(sum, count)| *sum += f64::from(*count));
     }
 
-    /// Of the last half minute or so.
+    /// A quantile over about the last half minute.
     fn quantile(&self, q: f64) -> Option<f64> {
         let all: [f64; INTERVALS] = std::array::from_fn(|i| self.fresh[i] + self.faded[i]);
-        // What has faded away to less than one request says nothing any more.
+        // With a weight of less than one request the quantile is unknown.
         quantile_ms(&all, q).filter(|_| all.iter().sum::<f64>() >= 0.5)
     }
 
-    /// The point is made: its median and 99th percentile.
+    /// Closes the point and returns its median and 99th percentile.
     fn close(&mut self) -> (Option<f64>, Option<f64>) {
         let of = |q| quantile_ms(&self.fresh, q);
         let closed = (of(0.5), of(0.99));
@@ -137,11 +154,17 @@ impl Latency {
 
 impl Traffic {
     fn add(&mut self, second: u64, report: &v1::TrafficReport) -> u64 {
-        let counts = [report.succeeded, report.refused, report.rejected, report.failed, report.abandoned];
+        let counts = [
+            report.succeeded,
+            report.rate_limited,
+            report.client_errors,
+            report.server_errors,
+            report.cancelled,
+        ];
         let requests = counts.into_iter().fold(0, u64::saturating_add);
         self.requests.add(second, requests);
-        self.refused.add(second, report.refused);
-        self.failed.add(second, report.failed);
+        self.refused.add(second, report.rate_limited);
+        self.failed.add(second, report.server_errors);
         self.output_tokens.add(second, report.output_tokens);
         self.in_flight = report.in_flight;
         requests
@@ -153,7 +176,7 @@ impl Timeseries {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in a report.
+    /// Adds a report.
     pub(crate) fn report(&self, gateway: &str, report: &v1::StreamReportsRequest) {
         let mut inner = self.inner();
         let inner = &mut *inner;
@@ -161,13 +184,13 @@ impl Timeseries {
         if let Some(traffic) = &report.traffic {
             let mut flying = inner.traffic.in_flight;
             let requests = inner.traffic.add(second, traffic);
-            // A gateway may send any number; none of them makes a sum overflow.
+            // A gateway may send any number, so the sums saturate.
             let sum = &mut inner.lines.sum;
             sum.requests = sum.requests.saturating_add(requests);
-            sum.refused = sum.refused.saturating_add(traffic.refused);
-            sum.failed = sum.failed.saturating_add(traffic.failed);
+            sum.refused = sum.refused.saturating_add(traffic.rate_limited);
+            sum.failed = sum.failed.saturating_add(traffic.server_errors);
             if let Some(own) = entry(&mut inner.gateways, gateway) {
-                // What all have is changed by what this one has, not summed anew: reports come from a thousand.
+                // Only this gateway's part of the sum changes, because a thousand gateways report each second.
                 let others = flying.saturating_sub(own.in_flight);
                 own.add(second, traffic);
                 flying = others.saturating_add(own.in_flight);
@@ -185,7 +208,7 @@ impl Timeseries {
         }
     }
 
-    /// A gateway's stream has ended.
+    /// Removes a gateway whose stream ended.
     pub(crate) fn left(&self, gateway: &str) {
         let mut inner = self.inner();
         if let Some(gone) = inner.gateways.remove(gateway) {
@@ -193,7 +216,7 @@ impl Timeseries {
         }
     }
 
-    /// To be called once per [`SAMPLE`]: these loads, and these backends and no others.
+    /// Adds a sample of loads; to be called once per [`SAMPLE`]. Backends that are not in `backends` are removed.
     pub(crate) fn sample<'a>(&self, loads: &Loads, backends: impl Iterator<Item = &'a str>) {
         let mut inner = self.inner();
         let names: std::collections::BTreeSet<&str> = backends.collect();
@@ -212,20 +235,21 @@ impl Timeseries {
         }
     }
 
-    /// Reads the figures; short, since reports wait meanwhile.
+    /// Reads the time series. `read` must be short, because reports wait for the lock.
     pub(crate) fn read<T>(&self, read: impl FnOnce(Reader<'_>) -> T) -> T {
         let mut inner = self.inner();
         let second = second(&mut inner.origin);
-        read(Reader { inner: &inner, second })
+        read(Reader { inner: &inner, second, now: Instant::now() })
     }
 }
 
-/// The figures as they are.
+/// Read access to the time series.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reader<'a> {
     inner: &'a Inner,
     /// The second that rates are asked for.
     pub(crate) second: u64,
+    now: Instant,
 }
 
 impl<'a> Reader<'a> {
@@ -261,29 +285,22 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn limits(self) -> impl Iterator<Item = (&'a LimitKey, &'a Limit)> {
-        self.inner.limits.iter()
+        self.inner.limits.iter(self.now)
     }
 }
 
 impl Inner {
     fn limit(&mut self, second: u64, report: &v1::LimitReport) {
-        let key = (report.scope_kind.clone(), report.scope.clone(), report.what.clone());
-        if !self.limits.contains_key(&key) && self.limits.len() >= LIMITS_MAX {
-            return;
-        }
+        let key = (report.scope_kind.clone(), report.scope.clone(), report.kind.clone());
         let now = Instant::now();
-        let limit = self.limits.entry(key).or_insert_with(|| Limit {
-            limit: 0,
-            used: None,
-            refusals: Rate::default(),
-            shadow: false,
-            at: now,
-        });
-        limit.refusals.add(second, report.refusals);
-        // A gateway that has not asked the store lately does not know how full the limit is.
+        // A report without `used` does not know the level of the limit.
         if report.used.is_some() {
-            (limit.limit, limit.used, limit.shadow, limit.at) =
-                (report.limit, report.used, report.shadow, now);
+            self.limits.touch(&key, now);
+        }
+        let Some(limit) = self.limits.get_or_insert_with(key, now, Limit::default) else { return };
+        limit.refusals.add(second, report.refusals);
+        if report.used.is_some() {
+            (limit.limit, limit.used, limit.shadow) = (report.limit, report.used, report.shadow);
         }
     }
 
@@ -305,7 +322,7 @@ impl Inner {
             let (p50, _) = backend.latency.close();
             backend.p50.push(p50);
         }
-        self.limits.retain(|_, limit| limit.at.elapsed() < LIMIT_KNOWN_FOR);
+        self.limits.expire(Instant::now());
     }
 }
 
@@ -331,11 +348,11 @@ mod tests {
 
     use super::*;
 
-    fn report(succeeded: u64, failed: u64) -> v1::StreamReportsRequest {
+    fn report(succeeded: u64, server_errors: u64) -> v1::StreamReportsRequest {
         let mut first_byte_counts = vec![0; INTERVALS];
         first_byte_counts[interval(Duration::from_millis(100))] = 10;
         v1::StreamReportsRequest {
-            traffic: Some(v1::TrafficReport { succeeded, failed, in_flight: 3, ..Default::default() }),
+            traffic: Some(v1::TrafficReport { succeeded, server_errors, in_flight: 3, ..Default::default() }),
             backends: vec![v1::BackendReport {
                 backend: "b".into(),
                 first_byte_counts,
@@ -390,10 +407,10 @@ mod tests {
         let timeseries = Timeseries::default();
         let absurd = v1::TrafficReport {
             succeeded: u64::MAX,
-            refused: u64::MAX,
-            rejected: u64::MAX,
-            failed: u64::MAX,
-            abandoned: u64::MAX,
+            rate_limited: u64::MAX,
+            client_errors: u64::MAX,
+            server_errors: u64::MAX,
+            cancelled: u64::MAX,
             in_flight: u32::MAX,
             input_tokens: u64::MAX,
             output_tokens: u64::MAX,
@@ -415,7 +432,7 @@ mod tests {
         let limits = (0..LIMITS_MAX + 10).map(|i| v1::LimitReport {
             scope_kind: "tenant".into(),
             scope: i.to_string(),
-            what: "requests".into(),
+            kind: "requests".into(),
             limit: 10,
             used: Some(5),
             refusals: 5,

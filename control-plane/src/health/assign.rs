@@ -1,8 +1,8 @@
 //! Which observers probe which backends: rendezvous hashing of (backend, tier, observer), spread over regions.
 //!
-//! Every backend has a fixed number of probers per tier however many gateways there are, so the cost of probing does
-//! not grow with replicas. A gateway that comes or goes moves only the probes that it takes or leaves. The control
-//! plane probes only where there are too few gateways, and only at liveness: it holds no credentials.
+//! The number of probers per backend and tier does not depend on the number of gateways, so the cost of probing does not
+//! grow with replicas. A gateway that joins or leaves moves only its own probes. The control plane probes only if there are
+//! too few gateways, and only at liveness, because it has no credentials.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +13,7 @@ use super::tier::Tier;
 /// Observers with their regions.
 pub(crate) type Regions = BTreeMap<Observer, String>;
 
-/// The observers of one backend, by tier, in the order of their turns within an interval.
+/// The observers of one backend, by tier, in the order of their probes within an interval.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Probers {
     by_tier: [Vec<Observer>; 3],
@@ -24,7 +24,7 @@ impl Probers {
         &self.by_tier[tier as usize]
     }
 
-    /// Assigns one backend.
+    /// The assignments of one backend.
     pub(crate) fn assign(backend: &str, gateways: &Regions) -> Self {
         let choose = |tier: Tier| {
             let wanted = observers_wanted(tier);
@@ -39,8 +39,8 @@ impl Probers {
     }
 }
 
-/// Observers in order of preference for a backend: by their hash, those of regions that are not yet among the
-/// chosen first, since what breaks one path tends to break its neighbours'.
+/// Observers in order of preference for a backend, by their hash. Observers of regions that are not chosen yet come first,
+/// because network faults often affect a whole region.
 pub(crate) fn rank(
     backend: &str,
     tier: Tier,
@@ -53,7 +53,7 @@ pub(crate) fn rank(
         .map(|(observer, region)| (score(backend, tier, observer), observer, region.as_str()))
         .collect();
     scored.sort_unstable_by(|a, b| b.cmp(a));
-    // The best of each region, then the second best of each, and so on.
+    // The first observer of each region, then the second of each, and so on.
     let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
     let mut rounds: Vec<(usize, usize, &Observer)> = Vec::with_capacity(scored.len());
     for (place, (_, observer, region)) in scored.into_iter().enumerate() {
@@ -65,7 +65,7 @@ pub(crate) fn rank(
     rounds.into_iter().map(|(_, _, observer)| observer.clone()).collect()
 }
 
-/// FNV-1a with a finaliser: the same on every replica and after every restart, which the standard hasher is not.
+/// FNV-1a with a finalizer: the same on every replica and after every restart, unlike the standard hasher.
 fn score(backend: &str, tier: Tier, observer: &Observer) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let text = observer.to_string();
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn with_too_few_gateways_the_control_plane_looks_at_liveness_and_only_then() {
+    fn with_too_few_gateways_the_control_plane_makes_liveness_probes_and_only_then() {
         let liveness = |n| Probers::assign("b", &gateways(n, 1)).of(Tier::Liveness).to_vec();
         assert_eq!(liveness(0), [Observer::ControlPlane]);
         for n in 1..=5 {

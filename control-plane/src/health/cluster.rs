@@ -1,5 +1,5 @@
-//! The health of all backends: assigns observers, feeds the record of each backend, judges observers and pools, and
-//! remembers events.
+//! The health of all backends: assigns observers, updates the record of each backend, isolates observers, applies the rules
+//! of pools, and keeps events.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use weir_proto::resource::HealthProfile;
 
 use super::assign::{Probers, Regions, rank};
 use super::event::{Alarm, AlarmKind, Event, EventKind};
-use super::evidence::{Observation, Observer, Passive, Timestamp};
+use super::evidence::{Observation, Observer, Passive, Timestamp, Vote};
 use super::guard::{self, Member, MemberStatus, PoolDecision, Use};
 use super::isolation::{IsolatedObservers, ObserverCounts};
 use super::params::{
@@ -17,20 +17,20 @@ use super::params::{
 };
 use super::record::{Action, HealthRecord};
 use super::rule::State;
-use super::tally::Context;
+use super::tally::{Context, interval};
 use super::tier::Tier;
 
-/// A backend as it is declared.
+/// A backend as configured.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Target {
     pub(crate) pool: String,
-    /// What makes it this backend: one that moved starts with a new record.
+    /// The identity of the backend, such as its URL. A backend with a new identity starts with a new record.
     pub(crate) identity: String,
     pub(crate) weight: u32,
-    /// ACTIVE: it takes part in its pool. One that drains is probed, but not counted.
+    /// Whether the operator's state is ACTIVE. A draining backend is probed, but does not count in its pool.
     pub(crate) active: bool,
     pub(crate) profile: HealthProfile,
-    /// The pool's bound on ejections.
+    /// The pool's maximum of ejections, percent.
     pub(crate) max_ejected_percent: u32,
 }
 
@@ -44,12 +44,12 @@ pub(crate) struct Order {
     pub(crate) observers: BTreeSet<Observer>,
 }
 
-/// How much a backend is to be used.
+/// The result of health for the weight of a backend.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Weighting {
-    /// What is left of its weight, slow start aside; zero: only when nothing else is left.
+    /// The remaining share of the weight, without slow start. Zero: not used while other backends are usable.
     pub(crate) factor: f64,
-    /// Its pool uses it although its state says otherwise.
+    /// The pool uses the backend although its state says otherwise.
     pub(crate) overridden: bool,
 }
 
@@ -70,13 +70,13 @@ pub(crate) struct Cluster {
     orders: Vec<Order>,
     last_order: u64,
     assigned: u64,
-    /// Rises with everything that anybody could see.
+    /// Rises when a verdict, an assignment, an order or an event is new.
     generation: u64,
     logged: u64,
 }
 
 impl Cluster {
-    /// Takes the declared backends over.
+    /// Replaces the configured backends.
     pub(crate) fn configure(&mut self, targets: BTreeMap<String, Target>, now: Timestamp) {
         let old = std::mem::replace(&mut self.targets, targets);
         self.records.retain(|name, _| {
@@ -95,29 +95,29 @@ impl Cluster {
         self.apply_pool_rules(now);
     }
 
-    /// Goes on from what was known of a backend before a restart.
+    /// Restores the record of a backend after a restart.
     pub(crate) fn restore(&mut self, backend: &str, restore: impl FnOnce(&mut HealthRecord)) {
         if let Some(record) = self.records.get_mut(backend) {
             restore(record);
         }
     }
 
-    /// Everything that was known has been put back.
+    /// Ends the restoration of records.
     pub(crate) fn restored(&mut self, now: Timestamp) {
         self.apply_pool_rules(now);
     }
 
-    /// Whether anybody asks a backend for completions; where nobody does, liveness has to do.
+    /// Whether any observer makes readiness probes of a backend. Without them, liveness decides alone.
     pub(crate) fn is_ready_capable(&self, record: &HealthRecord) -> bool {
         !self.gateways.is_empty() && record.profile.paid_probes_per_hour > 0
     }
 
-    /// The gateways that probe.
+    /// The gateways that carry out probes.
     pub(crate) fn gateways(&self) -> &Regions {
         &self.gateways
     }
 
-    /// Sets which gateways probe.
+    /// Sets the gateways that carry out probes.
     pub(crate) fn set_gateways(&mut self, gateways: Regions) {
         if gateways != self.gateways {
             self.gateways = gateways;
@@ -140,28 +140,28 @@ impl Cluster {
         self.assigned
     }
 
-    /// Takes in one observation.
+    /// Records one observation.
     pub(crate) fn observe(&mut self, observer: &Observer, backend: &str, seen: &Observation, now: Timestamp) {
         let Some(record) = self.records.get_mut(backend) else { return };
         record.observe(observer, seen, now);
         self.judge(backend, now);
     }
 
-    /// Takes in what a gateway's requests came to.
+    /// Records the results of a gateway's requests.
     pub(crate) fn requests(&mut self, observer: &Observer, backend: &str, passive: &Passive, now: Timestamp) {
         let Some(record) = self.records.get_mut(backend) else { return };
         record.requests(observer, passive, now);
         self.judge(backend, now);
     }
 
-    /// Time has passed.
+    /// Evaluates everything that depends on time.
     pub(crate) fn tick(&mut self, now: Timestamp) {
         let lost = self.weigh_observers(now);
         let names: Vec<String> = self.records.keys().cloned().collect();
         for name in names {
             self.judge(&name, now);
         }
-        // Alarms end by themselves.
+        // Alarms end without a new observation.
         if lost || !self.alarms.is_empty() || !self.ejections.is_empty() {
             self.apply_pool_rules(now);
         }
@@ -199,7 +199,7 @@ impl Cluster {
         }
     }
 
-    /// Orders probes from the assigned observers and some more: those assigned may share a broken path.
+    /// Orders probes from the assigned observers and some more, because the assigned ones may share a broken network path.
     fn ask(&mut self, backend: &str, tier: Tier, reporter: Option<Observer>) {
         let without: BTreeSet<Observer> = reporter.into_iter().collect();
         let mut asked = rank(backend, tier, &self.gateways, &without);
@@ -240,23 +240,25 @@ impl Cluster {
     fn weigh_observers(&mut self, now: Timestamp) -> bool {
         let mut counts: BTreeMap<Observer, ObserverCounts> = BTreeMap::new();
         for record in self.records.values() {
-            let fresh: Vec<(&Observer, bool)> = record
+            let fresh: Vec<(&Observer, &Vote, Duration)> = record
                 .votes
                 .iter()
-                .filter(|(tier, _, vote)| {
-                    *tier == Tier::Liveness && now.saturating_sub(vote.at) <= OBSERVER_WINDOW
-                })
-                .map(|(_, observer, vote)| (observer, vote.last.is_good()))
+                .filter(|(tier, _, _)| *tier == Tier::Liveness)
+                .map(|(_, observer, vote)| (observer, vote, now.saturating_sub(vote.at)))
+                .filter(|(_, _, age)| *age <= OBSERVER_WINDOW)
                 .collect();
-            let well = fresh.iter().filter(|(_, good)| *good).count();
-            for (observer, good) in &fresh {
+            // Whoever still probes has a pass that is no older.
+            let pass_age_max = interval(&record.profile, Tier::Liveness) + record.profile.timeout;
+            for (observer, vote, _) in &fresh {
                 let count = counts.entry((*observer).clone()).or_default();
                 count.seen += 1;
-                if !good {
+                if !vote.last.is_good() {
                     count.failed += 1;
-                    // One that says that all is well does not outweigh two that say it is not: it may lie, or probe
-                    // something else.
-                    count.contradicted += usize::from(well >= QUORUM || well > fresh.len() - well);
+                    // One that says that all is well outweighs nobody: it may lie, or probe something else.
+                    let passes = fresh
+                        .iter()
+                        .filter(|(_, other, age)| *age <= pass_age_max && other.contradicts(vote));
+                    count.contradicted += usize::from(passes.count() >= QUORUM);
                 }
             }
         }
@@ -327,7 +329,7 @@ impl Cluster {
             self.alarms.difference(&old).cloned().collect(),
             old.difference(&self.alarms).cloned().collect(),
         );
-        for (alarms, kind) in [(raised, EventKind::Alarm), (cleared, EventKind::AlarmOver)] {
+        for (alarms, kind) in [(raised, EventKind::Alarm), (cleared, EventKind::AlarmCleared)] {
             for alarm in alarms {
                 let message = format!("{}: {}", alarm.kind.as_str(), alarm.kind.explanation());
                 self.note(&alarm.subject, kind, message, now);
@@ -355,17 +357,17 @@ impl Cluster {
         self.logged
     }
 
-    /// All events so far are in the log.
+    /// Marks all events as written to the log.
     pub(crate) const fn mark_logged(&mut self) {
         self.logged = self.last_event;
     }
 
-    /// What happened after an event, oldest first.
+    /// The events after an event number, oldest first.
     pub(crate) fn events(&self, after: u64) -> impl Iterator<Item = &Event> {
         self.events.iter().filter(move |event| event.number > after)
     }
 
-    /// The orders given since this was last asked.
+    /// Takes the orders since the last call.
     pub(crate) fn take_orders(&mut self) -> Vec<Order> {
         std::mem::take(&mut self.orders)
     }
@@ -394,7 +396,7 @@ impl Cluster {
         self.probers.iter()
     }
 
-    /// How much a backend is to be used.
+    /// The result of health for the weight of a backend.
     pub(crate) fn weighting(&self, backend: &str) -> Weighting {
         self.weightings.get(backend).copied().unwrap_or(Weighting { factor: 1.0, overridden: false })
     }

@@ -1,4 +1,5 @@
-//! What makes a backend worse without making it useless. None of it ever ejects.
+//! Signs that degrade a backend: busy answers, errors, slow answers, a full cache. A degraded backend has less weight; it is
+//! never ejected because of these signs.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use super::params::{
 use super::rule::Rule;
 use super::tier::Tier;
 
-/// An average that forgets with time.
+/// An average whose samples lose weight with time.
 #[derive(Debug, Clone, Copy, Default)]
 struct Baseline(Option<(f64, Timestamp)>);
 
@@ -56,7 +57,7 @@ impl Window {
         self.current.1 = self.current.1.saturating_add(failures);
     }
 
-    /// The share of failures, if enough requests were seen to say.
+    /// The share of failures; `None` with too few requests.
     fn rate(&self) -> Option<f64> {
         let requests = self.current.0.saturating_add(self.previous.0);
         let failures = self.current.1.saturating_add(self.previous.1);
@@ -64,7 +65,7 @@ impl Window {
     }
 }
 
-/// The signs of one backend.
+/// The signs of degradation of one backend.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Signs {
     busy_at: Option<Timestamp>,
@@ -103,7 +104,7 @@ impl Signs {
         let usual = self.latency.value();
         let slow = latency > SLOW_FLOOR && usual.is_some_and(|u| latency.as_secs_f64() > SLOW_RATIO * u);
         self.slow = if slow { self.slow.saturating_add(1) } else { 0 };
-        // Slow answers are learned too, so that a lasting change becomes the usual within the hour.
+        // Slow answers change the baseline too, so that a lasting change becomes usual within an hour.
         self.latency.learn(latency.as_secs_f64(), now);
     }
 
@@ -128,23 +129,26 @@ impl Signs {
         self.errors.count(passive.successes.saturating_add(failures), failures, now);
     }
 
-    /// So many requests fail that it may be broken.
+    /// Whether so many requests fail that the backend becomes suspect.
     pub(crate) fn is_failing(&mut self, now: Timestamp) -> bool {
         self.errors.turn(now);
         self.errors.rate().is_some_and(|rate| rate >= ERRORS_SUSPECT)
     }
 
-    /// The first rule that degrades it now, and what was seen.
+    /// The first rule that degrades the backend now, with a description for people.
     pub(crate) fn degrade(&mut self, now: Timestamp) -> Option<(Rule, String)> {
         self.errors.turn(now);
         if self.busy_at.is_some_and(|at| now.saturating_sub(at) < BUSY_FOR) {
-            return Some((Rule::Busy, "it answered that it is busy (429, or 503 with Retry-After)".into()));
+            return Some((Rule::Busy, "answered that it is busy (429, or 503 with Retry-After)".into()));
         }
         if let Some(rate) = self.errors.rate().filter(|rate| *rate >= ERRORS_DEGRADE) {
             return Some((Rule::ErrorRate, format!("{:.0} % of recent requests failed", rate * 100.0)));
         }
         if self.missing {
-            return Some((Rule::ModelMissing, "its list of models lacks one it should serve".into()));
+            return Some((
+                Rule::ModelMissing,
+                "a model that the backend should serve is missing from its list".into(),
+            ));
         }
         if self.slow >= READINGS {
             let usual = self.latency.value().unwrap_or_default();

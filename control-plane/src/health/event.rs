@@ -1,4 +1,4 @@
-//! What happens to backends and observers, for people, and the alarms that are on.
+//! Health events of backends and observers, and active alarms.
 
 use super::evidence::Timestamp;
 
@@ -9,7 +9,7 @@ macro_rules! kinds {
         pub(crate) enum $kind { $($(#[doc = $doc])+ $name,)* }
 
         impl $kind {
-            /// Its name in events, metrics and logs.
+            /// The name in events, metrics and logs.
             pub(crate) const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $text,)* }
             }
@@ -18,33 +18,33 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// What kind of thing happened.
+    /// The kind of a health event.
     EventKind {
         /// A backend changed its state.
         State = "state",
-        /// A backend is suspect; other observers are asked to probe it.
+        /// A backend is suspect: other observers are told to probe it now.
         Suspect = "suspect",
-        /// The other observers reach the backend: those that failed were outvoted.
-        Cleared = "acquitted",
-        /// Nobody reports on a backend any more.
+        /// A backend is not suspect any more: the other observers reach it and outvoted those that failed.
+        SuspectCleared = "suspect_cleared",
+        /// No observer reports on a backend any more.
         Stale = "stale",
         /// An observer lost its vote.
         Isolated = "isolated",
-        /// An alarm is on.
+        /// An alarm became active.
         Alarm = "alarm",
-        /// An alarm is over.
-        AlarmOver = "alarm_over",
+        /// An alarm ended.
+        AlarmCleared = "alarm_cleared",
     }
 }
 
 kinds! {
-    /// What an alarm is about.
+    /// The kind of an alarm.
     AlarmKind {
-        /// Too little of a pool is healthy.
+        /// Panic mode: too little of a pool is healthy.
         Panic = "panic",
         /// More backends of a pool are unhealthy than may be ejected.
         EjectionBudget = "ejection_budget",
-        /// Many backends were ejected at once.
+        /// Many backends were ejected within a short time.
         CorrelatedFlip = "correlated_flip",
         /// An observer lost its vote.
         Isolated = "isolated",
@@ -52,37 +52,35 @@ kinds! {
 }
 
 impl AlarmKind {
-    /// What is wrong, and what is done about it.
+    /// A description for people: the condition and its effect.
     pub(crate) const fn explanation(self) -> &'static str {
         match self {
             Self::Panic => {
-                "too little of the pool is well; every active backend that can be connected to is used"
+                "too little of the pool is healthy; every active backend that accepts connections is used"
             }
-            Self::EjectionBudget => "more backends are unhealthy than may be left out; the rest stays in use",
-            Self::CorrelatedFlip => {
-                "many backends fell at once: look at what they share before you look at each"
-            }
-            Self::Isolated => "it sees most backends fail while others do not",
+            Self::EjectionBudget => "more backends are unhealthy than may be ejected; the others stay in use",
+            Self::CorrelatedFlip => "many backends were ejected at once: check what they share first",
+            Self::Isolated => "the observer sees most backends fail while others do not",
         }
     }
 }
 
-/// Something that happened, for people.
+/// A health event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Event {
     /// Rises by one with every event.
     pub(crate) number: u64,
     pub(crate) at: Timestamp,
-    /// A backend, a pool or a gateway.
+    /// The backend, pool or gateway.
     pub(crate) subject: String,
     pub(crate) kind: EventKind,
     pub(crate) message: String,
 }
 
-/// An alarm that is on.
+/// An active alarm.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Alarm {
     pub(crate) kind: AlarmKind,
-    /// A pool or an observer; empty: all backends.
+    /// The pool or observer; empty for all backends.
     pub(crate) subject: String,
 }

@@ -1,6 +1,6 @@
-//! What a pool makes of its backends' states: how many may be left out, and when observed health is overridden.
+//! The maximum of ejections and panic mode of a pool: which unhealthy backends are used although their state says otherwise.
 //!
-//! Observed health can be overridden, an operator's word never: only ACTIVE backends are given to [`decide`].
+//! Only observed health can be overridden. Backends that an operator drained or disabled are not passed to [`decide`].
 
 use super::evidence::Timestamp;
 
@@ -12,25 +12,25 @@ pub(crate) struct Member {
     pub(crate) status: MemberStatus,
 }
 
-/// What its state says.
+/// The state of a member, as far as the pool needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MemberStatus {
-    /// In use.
+    /// Healthy, degraded or recovering.
     Usable,
-    /// Nobody has seen it work yet.
+    /// No probe has passed yet.
     Unproven,
-    /// Unhealthy: when it was ejected, and whether because nobody could connect.
+    /// Unhealthy: the time of the ejection, and whether all observers saw refused connections.
     Broken { ejected_at: Timestamp, refused: bool },
 }
 
 /// What a pool does with a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// What its state says.
+    /// As its state says.
     Normal,
-    /// Nothing while others are there.
+    /// Not used while other backends are usable.
     Out,
-    /// It is used, whatever its state says: too much of the pool would be out.
+    /// Used although its state says otherwise, because too much of the pool would be left out.
     Overridden,
 }
 
@@ -39,13 +39,13 @@ pub(crate) enum Use {
 pub(crate) struct PoolDecision {
     /// In the order of the members.
     pub(crate) uses: Vec<Use>,
-    /// Too little is left: everything that can be connected to is used.
+    /// Panic mode: every backend that accepts connections is used.
     pub(crate) panic: bool,
-    /// Backends that would be out, were it not for the budget.
+    /// Unhealthy backends that stay in use because of the maximum.
     pub(crate) over_budget: usize,
 }
 
-/// The most backends of a pool that may be out, refused connections aside.
+/// The maximum of ejected backends of a pool. Backends that refuse connections are not counted.
 pub(crate) const fn budget(members: usize, max_ejected_percent: u32) -> usize {
     members * max_ejected_percent as usize / 100
 }
@@ -59,7 +59,7 @@ pub(crate) fn decide(members: &[Member], max_ejected_percent: u32, panic_percent
     let proven = sum(&|s| *s == MemberStatus::Usable);
     let unproven = sum(&|s| *s == MemberStatus::Unproven);
     let broken = sum(&|s| matches!(s, MemberStatus::Broken { .. }));
-    // Who has not been seen to work is used only when nobody has.
+    // Unproven backends are used only while no backend of the pool is proven.
     let usable = if proven > 0 { proven } else { unproven };
     let panic = broken > 0 && usable * 100 < (usable + broken) * u64::from(panic_percent);
     let refused = |m: &Member| matches!(m.status, MemberStatus::Broken { refused: true, .. });
@@ -92,7 +92,7 @@ pub(crate) fn decide(members: &[Member], max_ejected_percent: u32, panic_percent
         }
         left = left.saturating_sub(1);
     }
-    // Nothing left at all: then even those that refuse connections, which fail at once and cost nothing.
+    // Without any other backend even those that refuse connections are used; they fail at once.
     if !members.is_empty() && uses.iter().all(|u| *u == Use::Out) {
         uses.fill(Use::Overridden);
     }
@@ -139,12 +139,12 @@ mod tests {
             ("ubbb", "n!!!", true),
             ("ub", "n-", false),
             ("b", "!", true),
-            // Nobody is sent where connections are refused, unless nothing else is left.
+            // Backends that refuse connections are used only when nothing else is left.
             ("urr", "n--", true),
             ("brr", "!--", true),
             ("rrr", "!!!", true),
             ("r", "!", true),
-            // Nobody has proved anything yet: all are used. As soon as one has, the others wait.
+            // All unproven backends are used until the first one is proven.
             ("???", "nnn", false),
             ("u??", "n--", false),
             ("??b", "nn-", false),

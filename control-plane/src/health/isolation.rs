@@ -1,4 +1,5 @@
-//! Isolated observers: one that alone sees most of its backends fail is itself in trouble, and loses its vote for a while.
+//! Isolated observers: an observer that sees most backends fail while others do not has a fault of its own, and loses its
+//! vote for a time.
 
 use std::collections::BTreeMap;
 
@@ -11,19 +12,19 @@ pub(crate) struct IsolatedObservers {
     isolated_until: BTreeMap<Observer, Timestamp>,
 }
 
-/// What one observer saw lately of backends on which others had something to say too.
+/// The recent votes of one observer on backends, compared with the votes of others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ObserverCounts {
     /// Backends probed.
     pub(crate) seen: usize,
-    /// Of these, those it saw fail.
+    /// Backends that failed for this observer.
     pub(crate) failed: usize,
-    /// Of these, those that others saw well at the same time.
+    /// Backends that failed for this observer and passed for others.
     pub(crate) contradicted: usize,
 }
 
 impl ObserverCounts {
-    /// Most fail for it, and most of those do not for others.
+    /// Whether most backends fail for this observer and most of these pass for others.
     const fn is_isolated(&self) -> bool {
         self.seen >= OBSERVER_MIN_BACKENDS
             && self.failed * 2 > self.seen
@@ -36,7 +37,7 @@ impl IsolatedObservers {
         self.isolated_until.get(observer).is_some_and(|until| now < *until)
     }
 
-    /// Takes the vote from observers whose sight says that they are in trouble. Returns those that just lost it.
+    /// Isolates observers by their counts. Returns the newly isolated observers.
     pub(crate) fn weigh(
         &mut self,
         counts: &BTreeMap<Observer, ObserverCounts>,
@@ -52,7 +53,7 @@ impl IsolatedObservers {
         lost
     }
 
-    /// Those that are not believed, and until when.
+    /// The isolated observers, and until when.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&Observer, Timestamp)> {
         self.isolated_until.iter().map(|(observer, until)| (observer, *until))
     }

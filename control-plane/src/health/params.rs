@@ -1,4 +1,4 @@
-//! Every number of the verdict that is not a pool's to choose, with its reason.
+//! The constants of verdicts that are not settings of a pool, each with its reason.
 
 use std::time::Duration;
 
@@ -14,64 +14,60 @@ pub(crate) const fn observers_wanted(tier: Tier) -> usize {
     }
 }
 
-/// Observers that must see failures before a backend is ejected, and that together can clear it: one may be wrong.
+/// The number of observers that eject a backend together, or clear it together: a single observer may be wrong.
 pub(crate) const QUORUM: usize = 2;
-/// Failures in a row before the vote of an observer is against a backend: one may be a lost packet.
-pub(crate) const FAILURES_IN_A_ROW: u32 = 2;
-/// Observers that are asked to confirm, the assigned ones first: when those share a broken path, others can
-/// clear the backend. More of them would cost more than they could tell.
+/// Observers that are told to confirm a failure, the assigned ones first. If these share a broken network path, the others
+/// clear the backend. More observers would add cost without more certainty.
 pub(crate) const CONFIRMERS: usize = 8;
-/// Beyond the probe's own timeout: half a second between its two probes, the rest for the way there and back.
+/// Added to the probe timeout for a confirmation: half a second between the two probes, the rest for the network.
 pub(crate) const CONFIRM_SLACK: Duration = Duration::from_millis(1500);
-/// How long an observer that was outvoted makes no backend suspect on its own.
+/// How long an outvoted observer cannot make the backend suspect again.
 pub(crate) const CLEARED_FOR: Duration = Duration::from_secs(30);
-/// A vote counts for so many intervals of its tier: two probes may be lost.
-pub(crate) const EXPIRY_INTERVALS: u32 = 3;
-/// And never for less than this: a vote must outlive the probes that confirm it.
-pub(crate) const EXPIRY_MIN: Duration = Duration::from_secs(15);
-/// Votes kept per backend; beyond what is assigned and asked, only expired ones would be.
+/// Votes kept per backend, more than the assigned and asked observers can have.
 pub(crate) const VOTES_MAX: usize = 64;
 /// Longest detail of a vote or a rule, bytes.
 pub(crate) const DETAIL_MAX_BYTES: usize = 200;
 
-/// The second ejection holds so long before recovery may begin, each further one twice as long.
+/// The hold-down time after the second ejection; each further ejection doubles it.
 pub(crate) const HOLD_FIRST: Duration = Duration::from_secs(10);
-/// The longest hold-down.
+/// The longest hold-down time.
 pub(crate) const HOLD_MAX: Duration = Duration::from_secs(300);
-/// One step of damping is taken back for so long in use.
+/// The time in use after which one step of damping is removed.
 pub(crate) const HOLD_DECAY: Duration = Duration::from_secs(300);
-/// A backend that answers only now and then is probed by other observers at most so often.
+/// The shortest interval between two extra probes of an unhealthy backend that passed for one observer.
 pub(crate) const RECHECK: Duration = Duration::from_secs(5);
-/// The weight with which a slow start begins; less would leave small pools without evidence.
+/// The share of the weight at the start of a slow start. With less, a small pool would have too few requests to judge by.
 pub(crate) const RAMP_FLOOR: f64 = 0.1;
-/// What is left of a degraded backend's weight.
+/// The share of its weight that a degraded backend keeps.
 pub(crate) const DEGRADED_FACTOR: f64 = 0.5;
 
-/// A sign of being busy holds so long: two readiness rounds would be too long for a short queue.
+/// How long a busy answer degrades a backend. Two readiness intervals would be too long for a short queue.
 pub(crate) const BUSY_FOR: Duration = Duration::from_secs(10);
-/// Requests within the error window before its rate means something.
+/// The requests in the error window below which the rate is ignored.
 pub(crate) const ERRORS_MIN_REQUESTS: u64 = 50;
-/// From here on failing requests degrade; from [`ERRORS_SUSPECT`] on they make suspicious.
+/// The rate of failed requests that degrades a backend. [`ERRORS_SUSPECT`] makes the backend suspect.
 pub(crate) const ERRORS_DEGRADE: f64 = 0.05;
 /// See [`ERRORS_DEGRADE`].
 pub(crate) const ERRORS_SUSPECT: f64 = 0.5;
-/// Half of the error window: it is kept in two halves.
+/// Half of the error window, which consists of two halves.
 pub(crate) const ERRORS_HALF_WINDOW: Duration = Duration::from_secs(15);
-/// Failures of one gateway, none succeeding between, that make suspicious.
+/// Failed requests of one gateway without a success that make a backend suspect.
 pub(crate) const PASSIVE_FAILURES: u64 = 3;
-/// Readings in a row before a slow, exhausted or full backend is degraded: one may be a coincidence.
+/// Consecutive readings before a slow or full backend is degraded: one may be an outlier.
 pub(crate) const READINGS: u32 = 2;
-/// A readiness probe this many times slower than usual is slow...
+/// A readiness probe is slow if it takes this multiple of the usual time...
 pub(crate) const SLOW_RATIO: f64 = 3.0;
-/// ...unless it is faster than this: nobody minds.
+/// ...and longer than this.
 pub(crate) const SLOW_FLOOR: Duration = Duration::from_secs(1);
-/// Below this share of its usual tokens per second a backend is slow.
+/// A backend is slow below this share of its usual tokens per second.
 pub(crate) const TOKENS_RATIO: f64 = 0.5;
-/// From here on the KV cache is full.
+/// The used part from which the KV cache counts as full.
 pub(crate) const CACHE_FULL: f64 = 0.95;
-/// What "usual" means: the time constant of the baselines.
+/// The time constant of the baselines, which define "usual".
 pub(crate) const BASELINE_TAU: Duration = Duration::from_secs(3600);
 
+/// Gateways report a pass with their next regular report, a second after the probe at most; as long again for the way.
+pub(crate) const PASS_REPORTED_WITHIN: Duration = Duration::from_secs(2);
 /// What an observer saw in this window is compared with the others.
 pub(crate) const OBSERVER_WINDOW: Duration = Duration::from_secs(10);
 /// Backends it must have probed before "most" means something.
@@ -79,14 +75,14 @@ pub(crate) const OBSERVER_MIN_BACKENDS: usize = 4;
 /// An observer that alone sees most backends fail has no vote for so long.
 pub(crate) const ISOLATION: Duration = Duration::from_secs(60);
 
-/// Ejections within this window are counted together...
+/// The window in which ejections count together.
 pub(crate) const FLIP_WINDOW: Duration = Duration::from_secs(30);
-/// ...and more than this share of a pool at once is rather the probers', DNS's or a shared dependency's fault...
+/// The share of a pool whose ejection within the window raises an alarm, because a shared dependency is the likely cause.
 pub(crate) const FLIP_POOL_SHARE: f64 = 0.5;
-/// ...as is more than this share of all backends.
+/// The same for the share of all backends.
 pub(crate) const FLIP_ALL_SHARE: f64 = 0.3;
-/// Ejections before a share means anything.
+/// The ejections below which the shares are ignored.
 pub(crate) const FLIP_MIN: usize = 2;
 
-/// Events remembered.
+/// Events kept.
 pub(crate) const EVENTS_MAX: usize = 1024;

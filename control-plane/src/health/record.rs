@@ -1,22 +1,23 @@
-//! The health record of one backend: from probes to a verdict. Pure; time is an argument.
+//! The health record of one backend: from probe results to a verdict. Pure; time is an argument.
 //!
-//! A first failure makes it *suspect*: it stays in use while other observers are asked to probe it now. Only what a quorum
-//! has seen since then ejects it; what one observer alone sees clears it (see [`Tally::ejects`]).
-//! Two ways of failing are judged apart: it cannot be reached (liveness), or it gives no completion (readiness).
+//! A first failure makes the backend *suspect*: it stays in use while other observers are told to probe it now. A quorum of
+//! failures since then ejects the backend; if only one observer sees failures, the suspect mark is cleared (see
+//! [`Tally::ejects`]). Liveness (the server can be reached) and readiness (the model answers) are evaluated separately.
 //!
 //! [`Tally::ejects`]: super::tally::Tally::ejects
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use weir_probe::FAILURES_IN_A_ROW;
 use weir_proto::resource::HealthProfile;
 
 use super::degrade::Signs;
 use super::event::EventKind;
 use super::evidence::{Cause, Observation, Observer, Outcome, Passive, Timestamp, cut};
 use super::params::{
-    CLEARED_FOR, CONFIRM_SLACK, FAILURES_IN_A_ROW, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES,
-    QUORUM, RAMP_FLOOR, RECHECK,
+    CLEARED_FOR, CONFIRM_SLACK, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES, QUORUM, RAMP_FLOOR,
+    RECHECK,
 };
 use super::rule::{Rule, State};
 use super::tally::{Context, Tally, Votes};
@@ -25,12 +26,12 @@ use super::tier::Tier;
 /// The tiers that can eject.
 const JUDGING: [Tier; 2] = [Tier::Liveness, Tier::Readiness];
 
-/// What a record asks of whoever runs it.
+/// An action that the owner of a record carries out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Have observers probe now: those assigned and some more, but not `reporter`, which does so on its own.
+    /// Order probes from the assigned observers and some more, except `reporter`, which probes again on its own.
     Ask { tier: Tier, reporter: Option<Observer> },
-    /// Something happened that people want to know.
+    /// Record a health event.
     Note { kind: EventKind, message: String },
 }
 
@@ -39,13 +40,13 @@ pub(crate) enum Action {
 pub(crate) struct Suspect {
     pub(crate) since: Timestamp,
     pub(crate) reporter: Observer,
-    /// Who was asked; filled in by whoever asks.
+    /// The observers that were told to probe; filled in by [`HealthRecord::asked`].
     pub(crate) asked: BTreeSet<Observer>,
-    /// Whoever has not answered by then is not waited for.
+    /// When the decision is made without the observers that have not answered.
     pub(crate) deadline: Timestamp,
 }
 
-/// One backend.
+/// The health record of one backend.
 #[derive(Debug, Clone)]
 pub(crate) struct HealthRecord {
     pub(crate) profile: HealthProfile,
@@ -59,14 +60,14 @@ pub(crate) struct HealthRecord {
     pub(crate) suspects: [Option<Suspect>; 2],
     /// Observers that were outvoted, and until when their failures do not make the backend suspect.
     cleared: BTreeMap<(Tier, Observer), Timestamp>,
-    /// A gateway whose own requests fail; by [`JUDGING`].
+    /// A gateway whose requests fail; by [`JUDGING`].
     passive_reporters: [Option<Observer>; 2],
-    /// Steps of damping, and since when the last one decays.
+    /// Steps of damping, and the start of the time after which one is removed.
     damping: u32,
     damping_since: Timestamp,
     pub(crate) hold_until: Timestamp,
     pub(crate) ejected_at: Timestamp,
-    /// It was ejected because nobody could connect.
+    /// The backend was ejected because it refused connections.
     pub(crate) refused: bool,
     rechecked: [Option<Timestamp>; 2],
     loading_since: Option<Timestamp>,
@@ -76,7 +77,7 @@ pub(crate) struct HealthRecord {
 }
 
 impl HealthRecord {
-    /// Nothing is known yet.
+    /// A record without observations.
     pub(crate) fn new(profile: HealthProfile, now: Timestamp) -> Self {
         Self {
             profile,
@@ -102,7 +103,7 @@ impl HealthRecord {
         }
     }
 
-    /// Goes on from what was known before a restart; nothing is observed yet, so it is stale until the first probe.
+    /// Restores the state from before a restart of the control plane. The record is stale until the first probe.
     pub(crate) fn restore(&mut self, state: State, rule: Rule, detail: &str, damping: u32, now: Timestamp) {
         (self.state, self.rule, self.detail, self.since) = (state, rule, cut(detail).to_owned(), now);
         self.damping = damping;
@@ -114,12 +115,12 @@ impl HealthRecord {
         self.damping
     }
 
-    /// Takes in one observation.
+    /// Records one observation.
     pub(crate) fn observe(&mut self, observer: &Observer, seen: &Observation, now: Timestamp) {
         self.last_seen = now;
         self.signs.observe(seen, now);
         match (seen.tier, seen.outcome) {
-            // Loading is said by the server itself; how long that may go on is counted from the first time.
+            // The loading timeout starts with the first answer that says so.
             (_, Outcome::Loading) => {
                 self.loading_since.get_or_insert(now);
             }
@@ -134,12 +135,12 @@ impl HealthRecord {
         }
     }
 
-    /// Takes in how the requests of a gateway ended.
+    /// Records the results of a gateway's requests.
     pub(crate) fn requests(&mut self, observer: &Observer, passive: &Passive, now: Timestamp) {
         self.signs.requests(passive, now);
         let failures = passive.failures();
         if failures == 0 && passive.successes > 0 {
-            // Real traffic proves more than any probe.
+            // A successful request proves more than a probe.
             self.last_seen = now;
             for tier in JUDGING {
                 self.votes.cast(tier, observer, Outcome::Pass, "requests succeed", now);
@@ -149,7 +150,7 @@ impl HealthRecord {
         }
         let broken = failures >= PASSIVE_FAILURES && passive.successes == 0;
         if broken || passive.ejected || (failures > 0 && self.signs.is_failing(now)) {
-            // Liveness costs nothing and tells soonest; a completion is asked for where connections are not the trouble.
+            // A liveness probe is free and fast. A readiness probe is added unless connections are the problem.
             let reached = passive.connect_failures * 2 <= failures;
             self.passive_reporters = [Some(observer.clone()), reached.then(|| observer.clone())];
         }
@@ -162,7 +163,7 @@ impl HealthRecord {
         }
     }
 
-    /// Draws the conclusions of everything seen by now.
+    /// Evaluates all observations and returns the actions that follow.
     pub(crate) fn judge(&mut self, now: Timestamp, context: &Context<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
         self.votes.expire(&self.profile, now);
@@ -185,19 +186,19 @@ impl HealthRecord {
         if stale && !self.stale {
             actions.push(Action::Note {
                 kind: EventKind::Stale,
-                message: "nobody reports on it any more".into(),
+                message: "no observer reports on the backend any more".into(),
             });
         }
         self.stale = stale;
         actions
     }
 
-    /// The share of its weight that its state leaves it, slow start aside.
+    /// Whether the backend is healthy, degraded or in slow start.
     pub(crate) const fn is_usable(&self) -> bool {
         matches!(self.state, State::Healthy | State::Degraded | State::Recovering)
     }
 
-    /// How far a slow start has come, 0.1 to 1.
+    /// The share of the weight during a slow start, 0.1 to 1; 1 without one.
     pub(crate) fn ramp(&self, now: Timestamp) -> f64 {
         if self.state != State::Recovering {
             return 1.0;
@@ -206,17 +207,17 @@ impl HealthRecord {
         (elapsed / self.profile.slow_start.as_secs_f64()).clamp(RAMP_FLOOR, 1.0)
     }
 
-    /// When its state may next change for the better without anything new being asked of anybody.
+    /// The earliest time of a recovery; `None` unless the backend is unhealthy.
     pub(crate) fn may_return(&self, now: Timestamp) -> Option<Timestamp> {
         (self.state == State::Unhealthy).then(|| self.hold_until.max(now))
     }
 
-    /// Whether an observer was outvoted lately.
+    /// Whether the observer was outvoted recently.
     pub(crate) fn is_cleared(&self, tier: Tier, observer: &Observer) -> bool {
         self.cleared.contains_key(&(tier, observer.clone()))
     }
 
-    /// What the next change waits for, for people.
+    /// The conditions of the next change of the state, for people.
     pub(crate) fn conditions(&self, now: Timestamp, ready_capable: bool) -> Vec<String> {
         let mut conditions = Vec::new();
         match self.state {
@@ -224,14 +225,14 @@ impl HealthRecord {
                 let hold = self.hold_until.saturating_sub(now);
                 if !hold.is_zero() {
                     let text = format!(
-                        "it fell {} times lately, so it is held back for {} s more",
+                        "ejected {} times lately, so recovery is held back for {} s more",
                         self.damping,
                         hold.as_secs() + 1
                     );
                     conditions.push(text);
                 }
                 conditions.push(format!(
-                    "{} liveness passes in a row from {QUORUM} observers (or the only one that reaches it)",
+                    "{} consecutive liveness passes from {QUORUM} observers (or from the only one that reaches it)",
                     self.profile.healthy_threshold
                 ));
                 if ready_capable {
@@ -240,21 +241,21 @@ impl HealthRecord {
             }
             State::Recovering => {
                 let left = self.profile.slow_start.saturating_sub(now.saturating_sub(self.since));
-                conditions.push(format!("its slow start takes {} s more", left.as_secs() + 1));
-                conditions.push(format!("one failure at {QUORUM} observers would send it back"));
+                conditions.push(format!("slow start takes {} s more", left.as_secs() + 1));
+                conditions.push(format!("one failure at {QUORUM} observers ejects the backend again"));
             }
             State::Unknown if ready_capable => conditions.push("one readiness pass".into()),
             State::Unknown => conditions.push("one liveness pass".into()),
             State::Healthy | State::Degraded => {
                 conditions.push(format!(
-                    "{QUORUM} observers with {FAILURES_IN_A_ROW} failures each would take it out, unless {QUORUM} others reach it"
+                    "{QUORUM} observers with {FAILURES_IN_A_ROW} failures each eject the backend, unless {QUORUM} others reach it"
                 ));
             }
         }
         for (tier, suspect) in JUDGING.iter().zip(&self.suspects) {
             if let Some(suspect) = suspect {
                 conditions.push(format!(
-                    "suspected at {} by {}; {} others were asked",
+                    "suspect at {} because of {}; {} other observers were asked",
                     tier.name(),
                     suspect.reporter,
                     suspect.asked.len()
@@ -264,7 +265,7 @@ impl HealthRecord {
         conditions
     }
 
-    /// When to judge again, though nothing new was seen.
+    /// When to evaluate again without a new observation.
     pub(crate) fn next(&self, now: Timestamp) -> Option<Timestamp> {
         let deadlines = self.suspects.iter().flatten().map(|s| s.deadline);
         let hold = (self.state == State::Unhealthy).then_some(self.hold_until);
@@ -291,7 +292,7 @@ impl HealthRecord {
         self.has_served |= self.is_usable();
     }
 
-    /// A quorum, or the only one there is, says that it is broken.
+    /// Ejects the backend.
     fn eject(
         &mut self,
         rule: Rule,
@@ -332,7 +333,7 @@ impl HealthRecord {
     ) {
         if self.suspects[i].is_none() {
             let Some((reporter, since, why)) = self.ground(tier, now, context) else { return };
-            // Who reported from its own requests has not probed yet.
+            // An observer whose requests failed has not probed yet.
             let probes = self.votes.get(tier, &reporter).is_some_and(|vote| vote.failures > 0);
             let deadline = now + self.profile.timeout + CONFIRM_SLACK;
             let message = format!("{} fails for {reporter}: {why}; others are asked", tier.name());
@@ -340,7 +341,7 @@ impl HealthRecord {
             actions.push(Action::Ask { tier, reporter: probes.then(|| reporter.clone()) });
             let asked = if probes { BTreeSet::new() } else { [reporter.clone()].into() };
             self.suspects[i] = Some(Suspect { since, reporter, asked, deadline });
-            // Judged when the answers come: with nobody asked yet, all would seem to have answered.
+            // Evaluated when the answers arrive. Without any asked observer, all would seem to have answered.
             return;
         }
         let Some(suspect) = self.suspects[i].clone() else { return };
@@ -350,7 +351,7 @@ impl HealthRecord {
             vote.is_some_and(|vote| vote.last.is_good() || vote.failures >= FAILURES_IN_A_ROW)
         };
         let late = now >= suspect.deadline;
-        // Who was asked and has not answered, and who failed once and may yet pass.
+        // Open votes: observers that have not answered, and observers that failed once and may still pass.
         let asked = &suspect.asked;
         let undecided = tally.undecided.iter().filter(|(observer, _)| !asked.contains(*observer)).count();
         let open = asked.iter().filter(|observer| !answered(observer)).count() + undecided;
@@ -371,12 +372,13 @@ impl HealthRecord {
             let others = tally.passing.len();
             self.suspects[i] = None;
             for observer in &outvoted {
-                let message = format!("{} fails for {observer} alone, {others} others are well", tier.name());
-                actions.push(Action::Note { kind: EventKind::Cleared, message });
+                let message =
+                    format!("{} fails for {observer} alone and passes for {others} others", tier.name());
+                actions.push(Action::Note { kind: EventKind::SuspectCleared, message });
                 self.cleared.insert((tier, observer.clone()), now + CLEARED_FOR);
             }
         } else if late && tally.voters() == 0 {
-            // Nobody says anything: silence is no evidence.
+            // Without any vote there is no evidence.
             self.suspects[i] = None;
         } else if late {
             let deadline = now + self.profile.timeout + CONFIRM_SLACK;
@@ -387,14 +389,14 @@ impl HealthRecord {
         }
     }
 
-    /// A reason to suspect the backend: who reports it, since when, and what.
+    /// A reason to suspect the backend: the observer, the time and the detail.
     fn ground(
         &mut self,
         tier: Tier,
         now: Timestamp,
         context: &Context<'_>,
     ) -> Option<(Observer, Timestamp, String)> {
-        // At birth and while it loads, that it does not answer is no news; only a decision is.
+        // While a backend loads, a loading answer does not make it suspect again.
         let quiet = self.rule == Rule::Loading && !self.loading_too_long(now);
         let failing = self
             .votes
@@ -414,26 +416,27 @@ impl HealthRecord {
         })
     }
 
-    /// Failures in a row that count against the backend: in a slow start one is enough.
+    /// Consecutive failures that count against the backend; one is enough during a slow start.
     const fn needed(&self) -> u32 {
         if matches!(self.state, State::Recovering) { 1 } else { FAILURES_IN_A_ROW }
     }
 
     fn loading_too_long(&self, now: Timestamp) -> bool {
-        self.loading_since.is_some_and(|at| now.saturating_sub(at) >= self.profile.loading_patience)
+        self.loading_since.is_some_and(|at| now.saturating_sub(at) >= self.profile.loading_timeout)
     }
 
     fn decide(&self, tier: Tier, tally: &Tally<'_>) -> Option<Decision> {
         let wrong =
             |cause| move |(_, vote): &&(_, &super::evidence::Vote)| vote.last == Outcome::Failed(cause);
         let failing = || tally.failing.iter().chain(&tally.undecided);
-        // That the model is not there is said by the server itself: once each is enough.
-        let missing = failing().filter(|f| wrong(Cause::WrongModel)(f)).count();
-        let missing = missing >= QUORUM && missing > tally.passing.len() && tally.passing.len() < QUORUM;
+        let quota = failing().filter(|f| wrong(Cause::QuotaUsedUp)(f)).count();
+        // The server itself says that the model is missing or the account is empty, so one failure per observer is enough.
+        let told = failing().filter(|f| wrong(Cause::WrongModel)(f)).count() + quota;
+        let told = told >= QUORUM && told > tally.passing.len() && tally.passing.len() < QUORUM;
         let alone = tally.voters() == 1
             && failing()
                 .any(|(_, vote)| vote.failures >= self.profile.unhealthy_threshold.max(self.needed()));
-        if !(tally.ejects() || missing || alone) {
+        if !(tally.ejects() || told || alone) {
             return None;
         }
         let details: Vec<String> =
@@ -448,6 +451,7 @@ impl HealthRecord {
         }
         let rule = match (tier, alone) {
             _ if loading => Rule::LoadingTooLong,
+            _ if quota * 2 > failing().count() => Rule::QuotaUsedUp,
             (Tier::Liveness, false) => Rule::LivenessQuorum,
             (Tier::Liveness, true) => Rule::LivenessAlone,
             (_, false) => Rule::ReadinessQuorum,
@@ -457,12 +461,12 @@ impl HealthRecord {
         Some(Decision::Unhealthy { rule, detail, refused })
     }
 
-    /// While it is in use: first passes, the end of a slow start, degradations.
+    /// Changes of the state without an ejection: first passes, the end of a slow start, degradations.
     fn settle(&mut self, now: Timestamp, context: &Context<'_>, actions: &mut Vec<Action>) {
         match self.state {
             State::Unknown => {
                 let tier = if context.ready_capable { Tier::Readiness } else { Tier::Liveness };
-                // What was seen before it became unknown again says nothing of now.
+                // Probes from before the state became unknown do not count.
                 let since = self.since;
                 let pass = self
                     .votes
@@ -476,11 +480,17 @@ impl HealthRecord {
                         self.become_(State::Healthy, Rule::FirstPass, detail, now, actions);
                     }
                 } else if self.rule == Rule::NotProbed && self.loading_since.is_some() {
-                    (self.rule, self.detail) = (Rule::Loading, "it says that it is loading".into());
+                    (self.rule, self.detail) = (Rule::Loading, "the backend says that it is loading".into());
                 }
             }
             State::Recovering if now.saturating_sub(self.since) >= self.profile.slow_start => {
-                self.become_(State::Healthy, Rule::RampDone, "its slow start is over".into(), now, actions);
+                self.become_(
+                    State::Healthy,
+                    Rule::SlowStartDone,
+                    "the slow start is over".into(),
+                    now,
+                    actions,
+                );
             }
             State::Healthy | State::Degraded => match self.signs.degrade(now) {
                 Some((rule, detail)) => self.become_(State::Degraded, rule, detail, now, actions),
@@ -494,7 +504,8 @@ impl HealthRecord {
         }
     }
 
-    /// The way back: reached from a quorum (or all there are), one completion, and the hold-down over.
+    /// Recovery: a quorum of observers (or all of them, if fewer) reaches the backend, one readiness probe passes, and the
+    /// hold-down time is over.
     fn recover(&mut self, now: Timestamp, context: &Context<'_>, actions: &mut Vec<Action>) {
         let fell = self.ejected_at;
         let live: Vec<(&Observer, u32)> = self
@@ -517,12 +528,12 @@ impl HealthRecord {
             return;
         }
         if reached && ready {
-            let detail = format!("{enough} observers reach it and it answers again");
+            let detail = format!("{enough} observers reach the backend and it answers again");
             self.become_(State::Recovering, Rule::Recovery, detail, now, actions);
             return;
         }
-        // Not to wait for the next round: observers that have not probed since are asked. A backend ejected for its answers
-        // waits for its regular probe, which costs tokens.
+        // Observers that have not probed since are told to probe now, to save an interval. A backend that was ejected by
+        // readiness waits for its regular probe, which costs tokens.
         let due = |at: Option<Timestamp>| at.is_none_or(|at| now.saturating_sub(at) >= RECHECK);
         if reached_once && !reached && due(self.rechecked[0]) {
             self.rechecked[0] = Some(now);
@@ -535,7 +546,7 @@ impl HealthRecord {
     }
 }
 
-/// What follows from a tally.
+/// The result of a tally.
 enum Decision {
     Loading(String),
     Unhealthy { rule: Rule, detail: String, refused: bool },

@@ -71,38 +71,40 @@ macro_rules! rules {
 rules! {
     /// No observer has probed it yet.
     NotProbed = "not_probed",
-    /// It says that it is loading its model.
+    /// The backend says that it is loading its model.
     Loading = "loading",
-    /// It passed for the first time.
+    /// The first probe passed.
     FirstPass = "first_pass",
-    /// Several observers cannot reach it.
+    /// A quorum of observers cannot reach the backend.
     LivenessQuorum = "liveness_quorum",
-    /// The only observer there is cannot reach it.
+    /// The only observer cannot reach the backend.
     LivenessAlone = "liveness_alone",
-    /// Several observers get no completion.
+    /// A quorum of observers gets no completion.
     ReadinessQuorum = "readiness_quorum",
-    /// The only observer there is gets no completion.
+    /// The only observer gets no completion.
     ReadinessAlone = "readiness_alone",
-    /// It has been loading for longer than anybody waits.
+    /// Observers read that the account at the provider has no quota left.
+    QuotaUsedUp = "quota_used_up",
+    /// The backend has been loading for longer than `loading_timeout`.
     LoadingTooLong = "loading_too_long",
-    /// It failed during its slow start.
+    /// The backend failed during its slow start.
     Relapse = "relapse",
-    /// It is reached and answers again.
+    /// Observers reach the backend and it answers again.
     Recovery = "recovery",
-    /// Its slow start is over.
-    RampDone = "ramp_done",
-    /// It asks to be left alone.
+    /// The slow start is over.
+    SlowStartDone = "slow_start_done",
+    /// The backend answered 429, or 503 with Retry-After.
     Busy = "busy",
-    /// Too many of its requests fail.
+    /// Too many requests fail.
     ErrorRate = "error_rate",
-    /// It answers much later than usual.
+    /// Answers take much longer than usual.
     SlowAnswers = "slow_answers",
-    /// It writes much slower than usual.
+    /// Tokens per second are much fewer than usual.
     SlowTokens = "slow_tokens",
-    /// Its KV cache is full.
+    /// The KV cache is full.
     CacheFull = "cache_full",
-    /// A model it should serve is not on its list.
+    /// A model that the backend should serve is missing from its list.
     ModelMissing = "model_missing",
-    /// What degraded it is over.
+    /// The condition that degraded the backend is over.
     DegradationOver = "degradation_over",
 }

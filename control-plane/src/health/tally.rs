@@ -1,38 +1,39 @@
-//! Counting votes: which observers see a backend fail, which see it pass, and whether that ejects it.
+//! Counts votes: for which observers a backend fails, for which it passes, and whether the result ejects it.
 
 use std::collections::BTreeMap;
 
 use super::evidence::{Observer, Outcome, Timestamp, Vote};
 use super::isolation::IsolatedObservers;
-use super::params::{EXPIRY_INTERVALS, EXPIRY_MIN, QUORUM, VOTES_MAX};
+use super::params::{QUORUM, VOTES_MAX};
 use super::tier::Tier;
 use weir_proto::resource::HealthProfile;
 
-/// What is known of the cluster when one backend is judged.
+/// The state of the cluster that the evaluation of one backend needs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Context<'a> {
-    /// The observers without a vote.
+    /// The isolated observers.
     pub(crate) isolated: &'a IsolatedObservers,
-    /// Whether any observer can ask for completions.
+    /// Whether any observer makes readiness probes.
     pub(crate) ready_capable: bool,
 }
 
 /// The votes on one backend.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Votes {
+    /// At most [`VOTES_MAX`]; the oldest makes room. Sorted, so that a verdict does not depend on the order in which votes came.
     by: BTreeMap<(Tier, Observer), Vote>,
-    /// Those that reached it at least once, by any tier.
+    /// The observers that reached the backend at least once, at any tier.
     reached: BTreeMap<Observer, Timestamp>,
 }
 
-/// The votes at one tier since some time, each observer once.
+/// The votes at one tier since a time, one per observer.
 #[derive(Debug, Default)]
 pub(crate) struct Tally<'a> {
-    /// Failed often enough in a row.
+    /// Observers with enough consecutive failures.
     pub(crate) failing: Vec<(&'a Observer, &'a Vote)>,
-    /// Failed, but not yet often enough.
+    /// Observers with fewer consecutive failures.
     pub(crate) undecided: Vec<(&'a Observer, &'a Vote)>,
-    /// Passed.
+    /// Observers whose last probe passed.
     pub(crate) passing: Vec<&'a Observer>,
 }
 
@@ -41,12 +42,12 @@ impl Tally<'_> {
         self.failing.len() + self.undecided.len() + self.passing.len()
     }
 
-    /// Enough observers agree, more than object, and fewer than a quorum object.
+    /// Whether the failing observers are a quorum and more than the passing ones, which are fewer than a quorum.
     pub(crate) fn ejects(&self) -> bool {
         self.ejects_despite(0)
     }
 
-    /// The same, even if so many more should object: they need not be waited for.
+    /// Whether the tally ejects even if `open` more observers pass, so that their answers need not be waited for.
     pub(crate) fn ejects_despite(&self, open: usize) -> bool {
         let (failing, passing) = (self.failing.len(), self.passing.len() + open);
         failing >= QUORUM && failing > passing && passing < QUORUM
@@ -54,7 +55,7 @@ impl Tally<'_> {
 }
 
 impl Votes {
-    /// Counts one probe.
+    /// Records the result of one probe.
     pub(crate) fn cast(
         &mut self,
         tier: Tier,
@@ -77,7 +78,7 @@ impl Votes {
         self.by.insert(key, vote);
     }
 
-    /// Forgets votes that have expired, and with the last vote of an observer that it ever got through.
+    /// Removes expired votes. An observer without any vote also no longer counts as having reached the backend.
     pub(crate) fn expire(&mut self, profile: &HealthProfile, now: Timestamp) {
         self.by.retain(|(tier, _), vote| now.saturating_sub(vote.at) <= expiry(profile, *tier));
         let by = &self.by;
@@ -88,7 +89,7 @@ impl Votes {
         self.by.is_empty()
     }
 
-    /// Every vote, for explanations.
+    /// Every vote.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Tier, &Observer, &Vote)> {
         self.by.iter().map(|((tier, observer), vote)| (*tier, observer, vote))
     }
@@ -97,8 +98,8 @@ impl Votes {
         self.by.get(&(tier, observer.clone()))
     }
 
-    /// Votes of one tier that count: of observers that are believed, and that can reach the backend if anybody can.
-    /// An observer without a way to it (a firewall, another network) would otherwise vote against it for ever.
+    /// The votes of one tier that count. Votes of isolated observers do not count, nor those of observers that never reached
+    /// the backend while others did: an observer behind a firewall would otherwise vote against it for ever.
     pub(crate) fn counted<'a>(
         &'a self,
         tier: Tier,
@@ -113,7 +114,7 @@ impl Votes {
             .map(|(_, observer, vote)| (observer, vote))
     }
 
-    /// Whether an observer can reach the backend, as far as anybody can.
+    /// Whether the observer has reached the backend, or no observer has.
     pub(crate) fn is_able(&self, observer: &Observer, vote: &Vote) -> bool {
         self.reached.is_empty() || vote.last.is_good() || self.reached.contains_key(observer)
     }
@@ -142,7 +143,7 @@ impl Votes {
 }
 
 fn expiry(profile: &HealthProfile, tier: Tier) -> Timestamp {
-    interval(profile, tier).saturating_mul(EXPIRY_INTERVALS).max(EXPIRY_MIN)
+    weir_probe::expiry(interval(profile, tier))
 }
 
 /// The time between two probes of one observer.

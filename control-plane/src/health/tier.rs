@@ -7,7 +7,7 @@ pub(crate) enum Tier {
     Liveness,
     /// The model answers.
     Readiness,
-    /// It answers as fast as it should.
+    /// The model answers at its usual speed.
     Deep,
 }
 

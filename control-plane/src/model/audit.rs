@@ -97,7 +97,7 @@ pub(crate) struct Logged {
     pub(crate) sound: bool,
 }
 
-/// Who makes a change, and how.
+/// The author of a change.
 #[derive(Debug, Clone)]
 pub(crate) struct Actor {
     pub(crate) name: Arc<str>,
@@ -199,7 +199,7 @@ impl Logged {
         }
     }
 
-    /// The changes of resources, for those who watch.
+    /// The changes of resources, for watchers.
     pub(crate) fn events(&self) -> impl Iterator<Item = v1::WatchEvent> {
         self.record.changes.iter().filter(|change| !change.is_token()).map(|change| {
             let (before, after) = change.resources();
@@ -291,8 +291,8 @@ pub(crate) fn field_change((path, before, after): Difference) -> v1::FieldChange
     v1::FieldChange { path, before, after }
 }
 
-/// What is wrong with a stretch of the log, given the hash before it (`None`: not known, it begins where the log does);
-/// the number of records that are right, and the hash at the end.
+/// Verifies a part of the log after the given hash (`None`: unknown, the part starts with the log). Returns the problem, the
+/// number of verified records, and the hash at the end.
 pub(crate) fn verify(
     records: &[Arc<Logged>],
     mut previous: Option<(u64, Bytes)>,

@@ -82,7 +82,7 @@ fn masked(
     whole.transcode_to::<v1::Resource>().map(|resource| resource.spec).map_err(|e| unreadable(&e))
 }
 
-/// The set of the resources that a store began with. Whoever applies one of them first has it.
+/// The apply set of the resources that a store started with. The first apply of such a resource takes it over.
 pub(crate) const BOOTSTRAP_SET: &str = "bootstrap";
 
 /// The edits of an apply: every resource given, marked with its set, and the deletion of what the set had besides. What

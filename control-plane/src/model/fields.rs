@@ -1,4 +1,4 @@
-//! What differs between two versions of a resource, as the log and plans show it.
+//! The differences between two versions of a resource, for the log and for plans.
 
 use prost_reflect::DynamicMessage;
 use weir_proto::resource::{kind_name, kind_of};

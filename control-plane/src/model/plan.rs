@@ -1,4 +1,4 @@
-//! From edits to a plan: what would be written, after every rule has been checked against the result as a whole.
+//! Turns edits into a plan of writes, after every rule was checked against the complete result.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -91,7 +91,7 @@ impl Outcome<'_> {
     }
 }
 
-/// Checks everything and says what would be done.
+/// Checks every rule and returns the plan.
 pub(crate) fn plan(state: &State, edits: Vec<Edit>, options: Options) -> Result<Plan, Refusal> {
     let mut result = Outcome { state, changed: BTreeMap::new() };
     let mut violations = Vec::new();
@@ -135,7 +135,7 @@ pub(crate) fn plan(state: &State, edits: Vec<Edit>, options: Options) -> Result<
     Ok(Plan { steps, tokens, removes_backends, allow_mass_removal: options.allow_mass_removal })
 }
 
-/// What is referred to is made first and deleted last.
+/// A resource is created before and deleted after the ones that refer to it.
 fn order(step: &Step) -> (bool, i32, &str) {
     let kind = i32::from(step.key.kind);
     let deleted = step.action == v1::ChangeAction::Delete;
@@ -277,7 +277,7 @@ fn still_referred(result: &Outcome<'_>, steps: &[(String, Step)]) -> Result<(), 
     referrers.into_iter().next().map_or(Ok(()), |(key, by)| Err(Refusal::Referred { key, by }))
 }
 
-/// Refuses what empties a pool or takes away more than half of it, unless that is allowed. Says whether any pool
+/// Refuses a plan that removes all or more than half of a pool's backends, unless that is allowed. Returns whether any pool
 /// loses a backend.
 fn guard_mass_removal(result: &Outcome<'_>, allowed: bool) -> Result<bool, Refusal> {
     let mut lost: BTreeMap<&str, usize> = BTreeMap::new();

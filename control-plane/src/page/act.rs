@@ -18,11 +18,11 @@ use super::{CHANGES, Page, Refused};
 use crate::auth::Caller;
 use crate::services::admin::Admin;
 
-/// How long the answer waits until the gateways hold the change.
+/// How long the answer waits until the gateways have applied the change.
 const APPLIED_WITHIN: Duration = Duration::from_secs(5);
 const DRAIN: &str = "/weir.v1.AdminService/Drain";
 
-/// What is to be done with a backend.
+/// A change of a backend.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Weight(u32),
@@ -31,7 +31,7 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// From the body, with the etag of what the page showed.
+    /// Parses the body, which contains the etag that the page showed.
     pub(crate) fn parse(body: &[u8]) -> Result<(Self, String), Status> {
         let wrong = |what: &str| Status::invalid_argument(what);
         let value: Value =

@@ -1,4 +1,4 @@
-//! One picture a second, made once and sent to everybody who watches; none is made while nobody does.
+//! The feed of the live page: one frame per second, made once for all open pages; no frame is made without an open page.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use crate::auth::{Caller, role_name};
 use crate::gateways::timeseries::SAMPLE;
 use crate::services::Shared;
 
-/// Pages open at once.
+/// The maximum of open pages.
 const WATCHERS_MAX: usize = 64;
-/// A reader that takes nothing for so long is let go of.
+/// The stream of a page that reads nothing for this time is closed.
 const STALLED: Duration = Duration::from_secs(30);
-/// How often a token is looked at again.
+/// The interval at which the token of an open page is checked again.
 const TOKEN_CHECK: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// The feed of the live page. Cheap to clone.
 #[derive(Debug)]
 pub(crate) struct Feed {
     frames: watch::Sender<Option<Arc<Frame>>>,
-    /// A picture is wanted now.
+    /// Notified when a frame is to be made now.
     wanted: Notify,
     permits: Arc<Semaphore>,
 }
@@ -45,7 +45,7 @@ impl Default for Feed {
 }
 
 impl Feed {
-    /// Samples the figures, and makes pictures for those who watch, until `stop`.
+    /// Samples the time series and makes frames for open pages, until `stop`.
     pub(crate) async fn run(self: Arc<Self>, shared: Shared, stop: CancellationToken) {
         let mut samples = interval(SAMPLE);
         samples.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -61,7 +61,7 @@ impl Feed {
                 () = self.wanted.notified() => {}
             }
             if self.frames.receiver_count() == 0 {
-                // An old picture would be the first that the next one sees.
+                // Without this, the next page would start with an old frame.
                 self.frames.send_replace(None);
                 continue;
             }
@@ -71,12 +71,12 @@ impl Feed {
         }
     }
 
-    /// Something has changed that those who watch want to see now.
+    /// Requests a frame now, after a change.
     pub(super) fn refresh(&self) {
         self.wanted.notify_one();
     }
 
-    /// Everything from now on, for one caller.
+    /// The stream of one page.
     pub(super) fn watch(
         self: &Arc<Self>,
         shared: &Shared,
@@ -88,7 +88,7 @@ impl Feed {
         })?;
         let (outbox, events) = mpsc::channel(1);
         let (frames, shared, feed) = (self.frames.subscribe(), shared.clone(), self.clone());
-        // Ends with its reader, with its token, or with the stop signal.
+        // The stream ends when the page is closed, its token is revoked, or the process stops.
         shared.tasks.clone().spawn(async move {
             let _permit = permit;
             let stop = shared.stop.clone();
@@ -128,7 +128,7 @@ impl Feed {
                 checked = Instant::now();
                 if let Err(status) = shared.authority.still(caller) {
                     let why = event("refused", &json!({ "error": status.message() }));
-                    // Whoever does not read it sees the stream end.
+                    // A page that does not read misses the error and sees the end of the stream.
                     let _ = timeout(STALLED, outbox.send(Ok(why))).await;
                     return;
                 }

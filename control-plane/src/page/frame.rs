@@ -1,4 +1,5 @@
-//! What the page shows, as events with JSON: what is now, one new point of each line, all lines, and what happened.
+//! The frames of the live page as server-sent events with JSON: the current state, one new point of each line, all lines,
+//! and the log of events and changes.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -13,14 +14,14 @@ use crate::services::admin::Admin;
 
 /// Events and changes shown.
 const LOG_SHOWN: usize = 40;
-/// Limits shown: those that refuse, then the fullest.
+/// Limits shown: limits that refuse requests, then the fullest.
 const LIMITS_SHOWN: usize = 100;
 /// Fields shown of one change.
 const FIELDS_SHOWN: usize = 6;
 /// Resources shown of one change.
 const CHANGES_SHOWN: usize = 6;
 
-/// One picture.
+/// One frame.
 #[derive(Debug)]
 pub(super) struct Frame {
     closed: u64,
@@ -38,7 +39,7 @@ pub(super) fn event(name: &str, value: &Value) -> Bytes {
 }
 
 impl Frame {
-    /// The picture now. What has not changed since the one before is taken over.
+    /// The current frame. Unchanged parts of the frame before are reused.
     pub(super) async fn of(shared: &Shared, before: Option<&Self>) -> Self {
         let (closed, state, point, lines) = shared.aggregate.timeseries().read(|figures| {
             let fresh = before.is_none_or(|before| before.closed != figures.closed());
@@ -48,7 +49,7 @@ impl Frame {
             };
             (figures.closed(), figures.totals(), drawn.0, drawn.1)
         });
-        let state = event("state", &whole(shared, state));
+        let state = event("state", &current(shared, state));
         let events = shared.verdicts.events(0, "");
         let log_at = (events.last().map_or(0, |event| event.number), shared.catalog.state().audit.sequence);
         let log = match before {
@@ -58,7 +59,7 @@ impl Frame {
         Self { closed, log_at, state, point, lines, log }
     }
 
-    /// What somebody has to be told who was last told of another picture, or of none.
+    /// The events for a page that received frame `told` last; `None` for a new page.
     pub(super) fn after(&self, told: Option<&Self>) -> Vec<Bytes> {
         let mut pieces = Vec::with_capacity(3);
         match told {
@@ -87,9 +88,9 @@ impl Reader<'_> {
             let ((a_refused, a_fill), (b_refused, b_fill)) = (rank(a), rank(b));
             b_refused.total_cmp(&a_refused).then(b_fill.total_cmp(&a_fill)).then(a_key.cmp(b_key))
         });
-        let limits = limits.into_iter().take(LIMITS_SHOWN).map(|((kind, name, what), limit)| {
+        let limits = limits.into_iter().take(LIMITS_SHOWN).map(|((scope_kind, scope, kind), limit)| {
             json!({
-                "kind": kind, "name": name, "what": what, "limit": limit.limit, "used": limit.used,
+                "scope_kind": scope_kind, "scope": scope, "kind": kind, "limit": limit.limit, "used": limit.used,
                 "refused": limit.refusals.per_second(self.second), "shadow": limit.shadow,
             })
         });
@@ -105,7 +106,7 @@ impl Reader<'_> {
     }
 }
 
-/// Enough digits for a picture.
+/// Rounds to the precision that the page shows.
 fn rounded(value: Option<f64>) -> Option<f64> {
     value.map(|value| if value < 10.0 { (value * 100.0).round() / 100.0 } else { value.round() })
 }
@@ -145,8 +146,8 @@ fn ms(time: Option<prost_types::Timestamp>) -> Option<i64> {
     time.map(|time| time.seconds.saturating_mul(1000) + i64::from(time.nanos / 1_000_000))
 }
 
-/// What is now.
-fn whole(shared: &Shared, mut totals: Value) -> Value {
+/// The current state.
+fn current(shared: &Shared, mut totals: Value) -> Value {
     let state = shared.catalog.state();
     let revision = state.revision;
     let limits = totals["limits"].take();
@@ -192,8 +193,8 @@ fn gateway_row(gateway: &v1::Gateway, revision: u64, figures: Reader<'_>) -> Val
         v1::SyncState::Synced => "in sync",
         v1::SyncState::Pending => "pending",
         v1::SyncState::Stale => "stale",
-        v1::SyncState::Error => "refuses",
-        v1::SyncState::Gone => "gone",
+        v1::SyncState::Error => "error",
+        v1::SyncState::Disconnected => "disconnected",
         v1::SyncState::Unspecified => "unknown",
     };
     let refuses = gateway.errors.iter().take(CHANGES_SHOWN).map(|error| {
@@ -217,9 +218,9 @@ fn backend_row(status: &v1::BackendStatus) -> Value {
         v1::AdminState::Disabled => "disabled",
         v1::AdminState::Active | v1::AdminState::Unspecified => "active",
     };
-    let ramp = health.ramp_elapsed.zip(health.ramp).and_then(|(elapsed, ramp)| {
-        let (elapsed, ramp) = (Duration::try_from(elapsed).ok()?, Duration::try_from(ramp).ok()?);
-        (!ramp.is_zero()).then(|| elapsed.as_secs_f64() / ramp.as_secs_f64())
+    let slow_start = health.slow_start_elapsed.zip(health.slow_start).and_then(|(elapsed, total)| {
+        let (elapsed, total) = (Duration::try_from(elapsed).ok()?, Duration::try_from(total).ok()?);
+        (!total.is_zero()).then(|| elapsed.as_secs_f64() / total.as_secs_f64())
     });
     json!({
         "name": status.backend, "pool": status.pool, "state": Health::of_wire(health.state()).name(),
@@ -227,11 +228,11 @@ fn backend_row(status: &v1::BackendStatus) -> Value {
         "effective": (status.effective_weight * 10.0).round() / 10.0,
         "in_flight": status.in_flight, "max": status.max_concurrency,
         "tokens": rounded(status.tokens_per_second), "ejected_by": status.ejected_by,
-        "stale": health.stale, "suspect": health.suspect, "overridden": health.overridden, "ramp": ramp,
+        "stale": health.stale, "suspect": health.suspect, "overridden": health.overridden, "slow_start": slow_start,
     })
 }
 
-/// What happened, the newest first.
+/// Health events and changes, newest first.
 async fn log(shared: &Shared, events: &[v1::HealthEvent]) -> Value {
     let events = events.iter().rev().take(LOG_SHOWN).map(|event| {
         json!({
@@ -239,7 +240,7 @@ async fn log(shared: &Shared, events: &[v1::HealthEvent]) -> Value {
             "message": event.message,
         })
     });
-    // A log that cannot be read shows as empty; the call for it says why.
+    // If the log cannot be read it is shown as empty; `weir audit` reports the error.
     let records = shared.catalog.records_before(u64::MAX, LOG_SHOWN).await.unwrap_or_default();
     let changes = records.iter().map(|record| change(&record.to_wire()));
     json!({ "events": events.collect::<Vec<_>>(), "changes": changes.collect::<Vec<_>>() })
@@ -257,7 +258,7 @@ fn change(entry: &v1::AuditEntry) -> Value {
             v1::ChangeAction::Delete => "deleted",
             v1::ChangeAction::Unchanged | v1::ChangeAction::Unspecified => "",
         };
-        // What is new or gone has all its fields; its name says enough.
+        // Fields are shown for updates only; created and deleted resources are shown by name.
         let shown = if change.action() == v1::ChangeAction::Update { FIELDS_SHOWN } else { 0 };
         let fields = change.fields.iter().take(shown);
         let fields = fields.map(|f| json!({ "path": f.path, "before": f.before, "after": f.after }));

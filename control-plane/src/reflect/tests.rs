@@ -61,7 +61,7 @@ fn a_mask_changes_what_it_names_and_nothing_else() {
     mask::assign(&mut target, &source, "timeouts.connect").unwrap();
     assert_eq!(target, source, "a path that the source lacks is cleared");
     let unknown = mask::assign(&mut target, &source, "timeouts.totl").unwrap_err();
-    assert_eq!(unknown.valid, ["connect", "first_byte", "idle", "total"]);
+    assert_eq!(unknown.valid, ["connect", "first_byte", "idle", "total", "keep_alive"]);
     assert!(mask::assign(&mut target, &source, "regions.x").is_err());
     let bare = target.clone();
     mask::assign(&mut target, &source, "ejection.base_duration").unwrap();

@@ -1,4 +1,4 @@
-//! What the control plane is told, and what is refused before anything is opened.
+//! The settings of a control plane, and their validation before anything is opened.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -12,7 +12,7 @@ use crate::encoding::base64url;
 use crate::store::{self, EtcdConfig};
 use crate::tls::TlsConfig;
 
-/// Where resources are kept.
+/// The kind of store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreConfig {
     /// Nowhere: they go with the process.
@@ -39,7 +39,7 @@ impl StoreConfig {
     }
 }
 
-/// What the control plane is told.
+/// The settings of a control plane.
 #[derive(Debug)]
 pub struct Config {
     /// Where the gRPC services listen: 127.0.0.1:7070.

@@ -1,4 +1,4 @@
-//! What operators do: every call becomes a plan, a commit and one log line per resource changed.
+//! The admin service: every change becomes a plan, a commit and one log line per changed resource.
 
 mod audit;
 mod backup;
@@ -32,8 +32,7 @@ use crate::reflect::canonical;
 #[derive(Debug, Clone)]
 pub(crate) struct Admin(pub(crate) Shared, Option<Caller>);
 
-/// The stream of a method that answers with one. Bounded: who does not read is waited for, and holds nothing but its
-/// place in the log.
+/// The stream of a streaming method. Bounded: a caller that does not read holds only its position in the log.
 type Answers<T> = ReceiverStream<Result<T, Status>>;
 
 /// Every method: counted, then answered by its namesake.
@@ -76,7 +75,7 @@ macro_rules! methods {
 pub(super) trait Handle<Q> {
     /// The answer.
     type Answer;
-    /// Does what is asked.
+    /// Executes the call.
     fn do_call(&self, request: Q) -> impl Future<Output = Result<Self::Answer, Status>> + Send;
 }
 
@@ -119,7 +118,7 @@ impl Admin {
         Self(self.0.clone(), request.extensions().get::<Caller>().cloned())
     }
 
-    /// Who calls. Whoever came past the gate is known.
+    /// The caller, which the gate has authenticated.
     fn caller(&self) -> Result<&Caller, Status> {
         self.1.as_ref().ok_or_else(|| Status::unauthenticated("the caller is not known"))
     }
@@ -176,7 +175,7 @@ impl Admin {
     }
 }
 
-/// Who changes something, for the audit log.
+/// The author of a change, for the audit log.
 pub(crate) fn actor(caller: &Caller, method: &'static str) -> Actor {
     Actor { name: caller.name.clone(), role: caller.role, method }
 }

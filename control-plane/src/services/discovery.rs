@@ -1,7 +1,7 @@
 //! The configuration stream: one task per gateway, one delta at a time.
 
-mod observer;
 mod session;
+mod status_only;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,17 +25,17 @@ use crate::gateways::registry::{Claim, Connection, Taken};
 use crate::model::Key;
 use crate::publish::{ConfigState, Snapshot};
 
-/// A stream that does not say hello by then is closed.
+/// A stream without a hello within this time is closed.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// A stream ends about this old, so that gateways spread over replicas and read their certificates anew.
+/// The approximate maximum age of a stream, so that gateways spread over replicas and use renewed certificates.
 const AGE: Duration = Duration::from_secs(30 * 60);
-/// One delta is in flight at most, so it always finds room; heartbeats leave room for it.
+/// Messages in the outbox. At most one delta is in flight, and heartbeats leave room for it.
 const OUTBOX: usize = 4;
-/// An initial synchronisation has its permit for so long at most; most are answered within milliseconds.
+/// The longest time of a permit for an initial synchronisation; most are acknowledged within milliseconds.
 const PERMIT_MAX: Duration = Duration::from_secs(3);
 
-/// The service that gateways follow.
+/// The discovery service.
 #[derive(Debug, Clone)]
 pub(crate) struct Discovery(pub(crate) Shared);
 
@@ -65,21 +65,22 @@ async fn hello(inbound: &mut Streaming<StreamConfigRequest>) -> Result<v1::Hello
     Ok(hello)
 }
 
-/// The permit for an initial synchronisation: few gateways take everything at once.
+/// The permit for an initial synchronisation: it bounds how many gateways receive the entire configuration at once.
 enum Admission {
-    /// It is not needed, or not any more.
+    /// No permit is needed, or it was released.
     None,
     Asked(BoxFuture<'static, Option<OwnedSemaphorePermit>>),
-    /// ConfigState until the first answer, at most until the time given: a gateway that does not answer must not keep others waiting.
+    /// The permit is kept until the gateway's first answer, and until `until` at most: a gateway that does not answer must
+    /// not keep others waiting.
     Granted {
-        #[expect(dead_code, reason = "held, not read: dropping it frees it for the next")]
+        #[expect(dead_code, reason = "kept, not read: dropping the permit frees it for the next stream")]
         permit: OwnedSemaphorePermit,
         until: Instant,
     },
 }
 
 impl Admission {
-    /// When a permit that is held is given up.
+    /// When a granted permit is released at the latest.
     const fn ends(&self) -> Option<Instant> {
         match self {
             Self::Granted { until, .. } => Some(*until),
@@ -94,7 +95,7 @@ struct Stream {
     caller: Caller,
     outbox: Outbox,
     connection: Connection,
-    /// Of a gateway: it counts as there while its stream is open.
+    /// Counts the gateway as connected while its stream is open; `None` for a limit service.
     _member: Option<OpenStream>,
     session: Session,
     admission: Admission,
@@ -109,8 +110,8 @@ async fn serve(
 ) -> Result<(), Status> {
     let hello = hello(&mut inbound).await?;
     shared.authority.speaks_for(&caller, &hello.gateway_id)?;
-    if hello.observer {
-        return observer::serve(shared, caller, hello, inbound, outbox).await;
+    if hello.status_only {
+        return status_only::serve(shared, caller, hello, inbound, outbox).await;
     }
     let mut snapshots = shared.snapshots.clone();
     let snapshot = snapshots.borrow_and_update().clone();
@@ -118,15 +119,15 @@ async fn serve(
     stream.run(inbound, snapshots, snapshot).await
 }
 
-/// Why a stream of a gateway is not taken. It comes back by itself.
+/// The status for a refused stream. The gateway connects again.
 fn taken(taken: Taken) -> Status {
     if matches!(taken, Taken::ByAnother(_)) {
-        tracing::warn!(reason = %taken, "a gateway was refused");
+        tracing::warn!(reason = %taken, "configuration stream refused");
     }
     Status::aborted(taken.to_string())
 }
 
-/// Says that the control plane lives, when there is room.
+/// Sends a heartbeat if the outbox has room for it and a delta.
 fn heartbeat(outbox: &Outbox, store_revision: u64) {
     let heartbeat = v1::Heartbeat { store_revision, time: Some(weir_runtime::wall_clock().into()) };
     if outbox.capacity() > 1 {
@@ -135,7 +136,7 @@ fn heartbeat(outbox: &Outbox, store_revision: u64) {
     }
 }
 
-/// The age at which a stream ends: drawn from a range, so that those that came together do not go together.
+/// The age at which a stream ends, a random value, so that streams that started together do not end together.
 fn age_limit() -> Result<Duration, Status> {
     let mut random = [0_u8; 2];
     getrandom::fill(&mut random).map_err(|_| Status::unavailable("the system has no randomness"))?;
@@ -157,9 +158,11 @@ impl Stream {
             tracing::warn!(
                 gateway = hello.gateway_id,
                 revision = session.config.revision,
-                "a gateway is ahead of this store"
+                "gateway refused: its revision is newer than this store"
             );
-            return Err(Status::failed_precondition("this control plane is behind what the gateway holds"));
+            return Err(Status::failed_precondition(
+                "this control plane is behind the revision of the gateway",
+            ));
         }
         if !known && !session.config.versions.is_empty() {
             shared.metrics.foreign_epochs.inc();
@@ -172,7 +175,7 @@ impl Stream {
                  removal without allow_mass_removal"
             );
         }
-        // A gateway that names this revision and holds something else has yet to apply it.
+        // A gateway at this revision with other versions has not applied it completely.
         let differs = session.config.is(snapshot) && session.differs(snapshot);
         let applied = if known && !differs { session.config.revision } else { 0 };
         let claim = Claim::of(&caller);
@@ -235,14 +238,14 @@ impl Stream {
                     self.shared.authority.still(&self.caller)?;
                     self.heartbeat();
                 }
-                // A clean end between two deltas: the gateway comes back at once, perhaps to another replica.
+                // The stream ends between two deltas; the gateway connects again, maybe to another replica.
                 () = sleep_until(ends), if !self.session.is_waiting() => return Ok(()),
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => self.late()?,
             }
         }
     }
 
-    /// Waits for the permit. Cancel-safe: the turn in the queue is kept.
+    /// Waits for the permit. Cancel-safe: the position in the queue is kept.
     async fn permit(&mut self) -> Option<OwnedSemaphorePermit> {
         match &mut self.admission {
             Admission::Asked(permit) => permit.await,
@@ -267,8 +270,8 @@ impl Stream {
         let (nonce, errors) = match request.message {
             Some(Up::Ack(ack)) => (ack.nonce, Vec::new()),
             Some(Up::Nack(nack)) if nack.errors.is_empty() => {
-                let whole = v1::ResourceError { resource: None, message: "the whole delta".into() };
-                (nack.nonce, vec![whole])
+                let entire = v1::ResourceError { resource: None, message: "the entire delta".into() };
+                (nack.nonce, vec![entire])
             }
             Some(Up::Nack(nack)) => (nack.nonce, nack.errors),
             Some(Up::Retry(_)) => {
@@ -276,7 +279,9 @@ impl Stream {
                 return Ok(());
             }
             Some(Up::Hello(_) | Up::Applied(_)) => {
-                return Err(Status::invalid_argument("hello is said once, and applied by observers"));
+                return Err(Status::invalid_argument(
+                    "hello is sent once, and applied on status-only streams",
+                ));
             }
             None => return Err(Status::invalid_argument("a message is needed")),
         };
@@ -294,13 +299,13 @@ impl Stream {
                 for error in &errors {
                     let resource = error.resource.as_ref().and_then(Key::of_ref);
                     let resource =
-                        resource.map_or_else(|| "the whole delta".to_owned(), |key| key.to_string());
+                        resource.map_or_else(|| "the entire delta".to_owned(), |key| key.to_string());
                     let reason = &error.message;
-                    tracing::warn!(gateway = self.id, resource, reason, "a gateway refused a resource");
+                    tracing::warn!(gateway = self.id, resource, reason, "resource refused by a gateway");
                 }
                 self.shared.metrics.nacks.inc();
                 if whole {
-                    self.shared.metrics.refused_whole.inc();
+                    self.shared.metrics.full_nacks.inc();
                 }
                 self.connection.refused(&errors, revision, &self.session.config);
             }

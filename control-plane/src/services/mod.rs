@@ -1,4 +1,4 @@
-//! The gRPC services: thin layers between the wire and the parts that know.
+//! The gRPC services: thin layers between the protocol and the logic.
 
 pub(crate) mod admin;
 pub(crate) mod discovery;
@@ -28,7 +28,7 @@ use crate::publish::{Differences, Snapshot};
 use crate::store;
 use crate::verdicts::Verdicts;
 
-/// What the services share.
+/// The state that all services share.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {
     pub(crate) catalog: Arc<Catalog>,
@@ -38,11 +38,11 @@ pub(crate) struct Shared {
     pub(crate) membership: Membership,
     pub(crate) aggregate: Aggregate,
     pub(crate) verdicts: Verdicts,
-    /// Whether this control plane speaks for all.
+    /// The fencing token while this control plane is the leader.
     pub(crate) leads: Leads,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) authority: Authority,
-    /// Permits for gateways that take everything at once.
+    /// Permits for initial synchronisations of gateways.
     pub(crate) initial_syncs: Arc<Semaphore>,
     /// Permits for probes on demand.
     pub(crate) probes: Arc<Semaphore>,
@@ -71,7 +71,7 @@ fn check_about(gateway_id: &str, about: &[(&str, &str)]) -> Result<(), Status> {
     Ok(())
 }
 
-/// Who calls. Whoever came past the gate is known.
+/// The caller, which the gate has authenticated.
 fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(|| Status::unauthenticated("the caller is not known"))
@@ -102,7 +102,7 @@ where
             () = stop.cancelled() => Err(Status::unavailable("the control plane is stopping")),
         };
         if let Err(status) = served {
-            // When the outbox is full nobody reads, and nobody misses the reason.
+            // If the outbox is full, the client does not read and misses the reason.
             let _ = outbox.try_send(Err(status));
         }
     });
@@ -128,7 +128,7 @@ impl From<Refusal> for Status {
             Refusal::OtherSets { .. } => (Code::FailedPrecondition, "OTHER_SET"),
             Refusal::Precondition(_) => (Code::FailedPrecondition, "PRECONDITION"),
         };
-        with_reason(code, message, reason)
+        with_reason(code, &message, reason)
     }
 }
 
@@ -138,31 +138,31 @@ impl From<catalog::Error> for Status {
         match error {
             catalog::Error::Refused(refusal) => refusal.into(),
             catalog::Error::RequestIdReused => invalid("request_id", &message),
-            catalog::Error::Contended => with_reason(Code::Aborted, message, "CONTENDED"),
-            catalog::Error::Behind => with_reason(Code::Unavailable, message, "BEHIND"),
-            catalog::Error::Lagging => with_reason(Code::Unavailable, message, "LAGGING"),
-            catalog::Error::Forgotten { .. } => with_reason(Code::OutOfRange, message, "FORGOTTEN"),
-            catalog::Error::Ahead { .. } => with_reason(Code::OutOfRange, message, "AHEAD"),
+            catalog::Error::Contended => with_reason(Code::Aborted, &message, "CONTENDED"),
+            catalog::Error::Behind => with_reason(Code::Unavailable, &message, "BEHIND"),
+            catalog::Error::Lagging => with_reason(Code::Unavailable, &message, "LAGGING"),
+            catalog::Error::Forgotten { .. } => with_reason(Code::OutOfRange, &message, "FORGOTTEN"),
+            catalog::Error::Ahead { .. } => with_reason(Code::OutOfRange, &message, "AHEAD"),
             catalog::Error::Store(store::Error::Conflict(_)) => {
-                with_reason(Code::Aborted, message, "CONFLICT")
+                with_reason(Code::Aborted, &message, "CONFLICT")
             }
             catalog::Error::Store(store::Error::Full(_)) => {
-                with_reason(Code::ResourceExhausted, message, "STORE_FULL")
+                with_reason(Code::ResourceExhausted, &message, "STORE_FULL")
             }
             catalog::Error::Store(store::Error::TooLarge) => {
-                with_reason(Code::FailedPrecondition, message, "STORE_TOO_LARGE")
+                with_reason(Code::FailedPrecondition, &message, "STORE_TOO_LARGE")
             }
             catalog::Error::Store(store::Error::Away { .. }) => {
-                tracing::error!(error = message, "a change failed");
+                tracing::error!(error = message, "change failed");
                 with_reason(
                     Code::Unavailable,
-                    "the store does not answer; see the control plane's log".into(),
+                    "the store does not answer; see the control plane's log",
                     "STORE_AWAY",
                 )
             }
             catalog::Error::Store(_) => {
                 // The text may name paths of this machine; it is for the operator's log.
-                tracing::error!(error = message, "a change failed");
+                tracing::error!(error = message, "change failed");
                 Self::unavailable("the store failed; see the control plane's log")
             }
         }

@@ -1,7 +1,8 @@
-//! The report stream: takes in what gateways see, and sends each of them what all of them see. The latest value wins:
-//! while a gateway does not read, nothing queues up, and then it is sent the difference to what it was last sent.
+//! The report stream: receives the reports of gateways and sends verdicts and aggregates. The latest value wins: nothing is
+//! queued for a gateway that does not read; later it receives the difference to the last message.
 //!
-//! Of several control planes only the leader sends; the others say that they do not lead, and take reports in.
+//! Only the leader sends verdicts and aggregates. The other control planes send that they are not the leader, and receive
+//! reports.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{
-    self, FleetLoad, FleetTraffic, Leadership, ProbeAssignments, ProbeOrder, ProbeTier, StreamReportsRequest,
-    StreamReportsResponse,
+    self, AggregateLoad, AggregateTraffic, Leadership, ProbeAssignments, ProbeOrder, ProbeTier,
+    StreamReportsRequest, StreamReportsResponse,
 };
 
 use super::{Shared, check_about};
@@ -26,17 +27,18 @@ use crate::health::Observer;
 use crate::leader::Leads;
 use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 
-/// Answers that may lie unread; the latest value wins.
+/// Messages in the outbox of a stream; the latest value wins.
 const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Loads change all the time, and how many gateways there are changes with each that comes; verdicts do not wait for this.
+/// The shortest interval between two messages with loads or the number of gateways, which change often. Verdicts are sent
+/// without this delay.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
-/// In a large fleet each gateway is sent loads less often, so that all together are sent so many a second.
+/// Messages with loads per second over all gateways. With many gateways each of them receives loads less often...
 const LOADS_PER_SECOND: f64 = 2000.0;
-/// But never less often than that: loads must not be older than their reports.
+/// ...but at least this often, so that loads are not older than reports.
 const LOAD_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
-/// The service that gateways report to.
+/// The report service.
 #[derive(Debug, Clone)]
 pub(crate) struct Reports(pub(crate) Shared);
 
@@ -54,7 +56,7 @@ impl ReportService for Reports {
     }
 }
 
-/// What a gateway was last sent.
+/// The values that a gateway was last sent.
 #[derive(Default)]
 struct LastSent {
     healths: Arc<Healths>,
@@ -63,13 +65,13 @@ struct LastSent {
     traffic: Traffic,
     live: u32,
     assignments: Arc<ProbeAssignments>,
-    /// Orders up to this one.
+    /// The serial of the last order sent.
     serial: u64,
-    /// Departures up to this one.
+    /// The number of the last departure sent.
     departure: u64,
 }
 
-/// What may be sent now.
+/// The values that can be sent now.
 struct Current {
     healths: Arc<Healths>,
     loads: Arc<Loads>,
@@ -77,12 +79,12 @@ struct Current {
 }
 
 impl LastSent {
-    /// Whether the gateway has to do something that it was not sent yet.
+    /// Whether there are assignments or orders that were not sent yet.
     fn lacks(&self, duties: &Duties, of: &Observer) -> bool {
         assignments(duties, of) != self.assignments || duties.orders_after(self.serial, of).next().is_some()
     }
 
-    /// The difference between what was sent and what there is now, which counts as sent from then on.
+    /// Returns the difference to the last message, and records it as sent.
     fn advance(
         &mut self,
         now: Current,
@@ -92,7 +94,7 @@ impl LastSent {
     ) -> StreamReportsResponse {
         let health = now.healths.iter().filter(|(name, health)| self.healths.get(*name) != Some(health));
         let changed = now.loads.iter().filter(|(name, load)| self.loads.get(*name) != Some(load));
-        // Of a backend that nobody reports any more, nothing is in flight.
+        // A backend without reports has no requests in flight.
         let gone = self.loads.iter().filter(|(name, load)| **load > 0 && !now.loads.contains_key(*name));
         let load = changed.map(|(name, load)| (name, *load)).chain(gone.map(|(name, _)| (name, 0)));
         let order = |order: &crate::health::Order| ProbeOrder {
@@ -102,7 +104,7 @@ impl LastSent {
         let assigned = assignments(duties, own);
         let answer = StreamReportsResponse {
             health: health.map(|(_, health)| verdicts.at_present(health)).collect(),
-            load: load.map(|(name, in_flight)| FleetLoad { backend: name.clone(), in_flight }).collect(),
+            load: load.map(|(name, in_flight)| AggregateLoad { backend: name.clone(), in_flight }).collect(),
             live_gateways: now.live,
             assignments: (assigned != self.assignments).then(|| (*assigned).clone()),
             orders: duties.orders_after(self.serial, own).map(order).collect(),
@@ -115,12 +117,12 @@ impl LastSent {
     }
 }
 
-/// The probe assignments of one gateway. An empty list is an assignment too.
+/// The probe assignments of one gateway; an empty list is valid.
 fn assignments(duties: &Duties, of: &Observer) -> Arc<ProbeAssignments> {
     duties.assignments.get(of).cloned().unwrap_or_default()
 }
 
-/// Everything that may be sent, with its changes.
+/// The channels of all values that can be sent.
 struct Sources {
     healths: watch::Receiver<Arc<Healths>>,
     duties: watch::Receiver<Arc<Duties>>,
@@ -132,7 +134,7 @@ struct Sources {
     leads: Leads,
 }
 
-/// One report stream: what its gateway was sent, and what is still to be sent.
+/// One report stream: the values that were sent, and what is still to be sent.
 struct ReportStream {
     shared: Shared,
     gateway_id: String,
@@ -140,9 +142,9 @@ struct ReportStream {
     reporter: Reporter,
     sources: Sources,
     sent: LastSent,
-    /// The fencing number, while this control plane leads.
+    /// The fencing token while this control plane is the leader.
     leading: Option<u64>,
-    /// Who leads, until the gateway was sent it.
+    /// Not yet sent to the gateway: whether this control plane is the leader.
     leadership: Option<Leadership>,
     /// Something is to be sent at once.
     urgent: bool,
@@ -168,13 +170,13 @@ async fn serve(
 
 impl ReportStream {
     fn open(shared: Shared, caller: &Caller, first: &StreamReportsRequest) -> Result<Self, Status> {
-        // Orders and departures from before this stream are answered or given up by now.
+        // Orders and departures from before this stream are not sent: they are answered or have expired.
         let mut duties = shared.verdicts.duties();
         let serial = duties.borrow_and_update().serial();
         let mut departures = shared.aggregate.departures();
         let departure = departures.borrow_and_update().last();
         let reporter = shared.aggregate.join(first, &Claim::of(caller)).map_err(|taken| {
-            tracing::warn!(reason = %taken, "the reports of a gateway were refused");
+            tracing::warn!(reason = %taken, "report stream refused");
             Status::aborted(taken.to_string())
         })?;
         reporter.report(first);
@@ -197,7 +199,7 @@ impl ReportStream {
             sent: LastSent { serial, departure, ..LastSent::default() },
             leading,
             leadership: Some(claim(&shared, leading)),
-            // The first message has everything.
+            // The first message contains all values.
             urgent: true,
             load_changed: true,
             load_due: Instant::now(),
@@ -243,8 +245,8 @@ impl ReportStream {
                     changed.map_err(stopping)?;
                     self.urgent |= self.shared.aggregate.cleans_up(&self.gateway_id);
                 }
-                // These wait for the next loads. Once something is to be sent then, further changes wake nobody: they
-                // would wake each of a thousand streams a thousand times a second.
+                // Sent with the next loads. While a message is pending, further changes do not wake the stream, because
+                // they would wake each of a thousand streams a thousand times a second.
                 changed = self.sources.loads.changed(), if !self.load_changed => {
                     changed.map_err(stopping)?;
                     self.load_changed = *self.sources.loads.borrow_and_update() != self.sent.loads;
@@ -262,9 +264,9 @@ impl ReportStream {
         }
     }
 
-    /// What to send now, if anything.
+    /// The message to send now, if there is one.
     fn next_message(&mut self, load_ready: bool) -> Option<StreamReportsResponse> {
-        // The wait for room may have outlasted the lease.
+        // The leader may have changed while the stream waited for room in the outbox.
         if *self.sources.leads.borrow() != self.leading {
             return None;
         }
@@ -276,7 +278,7 @@ impl ReportStream {
         let sources = &mut self.sources;
         let now = Current {
             healths: sources.healths.borrow_and_update().clone(),
-            // Loads go along with a verdict when they are due, never earlier.
+            // A message with a verdict contains loads only if they are due.
             loads: if load_ready {
                 sources.loads.borrow_and_update().clone()
             } else {
@@ -304,13 +306,13 @@ impl ReportStream {
         (answer != empty).then_some(answer)
     }
 
-    /// Adds the speeds and the traffic that are new to the gateway.
+    /// Adds changed speeds and traffic.
     fn add_figures(&mut self, answer: &mut StreamReportsResponse) {
         let aggregate = &self.shared.aggregate;
         answer.speeds = self.sent.speeds.news(&aggregate.speeds_without(&self.gateway_id));
         let traffic = aggregate.traffic_at(&paid(&self.sent.assignments));
         let is_news =
-            |(name, traffic): &(&String, &FleetTraffic)| self.sent.traffic.get(*name) != Some(traffic);
+            |(name, traffic): &(&String, &AggregateTraffic)| self.sent.traffic.get(*name) != Some(traffic);
         answer.traffic = traffic.iter().filter(is_news).map(|(_, traffic)| traffic.clone()).collect();
         self.sent.traffic = traffic;
     }
@@ -318,8 +320,8 @@ impl ReportStream {
     fn leader_changed(&mut self) {
         self.leading = *self.sources.leads.borrow_and_update();
         self.leadership = Some(claim(&self.shared, self.leading));
-        // What another leader sent is not known here, so everything is sent again; and all departures of this stream's
-        // time, since the former leader may have gone with one of them.
+        // Everything is sent again, because the values sent by the former leader are unknown here; so are all departures
+        // since the start of this stream, which the former leader may not have sent.
         let serial = self.sources.duties.borrow_and_update().serial();
         self.sent = LastSent { serial, departure: self.sent.departure, ..LastSent::default() };
         (self.urgent, self.load_changed, self.load_due) = (true, true, Instant::now());
@@ -330,26 +332,27 @@ fn stopping(_: watch::error::RecvError) -> Status {
     Status::unavailable("the control plane is stopping")
 }
 
-/// The time between two messages with loads to one gateway, when so many gateways are there.
+/// The interval between two messages with loads to one gateway, for a number of gateways.
 fn load_interval(live: u32) -> Duration {
     Duration::from_secs_f64(f64::from(live) / LOADS_PER_SECOND).clamp(LOAD_INTERVAL, LOAD_INTERVAL_MAX)
 }
 
-/// Whether verdicts differ in how backends are used. That a backend is suspect, and why, can wait for the next loads: in a
-/// large fleet its push would otherwise still be under way when the verdict itself follows.
+/// Whether verdicts differ in how backends are used. The suspect mark and the reason wait for the next loads. Otherwise,
+/// with many gateways, they would still be sent when the verdict itself follows.
 fn is_urgent(sent: &Healths, now: &Healths) -> bool {
     let used = |health: &v1::BackendHealth| {
-        (health.state, health.factor, health.overridden, health.stale, health.ramp)
+        (health.state, health.factor, health.overridden, health.stale, health.slow_start)
     };
     now.iter().any(|(name, health)| sent.get(name).is_none_or(|sent| used(sent) != used(health)))
 }
 
 fn claim(shared: &Shared, leading: Option<u64>) -> Leadership {
     let store_epoch = shared.catalog.state().epoch.to_string();
-    Leadership { store_epoch, fencing: leading.unwrap_or_default() }
+    Leadership { store_epoch, fencing_token: leading.unwrap_or_default() }
 }
 
-/// The backends that a gateway asks for tokens: it leaves that out where requests of the fleet say as much.
+/// The backends that a gateway probes at a tier that costs tokens. It skips such a probe if requests of all gateways prove
+/// the backend.
 fn paid(assignments: &ProbeAssignments) -> BTreeSet<&str> {
     let paid = assignments.assignments.iter().filter(|a| a.tier() != ProbeTier::Liveness);
     paid.map(|a| a.backend.as_str()).collect()
@@ -360,7 +363,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_suspicion_waits_and_a_verdict_does_not() {
+    fn a_suspect_mark_waits_for_the_next_report_and_a_verdict_does_not() {
         let health = |suspect: bool, state: v1::HealthState| {
             let health = v1::BackendHealth { suspect, state: state.into(), ..Default::default() };
             Healths::from([("b".to_owned(), health)])
@@ -385,7 +388,7 @@ mod tests {
         let mut sent = LastSent { loads: loads(&[("a", 1), ("b", 2), ("c", 3)]), ..LastSent::default() };
         let now =
             Current { loads: loads(&[("a", 1), ("b", 5)]), healths: sent.healths.clone(), live: sent.live };
-        let load = |name: &str, in_flight| FleetLoad { backend: name.into(), in_flight };
+        let load = |name: &str, in_flight| AggregateLoad { backend: name.into(), in_flight };
         let verdicts =
             Verdicts::new(Arc::default(), None, tokio::sync::watch::Sender::new(Some(1)).subscribe());
         let answer = sent.advance(now, &Duties::default(), &gateway("g"), &verdicts);

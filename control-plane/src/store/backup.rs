@@ -1,7 +1,7 @@
-//! A copy of a whole store as one file: checked as a whole, restored into an empty store under a new epoch.
+//! A backup of the store as one file. It is checked completely, and restored into an empty store under a new epoch.
 //!
-//! The new epoch tells gateways that this is another history: they take no mass removal from it unless the operator
-//! says so, and what they hold beyond the copy stays until then.
+//! With a new epoch gateways refuse a mass removal unless the operator allows it, and resources that are not in the backup
+//! stay in force until then.
 
 use bytes::Bytes;
 use prost::Message as _;

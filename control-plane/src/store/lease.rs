@@ -1,4 +1,4 @@
-//! Who holds which lease, for stores of one process: in memory, since the leases end with the process.
+//! Leases of stores with one process, in memory, because the leases end with the process.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,7 @@ use super::Error;
 #[derive(Debug)]
 struct Grant {
     holder: String,
-    fencing: u64,
+    fencing_token: u64,
     until: Instant,
 }
 
@@ -19,28 +19,34 @@ struct Grant {
 pub(super) struct Leases(Mutex<HashMap<String, Grant>>);
 
 impl Leases {
-    /// Renews the lease for who has it; `None` when it is free and a new number is needed.
+    /// Renews the lease of its holder; `None` if the lease is free and needs a new fencing token.
     pub(super) fn renew(&self, name: &str, holder: &str, ttl: Duration) -> Result<Option<u64>, Error> {
         let mut grants = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         match grants.get_mut(name).filter(|grant| grant.until > now) {
             Some(grant) if grant.holder == holder => {
                 grant.until = now + ttl;
-                Ok(Some(grant.fencing))
+                Ok(Some(grant.fencing_token))
             }
             Some(grant) => Err(Error::Held(grant.holder.clone())),
             None => Ok(None),
         }
     }
 
-    /// Grants it under a new number, unless somebody was faster.
-    pub(super) fn grant(&self, name: &str, holder: &str, ttl: Duration, fencing: u64) -> Result<u64, Error> {
-        if let Some(fencing) = self.renew(name, holder, ttl)? {
-            return Ok(fencing);
+    /// Grants the lease with a new fencing token, unless another holder has it.
+    pub(super) fn grant(
+        &self,
+        name: &str,
+        holder: &str,
+        ttl: Duration,
+        fencing_token: u64,
+    ) -> Result<u64, Error> {
+        if let Some(fencing_token) = self.renew(name, holder, ttl)? {
+            return Ok(fencing_token);
         }
-        let grant = Grant { holder: holder.to_owned(), fencing, until: Instant::now() + ttl };
+        let grant = Grant { holder: holder.to_owned(), fencing_token, until: Instant::now() + ttl };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), grant);
-        Ok(fencing)
+        Ok(fencing_token)
     }
 
     /// Ends it, if this holder has it.

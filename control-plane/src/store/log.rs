@@ -1,5 +1,5 @@
-//! The recent transactions, kept in memory for those who watch. Readers have a cursor of their own, so a slow one
-//! holds up nobody; one that falls off the end is told to read again.
+//! The recent transactions, in memory for watchers. Each watcher has its own cursor, so a slow watcher delays no other. A
+//! watcher that is too far behind reads the store again.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ struct Kept {
     /// The revision before the oldest batch.
     base: u64,
     batches: VecDeque<Arc<Batch>>,
-    /// Rises when the past is forgotten, which is no matter of revisions alone: they may have gone back.
+    /// Rises when all batches are removed. A separate count, because revisions may go back.
     generation: u64,
 }
 
@@ -47,7 +47,7 @@ impl Log {
         self.newest.send_replace(revision);
     }
 
-    /// Forgets every batch: who watches is told to read again.
+    /// Removes all batches, so that watchers read the store again.
     pub(super) fn reset(&self, revision: u64) {
         let mut kept = lock(&self.kept);
         kept.batches.clear();

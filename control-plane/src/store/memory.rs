@@ -1,4 +1,4 @@
-//! A store that forgets everything with the process: for tests and throw-away clusters.
+//! A store in memory, for tests and temporary clusters.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ pub struct MemoryStore {
 struct State {
     entries: BTreeMap<String, (Bytes, u64)>,
     revision: u64,
-    fencing: u64,
+    fencing_token: u64,
 }
 
 impl Default for MemoryStore {
@@ -96,15 +96,15 @@ impl Store for MemoryStore {
     fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease> {
         let (name, holder) = (name.to_owned(), holder.to_owned());
         async move {
-            if let Some(fencing) = self.leases.renew(&name, &holder, ttl)? {
-                return Ok(Lease { fencing });
+            if let Some(fencing_token) = self.leases.renew(&name, &holder, ttl)? {
+                return Ok(Lease { fencing_token });
             }
             let next = {
                 let mut state = self.state();
-                state.fencing += 1;
-                state.fencing
+                state.fencing_token += 1;
+                state.fencing_token
             };
-            Ok(Lease { fencing: self.leases.grant(&name, &holder, ttl, next)? })
+            Ok(Lease { fencing_token: self.leases.grant(&name, &holder, ttl, next)? })
         }
         .boxed()
     }

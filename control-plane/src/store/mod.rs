@@ -1,9 +1,9 @@
-//! Where resources are kept: a trait of four operations small enough for any consistent store.
+//! The store of resources: a trait of a few operations that any consistent store can implement.
 //!
 //! * [`Store::transact`] compares key revisions, then writes; all of it or nothing. Acknowledged means durable.
 //! * [`Store::range`] reads a prefix at the current revision.
 //! * [`Store::watch`] follows the revisions after a given one, each once and in order.
-//! * [`Store::lease`] elects a holder, until [`Store::release`]; its fencing number rises with every grant.
+//! * [`Store::lease`] elects a holder, until [`Store::release`]; its fencing token rises with every grant.
 //!
 //! The revision is one counter for the whole store and rises by one with every transaction. The epoch is made with
 //! the store: another epoch means another history.
@@ -116,16 +116,16 @@ pub struct Batch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lease {
     /// Higher than that of every earlier grant of the same name.
-    pub fencing: u64,
+    pub fencing_token: u64,
 }
 
-/// Why a store did not do as asked.
+/// An error of a store.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A comparison did not hold; nothing was written.
     #[error("key {0} was changed by somebody else")]
     Conflict(String),
-    /// The revisions asked for are forgotten: read the range again.
+    /// The requested revisions are compacted: read the range again.
     #[error("the revisions after {from} are compacted, the oldest known is {oldest}")]
     Compacted {
         /// The revision asked for.
@@ -133,7 +133,7 @@ pub enum Error {
         /// The first that can still be watched.
         oldest: u64,
     },
-    /// Somebody else has the lease.
+    /// Another holder has the lease.
     #[error("the lease is held by {0}")]
     Held(String),
     /// Another process has it open.
@@ -147,7 +147,7 @@ pub enum Error {
         /// What went wrong.
         reason: String,
     },
-    /// There is no room for the change; nothing was written, and what is there can be read. Says what to do.
+    /// There is no space for the change; nothing was written and reads work. The text names the remedy.
     #[error("{0}, and changes work again; until then the store can only be read")]
     Full(&'static str),
     /// The change is larger than the store takes at once; nothing was written.
@@ -174,7 +174,7 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// It does not work.
+    /// Any other failure.
     #[error("the store failed: {0}")]
     Failed(String),
 }
@@ -190,9 +190,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn range(&self, prefix: &str) -> Answer<'_, Range>;
     /// Follows the revisions after `from`.
     fn watch(&self, from: u64) -> Result<Watch, Error>;
-    /// Asks for the lease of a name, or renews it: who has it keeps its fencing number for another `ttl`. Who comes after
-    /// its end gets a higher one. [`Error::Held`] while somebody else has it.
+    /// Requests or renews the lease of a name. The holder keeps its fencing token for another `ttl`; the next holder gets a
+    /// higher one. [`Error::Held`] while another holder has it.
     fn lease(&self, name: &str, holder: &str, ttl: Duration) -> Answer<'_, Lease>;
-    /// Gives a lease back before its end, so that nobody has to wait for it. Nothing when the holder does not have it.
+    /// Releases a lease before it expires, so that the next holder need not wait. No effect if `holder` does not have it.
     fn release(&self, name: &str, holder: &str) -> Answer<'_, ()>;
 }

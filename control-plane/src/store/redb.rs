@@ -23,7 +23,7 @@ use super::{Answer, Batch, Entry, Error, Lease, Range, Store, Transaction, Watch
 
 /// Key -> (revision of its last change, value).
 const ENTRIES: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("entries");
-/// Counters: the revision and the fencing number.
+/// Counters: the revision and the fencing token.
 const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters");
 /// Texts: the epoch.
 const TEXTS: TableDefinition<'_, &str, &str> = TableDefinition::new("texts");
@@ -257,14 +257,14 @@ impl Inner {
         let key = format!("fencing/{name}");
         self.on_database(|database| {
             let tx = database.begin_write()?;
-            let fencing = {
+            let fencing_token = {
                 let mut counters = tx.open_table(COUNTERS)?;
-                let fencing = counters.get(key.as_str())?.map_or(0, |value| value.value()) + 1;
-                counters.insert(key.as_str(), fencing)?;
-                fencing
+                let fencing_token = counters.get(key.as_str())?.map_or(0, |value| value.value()) + 1;
+                counters.insert(key.as_str(), fencing_token)?;
+                fencing_token
             };
             tx.commit()?;
-            Ok(Lease { fencing })
+            Ok(Lease { fencing_token })
         })
     }
 }
@@ -287,12 +287,12 @@ impl Store for FileStore {
         // The file has one process at a time; only the number has to outlive it.
         let (name, holder) = (name.to_owned(), holder.to_owned());
         async move {
-            if let Some(fencing) = self.inner.leases.renew(&name, &holder, ttl)? {
-                return Ok(Lease { fencing });
+            if let Some(fencing_token) = self.inner.leases.renew(&name, &holder, ttl)? {
+                return Ok(Lease { fencing_token });
             }
             let asked = name.clone();
-            let next = self.blocking(move |inner| inner.lease(&asked)).await?.fencing;
-            Ok(Lease { fencing: self.inner.leases.grant(&name, &holder, ttl, next)? })
+            let next = self.blocking(move |inner| inner.lease(&asked)).await?.fencing_token;
+            Ok(Lease { fencing_token: self.inner.leases.grant(&name, &holder, ttl, next)? })
         }
         .boxed()
     }

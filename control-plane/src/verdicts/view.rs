@@ -46,6 +46,7 @@ pub(crate) const fn outcome(outcome: Outcome) -> v1::ProbeOutcome {
         Outcome::Failed(Cause::Status) => W::Status,
         Outcome::Failed(Cause::WrongModel) => W::WrongModel,
         Outcome::Failed(Cause::BadAnswer) => W::BadAnswer,
+        Outcome::Failed(Cause::QuotaUsedUp) => W::QuotaUsedUp,
     }
 }
 
@@ -62,6 +63,7 @@ pub(crate) const fn outcome_of(wire: v1::ProbeOutcome) -> Option<Outcome> {
         W::Status => Outcome::Failed(Cause::Status),
         W::WrongModel => Outcome::Failed(Cause::WrongModel),
         W::BadAnswer => Outcome::Failed(Cause::BadAnswer),
+        W::QuotaUsedUp => Outcome::Failed(Cause::QuotaUsedUp),
     })
 }
 
@@ -107,12 +109,12 @@ pub(super) fn assignments(cluster: &Cluster) -> BTreeMap<Observer, Arc<v1::Probe
     for (backend, probers) in cluster.assignments() {
         for of in Tier::ALL {
             let chosen = probers.of(of);
-            for (turn, observer) in chosen.iter().enumerate() {
+            for (index, observer) in chosen.iter().enumerate() {
                 let assignment = v1::ProbeAssignment {
                     backend: backend.clone(),
                     tier: tier(of).into(),
-                    turn: turn as u32,
-                    turns: chosen.len() as u32,
+                    prober_index: index as u32,
+                    prober_count: chosen.len() as u32,
                 };
                 by_observer.entry(observer.clone()).or_default().assignments.push(assignment);
             }
@@ -138,20 +140,22 @@ impl Verdicts {
             overridden: weighting.overridden,
             stale: record.stale,
             suspect: record.suspects.iter().any(Option::is_some),
-            ramp: (record.state == State::Recovering).then(|| duration(record.profile.slow_start)).flatten(),
-            ramp_elapsed: None,
+            slow_start: (record.state == State::Recovering)
+                .then(|| duration(record.profile.slow_start))
+                .flatten(),
+            slow_start_elapsed: None,
         }
     }
 
     /// A verdict as it is sent now: the progress of a slow start is that of now.
     pub(crate) fn at_present(&self, health: &v1::BackendHealth) -> v1::BackendHealth {
         let since = health.since.and_then(|since| std::time::SystemTime::try_from(since).ok());
-        let ramp = health.ramp.and_then(|ramp| Duration::try_from(ramp).ok());
-        let elapsed = ramp.zip(since).map(|(ramp, since)| {
+        let slow_start = health.slow_start.and_then(|slow_start| Duration::try_from(slow_start).ok());
+        let elapsed = slow_start.zip(since).map(|(slow_start, since)| {
             let now = self.inner.origin_wall + self.now();
-            now.duration_since(since).unwrap_or_default().min(ramp)
+            now.duration_since(since).unwrap_or_default().min(slow_start)
         });
-        v1::BackendHealth { ramp_elapsed: elapsed.and_then(duration), ..health.clone() }
+        v1::BackendHealth { slow_start_elapsed: elapsed.and_then(duration), ..health.clone() }
     }
 
     /// What the machine adds to a backend's status: who probes it, its weight as its state leaves it, tokens per
@@ -169,7 +173,7 @@ impl Verdicts {
                 .into_iter()
                 .flat_map(|of| probers.of(of).iter().map(move |observer| (of, observer)))
                 .map(|(of, observer)| v1::backend_status::Prober {
-                    vantage: observer.to_string(),
+                    observer: observer.to_string(),
                     tier: tier(of).into(),
                 })
                 .collect();
@@ -187,10 +191,10 @@ impl Verdicts {
         let suspects = [Tier::Liveness, Tier::Readiness].into_iter().zip(&record.suspects);
         let suspects = suspects.filter_map(|(of, suspect)| {
             let suspect = suspect.as_ref()?;
-            Some(v1::explain_backend_response::Suspicion {
+            Some(v1::explain_backend_response::SuspectTier {
                 tier: tier(of).into(),
-                reporter: suspect.reporter.to_string(),
-                asked: suspect.asked.iter().map(ToString::to_string).collect(),
+                first_observer: suspect.reporter.to_string(),
+                asked_observers: suspect.asked.iter().map(ToString::to_string).collect(),
                 deadline: Some(self.wall(suspect.deadline)),
             })
         });
@@ -199,10 +203,11 @@ impl Verdicts {
         Some(v1::ExplainBackendResponse {
             status: None,
             votes: votes.collect(),
-            suspicions: suspects.collect(),
+            suspect_tiers: suspects.collect(),
             may_return_time: record.may_return(now).map(|at| self.wall(at)),
             conditions: record.conditions(now, cluster.is_ready_capable(record)),
             events: events[shown..].iter().map(|event| self.event(event)).collect(),
+            failures: Vec::new(),
         })
     }
 
@@ -214,7 +219,7 @@ impl Verdicts {
         ignored: &str,
     ) -> v1::explain_backend_response::Vote {
         v1::explain_backend_response::Vote {
-            vantage: observer.to_string(),
+            observer: observer.to_string(),
             tier: tier(of).into(),
             outcome: outcome(vote.last).into(),
             detail: vote.detail.clone(),
@@ -253,11 +258,11 @@ fn ignored(
     now: Timestamp,
 ) -> &'static str {
     if cluster.isolated_observers().contains(observer, now) {
-        "it sees most backends fail while others do not"
+        "the observer is isolated: it sees most backends fail while others do not"
     } else if record.is_cleared(tier, observer) {
-        "it alone sees this; the others outvoted it"
+        "the other observers outvoted it"
     } else if !record.votes.is_able(observer, vote) {
-        "it has never reached this backend, others have"
+        "the observer has never reached this backend, others have"
     } else {
         ""
     }

@@ -31,6 +31,7 @@ targets! {
     page_action,
     probe_answer,
     queries,
+    ratelimit_rules,
     redis_reply,
 
     resource,
@@ -39,4 +40,5 @@ targets! {
     store_url,
     store_values,
     unary_answer,
+    upstream_error,
 }

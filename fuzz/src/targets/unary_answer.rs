@@ -1,9 +1,11 @@
 use bytes::Bytes;
 use serde_json::Value;
 use weir_gateway::api::usage::UsageBounds;
+use weir_gateway::api::request::RouteKind;
 use weir_gateway::api::response::{
-    begins_with_error, is_error_body, is_error_object, rename_model_in_body, usage_of_body,
+    ModelNames, completion_estimate_of_body, is_error_body, is_error_object, usage_of_body,
 };
+use weir_proto::resource::Dialect;
 
 const MODEL: &str = "cli\"ent-🦊";
 const NAMES_MAX: usize = 8;
@@ -11,16 +13,18 @@ const NAMES_MAX: usize = 8;
 /// An answer is an object or not, as for any JSON reader; it is named as the client asked and otherwise stays what it was; what
 /// it says of its usage is possible; and it grows by a few names at the most.
 pub(crate) fn run(data: &[u8]) {
-    begins_with_error(data);
     let read = is_error_object(data);
     assert_eq!(is_error_body(data), read == Ok(true));
-    let renamed = rename_model_in_body(&Bytes::copy_from_slice(data), MODEL);
+    let renamed = ModelNames::of(data).renamed(&Bytes::copy_from_slice(data), MODEL);
     assert!(renamed.len() <= data.len() + NAMES_MAX * 2 * MODEL.len(), "it grew to {}", renamed.len());
-    assert_eq!(rename_model_in_body(&renamed, MODEL), renamed, "renaming twice changes it again");
+    assert_eq!(ModelNames::of(&renamed).renamed(&renamed, MODEL), renamed, "renaming twice changes it again");
     let bounds = UsageBounds { prompt: 1000, completion: 1000 };
-    if let Ok(Some(usage)) = usage_of_body(data, &bounds) {
+    for (kind, dialect) in [(RouteKind::ChatCompletions, Dialect::Gemini), (RouteKind::Responses, Dialect::NewApi)] {
+        assert!(completion_estimate_of_body(data, kind) <= data.len() as u64);
+        let Ok(Some(usage)) = usage_of_body(data, kind, dialect, &bounds) else { continue };
         assert!(usage.prompt.unwrap_or(0) <= 1000);
         assert!(usage.completion.unwrap_or(0) <= 1000.max(data.len() as u64));
+        assert!(usage.cache_read + usage.cache_write <= usage.prompt.unwrap_or(0));
     }
     let Ok(mut theirs) = serde_json::from_slice::<Value>(data) else { return };
     assert_eq!(read.is_ok(), theirs.is_object(), "{read:?}");

@@ -9,6 +9,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use memchr::memchr2;
+
 /// How deep arrays and objects may nest; the same bound as serde_json's.
 pub const DEPTH_MAX: u32 = 128;
 
@@ -85,6 +87,9 @@ pub struct Scanner<'a> {
 impl<'a> Scanner<'a> {
     /// Starts at the beginning of `bytes`, which must be UTF-8.
     pub fn new(bytes: &'a [u8]) -> Result<Self, Fault> {
+        if bytes.starts_with(b"\xEF\xBB\xBF") {
+            return Err(Fault { at: 0, what: "a byte order mark, which JSON must not begin with," });
+        }
         match std::str::from_utf8(bytes) {
             Ok(text) => Ok(Self { text, at: 0, depth: 0, shrink: 0, numbers: 0 }),
             Err(error) => Err(Fault { at: error.valid_up_to(), what: "invalid UTF-8" }),
@@ -323,23 +328,14 @@ impl<'a> Scanner<'a> {
     }
 }
 
-/// How many bytes from the start are neither a quote, a backslash nor a control character. Prompts are long runs of
-/// such bytes, so eight are tested at a time.
-fn plain_run(bytes: &[u8]) -> usize {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGH: u64 = 0x8080_8080_8080_8080;
-    let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word & HIGH;
-    let mut run = 0;
-    for chunk in bytes.chunks_exact(8) {
-        let word = chunk.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
-        let quote = word ^ (ONES * u64::from(b'"'));
-        let slash = word ^ (ONES * u64::from(b'\\'));
-        if below(word, 0x20) | below(quote, 1) | below(slash, 1) != 0 {
-            break;
-        }
-        run += 8;
+/// How many bytes from the start are neither a quote, a backslash nor a control character: most of a prompt.
+pub(super) fn plain_run(bytes: &[u8]) -> usize {
+    let run = &bytes[..memchr2(b'"', b'\\', bytes).unwrap_or(bytes.len())];
+    // Without a way out of the loop it is done in vectors.
+    match run.iter().fold(u8::MAX, |least, &byte| least.min(byte)) < 0x20 {
+        true => run.iter().position(|&byte| byte < 0x20).unwrap_or(run.len()),
+        false => run.len(),
     }
-    run + bytes[run..].iter().take_while(|&&b| b >= 0x20 && b != b'"' && b != b'\\').count()
 }
 
 /// Unescapes a string the scanner has checked.
@@ -420,6 +416,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_run_ends_where_a_byte_by_byte_walk_ends(
+            plain in proptest::collection::vec(0x20u8.., 0..100),
+            rest in proptest::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let bytes = [plain, rest].concat();
+            let end = bytes.iter().position(|&byte| byte < 0x20 || byte == b'"' || byte == b'\\');
+            prop_assert_eq!(plain_run(&bytes), end.unwrap_or(bytes.len()));
+        }
+
         #[test]
         fn agrees_with_serde_json_on_any_text(text in r#"[\[\]{}",:\\ue0-9dDcC.\-+ntrfalseu\x00-\x20é]{0,24}"#) {
             // serde_json refuses numbers beyond f64, which a scanner that reads no value has no reason to do.

@@ -9,6 +9,7 @@
 //!   `choices` multiplies `n` (or `best_of`) by the number of prompts in the request.
 
 mod fields;
+mod media;
 #[cfg(test)]
 mod tests;
 
@@ -27,10 +28,15 @@ pub const CHOICES_MAX: u32 = 128;
 /// What a token id given in place of text counts for, in bytes of text.
 pub const BYTES_PER_TOKEN_ID: u64 = 4;
 
+/// Shortest string that is taken for an attachment wherever it stands, if it has no other letters than those of base64.
+/// Prose has blanks long before.
+pub const BASE64_BYTES_MIN: usize = 512;
+
 /// The endpoint a body was sent to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum RouteKind {
     /// `/v1/chat/completions`
+    #[default]
     ChatCompletions,
     /// `/v1/completions`
     Completions,
@@ -65,6 +71,14 @@ pub enum ReadError {
     /// A name that some backends would take for a field the gateway reads.
     #[error("unknown parameter that differs from '{0}' only in case")]
     CaseVariant(&'static str),
+    /// A value that asks for what the gateway cannot account for.
+    #[error("unsupported value for '{param}': {reason}")]
+    Unsupported {
+        /// The field.
+        param: &'static str,
+        /// Why, and what to do.
+        reason: &'static str,
+    },
     /// A value of the wrong type.
     #[error("invalid type for '{param}': expected {expected}")]
     WrongType {
@@ -91,7 +105,9 @@ impl ReadError {
         match self {
             Self::NotJson(_) | Self::NotObject => None,
             Self::Missing(param) | Self::Duplicate(param) | Self::CaseVariant(param) => Some(param),
-            Self::WrongType { param, .. } | Self::OutOfRange { param, .. } => Some(param),
+            Self::Unsupported { param, .. }
+            | Self::WrongType { param, .. }
+            | Self::OutOfRange { param, .. } => Some(param),
         }
     }
 }
@@ -108,17 +124,24 @@ pub struct Request<'a> {
     /// Whether the client itself asked for usage in the stream.
     pub include_usage: bool,
     /// The largest of `max_tokens`, `max_completion_tokens` and `max_output_tokens`, per choice. Backends differ in
-    /// which of them wins, so reserving for the largest is the only safe reading.
+    /// which of them wins, so reserving for the largest is the only safe reading. `None` without any, and where one of them
+    /// is negative, which llama.cpp and LM Studio take for no bound.
     pub max_output_tokens: Option<u32>,
     /// Answers that may be generated: `max(n, best_of)` times the number of prompts; at least 1.
     pub choices: u32,
     /// Bytes of text the model will read: the JSON of `messages`, `prompt`, `input`, `instructions`, `tools`,
     /// `functions`, `suffix` and `response_format`, as if unescaped. It is an upper estimate, since names and
-    /// punctuation count. Not counted: base64 of images, files and audio in the places the API has for them
-    /// (`url`, `image_url`, `file_data`, `input_audio.data`, inside `messages` and `input` only).
+    /// punctuation count. Not counted, inside `messages`, `input` and `tools`: base64 of images, files and audio in the
+    /// places the API has for them (`url`, `image_url`, `file_data`, `input_audio.data`), and in any other place a string of
+    /// [`BASE64_BYTES_MIN`] or more that has no other letters than those of base64.
     pub prompt_bytes: u64,
     /// Images, files and sounds whose base64 was left out of `prompt_bytes`.
     pub attachments: u32,
+    /// Whether the model reads nothing but the text in the body, so that its bytes say how many tokens text has: no
+    /// attachment, no address of an image or a file, no earlier response.
+    pub text_only: bool,
+    /// Whether the client predicts the answer. Tokens of the prediction that the model rejects are billed as output.
+    pub predicts: bool,
     /// Whether the model may read what the body does not hold as text, so that its bytes do not bound the prompt: images,
     /// files, sounds, web pages, earlier responses.
     pub reads_more_than_body: bool,
@@ -169,7 +192,9 @@ impl<'a> Request<'a> {
                 .saturating_mul(fields.prompts.max(1)),
             prompt_bytes: fields.prompt_bytes,
             attachments: fields.attachments,
-            reads_more_than_body: fields.reads_more,
+            text_only: fields.attachments == 0 && !fields.refers,
+            predicts: fields.predicts,
+            reads_more_than_body: fields.reads_more || fields.refers,
             edit_points: EditPoints {
                 prompt: fields.prompt,
                 body_len: body.len(),
@@ -191,6 +216,8 @@ impl<'a> Request<'a> {
             choices,
             prompt_bytes,
             attachments,
+            text_only,
+            predicts,
             reads_more_than_body,
             edit_points,
         } = self;
@@ -204,6 +231,8 @@ impl<'a> Request<'a> {
             choices,
             prompt_bytes,
             attachments,
+            text_only,
+            predicts,
             reads_more_than_body,
             edit_points,
         }
@@ -215,6 +244,11 @@ impl<'a> Request<'a> {
         &prompt[..prompt.len().min(max)]
     }
 
+    /// Whether usage has to be asked for on top of what the client asked for.
+    pub fn gains_usage(&self) -> bool {
+        self.stream && !self.include_usage && self.kind.takes_include_usage()
+    }
+
     /// The body to send to a backend that knows the model as `upstream_model`, `body` being the one that was read.
     ///
     /// With `add_include_usage` a stream is made to report usage, where the endpoint has such an option. A body that
@@ -223,9 +257,8 @@ impl<'a> Request<'a> {
         debug_assert_eq!(body.len(), self.edit_points.body_len, "spliced into a body that was not read");
         let model = (upstream_model != self.model)
             .then(|| Edit::new(self.edit_points.model.clone(), quoted(upstream_model)));
-        let wanted =
-            add_include_usage && self.stream && !self.include_usage && self.kind.takes_include_usage();
-        let usage = wanted.then(|| self.edit_points.usage.edit(self.edit_points.inside));
+        let usage = (add_include_usage && self.gains_usage())
+            .then(|| self.edit_points.usage.edit(self.edit_points.inside));
         match (model, usage) {
             (None, None) => body.clone(),
             (Some(one), None) | (None, Some(one)) => splice(body, &[one]),

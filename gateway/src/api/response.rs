@@ -1,15 +1,29 @@
 //! Reads facts from an answer while it passes, and changes the few bytes that must change.
 //!
 //! Invariants:
-//! - Bytes are untouched unless the plan asks for a change in that very event; then that event alone is spliced.
-//! - Reading allocates nothing: the payload is scanned where it lies, except when it is spread over several lines.
+//! - Bytes are untouched unless the plan asks for a change in that very event; then that event alone is spliced. What the
+//!   rules of event streams tell readers to pass over is not passed on where events are held: some clients fail by an event
+//!   without data, and by one that the end of the connection has cut. Comments pass.
+//! - What comes only because Weir asked for usage is taken out again: the chunk of usage, and `"usage": null` of the others.
+//! - Reading allocates nothing: the payload is scanned where it lies, except when it is spread over several lines. An event
+//!   longer than [`EVENT_BYTES_MAX`](super::sse::EVENT_BYTES_MAX) is read while it passes, with a state of some hundred
+//!   bytes; nothing in it is changed.
+//! - Where a fact stands depends on the endpoint, what its usage means on the backend's dialect.
 //! - Output and facts depend on the bytes, not on how they were cut into chunks.
 //! - `[DONE]` is only added to a stream that its upstream finished, never to one that broke or reported an error.
+//! - An error in another form than OpenAI's is followed by the same error in that form, or replaced by it where clients would
+//!   find the other one first and read no text in it. Clients look for no other form, and would take the end of the stream
+//!   for the end of the answer.
 //!
 //! Tokens are counted so that a missing `usage` cannot make an answer free: [`StreamFacts::completion_estimate`] is
 //! the larger of the deltas with content (each is a token at least) and the bytes of content over
-//! [`BYTES_PER_TOKEN`].
+//! [`BYTES_PER_TOKEN`]. Content is text, reasoning (once, though some backends send it under several names) and the
+//! arguments of tools; base64 of sound and images is none.
 
+mod endpoint;
+#[cfg(test)]
+mod golden;
+mod long_event;
 mod payload;
 mod rewrite;
 #[cfg(test)]
@@ -20,12 +34,15 @@ use std::ops::Range;
 use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
+use weir_proto::resource::Dialect;
 
-pub use self::rewrite::{RewritePlan, Rewriter};
+pub use self::rewrite::{MissingUsage, RewritePlan, Rewriter};
 
-use self::payload::Payload;
+use self::endpoint::Endpoint;
+use self::payload::{Lists, Payload, UntoldError};
 use super::json_edit::{Edit, quoted, splice};
 use super::json_scanner::Fault;
+use super::request::RouteKind;
 use super::sse::data_lines;
 use super::usage::{Implausible, Usage, UsageBounds};
 
@@ -35,23 +52,31 @@ pub const BYTES_PER_TOKEN: u64 = 4;
 /// What is known of a streamed answer so far.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StreamFacts {
-    /// The last usage the upstream reported, as long as all it reported is possible.
+    /// The usage that the upstream reported so far, as long as all it reported is possible. Zeros beside text are no counts.
     pub usage: Option<Usage>,
     /// The first report of the upstream that cannot be true; none of its reports counts then.
     pub implausible: Option<Implausible>,
     /// What its reports may say.
     bounds: UsageBounds,
+    /// All that it reported, zeros included.
+    reported: Option<Usage>,
+    /// A bit for each choice that has begun, and for each that has a finish reason.
+    choices: (u128, u128),
+    /// Events with data, `[DONE]` included.
+    pub events: u64,
     /// Deltas that carried content: text, reasoning, tool call arguments, of any choice.
     pub chunks: u64,
     /// Bytes of that content, unescaped.
     pub content_bytes: u64,
-    /// Whether a finish reason (or `response.completed`) was seen.
+    /// Whether every choice that has begun has a finish reason, or `response.completed` or its like was seen.
     pub finished: bool,
     /// Whether `[DONE]` was seen.
     pub done_seen: bool,
     /// Whether the upstream reported an error inside the stream.
     pub error_seen: bool,
-    /// Events that could not be read: too long, or not JSON. Their bytes count as content.
+    /// Tokens of the answer as the client reads them, where the upstream sent a `usage` in the API's own place and form.
+    shown_completion: Option<u64>,
+    /// Events that could not be read, being no JSON object. Their bytes count as content.
     pub unread_events: u64,
     /// When content was first seen; the caller's to set, since this module has no clock.
     pub first_content_at: Option<Instant>,
@@ -68,18 +93,25 @@ impl StreamFacts {
         self.chunks.max(self.content_bytes.div_ceil(BYTES_PER_TOKEN))
     }
 
-    /// Whether the upstream said all it had to say. What follows may be cut without harm.
+    /// Whether a client that asked for usage has got one that counts what was written.
+    fn usage_shown(&self) -> bool {
+        let counts = |completion| completion > 0 || self.content_bytes == 0;
+        self.implausible.is_none() && self.shown_completion.is_some_and(counts)
+    }
+
+    /// Whether the upstream said all it had to say. What follows may be cut without harm. `[DONE]` after an error is no
+    /// success.
     pub fn complete(&self) -> bool {
         (self.finished || self.done_seen) && !self.error_seen
     }
 
-    fn unread(&mut self, bytes: usize, event_over: bool) {
-        self.unread_events += u64::from(event_over);
-        self.content_bytes += bytes as u64;
+    fn unread(&mut self, bytes: u64) {
+        self.unread_events += 1;
+        self.content_bytes += bytes;
     }
 
     /// Takes the facts of one event and says what could be changed in it.
-    fn take(&mut self, event: &[u8]) -> EditPoints {
+    fn take(&mut self, event: &[u8], endpoint: Endpoint, dialect: Dialect) -> EditPoints {
         let mut lines = data_lines(event);
         let Some(first) = lines.next() else {
             return EditPoints::default();
@@ -88,37 +120,80 @@ impl StreamFacts {
             // Rare enough to pay for a copy. Nothing is changed in it: the ranges would not fit the event.
             let joined =
                 lines.fold([first, second].join(&b'\n'), |joined, line| [&joined, line].join(&b'\n'));
-            self.take_payload(&joined);
-            return EditPoints::default();
+            let read = self.take_payload(&joined, endpoint, dialect);
+            return EditPoints { untold_error: read.untold_error, ..EditPoints::default() };
         }
         let first = first.trim_ascii();
         let offset = first.as_ptr().addr() - event.as_ptr().addr();
-        let mut edit_points = self.take_payload(first);
-        edit_points.models.iter_mut().for_each(|range| *range = range.start + offset..range.end + offset);
+        let mut edit_points = self.take_payload(first, endpoint, dialect);
+        let ranges = edit_points.models.iter_mut().chain(&mut edit_points.null_usage);
+        ranges.for_each(|range| *range = range.start + offset..range.end + offset);
         edit_points
     }
 
-    fn take_payload(&mut self, payload: &[u8]) -> EditPoints {
+    fn take_payload(&mut self, payload: &[u8], endpoint: Endpoint, dialect: Dialect) -> EditPoints {
         let payload = payload.trim_ascii();
+        if payload.is_empty() {
+            return EditPoints::default();
+        }
+        self.events += 1;
         if payload == b"[DONE]" {
             self.done_seen = true;
             return EditPoints::default();
         }
-        let Ok(read) = Payload::read(payload) else {
-            self.unread(payload.len(), true);
-            return EditPoints::default();
-        };
-        self.chunks += u64::from(read.deltas);
-        self.content_bytes += read.content_bytes;
-        if self.implausible.is_none() {
-            self.usage = read.usage.or(self.usage);
-            if let Err(found) = self.bounds.check(read.usage, read.most_tokens, self.content_bytes) {
-                (self.usage, self.implausible) = (None, Some(found));
+        match Payload::read(payload, endpoint, dialect) {
+            Ok(read) => {
+                let null_usage = read.null_usage.clone().map(|member| with_comma(payload, member));
+                EditPoints { null_usage, ..self.add(read) }
+            }
+            Err(_) => {
+                self.unread(payload.len() as u64);
+                EditPoints::default()
             }
         }
-        self.finished |= read.finished;
+    }
+
+    /// Takes the facts of an event that was too long to be kept, or the bytes of its data when it could not be read. Nothing
+    /// can be changed in it.
+    fn take_long(&mut self, read: Result<Option<Payload>, u64>) -> EditPoints {
+        self.events += u64::from(!matches!(read, Ok(None)));
+        match read {
+            Ok(Some(read)) => {
+                let untold_error = self.add(read).untold_error;
+                EditPoints { untold_error, ..EditPoints::default() }
+            }
+            Ok(None) => EditPoints::default(),
+            Err(bytes) => {
+                self.unread(bytes);
+                EditPoints::default()
+            }
+        }
+    }
+
+    /// Adds what one payload says.
+    fn add(&mut self, read: Payload) -> EditPoints {
+        self.chunks += u64::from(read.deltas);
+        self.content_bytes += read.content_bytes;
+        if read.finished {
+            // The last event of `/v1/responses` repeats all that was written, which may have come without deltas.
+            self.content_bytes = self.content_bytes.max(read.output_bytes);
+        }
+        self.choices.0 |= read.begun;
+        self.choices.1 |= read.ended;
+        let all_ended = self.choices.1 != 0 && self.choices.0 & !self.choices.1 == 0;
+        self.finished = all_ended || read.finished || (self.finished && self.choices.0 == 0);
         self.error_seen |= read.error;
-        EditPoints { usage_only: read.usage_only(), models: read.models }
+        self.shown_completion = self.shown_completion.max(read.shown_completion);
+        if self.implausible.is_none() {
+            if let Err(found) = self.bounds.check(read.usage, read.most_tokens, self.content_bytes) {
+                (self.reported, self.implausible) = (None, Some(found));
+            } else if let Some(usage) = read.usage {
+                self.reported = Some(self.reported.unwrap_or_default().then(usage));
+            }
+            self.usage = self.reported.and_then(|usage| usage.counted(self.content_bytes > 0));
+        }
+        let (usage_only, untold_error) = (read.usage_only(), read.untold_error());
+        EditPoints { usage_only, untold_error, models: read.models, null_usage: None }
     }
 }
 
@@ -127,16 +202,25 @@ impl StreamFacts {
 struct EditPoints {
     models: SmallVec<[Range<usize>; 2]>,
     usage_only: bool,
+    /// The member `"usage": null`, with the comma that goes with it.
+    null_usage: Option<Range<usize>>,
+    /// It holds an error that clients of OpenAI's API would not find or not read.
+    untold_error: Option<UntoldError>,
 }
 
-/// Whether the first event of a stream is an error. An event that is not whole yet is not taken for one.
-pub fn begins_with_error(chunk: &[u8]) -> bool {
-    let end = chunk.windows(2).position(|pair| pair == b"\n\n").or_else(|| {
-        let crlf = chunk.windows(4).position(|four| four == b"\r\n\r\n");
-        crlf.map(|at| at + 2)
-    });
-    let Some(end) = end else { return false };
-    data_lines(&chunk[..end]).next().is_some_and(is_error_body)
+/// A member of an object with one of the commas beside it, so that the rest is JSON without it.
+fn with_comma(text: &[u8], member: Range<usize>) -> Range<usize> {
+    let is_blank = |byte: &&u8| matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
+    let blank = |at: usize| at + text[at..].iter().take_while(is_blank).count();
+    let comma = blank(member.end);
+    if text.get(comma) == Some(&b',') {
+        return member.start..blank(comma + 1);
+    }
+    let before = member.start - text[..member.start].iter().rev().take_while(is_blank).count();
+    match text[..before].last() {
+        Some(b',') => before - 1..member.end,
+        _ => member,
+    }
 }
 
 /// Whether an answer is an error, whatever its status says.
@@ -144,39 +228,88 @@ pub fn is_error_body(body: &[u8]) -> bool {
     is_error_object(body).is_ok_and(|error| error)
 }
 
-/// Whether a JSON object is an error.
+/// Whether a JSON object is an error: one with an `error` that has something in it. An empty one beside an answer is none.
 ///
 /// # Errors
 /// When the text is not one JSON object, with all of it checked.
 pub fn is_error_object(body: &[u8]) -> Result<bool, Fault> {
-    Payload::read(body.trim_ascii()).map(|read| read.error)
+    ReadObject::of(body).map(|read| read.is_error)
 }
 
-/// The usage an unary answer reports.
-///
-/// # Errors
-/// A report that cannot be true.
-pub fn usage_of_body(body: &[u8], bounds: &UsageBounds) -> Result<Option<Usage>, Implausible> {
-    let Ok(read) = Payload::read(body) else { return Ok(None) };
-    bounds.check(read.usage, read.most_tokens, body.len() as u64)?;
-    Ok(read.usage)
+/// What a complete answer says whatever its endpoint, read in one pass.
+#[derive(Debug, Default)]
+pub struct ReadObject {
+    /// It is an error, as [`is_error_object`] says.
+    pub is_error: bool,
+    /// Where it names its model.
+    pub models: ModelNames,
+    lists: Lists,
 }
 
-/// An unary answer with the model named as the client named it; shared when nothing changes.
-pub fn rename_model_in_body(body: &Bytes, client_model: &str) -> Bytes {
-    let quoted = quoted(client_model);
-    match Payload::read(body) {
-        Ok(read) => rename(body, &read.models, &quoted).unwrap_or_else(|| body.clone()),
-        Err(_) => body.clone(),
+impl ReadObject {
+    /// Reads a JSON object; white space around it is allowed.
+    ///
+    /// # Errors
+    /// When the text is not one JSON object, with all of it checked.
+    pub fn of(body: &[u8]) -> Result<Self, Fault> {
+        let blank = body.len() - body.trim_ascii_start().len();
+        let mut read = Payload::read(body.trim_ascii(), Endpoint::Any, Dialect::OpenAi)?;
+        read.models.iter_mut().for_each(|range| *range = range.start + blank..range.end + blank);
+        Ok(Self { is_error: read.error, models: ModelNames(read.models), lists: read.lists })
+    }
+
+    /// Whether a member of this name is an array: one of those that tell the answers of an endpoint.
+    pub fn has_list(&self, name: &str) -> bool {
+        self.lists.contains(name)
     }
 }
 
-/// The text with another name at each of the ranges, or `None` if it is there already.
-fn rename(text: &[u8], models: &[Range<usize>], quoted: &str) -> Option<Bytes> {
-    let edits: SmallVec<[Edit; 2]> = models
-        .iter()
-        .filter(|range| &text[(*range).clone()] != quoted.as_bytes())
-        .map(|range| Edit::new(range.clone(), quoted.to_owned()))
-        .collect();
-    (!edits.is_empty()).then(|| splice(text, &edits))
+/// Where a complete answer names its model.
+#[derive(Debug, Default)]
+pub struct ModelNames(SmallVec<[Range<usize>; 2]>);
+
+impl ModelNames {
+    /// Those of an answer; none in what is no JSON object.
+    pub fn of(body: &[u8]) -> Self {
+        ReadObject::of(body).unwrap_or_default().models
+    }
+
+    /// The answer with the model named as the client named it; shared when nothing changes.
+    pub fn renamed(&self, body: &Bytes, client_model: &str) -> Bytes {
+        let quoted = quoted(client_model);
+        let other = self.0.iter().filter(|range| body[(*range).clone()] != *quoted.as_bytes());
+        let edits: SmallVec<[Edit; 2]> =
+            other.map(|range| Edit::new(range.clone(), quoted.clone())).collect();
+        if edits.is_empty() { body.clone() } else { splice(body, &edits) }
+    }
+}
+
+/// The usage that a unary answer of this endpoint reports, read in the dialect of the backend.
+///
+/// # Errors
+/// A report that cannot be true.
+pub fn usage_of_body(
+    body: &[u8],
+    kind: RouteKind,
+    dialect: Dialect,
+    bounds: &UsageBounds,
+) -> Result<Option<Usage>, Implausible> {
+    let Ok(read) = Payload::read(body, Endpoint::Of(kind), dialect) else { return Ok(None) };
+    bounds.check(read.usage, read.most_tokens, body.len() as u64)?;
+    let written = read.content_bytes.max(read.output_bytes) > 0;
+    Ok(read.usage.and_then(|usage| usage.counted(written)))
+}
+
+/// Tokens of a unary answer as counted here: those of its text, or of all its bytes where no text is found in it. An answer
+/// of the embeddings endpoint has none.
+pub fn completion_estimate_of_body(body: &[u8], kind: RouteKind) -> u64 {
+    if kind == RouteKind::Embeddings {
+        return 0;
+    }
+    let read = Payload::read(body, Endpoint::Of(kind), Dialect::OpenAi).unwrap_or_default();
+    let bytes = match read.content_bytes.max(read.output_bytes) {
+        0 => body.len() as u64,
+        bytes => bytes,
+    };
+    bytes.div_ceil(BYTES_PER_TOKEN)
 }

@@ -3,12 +3,17 @@
 //! Invariants:
 //! - What is reported depends on the bytes alone, never on how they were cut into chunks.
 //! - An event inside one chunk is lent from it; only one that spans chunks is copied, into a carry of at most
-//!   [`EVENT_BYTES_MAX`]. A longer event is reported in parts, so that it can pass, and is never parsed.
+//!   [`EVENT_BYTES_MAX`]. A longer event is reported in parts, so that it can pass in constant memory.
 //! - LF, CRLF and CR end a line. An empty line ends an event with its first byte: the LF of a CRLF is reported apart,
 //!   since it may only come with the next chunk.
 
-/// Longest event that is looked into.
+use memchr::memchr2;
+
+/// Longest event that is reported as a whole, so that it can be changed.
 pub const EVENT_BYTES_MAX: usize = 64 * 1024;
+
+/// The byte order mark that a stream may begin with.
+pub const MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// A carry larger than this is given back once its event is over.
 const CARRY_BYTES_KEPT: usize = 4 * 1024;
@@ -127,7 +132,7 @@ impl Events {
                 at += 1;
                 continue;
             }
-            let line = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r'));
+            let line = memchr2(b'\n', b'\r', &bytes[at..]);
             let Some(line) = line else {
                 self.line_empty = false;
                 return None;
@@ -144,8 +149,10 @@ impl Events {
     }
 }
 
-/// The payloads of the `data` lines of an event.
+/// The payloads of the `data` lines of an event. A stream may begin with a byte order mark, which is no part of its first
+/// line.
 pub fn data_lines(event: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let event = event.strip_prefix(MARK).unwrap_or(event);
     event.split(|b| matches!(b, b'\n' | b'\r')).filter_map(|line| {
         let data = line.strip_prefix(b"data:")?;
         Some(data.strip_prefix(b" ").unwrap_or(data))

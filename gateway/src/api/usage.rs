@@ -13,7 +13,11 @@
 //! A count beyond is not cut down to the bound, which is still far from the truth: the whole report is left aside and the
 //! gateway's own count is used.
 
+mod counts;
+
 use super::request::{Request, RouteKind};
+
+pub(in crate::api) use self::counts::{Counts, Field, Named, Part};
 
 /// The largest context window that models are served with; what nothing else bounds is bounded by it. Models of 2 million
 /// tokens are offered, larger ones exist in papers.
@@ -24,13 +28,147 @@ const ADDED_TOKENS_MAX: u64 = 32_768;
 /// Tokens by which engines overshoot `max_tokens`: the end-of-text token, and the last step of speculative decoding.
 pub(crate) const OVERSHOOT_TOKENS_MAX: u64 = 16;
 
-/// Tokens as the upstream counted them.
+/// Tokens as the backend counted them, in one form for all dialects: parts are inside their wholes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Tokens read (`prompt_tokens` or `input_tokens`); `None` when it does not say. Zero is a value.
+    /// Tokens read, those of the cache included; `None` when the backend does not say.
     pub prompt: Option<u64>,
-    /// Tokens written (`completion_tokens` or `output_tokens`); `None` when it does not say, as for embeddings.
+    /// Tokens written, reasoning included; `None` when the backend does not say, as for embeddings.
     pub completion: Option<u64>,
+    /// Of the prompt: tokens that came from the provider's cache.
+    pub cache_read: u64,
+    /// Of the prompt: tokens that were written to the provider's cache, for whatever time.
+    pub cache_write: u64,
+    /// Of the prompt: tokens of sound. May be cached ones.
+    pub audio_in: u64,
+    /// Of the prompt: tokens of images. May be cached ones.
+    pub image_in: u64,
+    /// Of the answer: tokens of reasoning.
+    pub reasoning: u64,
+    /// Of the answer: tokens of sound.
+    pub audio_out: u64,
+    /// Of the answer: tokens of images.
+    pub image_out: u64,
+}
+
+impl Usage {
+    /// Tokens of the prompt that were neither read from the cache nor written to it.
+    pub fn input_uncached(&self) -> u64 {
+        self.prompt.unwrap_or(0).saturating_sub(self.cache_read.saturating_add(self.cache_write))
+    }
+
+    /// The same with no part larger than its whole.
+    #[must_use]
+    fn within_wholes(mut self) -> Self {
+        let (prompt, completion) = (self.prompt.unwrap_or(0), self.completion.unwrap_or(0));
+        self.cache_read = self.cache_read.min(prompt);
+        self.cache_write = self.cache_write.min(prompt - self.cache_read);
+        for (part, whole) in [
+            (&mut self.audio_in, prompt),
+            (&mut self.image_in, prompt),
+            (&mut self.reasoning, completion),
+            (&mut self.audio_out, completion),
+            (&mut self.image_out, completion),
+        ] {
+            *part = whole.min(*part);
+        }
+        self
+    }
+
+    /// What is known after a later report of the same answer. Counts are cumulative, so the last one of prompt and answer
+    /// counts, and zero replaces none. A later report of the same prompt may lack the parts that an earlier one had.
+    #[must_use]
+    pub fn then(self, later: Self) -> Self {
+        let known = |count: Option<u64>| count.unwrap_or(0) > 0;
+        let mut merged = self;
+        if known(later.prompt) || self.prompt.is_none() {
+            let same = later.prompt == self.prompt;
+            let part = |earlier: u64, later: u64| if same && later == 0 { earlier } else { later };
+            merged.prompt = later.prompt;
+            merged.cache_read = part(self.cache_read, later.cache_read);
+            merged.cache_write = part(self.cache_write, later.cache_write);
+            merged.audio_in = part(self.audio_in, later.audio_in);
+            merged.image_in = part(self.image_in, later.image_in);
+        }
+        if known(later.completion) || self.completion.is_none() {
+            let same = later.completion == self.completion;
+            let part = |earlier: u64, later: u64| if same && later == 0 { earlier } else { later };
+            merged.completion = later.completion;
+            merged.reasoning = part(self.reasoning, later.reasoning);
+            merged.audio_out = part(self.audio_out, later.audio_out);
+            merged.image_out = part(self.image_out, later.image_out);
+        }
+        merged.within_wholes()
+    }
+
+    /// The same without zeros that are no counts: no prompt has no tokens, and no answer in which something was `written`.
+    /// `None` when nothing is left.
+    pub fn counted(mut self, written: bool) -> Option<Self> {
+        self.prompt = self.prompt.filter(|count| *count > 0);
+        self.completion = self.completion.filter(|count| *count > 0 || !written);
+        (self.prompt.is_some() || self.completion.is_some()).then_some(self)
+    }
+}
+
+/// Who counted the tokens of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The backend, both directions.
+    Provider,
+    /// The gateway, at least one direction.
+    Counted,
+    /// Nobody: what was reserved stands.
+    Reserved,
+}
+
+impl Source {
+    /// As metrics and logs name it.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Provider => "provider",
+            Self::Counted => "counted",
+            Self::Reserved => "reserved",
+        }
+    }
+}
+
+/// What a request is charged for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tokens {
+    /// Tokens of the prompt, those of the cache included.
+    pub prompt: u64,
+    /// Tokens of the answer.
+    pub completion: u64,
+    /// Of the prompt: tokens that came from the provider's cache.
+    pub cache_read: u64,
+    /// Of the prompt: tokens that were written to the provider's cache.
+    pub cache_write: u64,
+    /// Who counted.
+    pub source: Source,
+}
+
+impl Tokens {
+    /// What the backend counted, and `prompt` and `completion` where it did not.
+    pub fn of(usage: Option<Usage>, prompt: u64, completion: u64) -> Self {
+        let usage = usage.unwrap_or_default();
+        let source = match (usage.prompt, usage.completion) {
+            (Some(_), Some(_)) => Source::Provider,
+            (Some(_), None) if completion == 0 => Source::Provider,
+            _ => Source::Counted,
+        };
+        Self {
+            prompt: usage.prompt.unwrap_or(prompt),
+            completion: usage.completion.unwrap_or(completion),
+            cache_read: usage.cache_read,
+            cache_write: usage.cache_write,
+            source,
+        }
+    }
+
+    /// What was reserved, none of it cached.
+    pub const fn reserved(prompt: u64, completion: u64) -> Self {
+        Self { prompt, completion, cache_read: 0, cache_write: 0, source: Source::Reserved }
+    }
 }
 
 /// The most tokens that one answer can have used.
@@ -69,7 +207,10 @@ impl UsageBounds {
     pub fn of(asked: &Request<'_>, body_bytes: usize) -> Self {
         let sent = (body_bytes as u64).saturating_add(ADDED_TOKENS_MAX);
         let prompt = if asked.reads_more_than_body { sent.max(CONTEXT_TOKENS_MAX) } else { sent };
-        let stated = asked.max_output_tokens.map(|most| u64::from(most) + OVERSHOOT_TOKENS_MAX);
+        // Tokens of a prediction that the model rejects are billed as output and not bounded by `max_tokens`.
+        let rejected = if asked.predicts { body_bytes as u64 } else { 0 };
+        let overshoot = OVERSHOOT_TOKENS_MAX.saturating_add(rejected);
+        let stated = asked.max_output_tokens.map(|most| u64::from(most).saturating_add(overshoot));
         let completion = match asked.kind {
             RouteKind::Embeddings => 0,
             _ => stated
@@ -79,8 +220,9 @@ impl UsageBounds {
         Self { prompt, completion }
     }
 
-    /// Whether an answer of which `seen_bytes` were seen can have used so much. `most` is the largest count of tokens
-    /// anywhere in the report: a part of the prompt or of the answer, or their sum.
+    /// Whether an answer of which `seen_bytes` were seen can have used so much. `most` is the largest number of the report
+    /// that something is charged by: a part of the prompt or of the answer, or their sum. Numbers of other names (tokens of
+    /// citations, sums over inner calls) have no bound and no effect.
     ///
     /// # Errors
     /// The count that cannot be true.
@@ -115,7 +257,8 @@ mod tests {
         let body = r#"{"model":"m","max_tokens":100,"n":2,"messages":[]}"#;
         let bounds = bounds(RouteKind::ChatCompletions, body);
         assert_eq!(bounds.completion, 2 * (100 + OVERSHOOT_TOKENS_MAX));
-        let claim = |completion| Some(Usage { prompt: Some(1), completion: Some(completion) });
+        let claim =
+            |completion| Some(Usage { prompt: Some(1), completion: Some(completion), ..Usage::default() });
         assert!(bounds.check(claim(232), 233, 0).is_ok());
         let found = bounds.check(claim(233), 234, 0).expect_err("beyond");
         assert_eq!((found.direction, found.reported, found.possible), ("output", 233, 232));
@@ -126,7 +269,7 @@ mod tests {
     #[test]
     fn hidden_reasoning_is_possible_without_max_tokens_up_to_the_largest_context() {
         let bounds = bounds(RouteKind::ChatCompletions, r#"{"model":"m","messages":[]}"#);
-        let claim = |completion| Some(Usage { prompt: None, completion: Some(completion) });
+        let claim = |completion| Some(Usage { completion: Some(completion), ..Usage::default() });
         assert!(bounds.check(claim(128_000), 128_000, 10).is_ok());
         assert!(bounds.check(claim(CONTEXT_TOKENS_MAX + 1), 0, 10).is_err());
         assert!(bounds.check(claim(9_223_372_036_854_775_807), 0, 10).is_err());
@@ -145,11 +288,55 @@ mod tests {
     }
 
     #[test]
+    fn rejected_predictions_may_exceed_max_tokens() {
+        let body = r#"{"model":"m","max_tokens":10,"prediction":{"type":"content","content":"ten words"},"messages":[]}"#;
+        let most = bounds(RouteKind::ChatCompletions, body).completion;
+        assert_eq!(most, 10 + OVERSHOOT_TOKENS_MAX + body.len() as u64);
+    }
+
+    fn counts(prompt: impl Into<Option<u64>>, completion: impl Into<Option<u64>>) -> Usage {
+        Usage { prompt: prompt.into(), completion: completion.into(), ..Usage::default() }
+    }
+
+    #[test]
+    fn later_reports_replace_counts_and_zeros_replace_none() {
+        let first = Usage { cache_read: 40, ..counts(50, 1) };
+        assert_eq!(first.then(counts(None, 7)), Usage { cache_read: 40, ..counts(50, 7) });
+        assert_eq!(first.then(counts(0, 0)), first);
+        assert_eq!(
+            first.then(counts(50, 9)),
+            Usage { cache_read: 40, ..counts(50, 9) },
+            "its details are missing"
+        );
+        assert_eq!(first.then(counts(60, 9)), counts(60, 9), "another prompt has other parts");
+        assert_eq!(counts(None, None).then(counts(0, 0)), counts(0, 0));
+    }
+
+    #[test]
+    fn zeros_beside_text_are_no_counts() {
+        assert_eq!(counts(5, 0).counted(true), Some(counts(5, None)));
+        assert_eq!(counts(5, 0).counted(false), Some(counts(5, 0)));
+        assert_eq!(counts(0, 0).counted(true), None);
+        let tokens = |usage| Tokens::of(usage, 11, 22);
+        assert_eq!(tokens(None), Tokens { source: Source::Counted, ..Tokens::reserved(11, 22) });
+        assert_eq!(tokens(Some(counts(5, 6))), Tokens { source: Source::Provider, ..Tokens::reserved(5, 6) });
+        assert_eq!(
+            tokens(Some(counts(5, None))),
+            Tokens { source: Source::Counted, ..Tokens::reserved(5, 22) }
+        );
+        assert_eq!(
+            Tokens::of(Some(counts(5, None)), 1, 0).source,
+            Source::Provider,
+            "embeddings write nothing"
+        );
+    }
+
+    #[test]
     fn embeddings_write_nothing_and_parts_cannot_be_more_than_the_whole() {
         let bounds = bounds(RouteKind::Embeddings, r#"{"model":"m","input":"hi"}"#);
-        let usage = Some(Usage { prompt: Some(2), completion: Some(0) });
+        let usage = Some(Usage { prompt: Some(2), completion: Some(0), ..Usage::default() });
         assert!(bounds.check(usage, 2, 100_000).is_ok());
-        let usage = Some(Usage { prompt: Some(2), completion: Some(1) });
+        let usage = Some(Usage { prompt: Some(2), completion: Some(1), ..Usage::default() });
         assert_eq!(bounds.check(usage, 2, 100_000).expect_err("beyond").direction, "output");
         let found = bounds.check(None, u64::MAX, 0).expect_err("a sum, or cached tokens, beyond everything");
         assert_eq!(found.direction, "other");
@@ -164,7 +351,7 @@ mod tests {
             let max = max_tokens.map(|most| format!(r#""max_tokens":{most},"#)).unwrap_or_default();
             let body = format!(r#"{{"model":"m",{max}"n":{n},"messages":[]}}"#);
             let bounds = bounds(RouteKind::ChatCompletions, &body);
-            let usage = Usage { prompt: Some(prompt), completion: Some(completion) };
+            let usage = Usage { prompt: Some(prompt), completion: Some(completion), ..Usage::default() };
             let most_possible = (CONTEXT_TOKENS_MAX * u64::from(n)).max(seen);
             if bounds.check(Some(usage), most, seen).is_ok() {
                 prop_assert!(prompt <= body.len() as u64 + ADDED_TOKENS_MAX && completion <= most_possible);

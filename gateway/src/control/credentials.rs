@@ -1,10 +1,10 @@
-//! The credentials of backends, read beside the configuration and never in its way.
+//! The credentials of backends. Files are read in the background and never delay the configuration.
 //!
-//! [`Credentials::of`] answers at once with what is known. A file that is new is read by a thread of this module, not by
-//! tokio's: a file system that hangs keeps its thread for ever, and would keep tokio from ending too. Threads are few
-//! per allowed directory, one file is never read twice at once, and a read that takes longer than `READ_TIMEOUT` is
-//! given up by all who wait for it. Files are read again every `READ_EVERY`, so a secret that was exchanged is in use
-//! without a change of the configuration; while the new one cannot be used the old one stays.
+//! [`Credentials::of`] returns at once what has been read. Files are read by threads of this module instead of tokio's
+//! blocking pool: a file system that hangs blocks its thread for ever, and tokio could not shut down. The number of threads
+//! per allowed directory is bounded, a file is never read twice at the same time, and nothing waits longer than
+//! `READ_TIMEOUT` for a read. Files are read again every `READ_EVERY`, so a rotated secret is used without a change of the
+//! configuration. If the new secret cannot be used, the old one stays in use.
 
 mod file;
 mod policy;
@@ -27,20 +27,20 @@ use self::file::{AllowedDirs, FileError, Found};
 pub use self::policy::CredentialSources;
 use self::policy::{Policy, is_for, normal};
 
-/// A read that takes longer is taken for one that hangs.
+/// A read that takes longer counts as hanging.
 const READ_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the answer to a change waits for files that are new. The change itself is in force before.
+/// How long the acknowledgement of a change waits for new files. The change is in force before.
 const SETTLE_MAX: Duration = Duration::from_millis(250);
-/// Between two reads of a file: how soon a secret that was exchanged is used.
+/// The interval between two reads of a file, after which a rotated secret is used.
 const READ_EVERY: Duration = Duration::from_secs(2);
-/// How often reads that hang are looked for.
+/// The interval of checks for hanging reads.
 const TICK: Duration = Duration::from_millis(250);
-/// Files of one directory that are read at once.
+/// Concurrent reads per directory.
 const READERS: usize = 4;
-/// Reads of one directory that may hang; then none is begun there until one of them ends.
+/// Hanging reads per directory; at this number no further read starts there until one of them ends.
 const HANGING_MAX: usize = 8;
 
-/// Reads a file of an allowed directory, and blocks; tests bring one that hangs.
+/// Reads a file of an allowed directory; blocks. Tests replace it by a function that hangs.
 type ReadFile = fn(&AllowedDirs, usize, &Path) -> Result<Found, FileError>;
 
 /// The credentials of one gateway.
@@ -49,9 +49,9 @@ pub struct Credentials {
     policy: Policy,
     read_file: ReadFile,
     state: Mutex<State>,
-    /// Counts reads that ended or were given up.
+    /// Counts reads that ended or timed out.
     progress: watch::Sender<u64>,
-    /// Counts what [`Credentials::of`] would answer differently.
+    /// Counts changes of the answers of [`Credentials::of`].
     changes: watch::Sender<u64>,
 }
 
@@ -60,7 +60,8 @@ struct State {
     files: HashMap<PathBuf, Entry>,
     /// One per allowed directory.
     directories: Vec<Directory>,
-    /// Somebody was told that a file is not read yet, or had one read again. The read may have ended meanwhile.
+    /// A caller was told that a file is not read yet, or requested another read, since the last [`Credentials::settle`]. The
+    /// read may have ended meanwhile.
     asked: bool,
 }
 
@@ -72,21 +73,21 @@ struct Directory {
     hanging: usize,
 }
 
-/// A file that a backend names.
+/// A credential file that a backend refers to.
 #[derive(Debug)]
 struct Entry {
     directory: usize,
     below: PathBuf,
-    /// What was read last that could be used.
-    good: Option<Found>,
-    /// Why the newest read was of no use.
-    trouble: Option<String>,
+    /// The content of the last successful read.
+    content: Option<Found>,
+    /// Why the newest read failed.
+    failure: Option<String>,
     read: Read,
-    /// It was of no use, and is read once more since it was named once more.
+    /// The last read failed, and another one was requested by a change of the configuration.
     again: bool,
-    /// The answer to a change has waited for it once; no other one does.
+    /// An acknowledgement has waited for this file once; no other one waits for it.
     waited: bool,
-    /// False when no backend names it any more; it goes when its read has ended.
+    /// Whether a backend refers to the file. Without one the entry is removed when its read has ended.
     wanted: bool,
 }
 
@@ -105,15 +106,15 @@ impl std::fmt::Debug for Found {
 }
 
 impl Entry {
-    /// Whether nothing is known of it yet, and somebody may wait for that.
+    /// Whether the file has no result yet and an acknowledgement may wait for it.
     fn is_unsettled(&self) -> bool {
-        self.wanted && !self.waited && self.good.is_none() && (self.again || self.trouble.is_none())
+        self.wanted && !self.waited && self.content.is_none() && (self.again || self.failure.is_none())
     }
 }
 
 impl Credentials {
-    /// Credentials from these sources; the error names the flag that is wrong. `never` are files and directories of Weir
-    /// itself, such as its tokens: they are refused like any file outside.
+    /// Credentials from these sources. `never` are files and directories of Weir itself, such as its tokens; they are refused
+    /// like files outside the allowed directories. An error names the invalid flag.
     pub fn new(sources: &CredentialSources, never: Vec<PathBuf>) -> Result<Arc<Self>, String> {
         Self::reading(sources, never, file::read)
     }
@@ -130,8 +131,8 @@ impl Credentials {
         Ok(Arc::new(Self { policy, read_file, state, progress, changes }))
     }
 
-    /// The Authorization header for a backend, as far as it is known: a file that is new is asked for and not waited for.
-    /// The error says why there is none; it never holds a secret.
+    /// The Authorization header for a backend; `None` without a credential. A new file is queued for reading and not waited
+    /// for. An error gives the reason and never contains a secret.
     pub fn of(self: &Arc<Self>, backend: &Backend) -> Result<Option<HeaderValue>, String> {
         let Some(reference) = &backend.credential else { return Ok(None) };
         let secret = match reference {
@@ -157,28 +158,31 @@ impl Credentials {
         let entry = files.entry(path.clone()).or_insert_with(|| Entry {
             directory,
             below: below.to_owned(),
-            good: None,
-            trouble: None,
+            content: None,
+            failure: None,
             read: Read::Idle,
             again: false,
             waited: false,
             wanted: true,
         });
         entry.wanted = true;
-        let answer = match (&entry.good, &entry.trouble) {
+        let answer = match (&entry.content, &entry.failure) {
             (Some(found), _) if is_for(&found.hosts, url) => Ok(found.secret.clone()),
             (Some(found), _) => Err(format!(
                 "credential: file {}: it lies in a directory for {}, which is not the host of this backend's url",
                 path.display(),
                 found.hosts.join(", ")
             )),
-            (None, Some(trouble)) => Err(trouble.clone()),
+            (None, Some(failure)) => Err(failure.clone()),
             (None, None) => {
                 *asked = true;
-                Err(format!("credential: file {}: not read yet; it is used once it is", path.display()))
+                Err(format!(
+                    "credential: file {}: not read yet; the backend is used once the file is read",
+                    path.display()
+                ))
             }
         };
-        if entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_none() {
+        if entry.read == Read::Idle && entry.content.is_none() && entry.failure.is_none() {
             entry.read = Read::Queued;
             directories[directory].queue.push_back(path);
             self.start_readers(&mut state, directory);
@@ -186,13 +190,13 @@ impl Credentials {
         answer
     }
 
-    /// Has files read at once that were of no use: somebody may have put one right, and declares a backend now.
+    /// Reads files again whose last read failed, because the operator who changes a backend may have corrected its file.
     pub fn read_again(self: &Arc<Self>) {
         let mut state = self.state();
         let State { files, directories, asked } = &mut *state;
-        let useless =
-            |entry: &Entry| entry.read == Read::Idle && entry.good.is_none() && entry.trouble.is_some();
-        for (path, entry) in files.iter_mut().filter(|(_, entry)| useless(entry)) {
+        let failed =
+            |entry: &Entry| entry.read == Read::Idle && entry.content.is_none() && entry.failure.is_some();
+        for (path, entry) in files.iter_mut().filter(|(_, entry)| failed(entry)) {
             (entry.read, entry.again, entry.waited, *asked) = (Read::Queued, true, false, true);
             directories[entry.directory].queue.push_back(path.clone());
         }
@@ -201,26 +205,26 @@ impl Credentials {
         }
     }
 
-    /// Forgets files that no backend names any more.
+    /// Removes files that no backend refers to.
     pub fn retain(&self, named: &BTreeSet<PathBuf>) {
         let named: BTreeSet<PathBuf> = named.iter().map(|path| normal(path)).collect();
         let mut state = self.state();
         state.files.retain(|path, entry| {
             entry.wanted = named.contains(path);
-            // One that is being read stays until that ends: else a file that hangs would be read once more each time
-            // somebody names it again.
+            // An entry stays while its file is being read. Otherwise a file that hangs would be read by another thread each
+            // time a backend refers to it again.
             entry.wanted || matches!(entry.read, Read::Running(_) | Read::Hanging)
         });
     }
 
-    /// Waits a moment for the files that were asked for since the last call. Returns whether there were any: then
-    /// [`Credentials::of`] may have another answer.
+    /// Waits at most 250 ms for the files that were requested since the last call. Returns whether there were any; if so,
+    /// [`Credentials::of`] may return something else.
     pub async fn settle(&self) -> bool {
         if !std::mem::take(&mut self.state().asked) {
             return false;
         }
         let mut progress = self.progress.subscribe();
-        // What is still not there by then is used when it comes.
+        // A file that is read later is used as soon as it is read.
         let _ = tokio::time::timeout(SETTLE_MAX, progress.wait_for(|_| !self.is_unsettled())).await;
         for entry in self.state().files.values_mut() {
             entry.waited = true;
@@ -233,26 +237,26 @@ impl Credentials {
         self.changes.subscribe()
     }
 
-    /// How many files that are in use or wanted could not be read last.
+    /// The number of files of backends whose last read failed.
     pub fn unreadable(&self) -> usize {
-        self.state().files.values().filter(|entry| entry.wanted && entry.trouble.is_some()).count()
+        self.state().files.values().filter(|entry| entry.wanted && entry.failure.is_some()).count()
     }
 
-    /// Reads files again, gives up reads that hang, and keeps the gauge of unreadable files true, until `shutdown`.
+    /// Until `shutdown`: reads files again, times out hanging reads, and updates the gauge of unreadable files.
     pub async fn run(self: Arc<Self>, unreadable: Gauge, shutdown: CancellationToken) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut next_look = Instant::now() + READ_EVERY;
+        let mut next_read = Instant::now() + READ_EVERY;
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
                 () = shutdown.cancelled() => return,
             }
             let now = Instant::now();
-            self.give_up(now);
+            self.time_out_reads(now);
             unreadable.set(self.unreadable().try_into().unwrap_or(i64::MAX));
-            if now >= next_look {
-                next_look = now + READ_EVERY;
+            if now >= next_read {
+                next_read = now + READ_EVERY;
                 self.read_due();
             }
         }
@@ -266,7 +270,7 @@ impl Credentials {
         self.state().files.values().any(Entry::is_unsettled)
     }
 
-    /// Has every file read again that is not being read.
+    /// Queues every file that is not being read.
     fn read_due(self: &Arc<Self>) {
         let mut state = self.state();
         let State { files, directories, .. } = &mut *state;
@@ -279,8 +283,8 @@ impl Credentials {
         }
     }
 
-    /// Gives up reads that have taken too long; others begin in their place.
-    fn give_up(self: &Arc<Self>, now: Instant) {
+    /// Marks reads that took too long as hanging, and starts other reads in their place.
+    fn time_out_reads(self: &Arc<Self>, now: Instant) {
         let mut differs = false;
         {
             let mut state = self.state();
@@ -292,7 +296,7 @@ impl Credentials {
                 entry.read = Read::Hanging;
                 directories[entry.directory].readers -= 1;
                 directories[entry.directory].hanging += 1;
-                differs |= entry.trouble(path, &format!("it was not read within {READ_TIMEOUT:?}"));
+                differs |= entry.failed(path, &format!("not read within {READ_TIMEOUT:?}"));
             }
             for directory in 0..state.directories.len() {
                 self.start_readers(&mut state, directory);
@@ -301,8 +305,8 @@ impl Credentials {
                     continue;
                 }
                 for path in &directories[directory].queue {
-                    if let Some(entry) = files.get_mut(path).filter(|entry| entry.trouble.is_none()) {
-                        differs |= entry.trouble(path, "too many reads in its directory hang");
+                    if let Some(entry) = files.get_mut(path).filter(|entry| entry.failure.is_none()) {
+                        differs |= entry.failed(path, "too many reads in this directory hang");
                     }
                 }
             }
@@ -317,8 +321,8 @@ impl Credentials {
             let credentials = Arc::clone(self);
             let thread = std::thread::Builder::new().name("credentials".into());
             if let Err(error) = thread.spawn(move || credentials.read_queued(directory)) {
-                // Tried again with the next tick.
-                tracing::error!(%error, "no thread to read credentials");
+                // The next tick tries again.
+                tracing::error!(%error, "thread for credential files not started");
                 return;
             }
             of.readers += 1;
@@ -326,7 +330,7 @@ impl Credentials {
         }
     }
 
-    /// What a reading thread does: reads what is queued, and ends.
+    /// The work of a reader thread: reads queued files until the queue is empty.
     fn read_queued(&self, directory: usize) {
         loop {
             let (path, below) = {
@@ -350,7 +354,7 @@ impl Credentials {
         }
     }
 
-    /// A read ended. Returns whether it had been given up: then another thread has the place of this one.
+    /// Records the end of a read. Returns whether it had timed out, in which case another thread has replaced this one.
     fn ended(&self, path: &Path, directory: usize, read: Result<Found, FileError>) -> bool {
         let (late, differs) = {
             let mut state = self.state();
@@ -367,7 +371,7 @@ impl Credentials {
                     let outside = self.policy.outside();
                     entry.refused(path, outside)
                 }
-                Err(error) => entry.trouble(path, &error.to_string()),
+                Err(error) => entry.failed(path, &error.to_string()),
             };
             if !entry.wanted {
                 files.remove(path);
@@ -387,31 +391,31 @@ impl Credentials {
 }
 
 impl Entry {
-    /// Takes over what was read. Returns whether that is new.
+    /// Records a successful read. Returns whether the content changed.
     fn found(&mut self, path: &Path, found: Found) -> bool {
-        let recovered = self.trouble.take().is_some();
-        let new = self.good.as_ref() != Some(&found);
-        if new && self.good.is_some() {
-            tracing::info!(file = %path.display(), "a credential was exchanged; the new one is in use");
+        let recovered = self.failure.take().is_some();
+        let new = self.content.as_ref() != Some(&found);
+        if new && self.content.is_some() {
+            tracing::info!(file = %path.display(), "credential rotated; the new one is in use");
         } else if recovered {
-            tracing::info!(file = %path.display(), "a credential can be read again");
+            tracing::info!(file = %path.display(), "credential file readable again");
         }
-        self.good = Some(found);
+        self.content = Some(found);
         new
     }
 
-    fn trouble(&mut self, path: &Path, reason: &str) -> bool {
+    fn failed(&mut self, path: &Path, reason: &str) -> bool {
         self.refused(path, format!("credential: file {}: {reason}", path.display()))
     }
 
-    /// Takes over why it cannot be used. Returns whether that changes anything for backends.
-    fn refused(&mut self, path: &Path, trouble: String) -> bool {
-        let new = self.trouble.as_ref() != Some(&trouble);
-        if new && self.good.is_some() {
-            tracing::warn!(file = %path.display(), reason = trouble, "a credential cannot be read; the last one stays");
+    /// Records a failed read. Returns whether the answers for backends change.
+    fn refused(&mut self, path: &Path, failure: String) -> bool {
+        let new = self.failure.as_ref() != Some(&failure);
+        if new && self.content.is_some() {
+            tracing::warn!(file = %path.display(), reason = failure, "credential file not readable; the last credential stays in use");
         }
-        let changes = new && self.good.is_none();
-        self.trouble = Some(trouble);
+        let changes = new && self.content.is_none();
+        self.failure = Some(failure);
         changes
     }
 }

@@ -77,12 +77,12 @@ impl LiveConfig {
         let _ = self.revisions().wait_for(|_| self.is_configured()).await;
     }
 
-    /// Whether the control plane is heard.
+    /// Whether a control plane is connected.
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
     }
 
-    /// Says whether the control plane is heard.
+    /// Sets whether a control plane is connected.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
     }
@@ -92,7 +92,7 @@ impl LiveConfig {
         self.config_refused.load(Ordering::Relaxed)
     }
 
-    /// Says how many resources are refused.
+    /// Sets the number of refused resources.
     pub fn set_config_refused(&self, count: usize) {
         self.config_refused.store(count, Ordering::Relaxed);
     }
@@ -102,7 +102,7 @@ impl LiveConfig {
         self.live_gateways.load(Ordering::Relaxed)
     }
 
-    /// Says how many there are.
+    /// Sets the number of connected gateways.
     pub fn set_live_gateways(&self, count: u32) {
         self.live_gateways.store(count.max(1), Ordering::Relaxed);
     }

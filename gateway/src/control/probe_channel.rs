@@ -1,10 +1,12 @@
-//! Between the prober and the report stream: assignments and orders come down, results go up.
+//! Between the prober, the report stream and requests: assignments and orders come down, results go up, and requests that
+//! wait in silence ask for probes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+use weir_proto::resource::Name;
 use weir_proto::v1::{ProbeAssignments, ProbeOrder, ProbeResult, ProbeTier};
 
 /// Results that wait for a report; the oldest goes first. Far more than a second's worth of a large gateway.
@@ -28,6 +30,9 @@ pub struct ProbeChannel {
     /// Backend and tier; of two orders for the same, one is enough.
     orders_now: Mutex<BTreeMap<(String, i32), ProbeOrder>>,
     ordered: Notify,
+    /// Backends whose liveness requests of this gateway ask for.
+    wanted_now: Mutex<BTreeSet<Name>>,
+    wanted: Notify,
     results: Mutex<VecDeque<ProbeResult>>,
     /// Notified of results that must not wait for the next report.
     urgent_results: Notify,
@@ -39,6 +44,8 @@ impl Default for ProbeChannel {
             orders: watch::Sender::new(Orders { assignments: None, away_since: Some(Instant::now()) }),
             orders_now: Mutex::default(),
             ordered: Notify::new(),
+            wanted_now: Mutex::default(),
+            wanted: Notify::new(),
             results: Mutex::default(),
             urgent_results: Notify::new(),
         }
@@ -95,6 +102,27 @@ impl ProbeChannel {
         }
     }
 
+    /// Asks for a liveness probe of this gateway's own, now.
+    pub fn want(&self, backend: &Name) {
+        let mut wanted = lock(&self.wanted_now);
+        if wanted.len() < ORDERS_MAX {
+            wanted.insert(backend.clone());
+        }
+        drop(wanted);
+        self.wanted.notify_one();
+    }
+
+    /// The backends that were asked for; returns when there is one. Cancel-safe.
+    pub async fn wanted(&self) -> BTreeSet<Name> {
+        loop {
+            let taken = std::mem::take(&mut *lock(&self.wanted_now));
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.wanted.notified().await;
+        }
+    }
+
     /// Has a result reported; at once when it is urgent.
     pub fn report(&self, result: ProbeResult, urgent: bool) {
         let mut results = lock(&self.results);
@@ -136,5 +164,14 @@ mod tests {
         let results = channel.take_results();
         assert_eq!((results.len(), results[0].backend.as_str()), (RESULTS_MAX, "5"), "the oldest go");
         assert!(channel.take_results().is_empty());
+    }
+
+    #[tokio::test]
+    async fn requests_that_want_the_same_probe_want_one() {
+        let (channel, name) = (ProbeChannel::default(), |name| Name::parse(name).expect("a name"));
+        for backend in ["b", "a", "b"] {
+            channel.want(&name(backend));
+        }
+        assert_eq!(channel.wanted().await.into_iter().collect::<Vec<_>>(), [name("a"), name("b")]);
     }
 }

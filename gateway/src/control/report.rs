@@ -1,9 +1,9 @@
-//! The report streams: what this gateway sees goes up about once a second to every control plane, what all gateways see
-//! comes down from the one that leads.
+//! The report streams. A gateway sends its reports about once a second to every control plane; the leader sends verdicts
+//! and the aggregates of all reports.
 //!
-//! Every control plane takes in the same, so any of them can lead from one moment to the next; a number that rises with
-//! every election tells the one that leads from one that thinks it still does. The latest value wins in both
-//! directions. Without a stream the last verdicts stay in force.
+//! Every control plane receives all reports, so each of them can become the leader at any time. The fencing token, which
+//! rises with every election, tells the leader from a former leader that has not noticed its loss. The latest value wins
+//! in both directions. Without a stream the last verdicts stay in force.
 
 mod backends;
 mod incoming;
@@ -42,7 +42,7 @@ pub struct Reporter {
     /// The configuration whose backends are reported.
     pub live: Arc<LiveConfig>,
     /// What is counted of verdicts.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// What requests came to.
     pub traffic: Arc<TrafficCounter>,
     /// Where assignments of probes go and their results come from.
@@ -89,7 +89,7 @@ impl Reporter {
         }
     }
 
-    /// Takes a message in if it comes from the control plane that leads.
+    /// Applies a message if it comes from the leader.
     fn received(
         &self,
         at: usize,

@@ -1,5 +1,7 @@
-//! What the control plane is told of this gateway's requests as a whole: what they came to, and how the limits stood that
-//! they met. Counted here beside the metrics, since the report stream wants what is new since the last report.
+//! The traffic report: the results of this gateway's requests and the levels of the limits that they met. Counted beside
+//! the metrics, because a report contains only the difference to the report before.
+//!
+//! A report removes the scopes whose levels are unknown by then, because it is the last one that tells their refusals.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -13,13 +15,13 @@ use weir_ratelimit::{Decision, Kind, LimitState, Mode, Outcome, Verdict, What};
 
 use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
 
-/// Scopes remembered at once; of more than that, those already there stay.
+/// The maximum of scopes; further ones are not reported.
 const SCOPES_MAX: usize = 2048;
 /// Limits in one report.
 const REPORTED_MAX: usize = 64;
-/// The state of a limit that no request met for so long is unknown: other gateways may have used it since.
+/// After this time without a request the level of a limit is unknown, because other gateways may have used it.
 const KNOWN_FOR: Duration = Duration::from_secs(60);
-/// Slots come and go within a request's time.
+/// The same for concurrency, which changes with every request.
 const SLOTS_KNOWN_FOR: Duration = Duration::from_secs(5);
 /// Each kind of bucket, and concurrency.
 const WHATS: usize = Kind::COUNT + 1;
@@ -28,10 +30,10 @@ const WHATS: usize = Kind::COUNT + 1;
 #[derive(Debug, Default)]
 pub struct TrafficCounter {
     succeeded: AtomicU64,
-    refused: AtomicU64,
-    rejected: AtomicU64,
-    failed: AtomicU64,
-    abandoned: AtomicU64,
+    rate_limited: AtomicU64,
+    client_errors: AtomicU64,
+    server_errors: AtomicU64,
+    cancelled: AtomicU64,
     in_flight: AtomicI64,
     input_tokens: AtomicU64,
     output_tokens: AtomicU64,
@@ -60,39 +62,39 @@ struct Limit {
 }
 
 impl TrafficCounter {
-    /// A request arrived.
+    /// Counts a request that arrived.
     pub fn began(&self) {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A request is not under way any more, whatever became of it.
+    /// Counts a request that is not in flight any more.
     pub fn left(&self) {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A request ended, with this status and "ok" or what went wrong.
+    /// Counts the result of a request: its status, and "ok" or the code of the error.
     pub fn ended(&self, status: u16, code: &str) {
         let counter = match status {
-            499 => &self.abandoned,
-            429 => &self.refused,
-            400..=498 => &self.rejected,
+            499 => &self.cancelled,
+            429 => &self.rate_limited,
+            400..=498 => &self.client_errors,
             ..400 if code == "ok" => &self.succeeded,
             // 5xx, or a stream that broke after its 200 was sent.
-            _ => &self.failed,
+            _ => &self.server_errors,
         };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Tokens that a request used.
+    /// Counts the tokens of a request.
     pub fn tokens(&self, input: u64, output: u64) {
-        // Several absurd counts in one report must not come out as a small one.
+        // The sums saturate, so that absurd counts do not wrap to small ones.
         for (sum, count) in [(&self.input_tokens, input), (&self.output_tokens, output)] {
             let add = |now: u64| Some(now.saturating_add(count));
             let _ = sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
         }
     }
 
-    /// A request met these limits.
+    /// Records the limits that a request met.
     pub fn decided(&self, entries: &[&ScopeEntry], decision: &Decision) {
         let limited = matches!(decision.outcome, Outcome::Limited { .. });
         let now = Instant::now();
@@ -113,22 +115,22 @@ impl TrafficCounter {
         self.scopes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What requests came to since the last call.
+    /// Takes the results of requests since the last call.
     pub fn take_traffic(&self) -> TrafficReport {
         let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
         TrafficReport {
             succeeded: take(&self.succeeded),
-            refused: take(&self.refused),
-            rejected: take(&self.rejected),
-            failed: take(&self.failed),
-            abandoned: take(&self.abandoned),
+            rate_limited: take(&self.rate_limited),
+            client_errors: take(&self.client_errors),
+            server_errors: take(&self.server_errors),
+            cancelled: take(&self.cancelled),
             in_flight: u32::try_from(self.in_flight.load(Ordering::Relaxed)).unwrap_or_default(),
             input_tokens: take(&self.input_tokens),
             output_tokens: take(&self.output_tokens),
         }
     }
 
-    /// The limits that mattered most, with their refusals since the last call; what is no longer known is forgotten.
+    /// Takes the limits to report with their refusals since the last call, and removes limits with an unknown level.
     pub fn take_limits(&self) -> Vec<LimitReport> {
         let now = Instant::now();
         let mut reports = self.scopes().take(now);
@@ -142,7 +144,7 @@ impl TrafficCounter {
 }
 
 impl Scopes {
-    /// The entry of a scope; none when there are too many.
+    /// The entry of a scope; `None` above the maximum.
     fn last_seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut LastSeen> {
         let names = self.by_kind.entry(kind).or_default();
         // Looked up twice, so that a name is copied only once.
@@ -167,7 +169,7 @@ impl Scopes {
                     reports.push(LimitReport {
                         scope_kind: kind.as_str().to_owned(),
                         scope: name.clone(),
-                        what: what_name(known.state.what).to_owned(),
+                        kind: what_name(known.state.what).to_owned(),
                         limit: known.state.limit,
                         used,
                         refusals: std::mem::take(&mut known.refusals),
@@ -185,7 +187,7 @@ impl Scopes {
     }
 }
 
-/// What is used of a limit so long after the decision that said how it stood; `None` when that is too long ago.
+/// The used part of a limit, `age` after the decision that returned its state; `None` if that is too long ago.
 fn used(state: &LimitState, age: Duration) -> Option<u64> {
     let known_for = if state.what == What::Concurrency { SLOTS_KNOWN_FOR } else { KNOWN_FOR };
     if age > known_for {
@@ -242,8 +244,13 @@ mod tests {
         }
         traffic_counter.began();
         let traffic = traffic_counter.take_traffic();
-        let counts =
-            [traffic.succeeded, traffic.failed, traffic.rejected, traffic.refused, traffic.abandoned];
+        let counts = [
+            traffic.succeeded,
+            traffic.server_errors,
+            traffic.client_errors,
+            traffic.rate_limited,
+            traffic.cancelled,
+        ];
         assert_eq!((counts, traffic.in_flight), ([1, 2, 1, 1, 1], 1));
         assert_eq!(traffic_counter.take_traffic(), TrafficReport { in_flight: 1, ..Default::default() });
     }
@@ -259,7 +266,7 @@ mod tests {
         }
         assert_eq!(scopes.take(Instant::now()).len(), SCOPES_MAX);
         tokio::time::advance(KNOWN_FOR * 2).await;
-        // Said once more, as not known, and then no more.
+        // Reported once more without a level, then removed.
         assert!(scopes.take(Instant::now()).iter().all(|report| report.used.is_none()));
         assert!(scopes.take(Instant::now()).is_empty());
         assert!(scopes.last_seen(ScopeKind::Tenant, "new").is_some());

@@ -10,7 +10,7 @@ use weir_ratelimit::{Acquire, Decision, Outcome, Scopes};
 
 use super::call::ModelCall;
 use super::context::RequestContext;
-use super::{attempts, refusal};
+use super::{refusal, slot_round};
 use crate::error::GatewayError;
 use crate::limits::account_groups::CandidateGroups;
 use crate::limits::ledger::LEASE_TTL;
@@ -115,7 +115,7 @@ impl<'a> Limits<'a> {
             cost: call.reserved,
             estimated: true,
             scopes,
-            candidates: attempts::limiter_candidates(call.model, candidates),
+            candidates: slot_round::limiter_candidates(call.model, candidates),
             lease_ttl: LEASE_TTL,
         }
     }
@@ -247,7 +247,7 @@ impl Admission<'_> {
             let outcome = waited.gave_up.map_or("granted", waiting::GaveUp::name);
             let labels = WaitLabels { outcome, priority: self.patience.priority.name() };
             gateway.metrics.wait.get_or_create(&labels).observe(waited.waited.as_secs_f64());
-            gateway.metrics.queue_ahead.observe(ahead as f64);
+            gateway.metrics.queue_position.observe(ahead as f64);
         }
         gateway.traffic.decided(&self.limits.entries, &waited.decision);
     }

@@ -2,7 +2,6 @@
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use hyper::body::Incoming;
 use weir_ratelimit::{Cost, Decision, Kind};
 
 use super::attempt::{Answer, Target};
@@ -12,14 +11,15 @@ use super::context::RequestContext;
 use super::headers::{self, Content};
 use super::refusal;
 use super::request_body::Room;
-use super::response_body::{Body, Clocks, StreamBody, StreamEnd, UnaryBody, usage_or_count};
-use crate::api::request::RouteKind;
+use super::response_body::{Body, Clocks, StreamBody, StreamEnd, UnaryBody};
 use crate::api::response::{
-    BYTES_PER_TOKEN, RewritePlan, Rewriter, is_error_object, rename_model_in_body, usage_of_body,
+    MissingUsage, ModelNames, RewritePlan, Rewriter, completion_estimate_of_body, usage_of_body,
 };
+use crate::api::usage::Tokens;
 use crate::error::GatewayError;
 use crate::limits::reservation::Reservation;
 use crate::routing::backend_state::InFlight;
+use crate::routing::upstream::AnswerBody;
 
 /// What the client is answered.
 pub(super) enum Reply {
@@ -33,7 +33,7 @@ pub(super) enum Reply {
 pub(super) struct OpenStream {
     headers: HeaderMap,
     first: Bytes,
-    rest: Incoming,
+    rest: Option<AnswerBody>,
     plan: RewritePlan,
     clocks: Clocks,
     reservation: Reservation,
@@ -74,18 +74,22 @@ pub(super) fn reply(
     let request_id = context.request_id_header().ok_or(GatewayError::Internal)?;
     let Won { answer, target, in_flight } = won;
     match answer {
-        Answer::Unary { status, headers, body, room } => {
+        Answer::Unary { status, headers, body, models, room } => {
             let headers = headers::to_client(&headers, request_id);
-            let answer = UnaryAnswer { status, headers, body, room };
+            let answer = UnaryAnswer { status, headers, body, models, room };
             Ok(Reply::Complete(unary(call, answer, &target, (reservation, decision), context)))
         }
         Answer::Stream { headers, first, rest } => {
             let request = &call.call.request;
             let plan = RewritePlan {
+                kind: request.kind,
+                dialect: target.backend.spec.dialect,
                 rename_model: Some(request.model.to_string()),
                 drop_usage_chunk: request.kind.takes_include_usage() && !request.include_usage,
                 append_done: request.kind.takes_include_usage(),
                 bounds: call.call.usage_bounds(),
+                missing_usage: (request.include_usage && request.kind.takes_include_usage())
+                    .then(|| MissingUsage::new(&first, request.kind, &request.model, call.prompt_tokens)),
             };
             let mut headers = headers::to_client(&headers, request_id);
             headers::content_type(&mut headers, Content::Events);
@@ -117,6 +121,7 @@ struct UnaryAnswer {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
+    models: ModelNames,
     room: Room,
 }
 
@@ -128,27 +133,28 @@ fn unary(
     (mut reservation, mut decision): (Reservation, Decision),
     context: &mut RequestContext,
 ) -> Response<Body> {
-    let UnaryAnswer { status, mut headers, body, room } = answer;
+    let UnaryAnswer { status, mut headers, body, models, room } = answer;
     let (request, is_success) = (&call.call.request, status.is_success());
-    let usage = usage_of_body(&body, &call.call.usage_bounds());
+    let dialect = target.backend.spec.dialect;
+    let usage = usage_of_body(&body, request.kind, dialect, &call.call.usage_bounds());
     if let Err(found) = &usage {
         target.implausible(found);
     }
     let (usage, plausible) = (usage.unwrap_or_default(), usage.is_ok());
-    let written = match request.kind {
-        RouteKind::Embeddings => 0,
-        _ => (body.len() as u64).div_ceil(BYTES_PER_TOKEN),
-    };
-    let (prompt, completion, source) = match is_success {
-        true => usage_or_count(usage, call.prompt_tokens, written),
-        false => usage_or_count(usage, 0, 0),
+    let tokens = match is_success {
+        true => {
+            let written = || completion_estimate_of_body(&body, request.kind);
+            let counted = usage.and_then(|usage| usage.completion).is_some();
+            Tokens::of(usage, call.prompt_tokens, if counted { 0 } else { written() })
+        }
+        false => Tokens::of(usage, 0, 0),
     };
     match is_success {
-        true => target.succeed(completion),
+        true => target.succeed(tokens.completion),
         false => target.refuse(),
     }
-    context.tokens = Some((prompt, completion, source));
-    let cost = target.cost(prompt, completion);
+    context.tokens = Some(tokens);
+    let cost = target.cost(&tokens);
     reservation.used(cost);
     if is_success && plausible {
         let usage = usage.unwrap_or_default();
@@ -156,15 +162,11 @@ fn unary(
     }
     refusal::settled(&mut decision, &reservation.reserved, &cost);
     context.finished(status, if is_success { "ok" } else { "client_error" });
-    // A good answer was read as JSON when it came.
-    let content = match is_success || is_error_object(&body).is_ok() {
-        true => Content::Json,
-        false => Content::Text,
-    };
-    headers::content_type(&mut headers, content);
+    // It was read as JSON when it came.
+    headers::content_type(&mut headers, Content::Json);
     refusal::write_limits(&mut headers, &decision);
     headers::write_wait(&mut headers, context.waited);
-    let body = rename_model_in_body(&body, &request.model);
+    let body = models.renamed(&body, &request.model);
     let body = UnaryBody::new(body, room, context.client.clock.clone());
     let mut response = Response::new(Body::Unary(body));
     *response.status_mut() = status;
@@ -172,22 +174,19 @@ fn unary(
     response
 }
 
-/// Settles a request that got no answer.
+/// Settles a request that got no answer. A backend may have generated to the end without our seeing it: if the outcome of
+/// any attempt is unknown, what was reserved stands.
 pub(super) fn settle_failure(
-    error: &GatewayError,
+    unknown_outcome: bool,
     reservation: &mut Reservation,
     context: &mut RequestContext,
 ) {
-    // A backend may have generated to the end without our seeing it: then what was reserved stands.
-    let unknown_outcome = matches!(
-        error,
-        GatewayError::UpstreamTimeout | GatewayError::UpstreamBroken | GatewayError::Deadline
-    );
     if !unknown_outcome {
         reservation.used(Cost::default());
         return;
     }
     let reserved = reservation.reserved;
     reservation.used(reserved);
-    context.tokens = Some((reserved.get(Kind::InputTokens), reserved.get(Kind::OutputTokens), "reserved"));
+    let (prompt, completion) = (reserved.get(Kind::InputTokens), reserved.get(Kind::OutputTokens));
+    context.tokens = Some(Tokens::reserved(prompt, completion));
 }

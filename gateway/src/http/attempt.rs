@@ -1,34 +1,43 @@
-//! One attempt at one backend, up to the first byte of its answer.
+//! One attempt at one backend, up to the first event of its answer.
 //!
 //! What comes back is judged here: whose fault a failure is, and whether another backend may be tried. A stream's
-//! first chunk is awaited before anything is said to the client, so that an early failure can still go elsewhere;
+//! first event is awaited before anything is said to the client, so that an early failure can still go elsewhere;
 //! a unary answer is read to its end, within a bound, for the same reason.
+//!
+//! Blame: what only the backend can have done (no connection, silence, a refused credential, "busy") counts against it at
+//! once. An answer that is no answer may be the request's doing: it counts only when another backend answers the same
+//! request well ([`Fault::Suspected`]), so that no caller can eject a backend with requests that no server can answer.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Request, StatusCode, header};
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
 use tokio::time::{Instant, timeout, timeout_at};
 use weir_ratelimit::Cost;
 use weir_runtime::RefusedAddress;
 
-use crate::api::response::{begins_with_error, is_error_object};
-use crate::api::usage::Implausible;
-use crate::error::GatewayError;
-use crate::http::headers;
+use crate::api::answer::{self, NoAnswer};
+use crate::api::request::RouteKind;
+use crate::api::response::{ModelNames, ReadObject, is_error_object};
+use crate::api::upstream_error::{self, ApiError, MESSAGE_CHARS_MAX, Meaning, redact, without_echo};
+use crate::api::usage::{Implausible, Tokens};
+use crate::error::{GatewayError, UpstreamFailure};
+use crate::http::first_event::{self, Begun};
+use crate::http::joined::Joined;
 use crate::http::request_body::{BodyMemory, Room};
+use crate::http::{headers, retry_after};
 use crate::limits::price;
 use crate::metrics::{AttemptLabels, ImplausibleLabels, Metrics};
 use crate::routing::backend::BackendEntry;
-use crate::routing::backend_state::AttemptOutcome;
+use crate::routing::backend_state::{AttemptOutcome, LastFailure};
 use crate::routing::balance::{Measure, Sample};
 use crate::routing::entries::ModelEntry;
+use crate::routing::upstream::{self, AnswerBody, SendError};
 
-/// Largest unary answer that is taken.
-const ANSWER_MAX_BYTES: usize = 64 << 20;
+/// A refusal's body that takes longer than this is judged by its status alone.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where an attempt goes, and what came of it so far.
 #[derive(Debug, Clone)]
@@ -40,7 +49,7 @@ pub struct Target {
     /// What the backend calls the model.
     pub upstream_model: String,
     /// Where attempts are counted.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Whether a stream was asked for.
     pub stream: bool,
     /// Tokens of the prompt: what the time to the first byte depends on.
@@ -66,12 +75,14 @@ impl Target {
     /// nothing about how fast it serves.
     pub fn refuse(&self) {
         self.count(AttemptOutcome::Success);
+        self.backend.state.count(AttemptOutcome::Success);
         self.model.pool.state.succeeded(&self.model.name, &self.backend, None);
     }
 
     /// Records a complete and good answer.
     pub fn succeed(&self, output_tokens: u64) {
         self.count(AttemptOutcome::Success);
+        self.backend.state.count(AttemptOutcome::Success);
         let sample = match (self.stream, self.began) {
             (true, Some(began)) => {
                 let took = began.elapsed();
@@ -85,12 +96,20 @@ impl Target {
 
     /// Records a failure that counts against the backend in the next choice.
     pub fn fail(&self, outcome: AttemptOutcome) {
-        self.fail_busy(outcome, None);
+        self.count(outcome);
+        self.blame(outcome, None);
     }
 
-    fn fail_busy(&self, outcome: AttemptOutcome, retry_after: Option<Duration>) {
+    /// Records a failure that says nothing certain about the backend: it is counted and shown, and has no effect on the
+    /// next choice.
+    pub fn fail_without_blame(&self, outcome: AttemptOutcome) {
         self.count(outcome);
+    }
+
+    /// Lets a failure that was counted before bear on the next choice.
+    pub fn blame(&self, outcome: AttemptOutcome, retry_after: Option<Duration>) {
         let state = &self.model.pool.state;
+        self.backend.state.count(outcome);
         if self.began.is_none() && matches!(outcome, AttemptOutcome::Timeout | AttemptOutcome::Overtaken) {
             state.first_byte_timed_out(&self.model.name, self.backend.id, self.stream);
         }
@@ -110,15 +129,19 @@ impl Target {
         }
     }
 
-    /// The answer makes no sense: the backend's fault. The client does not hear the reason, the log does.
-    fn invalid(&self, reason: impl std::fmt::Display) -> Failure {
-        if let Some(held_back) = self.backend.state.invalid_lines.pass() {
-            tracing::warn!(backend = %self.backend.name, %reason, held_back, "answer of the backend refused");
+    /// Notes whether the backend refuses the `stream_options` that Weir adds for this model. Says whether that is news.
+    pub fn set_refuses_addition(&self, refuses: bool) -> bool {
+        let news = self.backend.state.set_refuses_addition(&self.model.name, refuses);
+        if news && refuses {
+            tracing::info!(
+                backend = %self.backend.name, model = %self.model.name,
+                "backend refuses stream_options; usage of its streams is counted by the gateway"
+            );
         }
-        (AttemptOutcome::ServerError, GatewayError::UpstreamInvalid).into()
+        news
     }
 
-    /// How long to wait for the first byte before another backend is tried as well.
+    /// How long to wait for the first byte before another backend is tried as well; `None` is until it times out.
     pub fn hedge_delay(&self) -> Option<Duration> {
         let state = &self.model.pool.state;
         state.hedge_delay(&self.model.name, self.backend.id, self.stream, self.prompt_tokens)
@@ -131,14 +154,13 @@ impl Target {
     }
 
     fn count(&self, outcome: AttemptOutcome) {
-        self.backend.state.count(outcome);
         let labels = AttemptLabels { backend: self.backend.name.to_string(), outcome: outcome.label() };
         self.metrics.attempts.get_or_create(&labels).inc();
     }
 
-    /// What so many tokens of this model cost.
-    pub fn cost(&self, prompt: u64, completion: u64) -> Cost {
-        price::cost(&self.model, prompt, completion)
+    /// What these tokens of this model cost.
+    pub fn cost(&self, tokens: &Tokens) -> Cost {
+        price::cost_of(&self.model, tokens)
     }
 }
 
@@ -149,10 +171,10 @@ pub enum Answer {
     Stream {
         /// Its headers.
         headers: HeaderMap,
-        /// The first chunk; never empty.
+        /// Everything up to its first event with data; never empty.
         first: Bytes,
-        /// The rest.
-        rest: Incoming,
+        /// The rest; `None` where the server did not stream, and `first` is all.
+        rest: Option<AnswerBody>,
     },
     /// All of it. The status is 2xx, or 4xx when the client is at fault.
     Unary {
@@ -162,6 +184,8 @@ pub enum Answer {
         headers: HeaderMap,
         /// The body.
         body: Bytes,
+        /// Where it names its model.
+        models: ModelNames,
         /// The memory it takes.
         room: Room,
     },
@@ -170,174 +194,368 @@ pub enum Answer {
 /// What one attempt sends.
 #[derive(Debug)]
 pub struct Outgoing {
+    /// The endpoint.
+    pub kind: RouteKind,
     /// The path, such as `/v1/chat/completions`.
     pub path: &'static str,
     /// From the client's, by an allow-list.
     pub headers: HeaderMap,
     /// The body, spliced for this backend.
     pub body: Bytes,
+    /// Whether the body asks for usage in the stream, which the client did not.
+    pub added_usage: bool,
     /// What answers that are not streamed may take.
     pub memory: Arc<BodyMemory>,
-    /// When the first byte must be there.
-    pub first_byte_by: Instant,
+    /// Largest unary answer that is taken, bytes.
+    pub answer_max: usize,
+    /// When the first byte must be there; `None` where only the whole answer has a time.
+    pub first_byte_by: Option<Instant>,
     /// When the whole answer must be there.
     pub deadline: Instant,
 }
 
-/// Sends a request to a backend. An error says whether another may be tried; the backend's part in it is recorded.
-pub async fn send(target: &Target, outgoing: Outgoing) -> Result<Answer, GatewayError> {
-    let Failure { outcome, error, retry_after } = match exchange(target, outgoing).await {
-        Ok(answer) => return Ok(answer),
-        Err(failure) => failure,
-    };
-    if let Some(outcome) = outcome {
-        target.fail_busy(outcome, retry_after);
+impl Outgoing {
+    /// When the answer must have begun.
+    fn begins_by(&self) -> Instant {
+        self.first_byte_by.map_or(self.deadline, |by| by.min(self.deadline))
     }
-    Err(error)
 }
 
-struct Failure {
-    /// `None` when it must not count against the backend.
-    outcome: Option<AttemptOutcome>,
-    error: GatewayError,
-    retry_after: Option<Duration>,
+/// Whose fault a failed attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nobody's, or the gateway's own.
+    None,
+    /// The backend's; how long it asked to be left alone.
+    Backend(AttemptOutcome, Option<Duration>),
+    /// The backend's if another one answers the same request well, else the request's.
+    Suspected(AttemptOutcome),
+    /// What Weir added to the request was refused: without it the same backend may do.
+    Addition,
 }
 
-impl From<(AttemptOutcome, GatewayError)> for Failure {
-    fn from((outcome, error): (AttemptOutcome, GatewayError)) -> Self {
-        Self { outcome: Some(outcome), error, retry_after: None }
+/// Why an attempt failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// What the client is told if this was the last attempt.
+    pub error: Box<GatewayError>,
+    /// Whose fault it is.
+    pub fault: Fault,
+    /// The status of the answer, if there was one.
+    pub status: Option<u16>,
+    /// What was seen, for operators; redacted.
+    pub seen: String,
+}
+
+impl Failure {
+    fn new(error: GatewayError, fault: Fault, seen: impl Into<String>) -> Self {
+        Self { error: Box::new(error), fault, status: None, seen: seen.into() }
+    }
+
+    /// An answer that makes no sense.
+    fn invalid(status: StatusCode, reason: impl std::fmt::Display) -> Self {
+        let fault = Fault::Suspected(AttemptOutcome::InvalidAnswer);
+        let failure = Self::new(GatewayError::UpstreamInvalid, fault, reason.to_string());
+        Self { status: Some(status.as_u16()), ..failure }
+    }
+
+    /// The outcome to count; `None` when the attempt counts for nothing.
+    const fn outcome(&self) -> Option<AttemptOutcome> {
+        match self.fault {
+            Fault::None | Fault::Addition => None,
+            Fault::Backend(outcome, _) | Fault::Suspected(outcome) => Some(outcome),
+        }
+    }
+
+    /// Counts and shows the failure; blaming is up to the caller.
+    pub fn note(&self, target: &Target) {
+        let Some(outcome) = self.outcome() else { return };
+        target.count(outcome);
+        let (backend, model) = (&target.backend, &target.model.name);
+        backend.state.note_failure(LastFailure {
+            at: weir_runtime::wall_clock(),
+            outcome,
+            model: model.to_string(),
+            status: self.status,
+            seen: self.seen.clone(),
+        });
+        if let Some(held_back) = backend.state.failure_lines.pass() {
+            let (status, seen) = (self.status, &self.seen);
+            tracing::warn!(
+                backend = %backend.name, %model, outcome = outcome.label(), status, seen, held_back,
+                "attempt failed"
+            );
+        }
     }
 }
 
 /// Failures that must not count against the backend.
 impl From<GatewayError> for Failure {
     fn from(error: GatewayError) -> Self {
-        Self { outcome: None, error, retry_after: None }
+        let seen = error.to_string();
+        Self::new(error, Fault::None, seen)
     }
 }
 
-async fn exchange(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure> {
-    let Outgoing { path, headers, body, memory, first_byte_by, deadline } = outgoing;
-    let uri = target.backend.upstream.uri(path).map_err(|_| GatewayError::Internal)?;
-    let mut request = Request::new(Full::new(body));
+/// Sends a request to a backend.
+///
+/// # Errors
+/// What failed, and whose fault it is; nothing of it is recorded yet.
+pub async fn send(target: &Target, mut outgoing: Outgoing) -> Result<Answer, Failure> {
+    let headers = std::mem::take(&mut outgoing.headers);
+    let response = respond(target, &outgoing, headers).await?;
+    let (head, rest) = response.into_parts();
+    if !head.status.is_success() {
+        return refused(&outgoing, head, rest).await;
+    }
+    if let Some(coding) = headers::coding(&head.headers) {
+        let reason = format_args!("it is encoded ({coding}), which the request did not accept");
+        return Err(Failure::invalid(head.status, reason));
+    }
+    match target.stream {
+        true => streamed(&outgoing, head, rest).await,
+        false => unary(&outgoing, head, rest).await,
+    }
+}
+
+/// The head of the answer to the request with these headers.
+async fn respond(
+    target: &Target,
+    outgoing: &Outgoing,
+    headers: HeaderMap,
+) -> Result<Response<AnswerBody>, Failure> {
+    let uri = target.backend.endpoint(outgoing.path).map_err(|_| GatewayError::Internal)?;
+    let mut request = Request::new(Full::new(outgoing.body.clone()));
     *request.method_mut() = http::Method::POST;
     *request.uri_mut() = uri;
     *request.headers_mut() = headers;
     if let Some(authorization) = &target.backend.authorization {
         request.headers_mut().insert(header::AUTHORIZATION, authorization.clone());
     }
-    // A request that had little time left when it was sent says nothing about the backend.
-    let late = || match first_byte_by <= deadline {
-        true => Failure::from((AttemptOutcome::Timeout, GatewayError::UpstreamTimeout)),
-        false => Failure::from(GatewayError::Deadline),
-    };
-    let first_byte_by = first_byte_by.min(deadline);
-    let sent = timeout_at(first_byte_by, target.backend.upstream.send(request)).await.map_err(|_| late())?;
-    let response = sent.map_err(|error| {
-        let backend = &target.backend;
-        tracing::debug!(backend = %backend.name, error = weir_discovery::error_chain(&error), "no answer");
-        if let Some(refused) = RefusedAddress::of(&error)
-            && let Some(held_back) = backend.state.address_lines.pass()
-        {
-            tracing::warn!(backend = %backend.name, %refused, held_back, "connection to the backend refused by its address");
-        }
-        (AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect)
-    })?;
-    let (head, mut rest) = response.into_parts();
-    let retry_after = headers::retry_after(&head.headers, weir_runtime::wall_clock());
-    judge_status(head.status, retry_after)?;
-    if let Some(coding) = headers::coding(&head.headers) {
-        return Err(
-            target.invalid(format_args!("it is encoded ({coding}), which the request did not accept"))
+    let sent = timeout_at(outgoing.begins_by(), target.backend.upstream.send(request))
+        .await
+        .map_err(|_| late(outgoing))?;
+    sent.map_err(|error| unanswered(&target.backend, &error))
+}
+
+/// No answer came on the connection, or no connection.
+fn unanswered(backend: &BackendEntry, error: &SendError) -> Failure {
+    tracing::debug!(backend = %backend.name, error = weir_discovery::error_chain(error), "no answer");
+    if let Some(refused) = RefusedAddress::of(error)
+        && let Some(held_back) = backend.state.address_lines.pass()
+    {
+        tracing::warn!(backend = %backend.name, %refused, held_back, "connection to the backend refused by its address");
+    }
+    if error.is_head_too_large() {
+        let seen = format!(
+            "the head of the answer is larger than this gateway takes, which is {} bytes and {} fields",
+            upstream::HEAD_BYTES_MAX,
+            upstream::HEAD_FIELDS_MAX
         );
-    }
-    let is_stream = headers::media_type(&head.headers) == "text/event-stream";
-    if is_stream && head.status.is_success() {
-        if !target.stream {
-            return Err(target.invalid("it is a stream, and none was asked for"));
+        if let Some(held_back) = backend.state.failure_lines.pass() {
+            tracing::warn!(backend = %backend.name, held_back, "{seen}; look at what a proxy in between adds to it");
         }
-        let first = timeout_at(first_byte_by, first_chunk(&mut rest)).await.map_err(|_| late())??;
-        // Nothing was said to the client yet: another backend may do better.
-        if begins_with_error(&first) {
-            return Err(target.invalid("its stream begins with an error"));
-        }
-        return Ok(Answer::Stream { headers: head.headers, first, rest });
+        return Failure::new(GatewayError::UpstreamInvalid, Fault::None, seen);
     }
-    let idle = target.model.timeouts.idle;
-    let unary = read_unary(rest, idle, memory.room());
-    let unary = timeout_at(deadline, unary).await.map_err(|_| GatewayError::Deadline)??;
-    let Some((body, room)) = unary else {
-        return Err(target.invalid(format_args!("it is longer than {ANSWER_MAX_BYTES} bytes")));
+    // A connection that breaks under a request may be broken by the request.
+    let fault = match error.is_connect() {
+        true => Fault::Backend(AttemptOutcome::ConnectFailure, None),
+        false => Fault::Suspected(AttemptOutcome::ConnectFailure),
     };
-    if head.status.is_success() {
-        match is_error_object(&body) {
-            Ok(false) => {}
-            Ok(true) => return Err(target.invalid("it is an error under a status of success")),
-            Err(fault) => return Err(target.invalid(format_args!("it is not a JSON object: {fault}"))),
+    Failure::new(GatewayError::UpstreamConnect, fault, weir_discovery::error_chain(error))
+}
+
+/// No first byte in time. A request that had little time left when it was sent says nothing about the backend.
+fn late(outgoing: &Outgoing) -> Failure {
+    match outgoing.first_byte_by.is_some_and(|by| by <= outgoing.deadline) {
+        true => {
+            let fault = Fault::Backend(AttemptOutcome::Timeout, None);
+            Failure::new(GatewayError::UpstreamTimeout, fault, "no first byte in time")
         }
-    }
-    Ok(Answer::Unary { status: head.status, headers: head.headers, body, room })
-}
-
-/// Whose fault a status is. 2xx and the client's own mistakes go on to the client.
-fn judge_status(status: StatusCode, retry_after: Option<Duration>) -> Result<(), Failure> {
-    match status.as_u16() {
-        200..=299 | 400 | 409 | 413 | 415 | 422 => Ok(()),
-        429 | 503 => Err(Failure {
-            outcome: Some(AttemptOutcome::Busy),
-            error: GatewayError::UpstreamBusy { retry_after },
-            retry_after,
-        }),
-        // 401 and 403 are about our credential, 404 about a model that should be there: the backend is set up
-        // wrongly and the client cannot mend it.
-        status => Err((AttemptOutcome::ServerError, GatewayError::UpstreamStatus { status }).into()),
+        false => Failure::from(GatewayError::Deadline),
     }
 }
 
-async fn first_chunk(body: &mut Incoming) -> Result<Bytes, Failure> {
-    loop {
-        match body.frame().await {
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) if !data.is_empty() => return Ok(data),
-                _ => {}
-            },
-            Some(Err(_)) | None => {
-                return Err((AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect).into());
+/// The connection broke before an answer was complete. After the head the backend may have generated, and billed, more than
+/// arrived.
+fn broken(seen: &str) -> Failure {
+    Failure::new(GatewayError::UpstreamBroken, Fault::Suspected(AttemptOutcome::ConnectFailure), seen)
+}
+
+/// An answer to a request for a stream.
+async fn streamed(
+    outgoing: &Outgoing,
+    head: http::response::Parts,
+    mut rest: AnswerBody,
+) -> Result<Answer, Failure> {
+    let (status, headers) = (head.status, head.headers);
+    let begun =
+        timeout_at(outgoing.begins_by(), first_event::read(&mut rest)).await.map_err(|_| late(outgoing))?;
+    match begun {
+        Begun::Event { bytes, payload } => match payload.filter(|p| is_error_object(p) == Ok(true)) {
+            // Nothing was said to the client yet: another backend may do better.
+            Some(payload) => error_under_success(outgoing, (status, headers), payload),
+            None => Ok(Answer::Stream { headers, first: bytes, rest: Some(rest) }),
+        },
+        Begun::Json(first) => {
+            let (body, room) = read_all(outgoing, first, rest).await?;
+            if is_error_object(&body) == Ok(true) {
+                return error_under_success(outgoing, (status, headers), body);
             }
+            answer::check(outgoing.kind, &body).map_err(|reason| Failure::invalid(status, reason))?;
+            let events = answer::as_events(outgoing.kind, &body);
+            drop(room);
+            let events = events.ok_or_else(|| Failure::invalid(status, NoAnswer::Empty))?;
+            Ok(Answer::Stream { headers, first: events.into(), rest: None })
         }
+        Begun::Other => {
+            Err(Failure::invalid(status, "it is neither the event stream that was asked for nor JSON"))
+        }
+        Begun::Ended { bytes: 0 } => Err(Failure::invalid(status, NoAnswer::Empty)),
+        Begun::Ended { .. } => Err(Failure {
+            error: Box::new(GatewayError::UpstreamBroken),
+            ..Failure::invalid(status, "its stream ended before its first event")
+        }),
+        Begun::Broken => Err(broken("the connection broke before the first event of the stream")),
     }
 }
 
-/// All of a body; `None` when it is longer than it may be.
+/// A complete answer to a request for one.
+async fn unary(
+    outgoing: &Outgoing,
+    head: http::response::Parts,
+    rest: AnswerBody,
+) -> Result<Answer, Failure> {
+    let (status, headers) = (head.status, head.headers);
+    let (body, room) = read_all(outgoing, Bytes::new(), rest).await?;
+    let read = ReadObject::of(&body).unwrap_or_default();
+    if read.is_error {
+        return error_under_success(outgoing, (status, headers), body);
+    }
+    if !answer::is_of(outgoing.kind, &read) {
+        answer::check(outgoing.kind, &body).map_err(|reason| Failure::invalid(status, reason))?;
+    }
+    let models = read.models;
+    Ok(Answer::Unary { status, headers, body, models, room })
+}
+
+/// A refusal with its own status.
+async fn refused(
+    outgoing: &Outgoing,
+    head: http::response::Parts,
+    rest: AnswerBody,
+) -> Result<Answer, Failure> {
+    let reading = read_all(outgoing, Bytes::new(), rest);
+    let body = timeout(ERROR_BODY_TIMEOUT, reading).await.ok().and_then(Result::ok);
+    let encoded = headers::coding(&head.headers).is_some();
+    let body = body.filter(|_| !encoded).map(|(body, _)| body).unwrap_or_default();
+    if encoded && upstream_error::meaning(head.status.as_u16(), None) == Meaning::Foreign {
+        return Err(Failure::invalid(head.status, "it is encoded, which the request did not accept"));
+    }
+    judged(outgoing, (head.status, head.headers), body)
+}
+
+/// An error under a status of success: it is judged by the status that it holds, if there is one.
+fn error_under_success(
+    outgoing: &Outgoing,
+    (success, headers): (StatusCode, HeaderMap),
+    body: Bytes,
+) -> Result<Answer, Failure> {
+    let Some(error) = upstream_error::read(&body) else {
+        return Err(Failure::invalid(success, "an error under a success, without a word"));
+    };
+    let status = error.code.parse().ok().filter(|code| (400..600).contains(code)).unwrap_or(500);
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    judged(outgoing, (status, headers), body)
+}
+
+/// What follows from a refusal.
+fn judged(
+    outgoing: &Outgoing,
+    (status, mut headers): (StatusCode, HeaderMap),
+    body: Bytes,
+) -> Result<Answer, Failure> {
+    let code = status.as_u16();
+    let error = upstream_error::read(&body);
+    let meaning = upstream_error::meaning(code, error.as_ref());
+    if outgoing.added_usage && is_about_addition(code, error.as_ref()) {
+        return Err(Failure::new(GatewayError::UpstreamInvalid, Fault::Addition, "refused stream_options"));
+    }
+    if meaning == Meaning::Request {
+        let mut room = outgoing.memory.room();
+        let body = match error.as_ref().is_some_and(|error| error.is_openai) {
+            true => body,
+            // Clients read OpenAI's shape; a page or another provider's shape says nothing to them.
+            false => upstream_error::to_openai(code, error.as_ref()).into(),
+        };
+        room.grow(body.len())?;
+        headers::content_type(&mut headers, headers::Content::Json);
+        let models = ModelNames::of(&body);
+        return Ok(Answer::Unary { status, headers, body, models, room });
+    }
+    let wait = retry_after::of(&headers, weir_runtime::wall_clock());
+    let wait =
+        wait.or_else(|| error.as_ref()?.retry_after.map(|wait| wait.min(retry_after::RETRY_AFTER_MAX)));
+    let fault = match (meaning, code) {
+        (Meaning::Busy, _) => Fault::Backend(AttemptOutcome::Busy, wait),
+        (Meaning::Credential, 401) => Fault::Backend(AttemptOutcome::CredentialRefused, None),
+        (Meaning::Credential, _) => Fault::Suspected(AttemptOutcome::CredentialRefused),
+        (Meaning::Quota, 429) => Fault::Backend(AttemptOutcome::QuotaUsedUp, wait),
+        (Meaning::Quota, _) => Fault::Suspected(AttemptOutcome::QuotaUsedUp),
+        (Meaning::NoModel, _) => Fault::Suspected(AttemptOutcome::NoModel),
+        (Meaning::Failed | Meaning::Foreign | Meaning::Request, _) => {
+            Fault::Suspected(AttemptOutcome::ServerError)
+        }
+    };
+    let message = error.as_ref().map(|error| redact(&error.message, MESSAGE_CHARS_MAX)).unwrap_or_default();
+    let seen = match (&error, message.is_empty()) {
+        (Some(_), false) => message.clone(),
+        _ => redact(&String::from_utf8_lossy(&body[..body.len().min(MESSAGE_CHARS_MAX)]), MESSAGE_CHARS_MAX),
+    };
+    // The client may read its own text again; operators may not.
+    let seen = without_echo(&seen, &outgoing.body);
+    let failure = UpstreamFailure { status: code, meaning, message, retry_after: wait, elsewhere_too: false };
+    let error = Box::new(GatewayError::Upstream(Box::new(failure)));
+    Err(Failure { error, fault, status: Some(code), seen })
+}
+
+/// Whether a refusal may be about `stream_options`, which Weir added: the error names it, or is one of those that servers
+/// answer to members they do not know.
+fn is_about_addition(status: u16, error: Option<&ApiError>) -> bool {
+    let Some(error) = error else { return false };
+    let named = error.mentions("stream_options") || error.mentions("include_usage");
+    let unknown =
+        ["extra inputs", "extra fields", "extra_forbidden", "unknown field", "unrecognized", "unexpected"]
+            .iter()
+            .any(|words| error.mentions(words));
+    matches!(status, 400 | 404 | 422 | 500 | 501) && named || matches!(status, 400 | 422) && unknown
+}
+
+/// All of a body that begins with `before`. No clock but the deadline: the parts of an answer that is not streamed say
+/// nothing of how far it is.
+async fn read_all(outgoing: &Outgoing, before: Bytes, body: AnswerBody) -> Result<(Bytes, Room), Failure> {
+    let reading = read_unary(outgoing, before, body);
+    timeout_at(outgoing.deadline, reading).await.map_err(|_| Failure::from(GatewayError::Deadline))?
+}
+
 async fn read_unary(
-    mut body: Incoming,
-    idle: Duration,
-    mut room: Room,
-) -> Result<Option<(Bytes, Room)>, Failure> {
-    let mut first: Option<Bytes> = None;
-    let mut taken = BytesMut::new();
-    let mut length = 0;
-    let silent = |_| Failure::from((AttemptOutcome::Timeout, GatewayError::UpstreamTimeout));
-    while let Some(frame) = timeout(idle, body.frame()).await.map_err(silent)? {
-        let frame = frame.map_err(|_| (AttemptOutcome::ConnectFailure, GatewayError::UpstreamConnect))?;
+    outgoing: &Outgoing,
+    before: Bytes,
+    mut body: AnswerBody,
+) -> Result<(Bytes, Room), Failure> {
+    let mut room = outgoing.memory.room();
+    room.grow(before.len())?;
+    let rest = http_body::Body::size_hint(&body).exact().and_then(|rest| usize::try_from(rest).ok());
+    let mut taken = Joined::of(rest.map(|rest| rest.saturating_add(before.len())));
+    taken.push(before);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| broken("the connection broke in the middle of the answer"))?;
         let Ok(data) = frame.into_data() else { continue };
-        length += data.len();
-        if length > ANSWER_MAX_BYTES {
-            return Ok(None);
+        if taken.len() + data.len() > outgoing.answer_max {
+            return Err(GatewayError::AnswerTooLarge { max: outgoing.answer_max as u64 }.into());
         }
         room.grow(data.len())?;
-        // Most answers come in one part and are not copied.
-        match &first {
-            None => first = Some(data),
-            Some(before) => {
-                if taken.is_empty() {
-                    taken.reserve(length * 2);
-                    taken.extend_from_slice(before);
-                }
-                taken.extend_from_slice(&data);
-            }
-        }
+        taken.push(data);
     }
-    let body = if taken.is_empty() { first.unwrap_or_default() } else { taken.freeze() };
-    Ok(Some((body, room)))
+    Ok((taken.finish(), room))
 }

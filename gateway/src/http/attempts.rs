@@ -6,35 +6,33 @@
 //! - Every attempt holds a slot of its backend, and no slot is held without an attempt.
 //! - Where accounts are limited, every attempt is reserved at the account of its backend: the first one with the request's
 //!   own limits, each later one by itself, also under the same account, since the provider counts both.
-//! - Attempts after the first are paid from the pool's retry budget, and bounded per request.
+//! - Attempts after the first are paid from the pool's retry budget, and bounded per request. After the deadline nothing is
+//!   sent.
 //! - The first good answer wins. The other call is cancelled by dropping it, and settled with the request: once.
 
-use std::pin::Pin;
-
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
 use smallvec::SmallVec;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
+use weir_proto::v1::HealthState;
 use weir_ratelimit::waiting::{Priority, QueueId, QueuePolicy, SlotQueue};
-use weir_ratelimit::{Acquire, Decision, Error, Key, Outcome};
+use weir_ratelimit::{Acquire, Cost, Decision, Error, Key, Outcome};
 
-use super::attempt::{self, Answer, Target};
+use super::attempt::{self, Answer, Failure, Fault, Target};
+use super::blame::Suspects;
 use super::call::ModelCall;
 use super::context::RequestContext;
+use super::exchanges::{Exchanges, PARALLEL_MAX};
+use super::hedge::{self, Cause, HedgeClock};
 use super::refusal;
+use super::slot_round::{self, SlotHold, Taken, limiter_candidates};
 use crate::error::GatewayError;
 use crate::limits::account_groups::CandidateGroups;
 use crate::limits::ledger::LEASE_TTL;
 use crate::limits::price;
-use crate::limits::reservation::{Asked, Reservation};
-use crate::limits::slot_lease::NewSlot;
+use crate::limits::reservation::Reservation;
 use crate::routing::backend::ModelBackend;
 use crate::routing::backend_state::{AttemptOutcome, InFlight};
 use crate::routing::balance::Candidate;
-use crate::routing::entries::ModelEntry;
-
-/// Attempts of one request under way at once.
-const PARALLEL_MAX: usize = 2;
+use crate::routing::probation::Probation;
 
 /// The answer that won.
 pub(super) struct Won {
@@ -53,27 +51,33 @@ struct Attempt {
     account: Option<Box<Reservation>>,
     /// Whether the account's part of the request's own reservation is for this attempt.
     first: bool,
-    /// From then on another backend is tried as well.
-    hedge_at: Option<Instant>,
+    /// Why it was started beside another one, if it was.
+    hedge: Option<Cause>,
+    /// When another backend is tried beside this one.
+    hedge_clock: HedgeClock,
+    /// Its probe, if the backend is on probation.
+    probation: Option<Probation>,
+    /// It is sent again without the `stream_options` that Weir had added.
+    without_addition: bool,
 }
 
-/// A backend whose slot was taken, and what was reserved at its account, if that is limited.
-struct Taken {
-    index: usize,
-    account: Option<Box<Reservation>>,
+impl Attempt {
+    /// It failed without the addition too: the addition was not the reason, and is made again next time.
+    fn keep_addition(&self) {
+        if self.without_addition {
+            self.target.set_refuses_addition(false);
+        }
+    }
 }
 
-/// What a slot was taken with: it is given back with this value.
-enum SlotHold {
-    /// By itself, for the request's own reservation.
-    Slot(NewSlot),
-    /// With a reservation at the account of its backend.
-    Account(Box<Reservation>),
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) struct Failed {
+    /// What the client hears.
+    pub(super) error: GatewayError,
+    /// A backend may have generated all the same.
+    pub(super) unknown_outcome: bool,
 }
-
-/// The number of an attempt and what it came to.
-type Ended = (u32, Result<Answer, GatewayError>);
-type Exchanges = FuturesUnordered<Pin<Box<dyn Future<Output = Ended> + Send>>>;
 
 /// The attempts of a request that was admitted.
 pub(super) struct Attempts<'a> {
@@ -84,8 +88,12 @@ pub(super) struct Attempts<'a> {
     left: Vec<Candidate>,
     /// How many attempts were started.
     started: u32,
+    /// One of those that ended may have used something.
+    unknown_outcome: bool,
     under_way: SmallVec<[Attempt; PARALLEL_MAX]>,
     exchanges: Exchanges,
+    /// Failed attempts that count against their backends only if another one answers well.
+    suspects: Suspects,
 }
 
 impl<'a> Attempts<'a> {
@@ -95,24 +103,36 @@ impl<'a> Attempts<'a> {
         context: &'a mut RequestContext,
         left: Vec<Candidate>,
     ) -> Self {
-        let (under_way, exchanges) = (SmallVec::new(), Exchanges::new());
-        Self { call, reservation, context, left, started: 0, under_way, exchanges }
+        Self {
+            call,
+            reservation,
+            context,
+            left,
+            started: 0,
+            unknown_outcome: false,
+            under_way: SmallVec::new(),
+            exchanges: Exchanges::default(),
+            suspects: Suspects::default(),
+        }
     }
 
     /// Sends to the backend at `first`, whose slot the reservation holds, and as long as it is allowed to those left.
-    pub(super) async fn run(mut self, first: usize) -> Result<Won, GatewayError> {
-        self.start(Taken { index: first, account: None });
+    /// `probation` is the probe of the first.
+    pub(super) async fn run(mut self, first: usize, probation: Option<Probation>) -> Result<Won, Failed> {
+        // It may have waited to be admitted.
+        if self.is_late() {
+            return Err(Failed { error: GatewayError::Deadline, unknown_outcome: false });
+        }
+        self.start(Taken { index: first, account: None }, None, probation);
+        let call = self.call;
         loop {
-            let may_hedge = self.under_way.len() < PARALLEL_MAX && !self.left.is_empty();
-            let hedge_at = self.under_way.last().and_then(|last| last.hedge_at).filter(|_| may_hedge);
-            let ended = tokio::select! {
+            let (number, result) = tokio::select! {
                 biased;
-                Some(ended) = self.exchanges.next() => Some(ended),
-                () = sleep_until(hedge_at.unwrap_or_else(Instant::now)), if hedge_at.is_some() => None,
-            };
-            let Some((number, result)) = ended else {
-                self.hedge().await;
-                continue;
+                ended = self.exchanges.next() => ended,
+                cause = hedge_due(call, &self.under_way), if !self.left.is_empty() => {
+                    self.hedge(cause).await;
+                    continue;
+                }
             };
             let Some(at) = self.under_way.iter().position(|attempt| attempt.number == number) else {
                 continue;
@@ -120,39 +140,90 @@ impl<'a> Attempts<'a> {
             let attempt = self.under_way.remove(at);
             match result {
                 Ok(answer) => return Ok(self.won(attempt, answer)),
-                Err(error) => self.failed(attempt, error).await?,
+                Err(failure) => {
+                    self.unknown_outcome |= failure.error.leaves_outcome_unknown();
+                    if let Err(error) = self.failed(attempt, failure).await {
+                        return Err(Failed { error, unknown_outcome: self.unknown_outcome });
+                    }
+                }
             }
         }
     }
 
-    /// Starts an attempt at another backend beside the one that is silent, if that is allowed and a slot is free.
-    async fn hedge(&mut self) {
-        let next = match self.may_start_another() {
+    fn is_late(&self) -> bool {
+        Instant::now() >= self.call.deadline
+    }
+
+    /// Starts an attempt at another backend beside the one that is silent, or in place of it where two are under way, if that
+    /// is allowed and a slot is free.
+    async fn hedge(&mut self, cause: Cause) {
+        // Where all are unhealthy, one is as good as another.
+        let is_ill = |at: &Candidate| {
+            let state = &self.call.model.backends[at.index].entry.state;
+            state.health() == HealthState::Unhealthy || state.own_probes().is_unreachable()
+        };
+        self.left.sort_by_key(is_ill);
+        // Trouble that this gateway has with all of them is no reason to ask, and pay, twice.
+        let is_ours = |attempt: &Attempt| attempt.target.backend.state.health() != HealthState::Unhealthy;
+        let is_in_vain = cause == Cause::Unhealthy
+            && self.left.first().is_some_and(is_ill)
+            && self.under_way.last().is_some_and(is_ours);
+        let next = match !is_in_vain && self.may_start_another(Some(cause)) {
             // The store's trouble is no reason to give up a call under way.
             true => Box::pin(self.take_slot()).await.ok().flatten(),
             false => None,
         };
-        match next {
-            Some(next) => self.start(next),
+        match next.filter(|_| !self.is_late()) {
+            Some(next) => {
+                if !has_room(&self.under_way) {
+                    self.give_up_last();
+                }
+                self.start(next, Some(cause), None);
+            }
             // No budget or no slot now; there may be later.
-            None => self.under_way.iter_mut().for_each(Attempt::postpone_hedge),
+            None => self.under_way.iter_mut().for_each(|attempt| {
+                attempt.hedge_clock.postpone(&attempt.target, cause);
+            }),
         }
     }
 
+    /// Ends the last attempt, whose backend was found unhealthy: it counts as if another had answered first, if one does.
+    fn give_up_last(&mut self) {
+        let Some(over) = self.under_way.pop() else { return };
+        self.exchanges.end(over.number);
+        // Its backend may have generated all the same.
+        self.unknown_outcome = true;
+        hedge::count_lost(&over.target, &self.used_by(&over.target));
+        self.suspects.given_up(over.target.clone());
+        self.give_up(over);
+    }
+
     /// An attempt failed: leaves it to the other one, or starts the next one. The error is that of the request.
-    async fn failed(&mut self, failed: Attempt, error: GatewayError) -> Result<(), GatewayError> {
+    async fn failed(&mut self, failed: Attempt, failure: Failure) -> Result<(), GatewayError> {
+        if failure.fault == Fault::Addition && failed.target.set_refuses_addition(true) {
+            self.exchange(Attempt { without_addition: true, ..failed });
+            return Ok(());
+        }
+        self.context.failed = Some((failure.status, failure.seen.clone()));
+        failed.keep_addition();
+        let error = self.suspects.record(&failed.target, failure);
         if !self.under_way.is_empty() {
+            if error.leaves_outcome_unknown() {
+                hedge::count_lost(&failed.target, &self.used_by(&failed.target));
+            }
             self.give_up(failed);
             return Ok(());
         }
-        if !error.facts().retry_elsewhere || self.left.is_empty() || !self.may_start_another() {
+        if !error.facts().retry_elsewhere || self.left.is_empty() || !self.may_start_another(None) {
             self.stands(failed);
             return Err(error);
         }
         // On the heap, as in `hedge`: few requests come here, and all would be as large.
         match Box::pin(self.wait_for_slot(failed)).await {
+            // It may have waited for the slot, which is given back with the request.
+            Ok(Some(_)) if self.is_late() => Err(error),
             Ok(Some(next)) => {
-                self.start(next);
+                self.start(next, None, None);
                 Ok(())
             }
             Ok(None) => Err(GatewayError::Busy { retry_after: None }),
@@ -160,11 +231,23 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    fn may_start_another(&self) -> bool {
+    /// Whether another attempt is allowed, beside one under way for that cause or in place of one that failed.
+    fn may_start_another(&self, hedge: Option<Cause>) -> bool {
         let pool = &self.call.model.pool;
-        self.started < pool.spec.retry_budget.max_attempts
-            && Instant::now() < self.call.deadline
-            && pool.state.may_retry()
+        let is_paid = || match hedge {
+            Some(Cause::Silent) => pool.state.may_hedge(),
+            Some(Cause::Unhealthy) | None => pool.state.may_retry(),
+        };
+        self.started < pool.spec.retry_budget.max_attempts && !self.is_late() && is_paid()
+    }
+
+    /// What a call has used when it is given up before its answer: the backend may have read the prompt, and where the
+    /// answer is unary, have written it too.
+    fn used_by(&self, target: &Target) -> Cost {
+        match target.stream {
+            true => price::cost(&target.model, target.prompt_tokens, 0),
+            false => self.reservation.reserved,
+        }
     }
 
     /// Takes a slot at the first of those left that has one and whose account has room.
@@ -173,7 +256,7 @@ impl<'a> Attempts<'a> {
             return self.move_slot(None).await;
         }
         let (groups, full) = self.full_call();
-        let (decision, hold) = ask(self.reservation, &groups, &full, None).await?;
+        let (decision, hold) = slot_round::ask(self.reservation, &groups, &full, None).await?;
         Ok(self.taken(&decision, hold))
     }
 
@@ -217,7 +300,7 @@ impl<'a> Attempts<'a> {
         let asking = |queue: Option<&QueueId>| {
             let queue = queue.cloned();
             let (groups, full) = (&groups, &full);
-            async move { ask(reservation, groups, full, queue.as_ref()).await }
+            async move { slot_round::ask(reservation, groups, full, queue.as_ref()).await }
         };
         let waited = ledger.waiting.acquire(&full, &patience, asking).await?;
         self.context.waited += waited.waited;
@@ -314,7 +397,7 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    fn start(&mut self, taken: Taken) {
+    fn start(&mut self, taken: Taken, hedge: Option<Cause>, probation: Option<Probation>) {
         let Taken { index, mut account } = taken;
         let call = self.call;
         let ModelBackend { entry: backend, upstream_model } = &call.model.backends[index];
@@ -331,42 +414,59 @@ impl<'a> Attempts<'a> {
         self.started += 1;
         self.context.backend = Some(backend.name.to_string());
         self.context.attempts = self.started;
-        // From here on the backend may have read the prompt, and where the answer is unary, have written it too: a
-        // request that ends now has used that.
-        let used = match target.stream {
-            true => price::cost(call.model, call.prompt_tokens, 0),
-            false => self.reservation.reserved,
-        };
+        // From here on a request that ends has used something.
+        let used = self.used_by(&target);
         self.reservation.used(used);
         if let Some(account) = &mut account {
             account.used(used);
         }
-        let outgoing = call.outgoing(&target, self.context.request_id_header());
-        let (number, sending) = (self.started, target.clone());
-        self.exchanges.push(Box::pin(async move { (number, attempt::send(&sending, outgoing).await) }));
-        self.under_way.push(Attempt {
-            number,
+        if let Some(cause) = hedge {
+            hedge::count_started(&target, cause);
+        }
+        self.exchange(Attempt {
+            number: self.started,
             in_flight: InFlight::enter(&backend.state),
             slot: backend.slots.clone(),
-            first: number == 1 && call.model.accounts.of(index).is_some(),
+            first: self.started == 1 && call.model.accounts.of(index).is_some(),
             account,
-            hedge_at: target.hedge_delay().map(|delay| target.sent + delay),
+            hedge,
+            hedge_clock: HedgeClock::of(&target),
+            probation,
+            without_addition: false,
             target,
         });
+    }
+
+    /// Sends what an attempt sends.
+    fn exchange(&mut self, attempt: Attempt) {
+        let outgoing = self.call.outgoing(&attempt.target, self.context.request_id_header());
+        let (number, target) = (attempt.number, attempt.target.clone());
+        self.exchanges.push(number, async move { attempt::send(&target, outgoing).await });
+        self.under_way.push(attempt);
     }
 
     fn won(mut self, winner: Attempt, answer: Answer) -> Won {
         // The other call's connection is closed before its slot is given back.
         self.exchanges.clear();
-        let Attempt { number, mut target, in_flight, account, .. } = winner;
-        if !matches!(&answer, Answer::Unary { status, .. } if !status.is_success()) {
+        let is_good = !matches!(&answer, Answer::Unary { status, .. } if !status.is_success());
+        if !is_good {
+            winner.keep_addition();
+        }
+        let Attempt { number, mut target, in_flight, account, hedge, probation, .. } = winner;
+        probation.into_iter().for_each(Probation::answered);
+        if let Some(cause) = hedge {
+            hedge::count_won(&target, cause);
+        }
+        if is_good {
             target.begin();
+            self.suspects.blame();
         }
         for other in std::mem::take(&mut self.under_way) {
             // Asked later and not answered yet says nothing; asked earlier does.
             if other.number < number {
                 other.target.fail(AttemptOutcome::Overtaken);
             }
+            hedge::count_lost(&other.target, &self.used_by(&other.target));
             self.give_up(other);
         }
         if let Some(account) = account {
@@ -377,72 +477,26 @@ impl<'a> Attempts<'a> {
     }
 }
 
-/// Asks for a slot once around, group by group of one account each: where that is limited by a reservation there, else by
-/// a slot of the request's own reservation.
-async fn ask(
-    reservation: &Reservation,
-    groups: &CandidateGroups,
-    full: &Acquire,
-    queue: Option<&QueueId>,
-) -> Result<(Decision, Option<SlotHold>), Error> {
-    let ledger = reservation.ledger();
-    let mut round = groups.round(full, |scopes| ledger.waiting.is_awaited(scopes, queue));
-    while let Some((group, acquire)) = round.next() {
-        let (decision, hold) = match group.account {
-            None => {
-                let taken = ledger.take_slot(reservation.id, None, acquire.candidates).await?;
-                let (outcome, hold) = match taken {
-                    Some((at, slot)) => (Outcome::Granted { slot: Some(at) }, Some(SlotHold::Slot(slot))),
-                    None => (Outcome::NoSlot { wait: LEASE_TTL }, None),
-                };
-                (Decision { outcome, limits: Vec::new(), now_us: 0, degraded: false }, hold)
-            }
-            Some(_) => {
-                let (decision, account) = ask_account(reservation, acquire).await?;
-                (decision, Some(SlotHold::Account(account)))
-            }
-        };
-        if let Some(decision) = round.decided(&group, decision) {
-            return Ok((decision, hold));
+/// A client that leaves while two calls are under way has paid for none of them.
+impl Drop for Attempts<'_> {
+    fn drop(&mut self) {
+        for attempt in self.under_way.iter().filter(|attempt| attempt.hedge.is_some()) {
+            hedge::count_lost(&attempt.target, &self.used_by(&attempt.target));
         }
     }
-    Ok((round.refusal(|_| LEASE_TTL), None))
 }
 
-/// Asks for a reservation at a provider's account, with a slot of one of its backends.
-async fn ask_account(
-    reservation: &Reservation,
-    acquire: Acquire,
-) -> Result<(Decision, Box<Reservation>), Error> {
-    let candidates = acquire.candidates.clone();
-    let asked = Box::pin(Reservation::ask(reservation.ledger(), acquire, None)).await;
-    let Asked { decision, reservation: mut account, .. } = asked;
-    let decision = decision?;
-    account.under_account(0);
-    if let Outcome::Granted { slot } = decision.outcome {
-        account.granted(slot.map(|slot| candidates[slot].leases.clone()));
-    }
-    Ok((decision, Box::new(account)))
+/// Waits until another backend is to be tried beside the last of these, which may be for ever. With as many under way as may
+/// be at once, only one that is found unhealthy makes room for another.
+async fn hedge_due(call: &ModelCall<'_>, under_way: &[Attempt]) -> Cause {
+    let Some(last) = under_way.last() else { return std::future::pending().await };
+    let backend = &last.target.backend;
+    let probe = || call.call.gateway.probes.want(&backend.name);
+    last.hedge_clock.due(&backend.state, has_room(under_way), probe).await
 }
 
-impl Attempt {
-    /// Thinks of another backend again after as long as the first time.
-    fn postpone_hedge(&mut self) {
-        self.hedge_at = self.target.hedge_delay().map(|delay| Instant::now() + delay);
-    }
-}
-
-/// What the limiter is given, in order of preference.
-pub(super) fn limiter_candidates(
-    model: &ModelEntry,
-    candidates: &[Candidate],
-) -> Vec<weir_ratelimit::Candidate> {
-    let for_limiter = |candidate: &Candidate| weir_ratelimit::Candidate {
-        leases: model.backends[candidate.index].entry.slots.clone(),
-        max_concurrency: candidate.slots,
-        bound: candidate.bound,
-    };
-    candidates.iter().take(weir_ratelimit::MAX_CANDIDATES).map(for_limiter).collect()
+fn has_room(under_way: &[Attempt]) -> bool {
+    under_way.len() < PARALLEL_MAX
 }
 
 /// The candidates that are left when `chosen` is taken: each backend once, with all its slots.

@@ -11,17 +11,20 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
+use weir_runtime::edge::framing::Violation;
 use weir_runtime::edge::household;
 
 use crate::metrics::{AuthenticationLabels, Metrics};
 use crate::routing::entries::KeyEntry;
 use crate::routing::snapshot::Snapshot;
 
-/// Longest Authorization header that is looked at, bytes.
+/// Longest header with a key that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
+/// Headers that hold a key and nothing else: Anthropic's and Azure's.
+const KEY_HEADERS: [&str; 2] = ["x-api-key", "api-key"];
 
 /// What is counted together, and the time between two lines about one address.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -59,14 +62,40 @@ impl Failure {
     }
 }
 
-/// The key that a request bears, if it is valid now.
-pub(super) fn identify(snapshot: &Snapshot, headers: &HeaderMap) -> Result<Arc<KeyEntry>, Failure> {
-    let value = headers.get(header::AUTHORIZATION).filter(|v| v.len() <= KEY_MAX_BYTES);
-    let token = value.and_then(|v| v.to_str().ok()).and_then(|v| {
-        let (scheme, token) = v.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
-    });
-    let token = token.ok_or(Failure::Missing)?;
+/// The key that a request shows: as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`. `None` when it shows
+/// none, or something that is no key.
+///
+/// # Errors
+/// When two of these headers hold different things: the request would have two callers.
+pub(super) fn key(headers: &HeaderMap) -> Result<Option<&str>, Violation> {
+    let others =
+        KEY_HEADERS.iter().filter_map(|name| headers.get(*name)).map(|value| text(value).map(str::trim));
+    let mut shown = headers.get(header::AUTHORIZATION).map(bearer).into_iter().chain(others);
+    // An empty one is what a client without a key sends; beside another header it says nothing.
+    let mut shown = shown.by_ref().filter(|key| *key != Some(""));
+    let Some(first) = shown.next() else { return Ok(None) };
+    if shown.any(|other| other.is_none() || other != first) {
+        return Err(Violation {
+            status: StatusCode::BAD_REQUEST,
+            what: "two different credentials are given",
+        });
+    }
+    Ok(first)
+}
+
+fn text(value: &HeaderValue) -> Option<&str> {
+    value.to_str().ok().filter(|text| text.len() <= KEY_MAX_BYTES)
+}
+
+fn bearer(value: &HeaderValue) -> Option<&str> {
+    let text = text(value)?;
+    let (scheme, token) = text.split_once(' ').unwrap_or((text, ""));
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
+
+/// Whose key it is, if it is valid now.
+pub(super) fn identify(snapshot: &Snapshot, key: Option<&str>) -> Result<Arc<KeyEntry>, Failure> {
+    let token = key.ok_or(Failure::Missing)?;
     // The map is keyed by digest, so a comparison tells nothing about how much of a secret was right.
     let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
     let key = snapshot.keys.get(&digest).ok_or(Failure::Unknown)?;
@@ -163,6 +192,59 @@ mod tests {
 
     fn ip(text: &str) -> Option<IpAddr> {
         Some(text.parse().expect("an address"))
+    }
+
+    fn shown(pairs: &[(&'static str, &'static str)]) -> Result<Option<String>, &'static str> {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        key(&headers).map(|key| key.map(str::to_owned)).map_err(|violation| violation.what)
+    }
+
+    #[test]
+    fn a_key_is_taken_from_each_header_that_clients_send_it_in() {
+        for pair in [
+            ("authorization", "Bearer k1"),
+            ("authorization", "bearer  k1 "),
+            ("x-api-key", "k1"),
+            ("api-key", " k1 "),
+        ] {
+            assert_eq!(shown(&[pair]), Ok(Some("k1".to_owned())), "{pair:?}");
+        }
+        for pairs in [
+            &[][..],
+            &[("authorization", "Basic k1")],
+            &[("authorization", "k1")],
+            &[("authorization", "Bearer")],
+            &[("authorization", "Bearer "), ("api-key", "")],
+            &[("x-api-key", "")],
+            &[("proxy-authorization", "Bearer k1")],
+        ] {
+            assert_eq!(shown(pairs), Ok(None), "{pairs:?}");
+        }
+        let long: &'static str = "k".repeat(KEY_MAX_BYTES + 1).leak();
+        assert_eq!(shown(&[("x-api-key", long)]), Ok(None));
+    }
+
+    #[test]
+    fn two_headers_may_hold_one_key_and_never_two() {
+        let one = Ok(Some("k1".to_owned()));
+        assert_eq!(shown(&[("authorization", "Bearer k1"), ("api-key", "k1"), ("x-api-key", "k1")]), one);
+        assert_eq!(
+            shown(&[("authorization", "Bearer "), ("api-key", "k1")]),
+            one,
+            "a client without a key of its own"
+        );
+        for pairs in [
+            [("authorization", "Bearer k1"), ("api-key", "k2")],
+            [("authorization", "Bearer k1"), ("x-api-key", "K1")],
+            [("x-api-key", "k1"), ("api-key", "k2")],
+            [("authorization", "Basic dTpw"), ("api-key", "k1")],
+            [("authorization", "Basic dTpw"), ("x-api-key", "k1")],
+        ] {
+            assert_eq!(shown(&pairs), Err("two different credentials are given"), "{pairs:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,10 +13,12 @@ use super::gateway::Gateway;
 use super::headers;
 use crate::api::request::{Request, RouteKind};
 use crate::api::usage::UsageBounds;
+use crate::limits::estimates::Estimates;
 use crate::limits::price;
 use crate::limits::reservation::Subject;
 use crate::routing::balance::{Candidates, prefix_hash, stable_hash};
 use crate::routing::entries::{KeyEntry, ModelEntry};
+use crate::routing::probation::Probation;
 use crate::routing::snapshot::Snapshot;
 
 /// Tokens reserved for an image, a file or a sound, whose size in bytes says little: the upper end of what OpenAI
@@ -36,11 +38,15 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// The same for one model: the one that was asked for, or one of its fallbacks. `arrived` is when the request did.
-    pub(super) fn for_model<'b>(&'b self, model: &'b Arc<ModelEntry>, arrived: Instant) -> ModelCall<'b> {
+    /// The same for one model: the one that was asked for, or one of its fallbacks.
+    pub(super) fn for_model<'b>(&'b self, model: &'b Arc<ModelEntry>, deadline: Instant) -> ModelCall<'b> {
         let (request, estimates) = (&self.request, &self.gateway.ledger.estimates);
         let text = estimates.prompt(&model.queue, request.prompt_bytes);
-        let prompt_tokens = text.saturating_add(u64::from(request.attachments) * ATTACHMENT_TOKENS);
+        let attached = u64::from(request.attachments) * ATTACHMENT_TOKENS;
+        let prompt_tokens = text.saturating_add(attached);
+        // A rate that other requests have driven up must not refuse this one for good.
+        let least_prompt =
+            text.min(Estimates::prior_prompt(request.prompt_bytes)).saturating_add(attached) / 2;
         let choices = u64::from(request.choices).max(1);
         let (expected, stated) = match (request.kind, request.max_output_tokens.map(u64::from)) {
             (RouteKind::Embeddings, _) => (0, 0),
@@ -54,8 +60,8 @@ impl Call<'_> {
             model,
             prompt_tokens,
             reserved: price::cost(model, prompt_tokens, expected.saturating_mul(choices)),
-            least: price::cost(model, prompt_tokens / 2, stated.saturating_mul(choices)),
-            deadline: arrived + model.timeouts.total,
+            least: price::cost(model, least_prompt, stated.saturating_mul(choices)),
+            deadline,
         }
     }
 
@@ -73,16 +79,16 @@ pub(super) struct ModelCall<'a> {
     pub(super) prompt_tokens: u64,
     /// What to reserve: what answers of this model to this tenant usually have, up to what the request allows.
     pub(super) reserved: Cost,
-    /// What it needs at the least: what it allows explicitly, and of the prompt the half of the estimate, which no real
-    /// count is below.
+    /// What it needs at the least: what it allows explicitly, and of the prompt the half of the estimate, or of four bytes to
+    /// a token if that is less.
     pub(super) least: Cost,
     /// When the whole answer must be there.
     pub(super) deadline: Instant,
 }
 
 impl ModelCall<'_> {
-    /// The backends in the order in which to try them.
-    pub(super) fn candidates(&self) -> Candidates {
+    /// The backends in the order in which to try them, and the probe of the first if that is on probation.
+    pub(super) fn candidates(&self) -> (Candidates, Option<Probation>) {
         self.model.order(self.call.gateway.live.live_gateways(), self.prefix())
     }
 
@@ -101,7 +107,7 @@ impl ModelCall<'_> {
         Subject {
             tenant: self.call.key.tenant.queue.clone(),
             model: self.model.queue.clone(),
-            prompt_bytes: (request.attachments == 0).then_some(request.prompt_bytes),
+            prompt_bytes: request.text_only.then_some(request.prompt_bytes),
             choices: request.choices,
         }
     }
@@ -113,12 +119,17 @@ impl ModelCall<'_> {
         if let Some(id) = request_id {
             headers.insert("x-request-id", id);
         }
+        let add_usage = !target.backend.state.refuses_addition(&target.model.name);
         Outgoing {
+            kind: call.request.kind,
             path: call.path,
             headers,
-            body: call.request.forward(&call.body, &target.upstream_model, true),
+            body: call.request.forward(&call.body, &target.upstream_model, add_usage),
+            added_usage: add_usage && call.request.gains_usage(),
             memory: call.gateway.bodies.clone(),
-            first_byte_by: Instant::now() + self.model.timeouts.first_byte,
+            answer_max: call.gateway.answer_max,
+            // No byte of an answer that is not streamed comes before all of it is there.
+            first_byte_by: call.request.stream.then(|| Instant::now() + self.model.timeouts.first_byte),
             deadline: self.deadline,
         }
     }

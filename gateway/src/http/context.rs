@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use weir_runtime::edge::Client;
 
+use crate::api::usage::Tokens;
 use crate::control::traffic_report::TrafficCounter;
 use crate::http::headers::ShownLimits;
 use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
@@ -19,7 +20,7 @@ use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
 /// What is known of a request.
 #[derive(Debug)]
 pub struct RequestContext {
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     traffic: Arc<TrafficCounter>,
     /// None from the end of the request on.
     under_way: Option<UnderWay>,
@@ -41,6 +42,8 @@ pub struct RequestContext {
     pub backend: Option<String>,
     /// Attempts at backends.
     pub attempts: u32,
+    /// The status and the text of the last attempt that failed, whatever became of the request.
+    pub failed: Option<(Option<u16>, String)>,
     /// Time spent asking the limiter.
     pub limiter: Duration,
     /// Time spent waiting in queues for a limit or a slot.
@@ -53,8 +56,8 @@ pub struct RequestContext {
     pub first_byte: Option<Duration>,
     /// The status sent, and "ok" or the error's code.
     pub outcome: Option<(StatusCode, &'static str)>,
-    /// Prompt and completion tokens, and where the count is from.
-    pub tokens: Option<(u64, u64, &'static str)>,
+    /// What it used, and who counted.
+    pub tokens: Option<Tokens>,
     /// It is counted, and gets no line of its own: its address fails too often.
     pub unlogged: bool,
     /// The answer closes its connection.
@@ -69,7 +72,7 @@ struct UnderWay {
 }
 
 impl UnderWay {
-    fn begin(metrics: &Metrics, traffic: &Arc<TrafficCounter>) -> Self {
+    fn begin(metrics: &Arc<Metrics>, traffic: &Arc<TrafficCounter>) -> Self {
         metrics.in_flight.inc();
         traffic.began();
         Self { in_flight: metrics.in_flight.clone(), traffic: traffic.clone() }
@@ -89,7 +92,7 @@ const REQUEST_ID_MAX_BYTES: usize = 128;
 impl RequestContext {
     /// A request arrived.
     pub fn begin(
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
         traffic: &Arc<TrafficCounter>,
         headers: &http::HeaderMap,
         client: Client,
@@ -112,6 +115,7 @@ impl RequestContext {
             model: None,
             backend: None,
             attempts: 0,
+            failed: None,
             limiter: Duration::ZERO,
             waited: Duration::ZERO,
             limits: ShownLimits::new(),
@@ -142,10 +146,11 @@ impl RequestContext {
     fn count(&self, elapsed: Duration, status: u16, code: &'static str, model: &str, tenant: &str) {
         let m = &self.metrics;
         self.traffic.ended(status, code);
-        if let Some((input, output, source)) = self.tokens {
-            self.traffic.tokens(input, output);
-            for (direction, count) in [("input", input), ("output", output)] {
-                let labels = TokenLabels { model: model.to_owned(), direction, source };
+        if let Some(tokens) = self.tokens {
+            self.traffic.tokens(tokens.prompt, tokens.completion);
+            for (direction, count) in [("input", tokens.prompt), ("output", tokens.completion)] {
+                let labels =
+                    TokenLabels { model: model.to_owned(), direction, source: tokens.source.label() };
                 metrics::add(&m.tokens.get_or_create(&labels), count);
             }
         }
@@ -190,6 +195,8 @@ impl RequestContext {
             model,
             backend = self.backend,
             attempts = self.attempts,
+            upstream_status = self.failed.as_ref().and_then(|failed| failed.0),
+            upstream_error = self.failed.as_ref().map(|failed| failed.1.as_str()),
             stream = self.stream,
             status,
             code,
@@ -197,9 +204,10 @@ impl RequestContext {
             first_byte_ms = self.first_byte.map(|d| d.as_secs_f64() * 1e3),
             limiter_ms = self.limiter.as_secs_f64() * 1e3,
             wait_ms = self.waited.as_secs_f64() * 1e3,
-            input_tokens = self.tokens.map(|t| t.0),
-            output_tokens = self.tokens.map(|t| t.1),
-            usage_source = self.tokens.map(|t| t.2),
+            input_tokens = self.tokens.map(|t| t.prompt),
+            cached_tokens = self.tokens.map(|t| t.cache_read),
+            output_tokens = self.tokens.map(|t| t.completion),
+            usage_source = self.tokens.map(|t| t.source.label()),
         );
     }
 }
@@ -227,6 +235,6 @@ mod tests {
         assert!(panicked.is_err());
         assert_eq!(metrics.in_flight.get(), 0);
         let traffic = traffic.take_traffic();
-        assert_eq!((traffic.in_flight, traffic.succeeded, traffic.abandoned), (0, 1, 2));
+        assert_eq!((traffic.in_flight, traffic.succeeded, traffic.cancelled), (0, 1, 2));
     }
 }

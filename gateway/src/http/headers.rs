@@ -6,17 +6,16 @@
 //! - To a client goes only what `ANSWERED` lists: a backend cannot set cookies, redirect, ask for credentials, open the
 //!   gateway to other sites, or speak to the proxy in front of it (`X-Accel-Redirect`, `X-Sendfile`).
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use crate::api::duration::{duration, millis};
 
 /// Request headers that reach a backend.
-const FORWARDED: [&str; 10] = [
+const FORWARDED: [&str; 9] = [
     "accept",
     "accept-language",
-    "content-type",
     "idempotency-key",
     "openai-beta",
     "traceparent",
@@ -59,6 +58,9 @@ pub fn to_backend(client: &HeaderMap) -> HeaderMap {
             out.append(HeaderName::from_static(name), value.clone());
         }
     }
+    // What was read of the body is JSON, whatever the client called it; vLLM refuses the `application/x-www-form-urlencoded`
+    // of a `curl -d`.
+    out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     // An answer is read on its way: tokens are counted, the model is named as the client named it. Without this header
     // RFC 9110 (12.5.3) lets a server choose any encoding.
     out.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -89,8 +91,6 @@ pub enum Content {
     Json,
     /// Server-sent events.
     Events,
-    /// Something else, of a backend that refuses.
-    Text,
 }
 
 /// Makes `Content-Type` say what the body is, whatever the backend called it: nothing a backend sends is a page that a
@@ -100,7 +100,6 @@ pub fn content_type(headers: &mut HeaderMap, content: Content) {
     let (fits, right) = match content {
         Content::Json => (named == "application/json" || named.ends_with("+json"), "application/json"),
         Content::Events => (named == "text/event-stream", "text/event-stream; charset=utf-8"),
-        Content::Text => (named == "text/plain", "text/plain; charset=utf-8"),
     };
     if !fits {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(right));
@@ -193,20 +192,6 @@ pub fn write_limits(headers: &mut HeaderMap, states: &[ShownLimit]) {
     }
 }
 
-/// Longest Retry-After of a backend that is believed.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-
-/// How long an answer asks to be left alone: seconds, or the time until an HTTP date.
-pub fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    let wait = match value.parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        // A date that has passed asks for no wait.
-        Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default(),
-    };
-    Some(wait.min(RETRY_AFTER_MAX))
-}
-
 /// Writes `retry-after` in whole seconds, rounded up and one at least, and `retry-after-ms` exactly.
 pub fn write_retry_after(headers: &mut HeaderMap, wait: Duration) {
     headers.insert(header::RETRY_AFTER, HeaderValue::from(millis(wait).div_ceil(1000).max(1)));
@@ -233,7 +218,9 @@ mod tests {
             ("x-forwarded-for", "1.2.3.4"),
             ("connection", "keep-alive, X-Request-Id"),
             ("x-request-id", "mine"),
-            ("content-type", "application/json"),
+            ("content-type", "application/x-www-form-urlencoded"),
+            ("x-api-key", "secret"),
+            ("api-key", "secret"),
             ("transfer-encoding", "chunked"),
             ("openai-beta", "a"),
             ("openai-beta", "b"),
@@ -312,7 +299,7 @@ mod tests {
             ("text/html", Content::Json, "application/json"),
             ("", Content::Json, "application/json"),
             ("Text/Event-Stream", Content::Events, "Text/Event-Stream"),
-            ("text/html", Content::Text, "text/plain; charset=utf-8"),
+            ("text/html", Content::Json, "application/json"),
         ] {
             let mut headers = map(&[("content-type", named)]);
             content_type(&mut headers, content);
@@ -370,37 +357,5 @@ mod tests {
         );
         write_retry_after(&mut headers, Duration::ZERO);
         assert_eq!(headers["retry-after"], "1");
-    }
-
-    #[test]
-    fn a_wait_is_given_in_seconds_or_by_a_date_and_is_bounded() {
-        // 1994-11-06 08:49:37, the date of RFC 9110.
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
-        let wait = |value: &str| {
-            let headers = [(header::RETRY_AFTER, value.parse().expect("a value"))].into_iter().collect();
-            retry_after(&headers, now).map(|wait| wait.as_secs())
-        };
-        for (value, expected) in [
-            ("7", Some(7)),
-            ("0", Some(0)),
-            ("86400", Some(60)),
-            ("Sun, 06 Nov 1994 08:49:50 GMT", Some(13)),
-            ("Sunday, 06-Nov-94 08:49:50 GMT", Some(13)),
-            ("Sun Nov  6 08:49:50 1994", Some(13)),
-            ("Sun, 06 Nov 1994 08:49:37 GMT", Some(0)),
-            ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
-            ("Mon, 07 Nov 1994 08:49:37 GMT", Some(60)),
-            ("Fri, 31 Dec 9999 23:59:59 GMT", Some(60)),
-            ("Sun, 06 Nov 1994 08:49:99 GMT", None),
-            ("1994-11-06T08:49:50Z", None),
-            ("-1", None),
-            ("7.5", None),
-            ("99999999999999999999", None),
-            ("soon", None),
-            ("", None),
-        ] {
-            assert_eq!(wait(value), expected, "{value:?}");
-        }
-        assert_eq!(retry_after(&HeaderMap::new(), now), None);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   route      an exact table; anything else is 404 or 405
-//!   identify   bearer key -> digest -> key -> tenant              401, the same for every reason
+//!   identify   key -> digest -> key -> tenant                     401, the same for every reason
 //!   read       one borrowing pass over the body                   400, 408, 413, 415
 //!   choose     model -> pool -> backends in order of preference   404, from the snapshot, no I/O
 //!   admit      one limiter call: every limit and a slot;          429 (the caller's limits), 503 (ours)
@@ -14,25 +14,34 @@
 
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http_body::Body as _;
 use hyper::body::Incoming;
-use weir_runtime::edge::{self, Client};
+use tokio::time::Instant;
+use weir_runtime::edge::{self, Client, RequestClock};
 
 use super::admission::{self, Admitted};
 use super::answer::{self, Reply};
-use super::attempts::{self, Attempts};
+use super::attempts::{self, Attempts, Failed};
 use super::authentication::{self, Failure};
 use super::bounds::HTTP;
 use super::call::{Call, ModelCall};
 use super::context::RequestContext;
 use super::gateway::Gateway;
+use super::keep_alive::{Done, KeepAlive, Work};
+use super::models::choose;
+use super::request_body::Room;
 use super::response_body::Body;
+use super::route::{self, Endpoint, Route};
 use super::{headers, models, request_body};
-use crate::api::request::{self, RouteKind};
+use crate::api::request;
 use crate::error::{Blame, GatewayError};
 use crate::metrics::AuthenticationLabels;
 use crate::routing::entries::{KeyEntry, ModelEntry};
@@ -40,20 +49,41 @@ use crate::routing::snapshot::Snapshot;
 
 /// Answers one request; every failure becomes an answer.
 pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: Client) -> Response<Body> {
-    let mut context =
-        RequestContext::begin(&gateway.metrics, &gateway.traffic, request.headers(), client.clone());
-    let request_id = context.request_id_header();
-    let is_http1 = request.version() < Version::HTTP_2;
-    let reply = {
-        // A bug of ours costs the request that met it, and nobody else's.
-        let reply = AssertUnwindSafe(respond(&gateway, request, &mut context)).catch_unwind();
-        let mut reply = std::pin::pin!(reply);
-        poll_fn(|cx| match client.clock.poll_ending(cx) {
-            true => Poll::Ready(Err(GatewayError::Draining)),
-            false => reply.as_mut().poll(cx).map(|reply| reply.unwrap_or(Err(GatewayError::Internal))),
-        })
-        .await
+    let clock = client.clock.clone();
+    let mut context = RequestContext::begin(&gateway.metrics, &gateway.traffic, request.headers(), client);
+    let (is_http1, is_head) = (request.version() < Version::HTTP_2, request.method() == Method::HEAD);
+    let page = gateway.cors.allowed(request.headers());
+    let asked = {
+        let asked = pin!(AssertUnwindSafe(respond(&gateway, request, &mut context)).catch_unwind());
+        guarded(&clock, asked).await
     };
+    let mut response = match asked {
+        Ok(Asked::Answered(reply)) => answered((Ok(reply), context), is_http1),
+        Ok(Asked::Silent(request, every)) => {
+            let keep_alive = KeepAlive { every, clock, request_id: context.request_id_header() };
+            keep_alive.answer(request.work(context), |done| answered(done, is_http1)).await
+        }
+        Err(error) => answered((Err(error), context), is_http1),
+    };
+    gateway.cors.mark(response.headers_mut(), page);
+    if is_head { without_body(response) } else { response }
+}
+
+/// A bug of ours costs the request that met it, and nobody else's; the end of the gateway ends it as well.
+async fn guarded<T>(
+    clock: &RequestClock,
+    // Where it lies: an argument that is moved would be held twice.
+    mut reply: Pin<&mut impl Future<Output = std::thread::Result<Result<T, GatewayError>>>>,
+) -> Result<T, GatewayError> {
+    poll_fn(|cx| match clock.poll_ending(cx) {
+        true => Poll::Ready(Err(GatewayError::Draining)),
+        false => reply.as_mut().poll(cx).map(|reply| reply.unwrap_or(Err(GatewayError::Internal))),
+    })
+    .await
+}
+
+fn answered((reply, mut context): Done, is_http1: bool) -> Response<Body> {
+    let request_id = context.request_id_header();
     let mut response = match reply {
         Ok(Reply::Complete(response)) => response,
         Ok(Reply::Stream(stream)) => stream.into_response(context),
@@ -65,6 +95,14 @@ pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: C
     response
 }
 
+/// The answer to HEAD: the head of the answer to GET.
+fn without_body(mut response: Response<Body>) -> Response<Body> {
+    if let Some(length) = response.body().size_hint().exact() {
+        response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    response.map(|_| Body::from(Bytes::new()))
+}
+
 /// The answer to a request that failed before anything was sent.
 fn refuse(error: &GatewayError, is_http1: bool, context: &mut RequestContext) -> Response<Body> {
     let facts = error.facts();
@@ -74,8 +112,15 @@ fn refuse(error: &GatewayError, is_http1: bool, context: &mut RequestContext) ->
     if let Some(wait) = facts.retry_after {
         headers::write_retry_after(headers, wait);
     }
+    if error.is_final() {
+        // OpenAI's SDKs repeat a 5xx unless they are told not to.
+        headers.insert("x-should-retry", HeaderValue::from_static("false"));
+    }
     headers::write_limits(headers, &context.limits);
     headers::write_wait(headers, context.waited);
+    if let GatewayError::MethodNotAllowed { allow } = error {
+        headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+    }
     // After a broken head or body it is not known where the next request would begin.
     let broken = is_http1 && matches!(error, GatewayError::BadHead(_) | GatewayError::BrokenBody);
     if broken || context.close {
@@ -84,49 +129,97 @@ fn refuse(error: &GatewayError, is_http1: bool, context: &mut RequestContext) ->
     response
 }
 
+/// What has become of a request that was read.
+enum Asked {
+    Answered(Reply),
+    /// Nothing yet: its client is to hear comments, one each time that this has passed.
+    Silent(Box<ReadRequest>, Duration),
+}
+
+/// A request that was read, by itself.
+struct ReadRequest {
+    gateway: Arc<Gateway>,
+    snapshot: Arc<Snapshot>,
+    key: Arc<KeyEntry>,
+    model: Arc<ModelEntry>,
+    path: &'static str,
+    request: request::Request<'static>,
+    body: Bytes,
+    /// What the body takes.
+    room: Room,
+    headers: HeaderMap,
+}
+
+impl ReadRequest {
+    /// Has it answered, away from the connection.
+    fn work(self: Box<Self>, mut context: Box<RequestContext>) -> Work {
+        Box::pin(async move {
+            let clock = context.client.clock.clone();
+            let reply = {
+                let reply = pin!(AssertUnwindSafe(self.complete(&mut context)).catch_unwind());
+                guarded(&clock, reply).await
+            };
+            (reply, context)
+        })
+    }
+
+    async fn complete(self: Box<Self>, context: &mut RequestContext) -> Result<Reply, GatewayError> {
+        let Self { gateway, snapshot, key, model, path, request, body, room: _room, headers } = *self;
+        let call = Call { gateway: &gateway, snapshot: &snapshot, key: &key, path, request, body, headers };
+        complete(&call, &model, context).await
+    }
+}
+
 /// Routes, identifies and reads the request, and has it answered.
 async fn respond(
-    gateway: &Gateway,
+    gateway: &Arc<Gateway>,
     request: Request<Incoming>,
     context: &mut RequestContext,
-) -> Result<Reply, GatewayError> {
+) -> Result<Asked, GatewayError> {
     edge::check(&request, HTTP.head.fields).map_err(GatewayError::BadHead)?;
-    let (path, kind) = route(&request, context)?;
+    if let Some(preflight) = gateway.cors.preflight(&request) {
+        context.route = "preflight";
+        context.finished(preflight.status(), "ok");
+        return Ok(Asked::Answered(Reply::Complete(preflight)));
+    }
+    let Endpoint { path, route } = endpoint(&request, context)?;
     let snapshot = gateway.live.snapshot();
     let key = identify(gateway, &snapshot, &request, context)?;
-    let Some(kind) = kind else {
-        let list = models::list(&snapshot, &key)?;
-        context.finished(StatusCode::OK, "ok");
-        return Ok(Reply::Complete(answer::json(StatusCode::OK, list)));
+    let kind = match route {
+        Route::Generate(kind) => kind,
+        Route::Models => return listed(models::list(&snapshot, &key)?, context),
+        Route::Model(id) => return listed(models::one(&snapshot, &key, &id)?, context),
     };
     let (head, body) = request.into_parts();
-    let (body, _room) = request_body::take(&gateway.bodies, &head.headers, body).await?;
+    let (body, room) =
+        request_body::take(&gateway.bodies, gateway.body_bytes_max, &head.headers, body).await?;
     let request = request::Request::read(kind, &body)?.into_owned();
     context.stream = request.stream;
     let model = choose(&snapshot, &key, &request.model)?;
     let headers = head.headers;
+    if let Some(every) = model.timeouts.keep_alive.filter(|_| request.stream) {
+        let (gateway, model) = (gateway.clone(), model.clone());
+        let request = ReadRequest { gateway, snapshot, key, model, path, request, body, room, headers };
+        return Ok(Asked::Silent(Box::new(request), every));
+    }
     let call = Call { gateway, snapshot: &snapshot, key: &key, path, request, body, headers };
-    complete(&call, model, context).await
+    complete(&call, model, context).await.map(Asked::Answered)
 }
 
-/// The endpoint of a request; `None` is the list of models.
-fn route(
-    request: &Request<Incoming>,
-    context: &mut RequestContext,
-) -> Result<(&'static str, Option<RouteKind>), GatewayError> {
-    let (path, kind) = match request.uri().path() {
-        "/v1/chat/completions" => ("/v1/chat/completions", Some(RouteKind::ChatCompletions)),
-        "/v1/completions" => ("/v1/completions", Some(RouteKind::Completions)),
-        "/v1/embeddings" => ("/v1/embeddings", Some(RouteKind::Embeddings)),
-        "/v1/responses" => ("/v1/responses", Some(RouteKind::Responses)),
-        "/v1/models" => ("/v1/models", None),
-        _ => return Err(GatewayError::UnknownRoute),
-    };
-    context.route = path;
-    let allowed = if kind.is_some() { Method::POST } else { Method::GET };
-    match request.method() == allowed {
-        true => Ok((path, kind)),
-        false => Err(GatewayError::MethodNotAllowed),
+/// The answer that is made of the configuration alone.
+fn listed(body: Bytes, context: &mut RequestContext) -> Result<Asked, GatewayError> {
+    context.finished(StatusCode::OK, "ok");
+    Ok(Asked::Answered(Reply::Complete(answer::json(StatusCode::OK, body))))
+}
+
+/// The endpoint of a request, if it takes the request's method.
+fn endpoint(request: &Request<Incoming>, context: &mut RequestContext) -> Result<Endpoint, GatewayError> {
+    let (method, path) = (request.method(), request.uri().path());
+    let endpoint = Endpoint::at(path).ok_or_else(|| route::unknown(method, path))?;
+    context.route = endpoint.path;
+    match endpoint.takes(method) {
+        true => Ok(endpoint),
+        false => Err(GatewayError::MethodNotAllowed { allow: endpoint.allow() }),
     }
 }
 
@@ -137,7 +230,8 @@ fn identify(
     request: &Request<Incoming>,
     context: &mut RequestContext,
 ) -> Result<Arc<KeyEntry>, GatewayError> {
-    let key = authentication::identify(snapshot, request.headers()).map_err(|failure| {
+    let token = authentication::key(request.headers()).map_err(GatewayError::BadHead)?;
+    let key = authentication::identify(snapshot, token).map_err(|failure| {
         let labels = AuthenticationLabels { reason: failure.label() };
         gateway.metrics.authentication_failures.get_or_create(&labels).inc();
         context.unlogged = gateway.failures.note(Some(context.client.connection.peer()));
@@ -154,43 +248,37 @@ fn identify(
     Ok(key)
 }
 
-/// The model that the client names, if its key allows it.
-fn choose<'a>(
-    snapshot: &'a Snapshot,
-    key: &KeyEntry,
-    name: &str,
-) -> Result<&'a Arc<ModelEntry>, GatewayError> {
-    match snapshot.models.get(name) {
-        None => Err(GatewayError::ModelNotFound { model: name.to_owned() }),
-        Some(model) if !key.allows(&model.name) => {
-            Err(GatewayError::ModelNotAllowed { model: name.to_owned() })
-        }
-        Some(model) => Ok(model),
-    }
-}
-
 /// Has the model answer, and after a failure that is not the client's its fallbacks: each has backends and limits of its
-/// own.
+/// own. All of it takes no longer than the total of the model that was asked for, and a fallback no longer than its own:
+/// after that nothing is admitted, sent or charged any more.
 async fn complete(
     call: &Call<'_>,
     model: &Arc<ModelEntry>,
     context: &mut RequestContext,
 ) -> Result<Reply, GatewayError> {
     let fallbacks = model.spec.fallbacks.iter().filter_map(|name| call.snapshot.models_by_name.get(name));
-    let mut last = GatewayError::NoBackend { retry_after: None };
+    let end = context.started + model.timeouts.total;
+    let mut last = None;
     for model in std::iter::once(model).chain(fallbacks).filter(|model| call.key.allows(&model.name)) {
+        let now = Instant::now();
+        if now >= end {
+            last = last.or(Some(GatewayError::Deadline));
+            break;
+        }
         context.model = Some(model.name.to_string());
-        match complete_with(&call.for_model(model, context.started), context).await {
-            Err(error) if error.facts().blame != Blame::Client => last = error,
+        let asked_at = if last.is_some() { now } else { context.started };
+        let deadline = end.min(asked_at + model.timeouts.total);
+        match complete_with(&call.for_model(model, deadline), context).await {
+            Err(error) if error.facts().blame != Blame::Client => last = Some(error),
             done => return done,
         }
     }
-    Err(last)
+    Err(last.unwrap_or(GatewayError::NoBackend { retry_after: None }))
 }
 
 /// Admits the request for one model and sends it, elsewhere as long as that is allowed.
 async fn complete_with(call: &ModelCall<'_>, context: &mut RequestContext) -> Result<Reply, GatewayError> {
-    let candidates = call.candidates();
+    let (candidates, probation) = call.candidates();
     if candidates.is_empty() {
         return Err(GatewayError::NoBackend { retry_after: None });
     }
@@ -200,11 +288,17 @@ async fn complete_with(call: &ModelCall<'_>, context: &mut RequestContext) -> Re
     if used != preferred {
         model.reassign(preferred, used);
     }
-    let others = attempts::others(&candidates, chosen);
-    match Attempts::new(call, &mut reservation, context, others).run(used).await {
+    let mut others = attempts::others(&candidates, chosen);
+    // Its probe is for another request now, and so is the backend.
+    let (probation, passed_over) = match probation {
+        Some(probation) if probation.index() != used => (None, Some(probation.index())),
+        probation => (probation, None),
+    };
+    others.retain(|other| Some(other.index) != passed_over);
+    match Attempts::new(call, &mut reservation, context, others).run(used, probation).await {
         Ok(won) => answer::reply(call, won, reservation, decision, context),
-        Err(error) => {
-            answer::settle_failure(&error, &mut reservation, context);
+        Err(Failed { error, unknown_outcome }) => {
+            answer::settle_failure(unknown_outcome, &mut reservation, context);
             Err(error)
         }
     }

@@ -1,24 +1,25 @@
 //! Takes a request's body within its bounds of size, time and memory.
 //!
 //! A body is held until its request ends, because it may have to be sent again. What all of them take together is
-//! bounded too: ten thousand connections with a full body each would be 160 GiB. Answers that are not streamed are held
+//! bounded too: ten thousand connections with a full body each would be 500 GiB. Answers that are not streamed are held
 //! until the client has taken them, and count as well.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
+use super::joined::Joined;
 use crate::error::GatewayError;
 
-/// Largest body, bytes.
-pub const BODY_MAX_BYTES: usize = 16 << 20;
+/// So much of a body must come within [`BODY_TIMEOUT`], and a larger one at no lower speed.
+const BODY_TIMEOUT_BYTES: usize = 16 << 20;
 /// A body must come within so long, and each part of it within [`BODY_PART_TIMEOUT`].
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two parts of a body.
@@ -82,9 +83,19 @@ impl Drop for Room {
     }
 }
 
-/// Takes the body; the room it needs is held as long as the second value lives.
+/// How long a body may have taken of which so many bytes have come: 60 s, and more as long as it comes as fast as it must.
+fn time_for(bytes: usize) -> Duration {
+    let beyond = bytes.saturating_sub(BODY_TIMEOUT_BYTES) as f64 / BODY_TIMEOUT_BYTES as f64;
+    BODY_TIMEOUT + BODY_TIMEOUT.mul_f64(beyond)
+}
+
+/// Takes the body of at most `max` bytes; the room it needs is held as long as the second value lives.
+///
+/// # Errors
+/// When it is encoded, larger than `max`, too slow, broken, or more than the memory for all bodies holds.
 pub async fn take(
     memory: &Arc<BodyMemory>,
+    max: usize,
     headers: &HeaderMap,
     mut body: Incoming,
 ) -> Result<(Bytes, Room), GatewayError> {
@@ -92,46 +103,39 @@ pub async fn take(
         return Err(GatewayError::UnsupportedEncoding);
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    let too_large = GatewayError::BodyTooLarge { max: BODY_MAX_BYTES as u64 };
-    if announced.is_some_and(|n| n > BODY_MAX_BYTES) {
+    let too_large = GatewayError::BodyTooLarge { max: max as u64 };
+    if announced.is_some_and(|n| n > max) {
         return Err(too_large);
     }
     let mut room = memory.room();
-    let all = async {
-        let mut first: Option<Bytes> = None;
-        let mut rest = BytesMut::new();
-        let mut length = 0;
-        while let Some(frame) =
-            timeout(BODY_PART_TIMEOUT, body.frame()).await.map_err(|_| GatewayError::BodyTimeout)?
-        {
-            let Ok(data) = frame.map_err(|_| GatewayError::BrokenBody)?.into_data() else { continue };
-            length += data.len();
-            if length > BODY_MAX_BYTES {
-                return Err(too_large);
-            }
-            room.grow(data.len())?;
-            // Most bodies come in one part and are not copied. What was announced is not believed: memory grows with
-            // what has arrived.
-            match &first {
-                None => first = Some(data),
-                Some(before) => {
-                    if rest.is_empty() {
-                        rest.reserve(length * 2);
-                        rest.extend_from_slice(before);
-                    }
-                    rest.extend_from_slice(&data);
-                }
-            }
+    let began = Instant::now();
+    let mut taken = Joined::of(announced);
+    loop {
+        let by = (began + time_for(taken.len())).min(Instant::now() + BODY_PART_TIMEOUT);
+        let Some(frame) = timeout_at(by, body.frame()).await.map_err(|_| GatewayError::BodyTimeout)? else {
+            break;
+        };
+        let Ok(data) = frame.map_err(|_| GatewayError::BrokenBody)?.into_data() else { continue };
+        if taken.len() + data.len() > max {
+            return Err(too_large);
         }
-        Ok(if rest.is_empty() { first.unwrap_or_default() } else { rest.freeze() })
-    };
-    let bytes = timeout(BODY_TIMEOUT, all).await.map_err(|_| GatewayError::BodyTimeout)??;
-    Ok((bytes, room))
+        room.grow(data.len())?;
+        taken.push(data);
+    }
+    Ok((taken.finish(), room))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_large_body_has_its_time_as_long_as_it_comes_fast_enough() {
+        assert_eq!(time_for(0), Duration::from_secs(60));
+        assert_eq!(time_for(16 << 20), Duration::from_secs(60));
+        assert_eq!(time_for(48 << 20), Duration::from_secs(180));
+        assert!(time_for(usize::MAX) > time_for(1 << 40), "no overflow");
+    }
 
     #[test]
     fn room_is_bounded_over_all_bodies_and_given_back() {

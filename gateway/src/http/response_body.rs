@@ -5,6 +5,7 @@
 //! body, finished or not, gives all of it back once.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::future::Future as _;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,14 +15,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::StatusCode;
 use http_body::{Body as _, Frame, SizeHint};
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Full};
 use tokio::time::{Instant, Sleep};
 use weir_ratelimit::Kind;
 use weir_runtime::edge::RequestClock;
 
 use crate::api::response::Rewriter;
-use crate::api::usage::Usage;
+use crate::api::usage::Tokens;
 use crate::error::GatewayError;
 use crate::http::attempt::Target;
 use crate::http::bounds::WRITE_STALL;
@@ -29,6 +29,7 @@ use crate::http::context::RequestContext;
 use crate::http::request_body::Room;
 use crate::limits::reservation::{Reservation, STEP_TOKENS};
 use crate::routing::backend_state::{AttemptOutcome, InFlight};
+use crate::routing::upstream::AnswerBody;
 
 /// What is handed out at a time of a complete answer.
 const PIECE_BYTES: usize = 32 << 10;
@@ -45,6 +46,20 @@ pub enum Body {
     Unary(UnaryBody),
     /// As it comes.
     Stream(Pin<Box<StreamBody>>),
+    /// Comments, until it is known which of the others it is.
+    Later(Pin<Box<dyn LaterBody>>),
+}
+
+/// A body that is made elsewhere.
+pub trait LaterBody: http_body::Body<Data = Bytes, Error = Infallible> + fmt::Debug + Send {}
+
+impl<B: http_body::Body<Data = Bytes, Error = Infallible> + fmt::Debug + Send> LaterBody for B {}
+
+impl Body {
+    /// A body that is made elsewhere.
+    pub fn later(body: impl LaterBody + 'static) -> Self {
+        Self::Later(Box::pin(body))
+    }
 }
 
 impl From<Bytes> for Body {
@@ -67,6 +82,7 @@ impl http_body::Body for Body {
             Self::Stream(stream) => {
                 stream.as_mut().get_mut().poll_chunk(cx).map(|c| c.map(|b| Ok(Frame::data(b))))
             }
+            Self::Later(later) => later.as_mut().poll_frame(cx),
         }
     }
 
@@ -75,6 +91,7 @@ impl http_body::Body for Body {
             Self::Full(full) => full.is_end_stream(),
             Self::Unary(unary) => unary.rest.is_empty(),
             Self::Stream(stream) => matches!(stream.state, State::Done),
+            Self::Later(later) => later.is_end_stream(),
         }
     }
 
@@ -82,7 +99,7 @@ impl http_body::Body for Body {
         match self {
             Self::Full(full) => full.size_hint(),
             Self::Unary(unary) => SizeHint::with_exact(unary.rest.len() as u64),
-            Self::Stream(_) => SizeHint::default(),
+            Self::Stream(_) | Self::Later(_) => SizeHint::default(),
         }
     }
 }
@@ -122,7 +139,8 @@ pub struct Clocks {
 #[derive(Debug)]
 pub struct StreamBody {
     state: State,
-    upstream: Incoming,
+    /// `None` once nothing more is read of it.
+    upstream: Option<AnswerBody>,
     rewriter: Rewriter,
     clocks: Clocks,
     /// One timer for both clocks. It is moved only when it fires, so that a chunk costs no timer operation.
@@ -161,7 +179,7 @@ impl StreamBody {
     /// A stream whose first chunk has been awaited.
     pub fn new(
         first: Bytes,
-        upstream: Incoming,
+        upstream: Option<AnswerBody>,
         mut rewriter: Rewriter,
         clocks: Clocks,
         end: StreamEnd,
@@ -190,6 +208,7 @@ impl StreamBody {
             return Poll::Ready(Some(self.cut(&GatewayError::Draining)));
         }
         match std::mem::replace(&mut self.state, State::Flowing) {
+            State::Peeked(first) if self.rewriter.is_over() => return Poll::Ready(self.over(first, cx)),
             State::Peeked(first) if !first.is_empty() => return Poll::Ready(Some(first)),
             State::Peeked(_) | State::Flowing => {}
             State::Done => {
@@ -198,12 +217,16 @@ impl StreamBody {
             }
         }
         loop {
-            match Pin::new(&mut self.upstream).poll_frame(cx) {
+            let Some(upstream) = &mut self.upstream else { return Poll::Ready(self.ended()) };
+            match Pin::new(upstream).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     self.last_chunk = Instant::now();
                     let Ok(data) = frame.into_data() else { continue };
                     let out = self.rewriter.push(data);
                     self.charge();
+                    if self.rewriter.is_over() {
+                        return Poll::Ready(self.over(out, cx));
+                    }
                     if !out.is_empty() {
                         return Poll::Ready(Some(out));
                     }
@@ -226,9 +249,15 @@ impl StreamBody {
         let tokens = self.rewriter.facts().completion_tokens();
         if tokens >= self.charged.saturating_add(STEP_TOKENS) {
             self.charged = tokens;
-            let cost = self.end.target.cost(self.end.prompt_tokens, tokens);
+            let cost = self.end.target.cost(&self.tokens());
             self.end.reservation.streamed(cost);
         }
+    }
+
+    /// What was used so far: counted by the backend, or else here.
+    fn tokens(&self) -> Tokens {
+        let facts = self.rewriter.facts();
+        Tokens::of(facts.usage, self.end.prompt_tokens, facts.completion_estimate())
     }
 
     /// Ready with an event when a clock ran out; ready without one never; pending otherwise.
@@ -247,25 +276,44 @@ impl StreamBody {
         }
     }
 
+    /// The last event of the stream is here, whatever the connection does from now on.
+    fn over(&mut self, last: Bytes, cx: &mut Context<'_>) -> Option<Bytes> {
+        self.told_to_the_end();
+        if let Some(upstream) = self.upstream.take() {
+            finish_reading(upstream, cx);
+        }
+        Some(last).filter(|last| !last.is_empty())
+    }
+
     /// The upstream closed its stream. That is an end only if it had finished.
     fn ended(&mut self) -> Option<Bytes> {
         let rest = self.rewriter.finish();
+        self.upstream = None;
         let facts = self.rewriter.facts();
-        self.state = State::Done;
-        if facts.complete() {
-            self.end.target.succeed(facts.completion_tokens());
-            self.end.context.finished(StatusCode::OK, "ok");
-            return Some(rest).filter(|r| !r.is_empty());
-        }
-        if facts.error_seen {
-            // The backend told the client itself; it counts against the backend all the same.
-            self.end.target.fail(AttemptOutcome::ServerError);
-            self.end.context.finished(StatusCode::OK, "error_in_stream");
+        if facts.complete() || facts.error_seen {
+            self.told_to_the_end();
             return Some(rest).filter(|r| !r.is_empty());
         }
         let mut out = Vec::from(rest);
         out.extend_from_slice(&self.broken(AttemptOutcome::ConnectFailure));
         Some(out.into())
+    }
+
+    /// The backend said all it had to say: an answer, or an error that it told the client itself. An error may be the
+    /// request's own doing, and no other backend can be asked any more.
+    fn told_to_the_end(&mut self) {
+        let facts = self.rewriter.facts();
+        self.state = State::Done;
+        match facts.error_seen {
+            false => {
+                self.end.target.succeed(facts.completion_tokens());
+                self.end.context.finished(StatusCode::OK, "ok");
+            }
+            true => {
+                self.end.target.fail_without_blame(AttemptOutcome::ServerError);
+                self.end.context.finished(StatusCode::OK, "error_in_stream");
+            }
+        }
     }
 
     /// The backend's fault, after bytes were sent: an error event, and no `[DONE]`.
@@ -281,20 +329,45 @@ impl StreamBody {
     fn cut(&mut self, error: &GatewayError) -> Bytes {
         self.state = State::Done;
         self.end.context.finished(StatusCode::OK, error.facts().label);
-        // The last event may have gone out in part: the empty line ends it, so that this one is read as its own.
-        format!("\n\n{}", error.sse_event()).into()
+        // Of a long event a part may have gone out: the empty line ends it, so that this one is read as its own.
+        let end = if self.rewriter.is_inside_event() { "\n\n" } else { "" };
+        format!("{end}{}", error.sse_event()).into()
     }
 }
 
-/// Prompt and completion tokens: the provider's where it counted, else ours, and which of the two it was.
-pub fn usage_or_count(usage: Option<Usage>, prompt: u64, completion: u64) -> (u64, u64, &'static str) {
-    let usage = usage.unwrap_or_default();
-    let source = match (usage.prompt, usage.completion) {
-        (Some(_), Some(_)) => "provider",
-        (Some(_), None) if completion == 0 => "provider",
-        _ => "counted",
-    };
-    (usage.prompt.unwrap_or(prompt), usage.completion.unwrap_or(completion), source)
+/// What a connection may still bring after the last event, bytes: the end of its framing, comments.
+const LEFTOVER_MAX_BYTES: usize = 16 << 10;
+/// And how long it may take to.
+const LEFTOVER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Reads the end of a stream that is over, so that its connection can be used again; nobody waits for it. A connection that
+/// does not end within [`LEFTOVER_TIMEOUT`] is closed.
+fn finish_reading(mut upstream: AnswerBody, cx: &mut Context<'_>) {
+    let mut left = LEFTOVER_MAX_BYTES;
+    // Mostly the end is here already.
+    loop {
+        match Pin::new(&mut upstream).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                if left == 0 {
+                    return;
+                }
+            }
+            Poll::Ready(None | Some(Err(_))) => return,
+            Poll::Pending => break,
+        }
+    }
+    tokio::spawn(async move {
+        let reading = async {
+            while let Some(Ok(frame)) = upstream.frame().await {
+                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                if left == 0 {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LEFTOVER_TIMEOUT, reading).await;
+    });
 }
 
 impl Drop for StreamBody {
@@ -302,18 +375,17 @@ impl Drop for StreamBody {
         if !matches!(self.state, State::Done) && self.end.context.client.took_nothing() {
             self.end.context.finished(StatusCode::OK, "client_stalled");
         }
-        let facts = self.rewriter.facts();
-        let (prompt, completion, source) =
-            usage_or_count(facts.usage, self.end.prompt_tokens, facts.completion_estimate());
+        let tokens = self.tokens();
         // First: it is charged whatever becomes of the rest.
-        self.end.context.tokens = Some((prompt, completion, source));
-        let cost = self.end.target.cost(prompt, completion);
+        self.end.context.tokens = Some(tokens);
+        let cost = self.end.target.cost(&tokens);
         self.end.reservation.used(cost);
+        let facts = self.rewriter.facts();
         if let Some(found) = &facts.implausible {
             self.end.target.implausible(found);
         } else if facts.complete() {
             let prompt = facts.usage.and_then(|usage| usage.prompt);
-            self.end.reservation.learn(prompt, Some(completion));
+            self.end.reservation.learn(prompt, Some(tokens.completion));
         }
     }
 }

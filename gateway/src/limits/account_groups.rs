@@ -1,9 +1,10 @@
-//! Candidates by the provider's account that they bill. Pure: which call to ask next, and what the decisions add up to.
+//! Groups the candidates of a request by the provider account that they bill. Pure: which call to ask next, and the
+//! result of all decisions.
 //!
-//! An order of preference is cut into groups of one account each, so that the order is kept exactly. The limiter is asked
-//! for the first group with the request's own limits and that account's, in one call; only when the account refuses, or no
-//! backend of the group has a slot, is the next one asked. Where the account of the first choice has room, limited accounts
-//! cost nothing.
+//! An order of preference is cut into groups of one account each, so that the order is kept. The limiter decides the
+//! first group with the request's own limits and those of the group's account, in one call. The next group is asked
+//! only if the account refuses or no backend of the group has a free slot. So limited accounts cost nothing while the
+//! account of the first choice has room.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -16,28 +17,28 @@ use crate::routing::accounts::Accounts;
 use crate::routing::balance::Candidate;
 use crate::routing::scope::ScopeEntry;
 
-/// Backends next to each other in the order of preference, under one account or under none.
+/// Consecutive backends in the order of preference, under one account or under none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CandidateGroup {
-    /// Among the candidates.
+    /// Their range in the candidates.
     pub(crate) candidates: Range<usize>,
-    /// In the model's [`Accounts`]; `None` is not limited.
+    /// The index of the account in the model's [`Accounts`]; `None` if no account limits them.
     pub(crate) account: Option<usize>,
 }
 
-/// All groups of an order of preference, with the scopes of their accounts.
+/// All groups of an order of preference, and the scopes of their accounts.
 #[derive(Debug, Default)]
 pub(crate) struct CandidateGroups {
     groups: SmallVec<[CandidateGroup; 4]>,
-    /// How many scopes of the full call are the request's own.
+    /// The number of scopes of the full call that are the request's own.
     own: usize,
-    /// Each account once: its index, and the range of its scopes in the full call, behind the request's own.
+    /// Each account once: its index and the range of its scopes in the full call, behind the request's own scopes.
     accounts: SmallVec<[(usize, Range<usize>); 2]>,
 }
 
 impl CandidateGroups {
-    /// Of these candidates, for a call with so many scopes of its own. Backends of an account that is not `usable` are left
-    /// out.
+    /// The groups of these candidates, for a call with `own` scopes of its own. Backends of accounts that are not
+    /// `usable` are left out.
     pub(crate) fn of(
         accounts: &Accounts,
         candidates: &[Candidate],
@@ -68,7 +69,7 @@ impl CandidateGroups {
         groups
     }
 
-    /// Whether no backend is left to ask for.
+    /// Whether there is no backend to ask for.
     pub(crate) fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -78,7 +79,7 @@ impl CandidateGroups {
         self.accounts.iter().flat_map(|(account, _)| &accounts[*account].scopes)
     }
 
-    /// The scopes that can stand in for each other; none when there is only one account, or no choice.
+    /// The scopes that can stand in for each other; empty if there is one account only, or no choice.
     pub(crate) fn alternatives(&self) -> Alternatives {
         let free = self.groups.iter().any(|group| group.account.is_none()).then_some(self.own..self.own);
         let groups: Alternatives =
@@ -86,8 +87,8 @@ impl CandidateGroups {
         if groups.len() > 1 { groups } else { Alternatives::new() }
     }
 
-    /// Asks once around for `full`: the call with every scope and every candidate. Accounts that others wait for are
-    /// passed over, unless no account is left then.
+    /// One round of asking for `full`, the call with every scope and every candidate. Accounts that other requests
+    /// wait for are passed over, unless no account would be left.
     pub(crate) fn round<'a>(
         &'a self,
         full: &'a Acquire,
@@ -118,7 +119,7 @@ impl CandidateGroups {
     }
 }
 
-/// One ask, group by group.
+/// One round of asking, group by group.
 #[derive(Debug)]
 pub(crate) struct Round<'a> {
     groups: &'a CandidateGroups,
@@ -126,17 +127,18 @@ pub(crate) struct Round<'a> {
     next: usize,
     /// Accounts that are not asked any more.
     closed: SmallVec<[usize; 2]>,
-    /// What accounts said that refused.
+    /// The refusals of accounts.
     refused: SmallVec<[Decision; 2]>,
     last: Option<Decision>,
-    /// The soonest slot.
+    /// The shortest wait for a slot.
     no_slot: Option<Duration>,
     /// Whether accounts can stand in for each other.
     choice: bool,
 }
 
 impl Round<'_> {
-    /// The next group, and the call for it: the request's own scopes, its account's, and its candidates.
+    /// The next group and its call: the request's own scopes, those of the group's account, and the candidates of the
+    /// group.
     pub(crate) fn next(&mut self) -> Option<(CandidateGroup, Acquire)> {
         let groups = self.groups.groups.iter().enumerate().skip(self.next);
         let open = |account: Option<usize>| account.is_none_or(|account| !self.closed.contains(&account));
@@ -148,13 +150,14 @@ impl Round<'_> {
         let candidates = self.full.candidates[group.candidates.clone()].iter();
         let candidates = match self.groups.groups.len() {
             1 => candidates.cloned().collect(),
-            // No call sees all of them.
+            // No single call sees all candidates, so bounds over several of them cannot be checked.
             _ => candidates.map(weir_ratelimit::Candidate::apart).collect(),
         };
         Some((group.clone(), Acquire { scopes, candidates, ..self.full.clone() }))
     }
 
-    /// What the limiter said to a group. The decision on the full call, unless the next group is to be asked.
+    /// Takes the decision on a group. Returns the decision on the full call, or `None` if the next group must be
+    /// asked.
     pub(crate) fn decided(&mut self, group: &CandidateGroup, mut decision: Decision) -> Option<Decision> {
         let own = &self.full.scopes[..self.groups.own];
         match &mut decision.outcome {
@@ -175,7 +178,7 @@ impl Round<'_> {
                     return Some(decision);
                 }
                 if !of_own.is_empty() {
-                    // Another account would not help, so this one's wait is not the caller's.
+                    // Another account would not help, so the caller's wait is that of its own limits.
                     *wait = longest(&of_own);
                     decision.limits.retain(|limit| limit.scope_in(own).is_some());
                     return Some(decision);
@@ -188,13 +191,14 @@ impl Round<'_> {
         None
     }
 
-    /// What accounts that were passed by said.
+    /// The refusals of accounts that were passed over.
     pub(crate) fn refused(&self) -> &[Decision] {
         &self.refused
     }
 
-    /// The refusal of the full call when no group was granted: by the account that fits soonest, of those for which one may
-    /// wait so long if there are any; for want of a slot when any group had room for it but no slot.
+    /// The refusal of the full call if no group was granted. If a group had room but no free slot, it is the refusal
+    /// for want of a slot. Otherwise it is that of the account that fits soonest, if possible of those that may be
+    /// waited for so long.
     pub(crate) fn refusal(self, max_wait: impl Fn(usize) -> Duration) -> Decision {
         let max_wait =
             |limit: &LimitState| limit.position_in(&self.full.scopes).map_or(Duration::ZERO, &max_wait);
@@ -235,7 +239,7 @@ impl Round<'_> {
     }
 }
 
-/// When all of these fit; `None` when one never does.
+/// The longest wait of these limits; `None` if one of them can never fit.
 fn longest(limits: &[&LimitState]) -> Option<Duration> {
     limits.iter().try_fold(Duration::ZERO, |longest, limit| match limit.verdict {
         Verdict::Fits => Some(longest),

@@ -1,49 +1,58 @@
-//! What a request will probably cost, learned from what requests did cost.
+//! Estimates of the cost of a request, learned from the cost of earlier requests.
 //!
-//! The output of a (tenant, model) is expected at its mean plus twice its mean deviation, which most answers stay
-//! below; what an answer exceeds it by is charged while it streams. Prompt tokens come from bytes at the rate that
-//! providers' own counts have shown for the model.
+//! The output of a (tenant, model) is estimated at its mean plus twice its mean deviation, which most answers stay
+//! below. Output beyond the estimate is charged while it streams. Prompt tokens are estimated from bytes, at the rate
+//! that providers' counts have shown for the model.
 //!
-//! Tables are bounded: the entries used last are kept, in two generations of which the older is dropped whole.
+//! Tables are bounded: they keep the entries that learned last.
 
-use std::borrow::Borrow;
-use std::collections::HashMap;
-use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-/// Tokens expected of an answer while nothing is known.
+use tokio::time::Instant;
+use weir_runtime::RecentMap;
+
+/// The estimate of an answer's tokens before anything is known.
 const OUTPUT_UNKNOWN: u64 = 512;
-/// Most pairs of tenant and model that are remembered, in each generation.
-const PAIRS_MAX: usize = 10_000;
-/// Most models that are remembered, in each generation.
-const MODELS_MAX: usize = 2_000;
-/// The weight of a new answer in the mean, and in the deviation: those of TCP's round-trip estimate.
+/// Pairs of tenant and model that are remembered.
+const PAIRS_MAX: usize = 20_000;
+/// Models that are remembered.
+const MODELS_MAX: usize = 4_000;
+/// The weight of a new answer in the mean and in the deviation, as in TCP's estimate of the round-trip time.
 const MEAN_GAIN: f64 = 1.0 / 8.0;
 const DEVIATION_GAIN: f64 = 1.0 / 4.0;
-/// What is known of a prompt's rate before anything was counted: four bytes to a token, with the weight of a kilobyte.
+/// The prior of a prompt's rate: four bytes per token, with the weight of a kilobyte.
 const PRIOR_BYTES: f64 = 1024.0;
 const PRIOR_TOKENS: f64 = 256.0;
-/// How much of what was seen is kept with each further prompt.
+/// The part of the learned rate that each further prompt leaves.
 const MEMORY: f64 = 0.98;
-/// Bounds of what is believed, tokens per byte: a hostile or broken count must not move everybody's estimates.
+/// Bounds of a believed rate, tokens per byte: a hostile or broken count must not change everybody's estimates.
 const RATE_BOUNDS: (f64, f64) = (1.0 / 16.0, 2.0);
 
-/// How many times what is expected one answer may count for: an outlier moves the estimate by a few answers' worth, and a
-/// lasting change is followed in a few answers all the same.
+/// One answer counts for at most this multiple of the estimate. An outlier moves the estimate by the weight of a few
+/// answers, and a lasting change is followed within a few answers.
 const OUTPUT_OUTLIER: f64 = 4.0;
-/// The part of what is remembered that one prompt may weigh, at least a kilobyte.
+/// The weight that one prompt can have, as a part of the learned weight; at least a kilobyte.
 const PROMPT_WEIGHT: f64 = 0.1;
 
-/// Learned estimates of one gateway.
+/// The learned estimates of one gateway.
 #[derive(Debug, Default)]
 pub struct Estimates {
     tables: Mutex<Tables>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Tables {
-    outputs: Recent<(Arc<str>, Arc<str>), Output>,
-    prompts: Recent<Arc<str>, Prompt>,
+    outputs: RecentMap<(Arc<str>, Arc<str>), Output>,
+    prompts: RecentMap<Arc<str>, Prompt>,
+}
+
+impl Default for Tables {
+    fn default() -> Self {
+        // Estimates do not age: a model that is asked once a day is estimated as well as a busy one.
+        let outputs = RecentMap::new(PAIRS_MAX, Duration::MAX);
+        Self { outputs, prompts: RecentMap::new(MODELS_MAX, Duration::MAX) }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,20 +75,20 @@ impl Output {
 
 impl Estimates {
     fn tables(&self) -> MutexGuard<'_, Tables> {
-        // An entry is written whole, so a poisoned lock guards nothing half done.
+        // An entry is written as a whole, so a poisoned lock guards complete entries.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tokens that one answer of the model to the tenant will probably have.
+    /// The estimate of the tokens of one answer of the model to the tenant.
     pub fn output(&self, tenant: &Arc<str>, model: &Arc<str>) -> u64 {
-        let known = self.tables().outputs.get(&(tenant.clone(), model.clone()));
+        let known = self.tables().outputs.get(&(tenant.clone(), model.clone()), Instant::now()).copied();
         known.map_or(OUTPUT_UNKNOWN, |known| known.expected().ceil().max(1.0) as u64)
     }
 
-    /// An answer had so many tokens.
+    /// Learns the tokens of an answer.
     pub fn learn_output(&self, tenant: &Arc<str>, model: &Arc<str>, tokens: u64) {
-        let (mut tables, key) = (self.tables(), (tenant.clone(), model.clone()));
-        let known = tables.outputs.get(&key);
+        let (mut tables, key, now) = (self.tables(), (tenant.clone(), model.clone()), Instant::now());
+        let known = tables.outputs.get(&key, now).copied();
         let expected = known.map_or(0.0, |known| known.expected()).max(OUTPUT_UNKNOWN as f64);
         let tokens = (tokens as f64).min(expected * OUTPUT_OUTLIER);
         let next = match known {
@@ -89,60 +98,36 @@ impl Estimates {
                 deviation: deviation + DEVIATION_GAIN * ((tokens - mean).abs() - deviation),
             },
         };
-        tables.outputs.put(key, next, PAIRS_MAX);
+        tables.outputs.insert(key, next, now);
     }
 
-    /// Tokens that a prompt of so many bytes has for the model; at least one.
+    /// The estimate of the tokens of a prompt for the model; at least one.
     pub fn prompt(&self, model: &Arc<str>, bytes: u64) -> u64 {
-        let seen = self.tables().prompts.get(model);
+        let seen = self.tables().prompts.get(model, Instant::now()).copied();
         let seen = seen.unwrap_or(Prompt { bytes: PRIOR_BYTES, tokens: PRIOR_TOKENS });
         let rate = (seen.tokens / seen.bytes).clamp(RATE_BOUNDS.0, RATE_BOUNDS.1);
         ((bytes as f64 * rate).ceil() as u64).max(1)
     }
 
-    /// The provider counted so many tokens in a prompt of so many bytes.
+    /// The estimate of the tokens of a prompt by the prior alone, which no other request can change; at least one.
+    pub fn prior_prompt(bytes: u64) -> u64 {
+        ((bytes as f64 * (PRIOR_TOKENS / PRIOR_BYTES)).ceil() as u64).max(1)
+    }
+
+    /// Learns the tokens that a provider counted in a prompt of this size.
     pub fn learn_prompt(&self, model: &Arc<str>, bytes: u64, tokens: u64) {
         if bytes == 0 {
             return;
         }
-        let mut tables = self.tables();
-        let seen = tables.prompts.get(model);
+        let (mut tables, now) = (self.tables(), Instant::now());
+        let seen = tables.prompts.get(model, now).copied();
         let seen = seen.unwrap_or(Prompt { bytes: PRIOR_BYTES, tokens: PRIOR_TOKENS });
         let (bytes, tokens) = (bytes as f64, tokens as f64);
         let tokens = tokens.clamp(bytes * RATE_BOUNDS.0, bytes * RATE_BOUNDS.1);
         let weight = (seen.bytes * PROMPT_WEIGHT).max(PRIOR_BYTES).min(bytes) / bytes;
         let (bytes, tokens) = (bytes * weight, tokens * weight);
         let next = Prompt { bytes: seen.bytes * MEMORY + bytes, tokens: seen.tokens * MEMORY + tokens };
-        tables.prompts.put(model.clone(), next, MODELS_MAX);
-    }
-}
-
-/// A map of what was written last, twice its bound at most.
-#[derive(Debug)]
-struct Recent<K, V> {
-    young: HashMap<K, V>,
-    old: HashMap<K, V>,
-}
-
-impl<K, V> Default for Recent<K, V> {
-    fn default() -> Self {
-        Self { young: HashMap::new(), old: HashMap::new() }
-    }
-}
-
-impl<K: Hash + Eq, V: Copy> Recent<K, V> {
-    fn get<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<V>
-    where
-        K: Borrow<Q>,
-    {
-        self.young.get(key).or_else(|| self.old.get(key)).copied()
-    }
-
-    fn put(&mut self, key: K, value: V, bound: usize) {
-        if self.young.len() >= bound && !self.young.contains_key(&key) {
-            self.old = std::mem::take(&mut self.young);
-        }
-        self.young.insert(key, value);
+        tables.prompts.insert(model.clone(), next, now);
     }
 }
 
@@ -202,13 +187,23 @@ mod tests {
     }
 
     #[test]
+    fn the_prior_is_moved_by_nobody() {
+        let (estimates, model) = (Estimates::default(), name("m"));
+        (0..200).for_each(|_| estimates.learn_prompt(&model, 300, 1_100));
+        assert!(estimates.prompt(&model, 40_000) > 70_000);
+        assert_eq!((Estimates::prior_prompt(40_000), Estimates::prior_prompt(0)), (10_000, 1));
+    }
+
+    #[test]
     fn tables_are_bounded_and_keep_what_is_in_use() {
-        let mut recent = Recent::default();
-        for i in 0..10_000u32 {
-            recent.put(i, i, 100);
-            recent.put(7, 7, 100);
+        let (estimates, model) = (Estimates::default(), name("m"));
+        for n in 0..PAIRS_MAX + 10 {
+            estimates.learn_output(&name("busy"), &model, 7);
+            estimates.learn_output(&name(&n.to_string()), &model, 7);
         }
-        assert!(recent.young.len() + recent.old.len() <= 200);
-        assert_eq!((recent.get(&7), recent.get(&9_999), recent.get(&1)), (Some(7), Some(9_999), None));
+        assert_eq!(estimates.tables().outputs.len(), PAIRS_MAX);
+        let output = |tenant: &str| estimates.output(&name(tenant), &model);
+        assert!(output("busy") < OUTPUT_UNKNOWN && output(&(PAIRS_MAX + 9).to_string()) < OUTPUT_UNKNOWN);
+        assert_eq!(output("0"), OUTPUT_UNKNOWN, "the oldest is forgotten");
     }
 }

@@ -1,4 +1,4 @@
-//! What is reserved and not yet settled, and the worker that settles and renews it.
+//! The ledger of open reservations, and the worker that settles and renews them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,9 @@ use weir_ratelimit::fallback::LiveGateways;
 use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::reservation::{LeaseBook, Leases};
 use weir_ratelimit::waiting::Waiting;
-use weir_ratelimit::{AnyLimiter, Candidate, Fallback, Key, LimitStack, Limiter, OwnerId, Settle, Trouble};
+use weir_ratelimit::{
+    AnyLimiter, Candidate, Charge, Error, Fallback, Key, LimitStack, Limiter, OwnerId, Settle, Trouble,
+};
 
 use super::estimates::Estimates;
 use crate::metrics::Metrics;
@@ -21,62 +23,64 @@ use crate::metrics::Metrics;
 /// How long a lease lives without renewal: 15 s; it is renewed every 5 s.
 pub const LEASE_TTL: Duration = Duration::from_secs(15);
 
-/// Settlements that may wait for the worker.
+/// Settlements in the queue of the worker.
 const QUEUE: usize = 65_536;
-/// Settlements under way at once.
+/// Concurrent settlements.
 const CONCURRENT: usize = 256;
-/// Attempts at one settlement; it is idempotent, so an unknown outcome is simply tried again.
+/// Attempts of one settlement. Settlements are idempotent, so an unknown result is tried again.
 const ATTEMPTS: u32 = 6;
-/// Lost leases taken again at once.
+/// Concurrent calls that take stale leases again.
 const RETAKES: usize = 64;
 
-/// At the end of the process: for what was decided while the limit store was away.
+/// The time at the end of the process to report decisions made during a store outage.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-/// Owns what is reserved and not yet settled.
+/// The open reservations of this gateway. Cheap to clone.
 #[derive(Debug)]
 pub struct Ledger {
-    /// Decides limits for the cluster, and this gateway's share of them while the cluster's store is away.
+    /// Decides limits for the cluster, and with the local share during a store outage.
     pub limiter: Fallback<QuotaPrefetch<AnyLimiter>>,
-    /// Who waits for them.
+    /// The queues of waiting requests.
     pub waiting: Waiting,
-    /// Refusals that need not be asked for again.
+    /// The deny cache.
     pub denials: DenyCache,
-    /// What requests will probably cost.
+    /// Estimates of the costs of requests.
     pub estimates: Estimates,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: Arc<Metrics>,
     pub(super) holder: OwnerId,
     pub(super) queue: mpsc::Sender<Job>,
     pub(super) leases: LeaseBook,
 }
 
-/// The worker's end of a ledger.
+/// The worker of a ledger.
 #[derive(Debug)]
 pub struct LedgerWorker {
     ledger: Arc<Ledger>,
     queue: mpsc::Receiver<Job>,
 }
 
-/// What a reservation hands to the worker.
+/// A task of the worker.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// It ended; each is made after the one before it, and once, however often it is tried. With a credit, less was
-    /// used than reserved: somebody who waits for a bucket may fit then.
+    /// Settle a reservation. The settlements are made in order and take effect once, however often they are tried. A
+    /// credit says that less was used than reserved, so a waiting request may fit.
     Settle(Settles, Credit),
-    /// The same for one that ended while it was asked for: afterwards the slots are freed that the call may have taken.
+    /// Settle a reservation that ended during the limiter call, then free the slots that the call may have taken.
     Cancel(Settles, Box<(Uuid, Vec<Key>)>),
-    /// It goes on without this slot, or this lease of an account.
+    /// Release a slot or a lease of a provider account while the request continues.
     Release(Uuid, Key),
+    /// Give back what the steps of a stream charged beyond its usage.
+    GiveBack(Vec<Charge>),
 }
 
 /// Settlements that belong together.
 pub(super) type Settles = SmallVec<[Box<Settle>; 1]>;
 
-/// Whether a settlement gives something back.
+/// Whether a settlement makes room in buckets.
 pub(super) type Credit = bool;
 
 impl Job {
-    /// The lease sets in which one more lease is free afterwards.
+    /// The lease sets in which one more lease is free after the job.
     fn leases(&self) -> SmallVec<[&Key; 4]> {
         match self {
             Job::Settle(settles, _) => {
@@ -90,27 +94,39 @@ impl Job {
                 leases.chain(&perhaps.1).collect()
             }
             Job::Release(_, slot) => smallvec::smallvec![slot],
+            Job::GiveBack(_) => SmallVec::new(),
         }
     }
 
-    /// The buckets that have more room afterwards.
+    /// Whether the job may be repeated after this error. Giving back has no id that the store would recognise, so it
+    /// is not repeated after an unknown outcome: too much may stay charged, never too little.
+    fn may_repeat(&self, error: &Error) -> bool {
+        match error.trouble() {
+            Trouble::Caller => false,
+            Trouble::Unknown => !matches!(self, Job::GiveBack(_)),
+            Trouble::Away | Trouble::Keys => true,
+        }
+    }
+
+    /// The buckets that have more room after the job.
     fn records(&self) -> SmallVec<[&Key; 4]> {
         match self {
             Job::Settle(settles, true) | Job::Cancel(settles, _) => {
                 settles.iter().flat_map(|settle| &settle.scopes).map(|s| &s.record).collect()
             }
+            Job::GiveBack(charges) => charges.iter().map(|charge| &charge.record).collect(),
             Job::Settle(_, false) | Job::Release(..) => SmallVec::new(),
         }
     }
 }
 
 impl Ledger {
-    /// A ledger and the worker that must be run for it; its leases bear the mark of `holder`. Needs a tokio runtime.
+    /// A ledger and its worker, which must be run. Leases have the owner id `holder`. Needs a tokio runtime.
     pub fn new(
         limiter: AnyLimiter,
         holder: OwnerId,
         gateways: LiveGateways,
-        metrics: Metrics,
+        metrics: Arc<Metrics>,
     ) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let LimitStack { waiting, deny_cache, limiter } = LimitStack::new(limiter, gateways);
@@ -127,13 +143,13 @@ impl Ledger {
         (ledger.clone(), LedgerWorker { ledger, queue })
     }
 
-    /// The store has freed a lease: a request that waits, here or at another gateway, may take it.
+    /// Records that a lease was freed, so that a waiting request, here or at another gateway, may take it.
     pub(super) fn gave_back(&self, key: &Key) {
         let held = self.leases.count(key);
         self.waiting.gave_back(key, held, self.limiter.gateways());
     }
 
-    /// Reservations that hold leases now: one for each request, and where accounts are limited for each later attempt.
+    /// The reservations with leases: one per request, and with limited accounts one per further attempt.
     pub fn open_leases(&self) -> usize {
         self.leases.len()
     }
@@ -168,7 +184,7 @@ impl LedgerWorker {
         while tasks.join_next().await.is_some() {}
         let untold = self.ledger.limiter.flush(FLUSH_MAX).await;
         if tokio::time::timeout(FLUSH_MAX, self.ledger.limiter.store().flush()).await.is_err() {
-            tracing::warn!("the limit store was not told all that was settled out of quota");
+            tracing::warn!("settlements of prefetched quota not reported to the limit store completely");
         }
         self.ledger.metrics.settlements_lost.inc_by(untold as u64);
     }
@@ -181,42 +197,42 @@ async fn renew(ledger: Arc<Ledger>) {
     }
     match ledger.limiter.renew(&renewals, LEASE_TTL).await {
         Ok(lost) => {
-            // A request that ended meanwhile has released its own; only those still open have lost one.
+            // A request that ended meanwhile has released its leases; only open ones lost them.
             let lost: Vec<(Uuid, Leases)> =
                 lost.iter().filter_map(|id| Some((*id, ledger.leases.leases_of(*id)?))).collect();
             if !lost.is_empty() {
-                ledger.metrics.leases_lost.inc_by(lost.len() as u64);
+                ledger.metrics.stale_leases.inc_by(lost.len() as u64);
                 let lost_now = lost.len();
                 tracing::warn!(
                     lost = lost_now,
-                    "leases ran out before they were renewed; their requests go on"
+                    "leases expired before they were renewed; their requests continue"
                 );
                 let taking = lost.into_iter().map(|(id, leases)| retake(&ledger, id, leases));
                 futures_util::stream::iter(taking).for_each_concurrent(RETAKES, |taken| taken).await;
             }
         }
-        Err(error) => tracing::warn!(%error, held = renewals.len(), "leases were not renewed"),
+        Err(error) => tracing::warn!(%error, leases = renewals.len(), "leases not renewed"),
     }
 }
 
-/// A request goes on although its leases ran out, or somebody freed them: it is counted again, also above the maximum,
-/// so that no other request is admitted in its place. The next ones wait until the count has come down.
+/// Takes the stale leases of a running request again, even above the maximum, so that no other request is admitted in its
+/// place. New requests wait until the surplus has ended.
 async fn retake(ledger: &Ledger, id: Uuid, leases: Leases) {
     for key in &leases {
         let place = [Candidate { leases: key.clone(), max_concurrency: u32::MAX, bound: None }];
         match ledger.limiter.move_slot(id, None, &place, LEASE_TTL).await {
             Ok(_) => ledger.metrics.leases_retaken.inc(),
-            // The next renewal finds it lost again.
+            // The next renewal finds the lease missing again.
             Err(error) => {
-                tracing::debug!(%error, reservation = %id, "a lease was not taken again");
+                tracing::debug!(%error, reservation = %id, "stale lease not taken again");
                 return;
             }
         };
     }
-    // It may have ended meanwhile, before its leases were taken again.
+    // The request may have ended before its leases were taken again.
     let ended = ledger.leases.leases_of(id).is_none();
     if ended && let Err(error) = ledger.limiter.release(id, &leases).await {
-        tracing::debug!(%error, reservation = %id, "a lease of an ended request runs out by itself");
+        tracing::debug!(%error, reservation = %id, "lease of an ended request not released; it expires");
     }
 }
 
@@ -227,23 +243,24 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
         let done = match &job {
             Job::Settle(settles, _) => settle_all(&ledger, settles).await,
             Job::Cancel(settles, perhaps) => match settle_all(&ledger, settles).await {
-                // Later: from now on the call is refused if it has not arrived yet.
+                // Retried later. The store refuses the original call if it arrives after this one.
                 Ok(()) => limiter.release(perhaps.0, &perhaps.1).await,
                 failed => failed,
             },
             Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
+            Job::GiveBack(charges) => limiter.charge(charges).await.map(drop),
         };
         match done {
             Ok(()) => {
-                // First, so that those who are woken ask the store.
+                // Before waking the queue, so that woken requests ask the store.
                 let (leases, records) = (job.leases(), job.records());
                 ledger.denials.given_back(leases.iter().chain(&records).copied());
                 ledger.waiting.released(records);
                 leases.into_iter().for_each(|key| ledger.gave_back(key));
                 return;
             }
-            Err(error) if error.trouble() != Trouble::Caller && attempt < ATTEMPTS => {
-                tracing::debug!(%error, attempt, "the limit store is asked again");
+            Err(error) if job.may_repeat(&error) && attempt < ATTEMPTS => {
+                tracing::debug!(%error, attempt, "call of the limit store repeated");
                 tokio::time::sleep(pause).await;
                 pause *= 3;
             }
@@ -252,10 +269,13 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
                     Job::Settle(settles, _) | Job::Cancel(settles, _) => {
                         ledger.metrics.settlements_lost.inc();
                         let id = settles.last().map(|settle| settle.id).unwrap_or_default();
-                        tracing::error!(%error, reservation = %id, "settlement lost: the reservation stands");
+                        tracing::error!(%error, reservation = %id, "settlement lost; the reservation stays charged");
                     }
                     Job::Release(id, _) => {
-                        tracing::warn!(%error, reservation = %id, "a slot was not given back; its lease runs out");
+                        tracing::warn!(%error, reservation = %id, "slot not released; its lease expires");
+                    }
+                    Job::GiveBack(_) => {
+                        tracing::warn!(%error, "what a stream was charged too much stays charged");
                     }
                 }
                 return;
@@ -264,7 +284,7 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
     }
 }
 
-async fn settle_all(ledger: &Ledger, settles: &[Box<Settle>]) -> Result<(), weir_ratelimit::Error> {
+async fn settle_all(ledger: &Ledger, settles: &[Box<Settle>]) -> Result<(), Error> {
     for settle in settles {
         ledger.limiter.settle(settle).await?;
     }

@@ -1,9 +1,9 @@
-//! Freeing what a gateway held that is gone.
+//! The orphan reaper: frees the leases of dead gateways.
 //!
-//! The control plane sees a gateway go and tells a few others; each of them frees the leases that bear the mark of the
-//! one that is gone, in every lease set of its configuration. The control plane may be wrong: a gateway it has lost may
-//! go on serving. So each gateway says in the limit store every second that it lives, and there nothing of a gateway
-//! that lives is freed. What is freed wrongly all the same, its renewal finds lost and takes again.
+//! The control plane notices that a gateway is gone and tells a few others. Each of them frees the leases with the owner id
+//! of the dead gateway, in every lease set of its configuration. The control plane may be wrong, because a gateway without a
+//! control plane continues to serve. So every gateway sends a heartbeat to the limit store, and leases of a gateway with a
+//! current heartbeat are not freed. A lease that is freed by mistake is taken again at its next renewal.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -21,51 +21,51 @@ use crate::metrics::{GoneLabels, Metrics};
 use crate::routing::scope::ScopeEntry;
 use crate::routing::snapshot::Snapshot;
 
-/// Between two heartbeats; three may be late before the store takes a gateway for dead.
+/// The interval of heartbeats. A gateway counts as dead after three missing heartbeats.
 const HEARTBEAT: Duration = Duration::from_millis(900);
-/// Between two checks of a gateway that is said to be gone.
+/// The interval between two checks of a gateway that was reported as gone.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
-/// One that still says so after this time lives. Well above the time its last heartbeat counts.
+/// A gateway whose heartbeat continues for this time is alive. Well above the lifetime of a heartbeat.
 const ALIVE_AFTER: Duration = Duration::from_secs(2 * MEMBERSHIP_LIFE.as_secs());
-/// Gateways that may wait to be checked; leases of more run out by themselves.
+/// Gateways that wait to be checked; the leases of further ones expire.
 const QUEUE: usize = 256;
 
-/// Sends heartbeats, and frees the leases of gateways that are gone; must be run.
+/// Sends heartbeats and frees the leases of dead gateways; [`Self::run`] must be called.
 #[derive(Debug)]
 pub struct OrphanReaper {
     live: Arc<LiveConfig>,
     ledger: Arc<Ledger>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     own: OwnerId,
     gone: mpsc::Receiver<String>,
 }
 
 impl OrphanReaper {
-    /// Of the gateway whose leases bear the mark of `own`. The report stream sends the incarnations of gateways that are
-    /// gone; without room their leases run out by themselves.
+    /// A reaper of the gateway with the owner id `own`, and the channel for the incarnations of dead gateways. If the channel
+    /// is full, their leases expire.
     pub fn new(
         live: Arc<LiveConfig>,
         ledger: Arc<Ledger>,
-        metrics: Metrics,
+        metrics: Arc<Metrics>,
         own: OwnerId,
     ) -> (mpsc::Sender<String>, Self) {
         let (sender, gone) = mpsc::channel(QUEUE);
         (sender, Self { live, ledger, metrics, own, gone })
     }
 
-    /// Runs until `shutdown`, and says then that this gateway has ended.
+    /// Runs until `shutdown`, then removes this gateway's heartbeat.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let mut tasks = JoinSet::new();
         let mut known = HashSet::new();
         let mut heartbeats = tokio::time::interval(HEARTBEAT);
         heartbeats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // Around the breaker: a heartbeat decides nothing, and a store that is away does not hear it.
+        // Without the outage layer: heartbeats need the store itself.
         let store = self.ledger.limiter.store();
         loop {
             tokio::select! {
                 _ = heartbeats.tick() => {
                     if let Err(error) = membership::heartbeat(store, self.own).await {
-                        tracing::debug!(%error, "the limit store does not hear that this gateway lives");
+                        tracing::debug!(%error, "heartbeat not sent to the limit store");
                     }
                 }
                 Some(incarnation) = self.gone.recv(), if tasks.len() < QUEUE => {
@@ -84,7 +84,7 @@ impl OrphanReaper {
         }
         tasks.shutdown().await;
         if let Err(error) = membership::leave(store, self.own).await {
-            tracing::debug!(%error, "the limit store learns by silence that this gateway has ended");
+            tracing::debug!(%error, "heartbeat not removed from the limit store; it expires");
         }
     }
 
@@ -92,15 +92,15 @@ impl OrphanReaper {
         let label = match outcome {
             Outcome::Freed(leases) => {
                 self.metrics.leases_reaped.inc_by(*leases);
-                tracing::info!(incarnation, leases, "freed the leases of a gateway that is gone");
+                tracing::info!(incarnation, leases, "leases of a dead gateway freed");
                 "freed"
             }
             Outcome::Lives => {
-                tracing::info!(incarnation, "a gateway has lost its control plane and goes on serving");
+                tracing::info!(incarnation, "gateway without a control plane is alive; its leases stay");
                 "lives"
             }
             Outcome::Unknown(reason) => {
-                tracing::warn!(incarnation, reason, "leases of a gateway that is gone run out by themselves");
+                tracing::warn!(incarnation, reason, "leases of a dead gateway not freed; they expire");
                 "unknown"
             }
         };
@@ -115,7 +115,7 @@ enum Outcome {
     Unknown(String),
 }
 
-/// Asks until the store knows: first its last heartbeat has to run out.
+/// Asks until the store knows the answer: the last heartbeat must expire first.
 async fn free_when_gone(live: &LiveConfig, ledger: &Ledger, holder: OwnerId) -> Outcome {
     let began = tokio::time::Instant::now();
     loop {
@@ -145,7 +145,7 @@ async fn reap(
     Ok(Some(freed))
 }
 
-/// Every lease set that a request of this configuration may be in; those of one slot next to each other.
+/// Every lease set of this configuration; sets of the same hash slot are adjacent.
 fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
     let keys =
         snapshot.keys.values().flat_map(|key| [key.scope.as_ref(), key.tenant.scope.as_ref()]).flatten();

@@ -1,4 +1,4 @@
-//! What is reserved for one request, and how it is given back.
+//! The reservation of one request: what is reserved for it, charged and given back.
 
 use std::sync::Arc;
 
@@ -7,75 +7,76 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 use weir_ratelimit::reservation::{self, Leases};
 use weir_ratelimit::{
-    Acquire, Cost, Decision, Error, Key, Kind, Limiter, Outcome, ScopeLimits, Scopes, Settle, Tally, Usage,
+    Acquire, Charge, ChargeRule, Cost, Decision, Error, Key, Kind, Limiter, Outcome, ScopeLimits, Scopes,
+    Settle, Tally, Usage,
 };
 
 use super::ledger::{Job, Ledger};
 use super::spend_period;
 
-/// Tokens that a stream may be ahead of what it was charged for. What it generates beyond its reservation is charged
-/// in steps of this size, so that a long answer weighs on its limits while it runs.
+/// Tokens by which a stream may exceed its charges. Output beyond the reservation is charged in steps of this size,
+/// so that a long answer counts in its limits while it runs.
 pub const STEP_TOKENS: u64 = 256;
 
-/// For whom and for what something is reserved.
+/// The tenant and the request that a reservation is for.
 #[derive(Debug, Clone)]
 pub struct Subject {
     /// The tenant's name.
     pub tenant: Arc<str>,
     /// The model's name.
     pub model: Arc<str>,
-    /// Bytes of the prompt; `None` when they say little about its tokens.
+    /// Bytes of the prompt; `None` if they say little about its tokens.
     pub prompt_bytes: Option<u64>,
-    /// Answers asked for, at least one.
+    /// The number of answers asked for, at least one.
     pub choices: u32,
 }
 
-/// The answer to a reservation that was asked for.
+/// The result of asking for a reservation.
 #[derive(Debug)]
 pub struct Asked {
     /// The decision.
     pub decision: Result<Decision, Error>,
-    /// Armed only if it was granted, or may have been.
+    /// Armed only if it was granted or may have been.
     pub reservation: Reservation,
-    /// The limiter was not asked: the refusal was known.
+    /// Whether the deny cache answered and the limiter was not asked.
     pub from_deny_cache: bool,
 }
 
-/// A reservation and its leases, from before it is asked for to the end of the request, or of one attempt.
+/// A reservation and its leases, from before it is asked for to the end of the request or of one attempt.
 #[derive(Debug)]
 pub struct Reservation {
     ledger: Arc<Ledger>,
-    /// The reservation.
+    /// Its id.
     pub id: Uuid,
-    /// What the request is under: its own scopes, and after them those of the account of its first attempt.
+    /// The scopes of the request: its own, and behind them those of the account of its first attempt.
     pub scopes: Scopes,
-    /// How many of them are its own.
+    /// The number of its own scopes.
     own: usize,
-    /// The attempt under that account is over: what was reserved there stands, and its leases are not ours any more.
+    /// Whether the attempt under that account is over. Its reserved cost stays charged, and its leases are released.
     left: bool,
-    /// What is reserved at the account of the backend that answers, when it is another attempt's.
+    /// The reservation at the account of the backend that answers, if that is the account of another attempt.
     elsewhere: Option<Box<Reservation>>,
-    /// What was reserved.
+    /// The reserved cost.
     pub reserved: Cost,
     actual: Cost,
-    /// What was charged beyond the reservation while the answer streamed.
+    /// The cost that was charged beyond the reservation while the answer streamed.
     stepped: Cost,
-    /// The day of its usage record: the one on which it was admitted.
+    /// The day of its usage record: that of its admission.
     day: Date,
-    /// What the usage record has of it so far.
+    /// The part that the usage record has already.
     noted: Tally,
-    /// `None` for a reservation at a provider's account alone.
+    /// `None` for a reservation at a provider account alone.
     subject: Option<Subject>,
-    /// One, or two while a silent backend is not waited for alone.
+    /// One slot, or two while a hedge runs beside a silent backend.
     slots: SmallVec<[Key; 2]>,
-    /// Its leases.
+    /// Its entry in the book of leases.
     held: reservation::Reservation,
     armed: bool,
 }
 
 impl Reservation {
-    /// Ready to ask. Dropped from here on, it cancels whatever the limiter may have granted: a caller that goes
-    /// away while the limiter is asked leaves nothing behind.
+    /// A reservation that is about to be asked for. Dropping it cancels whatever the limiter may have granted, so a
+    /// caller that leaves during the call leaves nothing behind.
     pub fn prepare(ledger: &Arc<Ledger>, scopes: Scopes, reserved: Cost, subject: Option<Subject>) -> Self {
         let id = ledger.holder.id();
         Self {
@@ -97,10 +98,11 @@ impl Reservation {
         }
     }
 
-    /// Asks the limiter for a call, under an id of its own. `subject` is whom the usage is recorded for; a reservation at a
-    /// provider's account has none. Large: it holds all layers of the limiter, so it belongs on the heap.
+    /// Asks the limiter for a call, under an id of its own. Usage is recorded for `subject`; a reservation at a
+    /// provider account has none. The future is large, because it holds all layers of the limiter, so it belongs on
+    /// the heap.
     pub async fn ask(ledger: &Arc<Ledger>, mut call: Acquire, subject: Option<Subject>) -> Asked {
-        // Made before the call: if this future is dropped while the limiter decides, the grant is cancelled.
+        // Created before the call: if this future is dropped while the limiter decides, the grant is cancelled.
         let mut reservation = Self::prepare(ledger, call.scopes.clone(), call.cost, subject);
         call.id = reservation.id;
         let decided = reservation.held.ask(&ledger.denials, &ledger.limiter, &call).await;
@@ -119,65 +121,65 @@ impl Reservation {
         Asked { decision, reservation, from_deny_cache }
     }
 
-    /// Only so many of its scopes are the request's own; the rest are those of the account of its first attempt.
+    /// Sets the number of the request's own scopes. The others belong to the account of its first attempt.
     pub fn under_account(&mut self, own: usize) {
         self.own = own;
     }
 
-    /// The ledger that it belongs to.
+    /// The ledger of this reservation.
     pub(crate) fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
     }
 
-    /// Who decides and settles.
+    /// The limiter that decides and settles.
     pub fn limiter(&self) -> &impl Limiter {
         &self.ledger.limiter
     }
 
-    /// Refused: nothing was written, nothing is to be settled.
+    /// Records a refusal: nothing was written, so nothing is settled.
     pub fn refused(&mut self) {
         self.armed = false;
     }
 
-    /// Granted, with the slot of this backend.
+    /// Records a grant with the slot of a backend.
     pub fn granted(&mut self, slot: Option<Key>) {
         self.slots = slot.into_iter().collect();
         self.enter();
     }
 
-    /// A slot of another backend was taken as well.
+    /// Records that a slot of another backend was taken as well.
     pub fn took(&mut self, slot: Key) {
         self.slots.push(slot);
         self.enter();
     }
 
-    /// This slot is held no more: the limiter has freed it.
+    /// Records that the limiter has freed a slot.
     pub fn moved(&mut self, from: &Key) {
         self.slots.retain(|slot| slot != from);
         self.enter();
         self.ledger.gave_back(from);
     }
 
-    /// This slot is not needed any more, while the request goes on.
+    /// Releases a slot that the continuing request does not need any more.
     pub fn release(&mut self, slot: &Key) {
         self.slots.retain(|held| held != slot);
         self.enter();
-        // Without room in the queue its lease runs out.
+        // Without room in the queue the lease expires.
         let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
     }
 
-    /// The attempt under the account it was admitted with is over, without the answer that counts: what was reserved there
-    /// stands. Its leases are given back now, while the request goes on.
+    /// Leaves the account of the first attempt, which ended without the answer that counts: its reserved cost stays
+    /// charged. Its leases are released now, while the request continues.
     pub fn leave_account(&mut self) {
         for lease in self.depart() {
             let _ = self.ledger.queue.try_send(Job::Release(self.id, lease));
         }
     }
 
-    /// Gives this slot back, and leaves the account if the attempt was under it; returns once others can have both.
+    /// Releases a slot, and leaves the account of the first attempt if asked to. Returns when others can have both.
     ///
     /// # Errors
-    /// Those of the limiter; what was not given back then runs out.
+    /// Those of the limiter. Leases that were not released then expire.
     pub async fn vacate(&mut self, slot: &Key, leave_account: bool) -> Result<(), Error> {
         let mut leases = if leave_account { self.depart() } else { SmallVec::new() };
         leases.push(slot.clone());
@@ -189,7 +191,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Leaves the account; the leases that are to be given back.
+    /// Marks the account as left and returns the leases to release.
     fn depart(&mut self) -> SmallVec<[Key; 4]> {
         if std::mem::replace(&mut self.left, true) {
             return SmallVec::new();
@@ -198,23 +200,23 @@ impl Reservation {
         leases(&self.scopes[self.own..]).collect()
     }
 
-    /// The backend that answers is under this account, and not under the one it was admitted with.
+    /// Records that the backend that answers is under another account than that of the first attempt.
     pub fn answered_under(&mut self, account: Box<Reservation>) {
         self.elsewhere = Some(account);
     }
 
-    /// The scopes that weigh on what it goes on using.
+    /// The scopes that further usage counts in.
     fn weighing(&self) -> &[ScopeLimits] {
         if self.left { &self.scopes[..self.own] } else { &self.scopes }
     }
 
-    /// Says to the ledger which leases to renew.
+    /// Tells the ledger which leases to renew.
     fn enter(&self) {
         let concurrency = leases(self.weighing());
         self.held.set_leases(concurrency.chain(self.slots.iter().cloned()).collect());
     }
 
-    /// What the request has used so far: what is settled if it ends now.
+    /// Sets the usage so far, which is settled if the request ends now.
     pub fn used(&mut self, actual: Cost) {
         self.actual = actual;
         if let Some(account) = &mut self.elsewhere {
@@ -222,9 +224,10 @@ impl Reservation {
         }
     }
 
-    /// A stream has used so much by now. What goes beyond the reservation by a whole step is charged at once, under an
-    /// id of its own; the settlement charges the rest.
+    /// Sets the usage of a stream so far. Usage beyond the reservation is charged in whole steps, each under an id of
+    /// its own. The settlement charges the rest, or gives back what the steps charged too much.
     pub fn streamed(&mut self, so_far: Cost) {
+        self.actual = so_far;
         if let Some(account) = &mut self.elsewhere {
             account.streamed(so_far);
         }
@@ -243,7 +246,7 @@ impl Reservation {
         let noted = usage.as_ref().map_or(self.noted, |usage| self.noted.plus(usage.tally));
         let settle = Settle { usage, ..debit(step, self.weighing()) };
         let job = Job::Settle(smallvec::smallvec![Box::new(settle)], false);
-        // Without room the next step, or the settlement, charges this one too.
+        // Without room in the queue the next step or the settlement charges it.
         if self.ledger.queue.try_send(job).is_ok() {
             self.ledger.metrics.settlement_steps.inc();
             let all = Kind::ALL.map(|kind| self.stepped.get(kind).saturating_add(step.get(kind)));
@@ -252,7 +255,7 @@ impl Reservation {
         }
     }
 
-    /// What the usage record lacks of `used`.
+    /// The part of `used` that the usage record lacks.
     fn usage(&self, used: &Cost) -> Option<Usage> {
         let subject = self.subject.as_ref()?;
         let tally = Tally::of(used).minus(self.noted);
@@ -260,7 +263,7 @@ impl Reservation {
         (!tally.is_zero()).then(|| Usage { record: record(), model: subject.model.clone(), tally })
     }
 
-    /// What the provider counted of a whole answer: the next estimates follow it.
+    /// Teaches the estimates what the provider counted for a complete answer.
     pub fn learn(&self, prompt: Option<u64>, completion: Option<u64>) {
         let Some(Subject { tenant, model, prompt_bytes, choices }) = &self.subject else { return };
         if let (Some(bytes), Some(tokens)) = (prompt_bytes, prompt) {
@@ -283,6 +286,7 @@ impl Drop for Reservation {
         }
         self.held.set_leases(Leases::new());
         let actual = minus(&self.actual, &self.stepped);
+        let too_much = credits(&minus(&self.stepped, &self.actual), self.weighing());
         let credit = Kind::ALL.iter().any(|kind| self.actual.get(*kind) < self.reserved.get(*kind));
         let (settlements, perhaps) = (self.settlements(actual), self.held.take_unanswered());
         let job = match perhaps.is_empty() {
@@ -292,12 +296,17 @@ impl Drop for Reservation {
         if self.ledger.queue.try_send(job).is_err() {
             self.ledger.metrics.settlements_lost.inc();
         }
+        if !too_much.is_empty() {
+            // Without room in the queue the excess stays charged.
+            let _ = self.ledger.queue.try_send(Job::GiveBack(too_much));
+        }
     }
 }
 
 impl Reservation {
-    /// What ends it. A settlement applies one cost to all scopes of a reservation. Where the account stands at what was
-    /// reserved, that is the smaller of the two; the account is debited the rest before, the request's own scopes after.
+    /// The settlements of this reservation. A settlement applies one cost to all scopes. If the account keeps its
+    /// reserved cost, the common settlement has the smaller of both costs; before it the account is debited the
+    /// difference, after it the request's own scopes are.
     fn settlements(&mut self, actual: Cost) -> SmallVec<[Box<Settle>; 1]> {
         let usage = self.usage(&self.actual);
         let (id, slot) = (self.id, self.slots.pop());
@@ -317,15 +326,28 @@ impl Reservation {
     }
 }
 
-/// The lease sets of those that limit concurrency.
+/// The lease sets of the scopes with a concurrency limit.
 fn leases(scopes: &[ScopeLimits]) -> impl Iterator<Item = Key> {
     scopes.iter().filter(|scope| scope.concurrency.is_some()).map(|scope| scope.leases.clone())
 }
 
-/// A debit under a new reservation id: it is charged once, and credits nothing.
+/// A debit under a new reservation id: it is charged once and credits nothing.
 fn debit(actual: Cost, scopes: &[ScopeLimits]) -> Settle {
     let scopes = scopes.iter().map(|scope| ScopeLimits { concurrency: None, ..scope.clone() }).collect();
     Settle { id: Uuid::now_v7(), actual, scopes, slot: None, usage: None }
+}
+
+/// Charges that give this cost back to the buckets of these scopes.
+fn credits(cost: &Cost, scopes: &[ScopeLimits]) -> Vec<Charge> {
+    let of_scope = |scope: &ScopeLimits| {
+        let (record, buckets) = (scope.record.clone(), scope.buckets);
+        Kind::ALL.into_iter().filter_map(move |kind| {
+            let too_much = i64::try_from(cost.get(kind)).ok().filter(|units| *units > 0)?;
+            let (record, bucket, rule) = (record.clone(), buckets[kind as usize]?, ChargeRule::Note);
+            Some(Charge { record, kind, bucket, needed: 0, added: -too_much, rule })
+        })
+    };
+    scopes.iter().flat_map(of_scope).collect()
 }
 
 fn minus(a: &Cost, b: &Cost) -> Cost {

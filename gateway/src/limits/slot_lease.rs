@@ -1,5 +1,5 @@
-//! A slot of a backend without a request: what a probe that asks for tokens takes, so that the backend never has more
-//! at once than its slots.
+//! A slot of a backend without a request. A probe that asks for tokens takes one, so that the backend never has more
+//! requests at once than slots.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use super::ledger::{Job, LEASE_TTL, Ledger};
 use crate::routing::backend::BackendEntry;
 use crate::routing::entries::ModelEntry;
 
-/// Whose turn a probe takes when it waits.
+/// The tenant name of probes in queues.
 const PROBES: &str = "weir-probe";
 
-/// A slot that the limiter has given to a reservation. Dropped, it is given back, unless it was [kept](Self::keep).
+/// A slot that the limiter gave to a reservation. Dropping it releases the slot, unless it was [kept](Self::keep).
 #[derive(Debug)]
 pub struct NewSlot {
     ledger: Arc<Ledger>,
@@ -27,7 +27,7 @@ pub struct NewSlot {
 }
 
 impl NewSlot {
-    /// Whoever keeps it gives it back with the reservation.
+    /// Keeps the slot, which then is released with the reservation.
     pub fn keep(mut self) -> Option<Key> {
         self.leases.take()
     }
@@ -36,15 +36,15 @@ impl NewSlot {
 impl Drop for NewSlot {
     fn drop(&mut self) {
         if let Some(leases) = self.leases.take() {
-            // Without room in the queue it runs out.
+            // Without room in the queue the lease expires.
             let _ = self.ledger.queue.try_send(Job::Release(self.id, leases));
         }
     }
 }
 
 impl Ledger {
-    /// Takes a slot for a reservation at the first candidate that has one, in place of `from`; which candidate it is.
-    /// Cancel-safe: what was taken for a caller that is gone is given back.
+    /// Takes a slot for a reservation at the first candidate with a free one, in place of `from`. Returns the
+    /// candidate's position. Cancel-safe: a slot that was taken for a caller that has left is released.
     ///
     /// # Errors
     /// Those of the limiter.
@@ -55,8 +55,8 @@ impl Ledger {
         candidates: Vec<Candidate>,
     ) -> Result<Option<(usize, NewSlot)>, Error> {
         let ledger = self.clone();
-        // Ends with the limiter's answer, for which the limiter has a deadline. In a task of its own: a call that was sent
-        // takes a slot even if its caller is gone.
+        // A task of its own, because a call that was sent takes a slot even if its caller has left. It ends with the
+        // limiter's answer, which has a deadline.
         let taking = tokio::spawn(async move {
             let taken = ledger.limiter.move_slot(id, from.as_ref(), &candidates, LEASE_TTL).await?;
             Ok(taken.and_then(|at| {
@@ -68,8 +68,8 @@ impl Ledger {
     }
 }
 
-/// A lease that is renewed until it is dropped, and freed then. Like those of requests it bears the mark of this process
-/// and ends with it.
+/// A lease that is renewed until it is dropped, and then freed. Like the leases of requests it carries the owner id
+/// of this process, so it is an orphan after the death of the process.
 #[derive(Debug)]
 pub struct SlotLease {
     ledger: Arc<Ledger>,
@@ -99,17 +99,17 @@ impl SlotLease {
         Some(self)
     }
 
-    /// Takes one of the backend's slots of the whole cluster; `None` when there is none. Cancel-safe.
+    /// Takes one of the backend's slots in the whole cluster; `None` if none is free. Cancel-safe.
     ///
     /// # Errors
-    /// Those of the limiter, which decides by this gateway's share while its store is away.
+    /// Those of the limiter, which decides by the local share during a store outage.
     pub async fn take(ledger: &Arc<Ledger>, backend: &BackendEntry) -> Result<Option<Self>, Error> {
         let lease = Self::of(ledger, backend);
         let slot = lease.ask().await?;
         Ok(lease.holding(slot))
     }
 
-    /// The same, waiting for at most `max_wait` where requests for `model` wait, and before them. Cancel-safe.
+    /// The same, with a wait of at most `max_wait` in the queue of `model`, before its requests. Cancel-safe.
     ///
     /// # Errors
     /// See [`SlotLease::take`].

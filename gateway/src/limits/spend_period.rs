@@ -1,8 +1,8 @@
-//! Money per period of the calendar.
+//! Spend limits: money per calendar period.
 //!
-//! A spend limit is a bucket that does not drain, in a record of its own for each period: a new period begins with an
-//! empty one. The wall clock says which period it is, in UTC; gateways whose clocks differ disagree for as long as they
-//! differ, around midnight. A request belongs to the period in which it was admitted.
+//! A spend limit is a bucket that does not drain, with a record of its own for each period, so a new period begins
+//! with an empty bucket. The wall clock decides which period it is, in UTC. Gateways whose clocks differ disagree
+//! around midnight for as long as the clocks differ. A request belongs to the period in which it was admitted.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,7 +15,7 @@ use weir_ratelimit::{Bucket, Key, Kind, ScopeLimits};
 use crate::routing::scope::ScopeEntry;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// Clocks before this day are wrong, and no record is older.
+/// A clock before this day is wrong. No record is older.
 pub(crate) const FIRST_DAY: Date = date(1970, 1, 1);
 
 /// The day of a time, in UTC.
@@ -24,7 +24,7 @@ pub(crate) fn day_of(time: SystemTime) -> Date {
     TimeZone::UTC.to_datetime(time).date().max(FIRST_DAY)
 }
 
-/// The day that is written as `2026-11-23`, from 1970 to 9999.
+/// Parses a day such as `2026-11-23`, from 1970 to 9999.
 pub(crate) fn parse_day(text: &str) -> Option<Date> {
     let mut parts = text.splitn(3, '-');
     let year = parts.next()?.parse().ok()?;
@@ -32,7 +32,7 @@ pub(crate) fn parse_day(text: &str) -> Option<Date> {
     Date::new(year, month, day).ok().filter(|day| *day >= FIRST_DAY)
 }
 
-/// The days of one period, of which `end` is not one any more.
+/// The days of one period; `end` is the first day after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Days {
     first: Date,
@@ -57,7 +57,7 @@ impl Days {
     }
 }
 
-/// The spend limits among `entries`, each as a scope of its own for the period of `now`.
+/// The spend limits among `entries`, each as a scope of its own for the period at `now`.
 pub(crate) fn scopes(entries: &[&ScopeEntry], now: SystemTime) -> Vec<ScopeEntry> {
     entries.iter().filter_map(|entry| Some(scope(entry, entry.budget.as_ref()?, now))).collect()
 }
@@ -71,7 +71,7 @@ fn scope(entry: &ScopeEntry, budget: &Budget, now: SystemTime) -> ScopeEntry {
     };
     let label = format!("{letter}{}", days.first);
     let mut buckets = [None; Kind::COUNT];
-    // It never drains; the period says how long its record is kept after the last write.
+    // A bucket that never drains. Its period is the time for which the record is kept after the last write.
     buckets[Kind::Spend as usize] =
         Some(Bucket { capacity: budget.micro_dollars, rate: 0, period: days.length() });
     let limits = ScopeLimits {

@@ -1,8 +1,8 @@
-//! What stands between a key and a model: every limit, what it has left, and what it would say to a request now. Served
-//! on the operations port for `weir limits explain`; nothing is charged and nothing is written.
+//! Explains the limits of a key and a model: every limit, what remains of it, and its decision on a request now. Served on
+//! the operations port for `weir limits explain`; nothing is charged and nothing is written.
 //!
-//! A gateway answers this, not the control plane, because limits live in the store that gateways share; any of them
-//! gives the same answer while they share one. The key is named, so its secret is not needed.
+//! A gateway answers instead of the control plane, because the limits are in the store that gateways share; every gateway
+//! gives the same answer. The name of the key is enough, its secret is not needed.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -28,12 +28,12 @@ use crate::routing::backend::ModelBackend;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
 
-/// What is asked.
+/// A question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
     key: Name,
     model: Name,
-    /// Prompt and completion tokens of the request that is imagined; absent what such requests usually have.
+    /// Prompt and completion tokens of the imagined request; `None`: the usual number of such requests.
     tokens: Option<(u64, u64)>,
 }
 
@@ -165,8 +165,8 @@ struct Row<'a> {
     entry: &'a ScopeEntry,
     limit: LimitState,
     needs: u64,
-    says: &'static str,
-    /// Until the request fits, when it does not now and ever will.
+    decision: &'static str,
+    /// The time until the request fits; `None` if it fits now or never.
     wait_ms: Option<u64>,
 }
 
@@ -180,17 +180,17 @@ impl<'a> Row<'a> {
                 Verdict::Never => Err(()),
             },
         };
-        let says = match wait {
+        let decision = match wait {
             Ok(0) => "fits",
             Ok(wait) if u128::from(wait) <= entry.max_wait.as_millis() => "waits",
             Ok(_) => "refuses",
             Err(()) => "never fits",
         };
-        Self { entry, limit: limit.clone(), needs, says, wait_ms: wait.ok().filter(|ms| *ms > 0) }
+        Self { entry, limit: limit.clone(), needs, decision, wait_ms: wait.ok().filter(|ms| *ms > 0) }
     }
 
     fn refuses(&self) -> bool {
-        self.entry.limits.mode == Mode::Enforce && matches!(self.says, "refuses" | "never fits")
+        self.entry.limits.mode == Mode::Enforce && matches!(self.decision, "refuses" | "never fits")
     }
 
     fn kind(&self) -> &'static str {
@@ -206,7 +206,7 @@ impl<'a> Row<'a> {
         json!({
             "scope": { "kind": self.entry.kind.as_str(), "name": self.entry.name },
             "kind": self.kind(), "limit": self.limit.limit, "remaining": self.limit.remaining,
-            "needs": self.needs, "says": self.says, "wait_ms": self.wait_ms, "reset_ms": reset,
+            "needs": self.needs, "decision": self.decision, "wait_ms": self.wait_ms, "reset_ms": reset,
             "max_wait_ms": millis(self.entry.max_wait),
             "shadow": self.entry.limits.mode == Mode::Shadow,
         })

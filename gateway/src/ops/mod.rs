@@ -1,4 +1,4 @@
-//! Pages of the operations port that tell of limits and usage, and the metrics that are computed when they are asked for.
+//! Pages of the operations port for limits and usage, and metrics that are computed when they are read.
 
 pub mod explain;
 pub mod page;

@@ -1,7 +1,7 @@
-//! Who used what: requests, tokens and money by tenant, model and day. Served on the operations port for `weir usage`.
+//! Usage: requests, tokens and cost by tenant, model and day. Served on the operations port for `weir usage`.
 //!
-//! Settlements keep the account in the store that gateways share, so any gateway answers for all of them. Work is
-//! bounded: the records of a question are counted from the tenants and days it names before any is read.
+//! Settlements write usage records to the store that gateways share, so every gateway answers for all of them. The number of
+//! records of a question is computed and bounded before any is read.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,18 +26,18 @@ use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
 use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
 
-/// Days when none are named.
+/// The default number of days.
 const DAYS: i32 = 30;
-/// Most days of a question: as long as they are kept.
+/// The maximum of days of a question, for which records are kept.
 const DAYS_MAX: i32 = 400;
-/// Most records (a tenant's day each) that one question reads.
+/// The maximum of records (one per tenant and day) of a question.
 const RECORDS_MAX: usize = 20_000;
-/// Reads under way at once: the store has requests to admit meanwhile.
+/// Concurrent reads, few enough for the store to admit requests meanwhile.
 const AT_ONCE: usize = 4;
-/// A read that failed is made again so often.
+/// The number of retries of a failed read.
 const ATTEMPTS: u32 = 4;
 
-/// What is asked.
+/// A question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
     tenant: Option<Name>,
@@ -48,7 +48,7 @@ pub struct Question {
     by: By,
 }
 
-/// What is told apart; the rest is added up.
+/// The fields by which the sums are grouped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct By {
     tenant: bool,
@@ -142,9 +142,7 @@ pub async fn usage(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question)
         .map(|day| day.to_string())
         .collect();
     if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
-        return Err(PageError::BadQuery(
-            "from: fewer days, please, or one tenant: that is too much to read at once",
-        ));
+        return Err(PageError::BadQuery("from: too many records; ask for fewer days or for one tenant"));
     }
     let mut batches: Vec<(Name, Vec<String>)> = Vec::new();
     for tenant in tenants {

@@ -1,7 +1,6 @@
-//! Every input of the choice of a backend, read when metrics are asked for.
+//! The factors of every backend's effective weight, computed when metrics are read.
 //!
-//! A collector instead of gauges: what changes with each request is not written with each request, and a backend that
-//! is gone leaves no series behind.
+//! A collector instead of gauges, so that requests write no gauges and a deleted backend leaves no series.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use weir_proto::v1::HealthState;
 
@@ -48,28 +48,35 @@ impl Collector for WeightMetrics {
         gauges(
             &mut encoder,
             "backend_in_flight",
-            "Requests there from this gateway",
+            "Requests of this gateway in flight at the backend",
             backends().map(|b| (one(b.name.as_str()), f64::from(b.state.in_flight()))),
         )?;
         gauges(
             &mut encoder,
-            "backend_fleet_in_flight",
-            "Requests there from all gateways, as far as this one knows",
+            "backend_aggregate_in_flight",
+            "Requests of all gateways in flight at the backend, as last received",
             backends().map(|b| (one(b.name.as_str()), b.state.fleet_in_flight(gateways))),
         )?;
+        let help = "Requests and probes sent again on a new connection because the server had just closed the kept one";
+        let mut family =
+            encoder.encode_descriptor("weir_backend_resends", help, None, MetricType::Counter)?;
+        for backend in backends() {
+            let labels = [("backend", backend.name.as_str())];
+            ConstCounter::new(backend.upstream.resent()).encode(family.encode_family(&labels)?)?;
+        }
         let ejected = |b: &crate::routing::backend::BackendEntry| {
             snapshot.pools.get(&b.spec.pool).is_some_and(|p| p.state.is_ejected(&b.name))
         };
         gauges(
             &mut encoder,
             "backend_ejected",
-            "1 while this gateway keeps away from it on its own evidence",
+            "1 while this gateway has ejected the backend locally",
             backends().map(|b| (one(b.name.as_str()), f64::from(u8::from(ejected(b))))),
         )?;
         gauges(
             &mut encoder,
             "backend_state",
-            "1 for the cluster's verdict on it",
+            "1 for the state of the cluster's verdict on the backend",
             backends().map(|b| ([("backend", b.name.as_str()), ("state", state(b.state.health()))], 1.0)),
         )?;
         let (mut factors, mut panics) = (Vec::new(), Vec::new());
@@ -81,7 +88,7 @@ impl Collector for WeightMetrics {
         gauges(
             &mut encoder,
             "model_panic",
-            "1 while too little of its pool is healthy and unhealthy backends are used as well",
+            "1 in panic mode: unhealthy backends are used because too little of the pool is healthy",
             panics
                 .iter()
                 .map(|(m, panic)| ([("model", m.name.as_str()), ("", "")], f64::from(u8::from(*panic)))),
@@ -101,10 +108,10 @@ type Factor = (&'static str, &'static str, fn(&crate::routing::balance::Effectiv
 
 const FACTORS: [Factor; 5] = [
     ("backend_effective_weight", "weight x load x latency x health", |e| e.value()),
-    ("backend_weight", "The operator's weight", |e| e.weight),
-    ("backend_load_factor", "Free share of its slots in the cluster", |e| e.load),
+    ("backend_weight", "The configured weight", |e| e.weight),
+    ("backend_load_factor", "Free share of the backend's slots in the cluster", |e| e.load),
     ("backend_latency_factor", "Speed per unit of work relative to the pool; more is faster", |e| e.latency),
-    ("backend_health_factor", "1, or less while degraded or coming back", |e| e.health),
+    ("backend_health_factor", "1, or less while degraded or in slow start", |e| e.health),
 ];
 
 fn state(state: HealthState) -> &'static str {

@@ -1,13 +1,13 @@
-//! What requests came to, as far as it makes probes needless.
+//! The results of requests that make probes needless.
 
 use crate::routing::backend::BackendEntry;
 use crate::routing::backend_state::Totals;
 
-/// What requests came to, and whose.
+/// Results of requests, of all gateways or of this one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counted {
     totals: Totals,
-    /// Of the whole fleet; of this gateway alone otherwise.
+    /// Whether the results are of all gateways.
     fleet: bool,
 }
 
@@ -17,7 +17,7 @@ impl Counted {
         Self { totals: fleet.unwrap_or_else(|| entry.state.totals()), fleet: fleet.is_some() }
     }
 
-    /// What came since `before`. Nothing, if that counted something else or another control plane counts.
+    /// The results since `before`; zero if `before` has another source or is of another control plane.
     pub(super) fn since(&self, before: Option<Self>) -> Totals {
         let (now, Some(Self { totals: old, .. })) = (self.totals, before.filter(|b| b.fleet == self.fleet))
         else {
@@ -26,9 +26,9 @@ impl Counted {
         let since = |now: u64, old: u64| now.checked_sub(old);
         let all = || {
             Some(Totals {
-                good: since(now.good, old.good)?,
-                bad: since(now.bad, old.bad)?,
-                answers: since(now.answers, old.answers)?,
+                successes: since(now.successes, old.successes)?,
+                failures: since(now.failures, old.failures)?,
+                timed_answers: since(now.timed_answers, old.timed_answers)?,
                 tokens: since(now.tokens, old.tokens)?,
                 decode_us: since(now.decode_us, old.decode_us)?,
             })

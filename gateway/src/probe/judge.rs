@@ -5,6 +5,8 @@ use serde_json::Value;
 use weir_probe::{Answer, Finding, mentions};
 use weir_proto::v1::ProbeOutcome;
 
+use crate::api::response::is_error_body;
+use crate::api::upstream_error::{self, Meaning};
 use crate::api::usage::OVERSHOOT_TOKENS_MAX;
 
 /// Of the name that a model calls itself by, so much is remembered; an answer may be all name.
@@ -12,6 +14,9 @@ const NAME_BYTES_MAX: usize = 256;
 
 /// A completion of one token. `known` is the name the backend gave last time, if it was another than asked for.
 pub(super) fn completion(answer: &Answer, asked: &str, known: Option<&str>) -> (Finding, Option<String>) {
+    if let Some(found) = refused(answer) {
+        return (found, None);
+    }
     let (status, body) = (answer.status, answer.body.as_ref());
     match status.as_u16() {
         200 => match completed(body) {
@@ -40,6 +45,9 @@ pub(super) fn completion(answer: &Answer, asked: &str, known: Option<&str>) -> (
 
 /// An embedding of one input; see [`completion`].
 pub(super) fn embedding(answer: &Answer, asked: &str, known: Option<&str>) -> (Finding, Option<String>) {
+    if let Some(found) = refused(answer) {
+        return (found, None);
+    }
     let body = answer.body.as_ref();
     if answer.status != StatusCode::OK {
         return match answer.status.as_u16() {
@@ -61,9 +69,26 @@ pub(super) fn embedding(answer: &Answer, asked: &str, known: Option<&str>) -> (F
     }
 }
 
+/// A refusal that has nothing to do with the question, told apart as for requests: an empty account is no matter of
+/// seconds, and under any status neither that nor a refused credential says that the model works.
+fn refused(answer: &Answer) -> Option<Finding> {
+    if answer.status.is_success() {
+        return None;
+    }
+    let code = answer.status.as_u16();
+    let (outcome, what) = match upstream_error::meaning(code, upstream_error::read(&answer.body).as_ref()) {
+        Meaning::Quota => (ProbeOutcome::QuotaUsedUp, ": the account has no quota left"),
+        Meaning::Credential => (ProbeOutcome::Status, ": it refuses our credential"),
+        // Of 503 it matters more what it is than that it is one: see `Answer::refusal`.
+        Meaning::Busy if code != 503 => (ProbeOutcome::Busy, ""),
+        _ => return None,
+    };
+    Some(Finding::new(outcome, format!("answered {code}{what}")))
+}
+
 fn json(body: &[u8]) -> Result<Value, &'static str> {
     let answer = serde_json::from_slice::<Value>(body).map_err(|_| "a 200 that is not JSON")?;
-    match answer.get("error").is_some_and(|error| !error.is_null()) {
+    match is_error_body(body) {
         true => Err("an error inside a 200"),
         false => Ok(answer),
     }
@@ -73,7 +98,7 @@ fn json(body: &[u8]) -> Result<Value, &'static str> {
 fn completed(body: &[u8]) -> Result<Value, &'static str> {
     let answer = json(body)?;
     let choice = answer["choices"].get(0).ok_or("a 200 without choices")?;
-    let ended = choice["finish_reason"].is_string();
+    let ended = choice["finish_reason"].as_str().is_some_and(|reason| !reason.is_empty());
     let wrote = choice["message"]["content"].as_str().is_some_and(|text| !text.is_empty());
     match ended || wrote {
         true => Ok(answer),
@@ -174,6 +199,31 @@ mod tests {
             (404, r#"{"detail":"Not Found"}"#, O::Pass),
             (401, "", O::Status),
             (429, "", O::Busy),
+            (529, r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#, O::Busy),
+            (500, r#"{"error":{"message":"overloaded","type":"overloaded_error"}}"#, O::Busy),
+            // An empty account, by many names.
+            (
+                429,
+                r#"{"error":{"type":"insufficient_quota","message":"You exceeded your current quota"}}"#,
+                O::QuotaUsedUp,
+            ),
+            (429, r#"{"error":{"code":"1113","message":"Your account is in arrears"}}"#, O::QuotaUsedUp),
+            (402, r#"{"error":{"message":"Insufficient Balance"}}"#, O::QuotaUsedUp),
+            (403, r#"{"error":{"message":"You have run out of credits"}}"#, O::QuotaUsedUp),
+            (
+                400,
+                r#"{"error":{"message":"Your credit balance is too low to access the API."}}"#,
+                O::QuotaUsedUp,
+            ),
+            (503, r#"{"error":{"code":"billing_not_active","message":"..."}}"#, O::QuotaUsedUp),
+            (429, r#"{"error":{"message":"Rate limit reached","type":"requests"}}"#, O::Busy),
+            // Google refuses a key with 400, which is no question about the form of the question.
+            (
+                400,
+                r#"[{"error":{"code":400,"message":"API key not valid.","details":[{"reason":"API_KEY_INVALID"}]}}]"#,
+                O::Status,
+            ),
+            (403, r#"{"message":"User is not authorized","__type":"AccessDeniedException"}"#, O::Status),
             (500, "", O::Status),
             (503, r#"{"error":{"message":"Loading model"}}"#, O::Loading),
             (503, "", O::Status),
@@ -247,5 +297,7 @@ mod tests {
         );
         assert_eq!(judged(404, r#"{"error":"model not found"}"#), ProbeOutcome::WrongModel);
         assert_eq!((judged(500, ""), judged(429, "")), (ProbeOutcome::Status, ProbeOutcome::Busy));
+        let quota = r#"{"error":{"message":"x","code":"insufficient_quota"}}"#;
+        assert_eq!(judged(429, quota), ProbeOutcome::QuotaUsedUp);
     }
 }

@@ -1,13 +1,14 @@
 //! Probes backends as the control plane assigns: one of few gateways that do, with the connections and credentials
 //! that requests use.
 //!
-//! - `weir_probe` says when to probe what, and makes the liveness probe; `probe_rate`: what probing may cost. `tiers` asks,
-//!   `judge` says what the answer means.
-//! - A probe that asks for tokens holds one of the backend's slots, like a request: see `Readiness`.
-//! - [`ProbeChannel`]: assignments and orders come down from the report stream, results go up.
+//! - `weir_probe` has the schedule and the liveness probe; `probe_rate` bounds the cost. `tiers` sends the requests, `judge`
+//!   evaluates the answers.
+//! - A probe that costs tokens holds one of the backend's slots, like a request: see `Readiness`.
+//! - [`ProbeChannel`]: assignments and orders from the report stream, and results to it. Requests that wait in silence at a
+//!   backend ask for liveness probes, whether this gateway is assigned or not.
 //!
-//! Without the control plane the last assignments are carried out for a minute more; then this gateway probes the
-//! liveness of all backends itself, at half the rate, and goes by what it finds.
+//! Without the control plane the last assignments continue for a minute. Then the gateway makes liveness probes of all
+//! backends at half the rate, and uses its own verdicts.
 
 mod counted;
 mod engine;
@@ -40,23 +41,23 @@ use crate::routing::backend::BackendEntry;
 use crate::routing::entries::ModelEntry;
 use crate::routing::snapshot::Snapshot;
 
-/// Probes at once; what a large assignment may take of a gateway.
+/// Concurrent probes of a gateway.
 const AT_ONCE: usize = 64;
-/// So long the last assignments are carried out without the control plane.
+/// How long the last assignments continue without the control plane.
 const ALONE_AFTER: Duration = Duration::from_secs(60);
-/// A gateway that was never assigned anything waits this long for the control plane.
+/// How long a gateway without any assignment waits for the control plane.
 const ALONE_AT_START: Duration = Duration::from_secs(5);
-/// Alone, the intervals are longer: now every gateway probes every backend.
+/// The factor of the intervals without the control plane, because every gateway then probes every backend.
 const ALONE_SLOWER: u32 = 2;
-/// Successful requests of the fleet since the last readiness probe that make another needless...
+/// Successful requests of all gateways since the last readiness probe that make another one needless...
 const PROOF: u64 = 3;
-/// ...unless more than one in so many failed: from 5 % on a backend is degraded, and probed.
+/// ...unless more than one of this many failed: a backend with 5 % failures is degraded, and probed.
 const FAULTS_OF_GOOD: u64 = 20;
-/// Answers since the last deep probe that say how fast a backend is.
+/// Answers since the last deep probe that are enough to know the speed of a backend.
 const RATE_ANSWERS: u64 = 20;
-/// A backend with more of its slots in use, by all gateways, than this is not measured: that would measure contention, and add to it.
+/// The share of used slots above which a backend's speed is not measured, because the probe would measure and add contention.
 const IDLE_SHARE: f64 = 0.3;
-/// The shortest time a probe that asks for tokens is given, unless its model says otherwise.
+/// The shortest timeout of a probe that costs tokens, unless its model has a `health_timeout`.
 const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
 /// The task; ends with `shutdown`.
@@ -65,16 +66,16 @@ pub struct Prober {
     live: Arc<LiveConfig>,
     channel: Arc<ProbeChannel>,
     ledger: Arc<Ledger>,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     schedule: Schedule,
     rate: ProbeRate,
     /// (Backend, what it knows the model by) -> what was found out about that.
     known: BTreeMap<(String, String), KnownModel>,
-    /// What requests had come to when a tier was last probed.
+    /// The results of requests at the last probe of a tier.
     before: BTreeMap<Key, Counted>,
-    /// Whose model's turn it is; one that failed keeps it.
+    /// The index of the next model to probe; a failed model is probed again.
     turns: BTreeMap<String, usize>,
-    /// Failures and passes in a row, while alone.
+    /// Consecutive failures and passes, without the control plane.
     alone: Option<BTreeMap<String, (u32, u32)>>,
 }
 
@@ -91,7 +92,7 @@ impl Prober {
         live: Arc<LiveConfig>,
         channel: Arc<ProbeChannel>,
         ledger: Arc<Ledger>,
-        metrics: Metrics,
+        metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             live,
@@ -128,9 +129,14 @@ impl Prober {
                     let now = Instant::now();
                     ordered.into_iter().for_each(|key| self.schedule.order(key, now));
                 }
+                wanted = channel.wanted() => {
+                    let now = Instant::now();
+                    let keys = wanted.iter().map(|backend| (backend.to_string(), ProbeTier::Liveness));
+                    keys.for_each(|key| self.schedule.want(key, now));
+                }
                 (key, done) = probes.next() => match done {
                     Some(done) => self.finished(&key, done),
-                    // It panicked and has told nothing; it is made again in a second.
+                    // The probe panicked and has no result; it is repeated after a second.
                     None => {
                         self.schedule_next(&key, End::NotMade, &HealthProfile::default());
                     }
@@ -140,7 +146,8 @@ impl Prober {
         }
     }
 
-    /// Takes over what is assigned and which backends there are. Returns when it will be alone, if nothing changes.
+    /// Applies assignments and backends. Returns when the gateway starts to probe without the control plane, if nothing
+    /// changes.
     fn follow(&mut self, orders: &Orders, now: Instant) -> Option<Instant> {
         let snapshot = self.live.snapshot();
         let patience = if orders.assignments.is_some() { ALONE_AFTER } else { ALONE_AT_START };
@@ -149,7 +156,7 @@ impl Prober {
         if alone != self.alone.is_some() {
             self.alone = alone.then(BTreeMap::new);
             let said = if alone { "on its own" } else { "as the control plane assigns" };
-            tracing::info!("this gateway probes its backends {said}");
+            tracing::info!("probing backends {said}");
         }
         let enabled = |name: &str| {
             snapshot.backends.get(name).is_some_and(|b| b.spec.admin_state != AdminState::Disabled)
@@ -160,7 +167,7 @@ impl Prober {
         } else {
             let assignments = orders.assignments.iter().flat_map(|all| &all.assignments);
             let known = assignments.filter(|a| a.tier() != ProbeTier::Unspecified && enabled(&a.backend));
-            known.map(|a| ((a.backend.clone(), a.tier()), (a.turn, a.turns))).collect()
+            known.map(|a| ((a.backend.clone(), a.tier()), (a.prober_index, a.prober_count))).collect()
         };
         let slower = if alone { ALONE_SLOWER } else { 1 };
         let interval = |key: &Key| {
@@ -209,7 +216,7 @@ impl Prober {
         }
     }
 
-    /// A probe ended so. Returns whether it is news.
+    /// Records the end of a probe. Returns whether the result is to be reported at once.
     fn schedule_next(&mut self, key: &Key, end: End, profile: &HealthProfile) -> bool {
         self.schedule.finished(key, end, profile, Now::read(), weir_runtime::random_unit())
     }
@@ -227,7 +234,7 @@ impl Prober {
         let Some((model, name)) = models.get(*turn % models.len().max(1)) else { return Plan::Skip };
         let limit = model.spec.health_timeout.unwrap_or(PAID_TIMEOUT_MIN.max(profile.timeout));
         if key.1 == ProbeTier::Readiness {
-            if since.good >= PROOF && since.bad * FAULTS_OF_GOOD <= since.good {
+            if since.successes >= PROOF && since.failures * FAULTS_OF_GOOD <= since.successes {
                 self.needless(key);
                 let found = Finding::new(ProbeOutcome::Pass, "requests succeed");
                 return Plan::Known(Box::new(found.into()));
@@ -237,13 +244,13 @@ impl Prober {
                 return Plan::Skip;
             }
             let known = self.known.get(&(key.0.clone(), name.clone())).cloned().unwrap_or_default();
-            let proven = since.good > 0 && since.bad * FAULTS_OF_GOOD <= since.good;
+            let proven = since.successes > 0 && since.failures * FAULTS_OF_GOOD <= since.successes;
             let (model, name) = (model.clone(), name.clone());
             return Plan::Readiness(Box::new(Readiness { model, name, known, limit, proven, before }));
         }
         let seconds = since.decode_us as f64 / 1e6;
         let known_rate =
-            (since.answers >= RATE_ANSWERS && seconds > 0.0).then(|| since.tokens as f64 / seconds);
+            (since.timed_answers >= RATE_ANSWERS && seconds > 0.0).then(|| since.tokens as f64 / seconds);
         if known_rate.is_some() {
             self.needless(key);
         }
@@ -275,7 +282,7 @@ impl Prober {
 
     fn over_budget(&self, backend: &str) {
         let labels = PaidProbeLabels { backend: backend.to_owned() };
-        self.metrics.probes_over_budget.get_or_create(&labels).inc();
+        self.metrics.probes_over_rate.get_or_create(&labels).inc();
     }
 
     /// The profile of a backend's pool; alone, slower.
@@ -306,7 +313,7 @@ impl Prober {
             }
             How::NoSlot { before } => {
                 self.without_slot(key, 1);
-                // What requests come to from the last probe on still counts.
+                // Requests since the last probe still count.
                 match before {
                     Some(before) => self.before.insert(key.clone(), before),
                     None => self.before.remove(key),
@@ -317,7 +324,7 @@ impl Prober {
         };
         let end = End::of(&probed.found);
         let news = self.schedule_next(key, end, &profile);
-        // Of a backend that moved or went meanwhile the answer says nothing.
+        // The result is ignored if the backend was deleted or has a new URL.
         let current = snapshot.backends.get(key.0.as_str());
         if !current.is_some_and(|now| Arc::ptr_eq(&now.state, &entry.state) && now.spec.url == entry.spec.url)
         {
@@ -332,14 +339,29 @@ impl Prober {
             known.named = probed.named.clone().or(known.named.take());
             known.ask = probed.ask.or(known.ask);
         }
-        if key.1 == ProbeTier::Liveness && end == End::Bad {
-            // What only this gateway finds is its own problem: it keeps away, whatever the cluster says.
-            if let Some(pool) = snapshot.pools.get(&entry.spec.pool) {
-                pool.state.probe_failed(&entry.name);
-            }
+        if key.1 == ProbeTier::Liveness {
+            self.judge_here(&snapshot, &entry, &probed.found, profile.liveness_interval);
         }
         self.judge_alone(key, &entry, end, &profile);
-        self.channel.report(result(key, probed), news);
+        // What a gateway without a turn asked for itself is reported if it is news: of many gateways with silent requests,
+        // the passes would be more than the control plane keeps.
+        if news || self.schedule.is_assigned(key) {
+            self.channel.report(result(key, probed), news);
+        }
+    }
+
+    /// What a liveness probe says to the requests of this gateway alone, whatever the verdict of the cluster: a failure
+    /// ejects the backend locally, and no answer several times in a row frees the requests that wait there.
+    fn judge_here(&self, snapshot: &Snapshot, entry: &BackendEntry, found: &Finding, interval: Duration) {
+        if End::of(found) == End::Bad
+            && let Some(pool) = snapshot.pools.get(&entry.spec.pool)
+        {
+            pool.state.probe_failed(&entry.name);
+        }
+        // A bad answer is one: the server may still be at work for those that wait.
+        let answered =
+            !matches!(found.outcome, ProbeOutcome::Refused | ProbeOutcome::Timeout | ProbeOutcome::Broken);
+        entry.state.record_own_probe(answered, interval);
     }
 
     /// Counts a probe that was made, and the tokens that it cost.
@@ -355,7 +377,7 @@ impl Prober {
         }
     }
 
-    /// Without the control plane, what this gateway finds is all there is.
+    /// Sets the verdict of this gateway, without the control plane.
     fn judge_alone(&mut self, key: &Key, entry: &BackendEntry, end: End, profile: &HealthProfile) {
         let Some(streaks) = &mut self.alone else { return };
         if key.1 != ProbeTier::Liveness {
@@ -375,7 +397,7 @@ impl Prober {
         } else {
             return;
         };
-        tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway alone");
+        tracing::warn!(backend = %entry.name, state = state.as_str_name(), "verdict of this gateway without a control plane");
         entry.state.set_health(state);
     }
 }
@@ -424,5 +446,6 @@ const fn outcome_name(outcome: ProbeOutcome) -> &'static str {
         ProbeOutcome::Status => "status",
         ProbeOutcome::WrongModel => "wrong_model",
         ProbeOutcome::BadAnswer => "bad_answer",
+        ProbeOutcome::QuotaUsedUp => "quota_used_up",
     }
 }

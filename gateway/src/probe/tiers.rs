@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::time::{Instant, timeout};
 use weir_probe::{Answer, Finding, late, no_answer};
@@ -74,12 +74,11 @@ impl From<Finding> for Probed {
 async fn ask(
     backend: &BackendEntry,
     method: Method,
-    path: &str,
+    uri: Result<Uri, http::Error>,
     body: Bytes,
     most: usize,
 ) -> Result<Answer, Finding> {
-    let uri = backend.upstream.uri(path);
-    let uri = uri.map_err(|_| Finding::new(ProbeOutcome::BadAnswer, "the address is not usable"))?;
+    let uri = uri.map_err(|_| Finding::new(ProbeOutcome::BadAnswer, "the address is not valid"))?;
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = method;
     *request.uri_mut() = uri;
@@ -90,7 +89,8 @@ async fn ask(
     if let Some(authorization) = &backend.authorization {
         headers.insert(header::AUTHORIZATION, authorization.clone());
     }
-    let answer = backend.upstream.send(request).await.map_err(|error| no_answer(&error))?;
+    let answer =
+        backend.upstream.send(request).await.map_err(|error| no_answer(&error, error.is_connect()))?;
     let (head, body) = answer.into_parts();
     let body = Limited::new(body, most).collect().await;
     let body = body.map_err(|_| Finding::new(ProbeOutcome::Broken, "the answer broke off or is too long"))?;
@@ -105,7 +105,7 @@ async fn ask(
 /// Whether the server answers at all.
 pub(super) async fn liveness(backend: Arc<BackendEntry>, limit: Duration) -> Probed {
     let path = &backend.spec.health_path;
-    let ask = |method| ask(&backend, method, path, Bytes::new(), ANSWER_MAX_BYTES);
+    let ask = |method| ask(&backend, method, backend.upstream.uri(path), Bytes::new(), ANSWER_MAX_BYTES);
     let (found, latency) = weir_probe::liveness(ask, limit).await;
     Probed { latency, ..Probed::from(found) }
 }
@@ -158,7 +158,7 @@ async fn complete(
     limit: Duration,
 ) -> (Probed, bool) {
     let began = Instant::now();
-    let asked = ask(backend, Method::POST, CHAT, question(model, 1), ANSWER_MAX_BYTES);
+    let asked = ask(backend, Method::POST, backend.endpoint(CHAT), question(model, 1), ANSWER_MAX_BYTES);
     let answer = match timeout(limit, asked).await {
         Err(_) => return (late(limit).into(), false),
         Ok(Err(found)) => return (found.into(), false),
@@ -177,7 +177,7 @@ async fn complete(
 
 async fn embed(backend: &BackendEntry, model: &str, known: &KnownModel, limit: Duration) -> Probed {
     let began = Instant::now();
-    let asked = ask(backend, Method::POST, EMBEDDINGS, input(model), ANSWER_MAX_BYTES);
+    let asked = ask(backend, Method::POST, backend.endpoint(EMBEDDINGS), input(model), ANSWER_MAX_BYTES);
     let answer = match timeout(limit, asked).await {
         Err(_) => return late(limit).into(),
         Ok(Err(found)) => return found.into(),
@@ -203,18 +203,19 @@ pub(super) struct Depth {
 
 /// The engine's own page and the list of models; nothing that costs a token.
 pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Probed {
-    let get =
-        |path: &'static str, most| timeout(depth.limit, ask(backend, Method::GET, path, Bytes::new(), most));
+    let get = |uri: Result<Uri, http::Error>| {
+        timeout(depth.limit, ask(backend, Method::GET, uri, Bytes::new(), PAGE_MAX_BYTES))
+    };
     let mut probed =
         Probed::from(Finding::new(ProbeOutcome::Pass, "throughput, engine and models looked at"));
     probed.reading.tokens_per_second = depth.known_rate;
-    if let Ok(Ok(page)) = get("/metrics", PAGE_MAX_BYTES).await
+    if let Ok(Ok(page)) = get(backend.upstream.uri("/metrics")).await
         && page.status.is_success()
     {
         let engine = Engine::read(&String::from_utf8_lossy(&page.body));
         (probed.reading.cache_used, probed.reading.queue) = (engine.cache_used, engine.queue);
     }
-    if let Ok(Ok(list)) = get("/v1/models", PAGE_MAX_BYTES).await
+    if let Ok(Ok(list)) = get(backend.endpoint("/v1/models")).await
         && list.status.is_success()
     {
         let wanted: Vec<&str> = depth.models.iter().map(String::as_str).collect();
@@ -231,7 +232,13 @@ pub(super) async fn deep(backend: &BackendEntry, depth: &Depth) -> Probed {
 pub(super) async fn measure(backend: &BackendEntry, model: &str, limit: Duration, probed: &mut Probed) {
     let (mut tokens, began) = (0_u64, Instant::now());
     for _ in 0..DEEP_REQUESTS {
-        let asked = ask(backend, Method::POST, CHAT, question(model, DEEP_TOKENS), ANSWER_MAX_BYTES);
+        let asked = ask(
+            backend,
+            Method::POST,
+            backend.endpoint(CHAT),
+            question(model, DEEP_TOKENS),
+            ANSWER_MAX_BYTES,
+        );
         let Ok(Ok(answer)) = timeout(limit, asked).await else { return };
         if !answer.status.is_success() {
             return;

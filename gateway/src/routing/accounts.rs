@@ -1,4 +1,4 @@
-//! Which backends of a model are under the limits of which provider's account.
+//! The provider accounts whose limits apply to the backends of a model.
 
 use std::collections::BTreeMap;
 
@@ -8,35 +8,35 @@ use weir_ratelimit::Scope;
 use super::backend::ModelBackend;
 use super::scope::ScopeEntry;
 
-/// An account whose limits bear on a model.
+/// A provider account whose limits apply to a model.
 #[derive(Debug)]
 pub struct AccountEntry {
     /// Its name.
     pub name: Name,
-    /// Its own limits and those of its use for the model; one at least.
+    /// The account's own limits and those of its use for the model; at least one.
     pub scopes: Vec<ScopeEntry>,
 }
 
-/// The limited accounts of a model's backends.
+/// The limited provider accounts of a model's backends.
 #[derive(Debug, Default)]
 pub struct Accounts {
     entries: Vec<AccountEntry>,
-    /// Per backend of the model.
+    /// The index of the account of each backend of the model.
     of: Vec<Option<usize>>,
 }
 
 impl Accounts {
-    /// Whether no backend of the model is under an account's limits: then accounts need not be checked.
+    /// Whether no backend of the model is under an account's limits, so that accounts need not be checked.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The account that limits this backend of the model.
+    /// The account whose limits apply to this backend of the model.
     pub fn of(&self, backend: usize) -> Option<usize> {
         self.of.get(backend).copied().flatten()
     }
 
-    /// All of them.
+    /// All accounts.
     pub fn iter(&self) -> impl Iterator<Item = &AccountEntry> {
         self.entries.iter()
     }
@@ -50,7 +50,7 @@ impl std::ops::Index<usize> for Accounts {
     }
 }
 
-/// Every limit of an account.
+/// Every limit of provider accounts.
 #[derive(Debug, Default)]
 pub(super) struct AccountLimits(BTreeMap<(Name, Option<Name>), ScopeEntry>);
 
@@ -74,7 +74,7 @@ impl AccountLimits {
         limits
     }
 
-    /// Those that bear on a model with these backends.
+    /// The accounts whose limits apply to a model with these backends.
     pub(super) fn for_model(&self, model: &Name, backends: &[ModelBackend]) -> Accounts {
         let mut accounts = Accounts::default();
         if self.0.is_empty() {

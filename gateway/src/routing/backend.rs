@@ -1,4 +1,4 @@
-//! A backend, as a snapshot holds it.
+//! A backend in a snapshot.
 
 use std::sync::Arc;
 
@@ -18,16 +18,26 @@ pub struct BackendEntry {
     pub spec: Backend,
     /// The Authorization header sent to it.
     pub authorization: Option<HeaderValue>,
-    /// The sorted set of its leases.
+    /// Its lease set.
     pub slots: Key,
-    /// A hash of its name, equal on every gateway: who it is to the balancer.
+    /// A hash of its name, equal on every gateway, by which the balancer knows it.
     pub id: u64,
-    /// Its position in the pool's regions; after the last when it is in none of them.
+    /// The position of its region in the pool's regions; after the last one if it is in none of them.
     pub region_rank: usize,
-    /// What outlives a change of it.
+    /// The state that outlives a change of the backend.
     pub state: Arc<BackendState>,
     /// Its connections.
     pub upstream: Upstream,
+}
+
+impl BackendEntry {
+    /// The address of an endpoint of OpenAI's API at this backend, such as `/v1/chat/completions`.
+    ///
+    /// # Errors
+    /// If `path` is not the path of a URL, which the constants of the API are.
+    pub fn endpoint(&self, path: &str) -> Result<http::Uri, http::Error> {
+        self.upstream.uri(&self.spec.api_path(path.strip_prefix("/v1").unwrap_or(path)))
+    }
 }
 
 /// A backend that serves a model.
@@ -35,6 +45,6 @@ pub struct BackendEntry {
 pub struct ModelBackend {
     /// The backend.
     pub entry: Arc<BackendEntry>,
-    /// The name that the backend knows the model by.
+    /// The name of the model at this backend.
     pub upstream_model: String,
 }

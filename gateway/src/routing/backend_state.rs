@@ -2,29 +2,35 @@
 //!
 //! Each lock is held for the few operations of one decision and never across an await.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use weir_proto::latency;
+use weir_proto::resource::Name;
 use weir_proto::v1::HealthState;
 
 use super::balance::{RAMP, health_factor};
 use super::log_throttle::LogThrottle;
+use super::own_probes::OwnProbes;
 
 /// Stands for a count that is not known.
 const UNKNOWN: u32 = u32::MAX;
 
-/// What this gateway sees of one backend and is told about it.
+/// The state of one backend: own measurements and received values.
 #[derive(Debug)]
 pub struct BackendState {
     in_flight: AtomicU32,
-    /// Of these the last report told the control plane.
+    /// The part of them in the last report.
     reported: AtomicU32,
-    /// In flight from other gateways, as the fleet was last told; [`UNKNOWN`] without a report stream.
+    /// Requests in flight of other gateways, as last received; [`UNKNOWN`] without a report stream.
     elsewhere: AtomicU32,
     health: AtomicU8,
+    health_changed: Notify,
+    own_probes: OwnProbes,
     recovering: Mutex<Option<Recovery>>,
     successes: AtomicU64,
     connect_failures: AtomicU64,
@@ -38,14 +44,27 @@ pub struct BackendState {
     decoded_tokens: AtomicU64,
     decoded_us: AtomicU64,
     decoded_answers: AtomicU64,
-    /// What requests of the whole fleet came to, while a report stream brings it.
+    /// The results of all gateways' requests; `None` without a report stream.
     fleet_totals: Mutex<Option<Totals>>,
-    /// Lines about answers of its that make no sense.
-    pub(crate) invalid_lines: LogThrottle,
+    /// The last attempt that failed, for whoever asks why.
+    last_failure: Mutex<Option<LastFailure>>,
+    /// Models at which the backend refused the `stream_options` that Weir adds.
+    refused_additions: Mutex<BTreeSet<Name>>,
+    /// Lines about attempts that failed.
+    pub(crate) failure_lines: LogThrottle,
     /// Lines about counts of its that cannot be true.
     pub(crate) implausible_lines: LogThrottle,
     /// Lines about addresses of its that must not be connected to.
     pub(crate) address_lines: LogThrottle,
+}
+
+/// What was known of a backend's health at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownHealth {
+    /// The cluster held it for unhealthy.
+    is_unhealthy: bool,
+    /// How often this gateway's own probes had found it unreachable.
+    findings: u32,
 }
 
 /// A slow start: when it began, and how long it takes.
@@ -58,22 +77,30 @@ struct Recovery {
 /// Since the start, for the prober.
 #[derive(Debug, Default)]
 struct TotalCounts {
-    good: AtomicU64,
-    bad: AtomicU64,
-    answers: AtomicU64,
+    successes: AtomicU64,
+    failures: AtomicU64,
+    timed_answers: AtomicU64,
     tokens: AtomicU64,
     decode_us: AtomicU64,
 }
 
-/// What an attempt came to, as far as the backend is to blame.
+/// The outcome of an attempt, as far as the backend caused it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttemptOutcome {
     /// It answered.
     Success,
     /// Refused, reset, or no connection in time.
     ConnectFailure,
-    /// 5xx, or an answer that is no answer.
+    /// 5xx, or a page of a proxy in between.
     ServerError,
+    /// A success that is no answer: a page, a body that is cut, an error under 200.
+    InvalidAnswer,
+    /// It refuses the gateway's credential.
+    CredentialRefused,
+    /// The account there has no money or quota left.
+    QuotaUsedUp,
+    /// It does not have the model.
+    NoModel,
     /// No first byte, or silence in a stream.
     Timeout,
     /// 429 or 503 with Retry-After: busy, not broken.
@@ -89,6 +116,10 @@ impl AttemptOutcome {
             Self::Success => "ok",
             Self::ConnectFailure => "connect_failure",
             Self::ServerError => "server_error",
+            Self::InvalidAnswer => "invalid_answer",
+            Self::CredentialRefused => "credential_refused",
+            Self::QuotaUsedUp => "quota_used_up",
+            Self::NoModel => "no_model",
             Self::Timeout => "timeout",
             Self::Busy => "busy",
             Self::Overtaken => "overtaken",
@@ -96,15 +127,30 @@ impl AttemptOutcome {
     }
 }
 
-/// What requests to a backend came to since the gateway started.
+/// An attempt that failed, as operators are told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastFailure {
+    /// When, by the wall clock.
+    pub at: SystemTime,
+    /// What it came to.
+    pub outcome: AttemptOutcome,
+    /// The model that was asked for.
+    pub model: String,
+    /// The status of the answer, if there was one.
+    pub status: Option<u16>,
+    /// What was seen: the provider's own text, redacted and cut.
+    pub seen: String,
+}
+
+/// The results of requests to a backend since the gateway started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Those that ended well.
-    pub good: u64,
-    /// Those that failed by the backend's fault.
-    pub bad: u64,
-    /// Streams that ended well and were timed.
-    pub answers: u64,
+    /// Successful requests.
+    pub successes: u64,
+    /// Requests that failed because of the backend.
+    pub failures: u64,
+    /// Successful streams whose speed was measured.
+    pub timed_answers: u64,
     /// Their output tokens.
     pub tokens: u64,
     /// The time from their first byte to their last, summed, microseconds.
@@ -133,6 +179,8 @@ impl Default for BackendState {
             reported: AtomicU32::new(0),
             elsewhere: AtomicU32::new(UNKNOWN),
             health: AtomicU8::new(0),
+            health_changed: Notify::new(),
+            own_probes: OwnProbes::default(),
             recovering: Mutex::new(None),
             successes: AtomicU64::new(0),
             connect_failures: AtomicU64::new(0),
@@ -147,7 +195,9 @@ impl Default for BackendState {
             decoded_us: AtomicU64::new(0),
             decoded_answers: AtomicU64::new(0),
             fleet_totals: Mutex::new(None),
-            invalid_lines: LogThrottle::default(),
+            last_failure: Mutex::new(None),
+            refused_additions: Mutex::new(BTreeSet::new()),
+            failure_lines: LogThrottle::default(),
             implausible_lines: LogThrottle::default(),
             address_lines: LogThrottle::default(),
         }
@@ -155,19 +205,44 @@ impl Default for BackendState {
 }
 
 impl BackendState {
-    /// Counts one attempt.
+    /// Keeps the failure until the next one.
+    pub fn note_failure(&self, failure: LastFailure) {
+        *self.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    }
+
+    /// The last attempt that failed.
+    pub fn last_failure(&self) -> Option<LastFailure> {
+        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the backend refused `stream_options` for the model. Forgotten with the gateway's process.
+    pub fn refuses_addition(&self, model: &Name) -> bool {
+        self.refused_additions.lock().unwrap_or_else(PoisonError::into_inner).contains(model)
+    }
+
+    /// Notes whether the backend refuses it. Says whether that is news. Bounded by the models of the configuration.
+    pub fn set_refuses_addition(&self, model: &Name, refuses: bool) -> bool {
+        let mut refused = self.refused_additions.lock().unwrap_or_else(PoisonError::into_inner);
+        if refuses { refused.insert(model.clone()) } else { refused.remove(model) }
+    }
+
+    /// Counts one attempt that bears on the backend's standing.
     pub fn count(&self, outcome: AttemptOutcome) {
         let counter = match outcome {
             AttemptOutcome::Success => &self.successes,
             AttemptOutcome::ConnectFailure => &self.connect_failures,
-            AttemptOutcome::ServerError => &self.server_errors,
+            AttemptOutcome::ServerError | AttemptOutcome::InvalidAnswer | AttemptOutcome::NoModel => {
+                &self.server_errors
+            }
+            // The operator's to mend: the server itself is well.
+            AttemptOutcome::CredentialRefused | AttemptOutcome::QuotaUsedUp => &self.busy,
             AttemptOutcome::Timeout | AttemptOutcome::Overtaken => &self.timeouts,
             AttemptOutcome::Busy => &self.busy,
         };
         counter.fetch_add(1, Ordering::Relaxed);
         match outcome {
-            AttemptOutcome::Success => self.totals.good.fetch_add(1, Ordering::Relaxed),
-            _ => self.totals.bad.fetch_add(1, Ordering::Relaxed),
+            AttemptOutcome::Success => self.totals.successes.fetch_add(1, Ordering::Relaxed),
+            _ => self.totals.failures.fetch_add(1, Ordering::Relaxed),
         };
     }
 
@@ -180,7 +255,7 @@ impl BackendState {
 
     /// A stream ended well: so many tokens, so long after its first byte.
     pub fn note_decode(&self, tokens: u64, took: Duration) {
-        self.totals.answers.fetch_add(1, Ordering::Relaxed);
+        self.totals.timed_answers.fetch_add(1, Ordering::Relaxed);
         // What one answer can have used is bounded, so that no sum of them wraps (see [`crate::api::usage`]).
         self.totals.tokens.fetch_add(tokens, Ordering::Relaxed);
         self.totals.decode_us.fetch_add(micros(took), Ordering::Relaxed);
@@ -211,7 +286,7 @@ impl BackendState {
         (answers, tokens, Duration::from_micros(self.decoded_us.swap(0, Ordering::Relaxed)))
     }
 
-    /// Takes over what requests of the whole fleet came to; `None` after the report stream is lost.
+    /// Sets the results of all gateways' requests; `None` after the report stream is lost.
     pub fn set_fleet_totals(&self, totals: Option<Totals>) {
         *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner) = totals;
     }
@@ -221,13 +296,13 @@ impl BackendState {
         *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What requests came to since the start.
+    /// The results of this gateway's requests since its start.
     pub fn totals(&self) -> Totals {
         let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Totals {
-            good: read(&self.totals.good),
-            bad: read(&self.totals.bad),
-            answers: read(&self.totals.answers),
+            successes: read(&self.totals.successes),
+            failures: read(&self.totals.failures),
+            timed_answers: read(&self.totals.timed_answers),
             tokens: read(&self.totals.tokens),
             decode_us: read(&self.totals.decode_us),
         }
@@ -268,17 +343,54 @@ impl BackendState {
             let since = now.checked_sub(elapsed).unwrap_or(now);
             let recovery = (state == HealthState::Recovering).then_some(Recovery { since, takes });
             *self.recovering.lock().unwrap_or_else(PoisonError::into_inner) = recovery;
+            self.health_changed.notify_waiters();
         }
     }
 
-    /// Requests of this gateway there now, remembered as what the fleet is told next.
+    /// What this gateway's own liveness probes say.
+    pub fn own_probes(&self) -> &OwnProbes {
+        &self.own_probes
+    }
+
+    /// Records whether there was an answer to a liveness probe of this gateway, which makes them at this interval.
+    pub fn record_own_probe(&self, answered: bool, interval: Duration) {
+        if self.own_probes.record(answered, interval) {
+            self.health_changed.notify_waiters();
+        }
+    }
+
+    /// What is known of its health now: what comes after is news to [`Self::becomes_unhealthy`].
+    pub fn known_health(&self) -> KnownHealth {
+        KnownHealth {
+            is_unhealthy: self.health() == HealthState::Unhealthy,
+            findings: self.own_probes.findings(),
+        }
+    }
+
+    /// Waits until the cluster holds it for unhealthy, or this gateway's own probes find it unreachable, and that is news to
+    /// who knew `before`. This may be for ever. Cancel-safe.
+    pub async fn becomes_unhealthy(&self, before: KnownHealth) {
+        loop {
+            let mut changed = std::pin::pin!(self.health_changed.notified());
+            // Before the look, or a verdict between the two would be missed.
+            changed.as_mut().enable();
+            let now = self.known_health();
+            if now.is_unhealthy && !before.is_unhealthy || now.findings != before.findings {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Requests of this gateway in flight, recorded as the value of the next report.
     pub fn report_in_flight(&self) -> u32 {
         let now = self.in_flight();
         self.reported.store(now, Ordering::Relaxed);
         now
     }
 
-    /// The fleet has so many there, those that this gateway last reported being among them. `None` after the report stream is lost.
+    /// Sets the requests in flight over all gateways, including the last report of this gateway. `None` after the report stream
+    /// is lost.
     pub fn set_fleet(&self, in_flight: Option<u32>) {
         let reported = self.reported.load(Ordering::Relaxed);
         let elsewhere = in_flight.map_or(UNKNOWN, |all| all.saturating_sub(reported).min(UNKNOWN - 1));
@@ -358,6 +470,49 @@ mod tests {
         assert_eq!(backend.fleet_in_flight(4), 0.0, "a picture that is older than ours");
         backend.set_fleet(None);
         assert_eq!(backend.fleet_in_flight(4), 0.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_verdict_hears_of_it_and_of_no_other() {
+        let backend = Arc::new(BackendState::default());
+        let waiting = tokio::spawn({
+            let backend = backend.clone();
+            let before = backend.known_health();
+            async move { backend.becomes_unhealthy(before).await }
+        });
+        for state in [HealthState::Healthy, HealthState::Degraded, HealthState::Recovering] {
+            backend.set_health(state);
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished(), "{state:?}");
+        }
+        backend.set_health(HealthState::Unhealthy);
+        waiting.await.expect("ends");
+        backend.becomes_unhealthy(BackendState::default().known_health()).await;
+        let told = backend.known_health();
+        let again = tokio::time::timeout(Duration::from_millis(20), backend.becomes_unhealthy(told)).await;
+        assert!(again.is_err(), "it was known before");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_own_probes_find_after_a_request_was_sent_is_news_whatever_they_found_before() {
+        let (backend, interval) = (Arc::new(BackendState::default()), Duration::from_secs(5));
+        let mut waiting = Vec::new();
+        for passed in [false, false, true, false, false] {
+            let (known, backend) = (backend.known_health(), backend.clone());
+            backend.record_own_probe(passed, interval);
+            waiting.push(tokio::spawn(async move { backend.becomes_unhealthy(known).await }));
+        }
+        waiting.push(tokio::spawn({
+            let (known, backend) = (backend.known_health(), backend.clone());
+            async move { backend.becomes_unhealthy(known).await }
+        }));
+        let last = waiting.pop().expect("six");
+        for task in waiting {
+            task.await.expect("a finding came after it");
+        }
+        assert!(!last.is_finished() && backend.own_probes().is_unreachable());
+        backend.record_own_probe(false, interval);
+        last.await.expect("ends");
     }
 
     #[tokio::test(start_paused = true)]

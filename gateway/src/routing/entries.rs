@@ -1,4 +1,4 @@
-//! What a snapshot is made of: tenants, keys, models and pools.
+//! The entries of a snapshot: tenants, keys, models and pools.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,6 +9,7 @@ use super::accounts::Accounts;
 use super::backend::ModelBackend;
 use super::balance::Candidates;
 use super::pool_state::{BackendWeight, PoolState};
+use super::probation::Probation;
 use super::scope::ScopeEntry;
 
 /// A tenant.
@@ -16,13 +17,13 @@ use super::scope::ScopeEntry;
 pub struct TenantEntry {
     /// Its name.
     pub name: Name,
-    /// The models it may use; empty is all.
+    /// The models that it may use; empty for all.
     pub allowed_models: Vec<Name>,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
-    /// Its name in the queues.
+    /// Its name in queues.
     pub queue: Arc<str>,
-    /// Who goes first when several wait.
+    /// Its priority in queues.
     pub priority: Priority,
 }
 
@@ -31,11 +32,11 @@ pub struct TenantEntry {
 pub struct KeyEntry {
     /// Its name.
     pub name: Name,
-    /// Whose it is.
+    /// Its tenant.
     pub tenant: Arc<TenantEntry>,
-    /// The models it may use; empty is all the tenant may.
+    /// The models that it may use; empty for all that the tenant may use.
     pub allowed_models: Vec<Name>,
-    /// From then on this digest is refused.
+    /// The time from which on this digest is refused.
     pub expires: Option<SystemTime>,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
@@ -58,11 +59,11 @@ pub struct ModelEntry {
     pub spec: Model,
     /// Its pool.
     pub pool: Arc<PoolEntry>,
-    /// The clocks of its requests.
+    /// The timeouts of its requests.
     pub timeouts: Timeouts,
     /// The pool's backends that serve it.
     pub backends: Vec<ModelBackend>,
-    /// The limits of the providers' accounts that these backends bill.
+    /// The limits of the provider accounts that these backends bill.
     pub accounts: Accounts,
     /// Its limits.
     pub scope: Option<ScopeEntry>,
@@ -77,22 +78,29 @@ pub struct PoolEntry {
     pub name: Name,
     /// Its spec.
     pub spec: Pool,
-    /// What outlives a change of it.
+    /// The state that outlives a change of the pool.
     pub state: Arc<PoolState>,
 }
 
 impl ModelEntry {
-    /// The backends in the order in which to try them; see [`PoolState::order`].
-    pub fn order(&self, gateways: u32, prefix: Option<u64>) -> Candidates {
-        self.pool.state.order(&self.name, &self.backends, gateways, prefix)
+    /// The backends in the order of attempts, and the probe of the first backend if that is on probation; see
+    /// [`PoolState::order`].
+    pub fn order(&self, gateways: u32, prefix: Option<u64>) -> (Candidates, Option<Probation>) {
+        let state = &self.pool.state;
+        let (candidates, number) = state.order(&self.name, &self.backends, gateways, prefix);
+        let probation = number.zip(candidates.first()).map(|(number, first)| {
+            let name = self.backends[first.index].entry.name.clone();
+            Probation::new(state.clone(), name, first.index, number)
+        });
+        (candidates, probation)
     }
 
-    /// The effective weights of the backends now, and whether the pool is in panic for this model.
+    /// The effective weights of the backends, and whether the pool is in panic mode for this model.
     pub fn weights(&self, gateways: u32) -> (Vec<BackendWeight>, bool) {
         self.pool.state.weights(&self.name, &self.backends, gateways)
     }
 
-    /// The first choice had no free slot and another was used; see [`PoolState::reassign`].
+    /// Records that another backend was used because the first choice had no free slot; see [`PoolState::reassign`].
     pub fn reassign(&self, picked: usize, used: usize) {
         self.pool.state.reassign(&self.name, &self.backends[picked].entry, &self.backends[used].entry);
     }

@@ -2,14 +2,16 @@
 //! choice between them.
 //!
 //! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`backend_state`] and
-//! [`pool_state`] outlive a change of configuration; [`balance`] is the pure choice, [`upstream`] the connections.
+//! [`pool_state`] outlive a change of configuration, with what [`own_probes`] say; [`balance`] is the pure choice, [`upstream`] the connections.
 
 pub mod accounts;
 pub mod backend;
 pub mod backend_state;
 pub mod balance;
 pub mod entries;
+pub mod own_probes;
 pub mod pool_state;
+pub mod probation;
 pub mod scope;
 pub mod snapshot;
 pub mod upstream;

@@ -13,11 +13,15 @@ use super::backend::{BackendEntry, ModelBackend};
 use super::backend_state::AttemptOutcome;
 use super::balance::{
     Balancer, Candidates, ChooseConfig, Effective, EjectConfig, EjectionStatus, Ejector, HedgeDelayConfig,
-    Measure, Pace, Policy, RetryBudget, RetryConfig, Sample, Usability, View, is_panic,
+    Measure, Pace, Policy, RetryBudget, RetryConfig, Sample, Usability, View, claim_probe, is_panic,
 };
 
-/// How long a backend that says it is busy, but not for how long, is left alone.
+/// How long a busy backend without a Retry-After is left out.
 const BUSY_DEFAULT: Duration = Duration::from_secs(1);
+
+/// How long a backend is left alone at first that refuses the gateway's credential, or whose account has no quota left.
+/// Minutes, not seconds: people mend it. A request in that time is lost on it.
+const REFUSED_BASE: Duration = Duration::from_secs(30);
 
 /// A pool's balancers, ejections and retry budget; outlives a change of its spec.
 #[derive(Debug)]
@@ -95,14 +99,14 @@ impl PoolState {
 
     /// The model's backends in the order in which to try them; see [`Balancer::order`]. What the operator does not
     /// want used is never among them, whatever else fails. `gateways` is how many there are; `prefix` the hash of how
-    /// the request begins.
+    /// the request begins. With the number of its probe if the first of them is on probation.
     pub fn order(
         &self,
         model: &Name,
         backends: &[ModelBackend],
         gateways: u32,
         prefix: Option<u64>,
-    ) -> Candidates {
+    ) -> (Candidates, Option<u64>) {
         let mut inner = self.inner();
         let now = Instant::now();
         let (views, indices) = inner.views(backends, gateways, now);
@@ -110,22 +114,25 @@ impl PoolState {
         let balancer = inner.balancers.entry(model.clone()).or_default();
         let mut candidates = balancer.order(&choose, &views, prefix, now, weir_runtime::random_unit);
         candidates.iter_mut().for_each(|candidate| candidate.index = indices[candidate.index]);
-        if let Some(first) = candidates.first() {
-            inner.ejector.begin_probe(&backends[first.index].entry.name, now);
-        }
-        candidates
+        let panic = is_panic(&choose, &views);
+        let name = |index: usize| backends[index].entry.name.clone();
+        let probe = claim_probe(&mut inner.ejector, &mut candidates, name, panic, now);
+        (candidates, probe)
     }
 
-    /// The pick had no free slot and another was used: the shares follow what was used, and the pick was not probed.
+    /// The pick had no free slot and another was used: the shares follow what was used.
     pub fn reassign(&self, model: &Name, picked: &BackendEntry, used: &BackendEntry) {
-        let mut inner = self.inner();
-        inner.ejector.abandon_probe(&picked.name);
-        if let Some(balancer) = inner.balancers.get_mut(model) {
+        if let Some(balancer) = self.inner().balancers.get_mut(model) {
             balancer.reassign(picked.id, used.id);
         }
     }
 
-    /// Lets a failed attempt bear on the next choice. `sample` says how long it took.
+    /// The probe of this number proved nothing; see [`Ejector::abandon_probe`].
+    pub fn abandon_probe(&self, backend: &Name, number: u64) {
+        self.inner().ejector.abandon_probe(backend, number);
+    }
+
+    /// Records a failed attempt for the next choices. `sample` has its time.
     pub fn failed(
         &self,
         model: &Name,
@@ -142,9 +149,15 @@ impl PoolState {
                 inner.ejector.busy(name, retry_after.unwrap_or(BUSY_DEFAULT), now);
                 return;
             }
-            AttemptOutcome::ConnectFailure | AttemptOutcome::ServerError | AttemptOutcome::Timeout => {
-                inner.ejector.failed(name, size, now)
+            AttemptOutcome::CredentialRefused => Some(inner.ejector.refused(name, REFUSED_BASE, now)),
+            AttemptOutcome::QuotaUsedUp => {
+                Some(inner.ejector.refused(name, retry_after.unwrap_or_default().max(REFUSED_BASE), now))
             }
+            AttemptOutcome::ConnectFailure
+            | AttemptOutcome::ServerError
+            | AttemptOutcome::InvalidAnswer
+            | AttemptOutcome::NoModel
+            | AttemptOutcome::Timeout => inner.ejector.failed(name, size, now),
             AttemptOutcome::Overtaken => inner.ejector.overtaken(name, size, now),
         };
         inner.balancers.entry(model.clone()).or_default().speeds.add_failure(backend.id, sample, now);
@@ -155,7 +168,7 @@ impl PoolState {
         }
     }
 
-    /// An answer is complete and not the backend's fault, whatever it says.
+    /// Records a complete answer that is not the backend's fault.
     pub fn succeeded(&self, model: &Name, backend: &BackendEntry, sample: Option<&Sample>) {
         let (mut inner, now) = (self.inner(), Instant::now());
         inner.ejector.succeeded(&backend.name, now);
@@ -169,7 +182,7 @@ impl PoolState {
         let (mut inner, now) = (self.inner(), Instant::now());
         inner.ejector.began(&backend.name);
         let balancer = inner.balancers.entry(model.clone()).or_default();
-        balancer.hedge_delays.add(backend.id, stream, sample.prompt_tokens, sample.took, now);
+        balancer.hedge_delays.add(backend.id, stream, sample.prompt_tokens, sample.took);
         if stream {
             balancer.add(backend.id, sample, now);
         }
@@ -180,7 +193,8 @@ impl PoolState {
         self.inner().balancers.entry(model.clone()).or_default().hedge_delays.timed_out(backend, stream);
     }
 
-    /// How long to wait for the first byte before another backend is tried as well; `None` is until it times out.
+    /// How long to wait for the first byte before another backend is tried as well; `None` is until it times out, because
+    /// the pool wants no hedge or too little is known.
     pub fn hedge_delay(
         &self,
         model: &Name,
@@ -190,10 +204,7 @@ impl PoolState {
     ) -> Option<Duration> {
         let inner = self.inner();
         let config = inner.hedge_delay?;
-        let learned = inner.balancers.get(model);
-        Some(
-            learned.map_or(config.initial, |b| b.hedge_delays.delay(backend, stream, prompt_tokens, &config)),
-        )
+        inner.balancers.get(model)?.hedge_delays.delay(backend, stream, prompt_tokens, &config)
     }
 
     /// A liveness probe of this gateway failed: as telling as a request that could not connect.
@@ -242,6 +253,11 @@ impl PoolState {
     /// Takes a retry out of the budget, if one is left.
     pub fn may_retry(&self) -> bool {
         self.inner().retries.withdraw(Instant::now())
+    }
+
+    /// Takes a hedge out of the budget, if requests have earned one.
+    pub fn may_hedge(&self) -> bool {
+        self.inner().retries.withdraw_hedge(Instant::now())
     }
 
     /// The effective weights of a model's backends now, and whether the pool is in panic for it.
@@ -324,7 +340,7 @@ fn choose_config(spec: &Pool) -> ChooseConfig {
 
 fn hedge_delay_config(spec: &Pool) -> Option<HedgeDelayConfig> {
     let hedging = spec.hedging;
-    hedging.enabled.then_some(HedgeDelayConfig { initial: hedging.initial, floor: hedging.floor })
+    hedging.enabled.then_some(HedgeDelayConfig { floor: hedging.floor, unary: hedging.unary })
 }
 
 fn eject_config(spec: &Pool) -> EjectConfig {

@@ -1,7 +1,7 @@
-//! What a gateway knows: an immutable picture of the configuration, compiled for the request path.
+//! The snapshot: an immutable form of the configuration in force, compiled for the request path.
 //!
-//! A request loads one [`Snapshot`] and keeps it to its end, so that it never sees half a change. State that must
-//! outlive a change (schedulers, ejections, connection pools, in-flight counts) lives in [`PoolState`] and
+//! A request loads one [`Snapshot`] and keeps it to its end, so that it never sees half a change. State that outlives
+//! a change (schedulers, ejections, connection pools, in-flight counts) is in [`PoolState`] and
 //! [`BackendState`](super::backend_state::BackendState), which the next snapshot takes over by name.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -21,41 +21,41 @@ use super::pool_state::PoolState;
 use super::scope::ScopeEntry;
 use super::upstream::{Resolver, Upstream};
 
-/// The whole picture.
+/// The configuration in force.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    /// The store's history.
+    /// The epoch of the store.
     pub epoch: String,
     /// The store revision.
     pub revision: u64,
-    /// Looks up hosts of backends; the same for all snapshots of a gateway.
+    /// The resolver of backends' hosts. All snapshots of a gateway share it.
     pub resolver: Resolver,
-    /// SHA-256 of a key -> the key.
+    /// API keys by the SHA-256 of their secret.
     pub keys: HashMap<[u8; 32], Arc<KeyEntry>>,
-    /// Every tenant, also those without a key.
+    /// Every tenant, those without a key included.
     pub tenants: BTreeSet<Name>,
-    /// Client-facing name -> model.
+    /// Models by their client-facing name.
     pub models: HashMap<String, Arc<ModelEntry>>,
-    /// Resource name -> model, for fallbacks.
+    /// Models by their resource name, for fallbacks.
     pub models_by_name: BTreeMap<Name, Arc<ModelEntry>>,
     /// Pools by name.
     pub pools: BTreeMap<Name, Arc<PoolEntry>>,
     /// Backends by name.
     pub backends: BTreeMap<Name, Arc<BackendEntry>>,
-    /// The limits over everything.
+    /// The global limits.
     pub global: Option<ScopeEntry>,
-    /// The limits of (tenant, model).
+    /// The limits of a tenant's use of one model.
     pub tenant_models: HashMap<(Name, Name), ScopeEntry>,
-    /// Which addresses backends may have: a setting of the process, handed on from one snapshot to the next.
+    /// The addresses that backends may have: a setting of the process, which each snapshot passes on to the next.
     pub egress: EgressPolicy,
 }
 
-/// Finds the Authorization header of a backend, or says why there is none; a trait object so that tests bring their own.
+/// Returns the Authorization header of a backend, or why it has none. A trait object, so that tests bring their own.
 pub type Authorize<'a> = &'a dyn Fn(&Backend) -> Result<Option<HeaderValue>, String>;
 
 impl Snapshot {
-    /// Compiles resources, taking over from `previous` what outlives a change. What cannot be used is left out and
-    /// reported; a resource that refers to one that is missing is left out too.
+    /// Compiles resources and takes over the lasting state of `previous`. A resource that cannot be used is left out
+    /// and reported, and so is one that refers to a missing resource.
     pub fn compile(
         epoch: &str,
         revision: u64,
@@ -76,8 +76,8 @@ impl Snapshot {
 }
 
 impl Snapshot {
-    /// Tells what outlives a change about this one. Only what is put in force does: a configuration that is merely tried
-    /// must not make pools forget the backends that it would refuse.
+    /// Applies this snapshot to the lasting state. Only a snapshot in force does: a configuration that is only tried
+    /// must not remove backends from pools.
     pub fn take_effect(&self) {
         let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
         for backend in self.backends.values() {
@@ -89,7 +89,7 @@ impl Snapshot {
         }
     }
 
-    /// Every scope that a request with this key for this model is under.
+    /// Every scope of a request with this key for this model.
     pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
         let tenant_model = (key.tenant.name.clone(), model.clone());
         [
@@ -164,7 +164,7 @@ impl Compiler {
 
     fn models(&mut self, resources: &[Resource]) {
         let limits = AccountLimits::of(resources);
-        // Looked up and not searched for: many models times many backends would keep a revocation waiting.
+        // An index, because a search of all backends for every model would delay a revocation.
         let mut serving: HashMap<(Name, Name), Vec<Arc<BackendEntry>>> = HashMap::new();
         for backend in self.next.backends.values() {
             if backend.spec.admin_state != AdminState::Disabled {
@@ -205,8 +205,8 @@ impl Compiler {
         }
     }
 
-    /// Limits over everything and over (tenant, model); those over one resource are merged into its own, those of
-    /// accounts are with the models.
+    /// Compiles the global limits and those of a tenant's use of a model. Limits of one tenant, model or key are part
+    /// of its resource, and those of accounts are compiled with the models.
     fn limits(&mut self, resources: &[Resource]) {
         for resource in resources {
             let Spec::Limit(limit) = &resource.spec else { continue };

@@ -1,4 +1,4 @@
-//! What a well-behaved server answers.
+//! The answers of a server without faults.
 
 use super::*;
 

@@ -1,10 +1,10 @@
-//! Each fault does what it says, and stops when it is switched off.
+//! Each fault takes effect, and ends when it is switched off.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 
-/// Everything one raw request gets back until the connection ends, and how it ended.
+/// All bytes that one raw request gets back until the connection ends, and how it ended.
 async fn raw(bench: &Bench, extra: Value) -> (Vec<u8>, std::io::Result<()>) {
     let body = chat(extra).to_string();
     let mut stream = TcpStream::connect(bench.addr).await.unwrap();
@@ -192,7 +192,7 @@ async fn dialects_of_real_engines() {
 
 #[tokio::test(start_paused = true)]
 async fn slow_factor_multiplies_time() {
-    // Time is paused, so what passes is what the server asked for.
+    // Time is paused, so elapsed time is what the server asked for.
     let config = Config { prefill_tokens_per_s: 2.0, decode_tokens_per_s: 10.0, ..Config::default() };
     let bench = Bench::start(config).await;
     let mut seconds = Vec::new();
@@ -218,4 +218,59 @@ async fn faults_are_switched_over_http() {
     assert!(bench.handle.faults().loading, "a refused change changes nothing");
     assert_eq!(bench.send(Method::DELETE, "/admin/faults", &[], "").await.status, 200);
     assert_eq!(bench.handle.faults(), Faults::default());
+}
+
+#[tokio::test]
+async fn a_login_page_comes_between_and_goes_again() {
+    let page = json!({ "status": 200, "content_type": "text/html", "body": "<html>Sign in</html>", "everywhere": true });
+    let bench = with(json!({ "reply": page })).await;
+    for reply in [bench.chat(json!({})).await, bench.get("/health").await, bench.get("/v1/models").await] {
+        assert_eq!((reply.status.as_u16(), reply.text()), (200, "<html>Sign in</html>"));
+        assert_eq!(reply.headers["content-type"], "text/html");
+    }
+    bench.send(Method::DELETE, "/admin/faults", &[], "").await;
+    assert!(bench.chat(json!({})).await.text().contains("choices"));
+}
+
+#[tokio::test]
+async fn usage_is_told_in_the_form_of_a_provider() {
+    for (form, has) in [
+        ("zeros", r#""usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}"#),
+        ("floats", r#".0,"completion_tokens":"#),
+        ("zeros_beside", r#""input_tokens":0"#),
+        ("reasoning_beside", r#""completion_tokens_details":{"reasoning_tokens":"#),
+        ("cache_hits", r#""prompt_cache_hit_tokens":"#),
+    ] {
+        let bench = with(json!({ "usage_form": form })).await;
+        let reply = bench.chat(json!({})).await;
+        assert!(reply.text().contains(has), "{form}: {}", reply.text());
+    }
+    for (form, has) in
+        [("in_choice", r#""finish_reason":"length","usage":{"#), ("x_groq", r#""x_groq":{"usage":{"#)]
+    {
+        let bench = with(json!({ "usage_form": form })).await;
+        let asked = json!({ "stream": true, "max_tokens": 3, "stream_options": { "include_usage": true } });
+        let text = bench.chat(asked).await.text().to_owned();
+        assert!(text.contains(has) && !text.contains(r#""choices":[],"#), "{form}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn streams_begin_and_end_oddly_and_extra_fields_are_refused() {
+    let bench = with(json!({ "comments": 2, "empty_finish_reason": true, "stream_tail": "error" })).await;
+    let text = bench.chat(json!({ "stream": true })).await.text().to_owned();
+    assert!(text.starts_with(": PROCESSING\n\n: PROCESSING\n\ndata: "), "{text}");
+    assert!(text.contains(r#""finish_reason":"""#) && !text.contains(r#""finish_reason":null"#), "{text}");
+    assert!(
+        text.contains("data: [DONE]") && text.trim_end().ends_with(r#"{"error":{"message":"late"}}"#),
+        "{text}"
+    );
+    let bench = with(json!({ "refuse_stream_options": true, "never_stream": true })).await;
+    let refused = bench.chat(json!({ "stream": true, "stream_options": {} })).await;
+    assert_eq!((refused.status.as_u16(), &refused.json()["error"]["param"]), (422, &json!("stream_options")));
+    assert_eq!(bench.chat(json!({ "stream": true })).await.json()["object"], "chat.completion");
+    let bench = with(json!({ "stream_tail": "close" })).await;
+    let (bytes, _) = raw(&bench, json!({ "stream": true })).await;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    assert!(text.contains("data: [DONE]") && !text.ends_with("0\r\n\r\n"), "{text}");
 }

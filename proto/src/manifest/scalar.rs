@@ -258,6 +258,7 @@ macro_rules! names {
 names! {
     BalancingPolicy "BALANCING_POLICY_" "weighted_round_robin, round_robin, random, least_request, prefix_affinity, priority"
     AdminState "ADMIN_STATE_" "active, draining, disabled"
+    Dialect "DIALECT_" "openai, azure, anthropic, gemini, vertex, vllm, sglang, llama_cpp, tgi, ollama, xai, deepseek, mistral, groq, openrouter, new_api"
     HitKind "HIT_KIND_" "requests, tokens, input_tokens, output_tokens"
     RuleMode "RULE_MODE_" "enforce, meter, report, shadow"
     TimeUnit "TIME_UNIT_" "second, minute, hour, day, week, month, year"

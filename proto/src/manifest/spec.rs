@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::mirror::mirror;
 use super::scalar::{
-    AdminState, BalancingPolicy, BudgetPeriod, Duration, HitKind, Priority, RuleMode, Sha256, TimeUnit,
-    Timestamp, WithoutStore,
+    AdminState, BalancingPolicy, BudgetPeriod, Dialect, Duration, HitKind, Priority, RuleMode, Sha256,
+    TimeUnit, Timestamp, WithoutStore,
 };
 
 mirror! {
@@ -30,14 +30,15 @@ mirror! {
     }
     Hedging of Hedging {
         disabled: bool,
-        initial: Option<Duration>,
         floor: Option<Duration>,
+        unary: bool,
     }
     Timeouts of Timeouts {
         connect: Option<Duration>,
         first_byte: Option<Duration>,
         idle: Option<Duration>,
         total: Option<Duration>,
+        keep_alive: Option<Duration>,
     }
     Ejection of Ejection {
         consecutive_failures: u32,
@@ -60,13 +61,14 @@ mirror! {
         readiness_interval: Option<Duration>,
         deep_interval: Option<Duration>,
         slow_start: Option<Duration>,
-        loading_patience: Option<Duration>,
+        loading_timeout: Option<Duration>,
         panic_percent: Option<u32>,
         paid_probes_per_hour: Option<u32>,
     }
     Backend of BackendSpec {
         pool: String,
         url: String,
+        api_base_path: String,
         region: String,
         weight: Option<u32>,
         max_concurrency: Option<u32>,
@@ -76,6 +78,7 @@ mirror! {
         connection: Option<ConnectionSettings>,
         priority: u32,
         account: String,
+        dialect: Dialect,
     }
     ConnectionSettings of ConnectionSettings {
         max_idle: u32,
@@ -88,6 +91,8 @@ mirror! {
         fallbacks: Vec<String>,
         input_price_micro_dollars: u64,
         output_price_micro_dollars: u64,
+        cached_input_price_micro_dollars: Option<u64>,
+        cache_write_price_micro_dollars: Option<u64>,
         timeouts: Option<Timeouts>,
         health_timeout: Option<Duration>,
         limits: Option<Rates>,

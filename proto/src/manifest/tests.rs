@@ -31,6 +31,7 @@ fn timeouts() -> Option<v1::Timeouts> {
         first_byte: duration(5400, 0),
         idle: duration(0, 1_500),
         total: duration(86_400, 0),
+        keep_alive: duration(15, 0),
     })
 }
 
@@ -59,16 +60,12 @@ fn every_kind() -> Vec<v1::Resource> {
                 readiness_interval: duration(20, 0),
                 deep_interval: duration(600, 0),
                 slow_start: duration(90, 0),
-                loading_patience: duration(900, 0),
+                loading_timeout: duration(900, 0),
                 panic_percent: Some(0),
                 paid_probes_per_hour: Some(12),
             }),
             affinity: Some(v1::Affinity { prefix_bytes: 64, load_percent: 150 }),
-            hedging: Some(v1::Hedging {
-                disabled: true,
-                initial: duration(2, 0),
-                floor: duration(0, 100_000_000),
-            }),
+            hedging: Some(v1::Hedging { disabled: true, floor: duration(0, 100_000_000), unary: true }),
             queue: Some(v1::Queue { max_waiting: 7, max_wait: duration(3, 0) }),
         }),
         Spec::Backend(v1::BackendSpec {
@@ -89,6 +86,8 @@ fn every_kind() -> Vec<v1::Resource> {
             }),
             priority: 2,
             account: "openai".into(),
+            api_base_path: "/v1beta/openai".into(),
+            dialect: v1::Dialect::LlamaCpp.into(),
         }),
         Spec::Model(v1::ModelSpec {
             pool: "p".into(),
@@ -96,6 +95,8 @@ fn every_kind() -> Vec<v1::Resource> {
             fallbacks: names(&["a", "b"]),
             input_price_micro_dollars: 2_000_000,
             output_price_micro_dollars: 1 << 40,
+            cached_input_price_micro_dollars: Some(0),
+            cache_write_price_micro_dollars: Some(2_500_000),
             timeouts: timeouts(),
             health_timeout: duration(7, 0),
             limits: rates(),

@@ -1,5 +1,6 @@
 //! The specs, each with its defaults and bounds beside its fields. One file per kind.
 
+mod address;
 mod backend;
 mod limit;
 mod model;

@@ -140,3 +140,35 @@ fn zero_and_negative_durations_are_refused() {
         assert_eq!(paths(&resource("p", v1::resource::Spec::Pool(spec))), ["pool.timeouts.total"]);
     }
 }
+
+#[test]
+fn clocks_that_are_not_set_leave_room_for_generation_and_a_models_own_come_first() {
+    let spec_of = |timeouts: Option<v1::Timeouts>| {
+        let spec = v1::PoolSpec { timeouts, ..Default::default() };
+        match Resource::try_from(&resource("p", v1::resource::Spec::Pool(spec))).expect("valid").spec {
+            Spec::Pool(pool) => pool,
+            other => panic!("{other:?}"),
+        }
+    };
+    let minutes = |n: u64| std::time::Duration::from_secs(60 * n);
+    let clocks = spec_of(None).timeouts;
+    assert_eq!((clocks.first_byte, clocks.idle, clocks.total), (minutes(5), minutes(5), minutes(60)));
+    assert_eq!((clocks.connect.as_secs(), clocks.keep_alive), (10, None));
+    let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    let wire = v1::Timeouts { keep_alive: seconds(15), total: seconds(90), ..Default::default() };
+    let clocks = spec_of(Some(wire)).timeouts;
+    assert_eq!((clocks.keep_alive.map(|time| time.as_secs()), clocks.total.as_secs()), (Some(15), 90));
+    let own = TimeoutOverrides { keep_alive: Some(minutes(1)), ..Default::default() };
+    assert_eq!((own.over(&clocks).keep_alive, own.over(&clocks).total.as_secs()), (Some(minutes(1)), 90));
+}
+
+#[test]
+fn comments_in_quick_succession_are_refused() {
+    let keep_alive = Some(prost_types::Duration { seconds: 0, nanos: 999_000_000 });
+    let timeouts = Some(v1::Timeouts { keep_alive, ..Default::default() });
+    let spec = v1::PoolSpec { timeouts, ..Default::default() };
+    let wrong = resource("p", v1::resource::Spec::Pool(spec));
+    assert_eq!(paths(&wrong), ["pool.timeouts.keep_alive"]);
+    let found = Resource::try_from(&wrong).expect_err("is invalid").to_string();
+    assert!(found.contains("must be at least 1s"), "{found}");
+}

@@ -14,21 +14,19 @@ use weir_proto::envoy::extensions::common::ratelimit::v3::RateLimitDescriptor;
 use weir_proto::envoy::service::ratelimit::v3::rate_limit_service_server::RateLimitService;
 use weir_proto::envoy::service::ratelimit::v3::{RateLimitRequest, RateLimitResponse};
 use weir_proto::resource::{RuleMode, TimeUnit};
-use weir_ratelimit::{
-    Bucket, Charge, ChargeRule, Decision, Key, Kind, Limiter, MAX_CHARGES, Mode, Outcome, ServiceStack,
-};
+use weir_ratelimit::{Bucket, Charge, ChargeRule, Key, Kind, Mode, Outcome, ServiceStack};
 
 use crate::answer::{Asked, answer};
+use crate::charges::charge;
 use crate::metrics::Metrics;
 use crate::rules::{Entry, Rule, Rules};
 use crate::wire::{Check, refusal};
 
-/// Longest key or value, bytes.
-const TEXT_MAX_BYTES: usize = 1024;
-/// Most entries of a descriptor.
-const ENTRIES_MAX: usize = 32;
+/// Most descriptors of a request. How many there are is the proxy's configuration and not in a stranger's hand, as the
+/// lengths of keys and values are: those have no bound but the message's, since a proxy takes an error for an admission.
+const DESCRIPTORS_MAX: usize = 1024;
 
-/// See the module.
+/// Envoy's rate limit service: descriptors are matched with rules and charged.
 #[derive(Debug, Clone)]
 pub(super) struct Envoy {
     pub(super) stack: Arc<ServiceStack>,
@@ -74,19 +72,7 @@ impl Envoy {
         for descriptor in &request.descriptors {
             asked.push(self.ask(&rules, request, descriptor, &mut charges));
         }
-        let decision = match charges.len() {
-            0 => Decision {
-                outcome: Outcome::Granted { slot: None },
-                limits: Vec::new(),
-                now_us: 0,
-                degraded: false,
-            },
-            1..=MAX_CHARGES => self.stack.limiter.charge(&charges).await.map_err(|e| refusal(&e))?,
-            n => {
-                let message = format!("descriptors: they meet {n} limits, more than {MAX_CHARGES}");
-                return Err(Status::invalid_argument(message));
-            }
-        };
+        let decision = charge(&self.stack.limiter, &charges).await.map_err(|e| refusal(&e))?;
         for asked in &asked {
             self.metrics.ruled(asked.rule.as_deref(), asked.verdict(&charges, &decision.limits));
         }
@@ -197,18 +183,15 @@ fn check(request: &RateLimitRequest) -> Result<(), Status> {
     if request.domain.is_empty() {
         check.wrong("domain", "must not be empty");
     }
-    if request.descriptors.is_empty() || request.descriptors.len() > MAX_CHARGES {
-        check.wrong("descriptors", format!("must be 1 to {MAX_CHARGES}, are {}", request.descriptors.len()));
+    if request.descriptors.is_empty() || request.descriptors.len() > DESCRIPTORS_MAX {
+        check.wrong(
+            "descriptors",
+            format!("must be 1 to {DESCRIPTORS_MAX}, are {}", request.descriptors.len()),
+        );
     }
-    for (i, descriptor) in request.descriptors.iter().take(MAX_CHARGES).enumerate() {
-        let entries = &descriptor.entries;
-        if entries.is_empty() || entries.len() > ENTRIES_MAX {
-            let message = format!("must be 1 to {ENTRIES_MAX}, are {}", entries.len());
-            check.wrong(format!("descriptors[{i}].entries"), message);
-        }
-        if entries.iter().any(|e| e.key.len() > TEXT_MAX_BYTES || e.value.len() > TEXT_MAX_BYTES) {
-            let message = format!("keys and values must be at most {TEXT_MAX_BYTES} bytes");
-            check.wrong(format!("descriptors[{i}].entries"), message);
+    for (i, descriptor) in request.descriptors.iter().take(DESCRIPTORS_MAX).enumerate() {
+        if descriptor.entries.is_empty() {
+            check.wrong(format!("descriptors[{i}].entries"), "must not be empty");
         }
         if descriptor.limit.is_some_and(|limit| unit(limit.unit).is_none()) {
             check.wrong(

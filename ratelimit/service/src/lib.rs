@@ -13,6 +13,7 @@
 
 mod answer;
 mod auth;
+mod charges;
 pub mod config;
 mod configuration;
 mod envoy;

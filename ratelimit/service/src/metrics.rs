@@ -29,64 +29,29 @@ pub struct RuleLabels {
     pub outcome: &'static str,
 }
 
-/// The metrics; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Metrics {
-    /// Finished calls.
-    pub calls: Family<CallLabels, Counter>,
-    /// Descriptors decided, by rule.
-    pub rules: Family<RuleLabels, Counter>,
-    /// How many rules are in force.
-    pub rules_held: Gauge,
-    /// The revision of the configuration in force.
-    pub revision: Gauge,
-    /// Whether the control plane is heard.
-    pub control_plane_connected: Gauge,
-    /// How long a call took.
-    pub duration: Histogram,
-    /// Whether the store answers.
-    pub store_up: Gauge,
+weir_runtime::metrics! {
+    /// The metrics; cheap to clone.
+    pub struct Metrics {
+        pub calls: Family<CallLabels, Counter> = "weir_ratelimit_calls", "Calls by rpc and outcome";
+        pub rules: Family<RuleLabels, Counter> = "weir_ratelimit_descriptors",
+            "Descriptors decided, by rule and outcome";
+        pub rules_held: Gauge = "weir_ratelimit_rules", "Rules in force";
+        pub revision: Gauge = "weir_ratelimit_config_revision",
+            "Store revision of the configuration in force";
+        pub control_plane_connected: Gauge = "weir_ratelimit_control_plane_connected",
+            "1 while the control plane is heard";
+        pub duration: Histogram = "weir_ratelimit_call_duration_seconds",
+            "Time from a call's arrival to its answer",
+            Histogram::new([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0]);
+        pub store_up: Gauge = "weir_ratelimit_store_up", "1 while the limit store answers";
+    }
 }
 
 impl Metrics {
-    /// Registers them.
+    /// Creates and registers every metric.
     pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self {
-            calls: Family::default(),
-            rules: Family::default(),
-            rules_held: Gauge::default(),
-            revision: Gauge::default(),
-            control_plane_connected: Gauge::default(),
-            duration: Histogram::new([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0]),
-            store_up: Gauge::default(),
-        };
-        registry.register("weir_ratelimit_calls", "Calls by rpc and outcome", metrics.calls.clone());
-        registry.register(
-            "weir_ratelimit_descriptors",
-            "Descriptors decided, by rule and outcome",
-            metrics.rules.clone(),
-        );
-        registry.register("weir_ratelimit_rules", "Rules in force", metrics.rules_held.clone());
-        registry.register(
-            "weir_ratelimit_config_revision",
-            "Store revision of the configuration in force",
-            metrics.revision.clone(),
-        );
-        registry.register(
-            "weir_ratelimit_control_plane_connected",
-            "1 while the control plane is heard",
-            metrics.control_plane_connected.clone(),
-        );
-        registry.register(
-            "weir_ratelimit_call_duration_seconds",
-            "Time from a call's arrival to its answer",
-            metrics.duration.clone(),
-        );
-        registry.register(
-            "weir_ratelimit_store_up",
-            "1 while the limit store answers",
-            metrics.store_up.clone(),
-        );
+        let metrics = Self::default();
+        metrics.register(registry);
         metrics
     }
 

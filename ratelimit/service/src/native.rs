@@ -18,7 +18,7 @@ use weir_ratelimit::{Acquire, Error, Limiter, Outcome, Renewal, ServiceStack, Se
 use crate::metrics::Metrics;
 use crate::wire::{Check, duration, limit_states, refusal};
 
-/// See the module.
+/// The native service: reservations and settlements, with queues.
 #[derive(Debug, Clone)]
 pub(super) struct Native {
     pub(super) stack: Arc<ServiceStack>,

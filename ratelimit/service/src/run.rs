@@ -24,13 +24,14 @@ use crate::config::Config;
 use crate::configuration;
 use crate::envoy::Envoy;
 use crate::error::StartError;
-use crate::gate::Gated;
+use crate::gate::gated;
 use crate::metrics::Metrics;
 use crate::native::Native;
 use crate::store::Watcher;
 
-/// Largest request.
-const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// Largest request: as gRPC's default everywhere else, so that no proxy sends more. A stranger's headers may stand in it
+/// several times over, and what is too large would be an error, which is an admission.
+const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Calls at once on one connection; more wait at the caller. A proxy has one connection for all its requests, and a call
 /// may wait for a minute.
 const STREAMS_MAX: u32 = 1024;
@@ -87,23 +88,18 @@ pub async fn start(
     let (health, health_service) = tonic_health::server::health_reporter();
     let health_service = health_service.max_decoding_message_size(CHECK_BYTES_MAX);
     let (guard, permits) = (Guard::new(token.as_ref()), Permits::default());
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| StartError::Config(format!("reflection: {e}")))?;
-    let envoy = RateLimitServiceServer::new(Envoy {
-        stack: stack.clone(),
-        rules: Arc::clone(&configuration.rules),
-        metrics: metrics.clone(),
-        strict_zero_hits: config.strict_zero_hits,
-    })
-    .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let native = LimitServiceServer::new(Native { stack: stack.clone(), metrics: metrics.clone() })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let wrong = |e: tonic_reflection::server::Error| StartError::Config(format!("reflection: {e}"));
+    // Most tools still ask by the older name alone.
+    let (new, old) = (described().build_v1().map_err(wrong)?, described().build_v1alpha().map_err(wrong)?);
+    let (shared, rules) = (stack.clone(), Arc::clone(&configuration.rules));
+    let envoy =
+        Envoy { stack: shared, rules, metrics: metrics.clone(), strict_zero_hits: config.strict_zero_hits };
+    let native = Native { stack: stack.clone(), metrics: metrics.clone() };
+    let envoy = RateLimitServiceServer::new(envoy).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let native = LimitServiceServer::new(native).max_decoding_message_size(MESSAGE_BYTES_MAX);
 
-    let tasks = TaskTracker::new();
     // The operations port outlives the calls.
-    let drained = CancellationToken::new();
+    let (tasks, drained) = (TaskTracker::new(), CancellationToken::new());
     if let Some(subscriber) = subscriber {
         tasks.spawn(subscriber.run(drained.clone()));
     }
@@ -126,36 +122,58 @@ pub async fn start(
         .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(Gated::new(health_service, guard.clone(), permits.clone()))
-        .add_service(Gated::new(reflection, guard.clone(), permits.clone()))
-        .add_service(Gated::new(native, guard.clone(), permits.clone()))
-        .add_service(Gated::new(envoy, guard, permits))
+        .add_service(gated(health_service, guard.clone(), permits.clone()))
+        .add_service(gated(new, guard.clone(), permits.clone()))
+        .add_service(gated(old, guard.clone(), permits.clone()))
+        .add_service(gated(native, guard.clone(), permits.clone()))
+        .add_service(gated(envoy, guard, permits))
         .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
-    let (pre_stop, drain) = (config.pre_stop(), config.drain());
+    let ended = drain((config.pre_stop(), config.drain()), shutdown, refuse, force);
     tasks.spawn(async move {
-        let phases = async {
-            shutdown.cancelled().await;
-            // Not ready, but served, until balancers have noticed; then calls under way have their time.
-            for (phase, token) in [(pre_stop, Some(&refuse)), (drain, None)] {
-                tokio::select! {
-                    () = tokio::time::sleep(phase) => {}
-                    () = force.cancelled() => {}
-                }
-                if let Some(token) = token {
-                    token.cancel();
-                }
-            }
-        };
-        tokio::select! {
-            served = server => if let Err(error) = served {
-                tracing::error!(%error, "the gRPC port ended");
-            },
-            () = phases => tracing::warn!("calls still under way were cut"),
-        }
+        serve(server, ended).await;
         drained.cancel();
     });
     tasks.close();
     Ok(Running { address, ops_address, tasks })
+}
+
+/// The protocol, for tools that ask for it.
+fn described() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
+}
+
+/// Serves calls until there are none after a shutdown, or until `ended`.
+async fn serve(
+    server: impl Future<Output = Result<(), tonic::transport::Error>>,
+    ended: impl Future<Output = ()>,
+) {
+    tokio::select! {
+        served = server => if let Err(error) = served {
+            tracing::error!(%error, "the gRPC port ended");
+        },
+        () = ended => tracing::warn!("calls still under way were cut"),
+    }
+}
+
+/// Returns when calls have had their time after `shutdown`, or at once with `force`. Not ready, but served, until balancers have
+/// noticed, which takes `pre_stop`; then `refuse`, and calls under way have `time_for_calls`.
+async fn drain(
+    (pre_stop, time_for_calls): (Duration, Duration),
+    shutdown: CancellationToken,
+    refuse: CancellationToken,
+    force: CancellationToken,
+) {
+    let pause = async |phase| {
+        tokio::select! {
+            () = tokio::time::sleep(phase) => {}
+            () = force.cancelled() => {}
+        }
+    };
+    shutdown.cancelled().await;
+    pause(pre_stop).await;
+    refuse.cancel();
+    pause(time_for_calls).await;
 }
 
 /// The store of the settings. It connects in the background: a service that starts before its Redis becomes ready

@@ -1,16 +1,15 @@
-//! Refusals answered from memory.
+//! The deny cache: refusals answered from memory.
 //!
-//! A tenant that goes on asking far above its limit costs the store a script call for each refusal. What refused one
-//! request by a bucket refuses the next one of equal or larger cost until the bucket has drained so far, so it need not
-//! be asked again; unless something was given back meanwhile. What this process gives back is seen at once
-//! ([`DenyCache::given_back`]); what others give back is not, and bounds how long a refusal is kept: [`LIFE`]. So a
-//! request may be refused that would have fitted into what *other* processes returned within the last 20 ms, as if it
-//! had come that much earlier; never because of anything older, and never past the time the store named.
+//! Without it, a tenant far above its limit costs the store a script call for each refusal. A bucket that refused one request
+//! refuses every request of equal or larger cost until it has drained enough, unless something is given back. What this
+//! process gives back is known at once ([`DenyCache::given_back`]). What other processes give back is not known, so a
+//! refusal is kept for at most [`LIFE`]. A request may therefore be refused although it would fit into what *other*
+//! processes gave back within the last 20 ms, but never because of an older refusal, and never after the time that
+//! the store returned.
 //!
-//! Refusals for want of a lease or a slot are not kept at all: requests end all the time, and nobody knows when.
-//! A refusal is kept together with the limits it was made under, so a changed limit is asked about.
+//! Refusals because no lease or slot is free are not kept, because requests end at unknown times. A refusal is kept with its
+//! limits, so that a changed limit is asked again.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,6 +17,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
+use weir_runtime::RecentMap;
 
 use crate::model::call::{Acquire, Decision, Outcome};
 use crate::model::checks::{self, lines, reserved};
@@ -29,35 +29,38 @@ use crate::model::limits::{Mode, Scopes, Verdict, What};
 
 /// The longest a refusal is kept.
 pub const LIFE: Duration = Duration::from_millis(20);
-/// Records that refusals are kept for.
+/// Records with kept refusals.
 const RECORDS_MAX: usize = 4_096;
-/// Refusals by one record: it may be part of many products of scopes.
+/// Kept refusals of one record, which may be part of many combinations of scopes.
 const PER_RECORD_MAX: usize = 16;
-/// Stripes of the count of what was given back.
+/// Stripes of the counts of releases.
 const STRIPES: usize = 1_024;
 
-/// What one process knows about refusals.
+/// The refusals that one process knows.
 #[derive(Debug)]
 pub struct DenyCache {
-    records: Mutex<HashMap<Key, SmallVec<[CachedRefusal; 1]>>>,
-    /// How many records there are: what a call reads without the lock.
+    records: Mutex<Records>,
+    /// The number of records, which a call reads without the lock.
     len: AtomicUsize,
-    /// Times something was given back, by the hash of its record.
+    /// Counts how often units were given back, by the hash of the record.
     given_back: Box<[AtomicU64]>,
     hasher: RandomState,
     answered: AtomicU64,
 }
 
-/// What was known before a call was sent: see [`DenyCache::before`].
+/// The refusals of each record, kept for [`LIFE`] after the last one.
+type Records = RecentMap<Key, SmallVec<[CachedRefusal; 1]>>;
+
+/// The state before a call was sent; [`DenyCache::before`] takes it.
 #[derive(Debug)]
 pub struct Before(SmallVec<[u64; 6]>);
 
 #[derive(Debug)]
 struct CachedRefusal {
     scopes: Scopes,
-    /// What the call brought to every bucket of every scope, in order.
+    /// The cost of the call in every bucket of every scope, in order.
     amounts: Amounts,
-    /// The refusing one among them, and its place among the decision's limits.
+    /// The bucket that refused: its position among these amounts, and among the limits of the decision.
     refusing: usize,
     limit: usize,
     decision: Decision,
@@ -70,7 +73,7 @@ type Amounts = SmallVec<[f64; 8]>;
 impl Default for DenyCache {
     fn default() -> Self {
         Self {
-            records: Mutex::default(),
+            records: Mutex::new(RecentMap::new(RECORDS_MAX, LIFE)),
             len: AtomicUsize::new(0),
             given_back: (0..STRIPES).map(|_| AtomicU64::new(0)).collect(),
             hasher: RandomState::new(),
@@ -80,8 +83,8 @@ impl Default for DenyCache {
 }
 
 impl DenyCache {
-    /// The refusal of a call, when it is known without asking. The call's id must be fresh: of an id that may have been
-    /// granted before, only the store knows.
+    /// The refusal of a call if it is known without asking the store. The call's id must be new: only the store knows
+    /// whether an id was granted before.
     pub fn answer(&self, call: &Acquire) -> Option<Decision> {
         if self.len.load(Ordering::Relaxed) == 0 {
             return None;
@@ -90,7 +93,7 @@ impl DenyCache {
         let records = self.records();
         let enforced = call.scopes.iter().filter(|scope| scope.mode == Mode::Enforce);
         let denial = enforced
-            .filter_map(|scope| records.get(&scope.record))
+            .filter_map(|scope| records.get(&scope.record, now))
             .flatten()
             .find(|denial| now < denial.until && denial.scopes == call.scopes && denial.covers(call))?;
         let decision = denial.decision_for(call, now);
@@ -98,8 +101,8 @@ impl DenyCache {
         Some(decision)
     }
 
-    /// Decides a call: from here where that is possible, else by `limiter`. True when it was decided from here. The
-    /// call's id must be fresh, as for [`DenyCache::answer`].
+    /// Decides a call from memory if possible, else by `limiter`. Returns true if it was decided from memory. The
+    /// call's id must be new, as for [`DenyCache::answer`].
     ///
     /// # Errors
     /// Those of the limiter.
@@ -113,17 +116,17 @@ impl DenyCache {
         Ok((decision, false))
     }
 
-    /// Refusals answered so far.
+    /// Refusals answered from memory.
     pub fn answered(&self) -> u64 {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// To be taken before the store is asked, and given to [`DenyCache::note`] with its answer.
+    /// Call it before the store is asked, and pass the result to [`DenyCache::note`] with the store's answer.
     pub fn before(&self, call: &Acquire) -> Before {
         Before(call.scopes.iter().map(|scope| self.stripe(&scope.record).load(Ordering::Acquire)).collect())
     }
 
-    /// What the store decided.
+    /// Keeps the store's decision if it is a refusal by a bucket.
     pub fn note(&self, call: &Acquire, decision: &Decision, before: &Before) {
         if !matches!(decision.outcome, Outcome::Limited { wait: Some(_) }) || decision.degraded {
             return;
@@ -132,18 +135,12 @@ impl DenyCache {
         let Some((scope, denial)) = CachedRefusal::of(call, decision, now) else { return };
         let record = &call.scopes[scope].record;
         let mut records = self.records();
-        // Given back while the store was asked: the refusal may be from before that.
+        // Units were given back while the store was asked, so the refusal may be older than that.
         if before.0.get(scope) != Some(&self.stripe(record).load(Ordering::Acquire)) {
             return;
         }
-        if records.len() >= RECORDS_MAX && !records.contains_key(record) {
-            records.retain(|_, denials| {
-                denials.retain(|denial| now < denial.until);
-                !denials.is_empty()
-            });
-        }
-        if records.len() < RECORDS_MAX || records.contains_key(record) {
-            let denials = records.entry(record.clone()).or_default();
+        records.touch(record, now);
+        if let Some(denials) = records.get_or_insert_with(record.clone(), now, SmallVec::new) {
             denials.retain(|other| now < other.until && other.scopes != denial.scopes);
             if denials.len() < PER_RECORD_MAX {
                 denials.push(denial);
@@ -152,7 +149,7 @@ impl DenyCache {
         self.len.store(records.len(), Ordering::Relaxed);
     }
 
-    /// These records have room again.
+    /// Removes the refusals of records that have room again.
     pub fn given_back<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
         for key in keys {
             self.stripe(key).fetch_add(1, Ordering::Release);
@@ -168,7 +165,7 @@ impl DenyCache {
         &self.given_back[self.hasher.hash_one(key) as usize % STRIPES]
     }
 
-    fn records(&self) -> MutexGuard<'_, HashMap<Key, SmallVec<[CachedRefusal; 1]>>> {
+    fn records(&self) -> MutexGuard<'_, Records> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -178,7 +175,8 @@ fn amounts(call: &Acquire) -> Amounts {
 }
 
 impl CachedRefusal {
-    /// With the scope that refused for longest; none when it was not a bucket that did.
+    /// The refusal of a call, and the scope that refused for the longest time. `None` if a lease was missing and not
+    /// a bucket full.
     fn of(call: &Acquire, decision: &Decision, now: Instant) -> Option<(usize, Self)> {
         let waits = decision.limits.iter().enumerate().filter_map(|(at, limit)| match limit.verdict {
             Verdict::Wait(wait) if limit.refuses(&call.scopes) => Some((at, limit, wait)),
@@ -199,7 +197,8 @@ impl CachedRefusal {
         Some((refusing.position_in(&call.scopes)?, denial))
     }
 
-    /// Whether every limit would say to this call what it said, and the refusing one the same or more.
+    /// Whether every limit would give this call the verdict it gave the refused one; the refusing limit may be asked
+    /// for more.
     fn covers(&self, call: &Acquire) -> bool {
         let buckets = self.decision.limits.iter().filter(|limit| matches!(limit.what, What::Bucket(_)));
         let amounts = amounts(call);
@@ -242,7 +241,7 @@ impl CachedRefusal {
         decision
     }
 
-    /// How much longer a larger cost has to wait.
+    /// The additional wait of a call that costs more than the refused one.
     fn longer(&self, call: &Acquire) -> Duration {
         let more = amounts(call)[self.refusing] - self.amounts[self.refusing];
         let refusing = &self.decision.limits[self.limit];

@@ -1,8 +1,8 @@
-//! Deciding without the store, and telling it afterwards.
+//! Store outages: decides without the store, and reports the decisions afterwards.
 //!
-//! Goes around a limiter whose store can fail. While the store does not serve, each scope does what its
-//! [`WithoutStore`](crate::model::limits::WithoutStore) says; a gateway's share starts where the cluster's bucket states were last seen, and the leases it
-//! already holds count against its share of slots.
+//! Wraps a limiter whose store can fail. During an outage each scope does what its
+//! [`WithoutStore`](crate::model::limits::WithoutStore) says; a gateway's local share starts at the last seen bucket
+//! states of the cluster, and the leases that it holds count against its local share of slots.
 //!
 //! **No double burst.** What was admitted here is reported to the store when it is back, before requests go there again:
 //! settlements that had to wait, open grants (taken over under their own ids, so that they settle like any other),
@@ -10,10 +10,10 @@
 //! share of the level, so the shares' bucket states together are never below the bucket state one store would have had. Gateways go
 //! back to the store one after the other, each at first within its share; see `join`.
 //!
-//! **A store that forgot is an outage.** One that comes back empty within milliseconds has lost every lease. Until the
-//! gateways have counted theirs again, the grace of any return, each decides alone.
+//! **Data loss is an outage.** A store that returns empty within milliseconds has lost every lease. Until the gateways have
+//! counted their leases again, for the grace time of any return, each gateway decides alone.
 //!
-//! **Nobody waits for a dead store.** Once the circuit breaker (`breaker.rs`) is open, only the background asks.
+//! **No request waits for a dead store.** While the circuit breaker (`breaker.rs`) is open, only a background task asks.
 
 mod breaker;
 mod calls;

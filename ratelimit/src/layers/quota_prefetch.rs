@@ -1,27 +1,27 @@
-//! Quota taken ahead for hot limits.
+//! Quota prefetch for hot limits.
 //!
-//! A limit that everybody is under costs the store a decision per request. Where its operator sets a part of its
-//! capacity aside ([`ScopeLimits::prefetch`]), a process debits a chunk of units there before it needs them and
-//! admits from it without asking; what it does not use within a second it gives back.
+//! A limit of all requests costs the store a decision per request. If an operator sets a part of the capacity aside
+//! ([`ScopeLimits::prefetch`]), a process debits a chunk of units before it needs them and admits requests from the chunk
+//! without asking the store. Units that are not used within a second are given back.
 //!
-//! **Nothing is admitted beyond the limit.** What is set aside is no part of the capacity that requests, or chunks, are
-//! decided by: that is `capacity - aside`. Chunks come from the same bucket state as everything else, and are good for
-//! [`VALID`]; a second bucket state in the store, of half of what is set aside per `VALID` and with that much room, lets
-//! all processes together take at most `aside` in any such time. So at any moment `u` at most `aside` units are held
-//! that were debited before, and what is used in `[u, v]` is at most those and what is debited in `[u, v]`:
-//! `aside + (capacity - aside) + rate x (v - u)`, the envelope. It holds for any number of processes, and whatever of a
-//! chunk is lost with its process was debited and not used.
+//! **Nothing is admitted beyond the limit.** Requests, and chunks, are decided by the capacity without the set-aside
+//! part: `capacity - aside`. Chunks are debited in the same bucket state as everything else and are valid for
+//! [`VALID`]. A second bucket state in the store, with half of the set-aside part as capacity and as rate per
+//! `VALID`, lets all processes together take at most `aside` within `VALID`. So at any time `u` at most `aside` units
+//! are held that were debited before. Usage in `[u, v]` is at most those units and what is debited in `[u, v]`:
+//! `aside + (capacity - aside) + rate x (v - u)`, the envelope. This holds for any number of processes. A chunk that
+//! is lost with its process was debited and not used.
 //!
-//! **Little is refused.** While less than a quarter of its capacity is left nothing is taken ahead, so near the limit
-//! the store decides each request; and the set-aside part can never be used at once: that is the price.
+//! **Few requests are refused too early.** While less than a quarter of the capacity is left, nothing is prefetched,
+//! so the store decides each request near the limit. The cost is that the set-aside part can never be used at once.
 //!
-//! Settlements of what was admitted here are summed up and reported to the store every [`REPORT_EVERY`].
+//! Settlements of admissions from quota are summed up and reported to the store every [`REPORT_EVERY`].
 
 mod quota;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +30,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use weir_runtime::RecentMap;
 
 pub use self::quota::VALID;
 use self::quota::{Quota, Units};
@@ -49,30 +50,30 @@ use crate::model::usage::UsageLines;
 
 /// How often settlements are reported to the store.
 pub const REPORT_EVERY: Duration = Duration::from_millis(50);
-/// Admissions from quota that are not settled; past that the store is asked.
+/// Unsettled admissions from quota. Beyond it the store is asked.
 const OPEN_MAX: usize = 262_144;
-/// Settled ones that are recognised, where the store knows nothing of them.
+/// Settled ones that are recognised when they are settled again.
 const ENDED_MAX: usize = 65_536;
-/// Scopes with quota; past that the store is asked.
+/// Scopes with quota. Beyond it the store is asked.
 const SCOPES_MAX: usize = 1_024;
 
-/// A limiter that takes quota ahead from the one inside. Clones share what is held. Dropping the last one stops the
-/// background task; what is held then stands as used.
+/// A limiter that prefetches quota from the limiter inside. Clones share the quota. Dropping the last one stops the
+/// background task; the quota that it holds counts as used.
 pub struct QuotaPrefetch<L> {
     inner: Arc<Inner<L>>,
-    /// `None` when nothing is taken ahead.
+    /// `None` if nothing is prefetched.
     worker: Option<Arc<Worker>>,
 }
 
-/// The background task; ends with its owner.
+/// The background task. Dropping it stops the task.
 struct Worker(JoinHandle<()>);
 
-/// What is taken ahead.
+/// The prefetched quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Status {
     /// Units held now, by kind.
     pub held: [u64; Kind::COUNT],
-    /// Scopes of calls so far that were decided from quota.
+    /// Scopes of calls that were decided from quota.
     pub decided: u64,
 }
 
@@ -82,20 +83,17 @@ struct Inner<L> {
     decided: AtomicU64,
 }
 
-#[derive(Default)]
+/// The parts of an admission that came from quota.
+type Prefetched = SmallVec<[Taken; 2]>;
+
 struct State {
     quotas: HashMap<Key, Quota>,
+    /// Admissions of which a part came from quota that is not settled.
     open: HashMap<ReservationId, Prefetched>,
-    ended: VecDeque<ReservationId>,
-    /// The store's time, and when it was that, for decisions the store is not asked about.
+    /// The same after the settlement of that part, so that a second settlement is recognised.
+    ended: RecentMap<ReservationId, Prefetched>,
+    /// The store's time and when it was read, for decisions without the store.
     clock: Option<(u64, Instant)>,
-}
-
-/// An admission of which a part came from quota.
-#[derive(Debug, Clone)]
-struct Prefetched {
-    took: SmallVec<[Taken; 2]>,
-    stage: Stage,
 }
 
 #[derive(Debug, Clone)]
@@ -105,38 +103,28 @@ struct Taken {
     until: Instant,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Open,
-    /// The part of the quota is settled.
-    Settled,
+impl Default for State {
+    fn default() -> Self {
+        let ended = RecentMap::new(ENDED_MAX, Duration::MAX);
+        Self { quotas: HashMap::new(), open: HashMap::new(), ended, clock: None }
+    }
 }
 
 impl State {
-    /// The store's time, as far as it is known.
+    /// The store's time as far as it is known.
     fn clock(&self, now: Instant) -> u64 {
         self.clock.map_or(0, |(us, at)| us + now.saturating_duration_since(at).as_micros() as u64)
     }
 
-    /// `used` was used in place of what was taken.
+    /// Settles a part of an admission: `used` units replace those that were taken.
     fn settle(&mut self, took: &Taken, scope: Option<&ScopeLimits>, used: &Units) {
         if let Some(quota) = self.quotas.get_mut(&took.record) {
             quota.settle(&took.units, used);
         } else if let Some(scope) = scope {
-            // Forgotten by now, since nobody else was under this limit for long.
+            // The quota was forgotten, because nobody asked for this limit for long.
             let mut quota = Quota::new(scope, Instant::now());
             quota.settle(&took.units, used);
             self.quotas.insert(took.record.clone(), quota);
-        }
-    }
-
-    /// Recognises a second settlement, for a while.
-    fn remember_ended(&mut self, id: ReservationId) {
-        self.ended.push_back(id);
-        if self.ended.len() > ENDED_MAX
-            && let Some(oldest) = self.ended.pop_front()
-        {
-            self.open.remove(&oldest);
         }
     }
 }
@@ -156,18 +144,18 @@ impl<L: Limiter + 'static> QuotaPrefetch<L> {
         prefetch
     }
 
-    /// Asks the limiter inside for every decision.
+    /// A layer that asks the limiter inside for every decision.
     pub fn off(store: L) -> Self {
         let inner = Arc::new(Inner { store, state: Mutex::default(), decided: AtomicU64::new(0) });
         Self { inner, worker: None }
     }
 
-    /// The limiter inside.
+    /// The limiter inside this layer.
     pub fn store(&self) -> &L {
         &self.inner.store
     }
 
-    /// How it stands.
+    /// The quota held now.
     pub fn status(&self) -> Status {
         let now = Instant::now();
         let state = self.inner.state();
@@ -178,7 +166,7 @@ impl<L: Limiter + 'static> QuotaPrefetch<L> {
         Status { held, decided: self.inner.decided.load(Ordering::Relaxed) }
     }
 
-    /// Reports to the store what was settled so far; for the end of a process.
+    /// Reports all settlements to the store, at the end of a process.
     pub async fn flush(&self) {
         self.inner.report().await;
     }
@@ -208,13 +196,13 @@ fn has_quota(scope: &ScopeLimits) -> bool {
         && scope.buckets.iter().any(Option::is_some)
 }
 
-/// The scope without its buckets, if anything is left of it.
+/// The scope without its buckets; `None` if it has no other limit.
 fn rest_of(scope: &ScopeLimits) -> Option<ScopeLimits> {
     scope.concurrency?;
     Some(ScopeLimits { buckets: [None; Kind::COUNT], ..scope.clone() })
 }
 
-/// What is asked of the store for a call of which these records' buckets are decided here.
+/// The scopes that the store is asked about. Buckets of the given records are decided from quota.
 fn rest(scopes: &[ScopeLimits], took: &[Taken]) -> Scopes {
     let here = |scope: &ScopeLimits| took.iter().any(|took| took.record == scope.record);
     scopes.iter().filter_map(|scope| if here(scope) { rest_of(scope) } else { Some(scope.clone()) }).collect()
@@ -235,15 +223,15 @@ impl<L: Limiter + 'static> Inner<L> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes from quota what can be; the scopes that want more chunks are seen to in the background.
+    /// Takes quota for a call where there is enough. Scopes that need more chunks are fetched in the background.
     fn draw(self: &Arc<Self>, call: &Acquire) -> Option<Prefetched> {
         let now = Instant::now();
         let mut state = self.state();
-        if let Some(known) = state.open.get(&call.id) {
+        if let Some(known) = state.open.get(&call.id).or_else(|| state.ended.get(&call.id, now)) {
             return Some(known.clone());
         }
         let room = state.open.len() < OPEN_MAX;
-        let mut took: SmallVec<[Taken; 2]> = SmallVec::new();
+        let mut took = Prefetched::new();
         for scope in call.scopes.iter().filter(|scope| has_quota(scope)) {
             if !state.quotas.contains_key(&scope.record) {
                 if state.quotas.len() >= SCOPES_MAX {
@@ -258,16 +246,15 @@ impl<L: Limiter + 'static> Inner<L> {
                 took.push(Taken { record: scope.record.clone(), units, until });
             }
             if let Some((charges, units)) = quota.want(now) {
-                // Bounded: one per scope, and each by the store's deadline.
+                // Bounded: one task per scope, each with the deadline of the store.
                 tokio::spawn(self.clone().fetch(scope.record.clone(), charges, units));
             }
         }
         if took.is_empty() {
             return None;
         }
-        let prefetched = Prefetched { took, stage: Stage::Open };
-        state.open.insert(call.id, prefetched.clone());
-        Some(prefetched)
+        state.open.insert(call.id, took.clone());
+        Some(took)
     }
 
     async fn fetch(self: Arc<Self>, record: Key, charges: Vec<Charge>, units: Units) {
@@ -288,18 +275,18 @@ impl<L: Limiter + 'static> Inner<L> {
         }
     }
 
-    /// Nothing of this admission was or will be used.
+    /// Puts back the quota of an admission that will not use it.
     fn put_back(&self, id: ReservationId) {
         let mut state = self.state();
-        let Some(prefetched) = state.open.remove(&id) else { return };
-        for took in &prefetched.took {
+        let Some(all_taken) = state.open.remove(&id) else { return };
+        for took in &all_taken {
             if let Some(quota) = state.quotas.get_mut(&took.record) {
                 quota.put_back(&took.units, took.until);
             }
         }
     }
 
-    /// The whole answer, of what the store said about the rest of the call.
+    /// The full answer, from the store's decision on the rest of the call.
     fn full(&self, call: &Acquire, took: &[Taken], of_rest: Option<Decision>) -> Decision {
         let now = Instant::now();
         let state = self.state();
@@ -313,19 +300,20 @@ impl<L: Limiter + 'static> Inner<L> {
         decision
     }
 
-    /// Settles the part of a reservation that came from quota: what it took, and whether this is its first settlement.
-    /// `None` when all of it is the store's.
-    fn settle_quota(&self, call: &Settle) -> Option<(SmallVec<[Taken; 2]>, bool)> {
-        let mut state = self.state();
-        let prefetched = state.open.get_mut(&call.id)?;
-        let first = std::mem::replace(&mut prefetched.stage, Stage::Settled) == Stage::Open;
-        let took = prefetched.took.clone();
-        for took in took.iter().filter(|_| first) {
+    /// Settles the part of a reservation that came from quota. Returns that part, and whether this is its first
+    /// settlement; `None` if no part came from quota.
+    fn settle_quota(&self, call: &Settle) -> Option<(Prefetched, bool)> {
+        let (mut state, now) = (self.state(), Instant::now());
+        let Some(all_taken) = state.open.remove(&call.id) else {
+            return state.ended.get(&call.id, now).map(|all_taken| (all_taken.clone(), false));
+        };
+        for took in &all_taken {
             let scope = call.scopes.iter().find(|scope| scope.record == took.record);
             let used = scope.map_or(took.units, |scope| units(scope, spent(&call.actual)));
             state.settle(took, scope, &used);
         }
-        Some((took, first))
+        state.ended.insert(call.id, all_taken.clone(), now);
+        Some((all_taken, true))
     }
 
     async fn report(&self) {
@@ -348,7 +336,7 @@ impl<L: Limiter + 'static> Inner<L> {
     }
 }
 
-/// Every limit in its place: of the store where it was asked, of quota where that decided.
+/// All limits in order: from the store if it was asked, else from quota.
 fn full_limits(
     state: &State,
     scopes: &[ScopeLimits],
@@ -378,24 +366,24 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
             return inner.store.acquire(call).await;
         }
         checks::check_acquire(call)?;
-        let Some(prefetched) = inner.draw(call) else { return inner.store.acquire(call).await };
-        inner.decided.fetch_add(prefetched.took.len() as u64, Ordering::Relaxed);
-        let scopes = rest(&call.scopes, &prefetched.took);
+        let Some(took) = inner.draw(call) else { return inner.store.acquire(call).await };
+        inner.decided.fetch_add(took.len() as u64, Ordering::Relaxed);
+        let scopes = rest(&call.scopes, &took);
         if scopes.is_empty() && call.candidates.is_empty() {
-            return Ok(inner.full(call, &prefetched.took, None));
+            return Ok(inner.full(call, &took, None));
         }
-        // On the heap: futures that hold a call each would grow with every layer.
+        // On the heap, because the futures of all layers would hold a call each.
         let part = Box::new(Acquire { scopes, ..call.clone() });
         match inner.store.acquire(&part).await {
             Ok(decision) => {
-                let full = inner.full(call, &prefetched.took, Some(decision));
+                let full = inner.full(call, &took, Some(decision));
                 if !matches!(full.outcome, Outcome::Granted { .. }) {
                     inner.put_back(call.id);
                 }
                 Ok(full)
             }
             Err(error) => {
-                // Of unknown outcome: its caller settles it, or asks again, under the same id.
+                // Of an unknown outcome the caller settles the id or asks again under it.
                 if error.trouble() != Trouble::Unknown {
                     inner.put_back(call.id);
                 }
@@ -410,7 +398,7 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
         let scopes = rest(&call.scopes, &took);
         let alone = scopes.is_empty() && call.slot.is_none();
         let mut settled = Settled { applied: first, limits: Vec::new(), now_us: 0 };
-        // Usage is the store's also where nothing else is: it recognises the id.
+        // Usage is always the store's, which recognises the id.
         if !alone || call.usage.is_some() {
             let part = Box::new(Settle { scopes, ..call.clone() });
             let of_rest = inner.store.settle(&part).await?;
@@ -423,11 +411,9 @@ impl<L: Limiter + 'static> Limiter for QuotaPrefetch<L> {
             settled.now_us = state.clock(Instant::now());
         }
         settled.limits = full_limits(&state, &call.scopes, &took, &settled.limits, Instant::now());
-        // What the store knows nothing of is remembered here, so that a second settlement is recognised.
-        match (alone, first) {
-            (true, true) => state.remember_ended(call.id),
-            (true, false) => {}
-            (false, _) => drop(state.open.remove(&call.id)),
+        // If the store settles a part, it recognises a second settlement.
+        if !alone {
+            state.ended.remove(&call.id);
         }
         Ok(settled)
     }

@@ -1,12 +1,12 @@
-//! Waiting for a limit instead of being refused at once.
+//! Queues: requests wait for a limit or a slot instead of being refused at once.
 //!
-//! A refused call stands in the queue of what refused it: a scope's buckets, its concurrency, or the slots of some
-//! backends. Only the head of a queue asks again: at the time the limiter named, at once when something was given
-//! back in this process ([`Waiting::released`]), and for leases, whose end nobody can name, every few milliseconds.
-//! A call that could not be served in time is refused at once, with the time at which it would fit.
+//! A refused call joins the queue of what refused it: the buckets of a scope, its concurrency, or the slots of backends. Only
+//! the head of a queue asks again: at the time that the limiter returned, at once when something is given back in this
+//! process ([`Waiting::released`]), and for leases, whose end is unknown, every few milliseconds. A call that cannot be
+//! admitted in time is refused at once, with the time at which it would fit.
 //!
-//! Waiters hold nothing: dropping the future leaves the queue, and whatever the dropped ask may have been granted is
-//! the caller's to cancel by the call's id.
+//! Waiting requests hold nothing. Dropping the future leaves the queue; the caller cancels by the call's id what a dropped
+//! call may have been granted.
 
 mod acquire;
 #[cfg(test)]

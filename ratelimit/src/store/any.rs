@@ -1,4 +1,4 @@
-//! Either store, chosen at start.
+//! A store of either kind, chosen when the process starts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,21 +14,21 @@ use crate::model::usage::UsageLines;
 use crate::store::memory::MemoryLimiter;
 use crate::store::redis::RedisLimiter;
 
-/// A store that is known only at run time. Clones share it.
+/// A store whose kind is known at run time. Clones share it.
 #[derive(Debug, Clone)]
 pub enum AnyLimiter {
-    /// Inside this process.
+    /// Memory of this process.
     Memory(Arc<MemoryLimiter>),
-    /// Shared through Redis.
+    /// Redis.
     Redis(Arc<RedisLimiter>),
 }
 
 impl AnyLimiter {
-    /// Admissions and settlements so far that travelled to the store with another one.
-    pub fn merged_calls(&self) -> u64 {
+    /// Admissions and settlements that shared a script call with others.
+    pub fn coalesced_calls(&self) -> u64 {
         match self {
             AnyLimiter::Memory(_) => 0,
-            AnyLimiter::Redis(limiter) => limiter.merged_calls(),
+            AnyLimiter::Redis(limiter) => limiter.coalesced_calls(),
         }
     }
 }

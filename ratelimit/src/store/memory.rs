@@ -1,7 +1,7 @@
 //! The limiter inside one process: for a single node, for tests, and for the local share when Redis is away.
 //!
-//! One short lock guards everything, which makes every call atomic. Time is tokio's, so tests can pause it.
-//! What has expired is seen as absent at once and removed a few entries per call, so no call pays for a crowd.
+//! One short lock guards the whole state, so every call is atomic. Time is tokio's clock, which tests can pause.
+//! Expired entries count as absent at once and are removed a few per call, so that no call pays for all of them.
 
 mod charge;
 mod leases;
@@ -40,14 +40,15 @@ impl Default for MemoryLimiter {
 }
 
 impl MemoryLimiter {
-    /// Every bucket state empty. Its time starts at zero now.
+    /// Creates a limiter whose buckets are empty and whose time starts at zero.
     pub fn new() -> Self {
         Self { epoch: Instant::now(), state: Mutex::default() }
     }
 
-    /// The state, swept a little, and the time of the call: taken under the lock, so it never runs backwards.
+    /// Locks the state, removes a few expired entries and returns the time of the call. The time is read under the
+    /// lock, so it never runs backwards.
     fn enter(&self) -> (MutexGuard<'_, State>, u64) {
-        // Every change is complete before anything can panic, so a poisoned lock still guards a whole state.
+        // Every change is complete before anything can panic, so a poisoned lock guards a consistent state.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = u64::try_from(self.epoch.elapsed().as_micros()).unwrap_or(u64::MAX);
         state.sweep(now);
@@ -55,9 +56,9 @@ impl MemoryLimiter {
     }
 }
 
-/// The calls without a promise in between: what the local share uses under a lock of its own.
+/// The calls without futures. The local share makes them under a lock of its own.
 impl MemoryLimiter {
-    /// Like [`MemoryLimiter::new`], with time counted from this moment.
+    /// Like [`MemoryLimiter::new`], with time counted from `epoch`.
     pub(crate) fn since(epoch: Instant) -> Self {
         Self { epoch, state: Mutex::default() }
     }
@@ -86,14 +87,14 @@ impl MemoryLimiter {
         Ok(state.settle(call, now))
     }
 
-    /// Takes a grant back as if it had been refused: the same id may be decided again.
+    /// Undoes a grant as if the call had been refused. The id may be decided again.
     pub(crate) fn take_back(&self, call: &Settle) {
         let (mut state, now) = self.enter();
         state.settle(call, now);
         state.forget_reservation(&Key::reservation_of(&call.scopes, call.id));
     }
 
-    /// False when a lease was lost.
+    /// Returns false if a lease was lost.
     pub(crate) fn extend(&self, renewal: &Renewal, lease_ttl: Duration) -> bool {
         let (mut state, now) = self.enter();
         state.renew(renewal, lease_ttl, now)
@@ -121,20 +122,21 @@ impl MemoryLimiter {
         state.bucket_states(record, now)
     }
 
-    /// Puts bucket states in place of what a record held.
+    /// Replaces the bucket states of a record.
     pub(crate) fn put_bucket_states(&self, scope: &ScopeLimits, bucket_states: [BucketState; Kind::COUNT]) {
         let (mut state, now) = self.enter();
         state.write_record(&scope.record, &checks::lines(scope, |_, _| 0.0), bucket_states, now);
     }
 
-    /// Whether a candidate has room for a lease of `id`. Of its bound nothing is known without the others.
+    /// Whether a candidate has room for a lease of `id`. A bound over several candidates is ignored, because the
+    /// others are unknown here.
     pub(crate) fn has_room(&self, id: ReservationId, candidate: &Candidate) -> bool {
         let (mut state, now) = self.enter();
         let unbound = Candidate { bound: None, ..candidate.clone() };
         state.free_slot(std::slice::from_ref(&unbound), Some(id), now).is_some()
     }
 
-    /// Holds leases that are already held elsewhere, whatever the limit says.
+    /// Takes leases that are held elsewhere already, even above the maximum.
     pub(crate) fn hold(&self, id: ReservationId, leases: &[Key], life: Duration) {
         let (mut state, now) = self.enter();
         for key in leases {
@@ -142,7 +144,7 @@ impl MemoryLimiter {
         }
     }
 
-    /// What a reservation charged, micro-units by record.
+    /// The charges of a reservation, in micro-units by record.
     pub(crate) fn charged(
         &self,
         scopes: &[ScopeLimits],

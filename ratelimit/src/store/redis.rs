@@ -1,12 +1,11 @@
-//! The limiter in Redis: each call is one script, run where the data is.
+//! The limiter in Redis: each call is one script, which runs in the server.
 //!
-//! A call goes to one of a few multiplexed connections; whatever waits on a connection travels
-//! together, so callers pipeline each other without knowing. Scripts go by hash; a server that forgot them
-//! (restart, failover, flush) is sent the text once, by the call that noticed. Admissions, and settlements, under the
-//! same limits are merged into one call where they would queue up. Every call has a deadline, after
-//! which its outcome is unknown; ids make a retry harmless.
+//! Calls share a few multiplexed connections, which pipeline whatever waits. Scripts are called by hash. A server
+//! that does not know a script (after a restart, a failover or a flush) gets its text once, from the call that found
+//! out. Admissions, and settlements, under the same limits are coalesced into one call where they would queue up.
+//! Every call has a deadline, after which its outcome is unknown; ids make a retry harmless.
 //!
-//! Needs Redis 7: scripts that free or credit are flagged to run even when memory is full.
+//! Needs Redis 7: scripts that free or credit carry a flag that lets them run when memory is full.
 
 mod batch;
 mod calls;

@@ -387,7 +387,7 @@ async fn limits_hold_when_the_store_comes_and_goes() {
     }
 }
 
-/// It would be the ninth; how long that may last is told with the refusal.
+/// It would be the ninth lease. The refusal tells how long that may last.
 #[tokio::test(start_paused = true)]
 async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease() {
     let scene = Scene::new();
@@ -416,7 +416,7 @@ async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease(
     );
 }
 
-/// Who waits asks again under its id.
+/// A waiting call asks again under its id.
 #[tokio::test(start_paused = true)]
 async fn what_the_store_refuses_while_a_gateway_joins_is_decided_anew_when_asked_again() {
     let scene = Scene::new();
@@ -453,7 +453,7 @@ async fn what_the_store_refuses_while_a_gateway_joins_is_decided_anew_when_asked
     assert!(ask(3, &last).await);
 }
 
-/// It has nothing to find the outage out with, and would otherwise be the first to ask.
+/// A gateway without traffic cannot detect the outage by its calls, and would otherwise be the first to ask.
 #[tokio::test(start_paused = true)]
 async fn a_gateway_without_traffic_finds_out_too() {
     for seed in 0..SEEDS {
@@ -474,7 +474,7 @@ async fn a_gateway_without_traffic_finds_out_too() {
     }
 }
 
-/// Parts of units drain before the store is told; what is left of them counts.
+/// Fractions of a unit drain before they are reported. The rest counts.
 #[tokio::test(start_paused = true)]
 async fn a_slow_limit_that_is_first_used_in_an_outage_holds() {
     for seed in 0..SEEDS {
@@ -487,7 +487,7 @@ async fn a_slow_limit_that_is_first_used_in_an_outage_holds() {
     }
 }
 
-/// Two backends of eight, asked of from the middle of an outage on until long after it.
+/// Two of eight backends, which are asked for from the middle of an outage until long after it.
 #[tokio::test(start_paused = true)]
 async fn slots_of_backends_hold_when_the_store_is_back() {
     for seed in 0..SEEDS {

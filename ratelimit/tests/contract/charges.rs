@@ -136,7 +136,7 @@ pub(crate) async fn broken_charges_are_refused(world: World) {
     assert!(make(&world, &[huge]).await.0);
 }
 
-/// Time plays no part where nothing drains, so both stores must say the same to the last bit.
+/// Time does not matter to buckets that never drain, so both stores must agree to the last bit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_and_redis_agree_on_random_charges() {
     let (memory, redis) = (World::memory(), World::redis().await);

@@ -52,7 +52,7 @@ async fn migrate(cluster: &Cluster, slot: u16, to: usize) {
     }
 }
 
-/// Exactly the limit, by any of four clients, while its slot goes to another server.
+/// Four clients get exactly the limit while its hash slot moves to another server.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_moves_under_load_admits_exactly_the_limit() {
     let cluster = Arc::new(Cluster::start().await);
@@ -88,7 +88,7 @@ async fn a_slot_that_moves_under_load_admits_exactly_the_limit() {
     assert_eq!(tasks.join_all().await.into_iter().sum::<usize>(), 300);
 }
 
-/// A refusal in one slot leaves nothing in the others.
+/// A refusal in one hash slot leaves nothing in the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refusal_in_a_later_slot_is_compensated_exactly() {
     let cluster = Arc::new(Cluster::start().await);
@@ -122,7 +122,7 @@ async fn changes(cluster: &Cluster) -> u64 {
     sum
 }
 
-/// Nobody is refused by the charge of a request that is refused itself.
+/// No request is refused because of the charge of a refused request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_refused_lately_refuses_before_anything_is_charged() {
     let cluster = Arc::new(Cluster::start().await);
@@ -154,7 +154,7 @@ async fn who_refused_lately_refuses_before_anything_is_charged() {
     assert_eq!(stand, [0, 94]);
 }
 
-/// The primary is stopped for good; Sentinel makes its replica the primary.
+/// The primary stops for good, and Sentinel makes its replica the primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_by_sentinel_is_followed() {
     // Replication leaves a dump, which a server started in the same folder would load.
@@ -216,7 +216,7 @@ async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     panic!("never: {what}");
 }
 
-/// `cold_start: strict`: a store that comes back empty hands out no second burst.
+/// `cold_start: strict`: a store that returns empty grants no second burst.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_data_set_hands_out_no_burst_when_strict() {
     let mut server = Server::start().await;

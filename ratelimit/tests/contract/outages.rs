@@ -163,7 +163,7 @@ async fn nobody_there_is_unreachable_and_a_mute_server_a_timeout() {
     accepting.abort();
 }
 
-/// A stopped server keeps its data: what was used before, during and after must fit the limit once.
+/// A stopped server keeps its data: usage before, during and after the outage must fit the limit once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_admits_what_was_left_and_its_end_no_second_burst() {
     let server = Server::start().await;
@@ -294,7 +294,7 @@ async fn free_slots(server: &Server, scopes: &Scopes) -> u64 {
     server.limiter().await.peek(scopes).await.expect("peek")[0].remaining
 }
 
-/// Nobody asks and nobody renews: the loss is found all the same.
+/// The data loss is found although no process asks or renews.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leases_of_a_lost_data_set_are_counted_again() {
     let server = Server::start().await;
@@ -308,7 +308,7 @@ async fn leases_of_a_lost_data_set_are_counted_again() {
     }
 }
 
-/// A store that is back empty before three calls have failed is no outage by its errors.
+/// A store that returns empty before three calls have failed shows no outage by its errors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_back_empty_at_once_lets_nobody_in_beside_what_is_in_flight() {
     let mut server = Server::start().await;
@@ -387,7 +387,7 @@ async fn one_broken_record_is_no_outage() {
     assert_eq!((gateway.status().phase, gateway.status().opened), (Phase::Closed, 0));
 }
 
-/// Usage of what was decided, settled or both while the store was away is in its account afterwards, once.
+/// Usage that was decided, settled or both during the outage is in the usage record afterwards, once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn usage_of_an_outage_is_told_once() {
     let server = Server::start().await;
@@ -434,7 +434,7 @@ async fn usage_of_an_outage_is_told_once() {
     assert_eq!((gateway.status().pending, gateway.status().lost), (0, 0));
 }
 
-/// What probes take: a slot that no settlement ends.
+/// A slot of a probe, which no settlement ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_without_a_request_is_a_share_in_an_outage_and_leaves_nothing_behind() {
     let server = Server::start().await;

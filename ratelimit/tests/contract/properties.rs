@@ -340,7 +340,7 @@ fn real() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime")
 }
 
-/// With steps of its clock up to nine seconds, in which leases run out and records are forgotten.
+/// With clock steps of up to nine seconds, in which leases expire and records are removed.
 #[test]
 fn memory_is_the_model() {
     run(&paused(), 400, a_case(9_000_000), async |case| {

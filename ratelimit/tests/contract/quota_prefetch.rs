@@ -46,8 +46,8 @@ fn nothing_is_held(processes: &[QuotaPrefetch<AnyLimiter>]) {
     assert!(processes.iter().all(|process| process.status().held == [0; Kind::COUNT]));
 }
 
-/// Four processes ask at once for more than there is: what is not set aside is admitted, to the request, whatever was
-/// taken ahead by whom and given back.
+/// Four processes ask at once for more than the capacity: exactly the part that is not set aside is admitted,
+/// whichever process prefetched and gave back quota.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exactly_the_limit_by_four_processes_that_take_ahead() {
     let server = Server::start().await;
@@ -59,8 +59,8 @@ async fn exactly_the_limit_by_four_processes_that_take_ahead() {
     nothing_is_held(&processes);
 }
 
-/// The same where the limit's two bucket states share a slot and the tenant's limit is in another one, which asks for each
-/// request.
+/// The same where the two bucket states of the limit share a hash slot and the tenant's limit is in another one,
+/// which asks for each request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exactly_the_limit_on_a_cluster() {
     let cluster = Cluster::start().await;

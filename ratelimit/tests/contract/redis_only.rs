@@ -39,7 +39,7 @@ async fn a_restart_is_survived_and_its_errors_are_told() {
         assert!(matches!(error, Error::Unreachable(_) | Error::Timeout(_) | Error::Lost), "{error:?}");
     }
     server.restart().await;
-    // Every lane must come back, so several calls in a row.
+    // Every connection must come back, so several calls in a row.
     let mut in_a_row = 0;
     while in_a_row < 4 {
         match limiter.acquire(&call(still(500))).await {
@@ -149,7 +149,7 @@ async fn nothing_stays_behind() {
     }
 }
 
-/// Same bits from the script's arithmetic as from ours, also where products were rounded.
+/// The script's arithmetic gives the same bits as ours, also where products are rounded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lua_and_rust_give_the_same_bits() {
     const TAIL: &str = "
@@ -186,7 +186,7 @@ async fn lua_and_rust_give_the_same_bits() {
     assert_eq!(got, expected);
 }
 
-/// What a version before this one has written is read, and written anew in the present form.
+/// Records of an earlier version are read, and written in the present form.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn records_and_reservations_of_version_one_are_read() {
     let world = World::redis().await;
@@ -224,9 +224,9 @@ async fn records_and_reservations_of_version_one_are_read() {
     stand("and of the new one", [60, 2]).await;
 }
 
-/// Many at once under the same limits travel together; each gets the answer it would have got alone, in its turn.
+/// Concurrent calls under the same limits are coalesced. Each gets the answer of a single call, in order.
 #[tokio::test]
-async fn merged_calls_are_decided_one_after_the_other() {
+async fn coalesced_calls_are_decided_one_after_the_other() {
     let world = World::redis().await;
     let options =
         RedisOptions { deadline: Duration::from_secs(10), connections: 1, ..RedisOptions::default() };
@@ -248,7 +248,7 @@ async fn merged_calls_are_decided_one_after_the_other() {
     let mut raw = world.server().raw().await;
     ::redis::cmd("CLIENT").arg("PAUSE").arg(100).exec_async(&mut raw).await.expect("pause");
     let merged = futures_util::future::join_all(calls.iter().map(|call| merging.acquire(call))).await;
-    assert!(merging.merged_calls() > 100, "{}", merging.merged_calls());
+    assert!(merging.coalesced_calls() > 100, "{}", merging.coalesced_calls());
     let outcome = |decision: &Decision| match decision.outcome {
         Outcome::NoSlot { .. } => Outcome::NoSlot { wait: Duration::ZERO },
         Outcome::Limited { wait } => Outcome::Limited { wait: wait.map(|_| Duration::ZERO) },
@@ -281,9 +281,9 @@ async fn merged_calls_are_decided_one_after_the_other() {
             usage: None,
         })
         .collect();
-    let before = merging.merged_calls();
+    let before = merging.coalesced_calls();
     let settled = futures_util::future::join_all(ends.iter().map(|end| merging.settle(end))).await;
-    assert!(merging.merged_calls() > before);
+    assert!(merging.coalesced_calls() > before);
     for (end, settled) in ends.iter().zip(settled) {
         assert!(memory.limiter.settle(end).await.expect("settled").applied);
         assert!(settled.expect("settled").applied);

@@ -150,8 +150,8 @@ pub(crate) async fn credit_never_goes_below_empty(world: World) {
     assert!(!granted(&world.acquire(&tokens(frozen, 1)).await));
 }
 
-/// P10 of docs/pains.md: each settlement renewed the counter's expiry, so under steady traffic nothing was ever
-/// forgotten. Ten tokens a second are allowed and nine are used, for an hour.
+/// P10 of docs/pains.md: each settlement renewed the counter's expiry, so a counter under steady traffic never
+/// expired. Ten tokens per second are allowed and nine are used, for an hour.
 #[tokio::test(start_paused = true)]
 async fn p10_steady_traffic_does_not_keep_a_limit_used_up() {
     let world = World::memory();

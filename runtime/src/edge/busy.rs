@@ -1,4 +1,4 @@
-//! The body of an answer whose request counts as running for as long as the body is there.
+//! The body of an answer. Its request counts as running for as long as the body exists.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::connection::{Busy, Connection};
 
-/// Bytes of an HTTP/1 answer that hyper is given before the socket has taken some of them. hyper's own bound is that of a head,
-/// which it fills before it writes.
+/// Bytes of an HTTP/1 answer that hyper gets before the socket has taken some of them. hyper's own bound is that of a
+/// head, and it fills its buffer before it writes.
 const UNWRITTEN_BYTES_MAX: usize = 16 << 10;
-/// The body of an answer; its request runs for as long as it is there.
+/// The body of an answer; its request runs for as long as the body exists.
 #[derive(Debug)]
 pub struct BusyBody<B> {
     body: B,
-    /// Of HTTP/1, where one task drives the body and the socket.
+    /// Only for HTTP/1, where one task drives the body and the socket.
     unwritten: Option<Unwritten>,
     _busy: Option<Busy>,
 }
@@ -27,18 +27,18 @@ impl<B> BusyBody<B> {
         Self { body, unwritten: None, _busy: busy }
     }
 
-    /// A body of HTTP/1, polled only when the socket has taken what came before.
+    /// A body of HTTP/1. It is polled only when the socket has taken the bytes before.
     pub(super) const fn paced(body: B, busy: Busy, unwritten: Unwritten) -> Self {
         Self { body, unwritten: Some(unwritten), _busy: Some(busy) }
     }
 }
 
-/// What hyper was handed of an answer and has not written.
+/// The bytes of an answer that hyper got and has not written.
 #[derive(Debug)]
 pub(super) struct Unwritten {
     connection: Arc<Connection>,
     bytes: usize,
-    /// What the socket had taken when this count began.
+    /// The bytes that the socket had taken when this count began.
     written: u64,
 }
 
@@ -47,7 +47,7 @@ impl Unwritten {
         Self { bytes: 0, written: connection.written(), connection }
     }
 
-    /// Whether there is enough of it. hyper writes as soon as a body has nothing for it; where the socket takes nothing, its
+    /// Whether hyper has enough bytes. It writes as soon as a body is pending; if the socket takes nothing, its
     /// readiness wakes the task.
     fn is_enough(&mut self, cx: &Context<'_>) -> bool {
         if self.bytes < UNWRITTEN_BYTES_MAX {

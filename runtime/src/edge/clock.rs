@@ -8,12 +8,12 @@ use std::time::Duration;
 use futures_util::task::AtomicWaker;
 use tokio::time::Instant;
 
-/// No time at all.
+/// A time that never comes.
 pub(super) const NEVER: u64 = u64::MAX;
 
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-/// Milliseconds since the process began to count.
+/// Milliseconds since the first use.
 pub(super) fn now_ms() -> u64 {
     millis(Instant::now().saturating_duration_since(*EPOCH))
 }
@@ -26,18 +26,18 @@ pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(NEVER)
 }
 
-/// The clock of one request, which runs whether or not anybody polls its body: a client that takes nothing of an HTTP/2
+/// The clock of one request. It runs whether or not the body is polled: a client that takes nothing of an HTTP/2
 /// stream keeps hyper from polling.
 #[derive(Debug)]
 pub struct RequestClock {
-    /// When the request is cut.
+    /// The time at which the request is cut.
     cut_at: AtomicU64,
     cut: AtomicBool,
-    /// Set at the end of a drain: the body may still say a last word.
+    /// Set at the end of a drain: the body may still write its last event.
     ending: AtomicBool,
-    /// Who drives the request.
+    /// The task that drives the request.
     driver: AtomicWaker,
-    /// Who produces its answer.
+    /// The task that produces the answer.
     producer: AtomicWaker,
 }
 
@@ -54,18 +54,18 @@ impl Default for RequestClock {
 }
 
 impl RequestClock {
-    /// Cuts the request at this time, unless it is moved before: everything the request holds is dropped.
+    /// Cuts the request at this time unless the time is changed before. Everything that the request holds is dropped.
     pub fn cut_at(&self, at: Instant) {
-        // Relaxed: the sweep needs no other write to be visible with it.
+        // Relaxed: the sweep does not need to see other writes with this one.
         self.cut_at.store(ms_of(at), Ordering::Relaxed);
     }
 
-    /// No time limit any more.
+    /// Removes the time limit.
     pub fn stop(&self) {
         self.cut_at.store(NEVER, Ordering::Relaxed);
     }
 
-    /// Whether the process ends and the answer must end now, with a last word. Wakes the caller when that becomes so.
+    /// Whether the process ends and the answer must end now, with its last event. Wakes the caller when that changes.
     pub fn poll_ending(&self, cx: &Context<'_>) -> bool {
         self.producer.register(cx.waker());
         self.ending.load(Ordering::Acquire)
@@ -75,7 +75,7 @@ impl RequestClock {
         self.cut.load(Ordering::Acquire)
     }
 
-    /// Whether it was cut. Wakes the caller when that becomes so.
+    /// Whether the request was cut. Wakes the caller when that changes.
     pub(super) fn poll_cut(&self, cx: &Context<'_>) -> bool {
         self.driver.register(cx.waker());
         self.cut.load(Ordering::Acquire)

@@ -1,8 +1,8 @@
-//! One open connection: what it may cost, whether a request of it runs, and the clocks that end it.
+//! One open connection: its bounds, its running requests, and the clocks that end it.
 //!
-//! A connection is *busy* while a request of it runs; only its client, a stalled write or the request's own clock ends it
-//! then. Otherwise it is *idle*, and has a time by which it must have sent the head of a request. Strangers, who have
-//! proven nothing, get less of that time.
+//! A connection is *busy* while one of its requests runs. Then only its client, a stalled write or the request's own
+//! clock ends it. Otherwise it is *idle* and must have sent the head of a request by a certain time. Strangers, whose
+//! requests have shown no valid key, get less time.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -14,41 +14,43 @@ use futures_util::task::AtomicWaker;
 
 use super::clock::{NEVER, RequestClock, millis, now_ms};
 
-/// While draining, a connection that has had no request yet is given so long for one.
+/// While draining, a connection without any request yet has this time for one.
 const NEW_GRACE: Duration = Duration::from_secs(3);
-/// What the connections of one listener may cost. Every time limit may be exceeded by a quarter of a second.
+/// An idle connection that is asked to close while its socket holds bytes has this time to become busy.
+const UNREAD_GRACE: Duration = Duration::from_secs(1);
+/// The bounds of the connections of one listener. Times may be exceeded by a quarter of a second.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Connections at once.
+    /// The maximum of connections.
     pub connections: usize,
-    /// Connections of one address at once; of one /64 with IPv6.
+    /// The maximum of connections of one address; with IPv6, of one /64.
     pub connections_per_address: usize,
-    /// From accept to the complete head of the first request, a TLS handshake included; and from the first byte of each
-    /// later head to its last.
+    /// The time from accept to the complete head of the first request, a TLS handshake included; and from the first
+    /// to the last byte of each later head.
     pub head: Duration,
-    /// Between two requests of a connection on which a request has proven who asks.
+    /// The longest time between two requests of a connection whose caller is identified.
     pub idle: Duration,
-    /// Between two requests of any other connection.
+    /// The longest time between two requests of any other connection.
     pub stranger_idle: Duration,
-    /// A peer that takes nothing of what is written for so long is cut.
+    /// The longest time for which a peer may take nothing of what is written.
     pub write_stall: Duration,
 }
 
 impl Bounds {
-    /// Of a port for operations: scrapers, probes and a few people.
+    /// The bounds of an operations port: scrapers, probes and a few people.
     pub const fn operations() -> Self {
         Self {
             connections: 1024,
             connections_per_address: 1024,
             head: Duration::from_secs(10),
-            // Scrapers keep their connection from one scrape to the next, and prove nothing.
+            // Scrapers keep their connection between two scrapes and are never identified.
             idle: Duration::from_secs(75),
             stranger_idle: Duration::from_secs(75),
             write_stall: Duration::from_secs(30),
         }
     }
 
-    /// Of a gRPC port: a fleet of gateways with two connections each, or as many proxies.
+    /// The bounds of a gRPC port: a fleet of gateways with two connections each, or as many proxies.
     pub const fn grpc() -> Self {
         Self {
             connections: 16_384,
@@ -62,17 +64,17 @@ impl Bounds {
     }
 }
 
-/// Why a connection or request ends that did not end by itself.
+/// Why a connection or a request was ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Cut {
-    /// Its head did not come in time.
+    /// Its head did not arrive in time.
     Head = 1,
-    /// No further request came in time.
+    /// No further request arrived in time.
     Idle = 2,
     /// The peer takes nothing.
     Stalled = 3,
-    /// Others needed its room.
+    /// It made room for others.
     Evicted = 4,
     /// The process ends.
     Drained = 5,
@@ -91,34 +93,36 @@ impl Cut {
     }
 }
 
-/// What is known of one open connection.
+/// The state of one open connection.
 #[derive(Debug)]
 pub struct Connection {
     peer: IpAddr,
     bounds: Bounds,
-    /// Requests that run.
+    /// The number of running requests.
     active: AtomicU32,
-    /// When the present idle time began.
+    /// The start of the current idle time.
     idle_since: AtomicU64,
-    /// When it must have become busy.
+    /// The time by which it must be busy.
     busy_by: AtomicU64,
-    /// Since when a write waits for the peer; [`NEVER`] when none does.
+    /// The time since which a write waits for the peer; [`NEVER`] if none waits.
     blocked_since: AtomicU64,
     /// Bytes that its socket has taken.
     written: AtomicU64,
-    /// Whether a request of it has proven who asks.
+    /// Whether the caller of one of its requests was identified.
     known: AtomicBool,
-    /// Whether there has been a request.
+    /// Whether there was a request.
     begun: AtomicBool,
-    /// Whether a head has begun, or the first one is awaited.
+    /// Whether a head has begun, or the first one is expected.
     in_head: AtomicBool,
     cut: AtomicU8,
-    /// Whether the process ends: no further request is wanted.
+    /// Whether the process ends, so that no further request is wanted.
     draining: AtomicBool,
-    /// Whether its driver closes it when asked to, instead of being cut.
+    /// Whether its driver closes it when asked to, and not its socket.
     closes_itself: AtomicBool,
-    /// Whether its driver is asked to close it, unless a request has come.
-    asked_to_close: AtomicBool,
+    /// Why it is asked to close, unless a request comes first: a [`Cut`], or zero if it is not asked.
+    asked_to_close: AtomicU8,
+    /// Whether it was left open in this idle time because its socket held bytes.
+    spared: AtomicBool,
     malformed: AtomicBool,
     driver: AtomicWaker,
     reader: AtomicWaker,
@@ -146,7 +150,8 @@ impl Connection {
             cut: AtomicU8::new(0),
             draining: AtomicBool::new(false),
             closes_itself: AtomicBool::new(false),
-            asked_to_close: AtomicBool::new(false),
+            asked_to_close: AtomicU8::new(0),
+            spared: AtomicBool::new(false),
             malformed: AtomicBool::new(false),
             driver: AtomicWaker::new(),
             reader: AtomicWaker::new(),
@@ -161,21 +166,29 @@ impl Connection {
         self.peer
     }
 
-    /// A request of it has proven who asks: it may be idle for longer, and goes after strangers when room is needed.
+    /// Records that the caller of a request is identified. The connection may be idle for longer, and is evicted
+    /// after strangers.
     pub fn trust(&self) {
-        // Loaded first: every request says so, and a store would take the cache line from other cores.
+        // Loaded first, because every request records this and a store would take the cache line from other cores.
         if !self.known.load(Ordering::Relaxed) {
             self.known.store(true, Ordering::Relaxed);
         }
     }
 
-    /// A request begins; it ends with the value.
+    /// Starts a request, which ends when the returned value is dropped.
     pub fn begin(self: &Arc<Self>) -> Busy {
         self.active.fetch_add(1, Ordering::AcqRel);
         if !self.begun.load(Ordering::Relaxed) {
             self.begun.store(true, Ordering::Relaxed);
         }
         self.busy_by.store(NEVER, Ordering::Relaxed);
+        if self.spared.load(Ordering::Relaxed) {
+            self.spared.store(false, Ordering::Relaxed);
+        }
+        // The request may be answered before the time at which the driver would close.
+        if self.is_asked_to_close() {
+            self.asked_to_close.store(0, Ordering::Release);
+        }
         Busy(Arc::clone(self))
     }
 
@@ -196,19 +209,23 @@ impl Connection {
         self.active.load(Ordering::Acquire) > 0
     }
 
-    /// Whether no request has run for so long, and nothing waits to be written.
+    /// Whether no request has run for this time and no write waits.
     pub(super) fn is_idle_for(&self, time: Duration) -> bool {
         let since = self.idle_since.load(Ordering::Relaxed);
-        // A client that has just connected may be about to ask.
+        // A client that has just connected may be about to send a request.
         let time = if self.begun.load(Ordering::Relaxed) { time } else { time.max(NEW_GRACE) };
         !self.is_busy() && !self.is_write_waiting() && now_ms().saturating_sub(since) >= millis(time)
     }
 
-    /// The first byte of a further head was read.
+    /// Records the first byte of a head. A further head has its whole time, even if it begins when the idle time is
+    /// nearly over.
     pub(super) fn head_began(&self) {
         let by = now_ms().saturating_add(millis(self.bounds.head));
-        self.in_head.store(true, Ordering::Relaxed);
-        self.busy_by.fetch_min(by, Ordering::Relaxed);
+        if self.in_head.swap(true, Ordering::Relaxed) {
+            self.busy_by.fetch_min(by, Ordering::Relaxed);
+        } else {
+            self.busy_by.store(by, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn write_waits(&self, waits: bool) {
@@ -250,7 +267,7 @@ impl Connection {
         self.was_cut()
     }
 
-    /// The head of a request broke the grammar.
+    /// Records that the head of a request broke the grammar.
     pub(super) fn malformed(&self) {
         self.malformed.store(true, Ordering::Relaxed);
     }
@@ -264,7 +281,7 @@ impl Connection {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Whether an HTTP/2 connection is to say that it ends; one that has had no request is still given an answer.
+    /// Whether an HTTP/2 connection must announce its end. One without any request yet gets an answer first.
     pub(super) fn ends(&self) -> bool {
         self.is_draining() && self.begun.load(Ordering::Relaxed)
     }
@@ -274,34 +291,80 @@ impl Connection {
         self.driver.wake();
     }
 
-    /// HTTP/1: nothing tells a client that its idle connection is about to close, so its driver first reads what has arrived.
+    /// From now on the driver closes the connection when it is idle, after it has read what has arrived.
     pub(super) fn closes_itself(&self) {
         self.closes_itself.store(true, Ordering::Release);
     }
 
-    /// Ends a connection that is idle because the process ends.
-    pub(super) fn close_idle(&self) {
-        if self.closes_itself.load(Ordering::Acquire) {
-            self.asked_to_close.store(true, Ordering::Release);
-            self.driver.wake();
-        } else {
-            self.cut(Cut::Drained);
+    /// Whether its socket must close it.
+    pub(super) fn is_closed_by_socket(&self) -> bool {
+        !self.closes_itself.load(Ordering::Acquire)
+    }
+
+    /// Ends an idle connection, unless its socket holds an unread request: its client could not know of the end, and
+    /// the request would be lost. The task that reads the socket checks it last.
+    pub(super) fn ask_to_close(&self, why: Cut) {
+        if self.is_write_waiting() {
+            // The reader may wait for the writer.
+            return self.cut(why);
+        }
+        self.asked_to_close.store(why as u8, Ordering::Release);
+        for waker in [&self.driver, &self.reader] {
+            waker.wake();
         }
     }
 
-    /// Whether [`close_idle`](Self::close_idle) has asked since the last call.
-    pub(super) fn was_asked_to_close(&self) -> bool {
-        self.asked_to_close.load(Ordering::Relaxed) && self.asked_to_close.swap(false, Ordering::AcqRel)
+    /// Whether it is asked to close and no request has begun since.
+    pub(super) fn is_asked_to_close(&self) -> bool {
+        self.asked_to_close.load(Ordering::Acquire) != 0
     }
 
-    /// Whether no request runs, no head has begun after an earlier request, and nothing waits to be written.
-    pub(super) fn is_at_rest(&self) -> bool {
+    /// Returns why it is asked to close, and takes the request to close back.
+    pub(super) fn take_asked_to_close(&self) -> Option<Cut> {
+        if !self.is_asked_to_close() {
+            return None;
+        }
+        Cut::of(self.asked_to_close.swap(0, Ordering::AcqRel))
+    }
+
+    /// Why it ends, cut or asked to close.
+    #[cfg(test)]
+    pub(super) fn ends_for(&self) -> Option<Cut> {
+        self.was_cut().or(Cut::of(self.asked_to_close.load(Ordering::Acquire)))
+    }
+
+    /// Whether it is open and not asked to close.
+    pub(super) fn stays(&self) -> bool {
+        !self.is_asked_to_close() && self.was_cut().is_none()
+    }
+
+    /// Whether it is left open for a moment because its socket holds unread bytes. Once in each idle time, since the
+    /// bytes need not be a request.
+    pub(super) fn is_spared(&self) -> bool {
+        if self.spared.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        self.busy_by.store(now_ms().saturating_add(millis(UNREAD_GRACE)), Ordering::Relaxed);
+        true
+    }
+
+    /// Whether an HTTP/2 client must still be told that its idle connection ends. While others need the room, only an
+    /// identified client is told.
+    pub(super) fn is_to_be_told(&self, why: Cut) -> bool {
+        let known = self.known.load(Ordering::Relaxed);
+        self.begun.load(Ordering::Relaxed) && !self.is_draining() && (known || why != Cut::Evicted)
+    }
+
+    /// Whether no request runs, no head has begun, and no write waits. If others need the room, the beginning of a
+    /// head does not count.
+    pub(super) fn is_at_rest(&self, why: Cut) -> bool {
         let in_later_head = self.begun.load(Ordering::Relaxed) && self.in_head.load(Ordering::Relaxed);
-        !self.is_busy() && !in_later_head && !self.is_write_waiting()
+        !self.is_busy() && (!in_later_head || why == Cut::Evicted) && !self.is_write_waiting()
     }
 
-    /// What a peer still sends is read for so long, so that it reads the answer it was given.
+    /// After its driver has ended, reads what the peer still sends for this time, so that the peer reads the answer.
     pub(super) fn lingers(&self, time: Duration) {
+        self.closes_itself.store(false, Ordering::Release);
         self.busy_by.store(now_ms().saturating_add(millis(time)), Ordering::Relaxed);
     }
 
@@ -313,7 +376,7 @@ impl Connection {
         self.writer.register(waker);
     }
 
-    /// A stream of HTTP/2 opens.
+    /// Adds the clock of an HTTP/2 stream.
     pub(super) fn stream(self: &Arc<Self>) -> Stream {
         let clock = Arc::<RequestClock>::default();
         lock(&self.streams).push(Arc::clone(&clock));
@@ -335,32 +398,27 @@ impl Connection {
         (self.known.load(Ordering::Relaxed), self.idle_since.load(Ordering::Relaxed))
     }
 
-    /// Ends what has run out of time; says what it was.
-    pub(super) fn sweep(&self, now: u64) -> Option<Cut> {
+    /// Ends what has run out of time. Returns whether that was a single request of the connection.
+    pub(super) fn sweep(&self, now: u64) -> bool {
         let stall = millis(self.bounds.write_stall);
-        let why = if self.blocked_since.load(Ordering::Relaxed).saturating_add(stall) <= now {
-            Some(Cut::Stalled)
-        } else if !self.is_busy() && self.busy_by.load(Ordering::Relaxed) <= now {
-            Some(if self.in_head.load(Ordering::Relaxed) { Cut::Head } else { Cut::Idle })
-        } else {
-            None
-        };
-        if let Some(why) = why {
-            let first = self.was_cut().is_none();
-            self.cut(why);
-            return first.then_some(why);
+        if self.blocked_since.load(Ordering::Relaxed).saturating_add(stall) <= now {
+            self.cut(Cut::Stalled);
+            return false;
         }
-        let mut stalled = None;
-        self.clocks(|clock| {
-            if clock.sweep(now) {
-                stalled = Some(Cut::Stalled);
+        if !self.is_busy() && self.busy_by.load(Ordering::Relaxed) <= now {
+            match self.in_head.load(Ordering::Relaxed) {
+                true => self.cut(Cut::Head),
+                false => self.ask_to_close(Cut::Idle),
             }
-        });
+            return false;
+        }
+        let mut stalled = false;
+        self.clocks(|clock| stalled |= clock.sweep(now));
         stalled
     }
 }
 
-/// A request that runs.
+/// A running request.
 #[derive(Debug)]
 pub struct Busy(Arc<Connection>);
 
@@ -370,7 +428,7 @@ impl Drop for Busy {
     }
 }
 
-/// A stream of HTTP/2 that is open.
+/// An open stream of HTTP/2.
 #[derive(Debug)]
 pub(super) struct Stream {
     connection: Arc<Connection>,

@@ -1,13 +1,13 @@
-//! File descriptors: how many the process may have, and how many of them strangers may take.
+//! File descriptors: the limit of the process, and the part of it that connections of strangers may take.
 
 use std::sync::LazyLock;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors that a process needs besides connections at the very least: listeners, the runtime, files, the control
-/// plane, Redis.
+/// Descriptors that a process needs besides connections at the very least: for listeners, the runtime, files, the
+/// control plane and Redis.
 const OWN_MIN: u64 = 64;
-/// More than that is not asked for: some systems refuse what they call unlimited.
+/// The highest limit that is asked for: some systems refuse one that they call unlimited.
 const WANTED_MAX: u64 = 1 << 20;
 
 static LIMIT: LazyLock<u64> = LazyLock::new(|| {
@@ -27,13 +27,13 @@ static LIMIT: LazyLock<u64> = LazyLock::new(|| {
     }
 });
 
-/// Descriptors the process may have, after the limit was raised as far as it may be.
+/// The limit of descriptors, after it was raised as far as allowed.
 pub(super) fn limit() -> u64 {
     *LIMIT
 }
 
-/// Connections that all listeners of the process may have together. The other half of the descriptors is for backends,
-/// Redis, the control plane and files, which no stranger can take.
+/// The maximum of connections of all listeners of the process. The other half of the descriptors is for backends,
+/// Redis, the control plane and files, and no stranger can take it.
 pub(super) fn connections_max() -> usize {
     let limit = limit();
     usize::try_from(limit.saturating_sub((limit / 2).max(OWN_MIN)).max(1)).unwrap_or(usize::MAX)

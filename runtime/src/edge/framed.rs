@@ -1,4 +1,5 @@
-//! The bytes of a connection on their way to hyper: which protocol they speak, and whether HTTP/1 heads keep the grammar.
+//! The bytes of a connection between socket and hyper: which protocol they speak, and whether HTTP/1 heads keep the
+//! grammar.
 
 use std::io;
 use std::pin::Pin;
@@ -12,20 +13,20 @@ use tokio::time::{Sleep, sleep};
 use super::connection::Connection;
 use super::framing::{Framing, HeadBounds, Violation};
 
-/// How a connection of HTTP/2 begins (RFC 9113, 3.4).
+/// The first bytes of a connection of HTTP/2 (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// An HTTP/2 client that was sent a GOAWAY has so long to close.
+/// The time in which an HTTP/2 client must close after it was sent a GOAWAY.
 const LINGER_HTTP2: Duration = Duration::from_secs(1);
-/// Bytes read at once behind the beginning of a line.
+/// Bytes of one read behind the beginning of a line.
 const LINE_READ_BYTES: usize = 4 << 10;
 
-/// A connection whose first bytes were looked at, and are read again.
+/// A connection whose first bytes were read to find the protocol, and are read again.
 pub(super) struct Begun<I> {
     io: I,
     prefix: [u8; PREFACE.len()],
     length: usize,
     replayed: usize,
-    /// Of HTTP/2, once our side is closed: until when the client may close its own.
+    /// Only for HTTP/2, after our side is closed: the time until which the client may close its side.
     until: Option<Pin<Box<Sleep>>>,
 }
 
@@ -34,7 +35,7 @@ impl<I: AsyncRead + Unpin> Begun<I> {
         Self { io, prefix: [0; PREFACE.len()], length: 0, replayed: 0, until: None }
     }
 
-    /// Reads until it is clear which protocol is spoken. The connection's clock ends the wait.
+    /// Reads until the protocol is known. The connection's clock ends the wait.
     pub(super) async fn is_http2(&mut self) -> io::Result<bool> {
         while self.length < PREFACE.len() {
             let read = self.io.read(&mut self.prefix[self.length..]).await?;
@@ -58,8 +59,9 @@ impl<I: AsyncRead + Unpin> Begun<I> {
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> Begun<I> {
-    /// Closes. The end of an HTTP/2 connection waits for the client's: closed at once, a request on its way would be
-    /// answered by a reset, which takes the GOAWAY and the last answers with it. HTTP/1 does so by itself, in [`linger`].
+    /// Closes. The end of an HTTP/2 connection waits for the client's end. If it closed at once, a request in flight
+    /// would be answered by a reset, which discards the GOAWAY and the last answers with it. HTTP/1 does the same in
+    /// [`linger`].
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.until.is_none() {
             ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
@@ -92,14 +94,14 @@ impl<I: AsyncRead + Unpin> AsyncRead for Begun<I> {
     }
 }
 
-/// The bytes of an HTTP/1 connection on their way to hyper, checked. hyper parses what it has of a head, and answers what
-/// it finds wrong in its own way; it is therefore given whole lines alone.
+/// The bytes of an HTTP/1 connection between socket and hyper, checked. hyper parses an incomplete head and answers
+/// errors in its own way, so it only gets complete lines.
 pub(super) struct Framed<I> {
     begun: Begun<I>,
     framing: Framing,
-    /// What was read and not passed on: the beginning of a line, at most as long as a head may be.
+    /// Bytes that were read and not passed on: the beginning of a line, at most as long as a head may be.
     held: Vec<u8>,
-    /// Bytes of `held` that are whole lines.
+    /// The bytes of `held` that are complete lines.
     checked: usize,
     violation: Option<Violation>,
     ended: bool,
@@ -125,7 +127,7 @@ impl<I: AsyncRead + Unpin> Framed<I> {
         }
     }
 
-    /// The socket itself, once hyper is done with it.
+    /// Returns the socket after hyper has ended.
     pub(super) const fn io(&mut self) -> &mut I {
         &mut self.begun.io
     }
@@ -140,12 +142,12 @@ impl<I: AsyncRead + Unpin> Framed<I> {
         self.framing.in_head()
     }
 
-    /// Whether the client may still be sending what nobody reads.
+    /// Whether the client may still be sending bytes that nobody reads.
     pub(super) fn is_sending(&self, unread: bool) -> bool {
         !self.ended && (unread || self.framing.in_body() || self.violation.is_some())
     }
 
-    /// Follows what was just read; returns how many bytes of it may be passed on.
+    /// Checks the bytes of a read. Returns how many of them may be passed on.
     fn follow(&mut self, read: &[u8]) -> usize {
         let was_in_head = self.framing.in_head();
         let followed = self.framing.follow(read);
@@ -160,14 +162,14 @@ impl<I: AsyncRead + Unpin> Framed<I> {
         self.framing.checked()
     }
 
-    /// Passes on what is held and checked, as far as there is room.
+    /// Passes on checked bytes as far as there is room.
     fn pass(&mut self, buffer: &mut ReadBuf<'_>) {
         let count = self.checked.min(buffer.remaining());
         buffer.put_slice(&self.held[..count]);
         self.held.drain(..count);
         self.checked -= count;
         if self.held.is_empty() {
-            // Long lines are rare, and connections are many.
+            // Long lines are rare and connections are many, so the buffer is given back.
             self.held = Vec::new();
         }
     }
@@ -186,7 +188,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Framed<I> {
                 return Poll::Ready(Ok(()));
             }
             match this.violation {
-                // Whoever reads the body says it.
+                // The reader of the body reports this error.
                 Some(violation) if this.framing.in_body() => {
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, violation)));
                 }
@@ -221,7 +223,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Framed<I> {
                 }
                 let (before, checked) = (this.held.len(), this.follow(read));
                 this.held.extend_from_slice(read);
-                // The line that had begun is whole once anything behind it is.
+                // If there are bytes behind it, the line that had begun is complete.
                 this.checked = if checked > 0 { before + checked } else { 0 };
             }
         }

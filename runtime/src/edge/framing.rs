@@ -1,27 +1,27 @@
 //! HTTP/1 message framing as RFC 9112 writes it, checked before hyper parses.
 //!
-//! hyper follows the RFC's leniencies: bare line feeds, several transfer codings, white space behind a chunk size. Each
-//! of them is a way for two servers in a row to see different messages. This scanner follows the bytes of a connection,
-//! message by message, and names the first one that breaks the grammar. It changes nothing and holds no bytes but the
-//! beginning of a line that is split between two reads.
+//! hyper follows the RFC's leniencies: bare line feeds, several transfer codings, white space behind a chunk size.
+//! Each of them lets two servers in a row see different messages. This scanner follows the bytes of a connection,
+//! message by message, and reports the first message that breaks the grammar. It changes nothing and holds no bytes
+//! but the beginning of a line that is split between two reads.
 
 use std::fmt;
 
 use http::StatusCode;
 
-/// Bytes of one line of a head that are kept when it is split between reads; longer lines cannot be one of the
-/// fields that frame a message.
+/// Bytes that are kept of a line of a head that is split between reads. The fields that frame a message are never
+/// longer.
 const LINE_KEPT_BYTES: usize = 512;
 /// Empty lines that are skipped before a request (RFC 9112, 2.2: at least one).
 const LEADING_LINES_MAX: u8 = 4;
-/// Longest line with a chunk's size and extensions.
+/// The longest line with a chunk's size and extensions.
 const CHUNK_LINE_MAX_BYTES: usize = 4 << 10;
-/// All trailer fields together; hyper's own bound.
+/// The size of all trailer fields together, which is hyper's own bound.
 const TRAILERS_MAX_BYTES: usize = 16 << 10;
-/// Hexadecimal digits of a chunk's size, so that it fits 60 bits.
+/// Hexadecimal digits of a chunk's size, so that it fits into 60 bits.
 const CHUNK_DIGITS_MAX: usize = 15;
 
-/// What the head of a request may take.
+/// The bounds of a request's head.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadBounds {
     /// Bytes from the first of the request line to the last of the empty line.
@@ -37,7 +37,7 @@ pub struct HeadBounds {
 pub struct Violation {
     /// The status of the refusal.
     pub status: StatusCode,
-    /// What is wrong, as a sentence without its end.
+    /// The fault, as a sentence without its end.
     pub what: &'static str,
 }
 
@@ -53,20 +53,20 @@ const fn bad(what: &'static str) -> Violation {
     Violation { status: StatusCode::BAD_REQUEST, what }
 }
 
-/// Where in a message the next byte stands.
+/// The position of the next byte in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Before the first byte of a request; so many empty lines were skipped.
+    /// Before the first byte of a request, after this number of skipped empty lines.
     Between(u8),
     /// In the request line.
     RequestLine,
     /// In a header field or the empty line behind them.
     Field,
-    /// In a body of known length; so many bytes are left.
+    /// In a body of known length, with this number of bytes left.
     Body(u64),
     /// In the line with a chunk's size.
     ChunkSize,
-    /// In a chunk; so many bytes are left.
+    /// In a chunk, with this number of bytes left.
     Chunk(u64),
     /// In the line end behind a chunk.
     ChunkEnd,
@@ -74,18 +74,18 @@ enum State {
     Trailer,
 }
 
-/// Follows one connection's requests.
+/// Follows the requests of one connection.
 #[derive(Debug)]
 pub struct Framing {
     bounds: HeadBounds,
     state: State,
-    /// The beginning of a line whose end has not come yet, cut at [`LINE_KEPT_BYTES`].
+    /// The beginning of a line whose end has not arrived, cut at [`LINE_KEPT_BYTES`].
     line: Vec<u8>,
-    /// Bytes of the present line so far.
+    /// The bytes of the current line so far.
     line_bytes: usize,
-    /// Whether the last byte of the line so far is a carriage return.
+    /// Whether the last byte of the current line is a carriage return.
     after_return: bool,
-    /// Bytes of the present head, or of the present trailers.
+    /// The bytes of the current head, or of the current trailers.
     part_bytes: usize,
     fields: usize,
     version_11: bool,
@@ -93,12 +93,12 @@ pub struct Framing {
     chunked: bool,
     coded: bool,
     hosts: u8,
-    /// Bytes of the latest call up to the end of the last whole line or part of a body.
+    /// The bytes of the latest call up to the end of the last complete line or part of a body.
     checked: usize,
 }
 
 impl Framing {
-    /// Before the first byte of a connection.
+    /// A scanner before the first byte of a connection.
     pub const fn new(bounds: HeadBounds) -> Self {
         Self {
             bounds,
@@ -127,13 +127,13 @@ impl Framing {
         !matches!(self.state, State::Between(_) | State::RequestLine | State::Field)
     }
 
-    /// Bytes of the latest call that are known to be right: all up to a line whose end has not come, or to an error. The
-    /// first bytes of that line may stand in earlier calls.
+    /// The bytes of the latest call that are known to be right: all bytes up to an incomplete line or an error. The
+    /// first bytes of that line may be from earlier calls.
     pub const fn checked(&self) -> usize {
         self.checked
     }
 
-    /// Follows the next bytes. An error comes once; nothing may be followed behind it.
+    /// Follows the next bytes. An error is returned once; nothing may be followed after it.
     pub fn follow(&mut self, all: &[u8]) -> Result<(), Violation> {
         let mut bytes = all;
         self.checked = 0;
@@ -194,7 +194,7 @@ impl Framing {
         Ok(rest)
     }
 
-    /// Counts bytes of the present line against the bounds.
+    /// Checks the length of the current line against the bounds.
     fn grow(&mut self, bytes: &[u8]) -> Result<(), Violation> {
         if let State::Between(_) = self.state
             && bytes.first().is_some_and(|b| !matches!(b, b'\r' | b'\n'))
@@ -219,22 +219,23 @@ impl Framing {
                 Err(bad("the trailer fields are too large"))
             }
             State::ChunkEnd if self.line_bytes > 2 => Err(bad("a chunk is longer than its size says")),
-            // A carriage return alone before a request.
+            // A bare carriage return before a request.
             State::Between(_) if self.line_bytes > 2 => Err(bad("a line ends with a bare carriage return")),
             _ => Ok(()),
         }
     }
 
-    /// A request begins.
+    /// Starts a request.
     fn begin(&mut self) {
         self.state = State::RequestLine;
         (self.part_bytes, self.fields, self.hosts) = (0, 0, 0);
         (self.length, self.chunked, self.coded, self.version_11) = (None, false, false, false);
     }
 
-    /// A line is complete; `line` is without its end, and cut if it is long.
+    /// Handles a complete line. `line` is without its end, and cut if it is long.
     fn ended(&mut self, line: &[u8]) -> Result<(), Violation> {
-        // Chunk extensions and targets too: nothing may hide a line from whoever takes a bare return for one.
+        // Chunk extensions and targets included: a server that takes a bare carriage return for the end of a line
+        // must not see another line than this one.
         if memchr::memchr2(b'\r', b'\0', line).is_some() {
             return Err(bad("a line holds a carriage return or a NUL byte"));
         }
@@ -263,7 +264,7 @@ impl Framing {
     }
 
     fn request_line(&mut self, line: &[u8]) -> Result<(), Violation> {
-        // Of a line that was cut only the beginning is at hand; hyper sees all of it.
+        // Only the beginning of a cut line is known here; hyper sees the whole line.
         if self.line_bytes <= LINE_KEPT_BYTES || line.len() == self.line_bytes - 2 {
             let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
             match version {
@@ -310,7 +311,7 @@ impl Framing {
         }
         let colon = memchr::memchr(b':', line).unwrap_or(line.len());
         let (name, value) = (&line[..colon], line[colon..].get(1..).unwrap_or_default().trim_ascii());
-        // The three fields that say where a message ends and whom it is for.
+        // The three fields that decide where a message ends and which server it is for.
         if name.eq_ignore_ascii_case(b"content-length") {
             let length = content_length(value).ok_or(bad("Content-Length is not a number"))?;
             if self.length.is_some_and(|other| other != length) {
@@ -350,10 +351,10 @@ impl Framing {
     }
 }
 
-/// Name, colon, value; no white space before the colon (RFC 9112, 5.1) and no control character anywhere.
+/// Checks name, colon and value: no white space before the colon (RFC 9112, 5.1) and no control character anywhere.
 fn is_field(line: &[u8]) -> bool {
     let Some(colon) = memchr::memchr(b':', line) else {
-        // Only the beginning of a long line is at hand; a name is never that long.
+        // Only the beginning of a long line is known here, and no name is that long.
         return false;
     };
     let (name, value) = line.split_at(colon);
@@ -383,9 +384,9 @@ const fn is_token(byte: u8) -> bool {
         )
 }
 
-/// Digits alone: no sign, no list, no space within.
+/// Digits only: no sign, no list, no white space.
 fn content_length(value: &[u8]) -> Option<u64> {
-    // 18 digits fit 64 bits; more than that is no body that anybody sends.
+    // 18 digits fit into 64 bits. No client sends a longer body.
     if value.is_empty() || value.len() > 18 {
         return None;
     }
@@ -398,7 +399,7 @@ fn chunk_size(line: &[u8]) -> Result<u64, Violation> {
         return Err(bad("the size of a chunk is not a number"));
     }
     let (size, extensions) = line.split_at(digits);
-    // `;` may stand behind white space (RFC 9112, 7.1.1), and white space alone may not.
+    // `;` may follow white space (RFC 9112, 7.1.1); white space alone may not end the size.
     let extension = extensions.trim_ascii_start();
     let fits = extensions.is_empty() || extension.first() == Some(&b';');
     if !fits || extension.iter().any(|b| *b != b'\t' && (*b < b' ' || *b == 0x7f)) {

@@ -26,22 +26,22 @@ const QUEUE: usize = 64;
 /// A connection for tonic.
 #[derive(Debug)]
 pub enum GrpcSocket {
-    /// In plain.
+    /// Without TLS.
     Plain(Socket),
-    /// Over TLS, shaken hands.
+    /// With TLS, after the handshake.
     Tls(Box<TlsStream<Socket>>),
 }
 
-/// Who is at the other end; in the extensions of every request.
+/// The peer, in the extensions of every request.
 #[derive(Debug, Clone)]
 pub struct GrpcPeer {
     /// The connection.
     pub connection: Arc<Connection>,
-    /// The certificate that was shown and verified.
+    /// The certificate that the peer showed and that was verified.
     pub certificate: Option<CertificateDer<'static>>,
 }
 
-/// Accepts until `stop`. A handshake is its connection's own affair, and its clock the connection's.
+/// Accepts until `stop`. A handshake is the task of its connection, under the connection's clock.
 pub fn incoming(
     edge: Edge,
     tls: Option<ServerTls>,
@@ -192,7 +192,7 @@ where
     }
 }
 
-/// A call on its way; its answer carries the busy mark on.
+/// A call in progress. Its answer keeps the connection busy.
 #[derive(Debug)]
 pub struct BusyFuture<F> {
     answer: F,

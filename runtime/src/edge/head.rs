@@ -1,4 +1,4 @@
-//! What is refused of a head that is well formed: two meanings of who asks, of whom, and how much.
+//! Refuses well-formed heads with two meanings: of the caller, of the server, or of the length.
 
 use http::header::{self, HeaderMap, HeaderName};
 use http::{Request, StatusCode, Version};
@@ -6,9 +6,10 @@ use http::{Request, StatusCode, Version};
 use super::framing::Violation;
 
 /// Fields that name the caller; two of them could be read as two callers.
-const CREDENTIALS: [HeaderName; 2] = [header::AUTHORIZATION, HeaderName::from_static("x-api-key")];
+const CREDENTIALS: [HeaderName; 3] =
+    [header::AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
-/// Refuses a request whose head can be read in two ways. Framing was checked before ([`super::framing`]).
+/// Refuses a request whose head can be read in two ways. [`super::framing`] has checked the framing before.
 pub fn check<B>(request: &Request<B>, fields_max: usize) -> Result<(), Violation> {
     let bad = |what| Err(Violation { status: StatusCode::BAD_REQUEST, what });
     let headers = request.headers();
@@ -65,7 +66,7 @@ fn is_host(text: &str) -> bool {
     port && host.is_none_or(|host| host.bytes().all(name))
 }
 
-/// Whether two spellings name one server: case does not count, and a port may be the scheme's own.
+/// Whether two spellings name one server. Case does not matter, and the scheme's default port may be left out.
 fn is_same(authority: &str, host: &str, scheme: Option<&str>) -> bool {
     let plain = |text: &str| -> String {
         let own = if scheme == Some("https") { ":443" } else { ":80" };
@@ -125,7 +126,7 @@ mod tests {
         assert_eq!(refused("/", &[], Version::HTTP_11), Some(400));
         assert_eq!(refused("https://a/", &[("host", "b")], Version::HTTP_2), Some(400));
         assert_eq!(refused("https://a/", &[("host", "a"), ("host", "a")], Version::HTTP_2), Some(400));
-        for name in ["authorization", "x-api-key"] {
+        for name in ["authorization", "x-api-key", "api-key"] {
             let twice = [("host", "a"), (name, "Bearer a"), (name, "Bearer a")];
             assert_eq!(refused("/", &twice, Version::HTTP_11), Some(400), "{name}");
         }

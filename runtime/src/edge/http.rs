@@ -1,8 +1,8 @@
 //! HTTP/1 and HTTP/2 on one connection.
 //!
-//! hyper speaks the protocols. What is added here: which of the two it is, found out under the connection's clock; the
-//! strict grammar of HTTP/1; refusals that reach a client which is still sending; requests whose clocks run whether or not
-//! their bodies are polled; an end that waits for nobody.
+//! hyper speaks the protocols. This module adds: the choice between the two, under the connection's clock; the strict
+//! grammar of HTTP/1; refusals that reach a client which is still sending; requests whose clocks run whether or not
+//! their bodies are polled; an end that does not wait for clients.
 
 use std::future::{Future, poll_fn};
 use std::sync::Arc;
@@ -25,41 +25,43 @@ use super::connection::{Connection, Cut};
 use super::framed::{Begun, Framed};
 use super::framing::{HeadBounds, Violation};
 
-/// What hyper may hold of a head beyond the bound of it.
+/// Bytes that hyper may hold of a head beyond its bound.
 const HEAD_SLACK_BYTES: usize = 8 << 10;
-/// How long a refusal may take to be written.
+/// The longest time to write a refusal.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
-/// What a client sends after it was answered is read for so long in all, and so long between two reads: nginx's own
-/// figures of `lingering_time` and `lingering_timeout`. Closed at once, the reset would overtake the answer.
+/// The time for which the bytes that a client sends after its answer are read, in all and between two reads: nginx's
+/// `lingering_time` and `lingering_timeout`. If the connection closed at once, its reset would overtake the answer.
 const LINGER: Duration = Duration::from_secs(30);
 const LINGER_PAUSE: Duration = Duration::from_secs(5);
 const LINGER_BUFFER_BYTES: usize = 16 << 10;
-/// What hyper holds of an answer for an HTTP/2 client that does not take it.
+/// Bytes that hyper holds of an answer for an HTTP/2 client that does not take it.
 const SEND_BUFFER_BYTES: usize = 16 << 10;
-/// A silent HTTP/2 client is asked after so long whether it is there, and has so long to answer.
+/// The time in which an HTTP/2 client that is told of the end of its idle connection must acknowledge and close.
+const GOAWAY_GRACE: Duration = Duration::from_secs(2);
+/// The time after which a silent HTTP/2 client is pinged, and the time it has to answer.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What requests of a connection may take.
+/// The bounds of the requests of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct HttpBounds {
-    /// Of each head.
+    /// The bounds of each head.
     pub head: HeadBounds,
-    /// HTTP/2 streams at once.
+    /// The maximum of HTTP/2 streams of a connection.
     pub streams: u32,
 }
 
-/// Who sent a request, and the request's clock.
+/// The sender of a request, and the request's clock.
 #[derive(Debug, Clone)]
 pub struct Client {
-    /// The connection it came on.
+    /// Its connection.
     pub connection: Arc<Connection>,
     /// The clock of the request.
     pub clock: Arc<RequestClock>,
 }
 
 impl Client {
-    /// One on no listener, whom no clock ever cuts: for tests and benches.
+    /// A client without a listener, which no clock ever cuts: for tests and benches.
     pub fn detached(peer: std::net::IpAddr) -> Self {
         let connection = Arc::new(Connection::new(peer, super::Bounds::operations()));
         Self { clock: Arc::clone(&connection.clock), connection }
@@ -76,14 +78,14 @@ impl Client {
 pub struct Refusal {
     /// JSON.
     pub body: String,
-    /// Value of `x-request-id`, if it is to have one.
+    /// The value of `x-request-id`, if there is one.
     pub request_id: Option<String>,
 }
 
-/// Words the answer to a head that cannot be read, and counts it.
+/// Makes the answer to a head that cannot be read, and counts it.
 pub type Refuse = fn(Violation) -> Refusal;
 
-/// A connection to serve HTTP on.
+/// A connection on which HTTP is served.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Transport for T {}
@@ -96,7 +98,7 @@ pub trait Handler: Clone + Unpin + Send + 'static {
         + Send
         + 'static;
 
-    /// An answer on its way.
+    /// An answer in progress.
     type Answer: Future<Output = Response<Self::Body>> + Send + 'static;
 
     /// The answer to one request.
@@ -122,7 +124,7 @@ tokio::task_local! {
     static STREAM: Arc<RequestClock>;
 }
 
-/// Serves HTTP/1 or HTTP/2, whichever the client speaks, until the connection ends.
+/// Serves the protocol that the client speaks, HTTP/1 or HTTP/2, until the connection ends.
 pub async fn serve_http(
     io: impl Transport,
     connection: Arc<Connection>,
@@ -138,7 +140,7 @@ pub async fn serve_http(
     }
 }
 
-/// Serves HTTP/1 alone until the connection ends.
+/// Serves only HTTP/1 until the connection ends.
 pub async fn serve_http1(
     io: impl Transport,
     connection: Arc<Connection>,
@@ -150,7 +152,7 @@ pub async fn serve_http1(
     http1(begun, connection, bounds, refuse, handler).await;
 }
 
-/// How a connection of HTTP/1 came to its end.
+/// How a connection of HTTP/1 ended.
 enum End {
     Done,
     Malformed,
@@ -172,7 +174,7 @@ async fn http1<I: Transport>(
         client.clock.stop();
         let (answer, connection) = (handler.handle(client.clone(), request), Arc::clone(&client.connection));
         let unwritten = Unwritten::new(Arc::clone(&connection));
-        // Boxed, since hyper moves it, and asks for what can be moved.
+        // Boxed, because hyper moves it and needs a body that can be moved.
         Box::pin(async move {
             let mut response = answer.await.map(|body| BusyBody::paced(body, busy, unwritten));
             // Clients leave with their next answer instead of being cut between two requests.
@@ -183,14 +185,14 @@ async fn http1<I: Transport>(
         })
     });
     let mut builder = http1::Builder::new();
-    // The clock of a head is the connection's own; more bytes and fields than are let through, so that the framing
-    // refuses first.
+    // The connection's own clock times heads. hyper's bounds are above those of the framing check, so that the
+    // framing check refuses first.
     builder
         .header_read_timeout(None)
         .max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES)
         .max_headers(bounds.head.fields + 1);
     let mut driver = builder.serve_connection(TokioIo::new(framed), service);
-    let end = until_its_end(&connection, |cx| {
+    let end = until_asked(&connection, |cx| {
         if let Some(why) = connection.poll_cut(cx) {
             return Poll::Ready(End::Cut(why));
         }
@@ -203,20 +205,24 @@ async fn http1<I: Transport>(
             }
             return Poll::Ready(End::Done);
         }
-        // What was answered before has been written: hyper writes all it has before it waits for anything else.
+        // Earlier answers are written already: hyper writes everything before it waits for anything else.
         if connection.is_malformed() && !connection.is_busy() && !connection.is_write_waiting() {
             return Poll::Ready(End::Malformed);
         }
         Poll::Pending
     })
     .await;
+    let end = end.unwrap_or_else(|why| {
+        connection.cut(why);
+        End::Cut(why)
+    });
     let parts = driver.into_parts();
     let unread = !parts.read_buf.is_empty();
     let mut framed = parts.io.into_inner();
     finish(&mut framed, &connection, end, unread, refuse).await;
 }
 
-/// Tells the client why the connection ends, where that is its doing, and closes.
+/// Tells the client why the connection ends, if the client is the cause, and closes.
 async fn finish<I: Transport>(
     framed: &mut Framed<I>,
     connection: &Connection,
@@ -243,26 +249,45 @@ async fn finish<I: Transport>(
     linger(framed.io(), connection, is_sending).await;
 }
 
-/// Drives an HTTP/1 connection until it ends, or until it is asked to close and no request has come.
-async fn until_its_end(connection: &Connection, mut drive: impl FnMut(&mut Context<'_>) -> Poll<End>) -> End {
+/// Drives a connection until it ends, or until it is asked to close and no request has come. The error says why.
+async fn until_asked(
+    connection: &Connection,
+    mut drive: impl FnMut(&mut Context<'_>) -> Poll<End>,
+) -> Result<End, Cut> {
     loop {
-        let end = poll_fn(|cx| match drive(cx) {
+        let ended = poll_fn(|cx| match drive(cx) {
             Poll::Ready(end) => Poll::Ready(Some(end)),
-            Poll::Pending if connection.was_asked_to_close() => Poll::Ready(None),
+            Poll::Pending if connection.is_asked_to_close() => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
-        })
-        .await;
-        if let Some(end) = end {
-            return end;
+        });
+        if let Some(end) = ended.await {
+            return Ok(end);
         }
-        // On a busy machine a request may lie unread for longer than the connection seems idle, and closing it now would
-        // lose that request. tokio polls the sockets before it resumes a task that yields.
+        // On a busy machine a request may lie unread for longer than the connection seems idle, and closing the
+        // connection would lose it. tokio polls the sockets before it resumes a task that yields.
         tokio::task::yield_now().await;
-        match poll_fn(|cx| Poll::Ready(drive(cx))).await {
-            Poll::Ready(end) => return end,
-            Poll::Pending if connection.is_at_rest() => return End::Cut(Cut::Drained),
-            Poll::Pending => {}
+        if let Poll::Ready(end) = poll_fn(|cx| Poll::Ready(drive(cx))).await {
+            return Ok(end);
         }
+        if let Some(why) = connection.take_asked_to_close().filter(|why| connection.is_at_rest(*why)) {
+            return Err(why);
+        }
+    }
+}
+
+/// Drives a connection of HTTP/2 to its end. The client is told first which of its requests are answered.
+async fn until_told(connection: &Connection, mut drive: impl FnMut(&mut Context<'_>) -> Poll<End>) {
+    loop {
+        let Err(why) = until_asked(connection, &mut drive).await else { return };
+        if connection.is_to_be_told(why) {
+            // The driver sends a GOAWAY, and the last one when the client has answered. Then it ends by itself.
+            connection.drain();
+            let ended = timeout(GOAWAY_GRACE, poll_fn(&mut drive)).await.is_ok();
+            if !ended && !connection.is_at_rest(why) {
+                continue;
+            }
+        }
+        return connection.cut(why);
     }
 }
 
@@ -277,7 +302,7 @@ fn in_full(violation: Violation, refusal: Refusal) -> String {
     )
 }
 
-/// Closes; what the client still sends is read first, so that it comes to read the answer.
+/// Closes after a time in which the client's bytes are still read, so that the client reads the answer.
 async fn linger<I: AsyncRead + AsyncWrite + Unpin>(io: &mut I, connection: &Connection, is_sending: bool) {
     if timeout(REFUSAL_TIMEOUT, io.shutdown()).await.is_err() || !is_sending {
         return;
@@ -307,7 +332,8 @@ where
         let open = self.0.stream();
         let clock = Arc::clone(&open.clock);
         let mut stream = Box::pin(stream);
-        // Ends with the stream: with its answer, the client, the connection, or its clock. Dropping hyper's side resets it.
+        // Ends with the stream: with its answer, its client, the connection or its clock. Dropping hyper's side
+        // resets the stream.
         tokio::spawn(STREAM.scope(clock, async move {
             poll_fn(|cx| match open.clock.poll_cut(cx) {
                 true => Poll::Ready(()),
@@ -324,6 +350,7 @@ async fn http2<I: Transport>(
     bounds: HttpBounds,
     handler: impl Handler,
 ) {
+    connection.closes_itself();
     let own = Arc::clone(&connection);
     let service = service_fn(move |request: Request<Incoming>| {
         let (busy, handler, connection) = (own.begin(), handler.clone(), Arc::clone(&own));
@@ -344,20 +371,22 @@ async fn http2<I: Transport>(
         .keep_alive_timeout(PING_TIMEOUT);
     let mut driver = std::pin::pin!(builder.serve_connection(TokioIo::new(begun), service));
     let mut goaway_sent = false;
-    let ended = poll_fn(|cx| {
-        if connection.poll_cut(cx).is_some() {
-            return Poll::Ready(Ok(()));
+    until_told(&connection, |cx| {
+        if let Some(why) = connection.poll_cut(cx) {
+            return Poll::Ready(End::Cut(why));
         }
         if !goaway_sent && connection.ends() {
             goaway_sent = true;
             driver.as_mut().graceful_shutdown();
         }
-        driver.as_mut().poll(cx)
+        driver.as_mut().poll(cx).map(|ended| {
+            if let Err(error) = ended {
+                tracing::debug!(peer = %connection.peer(), %error, "connection ended");
+            }
+            End::Done
+        })
     })
     .await;
-    if let Err(error) = ended {
-        tracing::debug!(peer = %connection.peer(), %error, "connection ended");
-    }
 }
 
 #[cfg(test)]

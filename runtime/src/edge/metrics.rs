@@ -1,4 +1,4 @@
-//! What listeners count.
+//! The metrics of listeners.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -8,27 +8,29 @@ use prometheus_client::registry::Registry;
 
 use super::connection::Cut;
 
-/// Of one listener.
+/// The labels of a listener.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ListenerLabels {
     listener: &'static str,
 }
 
-/// Of connections and requests that were ended or not let in.
+/// The labels of ended connections and requests, and of refused connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EndLabels {
     listener: &'static str,
     reason: &'static str,
 }
 
-/// How many connections the listeners of a node have, and why they ended some. Cheap to clone.
-#[derive(Debug, Clone, Default)]
-pub struct EdgeMetrics {
-    open: Family<ListenerLabels, Gauge>,
-    ended: Family<EndLabels, Counter>,
+crate::metrics! {
+    /// How many connections the listeners of a node have, and why they ended some. Cheap to clone.
+    pub struct EdgeMetrics {
+        open: Family<ListenerLabels, Gauge> = "listener_connections", "Open connections of each listener";
+        ended: Family<EndLabels, Counter> = "listener_cuts",
+            "Connections that a listener refused, evicted or ended by a clock, and requests whose client took nothing";
+    }
 }
 
-/// What happened to a connection.
+/// Why a connection was ended or refused.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum End {
     Refused,
@@ -36,16 +38,10 @@ pub(super) enum End {
 }
 
 impl EdgeMetrics {
-    /// Registers them.
+    /// Creates and registers them.
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        let weir = registry.sub_registry_with_prefix("weir");
-        weir.register("listener_connections", "Open connections of each listener", metrics.open.clone());
-        weir.register(
-            "listener_cuts",
-            "Connections that a listener refused, evicted or ended by a clock, and requests whose client took nothing",
-            metrics.ended.clone(),
-        );
+        metrics.register(registry.sub_registry_with_prefix("weir"));
         metrics
     }
 
@@ -69,7 +65,7 @@ impl EdgeMetrics {
         self.ended.get_or_create(&EndLabels { listener, reason }).inc();
     }
 
-    /// Connections that were not let in by this listener.
+    /// The connections that this listener refused.
     pub fn refused(&self, listener: &'static str) -> u64 {
         self.ended.get_or_create(&EndLabels { listener, reason: "refused" }).get()
     }

@@ -1,16 +1,17 @@
-//! What every listener of every process does with strangers: one set of bounds and clocks.
+//! The edge: the bounds and clocks of every listener of every process.
 //!
 //! * `connection`: the bounds of one connection and the clocks that end it; `clock`: the clock of one request;
-//! * `table`: the open connections of a listener, and which go first when there are too many;
-//! * `descriptors`: how many file descriptors strangers may take;
-//! * `socket`: a connection's socket; `framing`: the grammar of HTTP/1; `framed`: the bytes on their way to hyper,
-//!   checked; `head`: what is refused of a head that is well formed; `http`: serving HTTP/1 and HTTP/2 on a socket;
-//!   `busy`: the body of an answer; `grpc`: sockets for tonic.
+//! * `table`: the open connections of a listener and the order of their eviction; `descriptors`: how many file
+//!   descriptors strangers may take;
+//! * `socket`: a connection's socket; `framing`: the grammar of HTTP/1; `framed`: the bytes between socket and hyper,
+//!   checked; `head`: refusals of well-formed heads; `http`: HTTP/1 and HTTP/2 on a socket; `busy`: the body of an
+//!   answer; `grpc`: sockets for tonic.
 //!
 //! Invariants:
-//! - A connection that has not sent the head of a request within its time is closed, whatever it does instead.
-//! - Where there is no room, the longest idle connection goes, strangers first; none with a running request does.
-//! - The accept loop waits for nothing but connections: handshakes and everything else belong to the connection's task.
+//! - A connection that has not sent the head of a request in time is closed, whatever it does instead.
+//! - If there is no room, the longest idle connection is closed, strangers first. A connection with a running request
+//!   is never closed for room.
+//! - The accept loop waits for connections only: handshakes and everything else belong to the connection's task.
 //! - Connections take at most half of the process's file descriptors.
 
 mod busy;
@@ -44,11 +45,11 @@ pub use self::metrics::EdgeMetrics;
 pub use self::socket::Socket;
 pub use self::table::household;
 
-/// After an error of accept, which is mostly a lack of file descriptors.
+/// The pause after an error of accept, which is mostly a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// While draining, connections that have been idle for so long are closed.
+/// While draining, connections that have been idle for this time are closed.
 const IDLE_GRACE: Duration = Duration::from_secs(1);
-/// At the end of a drain an answer has so long for its last word, and its connection to close.
+/// At the end of a drain an answer has this time for its last event, and a connection to close.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// One listener with its bounds.
@@ -58,30 +59,30 @@ pub struct Edge {
     table: Arc<table::Table>,
 }
 
-/// Ends the connections of a listener; cheap to clone.
+/// Drains and closes the connections of a listener. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct EdgeHandle(Arc<table::Table>);
 
 impl EdgeHandle {
-    /// Connections that are open.
+    /// The number of open connections.
     pub fn open(&self) -> usize {
         self.0.len()
     }
 
-    /// From now on every connection ends with the requests it has, and each new one after its first. One of HTTP/1 that
-    /// has none ends with its next one, or when all [close](Self::close).
+    /// From now on every connection ends with its running requests, and each new one after its first request. An idle
+    /// HTTP/1 connection ends with its next request, or when all [close](Self::close).
     pub fn drain(&self) {
         self.0.drain();
     }
 
-    /// Drains: lets requests run for `limit` or until `force` is done, then has those that remain say their last word, and
-    /// closes every connection. Returns when all are closed; whether none had to be cut.
+    /// Drains: lets requests run for `limit` or until `force` is done. Then the remaining ones write their last
+    /// event, and every connection is closed. Returns when all are closed, and whether none had to be cut.
     pub async fn close(&self, limit: Duration, force: impl Future<Output = ()>) -> bool {
         self.drain();
         let whole = {
             let ended = async {
-                // A peer of HTTP/2 may not have seen the GOAWAY yet, and have sent a request; one that sends nothing
-                // holds up nobody.
+                // An HTTP/2 peer may have sent a request before it saw the GOAWAY. A peer that sends nothing delays
+                // nobody.
                 self.closed_within(IDLE_GRACE).await;
                 while self.open() > 0 {
                     self.0.cut(Some(IDLE_GRACE));
@@ -120,7 +121,7 @@ impl EdgeHandle {
 }
 
 impl Edge {
-    /// Bounds a listener. `name` is its label in the metrics and logs. Must be called inside a tokio runtime.
+    /// Bounds a listener. `name` is its label in metrics and logs. Must be called inside a tokio runtime.
     pub fn new(name: &'static str, listener: TcpListener, bounds: Bounds, metrics: EdgeMetrics) -> Self {
         let possible = descriptors::connections_max();
         if bounds.connections > possible {
@@ -138,12 +139,12 @@ impl Edge {
         Self { listener, table }
     }
 
-    /// To end connections with.
+    /// The handle that drains and closes its connections.
     pub fn handle(&self) -> EdgeHandle {
         EdgeHandle(Arc::clone(&self.table))
     }
 
-    /// The next connection that there is room for; others are closed. Cancel-safe.
+    /// The next connection for which there is room; others are closed. Cancel-safe.
     pub async fn accept(&self) -> Socket {
         loop {
             match self.listener.accept().await {
@@ -153,7 +154,7 @@ impl Edge {
                     }
                 }
                 Err(error) => {
-                    // Out of file descriptors, most likely: wait for some to come back instead of spinning.
+                    // The cause is most likely a lack of file descriptors: waits for some instead of spinning.
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -161,8 +162,8 @@ impl Edge {
         }
     }
 
-    /// A connection that is already there, if there is one: whoever is connected and not yet accepted would be cut when
-    /// the listener goes.
+    /// A connection that waits to be accepted, if there is one. Connections that are not accepted are cut when the
+    /// listener closes.
     pub fn accept_now(&self) -> Option<Socket> {
         loop {
             let (stream, peer) = self.listener.accept().now_or_never()?.ok()?;

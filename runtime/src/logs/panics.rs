@@ -1,5 +1,6 @@
-//! Panics as lines of the log. The standard library's own hook writes to standard error itself and holds a lock
-//! meanwhile: with a stopped reader one panic would stop its thread, and the next ones theirs.
+//! Panics as lines of the log. The standard library's hook writes to standard error itself and holds a lock
+//! meanwhile. If the reader of standard error is stopped, a panic would hang its thread, and further panics would
+//! hang theirs.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::sync::LazyLock;
@@ -9,11 +10,11 @@ use prometheus_client::metrics::counter::Counter;
 use super::queue::Queue;
 use super::{FLUSH_TIMEOUT, Value, beginning, line};
 
-/// Longest text of a panic that is logged, bytes.
+/// The longest logged text of a panic, bytes.
 const MESSAGE_MAX_BYTES: usize = 4 << 10;
-/// Longest backtrace that is logged, bytes; it is there when `RUST_BACKTRACE` asks for it.
+/// The longest logged backtrace, bytes. Only `RUST_BACKTRACE` makes one.
 const BACKTRACE_MAX_BYTES: usize = 16 << 10;
-/// What the standard library says before it aborts the process.
+/// Messages of the standard library before it aborts the process.
 const ABORTS: [&str; 2] = ["panic in a destructor during cleanup", "panic in a function that cannot unwind"];
 
 static PANICS: LazyLock<Counter> = LazyLock::new(Counter::default);

@@ -1,11 +1,11 @@
 //! A bounded queue of log lines, and the one thread that writes them.
 //!
-//! Invariants: [`Queue::push`] never waits for the sink and never fails; every line is either written whole or counted
-//! as lost, once; lines keep their order; what was lost is said where it was lost.
+//! Invariants: [`Queue::push`] never waits for the sink and never fails. Every line is either written completely or
+//! counted as lost, once. Lines keep their order. A loss is reported at its place among the lines.
 //!
-//! Not tracing-appender's `NonBlocking`: its queue is bounded in lines but not in bytes, a line that cannot be written
-//! is lost without being counted or told, and its guard prints with `println!` when the writer hangs, which panics or
-//! hangs in its turn.
+//! tracing-appender's `NonBlocking` is no replacement: its queue is bounded in lines but not in bytes, a line that
+//! cannot be written is lost without being counted or reported, and its guard uses `println!` when the writer hangs,
+//! which panics or hangs in turn.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -16,24 +16,24 @@ use prometheus_client::metrics::counter::Counter;
 
 use super::{Form, Value, beginning, line};
 
-/// Lines that wait at most.
+/// The maximum of queued lines.
 const LINES_MAX: usize = 8192;
-/// Bytes that wait at most: with lines of requests, about 500 bytes each, as much as [`LINES_MAX`] of them. As much again
-/// may be in the writer's hands, so that the log takes 8 MiB at most.
+/// The maximum of queued bytes: as much as [`LINES_MAX`] lines of requests, which are about 500 bytes each. The
+/// writer may hold as much again, so the log takes at most 8 MiB.
 const BYTES_MAX: usize = 4 << 20;
-/// Longest line, bytes; a longer one is cut.
+/// The longest line, bytes. A longer one is cut.
 const LINE_MAX_BYTES: usize = 64 << 10;
-/// What is kept of a line that is too long, bytes: as a text inside another line it may take six times as much.
+/// The bytes that are kept of a line that is too long. As a text inside another line they may take six times as much.
 const CUT_TO_BYTES: usize = 8 << 10;
-/// A write takes whole lines up to so many bytes. So much is written to a pipe in one piece (`PIPE_BUF`), so that lines of
-/// several processes on one pipe do not mix.
+/// One write takes complete lines of up to this number of bytes. A pipe takes so much in one piece (`PIPE_BUF`), so
+/// that lines of several processes on one pipe do not mix.
 const WRITE_MAX_BYTES: usize = 4096;
-/// After a write the writer lets lines come together for so long: the threads that serve would otherwise wake it for
-/// every single line.
+/// After a write the writer lets lines gather for this time. Otherwise the serving threads would wake it for every
+/// line.
 const GATHER: Duration = Duration::from_millis(5);
-/// A sink that takes nothing now, but does not block (`O_NONBLOCK`), is tried again after so long.
+/// The pause after which a sink that takes nothing without blocking (`O_NONBLOCK`) is tried again.
 const RETRY_WOULD_BLOCK: Duration = Duration::from_millis(10);
-/// While nothing else is logged, the count of lost lines is offered to a broken sink this often.
+/// The interval at which a broken sink is offered the count of lost lines while nothing else is logged.
 const RETRY_REPORT: Duration = Duration::from_secs(1);
 
 /// The queue; cheap to clone.
@@ -45,7 +45,7 @@ struct Inner {
     state: Mutex<State>,
     /// Wakes the writer.
     wake: Condvar,
-    /// Wakes whoever waits in [`Queue::flush`].
+    /// Wakes the callers of [`Queue::flush`].
     settled: Condvar,
     form: Form,
     lost: Counter,
@@ -54,46 +54,46 @@ struct Inner {
 #[derive(Debug)]
 struct State {
     waiting: Batch,
-    /// Lines taken into the queue so far.
+    /// The number of lines taken into the queue.
     pushed: u64,
-    /// Lines of them that the writer has written or given up.
+    /// The number of these lines that the writer has written or given up.
     settled: u64,
     writer: Activity,
-    /// Somebody waits for the log to be written, so the writer does not gather.
+    /// Whether a caller waits for the log to be written, so that the writer does not gather lines.
     force: bool,
 }
 
-/// What the writer does. It is woken only when it would otherwise not see a line in time.
+/// The state of the writer. It is woken only if it would not see a line in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Activity {
     /// It sleeps until there is a line.
     Waiting,
-    /// It looks by itself within [`GATHER`].
+    /// It checks by itself within [`GATHER`].
     Gathering,
-    /// It looks when it has written what it holds.
+    /// It checks after it has written what it holds.
     Writing,
 }
 
-/// Lines that follow each other.
+/// Consecutive lines.
 #[derive(Debug)]
 struct Batch {
     text: Vec<u8>,
-    /// Where each line ends in `text`.
+    /// The end of each line in `text`.
     ends: Vec<usize>,
     /// Lines that came after these and were dropped for lack of room.
     lost: u64,
 }
 
 impl Batch {
-    /// With all its room from the start: the system gives memory for what is used of it, and nothing is moved about while
-    /// others wait.
+    /// All room is reserved at the start: the system provides memory as it is used, and nothing is moved while others
+    /// wait.
     fn new() -> Self {
         Self { text: Vec::with_capacity(BYTES_MAX), ends: Vec::with_capacity(LINES_MAX), lost: 0 }
     }
 
     fn push(&mut self, line: &[u8]) -> bool {
-        // After the first line that found no room, none is taken until the writer has come: the gap is one, and is told
-        // where it is.
+        // After the first dropped line, all lines are dropped until the writer has come. So there is one gap, and it
+        // is reported at its place.
         let room = self.lost == 0 && self.ends.len() < LINES_MAX && line.len() <= BYTES_MAX - self.text.len();
         if room {
             self.text.extend_from_slice(line);
@@ -120,7 +120,7 @@ impl Batch {
 }
 
 impl Queue {
-    /// Starts the thread that writes to `sink`. `lost` counts lines that were not written.
+    /// Starts the thread that writes to `sink`. `lost` counts unwritten lines.
     pub(super) fn start(sink: Box<dyn Write + Send>, form: Form, lost: Counter) -> io::Result<Self> {
         let state =
             State { waiting: Batch::new(), pushed: 0, settled: 0, writer: Activity::Gathering, force: false };
@@ -136,13 +136,13 @@ impl Queue {
         Ok(queue)
     }
 
-    /// How lines look here.
+    /// The form of lines.
     pub(super) fn form(&self) -> Form {
         self.0.form
     }
 
-    /// Takes a line, which ends with a newline, or drops and counts it. Waits for nobody but another thread that copies
-    /// a line in or takes them out.
+    /// Takes a line, which ends with a newline, or drops and counts it. It waits only for other threads that copy a
+    /// line in or take lines out.
     pub(super) fn push(&self, line: &[u8]) {
         let line = self.within_bounds(line);
         let mut state = self.state();
@@ -163,7 +163,7 @@ impl Queue {
         }
     }
 
-    /// Returns when all lines that were taken before are written or given up, or after `timeout`.
+    /// Returns when all earlier lines are written or given up, or after `timeout`.
     #[expect(clippy::disallowed_methods, reason = "a thread waits here, and no runtime may be left")]
     pub(super) fn flush(&self, timeout: Duration) {
         let until = Instant::now() + timeout;
@@ -181,12 +181,12 @@ impl Queue {
         }
     }
 
-    /// The line, or what is left of one that is too long.
+    /// The line, or the kept part of one that is too long.
     fn within_bounds<'a>(&self, text: &'a [u8]) -> Cow<'a, [u8]> {
         if text.len() <= LINE_MAX_BYTES {
             return Cow::Borrowed(text);
         }
-        // The beginning of a JSON line is no JSON: it goes as a text into a line of its own.
+        // The beginning of a JSON line is not JSON, so it becomes a text in a line of its own.
         let kept = String::from_utf8_lossy(&text[..CUT_TO_BYTES]);
         let kept = beginning(&kept, CUT_TO_BYTES).trim_end_matches(char::REPLACEMENT_CHARACTER);
         let fields = [("line_bytes", Value::Number(text.len() as u64)), ("line", Value::Text(kept))];
@@ -195,18 +195,18 @@ impl Queue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing that happens under this lock can panic, so that the panic hook may take it.
+        // Nothing can panic under this lock, so that the panic hook may take it.
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The thread's own.
+/// The state of the thread.
 struct Writer {
     queue: Queue,
     sink: Box<dyn Write + Send>,
-    /// Lines lost that the log has not told of yet.
+    /// Lost lines that are not reported in the log.
     unreported: u64,
-    /// Whether the last byte written is inside a line.
+    /// Whether the last written byte is inside a line.
     torn: bool,
 }
 
@@ -231,7 +231,7 @@ impl Writer {
         }
     }
 
-    /// Takes what waits, once something does. Also returns with nothing, when there is a loss to tell of.
+    /// Takes the queued lines as soon as there are some. Also returns without lines, when there is a loss to report.
     fn next(&mut self, batch: &mut Batch) {
         let mut state = self.queue.state();
         if state.waiting.is_empty() {
@@ -252,10 +252,11 @@ impl Writer {
     /// Writes each line or gives it up.
     fn write(&mut self, batch: &Batch) {
         let ends = &batch.ends;
-        // The first line that is not settled, and the first byte that is not written.
+        // The first line that is neither written nor given up, and the first unwritten byte.
         let (mut next, mut at) = (0, 0);
         while next < ends.len() {
-            // What was lost comes before what follows it. A sink that does not take this much takes no line either.
+            // A loss is reported before the lines that follow it. A sink that does not take the report takes no line
+            // either.
             let begun = at > next.checked_sub(1).map_or(0, |before| ends[before]);
             if self.unreported > 0 && !begun && !self.report() {
                 self.give_up();
@@ -282,11 +283,11 @@ impl Writer {
         self.queue.0.lost.inc();
     }
 
-    /// Tells how many lines were lost; whether that could be written.
+    /// Reports the number of lost lines. Returns whether it was written.
     fn report(&mut self) -> bool {
         let fields = [("lost", Value::Number(self.unreported))];
         let text = line(self.queue.form(), "WARN", "weir_runtime::logs", "log lines were lost", &fields);
-        // Half a line stays half a line, but what follows it is whole.
+        // An incomplete line stays incomplete, but the next one starts on a line of its own.
         let text = if self.torn { format!("\n{text}") } else { text };
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
@@ -302,7 +303,7 @@ impl Writer {
         true
     }
 
-    /// One write, at least one byte. Only this waits for the sink.
+    /// One write of at least one byte. Only this waits for the sink.
     fn put(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match self.sink.write(bytes) {

@@ -1,9 +1,9 @@
-//! Which names a port for browsers answers to, and from which pages it takes requests.
+//! The host names that a port for browsers answers to, and the pages whose requests it accepts.
 //!
 //! A page of another site cannot read this port's answers, unless its own name resolves to this port's address ("DNS
 //! rebinding"): then the browser takes both for one site. The name stays in the `Host` header, so names that a public
-//! site can have are refused: an address, `localhost`, a name without dots, one below a suffix that is never public,
-//! and this machine's own name are answered; everything else must be allowed by a flag.
+//! site can have are refused. Always answered are addresses, `localhost`, names without dots, names below a suffix
+//! that is never public, and this machine's own name. A flag allows others.
 
 use std::net::Ipv6Addr;
 use std::str::FromStr;
@@ -15,18 +15,18 @@ use axum::http::{Method, StatusCode, Uri, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-/// Names that one process can be told to answer to.
+/// The maximum of names that a process can be given.
 const ALLOWED_MAX: usize = 64;
-/// Longest name, bytes; DNS has no longer ones.
+/// The longest name, bytes, as in DNS.
 const NAME_BYTES_MAX: usize = 253;
-/// Longest part of a name between dots, bytes.
+/// The longest part of a name between dots, bytes.
 const LABEL_BYTES_MAX: usize = 63;
-/// Of a name that is refused, so many characters are repeated.
+/// The characters of a refused name that the answer repeats.
 const SHOWN_CHARS: usize = 64;
-/// Suffixes below which no public site can be: Kubernetes services, and what RFC 6761 and ICANN keep for private use.
+/// Suffixes that no public site has: Kubernetes services, and those that RFC 6761 and ICANN reserve for private use.
 const PRIVATE_SUFFIXES: [&str; 4] = [".svc", ".svc.cluster.local", ".internal", ".localhost"];
 
-/// A name from the command line: `ops.example.com`, or `*.example.com` for all below it.
+/// A name from the command line: `ops.example.com`, or `*.example.com` for all names below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AllowedHost(String);
 
@@ -36,7 +36,7 @@ impl FromStr for AllowedHost {
     fn from_str(text: &str) -> Result<Self, String> {
         let name = text.strip_prefix("*.").unwrap_or(text);
         match Host::parse(name) {
-            // A colon without digits is no port, and no part of a name either.
+            // A colon without digits is neither a port nor part of a name.
             Ok(Host { name: HostName::Name(_), port: None }) if !name.contains(':') => {
                 Ok(Self(text.to_ascii_lowercase()))
             }
@@ -48,26 +48,26 @@ impl FromStr for AllowedHost {
     }
 }
 
-/// The names that a port answers to besides those that are always safe. Cheap to clone.
+/// The names that a port answers to besides the safe ones. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct AllowedHosts(Arc<[String]>);
 
 impl AllowedHosts {
-    /// These names and this machine's own.
+    /// These names and this machine's own name.
     ///
     /// # Errors
-    /// When there are more than 64.
+    /// If there are more than 64.
     pub fn new(allowed: &[AllowedHost]) -> Result<Self, String> {
         if allowed.len() > ALLOWED_MAX {
             return Err(format!("{} names are given; at most {ALLOWED_MAX} are allowed", allowed.len()));
         }
-        // Where the system does not say its name, the other rules hold.
+        // If the system does not tell its name, the other rules hold.
         let own = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let own = own.trim().parse().ok().map(|AllowedHost(name)| name);
         Ok(Self(allowed.iter().map(|AllowedHost(name)| name.clone()).chain(own).collect()))
     }
 
-    /// Whether a host may be asked for.
+    /// Whether a host name is answered.
     fn permits(&self, host: &Host<'_>) -> bool {
         let HostName::Name(name) = &host.name else { return true };
         let local = name == "localhost" || !name.contains('.');
@@ -95,7 +95,7 @@ impl AllowedHosts {
             let text = std::str::from_utf8(name).map_err(|_| Refusal::BadHost)?;
             asked.push(Host::parse(text).map_err(|()| Refusal::BadHost)?);
         }
-        // Every browser says a host. Checks of load balancers speak HTTP/1.0, which has none.
+        // Every browser sends a host. Health checks of load balancers use HTTP/1.0, which has none.
         if asked.is_empty() && head.version > Version::HTTP_10 {
             return Err(Refusal::BadHost);
         }
@@ -109,23 +109,23 @@ impl AllowedHosts {
     }
 }
 
-/// What is judged of a request.
+/// The parts of a request that the check needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Head<'a> {
-    /// Its version.
+    /// The version.
     pub version: Version,
-    /// Its method.
+    /// The method.
     pub method: &'a Method,
-    /// What it asks for.
+    /// The target.
     pub uri: &'a Uri,
-    /// Its headers.
+    /// The headers.
     pub headers: &'a HeaderMap,
 }
 
 /// Why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// No host, several, or one that is none.
+    /// No host, several hosts, or an invalid one.
     #[error("one host is needed, such as 127.0.0.1 or localhost")]
     BadHost,
     /// A name that this port does not answer to.
@@ -139,7 +139,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// The status that says so.
+    /// The status of the answer.
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::BadHost => StatusCode::BAD_REQUEST,
@@ -149,8 +149,8 @@ impl Refusal {
     }
 }
 
-/// Whether a request comes from no page, or from one of this port. A link on another site may lead here: what is opened
-/// so is seen by the person alone.
+/// Whether a request comes from no page, or from a page of this port. A link on another site may lead here; only the
+/// person sees the page that it opens.
 fn is_own_page(head: &Head<'_>, host: Option<&Host<'_>>) -> bool {
     for origin in head.headers.get_all(header::ORIGIN) {
         let own = origin.to_str().ok().and_then(|text| {
@@ -162,7 +162,7 @@ fn is_own_page(head: &Head<'_>, host: Option<&Host<'_>>) -> bool {
             };
             Some((Host::parse(host).ok()?, default))
         });
-        // Behind something that does TLS the scheme is another one here, and with it the port that is left out.
+        // Behind a proxy that ends TLS the scheme differs, and with it the port that is left out.
         let same = own.zip(host).is_some_and(|((origin, default), host)| {
             let port = |h: &Host<'_>| h.port.unwrap_or(default);
             origin.name == host.name && port(&origin) == port(host)
@@ -189,9 +189,9 @@ struct Host<'a> {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum HostName<'a> {
-    /// As written; no site has it for its name.
+    /// The spelling is kept; no site has such a name.
     Address(&'a str),
-    /// In lower case and without the dot at its end.
+    /// In lower case and without a dot at its end.
     Name(String),
 }
 
@@ -205,8 +205,8 @@ impl std::fmt::Display for HostName<'_> {
 }
 
 impl<'a> Host<'a> {
-    /// Reads `host [ ":" port ]`, in the narrow form that clients send: no user, no escapes, and no address in a form
-    /// that only some parsers take for one (`127.1`, `0x7f.0.0.1`, `2130706433`).
+    /// Parses `host [ ":" port ]` in the narrow form that clients send: no user, no escapes, and no address in a form
+    /// that only some parsers accept (`127.1`, `0x7f.0.0.1`, `2130706433`).
     fn parse(text: &'a str) -> Result<Self, ()> {
         if let Some(rest) = text.strip_prefix('[') {
             let (inner, rest) = rest.split_once(']').ok_or(())?;
@@ -222,7 +222,7 @@ impl<'a> Host<'a> {
         if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.split('.').all(is_label) {
             return Err(());
         }
-        // What ends in a number is an address to browsers, and never a name.
+        // Browsers take a name that ends in a number for an address.
         let last = name.rsplit('.').next().unwrap_or_default();
         let hex = last.strip_prefix("0x").or_else(|| last.strip_prefix("0X"));
         if last.bytes().all(|b| b.is_ascii_digit())
@@ -235,12 +235,12 @@ impl<'a> Host<'a> {
 }
 
 fn is_label(label: &str) -> bool {
-    // Compose names its services with underscores.
+    // Compose uses underscores in names of services.
     let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
     !label.is_empty() && label.len() <= LABEL_BYTES_MAX && label.bytes().all(fits)
 }
 
-/// The port behind a host: nothing, or a colon and perhaps digits.
+/// The port behind a host: nothing, or a colon and optional digits.
 fn port(rest: &str) -> Result<Option<u16>, ()> {
     match rest.strip_prefix(':') {
         None if rest.is_empty() => Ok(None),
@@ -257,7 +257,7 @@ fn shown(text: &str) -> String {
     text.chars().take(SHOWN_CHARS).flat_map(char::escape_debug).collect()
 }
 
-/// Refuses what is not for this port, before anything else looks at it.
+/// Refuses requests that are not for this port, before anything else handles them.
 pub(super) async fn guard(State(hosts): State<AllowedHosts>, request: Request, next: Next) -> Response {
     let head = Head {
         version: request.version(),

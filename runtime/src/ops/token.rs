@@ -1,4 +1,4 @@
-//! The token for pages that tell about tenants.
+//! The token for pages about tenants.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,16 +11,16 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Secret;
 
-/// Shorter ones could be guessed.
+/// Shorter tokens could be guessed.
 const TOKEN_MIN_CHARS: usize = 16;
-/// A token's file holds no more than this, bytes.
+/// The largest file of a token, bytes.
 const FILE_BYTES_MAX: u64 = 4096;
 
-/// The token that opens the pages about tenants; without one they are closed to everybody. Cheap to clone.
+/// The token that opens the pages about tenants. Without one the pages are closed. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct OpsToken(Option<Arc<Digest>>);
 
-/// Of the token; it is compared as a whole, so that time tells nothing.
+/// The digest of the token. Digests are compared as a whole, so that the time of a comparison tells nothing.
 #[derive(Clone, PartialEq, Eq)]
 struct Digest([u8; 32]);
 
@@ -30,7 +30,7 @@ impl std::fmt::Debug for Digest {
     }
 }
 
-/// Why a page is not shown.
+/// Why a page is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpsRefusal {
     /// No token is set.
@@ -41,16 +41,16 @@ pub enum OpsRefusal {
     /// No token was sent, or several.
     #[error("a token is needed: authorization: Bearer TOKEN, with the token of --ops-token-file")]
     Missing,
-    /// Another one was sent.
+    /// A wrong token was sent.
     #[error("the token is not the one of --ops-token-file")]
     Wrong,
 }
 
 impl OpsToken {
-    /// Opens the pages to who sends this token.
+    /// Opens the pages to callers with this token.
     ///
     /// # Errors
-    /// When it is shorter than 16 characters.
+    /// If it is shorter than 16 characters.
     pub fn new(token: Option<&Secret>) -> Result<Self, String> {
         let Some(token) = token else { return Ok(Self(None)) };
         if token.expose().chars().count() < TOKEN_MIN_CHARS {
@@ -59,10 +59,10 @@ impl OpsToken {
         Ok(Self(Some(Arc::new(Digest(Sha256::digest(token.expose()).into())))))
     }
 
-    /// Whether the headers of a request carry it.
+    /// Whether the headers of a request contain the token.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// Why they do not.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), OpsRefusal> {
         let Self(Some(known)) = self else { return Err(OpsRefusal::Closed) };
         let mut sent = headers.get_all(header::AUTHORIZATION).iter();
@@ -76,10 +76,10 @@ impl OpsToken {
     }
 }
 
-/// Reads a token from its file: its text without the white space around it.
+/// Reads a token from its file: the text without the white space around it.
 ///
 /// # Errors
-/// When the file cannot be read, or is longer than a token.
+/// If the file cannot be read or is longer than a token.
 pub fn read_token(path: &Path) -> Result<Secret, String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let kind = std::fs::metadata(path).map_err(|e| failed(&e))?;
@@ -90,7 +90,7 @@ pub fn read_token(path: &Path) -> Result<Secret, String> {
     Ok(Secret::new(text.trim().to_owned()))
 }
 
-/// Shows a page to who has the token.
+/// Shows a page to callers with the token.
 pub async fn guard_ops_page(State(token): State<OpsToken>, request: Request, next: Next) -> Response {
     let refusal = match token.check(request.headers()) {
         Ok(()) => return next.run(request).await,

@@ -5,39 +5,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::AbortHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use weir_tests::scripted::{Asked, Scripted, Wire, answer, chunk, head};
 
 /// An answer that is not streamed.
-pub(crate) const ANSWER: &str = r#"{"id":"x","object":"chat.completion","model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}"#;
-/// Between two events of `slow`.
+const ANSWER: &str = r#"{"id":"x","object":"chat.completion","model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}"#;
+const JSON: (&str, &str) = ("content-type", "application/json");
+const DONE: &str = "data: [DONE]\n\n";
+/// The pause between two events of `slow`.
 pub(crate) const SLOW_EVERY: Duration = Duration::from_millis(100);
-/// Bytes of the content of an answer `big`: more than the kernel takes for a client that reads nothing.
+/// Bytes of the content of an answer `big`: more than the kernel buffers for a client that reads nothing.
 pub(crate) const BIG_BYTES: usize = 12 << 20;
-/// What `fast` and `line` write at once.
+/// The bytes of one write of `fast` and `line`.
 const BURST_BYTES: usize = 64 << 10;
-
-/// A request as it arrived.
-#[derive(Debug, Clone)]
-pub(crate) struct Arrived {
-    /// From the request line to the empty line.
-    pub(crate) head: String,
-    /// The body.
-    pub(crate) body: Vec<u8>,
-}
-
-impl Arrived {
-    /// The values of a header.
-    pub(crate) fn values(&self, name: &str) -> Vec<&str> {
-        let fields = self.head.lines().skip(1).filter_map(|line| line.split_once(':'));
-        fields.filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()).collect()
-    }
-}
 
 #[derive(Debug, Default)]
 struct Seen {
-    arrived: Mutex<Vec<Arrived>>,
+    arrived: Mutex<Vec<Asked>>,
     poured: AtomicU64,
 }
 
@@ -47,161 +31,100 @@ pub(crate) struct Backend {
     /// Where it listens.
     pub(crate) address: SocketAddr,
     seen: Arc<Seen>,
-    task: AbortHandle,
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+    _end: DropGuard,
 }
 
 impl Backend {
     /// On a free port.
     pub(crate) async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("bound");
-        let seen = Arc::<Seen>::default();
+        let (end, seen) = (CancellationToken::new(), Arc::<Seen>::default());
         let log = seen.clone();
-        let task = tokio::spawn(async move {
-            while let Ok((socket, _)) = listener.accept().await {
-                let log = log.clone();
-                // A gateway that leaves ends it.
-                tokio::spawn(async move { serve(socket, &log).await });
-            }
-        });
-        Self { address, seen, task: task.abort_handle() }
+        let scripted = Scripted::start(&end, move |asked, wire| serve(asked, wire, log.clone())).await;
+        Self { address: scripted.address, seen, _end: end.drop_guard() }
     }
 
     /// Every request but health checks, in order of arrival.
-    pub(crate) fn arrived(&self) -> Vec<Arrived> {
+    pub(crate) fn arrived(&self) -> Vec<Asked> {
         self.seen.arrived.lock().expect("nobody panicked").clone()
     }
 
-    /// How many bytes of `fast` and `line` were taken so far.
+    /// The bytes of `fast` and `line` that were taken so far.
     pub(crate) fn poured(&self) -> u64 {
         self.seen.poured.load(Ordering::Relaxed)
     }
 }
 
-async fn serve(mut socket: TcpStream, seen: &Seen) -> std::io::Result<()> {
-    socket.set_nodelay(true)?;
-    let mut buffer = Vec::new();
-    loop {
-        let Some(end) = fill(&mut socket, &mut buffer, |have| {
-            have.windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4)
-        })
-        .await?
-        else {
-            return Ok(());
-        };
-        let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
-        buffer.drain(..end);
-        let mut request = Arrived { head, body: Vec::new() };
-        let length = request.values("content-length").first().map_or(0, |n| n.parse().expect("a length"));
-        if fill(&mut socket, &mut buffer, |have| (have.len() >= length).then_some(length)).await?.is_none() {
-            return Ok(());
-        }
-        request.body = buffer.drain(..length).collect();
-        if request.head.starts_with("GET ") {
-            let list = r#"{"object":"list","data":[{"id":"m"},{"id":"short"}]}"#;
-            socket.write_all(whole("200 OK", "", list).as_bytes()).await?;
-            continue;
-        }
-        let act = request.values("x-client-request-id").first().copied().unwrap_or("ok").to_owned();
-        seen.arrived.lock().expect("nobody panicked").push(request);
-        perform(&act, &mut socket, &seen.poured).await?;
+async fn serve(asked: Asked, mut wire: Wire, seen: Arc<Seen>) -> Option<Wire> {
+    // A gateway without a control plane looks whether its backends live, after a few seconds.
+    if asked.head.starts_with("HEAD ") {
+        return wire.send(answer(200, &[JSON], "")).await.then_some(wire);
     }
-}
-
-/// Reads until `enough` says where what is wanted ends; nothing once the peer has closed.
-async fn fill(
-    socket: &mut TcpStream,
-    buffer: &mut Vec<u8>,
-    enough: impl Fn(&[u8]) -> Option<usize>,
-) -> std::io::Result<Option<usize>> {
-    loop {
-        if let Some(end) = enough(buffer) {
-            return Ok(Some(end));
-        }
-        if socket.read_buf(buffer).await? == 0 {
-            return Ok(None);
-        }
+    if asked.head.starts_with("GET ") {
+        let list = r#"{"object":"list","data":[{"id":"m"},{"id":"short"}]}"#;
+        return wire.send(answer(200, &[JSON], list)).await.then_some(wire);
     }
+    let act = asked.header("x-client-request-id").unwrap_or("ok").to_owned();
+    seen.arrived.lock().expect("nobody panicked").push(asked);
+    perform(&act, wire, &seen.poured).await
 }
 
-fn whole(status: &str, headers: &str, body: &str) -> String {
-    let length = body.len();
-    format!(
-        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
-    )
-}
-
-fn chunk(bytes: &str) -> String {
-    format!("{:x}\r\n{bytes}\r\n", bytes.len())
-}
-
-/// An event of a stream with this content.
-pub(crate) fn event(content: &str) -> String {
+/// An event of a stream with this content, which is JSON already.
+fn event(content: &str) -> String {
     format!(
         "data: {{\"id\":\"x\",\"object\":\"chat.completion.chunk\",\"model\":\"m\",\"choices\":[{{\"index\":0,\
          \"delta\":{{\"content\":\"{content}\"}},\"finish_reason\":null}}]}}\n\n"
     )
 }
 
-const STREAM: &str =
-    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
-const DONE: &str = "data: [DONE]\n\n";
+fn stream() -> Vec<u8> {
+    head(200, &[("content-type", "text/event-stream"), ("transfer-encoding", "chunked")])
+}
 
-async fn perform(act: &str, socket: &mut TcpStream, poured: &AtomicU64) -> std::io::Result<()> {
-    let mut say = String::new();
-    match act.split_once('-').unwrap_or((act, "")) {
+/// Writes the same bytes until the gateway leaves.
+async fn pour(mut wire: Wire, burst: &[u8], poured: &AtomicU64) -> Option<Wire> {
+    while wire.send(burst).await {
+        poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
+    }
+    None
+}
+
+async fn perform(act: &str, mut wire: Wire, poured: &AtomicU64) -> Option<Wire> {
+    let said = match act.split_once('-').unwrap_or((act, "")) {
         // Events as fast as they are taken, without an end.
         ("fast", _) => {
-            socket.write_all(STREAM.as_bytes()).await?;
             let one = event(&"a".repeat(1000));
-            let burst = chunk(&one.repeat(BURST_BYTES / one.len()));
-            loop {
-                socket.write_all(burst.as_bytes()).await?;
-                poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
-            }
+            wire.send(stream()).await;
+            return pour(wire, &chunk(one.repeat(BURST_BYTES / one.len())), poured).await;
         }
         // One line that never ends.
         ("line", _) => {
-            socket.write_all(STREAM.as_bytes()).await?;
-            socket.write_all(chunk(&event("a")).as_bytes()).await?;
-            socket.write_all(chunk("data: ").as_bytes()).await?;
-            let burst = chunk(&"a".repeat(BURST_BYTES));
-            loop {
-                socket.write_all(burst.as_bytes()).await?;
-                poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
-            }
+            wire.send([stream(), chunk(event("a")), chunk("data: ")].concat()).await;
+            return pour(wire, &chunk("a".repeat(BURST_BYTES)), poured).await;
         }
         // `slow-N`: N events, one each `SLOW_EVERY`, then the end.
         ("slow", count) => {
-            socket.write_all(STREAM.as_bytes()).await?;
+            wire.send(stream()).await;
             for _ in 0..count.parse::<u32>().unwrap_or(u32::MAX) {
-                socket.write_all(chunk(&event("a")).as_bytes()).await?;
+                if !wire.send(chunk(event("a"))).await {
+                    return None;
+                }
                 tokio::time::sleep(SLOW_EVERY).await;
             }
-            say += &(chunk(DONE) + "0\r\n\r\n");
+            [chunk(DONE), chunk("")].concat()
         }
         // An answer of some MiB that is not streamed.
-        ("big", _) => {
-            say += &whole("200 OK", "", &ANSWER.replace("hi", &"a".repeat(BIG_BYTES)));
-        }
+        ("big", _) => answer(200, &[JSON], ANSWER.replace("hi", &"a".repeat(BIG_BYTES))),
         // A stream whose content looks like the end of a stream.
         ("escaped", _) => {
             let content = event(r"\n\ndata: [DONE]\n\n");
-            say += &(STREAM.to_owned()
-                + &chunk(&content)
-                + &chunk(&event("after"))
-                + &chunk(DONE)
-                + "0\r\n\r\n");
+            [stream(), chunk(content), chunk(event("after")), chunk(DONE), chunk("")].concat()
         }
         // `status-NNN`: this status, and a place to go to.
-        ("status", code) => say += &whole(&format!("{code} X"), "location: /redirected\r\n", "{}"),
-        _ => say += &whole("200 OK", "", ANSWER),
-    }
-    socket.write_all(say.as_bytes()).await
+        ("status", code) => {
+            let code = code.parse().expect("a status");
+            answer(code, &[JSON, ("location", "/redirected")], "{}")
+        }
+        _ => answer(200, &[JSON], ANSWER),
+    };
+    wire.send(said).await.then_some(wire)
 }

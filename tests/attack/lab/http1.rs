@@ -1,4 +1,4 @@
-//! HTTP/1 as bytes: what is sent is what the test wrote, right or wrong.
+//! HTTP/1 as bytes: the test decides every byte that is sent.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,22 +8,22 @@ use weir_tests::cluster::KEY;
 
 use super::{SOON, connect};
 
-/// How a connection stood when it was no longer listened to.
+/// The state of a connection when the test stopped reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     /// The peer closed it.
     Closed,
     /// The peer reset it.
     Reset,
-    /// Open, and silent for as long as was waited.
+    /// Open, and silent for as long as the test waited.
     Open,
 }
 
-/// What came back.
+/// The received bytes and the state of the connection.
 pub(crate) struct Heard {
-    /// All of it.
+    /// All bytes.
     pub(crate) bytes: Vec<u8>,
-    /// And then.
+    /// The state afterwards.
     pub(crate) end: End,
 }
 
@@ -42,7 +42,7 @@ pub(crate) struct Reply {
     pub(crate) status: u16,
     /// The status line and the headers.
     pub(crate) head: String,
-    /// The body as far as it came.
+    /// The received part of the body.
     pub(crate) body: Vec<u8>,
 }
 
@@ -61,7 +61,7 @@ impl Reply {
 }
 
 impl Heard {
-    /// The answers in it, those of 1xx left out.
+    /// The answers, without those of 1xx.
     pub(crate) fn replies(&self) -> Vec<Reply> {
         let (mut rest, mut replies) = (&self.bytes[..], Vec::new());
         while let Some(at) = rest.windows(4).position(|w| w == b"\r\n\r\n") {
@@ -92,7 +92,7 @@ impl Heard {
     }
 }
 
-/// Takes the chunks off the front of `rest` as far as they came; returns what is behind them.
+/// Removes the chunks at the front of `rest`. Returns the bytes behind them.
 fn dechunk<'a>(mut rest: &'a [u8], body: &mut Vec<u8>) -> &'a [u8] {
     while let Some(line) = rest.windows(2).position(|w| w == b"\r\n") {
         let size =
@@ -109,7 +109,7 @@ fn dechunk<'a>(mut rest: &'a [u8], body: &mut Vec<u8>) -> &'a [u8] {
     rest
 }
 
-/// Reads until the peer ends it, or is silent for `quiet`.
+/// Reads until the peer closes, or is silent for `quiet`.
 pub(crate) async fn listen(socket: &mut (impl AsyncRead + Unpin), quiet: Duration) -> Heard {
     let mut bytes = Vec::new();
     loop {
@@ -123,7 +123,7 @@ pub(crate) async fn listen(socket: &mut (impl AsyncRead + Unpin), quiet: Duratio
     }
 }
 
-/// Sends these bytes and listens meanwhile, until the peer closes.
+/// Sends these bytes and reads at the same time, until the peer closes.
 pub(crate) async fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Heard {
     exchange_until(address, bytes, SOON).await
 }
@@ -142,7 +142,7 @@ pub(crate) async fn exchange_until(address: SocketAddr, bytes: impl AsRef<[u8]>,
     }
 }
 
-/// Sends all of it before a byte is read, as plain clients do, then listens.
+/// Sends everything before it reads, as simple clients do, then reads.
 pub(crate) async fn write_then_read(
     address: SocketAddr,
     bytes: impl AsRef<[u8]>,

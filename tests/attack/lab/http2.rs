@@ -1,4 +1,4 @@
-//! HTTP/2 frame by frame: what is sent is what the test wrote, right or wrong.
+//! HTTP/2 frame by frame: the test decides every frame that is sent.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use weir_tests::cluster::KEY;
 
 use super::{SOON, connect};
 
-/// What a connection begins with.
+/// The preface of a connection.
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Kinds of frames.
+/// Types of frames.
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
 pub(crate) const PRIORITY: u8 = 2;
@@ -26,7 +26,7 @@ pub(crate) const CONTINUATION: u8 = 9;
 pub(crate) const END_STREAM: u8 = 1;
 pub(crate) const ACK: u8 = 1;
 pub(crate) const END_HEADERS: u8 = 4;
-/// The setting of a stream's window at its start.
+/// The setting of a stream's initial window.
 pub(crate) const INITIAL_WINDOW_SIZE: u16 = 4;
 
 /// A frame.
@@ -78,7 +78,7 @@ fn length(out: &mut Vec<u8>, first: u8, bits: u32, value: usize) {
     out.push(u8::try_from(rest).expect("small"));
 }
 
-/// A header block of literals that no table remembers.
+/// A header block of literals that enter no table.
 pub(crate) fn block(fields: &[(&[u8], &[u8])]) -> Vec<u8> {
     let mut out = Vec::new();
     for (name, value) in fields {
@@ -87,7 +87,7 @@ pub(crate) fn block(fields: &[(&[u8], &[u8])]) -> Vec<u8> {
     out
 }
 
-/// One literal field; `first` says what becomes of it in the table.
+/// One literal field; `first` decides what happens to it in the table.
 pub(crate) fn literal(out: &mut Vec<u8>, first: u8, name: &[u8], value: &[u8]) {
     out.push(first);
     for text in [name, value] {
@@ -125,7 +125,7 @@ pub(crate) fn chat(stream: u32, model: &str, act: &str) -> Vec<u8> {
     [headers(stream, &fields, false), frame(DATA, END_STREAM, stream, body.as_bytes())].concat()
 }
 
-/// The status in a block of the server's: `:status` comes first, after changes of the table's size.
+/// The status in a block of the server: `:status` comes first, after changes of the table's size.
 fn status(block: &[u8]) -> Option<u16> {
     const STATIC: [u16; 7] = [200, 204, 206, 304, 400, 404, 500];
     let mut block = block;
@@ -154,12 +154,12 @@ fn status(block: &[u8]) -> Option<u16> {
 }
 
 impl Frame {
-    /// The status of an answer that begins here.
+    /// The status of an answer that begins with this frame.
     pub(crate) fn status(&self) -> Option<u16> {
         (self.kind == HEADERS).then(|| status(&self.payload)).flatten()
     }
 
-    /// The error of a RST_STREAM or GOAWAY.
+    /// The error code of a RST_STREAM or GOAWAY.
     pub(crate) fn error(&self) -> Option<u32> {
         let at = match self.kind {
             RST_STREAM => 0,
@@ -170,29 +170,29 @@ impl Frame {
     }
 }
 
-/// What comes next on a connection.
+/// The next event of a connection.
 #[derive(Debug)]
 pub(crate) enum Next {
     /// A frame.
     Frame(Frame),
-    /// Nothing, for as long as was waited.
+    /// Nothing for as long as the test waited.
     Silence,
-    /// The peer ended it.
+    /// The peer closed it.
     Closed,
 }
 
 /// How one stream ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// With an answer of this status that is complete.
+    /// With a complete answer of this status.
     Answer(u16),
     /// The stream was reset, with this code.
     Reset(u32),
-    /// The connection was told to end, with this code.
+    /// By a GOAWAY with this code.
     GoAway(u32),
-    /// The connection ended.
+    /// By the end of the connection.
     Closed,
-    /// Not, for as long as was waited.
+    /// Not within the time that the test waited.
     Open,
 }
 
@@ -216,7 +216,7 @@ impl Http2 {
         connection
     }
 
-    /// Sends; whether the peer takes it in time.
+    /// Sends bytes. Returns whether the peer takes them in time.
     pub(crate) async fn send(&mut self, bytes: &[u8]) -> bool {
         self.send_within(bytes, SOON).await
     }
@@ -239,7 +239,7 @@ impl Http2 {
                     self.buffer.drain(..9 + size);
                     if matches!(kind, SETTINGS | PING) && flags & ACK == 0 {
                         let back = if kind == PING { &payload[..] } else { &[] };
-                        // The peer may have closed behind what it sent.
+                        // The peer may have closed after what it sent.
                         let _ = self.socket.try_write(&frame(kind, ACK, 0, back));
                     }
                     return Next::Frame(Frame { kind, flags, stream, payload });
@@ -253,7 +253,7 @@ impl Http2 {
         }
     }
 
-    /// How this stream ends.
+    /// Waits for the end of this stream.
     pub(crate) async fn ended(&mut self, stream: u32) -> Ended {
         let mut said = None;
         loop {
@@ -266,7 +266,7 @@ impl Http2 {
                 GOAWAY => return Ended::GoAway(frame.error().unwrap_or(u32::MAX)),
                 RST_STREAM if frame.stream == stream => {
                     return match (said, frame.error()) {
-                        // A whole answer, and no need for the rest of the request.
+                        // A complete answer, without the rest of the request.
                         (Some(status), Some(0)) => Ended::Answer(status),
                         (_, code) => Ended::Reset(code.unwrap_or(u32::MAX)),
                     };

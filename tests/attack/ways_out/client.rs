@@ -1,4 +1,4 @@
-//! What clients do.
+//! The actions of clients.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -8,50 +8,51 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use weir_tests::cluster::KEY;
+use weir_tests::random::Random;
 
 use super::script::ACTS;
-use super::{Draw, SELDOM_KEY, TOTAL};
+use super::{SELDOM_KEY, TOTAL};
 use crate::lab::http1::{self, post};
 use crate::lab::http2::{
     self, DATA, END_STREAM, GOAWAY, HEADERS, Http2, INITIAL_WINDOW_SIZE, Next, RST_STREAM,
 };
 use crate::lab::{SOON, connect, connect_narrow};
 
-/// What came of a way out.
+/// The result of a way out.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
-    /// Requests whose head was sent whole.
+    /// Requests whose head was sent completely.
     pub(super) sent: u64,
-    /// Statuses of answers whose head came.
+    /// The statuses of answers whose head arrived.
     pub(super) statuses: Vec<u16>,
 }
 
 type Acting = Pin<Box<dyn Future<Output = Heard> + Send>>;
 
-/// Who takes nothing is cut by then, and some more.
+/// A client that takes nothing is cut within this time.
 const UNTIL_CUT: Duration = TOTAL.saturating_add(Duration::from_millis(1500));
 
-/// An answer is silent for as long as it may take at the most, and some more.
+/// The longest silence of an answer.
 const QUIET: Duration = UNTIL_CUT;
-/// A body of which nothing more comes is waited for for ten seconds.
+/// A body of which nothing more arrives is waited for for ten seconds.
 const UNTIL_SLOW: Duration = Duration::from_secs(13);
 
 /// Requests as HTTP/1 bytes.
 struct Request {
     bytes: Vec<u8>,
-    /// Heads in it that are taken.
+    /// Heads in it that the gateway accepts.
     heads: u64,
-    /// Where the body of the last one begins.
+    /// The start of the last body.
     body_at: usize,
     act: String,
 }
 
-fn act(draw: &mut Draw) -> String {
+fn act(draw: &mut Random) -> String {
     let act = draw.one_of(&ACTS);
     if draw.chance(30) { format!("first-{act}") } else { act.to_owned() }
 }
 
-fn body(draw: &mut Draw) -> String {
+fn body(draw: &mut Random) -> String {
     let model = draw.one_of(&["gpt-4.1", "gpt-4.1", "gpt-4.1", "passing"]);
     let stream = draw.chance(60);
     format!(
@@ -59,7 +60,7 @@ fn body(draw: &mut Draw) -> String {
     )
 }
 
-fn good(draw: &mut Draw, close: bool) -> Request {
+fn good(draw: &mut Random, close: bool) -> Request {
     let (act, body) = (act(draw), body(draw));
     let connection = if close { "Connection: close\r\n" } else { "" };
     let length = body.len();
@@ -73,7 +74,7 @@ fn good(draw: &mut Draw, close: bool) -> Request {
 }
 
 /// A request that is refused.
-fn bad(draw: &mut Draw) -> Request {
+fn bad(draw: &mut Random) -> Request {
     let (body, post) = (http1::body("gpt-4.1", draw.chance(50)), post());
     let length = body.len();
     let with_body =
@@ -104,26 +105,26 @@ fn bad(draw: &mut Draw) -> Request {
 enum Leaves {
     /// It reads to the end.
     AtTheEnd,
-    /// It says that it has no more to say, and reads to the end.
+    /// It closes its side and reads to the end.
     HalfClosed,
-    /// In the head of its request.
+    /// During the head of its request.
     InItsHead,
-    /// In the body of its request.
+    /// During the body of its request.
     InItsBody,
-    /// As soon as it has sent all.
+    /// As soon as it has sent everything.
     AtOnce,
-    /// A little later, without having read anything.
+    /// A little later, without reading.
     Later,
     /// With the first bytes of the answer.
     WithTheFirstBytes,
-    /// It takes nothing, until it is cut.
+    /// It takes nothing until it is cut.
     WhenCut,
     /// It never sends the rest of its body.
     WithoutItsBody,
 }
 
-/// Draws a way out: what it is called, and the client that takes it.
-pub(super) fn way(draw: &mut Draw, gateway: SocketAddr) -> (String, Acting) {
+/// Draws a way out: its name, and its client.
+pub(super) fn way(draw: &mut Random, gateway: SocketAddr) -> (String, Acting) {
     match draw.below(100) {
         0..30 => streams(draw, gateway),
         30..45 => {
@@ -172,7 +173,7 @@ pub(super) fn way(draw: &mut Draw, gateway: SocketAddr) -> (String, Acting) {
 
 /// HTTP/1.
 fn old(
-    draw: &mut Draw,
+    draw: &mut Random,
     gateway: SocketAddr,
     request: Request,
     leaves: Leaves,
@@ -199,7 +200,7 @@ fn old(
         let mut heard = Heard { sent, ..Heard::default() };
         let mut answers = Vec::new();
         let (mut reader, mut writer) = socket.split();
-        // The gateway may refuse before it has read all.
+        // The gateway may refuse before it has read everything.
         let sending = async {
             let _ = writer.write_all(all).await;
         };
@@ -221,7 +222,7 @@ fn old(
             }
             Leaves::WithTheFirstBytes => {
                 sending.await;
-                // Whatever came with it is read as well.
+                // What came with it is read as well.
                 let _ = timeout(SOON, reader.read_buf(&mut answers)).await;
             }
             Leaves::WhenCut => {
@@ -241,15 +242,15 @@ fn old(
 
 fn leave(socket: TcpStream, resets: bool) {
     if resets {
-        // It may be gone already.
+        // It may have left already.
         let _ = socket.set_zero_linger();
     }
     drop(socket);
 }
 
 /// HTTP/2: some streams of one connection.
-fn streams(draw: &mut Draw, gateway: SocketAddr) -> (String, Acting) {
-    /// What becomes of a connection.
+fn streams(draw: &mut Random, gateway: SocketAddr) -> (String, Acting) {
+    /// The actions on a connection.
     #[derive(Debug, Clone, Copy)]
     enum Leaves {
         AtTheEnd,
@@ -341,7 +342,7 @@ fn streams(draw: &mut Draw, gateway: SocketAddr) -> (String, Acting) {
     (name, Box::pin(acting))
 }
 
-/// Reads frames until so many streams have ended, for so long at the most; the windows that streams use up are not given
+/// Reads frames until this number of streams have ended, for at most this time. The windows of streams are not given
 /// back.
 async fn listen(connection: &mut Http2, mut open: u32, time: Duration, heard: &mut Heard) {
     let reading = async {

@@ -1,4 +1,4 @@
-//! What backends do, by the header `x-client-request-id`, which gateways forward.
+//! The actions of backends, by the header `x-client-request-id`, which gateways forward.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use weir_tests::scripted::{
     Asked, Scripted, Wire, answer, chunk, completion, delta, event, head, json_answer, stream_end,
 };
 
-/// Everything a backend may do with a request.
+/// All actions of a backend.
 pub(super) const ACTS: [&str; 24] = [
     "good",
     "good",
@@ -38,14 +38,14 @@ pub(super) const ACTS: [&str; 24] = [
     "error",
 ];
 const USAGE: &str = r#"{"prompt_tokens":9,"completion_tokens":3,"total_tokens":12}"#;
-/// More than the whole world.
+/// More tokens than possible.
 const ABSURD: &str =
     r#"{"prompt_tokens":1000000000000000,"completion_tokens":1000000000000000,"total_tokens":7}"#;
 const JSON: (&str, &str) = ("content-type", "application/json");
-/// Of an answer without an end.
+/// The chunk of an endless answer.
 const BURST_BYTES: usize = 16 << 10;
 
-/// Three backends. The second and the third do well when only the first shall not.
+/// Three backends. The second and the third work normally if only the first one must fail.
 pub(super) struct Backends {
     all: [Scripted; 3],
     asked: Arc<AtomicU64>,
@@ -72,12 +72,12 @@ impl Backends {
         [self.all[0].address, self.all[1].address, self.all[2].address]
     }
 
-    /// Requests that came, health checks left out.
+    /// The number of requests, without health checks.
     pub(super) fn asked(&self) -> u64 {
         self.asked.load(Ordering::Relaxed)
     }
 
-    /// Bytes that were sent of answers without an end.
+    /// The bytes of endless answers that were sent.
     pub(super) fn poured(&self) -> u64 {
         self.poured.load(Ordering::Relaxed)
     }
@@ -134,7 +134,7 @@ async fn perform(asked: Asked, mut wire: Wire, number: u32, poured: Arc<AtomicU6
             wire.send([begin(), begun].concat()).await;
             match act {
                 "hang-midway" => wire.until_closed().await,
-                // Not with what was sent: that has arrived by then, or not.
+                // A pause, so that the earlier bytes have arrived or not by then.
                 _ => tokio::time::sleep(Duration::from_millis(asked.number % 50)).await,
             }
             if act == "reset-midway" { wire.reset() } else { None }
@@ -154,7 +154,7 @@ async fn perform(asked: Asked, mut wire: Wire, number: u32, poured: Arc<AtomicU6
             let burst = chunk(burst);
             while wire.send(&burst).await {
                 poured.fetch_add(burst.len() as u64, Ordering::Relaxed);
-                // Not as fast as the machine: what else is drawn shall have its turn.
+                // Not as fast as the machine, so that the other draws get their turn.
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             None

@@ -1,4 +1,4 @@
-//! The same with everything a process of its own.
+//! The same limits with every part as a process of its own.
 
 use weir_ratelimit::redis::RedisLimiter;
 use weir_tests::stack::Stack;
@@ -63,7 +63,7 @@ async fn an_accounts_limit_is_exact_over_two_backends_and_two_gateways() {
         .weir(&["limits", "explain", "--key", "acme-key", "--model", "gpt-4.1", "--gateway", &gateway])
         .await;
     assert!(explained.contains("account openai"), "{explained}");
-    assert!(explained.contains("it would be refused by requests of account openai"), "{explained}");
+    assert!(explained.contains("a request would be refused by requests of account openai"), "{explained}");
     let listed = stack.weir(&["list", "backend"]).await;
     assert!(listed.contains("ACCOUNT") && listed.contains("openai"), "{listed}");
 }

@@ -1,4 +1,4 @@
-//! Whichever control plane is asked, by a command or on its page.
+//! Commands and the page give the same answers at every control plane.
 
 use bytes::Bytes;
 use http::{Method, Request};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_probe_is_made_by_the_one_that_leads_whichever_is_asked() {
+async fn a_probe_is_made_by_the_leader_whichever_control_plane_is_asked() {
     let world = World::start(2).await;
     world.until("b1", HealthState::Healthy).await;
     let leader = world.leader().await;
@@ -18,11 +18,12 @@ async fn a_probe_is_made_by_the_one_that_leads_whichever_is_asked() {
     for plane in (0..3).filter(|plane| *plane != leader) {
         let refused = world.admin(plane).await.probe_backend(request.clone()).await.expect_err("refused");
         assert_eq!(refused.code(), tonic::Code::Unavailable);
-        assert!(refused.message().contains("does not lead"), "{refused}");
+        assert!(refused.message().contains("is not the leader"), "{refused}");
     }
-    let looks = world.admin(leader).await.probe_backend(request).await.expect("looks").into_inner().looks;
-    assert!(!looks.is_empty() && looks.iter().all(|look| look.outcome() == v1::ProbeOutcome::Pass));
-    // A command goes on to the one that leads, wherever it begins.
+    let results =
+        world.admin(leader).await.probe_backend(request).await.expect("probes").into_inner().results;
+    assert!(!results.is_empty() && results.iter().all(|result| result.outcome() == v1::ProbeOutcome::Pass));
+    // A command reaches the leader, whichever control plane it asks first.
     for first in 0..3 {
         let mut addresses = world.addresses.clone();
         addresses.rotate_left(first);
@@ -56,7 +57,7 @@ async fn send(
     Http::builder(TokioExecutor::new()).build_http().request(request).await.expect("an answer")
 }
 
-/// Reads a page until its picture is as wanted.
+/// Reads a page until its content is as wanted.
 async fn sees(plane: &Plane, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let mut body = send(plane, Method::GET, "/page/stream", &Value::Null).await.into_body();
     let mut text = String::new();
@@ -89,7 +90,7 @@ async fn the_page_of_every_control_plane_shows_all_gateways_and_changes_what_all
     for (k, plane) in planes.iter().enumerate() {
         sees(plane, &format!("the page of control plane {k} shows both gateways in sync"), synced).await;
     }
-    // Each changes a backend of its own, and every page shows what the others did.
+    // Each changes a backend of its own, and every page shows all changes.
     for (k, plane) in planes.iter().enumerate() {
         let body = json!({"action": "weight", "weight": 20 + k});
         let answer = send(plane, Method::POST, &format!("/page/backends/b{k}"), &body).await;

@@ -1,4 +1,4 @@
-//! Several control planes on one etcd: any of them serves, one leads, and whichever dies, the others go on.
+//! Several control planes on one etcd: each of them serves, one is the leader, and when one dies the others continue.
 
 mod asked;
 mod random;
@@ -69,10 +69,10 @@ struct World {
     /// `None` while it is dead.
     planes: Vec<Option<Plane>>,
     addresses: Vec<String>,
-    /// Of each control plane, its lines to the members.
+    /// For each control plane, its connections to the members.
     lines: Vec<Vec<Line>>,
     gateways: Vec<Gateway>,
-    /// In front of the backends.
+    /// The doors in front of the backends.
     gates: Vec<Gate>,
     data: tempfile::TempDir,
     _end: tokio_util::sync::DropGuard,
@@ -156,7 +156,7 @@ impl World {
         self.planes[plane] = Some(start_on(&self.addresses[plane], &directory, &self.store(plane)).await);
     }
 
-    /// The one that leads; waits until there is exactly one.
+    /// The leader; waits until there is exactly one.
     async fn leader(&self) -> usize {
         self.leader_but(None).await
     }
@@ -179,7 +179,7 @@ impl World {
         }
     }
 
-    /// Makes a change through one control plane, and waits at every one until all gateways hold it.
+    /// Makes a change through one control plane, and waits at each one until all gateways have it.
     async fn change_everywhere(&self, through: usize, name: &str) {
         let apply = v1::ApplyRequest {
             resources: vec![tenant(name, "x")],
@@ -199,7 +199,7 @@ impl World {
         }
     }
 
-    /// Whoever speaks to a backend meets this.
+    /// The door of every caller of a backend.
     fn door(&self, backend: usize, door: Door) {
         self.gates[backend].set("*", door);
     }
@@ -227,7 +227,7 @@ async fn every_control_plane_serves_and_knows_all_gateways_and_one_leads() {
     for through in 0..3 {
         world.change_everywhere(through, &format!("through-{through}")).await;
     }
-    // Wherever they are followed, they are listed everywhere, once.
+    // Wherever gateways are followed, each is listed everywhere once.
     for k in 0..3 {
         let mut admin = world.admin(k).await;
         let list = admin.list_gateways(v1::ListGatewaysRequest {}).await.expect("answers").into_inner();
@@ -237,14 +237,17 @@ async fn every_control_plane_serves_and_knows_all_gateways_and_one_leads() {
         for id in ["g0", "g1", "g2"] {
             let request = v1::GetGatewayConfigRequest { gateway_id: id.into() };
             let config = admin.get_gateway_config(request).await.expect("answers").into_inner();
-            assert!(config.differences.is_empty() && !config.held.is_empty(), "control plane {k}, {id}");
+            assert!(
+                config.differences.is_empty() && !config.resource_versions.is_empty(),
+                "control plane {k}, {id}"
+            );
         }
     }
     world.until("b0", HealthState::Healthy).await;
     world.door(0, Door::Broken);
     world.until("b0", HealthState::Unhealthy).await;
     for k in 0..3 {
-        // Every one judges by itself, over the same reports.
+        // Each control plane computes verdicts by itself, from the same reports.
         eventually(&format!("control plane {k} sees it too"), async || {
             let request = v1::ListBackendStatusRequest {};
             let answer =
@@ -253,7 +256,7 @@ async fn every_control_plane_serves_and_knows_all_gateways_and_one_leads() {
         })
         .await;
     }
-    assert_eq!(world.leader().await, leader, "and nothing of that changed who leads");
+    assert_eq!(world.leader().await, leader, "and the leader is still the same");
     for gateway in world.gateways {
         gateway.stop().await;
     }
@@ -266,7 +269,7 @@ async fn when_the_leader_dies_another_one_leads_changes_go_on_and_verdicts_too()
     let first = world.leader().await;
     world.kill(first).await;
     world.all_serve().await;
-    // A command that names the dead one first moves on.
+    // A command that names the dead one first uses the next.
     let mut addresses = world.addresses.clone();
     addresses.rotate_left(first);
     let done = command("weir")
@@ -318,7 +321,7 @@ async fn a_leader_that_was_paused_for_longer_than_its_lease_is_fenced_off() {
     }
 }
 
-/// A file store goes into etcd by a backup, with its history, under an epoch of its own.
+/// A file store moves to etcd by a backup, with its history and a new epoch.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_of_any_store_is_restored_into_etcd_with_its_history_under_a_new_epoch() {
     let data = tempfile::tempdir().expect("a directory");
@@ -358,7 +361,7 @@ async fn a_backup_of_any_store_is_restored_into_etcd_with_its_history_under_a_ne
     let r#ref = Some(v1::ResourceRef { kind: ResourceKind::Tenant.into(), name: "t".into() });
     let found = admin.get_resource(v1::GetResourceRequest { r#ref }).await.expect("there").into_inner();
     assert_eq!(found.resource.expect("there").spec, tenant("t", "299").spec);
-    // Into the same place it is not restored again.
+    // A backup is not restored twice to the same place.
     let mut again = command("weir-control-plane");
     again.args(["--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--data-dir"]).arg(data.path());
     let refused = again.args(args).env("WEIR_ADMIN_TOKEN", ADMIN_TOKEN).output().await.expect("runs");

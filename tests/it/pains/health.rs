@@ -1,11 +1,12 @@
-//! What users of other gateways complain about, P32 to P41, each by name. Those that a part proves by itself are
-//! listed in docs/health.md.
+//! Complaints P32 to P41 of users of other gateways, each by name. docs/health.md lists those that a unit test
+//! answers.
 
 use std::time::Duration;
 
 use http::{Method, StatusCode};
 use mock_llm::{Config, ErrorStatus, Faults};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::cluster::{Gateway, Mock, Resources, gateway, mock};
@@ -44,12 +45,12 @@ fn in_flight(gw: &Gateway) -> u32 {
     gw.running.live.snapshot().backends.values().map(|backend| backend.state.in_flight()).sum()
 }
 
-/// A minute for each answer: nobody waits for it here.
+/// A minute for each answer: no client waits for it here.
 fn slow() -> Config {
     Config { decode_tokens_per_s: 0.3, ..config() }
 }
 
-/// Sends a request, and leaves once a backend has it.
+/// Sends a request, and leaves when a backend has it.
 async fn leave_once_asked(gw: &Gateway, mocks: &[Mock]) {
     let requests = || mocks.iter().map(|mock| mock.handle.counters().requests).sum::<u64>();
     let before = requests();
@@ -66,17 +67,20 @@ async fn p32_a_long_cooldown_is_not_cut_short_and_failures_in_a_row_eject() {
     let before = [0, 1].map(|i: usize| mocks[i].handle.counters().requests);
     answers(&mocks[0], 503, Some(60));
     answers(&mocks[1], 500, None);
+    let began = Instant::now();
     for i in 0..60 {
         let answer = gw.client.chat(CHAT).await;
         assert_eq!(answer.status, StatusCode::OK, "request {i}: {}", answer.text());
         if i == 20 {
-            // Whatever it would say now, nobody asks it for a minute.
+            // Whatever it would answer now, it is not asked for a minute.
             answers(&mocks[0], 503, Some(1));
         }
     }
     let asked = [0, 1].map(|i: usize| mocks[i].handle.counters().requests - before[i]);
     assert_eq!(asked[0], 1, "left alone for as long as it asked");
-    assert!(asked[1] <= 3, "three failures in a row eject: {asked:?}");
+    // An ejection lasts 5 s at first; on a machine that is slow it is asked again.
+    let again = began.elapsed().as_secs() / 5;
+    assert!(asked[1] <= 3 + again, "three failures in a row eject: {asked:?}");
 }
 
 #[tokio::test]
@@ -107,7 +111,7 @@ async fn p34_counts_in_flight_come_back_to_nothing_and_no_backend_draws_nearly_a
         let stream = CHAT.replace(r#"{"model""#, r#"{"stream":true,"model""#);
         requests.spawn(async move {
             let body = if i % 2 == 0 { CHAT } else { &stream };
-            // A third goes away: before the first byte, in the middle, near the end.
+            // A third of the clients leave: before the first byte, in the middle, near the end.
             let patience = if i % 3 == 0 { Duration::from_millis(i) } else { Duration::from_secs(60) };
             let _ = tokio::time::timeout(patience, client.chat(body)).await;
         });
@@ -120,8 +124,8 @@ async fn p34_counts_in_flight_come_back_to_nothing_and_no_backend_draws_nearly_a
     }
     for (mock, before) in mocks.iter().zip(before) {
         let drawn = mock.handle.counters().requests - before;
-        // How they are split goes by the speeds each showed under the load before: between a fifth and twice the usual,
-        // so that one has 5 % to 83 % of them.
+        // Their split depends on the speeds that each showed under the load before: between a fifth and twice the
+        // usual, so that one has 5 % to 83 % of them.
         assert!((3..=270).contains(&drawn), "{drawn} of 300 went to one of three");
     }
 }
@@ -149,7 +153,7 @@ async fn p36_every_refusal_says_when_to_come_back() {
     assert_eq!(own.status, StatusCode::TOO_MANY_REQUESTS);
     let millis: u64 = own.headers["retry-after-ms"].to_str().expect("text").parse().expect("a number");
     assert!((1..=60_000).contains(&millis) && own.headers.contains_key("retry-after"), "{:?}", own.headers);
-    // A provider's 429 that does not say when, and with every backend down: ours to say.
+    // A provider's 429 without a time, and all backends down: the gateway decides the time.
     let busy = gateway(&Resources::in_front_of(&mocks), None).await;
     for status in [429, 500] {
         answers(&mocks[0], status, None);
@@ -194,14 +198,20 @@ async fn p37_every_route_that_spends_is_under_the_same_limits() {
 
 #[tokio::test]
 async fn p39_engines_that_are_all_slow_are_busy_and_not_dead() {
-    let mocks: [Mock; 2] = mocks(Config { decode_tokens_per_s: 40.0, ..config() }).await;
+    let mocks: [Mock; 2] = mocks(Config { decode_tokens_per_s: 4000.0, ..config() }).await;
     let mut resources = Resources::in_front_of(&mocks);
-    // Far less patience than an answer takes: 500 ms.
-    let millis = |ms: i32| Some(prost_types::Duration { seconds: 0, nanos: ms * 1_000_000 });
-    let hedging = v1::Hedging { disabled: false, initial: millis(60), floor: millis(50) };
+    let floor = Some(prost_types::Duration { seconds: 0, nanos: 50_000_000 });
+    let hedging = v1::Hedging { floor, unary: true, ..Default::default() };
     let pool = v1::PoolSpec { hedging: Some(hedging), ..Default::default() };
     resources.put("chat", Spec::Pool(pool));
     let gw = gateway(&resources, None).await;
+    while mocks.iter().any(|mock| mock.handle.counters().requests < 25) {
+        assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
+    }
+    // From now on an answer takes far longer than any timeout.
+    for mock in &mocks {
+        mock.handle.set_faults(Faults { slow_factor: Some(100.0), ..Faults::default() }).expect("valid");
+    }
     for _ in 0..12 {
         assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
     }
@@ -227,7 +237,7 @@ async fn p40_a_thousand_at_once_with_one_backend_dead() {
     }
     let gw = gateway(&resources, None).await;
     death.cancel();
-    // The gateway is warm, as one that has served for a while: retries are a share of what was served.
+    // The gateway has served for a while: retries are a share of what was served.
     for _ in 0..100 {
         assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);
     }
@@ -253,7 +263,7 @@ async fn p41_when_all_die_the_list_of_models_stays_and_when_they_come_back_so_do
     assert_eq!((models.status, models.json()["data"][0]["id"].as_str()), (StatusCode::OK, Some("gpt-4.1")));
     mocks.iter().for_each(|mock| mock.handle.clear_faults());
     eventually("served again", || async { gw.client.chat(CHAT).await.status == StatusCode::OK }).await;
-    // And by more than the one that was tried first.
+    // By more than the backend that was tried first as well.
     let before: Vec<u64> = mocks.iter().map(|m| m.handle.counters().requests).collect();
     for _ in 0..30 {
         assert_eq!(gw.client.chat(CHAT).await.status, StatusCode::OK);

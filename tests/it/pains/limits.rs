@@ -8,7 +8,7 @@ use weir_tests::stack::Stack;
 
 use super::{CHAT, World, config, endless, header};
 
-/// A capacity of so many tokens that drains one a minute.
+/// A capacity of this number of tokens that drains one per minute.
 fn tokens(capacity: u32) -> v1::Rates {
     v1::Rates {
         tokens_per_minute: Some(1),
@@ -25,7 +25,7 @@ fn requests(capacity: u32) -> v1::Rates {
     }
 }
 
-/// Three replicas that each looked at memory of their own let three times the tokens through.
+/// Three replicas with counters in their own memory admitted three times the tokens.
 #[tokio::test(flavor = "multi_thread")]
 async fn p01_a_token_limit_does_not_multiply_by_replicas() {
     let world = World::of(3, config(), tokens(1000)).await;
@@ -48,7 +48,7 @@ async fn p01_a_token_limit_does_not_multiply_by_replicas() {
     assert!(answered > 0 && used <= 1000, "{answered} answers used {used} of 1000 tokens");
 }
 
-/// The limits of others reach other replicas seconds later, or only with a second setting that nobody knows.
+/// Counts of other replicas arrived seconds later, or only with a second setting that nobody knows.
 #[tokio::test]
 async fn p03_a_limit_holds_at_every_replica_from_the_first_request() {
     let world = World::of(3, config(), requests(6)).await;
@@ -64,7 +64,7 @@ async fn p03_a_limit_holds_at_every_replica_from_the_first_request() {
     }
 }
 
-/// What remains jumped from replica to replica.
+/// The remaining amount differed between replicas.
 #[tokio::test]
 async fn p06_what_remains_falls_by_one_from_replica_to_replica() {
     let world = World::of(3, config(), requests(20)).await;
@@ -75,7 +75,7 @@ async fn p06_what_remains_falls_by_one_from_replica_to_replica() {
     }
 }
 
-/// An edited threshold kept the old counter, and callers stayed blocked until it ran out.
+/// An edited limit kept the old counter, and callers stayed blocked until it expired.
 #[tokio::test(flavor = "multi_thread")]
 async fn p12b_a_raised_limit_frees_its_callers_and_keeps_what_they_used() {
     let mock = weir_tests::cluster::mock(config(), &tokio_util::sync::CancellationToken::new()).await;
@@ -109,7 +109,7 @@ async fn p12b_a_raised_limit_frees_its_callers_and_keeps_what_they_used() {
     assert_eq!(admitted, 6, "of ten, three were used before and one to see that it is in force");
 }
 
-/// One batch user takes every slot of a model, because no key has a number of its own.
+/// One batch user takes every slot of a model, because keys have no limit of concurrency.
 #[tokio::test]
 async fn p18_a_keys_own_concurrency_leaves_slots_for_others() {
     const OTHER: &str = "weir_test_key_of_somebody_else";
@@ -130,7 +130,10 @@ async fn p18_a_keys_own_concurrency_leaves_slots_for_others() {
         resources.put("other-key", Spec::ApiKey(key(OTHER, None)));
     })
     .await;
-    let _batch = [super::open(world.client(0)).await, super::open(world.client(1)).await];
+    let _batch = [
+        world.client(0).open_stream(super::ENDLESS).await,
+        world.client(1).open_stream(super::ENDLESS).await,
+    ];
     for n in 0..4 {
         let refused = world.client(n).chat(CHAT).await;
         assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);

@@ -13,13 +13,13 @@ use weir_ratelimit::{
 };
 use weir_tests::eventually;
 
-use super::{CHAT, ENDLESS, World, config, endless, open};
+use super::{CHAT, ENDLESS, World, config, endless};
 
 fn at_once(most: u32) -> v1::Rates {
     v1::Rates { concurrency: Some(most), ..Default::default() }
 }
 
-/// After upstream timeouts the counter never fell, and the key was dead until Redis was restarted.
+/// After upstream timeouts the counter never fell, and the key was blocked until Redis was restarted.
 #[tokio::test]
 async fn p13_a_backend_that_times_out_leaves_no_slot_taken() {
     let world = World::with(1, config(), |resources| {
@@ -42,13 +42,14 @@ async fn p13_a_backend_that_times_out_leaves_no_slot_taken() {
     eventually("served again", || async { world.client(0).chat(CHAT).await.status == StatusCode::OK }).await;
 }
 
-/// Clients that open streams and cancel them, as coding agents do, let the counter only grow.
+/// Clients that open streams and cancel them, as coding agents do, made the counter grow.
 #[tokio::test]
 async fn p14_streams_that_are_cancelled_leave_nothing_behind() {
     let world = World::of(2, endless(), at_once(3)).await;
     for n in 0..15 {
-        let streams = [open(world.client(n)).await, open(world.client(n + 1)).await];
-        // One is dropped while its request is still on its way.
+        let streams =
+            [world.client(n).open_stream(ENDLESS).await, world.client(n + 1).open_stream(ENDLESS).await];
+        // One is dropped while its request is in flight.
         let third = tokio::time::timeout(
             Duration::from_millis(1),
             world.client(n).send(Method::POST, "/v1/chat/completions", ENDLESS),
@@ -61,7 +62,7 @@ async fn p14_streams_that_are_cancelled_leave_nothing_behind() {
     }
 }
 
-/// A slot whose holder is gone was kept alive by everybody else's requests, which renewed the counter's expiry.
+/// The slot of a dead holder stayed alive, because the requests of others renewed the counter's expiry.
 #[tokio::test(flavor = "multi_thread")]
 async fn p15_a_slot_nobody_renews_runs_out_under_steady_traffic() {
     let redis = weir_tests::redis::Redis::start().await;
@@ -90,7 +91,7 @@ async fn p15_a_slot_nobody_renews_runs_out_under_steady_traffic() {
         }
     };
     assert!(asked(&call(Duration::from_millis(400))).await, "its holder never comes back");
-    // The other place is taken and given back all the time; the lost one must become free all the same.
+    // The other slot is taken and released all the time; the lost one must become free all the same.
     eventually("both places can be had", || async {
         let pair = [call(Duration::from_secs(15)), call(Duration::from_secs(15))];
         let mut got = 0;
@@ -114,7 +115,7 @@ async fn p15_a_slot_nobody_renews_runs_out_under_steady_traffic() {
     .await;
 }
 
-/// The limit was not held at all under load.
+/// The limit did not hold under load.
 #[tokio::test(flavor = "multi_thread")]
 async fn p16_concurrency_holds_under_load() {
     let backend = mock_llm::Config { decode_tokens_per_s: 200.0, ..config() };
@@ -133,11 +134,11 @@ async fn p16_concurrency_holds_under_load() {
     eventually("nothing is left", || async { world.redis.standing("acme").await.leases == 0 }).await;
 }
 
-/// "Concurrent" was a bucket that filled up again while streams still ran.
+/// "Concurrent" was a bucket that refilled while streams still ran.
 #[tokio::test]
 async fn p18c_concurrency_is_a_number_and_not_a_rate() {
     let world = World::of(1, endless(), at_once(1)).await;
-    let stream = open(world.client(0)).await;
+    let stream = world.client(0).open_stream(ENDLESS).await;
     for _ in 0..200 {
         assert_eq!(world.client(0).chat(CHAT).await.status, StatusCode::TOO_MANY_REQUESTS);
     }

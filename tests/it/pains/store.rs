@@ -12,7 +12,7 @@ use weir_tests::stack::Stack;
 
 use super::{CHAT, World, config};
 
-/// Of a gateway's operations page: how many decisions were made by it alone.
+/// The number of local decisions on a gateway's operations page.
 async fn alone(ops: &Client) -> u64 {
     let page = ops.ask(http::Method::GET, "/metrics", "").await;
     let of = page
@@ -22,7 +22,8 @@ async fn alone(ops: &Client) -> u64 {
     of.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
 
-/// An error of Redis counted as an empty meter and let everything pass, or gave every replica the whole limit, silently.
+/// An error of Redis counted as an empty bucket and admitted everything, or silently gave every replica the whole
+/// limit.
 #[tokio::test(flavor = "multi_thread")]
 async fn p05_without_redis_the_replicas_share_the_limit_and_say_so() {
     let mock = weir_tests::cluster::mock(config(), &CancellationToken::new()).await;
@@ -60,7 +61,7 @@ async fn p05_without_redis_the_replicas_share_the_limit_and_say_so() {
     }
 }
 
-/// An unreachable Redis hung every request, because timeouts were dropped and the breaker could not open.
+/// An unreachable Redis hung every request, because timeouts were ignored and the circuit breaker could not open.
 #[tokio::test(flavor = "multi_thread")]
 async fn p29_a_silent_redis_holds_a_few_requests_for_a_moment_and_then_nobody() {
     const ASKED: u32 = 1000;
@@ -68,7 +69,8 @@ async fn p29_a_silent_redis_holds_a_few_requests_for_a_moment_and_then_nobody() 
     let world = World::hasty(1, config(), plenty).await;
     eventually("served", || async { world.client(0).chat(CHAT).await.status == StatusCode::OK }).await;
     signal(world.redis.child(), "-STOP").await;
-    // One after the other: a thousand deadlines of 50 ms would be fifty seconds, and the connection's own timeouts more.
+    // One after the other: a thousand timeouts of 50 ms would be fifty seconds, and the connection's own timeouts
+    // more.
     let all = tokio::time::timeout(Duration::from_secs(25), async {
         for n in 0..ASKED {
             let answer = world.client(0).chat(CHAT).await;

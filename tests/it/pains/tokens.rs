@@ -9,7 +9,7 @@ use weir_tests::eventually;
 
 use super::{CHAT, ENDLESS, World, config, endless, header};
 
-/// A capacity of so many tokens that drains one a minute.
+/// A capacity of this number of tokens that drains one per minute.
 fn tokens(capacity: u32) -> v1::Rates {
     v1::Rates {
         tokens_per_minute: Some(1),
@@ -18,12 +18,12 @@ fn tokens(capacity: u32) -> v1::Rates {
     }
 }
 
-/// Streamed tokens were charged when the stream ended, so whoever streamed had no limit until then.
+/// Streamed tokens were charged when the stream ended, so streams had no limit until then.
 #[tokio::test]
 async fn p07_a_stream_weighs_on_its_limit_from_its_start() {
     let world = World::of(2, endless(), tokens(1000)).await;
     let before = world.client(1).chat(CHAT).await;
-    // It does not say how long it will be, and the server has a million tokens for it.
+    // It names no maximum, and the server has a million tokens for it.
     let unbounded = r#"{"model":"gpt-4.1","stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
     let stream = world.client(0).send(Method::POST, "/v1/chat/completions", unbounded).await;
     assert_eq!(stream.status(), StatusCode::OK);
@@ -38,7 +38,7 @@ async fn p07_a_stream_weighs_on_its_limit_from_its_start() {
     );
 }
 
-/// Five calls at once used 663 tokens of 100.
+/// Five concurrent calls used 663 of 100 tokens.
 #[tokio::test(flavor = "multi_thread")]
 async fn p08_five_calls_at_once_do_not_use_six_times_the_limit() {
     let world = World::of(2, Config { output_tokens: 130, ..config() }, tokens(100)).await;
@@ -55,7 +55,8 @@ async fn p08_five_calls_at_once_do_not_use_six_times_the_limit() {
     assert_eq!(answered, 1, "one fills the bucket with its guess; the others wait for what it leaves");
 }
 
-/// The reservation refused the very first call of a small key; and a tiny max_tokens hid a huge max_completion_tokens.
+/// The reservation refused the very first call of a key with a small limit; and a tiny max_tokens hid a huge
+/// max_completion_tokens.
 #[tokio::test]
 async fn p09_a_small_limit_serves_its_first_call_and_the_larger_bound_counts() {
     let world = World::of(1, config(), tokens(100)).await;
@@ -66,7 +67,7 @@ async fn p09_a_small_limit_serves_its_first_call_and_the_larger_bound_counts() {
     assert_eq!(world.client(0).chat(unbounded).await.status, StatusCode::OK, "nothing was used before");
 }
 
-/// Some endpoints skipped the limit when they streamed, and gave their slot back at the first byte.
+/// Some endpoints skipped the limit for streams, and released their slot at the first byte.
 #[tokio::test]
 async fn p11_every_endpoint_is_charged_and_holds_its_slot_to_the_end() {
     let limits = v1::Rates { concurrency: Some(1), ..tokens(1000) };
@@ -97,7 +98,7 @@ async fn p11_every_endpoint_is_charged_and_holds_its_slot_to_the_end() {
     eventually("embeddings count too", || async { world.redis.standing("acme").await.tokens > before }).await;
 }
 
-/// Streams were counted by guess, or as one token each, because nobody asked the provider to say.
+/// Streams were counted by a guess, or as one token each, because the provider was not asked for usage.
 #[tokio::test]
 async fn p12_a_stream_costs_what_its_provider_counted() {
     let world = World::of(1, config(), tokens(1000)).await;

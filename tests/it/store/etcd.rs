@@ -1,4 +1,4 @@
-//! etcd as a store: real members, killed, compacted, full, and asking for a password.
+//! etcd as a store: real members that are killed, compacted, full, or protected by a password.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ async fn etcd_conforms_and_keeps_everything() {
     let store = open(&etcd.url("one")).await;
     conforms(store.clone()).await;
     let before = store.range("").await.unwrap();
-    let fencing = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
+    let fencing_token = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
     drop(store);
     etcd.kill(0).await;
     etcd.restart(0).await;
@@ -40,13 +40,13 @@ async fn etcd_conforms_and_keeps_everything() {
     assert_eq!((after.revision, &after.epoch), (before.revision, &before.epoch));
     assert_eq!(after.entries, before.entries);
     assert!(matches!(lease(&*store, "c", Duration::from_secs(60)).await, Err(Error::Held(by)) if by == "b"));
-    assert!(fencing > 0, "a lease outlives the process that has it, until its end");
+    assert!(fencing_token > 0, "a lease outlives the process that has it, until its end");
     let other = open(&etcd.url("two")).await;
     assert!(entries(&other, "").await.is_empty(), "prefixes are apart");
     assert_ne!(other.range("").await.unwrap().epoch, after.epoch);
 }
 
-/// Two control planes write at once: both see all of it, in the same order, and nothing is lost.
+/// Two control planes write at once: both see all writes in the same order, and nothing is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_of_several_processes_are_linearizable_and_all_see_one_order() {
     let etcd = Etcd::start(1).await;
@@ -88,7 +88,7 @@ async fn writers_of_several_processes_are_linearizable_and_all_see_one_order() {
     }
 }
 
-/// More keys than etcd takes operations, in one transaction; more bytes than it takes are refused.
+/// One transaction has more keys than etcd takes operations. More bytes than etcd takes are refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_of_thousands_of_keys_is_one_transaction_and_one_that_is_too_large_is_refused_whole() {
     let etcd = Etcd::start(1).await;
@@ -110,7 +110,7 @@ async fn a_change_of_thousands_of_keys_is_one_transaction_and_one_that_is_too_la
     assert_eq!(store.transact(transaction(&[("k00001", 1)], vec![put("k00001", "y")])).await.unwrap(), 2);
 }
 
-/// Members die, the leader first, while writers go on: what was acknowledged is there, and nothing happened twice.
+/// Members die, the leader first, while writers continue: acknowledged writes are there, and no write happened twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_killed_among_writes_lose_nothing_acknowledged_and_repeat_nothing() {
     const WRITERS: usize = 8;
@@ -128,7 +128,7 @@ async fn members_killed_among_writes_lose_nothing_acknowledged_and_repeat_nothin
                     let next = vec![put(&key, &(told + 1).to_string())];
                     match store.transact(transaction(&[(&key, revision)], next)).await {
                         Ok(made) => (told, revision) = (told + 1, made),
-                        // Its outcome is not known: reading tells.
+                        // The outcome is unknown; reading tells it.
                         Err(Error::Away { .. } | Error::Failed(_)) => {
                             unknown += 1;
                             let Ok(range) = store.range(&key).await else { continue };
@@ -154,7 +154,7 @@ async fn members_killed_among_writes_lose_nothing_acknowledged_and_repeat_nothin
         written(from, 50).await;
         let leader = etcd.leader().await;
         etcd.kill(leader).await;
-        // Two of three go on.
+        // Two of three continue.
         let from = stores[1].range("").await.unwrap().revision;
         written(from, 50).await;
         etcd.restart(leader).await;
@@ -182,11 +182,11 @@ async fn members_killed_among_writes_lose_nothing_acknowledged_and_repeat_nothin
     }
 }
 
-/// Who was away while the past was forgotten is told to read again, and then goes on.
+/// A watcher that was away during a compaction is told to read again, and then continues.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_that_comes_back_after_compaction_says_so_and_goes_on_afterwards() {
     let mut etcd = Etcd::start(3).await;
-    // One knows a single member, the other the rest.
+    // One control plane knows a single member, the other one the rest.
     let cut = open(&etcd.url_of(&[0], "one")).await;
     let other = open(&etcd.url_of(&[1, 2], "one")).await;
     let mut watch = cut.watch(0).unwrap();

@@ -1,4 +1,4 @@
-//! The stores over one suite, and what each of them has to survive.
+//! All stores under one suite, and the faults that each of them must survive.
 #![expect(clippy::unwrap_used, reason = "the suite's helpers are tests too: they fail where they stand")]
 
 mod etcd;
@@ -15,7 +15,7 @@ use self::suite::{conforms, lease, put, transaction};
 async fn memory_conforms() {
     let store = Arc::new(MemoryStore::default());
     conforms(store.clone()).await;
-    // Only this store is fast enough to be flooded; a file has the same log.
+    // Only this store is fast enough to be flooded; the file store has the same log.
     let from = store.range("").await.unwrap().revision;
     let mut watch = store.watch(from).unwrap();
     for _ in 0..5000 {
@@ -33,15 +33,15 @@ async fn file_conforms_and_keeps_everything() {
     conforms(store.clone()).await;
     assert!(matches!(FileStore::open(&path), Err(Error::Locked(_))), "a second holder is told so");
     let before = store.range("").await.unwrap();
-    let fencing = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
+    let fencing_token = lease(&*store, "b", Duration::from_secs(60)).await.unwrap();
     drop(store);
 
     let store = FileStore::open(&path).unwrap();
     let after = store.range("").await.unwrap();
     assert_eq!((after.revision, &after.epoch), (before.revision, &before.epoch));
     assert_eq!(after.entries, before.entries);
-    // The file has one process at a time, so leases end with theirs; their numbers go on.
-    assert!(lease(&store, "c", Duration::from_secs(60)).await.unwrap() > fencing);
+    // The file is used by one process at a time, so leases end with the process; their numbers continue.
+    assert!(lease(&store, "c", Duration::from_secs(60)).await.unwrap() > fencing_token);
     assert!(matches!(store.watch(0), Err(Error::Compacted { .. })));
     #[cfg(unix)]
     {
@@ -52,7 +52,7 @@ async fn file_conforms_and_keeps_everything() {
     }
 }
 
-/// A file that ends too early, at any length, is opened with all that was acknowledged, or refused with its path.
+/// A truncated file, at any length, is opened with everything that was acknowledged, or refused with its path.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_torn_tail_loses_nothing_acknowledged_or_is_refused() {
     let directory = tempfile::tempdir().unwrap();
@@ -61,7 +61,7 @@ async fn a_torn_tail_loses_nothing_acknowledged_or_is_refused() {
     for i in 0..50 {
         store.transact(transaction(&[], vec![put(&format!("k{i}"), "v")])).await.unwrap();
     }
-    // A copy taken while the store is open is what a power cut leaves.
+    // A copy that is made while the store is open is what a power cut leaves.
     let whole = std::fs::read(&path).unwrap();
     drop(store);
     let (mut opened, mut refused) = (0, 0);
@@ -69,7 +69,7 @@ async fn a_torn_tail_loses_nothing_acknowledged_or_is_refused() {
         let torn = directory.path().join(format!("torn-{part}.redb"));
         let length = whole.len() * part / 32;
         std::fs::write(&torn, &whole[..length]).unwrap();
-        // An empty file is a new store: nothing was ever acknowledged by it.
+        // An empty file is a new store: it never acknowledged anything.
         if length == 0 {
             continue;
         }

@@ -1,4 +1,4 @@
-//! What every store has to do, whatever it keeps things in.
+//! The contract of every store.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,10 +29,10 @@ pub(super) async fn conforms(store: Arc<dyn Store>) {
 }
 
 pub(super) async fn lease(store: &dyn Store, holder: &str, ttl: Duration) -> Result<u64, Error> {
-    store.lease("aggregator", holder, ttl).await.map(|lease| lease.fencing)
+    store.lease("aggregator", holder, ttl).await.map(|lease| lease.fencing_token)
 }
 
-/// One holder at a time; who holds it keeps its number; who comes after the end gets a higher one.
+/// One holder at a time. A holder keeps its number; the next holder gets a higher one.
 async fn leases_are_fenced(store: &dyn Store) {
     const LONG: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(20);
@@ -42,7 +42,7 @@ async fn leases_are_fenced(store: &dyn Store) {
     assert_eq!(lease(store, "a", SHORT).await.unwrap(), first);
     let second = loop {
         match lease(store, "b", LONG).await {
-            Ok(fencing) => break fencing,
+            Ok(fencing_token) => break fencing_token,
             Err(Error::Held(_)) => tokio::time::sleep(SHORT).await,
             Err(e) => panic!("{e}"),
         }
@@ -141,7 +141,7 @@ async fn watches_see_every_revision_once_across_reconnects(store: Arc<dyn Store>
     assert_eq!(held, last, "what was watched is what is there");
 }
 
-/// 64 writers add one to a counter by compare-and-set: no addition is lost.
+/// 64 writers increment a counter by compare-and-set: no increment is lost.
 async fn writers_are_linearizable(store: Arc<dyn Store>) {
     let tasks: Vec<_> = (0..WRITERS)
         .map(|_| {

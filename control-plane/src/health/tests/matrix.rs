@@ -2,7 +2,7 @@
 
 use super::world::*;
 use crate::health::Tier;
-use crate::health::evidence::{Observer, Outcome, Passive};
+use crate::health::evidence::{Cause, Observer, Outcome, Passive};
 use crate::health::params::HOLD_MAX;
 use crate::health::{Rule, State, Timestamp};
 use weir_proto::resource::HealthProfile;
@@ -106,7 +106,7 @@ fn all_three_assigned_of_ten_cut_off_eject_nothing() {
 }
 
 #[test]
-fn with_one_vantage_point_three_in_a_row_decide() {
+fn with_one_observer_three_failures_in_a_row_eject() {
     // No gateway: only the control plane looks.
     let mut world = World::new(0, 2);
     world.run_until(secs(20));
@@ -288,6 +288,25 @@ fn busy_degrades_and_never_kills() {
 }
 
 #[test]
+fn an_account_without_quota_is_no_matter_of_seconds() {
+    for gateways in [1, 5] {
+        let mut world = World::new(gateways, 3);
+        world.run_until(secs(40));
+        let quota = Outcome::Failed(Cause::QuotaUsedUp);
+        world.behave = Box::new(move |_, backend, tier, _| {
+            Some(if backend == "b0" && tier == Tier::Readiness { quota } else { Outcome::Pass })
+        });
+        world.run_to(secs(180), |w| w.state("b0") == State::Unhealthy).expect("it is out");
+        assert_eq!(world.health_record("b0").rule, Rule::QuotaUsedUp, "{gateways}");
+        assert_eq!(world.ejections("b1") + world.ejections("b2"), 0);
+        world.run_until(world.now + secs(600));
+        assert_eq!(world.state("b0"), State::Unhealthy, "for as long as probes say so");
+        world.behave = Box::new(|_, _, _, _| PASS);
+        world.run_to(world.now + secs(120), |w| w.state("b0") == State::Recovering).expect("it is back");
+    }
+}
+
+#[test]
 fn silence_keeps_the_last_state_and_marks_it_stale() {
     for dead in [false, true] {
         let mut world = World::new(5, 3);
@@ -308,8 +327,8 @@ fn silence_keeps_the_last_state_and_marks_it_stale() {
     }
 }
 
-/// A gateway that lost the control plane has no say any more: what it said last, an accusation too, expires, others look in
-/// its place, and nothing of that moves a backend.
+/// A gateway that lost the control plane has no vote any more: its last votes expire, failures included, other
+/// observers probe in its place, and nothing of that changes a verdict.
 #[test]
 fn the_votes_of_a_gateway_that_left_expire_and_others_look_instead() {
     for accuses in [false, true] {
@@ -356,8 +375,80 @@ fn a_gateway_that_alone_sees_most_backends_fail_loses_its_vote_for_a_while() {
     assert!(!world.alarms().contains("isolated"));
 }
 
+/// With two gateways the control plane probes too, and stops when a third gateway comes, which lies. When the
+/// backends die, the last passes of the control plane are still valid: with the liar's they would make two votes
+/// against two.
 #[test]
-fn a_vantage_point_without_a_way_there_cannot_accuse() {
+fn a_liar_beside_the_last_passes_of_who_probes_no_longer_silences_nobody() {
+    for dies_after in (0..10_000).step_by(250).map(ms) {
+        let mut world = World::new(2, 8);
+        world.run_until(secs(20));
+        let all = (0..3).map(|n| (gateway(n), String::new()));
+        world.cluster.set_gateways(all.collect());
+        let death = secs(20) + dies_after;
+        world.behave = Box::new(move |observer, _, _, at| {
+            let dead = if at >= death { REFUSED } else { Outcome::Pass };
+            (*observer != Observer::ControlPlane).then_some(if *observer == gateway(2) {
+                Outcome::Pass
+            } else {
+                dead
+            })
+        });
+        let mut found = None;
+        while found.is_none() && world.now < death + secs(10) {
+            world.run_until(world.now + ms(100));
+            world.say(&gateway(2), Outcome::Pass);
+            let isolated = world.cluster.isolated_observers();
+            assert!((0..3).all(|n| !isolated.contains(&gateway(n), world.now)), "{dies_after:?}");
+            found = world.all_are(State::Unhealthy).then_some(world.now);
+        }
+        // Two of three turns are honest gateways'.
+        let found = found.expect("all are found") - death;
+        assert!(found <= secs(5), "died after {dies_after:?}, found after {found:?}");
+        world.run_until(death + secs(120));
+        assert!(world.all_are(State::Unhealthy), "and the liar alone brings none back");
+    }
+}
+
+#[test]
+fn two_of_four_cut_off_lose_their_votes_and_hide_no_death_from_the_others() {
+    let mut world = World::new(4, 8);
+    world.run_until(secs(20));
+    let cut = |observer: &Observer| [gateway(0), gateway(1)].contains(observer);
+    world.behave =
+        Box::new(move |observer, _, _, _| Some(if cut(observer) { SILENT } else { Outcome::Pass }));
+    world.run_until(secs(300));
+    let isolated = |world: &World| {
+        [0, 1, 2, 3].map(|n| world.cluster.isolated_observers().contains(&gateway(n), world.now))
+    };
+    assert_eq!(isolated(&world), [true, true, false, false]);
+    assert_eq!((0..8).map(|b| world.ejections(&format!("b{b}"))).sum::<usize>(), 0);
+    world.behave = Box::new(|_, _, _, _| Some(REFUSED));
+    world.run_to(secs(308), |world| world.all_are(State::Unhealthy)).expect("both that are left say so");
+    assert_eq!(isolated(&world)[2..], [false, false]);
+}
+
+/// The last prober after a common failure still has failures as its last votes. These are old and nobody contradicts
+/// them.
+#[test]
+fn backends_that_come_back_together_isolate_nobody() {
+    for back_after in (0..5000).step_by(250).map(ms) {
+        let mut world = World::new(3, 8);
+        world.run_until(secs(20));
+        world.behave = Box::new(|_, _, _, _| Some(REFUSED));
+        world.run_until(secs(60) + back_after);
+        assert!(world.all_are(State::Unhealthy));
+        world.behave = Box::new(|_, _, _, _| PASS);
+        while world.now < secs(80) {
+            world.run_until(world.now + ms(100));
+            let mut isolated = world.cluster.isolated_observers().iter();
+            assert_eq!(isolated.next(), None, "back after {back_after:?}");
+        }
+    }
+}
+
+#[test]
+fn an_observer_without_a_route_to_the_backend_ejects_nothing() {
     // The control plane's network does not reach the backend; one of two gateways is cut off later.
     let mut world = World::with(
         2,

@@ -25,7 +25,7 @@ fn seen(outcome: Outcome) -> Observation {
 
 /// Three observers, each of which passes, fails or is silent in each of four rounds: all 531 441 histories.
 #[test]
-fn no_history_of_three_vantage_points_ejects_on_the_word_of_one() {
+fn one_observer_of_three_never_ejects_alone() {
     let observers: Vec<Observer> = (0..3).map(gateway).collect();
     let isolated = no_isolated_observers();
     let context = Context { isolated: &isolated, ready_capable: false };

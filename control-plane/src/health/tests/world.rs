@@ -234,6 +234,23 @@ impl World {
         }
     }
 
+    /// An observer says the same of every backend, without having probed.
+    pub(super) fn say(&mut self, observer: &Observer, outcome: Outcome) {
+        let backends: Vec<String> = self.cluster.records().map(|(name, _)| name.clone()).collect();
+        let detail = outcome.name().to_owned();
+        let seen =
+            Observation { tier: Tier::Liveness, outcome, detail, latency: None, reading: Reading::default() };
+        for backend in backends {
+            self.cluster.observe(observer, &backend, &seen, self.now);
+        }
+        self.obey();
+        self.record();
+    }
+
+    pub(super) fn all_are(&self, state: State) -> bool {
+        self.cluster.records().all(|(_, record)| record.state == state)
+    }
+
     pub(super) fn health_record(&self, backend: &str) -> &HealthRecord {
         self.cluster.record(backend).expect("configured")
     }

@@ -117,6 +117,20 @@ async fn a_request_id_gives_the_same_answer_even_after_a_restart() {
 }
 
 #[tokio::test]
+async fn an_apply_with_ten_thousand_faults_is_refused_with_the_first_fifty_and_the_number_of_the_others() {
+    let plane = Plane::memory(vec![]).await;
+    let mut admin = plane.admin().await;
+    let backends = (0..10_000).map(|i| backend(&format!("b{i}"), "nowhere", "nothing", "http://127.0.0.1:1"));
+    let refused = admin.apply(apply(backends.collect())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    let listed = weir_proto::status::field_violations(&refused);
+    assert_eq!(listed.len(), 51);
+    assert_eq!(listed[0].field, "resources[0].backend.pool");
+    // Each names a pool and a model that do not exist.
+    assert_eq!(listed[50].description, "and 19950 more");
+}
+
+#[tokio::test]
 async fn an_apply_is_all_or_nothing_and_says_what_it_does() {
     let plane = Plane::memory(vec![]).await;
     let mut admin = plane.admin().await;

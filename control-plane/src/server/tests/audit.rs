@@ -214,7 +214,7 @@ async fn a_watch_begins_with_what_is_there_and_resumes_after_a_restart_without_g
     plane.stop().await;
 }
 
-/// The log keeps so many entries; who asks for what was before them is told to begin anew.
+/// The log keeps a limited number of entries. A caller that asks for earlier ones is told to start again.
 #[tokio::test]
 async fn what_is_forgotten_is_out_of_range_and_says_what_is_known() {
     let directory = tempfile::tempdir().unwrap();
@@ -267,7 +267,7 @@ async fn a_drain_reports_what_is_left_and_is_done_when_every_gateway_has_said_so
     assert_eq!(operation.drain.unwrap().waiting_for, ["g"], "it does not hold the revision yet");
     let second = gateway.delta().await;
     gateway.ack(&second).await;
-    let wait = |seen| v1::WaitOperationRequest { name: "drain/b0".into(), timeout: None, seen };
+    let wait = |last_seen| v1::WaitOperationRequest { name: "drain/b0".into(), timeout: None, last_seen };
     let mut sequence = 1;
     let mut progress = async |in_flight: u32, done: bool| {
         sequence += 1;

@@ -2,7 +2,7 @@ use super::*;
 use v1::ResourceKind;
 
 fn held(delta: &v1::Delta, id: &str) -> v1::Hello {
-    let held = delta.upserts.iter().map(|u| v1::HeldResource {
+    let held = delta.upserts.iter().map(|u| v1::ResourceVersion {
         kind: u.kind,
         name: u.name.clone(),
         version: u.version.clone(),
@@ -10,7 +10,7 @@ fn held(delta: &v1::Delta, id: &str) -> v1::Hello {
     v1::Hello {
         store_epoch: delta.store_epoch.clone(),
         store_revision: delta.store_revision,
-        held: held.collect(),
+        resource_versions: held.collect(),
         ..hello(id)
     }
 }

@@ -72,7 +72,7 @@ async fn a_dead_backend_is_found_and_gateways_are_told() {
     let explained = admin.explain_backend(v1::ExplainBackendRequest { backend: "live".into() });
     let explained = explained.await.unwrap().into_inner();
     let vote = &explained.votes[0];
-    assert_eq!((vote.vantage.as_str(), vote.outcome()), ("control-plane", v1::ProbeOutcome::Pass));
+    assert_eq!((vote.observer.as_str(), vote.outcome()), ("control-plane", v1::ProbeOutcome::Pass));
     assert!(
         explained.events.iter().any(|event| event.message.contains("unhealthy -> recovering by recovery"))
     );
@@ -116,8 +116,9 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
         timeout: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
     };
     let alone = admin.probe_backend(ask(v1::ProbeTier::Unspecified)).await.unwrap().into_inner();
-    let seen: Vec<_> = alone.looks.iter().map(|look| (look.vantage.as_str(), look.outcome())).collect();
-    assert_eq!((seen[0], alone.pending.len()), (("control-plane", v1::ProbeOutcome::Pass), 0));
+    let seen: Vec<_> =
+        alone.results.iter().map(|result| (result.observer.as_str(), result.outcome())).collect();
+    assert_eq!((seen[0], alone.pending_observers.len()), (("control-plane", v1::ProbeOutcome::Pass), 0));
     assert_eq!(alone.status.unwrap().backend, "b");
     let nobody = admin.probe_backend(ask(v1::ProbeTier::Readiness)).await.unwrap_err();
     assert_eq!(nobody.code(), Code::FailedPrecondition, "{nobody}");
@@ -128,7 +129,7 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
     let report = |sequence| v1::StreamReportsRequest {
         gateway_id: "g".into(),
         sequence,
-        probes: true,
+        can_probe: true,
         ..Default::default()
     };
     said.send(report(1)).await.unwrap();
@@ -162,10 +163,10 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
         detail: "another model answers".into(),
         ..Default::default()
     };
-    said.send(v1::StreamReportsRequest { results: vec![result], ..report(2) }).await.unwrap();
+    said.send(v1::StreamReportsRequest { probe_results: vec![result], ..report(2) }).await.unwrap();
     let answer = soon(asked).await.unwrap();
-    let look = &answer.looks[0];
-    let saw = (look.vantage.as_str(), look.outcome(), look.detail.as_str());
+    let result = &answer.results[0];
+    let saw = (result.observer.as_str(), result.outcome(), result.detail.as_str());
     assert_eq!(saw, ("g", v1::ProbeOutcome::WrongModel, "another model answers"));
 
     // Who does not answer in time is named.
@@ -174,7 +175,7 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
         ..ask(v1::ProbeTier::Readiness)
     };
     let answer = admin.probe_backend(soon_over).await.unwrap().into_inner();
-    assert_eq!((answer.looks.len(), answer.pending), (0, vec!["g".to_owned()]));
+    assert_eq!((answer.results.len(), answer.pending_observers), (0, vec!["g".to_owned()]));
     let nowhere = v1::ProbeBackendRequest { backend: "nowhere".into(), ..ask(v1::ProbeTier::Liveness) };
     assert_eq!(admin.probe_backend(nowhere).await.unwrap_err().code(), Code::NotFound);
     plane.stop().await;

@@ -36,7 +36,7 @@ struct Simulated {
 
 impl Simulated {
     async fn connect(&mut self, plane: &Plane) {
-        let held = self.bodies.iter().map(|((kind, name), (version, _))| v1::HeldResource {
+        let held = self.bodies.iter().map(|((kind, name), (version, _))| v1::ResourceVersion {
             kind: *kind,
             name: name.clone(),
             version: version.clone(),
@@ -44,7 +44,7 @@ impl Simulated {
         let hello = v1::Hello {
             store_epoch: self.epoch.clone(),
             store_revision: self.revision,
-            held: held.collect(),
+            resource_versions: held.collect(),
             ..hello(&self.id)
         };
         self.unanswered = None;

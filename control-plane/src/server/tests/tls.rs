@@ -154,7 +154,7 @@ async fn certificates_that_cannot_be_used_are_said_with_their_file() {
     assert!(error.to_string().contains("no.pem"), "{error}");
 }
 
-/// The page is plain HTTP whatever the services speak; its data and its changes do not go by their port.
+/// The page is plain HTTP, whatever the services speak. Its data and its changes go by another port.
 #[tokio::test]
 async fn beside_services_over_tls_the_page_shows_and_changes_the_same() {
     let (directory, ca) = (tempfile::tempdir().unwrap(), authority());

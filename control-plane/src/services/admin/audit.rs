@@ -12,7 +12,7 @@ use crate::encoding::{hex, unhex};
 use crate::model::{Edit, Key, Plan, State, plan};
 use crate::services::invalid;
 
-/// Records that one call looks at; a page may then be short of entries and still have a next one.
+/// Records that one call reads; a page may have fewer entries than requested and still have a next page.
 const SCANNED_MAX: usize = 20_000;
 
 impl Handle<v1::HistoryRequest> for Admin {
@@ -91,8 +91,8 @@ impl Handle<v1::RollbackRequest> for Admin {
     }
 }
 
-/// What makes the present state that of then. A key comes back only when it is named: one that was revoked since then
-/// must not work again because of a weight.
+/// The edits that restore an earlier state. API keys are restored only when named, because a key that was revoked since then
+/// must not become valid again by the rollback of a weight.
 fn edits(now: &State, then: &State, named: &BTreeSet<Key>) -> Vec<Edit> {
     let wanted = |key: &&Key| {
         if named.is_empty() { key.kind != ResourceKind::ApiKey } else { named.contains(*key) }
@@ -121,7 +121,7 @@ impl Handle<v1::VerifyAuditRequest> for Admin {
             };
         }
         if !problem.is_empty() {
-            tracing::error!(problem, "the audit log is not sound");
+            tracing::error!(problem, "audit log verification failed");
         }
         Ok(v1::VerifyAuditResponse {
             verified: found.count,

@@ -1,4 +1,4 @@
-//! Handing out a copy of the store.
+//! Backups of the store.
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,7 +16,7 @@ const OUTBOX: usize = 2;
 impl Admin {
     pub(super) async fn start_backup(&self) -> Result<Answers<BackupResponse>, Status> {
         let caller = self.caller()?;
-        tracing::info!(target: "weir::audit", actor = &*caller.name, method = "Backup", "handed out a backup");
+        tracing::info!(target: "weir::audit", actor = &*caller.name, method = "Backup", "backup sent");
         let everything = self.0.catalog.everything().await?;
         let file = backup::encode(&everything);
         let (outbox, stream) = mpsc::channel(OUTBOX);

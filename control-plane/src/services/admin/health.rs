@@ -69,7 +69,8 @@ impl Handle<v1::ExplainBackendRequest> for Admin {
             ..Default::default()
         };
         let explained = self.0.verdicts.explain(&request.backend).unwrap_or_else(disabled);
-        Ok(v1::ExplainBackendResponse { status: self.status(stored), ..explained })
+        let failures = self.0.aggregate.failures_at(&request.backend);
+        Ok(v1::ExplainBackendResponse { status: self.status(stored), failures, ..explained })
     }
 }
 

@@ -1,5 +1,5 @@
-//! Work that goes on after its call. A drain is derived from what is declared and what gateways report, so nothing has
-//! to be kept for it, and it survives a restart.
+//! Operations: work that continues after its call. The progress of a drain is computed from the resources and the reports of
+//! gateways, so nothing is stored for it, and it survives a restart.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use super::{Admin, Handle, options};
 use crate::catalog::Answer;
 use crate::model::{Key, Plan, Refusal, State, plan, update_edit};
 
-/// How often a waiting call looks again; reports come about once a second.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// How often a waiting call reads the progress; reports come about once a second.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const DRAIN: &str = "drain/";
 
 impl Answer for v1::DrainResponse {
@@ -69,8 +69,8 @@ impl Admin {
         }
     }
 
-    /// How far the drain of a backend is. Done: every connected gateway holds the revision, has reported since then,
-    /// and has nothing in flight there.
+    /// The progress of a drain. It is done when every connected gateway has applied the revision, has reported since then, and
+    /// has no request in flight at the backend.
     fn drain_of(&self, backend: &str) -> Result<v1::Operation, Status> {
         let state = self.0.catalog.state();
         let key = Key::new(ResourceKind::Backend, backend);
@@ -114,13 +114,13 @@ impl Handle<v1::WaitOperationRequest> for Admin {
 
     async fn do_call(&self, request: v1::WaitOperationRequest) -> Result<Self::Answer, Status> {
         let deadline = Instant::now() + wait_limit(request.timeout)?;
-        let mut looks = interval(LOOK_INTERVAL);
+        let mut polls = interval(POLL_INTERVAL);
         loop {
             let operation = self.operation(&request.name)?;
-            let further = request.seen.is_some() && operation.drain != request.seen;
+            let further = request.last_seen.is_some() && operation.drain != request.last_seen;
             let late = tokio::select! {
                 () = self.0.stop.cancelled() => true,
-                late = timeout_at(deadline, looks.tick()) => late.is_err(),
+                late = timeout_at(deadline, polls.tick()) => late.is_err(),
             };
             if operation.done || further || late {
                 return Ok(v1::WaitOperationResponse { operation: Some(operation) });

@@ -26,23 +26,23 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
             return Err(Refusal::NotFound(key).into());
         }
         if self.0.leads.borrow().is_none() {
-            // The command asks the next one.
+            // On this status the command asks the next control plane.
             return Err(Status::unavailable(
-                "this control plane does not lead, and gateways look when the one that leads says so; ask that one",
+                "this control plane is not the leader, and only the leader can have gateways probe; ask the leader",
             ));
         }
         let _permit = self.0.probes.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted("too many backends are being probed on demand; try again in a moment")
         })?;
         let (mut pending, mut observations) = self.0.verdicts.probe_now(name, tier).ok_or_else(|| {
-            Refusal::Precondition(format!("{key} is disabled, so nobody looks at it; enable it first"))
+            Refusal::Precondition(format!("{key} is disabled and therefore not probed; enable it first"))
         })?;
         if pending.is_empty() {
-            let why = "no gateway is connected, and the control plane looks at liveness only";
+            let why = "no gateway is connected, and the control plane makes liveness probes only; connect a gateway or probe liveness";
             return Err(Refusal::Precondition(why.to_owned()).into());
         }
-        let mut looks = Vec::new();
-        while !pending.is_empty() && looks.len() < RESULTS_MAX {
+        let mut results = Vec::new();
+        while !pending.is_empty() && results.len() < RESULTS_MAX {
             let observed = tokio::select! {
                 () = self.0.stop.cancelled() => break,
                 observed = timeout_at(deadline, observations.recv()) => observed,
@@ -50,7 +50,7 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
             match observed {
                 Ok(Ok(observed)) if observed.backend == name && observed.seen.tier == tier => {
                     pending.remove(&observed.observer);
-                    looks.push(result(&observed));
+                    results.push(result(&observed));
                 }
                 Ok(Ok(_) | Err(RecvError::Lagged(_))) => {}
                 Ok(Err(RecvError::Closed)) | Err(_) => break,
@@ -58,16 +58,16 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
         }
         let state = self.0.catalog.state();
         Ok(v1::ProbeBackendResponse {
-            looks,
-            pending: pending.iter().map(ToString::to_string).collect(),
+            results,
+            pending_observers: pending.iter().map(ToString::to_string).collect(),
             status: state.get(&key).and_then(|stored| self.status(stored)),
         })
     }
 }
 
-fn result(observed: &Observed) -> probe_backend_response::Look {
-    probe_backend_response::Look {
-        vantage: observed.observer.to_string(),
+fn result(observed: &Observed) -> probe_backend_response::ObserverResult {
+    probe_backend_response::ObserverResult {
+        observer: observed.observer.to_string(),
         tier: view::tier(observed.seen.tier).into(),
         outcome: view::outcome(observed.seen.outcome).into(),
         detail: observed.seen.detail.clone(),

@@ -1,4 +1,4 @@
-//! The calls that change nothing.
+//! The calls that only read.
 
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ pub(super) fn wait_limit(asked: Option<prost_types::Duration>) -> Result<Duratio
     Ok(limit.min(WAIT_MAX))
 }
 
-/// Where a list goes on.
+/// The position at which a list continues.
 struct Token {
     revision: u64,
     kind: ResourceKind,
@@ -116,7 +116,7 @@ impl Handle<v1::WaitAppliedRequest> for Admin {
             changes.borrow_and_update();
             let changed = self.0.registry.is_pending(request.revision)
                 && tokio::select! {
-                    // On stopping the answer says how far it came.
+                    // When the process stops, the answer has the progress so far.
                     () = self.0.stop.cancelled() => false,
                     changed = tokio::time::timeout_at(start + limit, changes.changed()) => {
                         matches!(changed, Ok(Ok(())))
@@ -150,9 +150,9 @@ impl Handle<v1::GetGatewayConfigRequest> for Admin {
         let mut differs = |key: &Key, held: &str, desired: &str| {
             let refusal = refusal(key);
             if held != desired || !refusal.is_empty() {
-                differences.push(v1::HeldDifference {
+                differences.push(v1::ConfigDifference {
                     r#ref: Some(key.to_ref()),
-                    held_version: held.to_owned(),
+                    applied_version: held.to_owned(),
                     desired_version: desired.to_owned(),
                     refusal,
                 });
@@ -164,7 +164,7 @@ impl Handle<v1::GetGatewayConfigRequest> for Admin {
         for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(*key)) {
             differs(key, version, "");
         }
-        let row = |(key, version): (&Key, &std::sync::Arc<str>)| v1::HeldResource {
+        let row = |(key, version): (&Key, &std::sync::Arc<str>)| v1::ResourceVersion {
             kind: key.kind.into(),
             name: key.name.to_string(),
             version: version.to_string(),
@@ -173,7 +173,7 @@ impl Handle<v1::GetGatewayConfigRequest> for Admin {
             store_epoch: held.epoch.to_string(),
             applied_revision: held.revision,
             revision: state.revision,
-            held: held.versions.iter().map(row).collect(),
+            resource_versions: held.versions.iter().map(row).collect(),
             differences,
         })
     }
@@ -190,7 +190,7 @@ impl Handle<v1::WhoAmIRequest> for Admin {
             build: weir_runtime::version().to_owned(),
             store_epoch: state.epoch.to_string(),
             revision: state.revision,
-            leads: self.0.leads.borrow().is_some(),
+            leader: self.0.leads.borrow().is_some(),
         })
     }
 }

@@ -1,10 +1,9 @@
-//! What one gateway is sent next, and what its answers mean. Pure but for the time it is given.
+//! The session of one gateway: computes the next delta and evaluates the answers. Pure; time is an argument.
 //!
-//! One delta is on its way at a time. What changes meanwhile is not queued: when the answer comes, what then differs is
-//! sent. New and changed resources go first; what is gone is taken away only once they are applied (make before break),
-//! and backends, pools and models stay while one of theirs was refused. A refused resource is sent again when there
-//! is a newer snapshot, since what it needed may be there then, and when the gateway
-//! says that it is.
+//! One delta is in flight at a time. Changes are not queued: after each answer the remaining difference is sent. New and
+//! changed resources are sent first; deletions follow once these are applied (make before break). Backends, pools and
+//! models are not deleted while one of these kinds is refused. A refused resource is sent again with a newer snapshot,
+//! which may contain what it needs, and when the gateway asks for it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,26 +15,26 @@ use weir_proto::v1::{self, ResourceKind};
 use crate::model::Key;
 use crate::publish::{ConfigState, Differences, Snapshot, mass_removal_is_meant};
 
-/// Without an answer to a delta for so long, a gateway is stale.
+/// A gateway is stale after this time without an answer to a delta.
 pub(super) const STALE_AFTER: Duration = Duration::from_secs(30);
-/// And for so long, its stream is closed: it is stuck, and a new stream begins from what it really holds.
+/// The stream is closed after this time without an answer; a new stream starts from the versions that are really applied.
 pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 
-/// What one gateway holds, what is in flight to it, and what it refused.
+/// The applied configuration of one gateway, the delta in flight, and the refusals.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) config: ConfigState,
-    /// The epoch and revision that the gateway takes itself to be at. Ahead of what is held after a refusal, since it took
-    /// the rest; it refuses whatever is older.
+    /// The epoch and revision that the gateway assumes. After a refusal they are newer than the applied revision, because the
+    /// rest of the delta is applied. The gateway refuses an older revision.
     at: (Arc<str>, u64),
     differences: Differences,
     waiting: Option<Waiting>,
-    /// What is to be taken away now that what came with it is applied.
+    /// Deletions that follow the applied resources of the same change.
     due: Vec<Key>,
     refused: Option<Refused>,
-    /// What it refuses by now, with its reasons.
+    /// The current refusals with reasons.
     refusals: BTreeMap<Key, v1::ResourceError>,
-    /// It asks for what it refused.
+    /// The gateway asks for its refused resources again.
     retry: bool,
     nonce: u64,
 }
@@ -48,30 +47,30 @@ struct Waiting {
     stale: bool,
 }
 
-/// Something of a snapshot was refused.
+/// A refusal of a part of a snapshot.
 #[derive(Debug, Clone, Copy)]
 struct Refused {
     revision: u64,
-    /// The delta as a whole: nothing more of this snapshot is sent.
+    /// The entire delta was refused: nothing more of this snapshot is sent.
     whole: bool,
-    /// A pool, backend or model was.
+    /// A pool, backend or model was refused.
     serving: bool,
 }
 
 /// The meaning of an answer.
 #[derive(Debug, PartialEq)]
 pub(super) enum Answered {
-    /// It was not of the delta on its way.
+    /// The answer is not about the delta in flight.
     Late,
-    /// All of it is applied; the gateway is at this revision.
+    /// Everything is applied up to this revision.
     Applied(u64),
-    /// All of it is applied, and what was refused before still is; the revision is this.
+    /// The delta is applied, and earlier refusals remain; the revision of the delta.
     Still { errors: Vec<v1::ResourceError>, revision: u64 },
-    /// It is applied but for these; the revision was this.
+    /// The delta is applied except for these resources; the revision of the delta.
     Refused { errors: Vec<v1::ResourceError>, revision: u64, whole: bool },
 }
 
-/// What has happened to a delta that is not answered.
+/// How late the answer to a delta is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Lateness {
     InTime,
@@ -109,7 +108,7 @@ impl Session {
         self.waiting.is_some()
     }
 
-    /// Whether bodies are to be sent.
+    /// Whether the delta contains bodies.
     pub(super) fn lacks(&self, snapshot: &Snapshot) -> bool {
         !self.differences.between(&self.config, snapshot).upserts.is_empty()
     }
@@ -119,13 +118,13 @@ impl Session {
         !self.differences.between(&self.config, snapshot).is_empty()
     }
 
-    /// What was refused is sent again, although there is no newer snapshot.
+    /// Sends refused resources again without a newer snapshot.
     pub(super) fn retry(&mut self) {
         self.refused = None;
         self.retry = !self.refusals.is_empty();
     }
 
-    /// The next delta; `None` while an answer is due, nothing differs, or just this was refused.
+    /// The next delta; `None` while an answer is pending, without a difference, or if exactly this delta was refused.
     pub(super) fn next(&mut self, snapshot: &Snapshot, now: Instant) -> Option<v1::Delta> {
         if self.waiting.is_some() {
             return None;
@@ -137,8 +136,8 @@ impl Session {
             return None;
         }
         let stays = |key: &Key| !is_serving(key.kind) || !self.refused.is_some_and(|r| r.serving);
-        // What became due stays due, even when there is something new to send by now: else a gateway that is always
-        // sent something would never be told what is gone.
+        // Pending deletions are sent even if there are new resources to send. Otherwise, with constant changes, deletions
+        // would never be sent.
         let due = |key: &&Key| self.due.contains(key) && stays(key);
         let due: Vec<Key> = difference.removals.iter().filter(due).cloned().collect();
         let (upserts, removals) = if !due.is_empty() {
@@ -150,7 +149,7 @@ impl Session {
             }
             (Vec::new(), removals)
         } else if difference.upserts.is_empty() {
-            // Of what it holds and does not use nothing is to be sent: it is asked what it says of that now.
+            // Resources that the gateway has but does not use need no body; it is only asked for their state.
             if difference.removals.is_empty() && self.config.is(snapshot) && !self.retry {
                 return None;
             }
@@ -160,7 +159,7 @@ impl Session {
         };
         let complete =
             upserts.len() == difference.upserts.len() && removals.len() == difference.removals.len();
-        // On the way to a snapshot a gateway stays at the revision it comes from.
+        // The revision changes with the last delta of a snapshot only.
         let (epoch, revision) = &self.at;
         let store_revision = match complete {
             true => snapshot.revision,
@@ -178,25 +177,25 @@ impl Session {
             removals: removals.iter().map(Key::to_ref).collect(),
             target_revision: snapshot.revision,
         };
-        // Bodies need not be kept until the answer.
+        // Bodies are not needed after sending.
         let bare = |u: &v1::VersionedResource| v1::VersionedResource { body: Vec::new().into(), ..u.clone() };
         let kept = v1::Delta { upserts: delta.upserts.iter().map(bare).collect(), ..delta.clone() };
         self.waiting = Some(Waiting { delta: kept, snapshot: snapshot.clone(), since: now, stale: false });
         Some(delta)
     }
 
-    /// Takes an answer: no errors say that all was applied.
+    /// Evaluates an answer; without errors everything was applied.
     pub(super) fn answered(&mut self, nonce: u64, errors: Vec<v1::ResourceError>) -> Answered {
-        // The answer to an older delta says nothing about this one.
+        // The answer to an older delta is ignored.
         let Some(Waiting { delta, snapshot, .. }) = self.waiting.take_if(|w| w.delta.nonce == nonce) else {
             return Answered::Late;
         };
         let revision = snapshot.revision;
-        // An error without a name is about the whole delta: nothing of it was applied.
+        // An error without a name refuses the entire delta: nothing of it was applied.
         let keys = errors.iter().map(named).collect::<Option<Vec<_>>>();
         if let Some(keys) = &keys {
             self.at = (Arc::clone(&snapshot.epoch), delta.store_revision);
-            // What is refused is offered again with whatever is new; only what is gone goes without it.
+            // Refused resources are sent again with the next change; deletions are sent without them.
             if !delta.upserts.is_empty() || delta.store_revision == delta.target_revision {
                 self.refusals.clear();
             }
@@ -230,7 +229,7 @@ impl Session {
         Answered::Refused { errors, revision, whole }
     }
 
-    /// When there is something to say about lateness; `None` while no answer is due.
+    /// When the lateness changes next; `None` while no answer is pending.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let waiting = self.waiting.as_ref()?;
         Some(waiting.since + if waiting.stale { CLOSED_AFTER } else { STALE_AFTER })

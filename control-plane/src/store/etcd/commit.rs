@@ -1,7 +1,7 @@
-//! Transactions. Each compares the tip and rewrites it: what was read before it still holds, and the order of all
-//! transactions is that of the tip's revisions.
+//! Transactions. Each one compares and rewrites the tip, so that reads before it are still valid, and the order of all
+//! transactions is the order of the tip's revisions.
 //!
-//! A transaction of ours fits into one of etcd's, however many keys it writes: etcd bounds the operations of one level
+//! A transaction of the store fits into one of etcd's, however many keys it writes: etcd bounds the operations of one level
 //! (128 by default, all levels on a path together), so they are put into transactions within transactions. Its size is
 //! bounded too (1.5 MiB by default); beyond that the change is refused with what can be done about it.
 
@@ -80,7 +80,7 @@ impl Inner {
                 *slot = Some(after(before, &writes, revision, modified));
                 return Ok(revision);
             }
-            // Somebody else was faster, or an earlier try of this very transaction was made.
+            // Another transaction was first, or an earlier attempt of this transaction succeeded.
             if done.unsure && self.was_made(revision, &id).await? {
                 return Ok(revision);
             }
@@ -108,7 +108,7 @@ impl Inner {
             Write::Put(key, value) => layout::put(self.layout.key(key), layout::kept(revision, value), 0),
             Write::Delete(key) => layout::delete(self.layout.key(key), bytes::Bytes::new()),
         });
-        // The tip comes last: who watches knows by it that the transaction is complete.
+        // The tip is the last write, so that a watcher knows when the transaction is complete.
         let tip = Tip { revision, transaction: id.to_owned() };
         let mut success = nested(ops.collect());
         success.push(layout::put(self.layout.tip(), tip.value(), 0));

@@ -1,10 +1,10 @@
-//! Where etcd is and how it is spoken to.
+//! The address and credentials of etcd.
 
 use std::path::PathBuf;
 
 use weir_runtime::Secret;
 
-/// Keys begin with this when nothing else is said.
+/// The default prefix of keys.
 const PREFIX: &str = "/weir";
 const FORM: &str = "etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX], or etcds:// for TLS";
 
@@ -18,18 +18,18 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// What every key begins with: one etcd may hold several stores. Begins with a slash and does not end with one.
     pub prefix: String,
-    /// As whom to speak to an etcd with authentication.
+    /// The user, for an etcd with authentication.
     pub user: Option<String>,
     /// That user's password.
     pub password: Option<Secret>,
-    /// Who signs the members' certificates (PEM). `None`: who the system trusts.
+    /// The CA certificate (PEM) of the members. `None`: the CA certificates of the system.
     pub ca: Option<PathBuf>,
-    /// Certificate and key (PEM) of this process, where etcd asks for one.
+    /// Client certificate and key (PEM), if etcd requires one.
     pub own: Option<(PathBuf, PathBuf)>,
 }
 
 impl EtcdConfig {
-    /// Reads `etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX]`; `etcds` stands for TLS. The error says what is wrong.
+    /// Reads `etcd://[USER@]HOST:PORT[,HOST:PORT...][/PREFIX]`; `etcds` stands for TLS. The error names the problem.
     pub fn parse(url: &str) -> Result<Self, String> {
         let (scheme, rest) = match url.split_once("://") {
             Some(("etcd", rest)) => ("http", rest),

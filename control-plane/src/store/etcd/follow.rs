@@ -1,5 +1,5 @@
-//! Follows the transactions of all control planes and brings them into the log, each once and in order. It comes back
-//! after whatever broke, from where it was; when that is compacted, those who watch are told to read again.
+//! Follows the transactions of all control planes and appends them to the log, each once and in order. After a failure it
+//! continues from the last revision. If that revision is compacted, watchers read the store again.
 
 use std::time::Duration;
 
@@ -33,28 +33,33 @@ struct Cursor {
 
 /// Why a watch ended.
 enum Ended {
-    /// It goes on at another connection.
+    /// The watch broke and continues on another connection.
     Broken(String),
     /// What comes next is not what comes after where it was.
     Gap,
 }
 
-/// Never ends by itself; the store stops it.
+/// Runs until the store stops it.
 pub(super) async fn run(inner: &Inner, revision: u64, modified: i64) {
     let mut cursor = Cursor { revision, modified, writes: Vec::new(), writes_of: 0 };
     loop {
         let ended = watch(inner, &mut cursor).await;
         cursor.writes.clear();
         match ended {
-            Ended::Broken(reason) => tracing::debug!(reason, "the watch of etcd broke; it goes on elsewhere"),
+            Ended::Broken(reason) => {
+                tracing::debug!(reason, "etcd watch broke; it continues at another member")
+            }
             Ended::Gap => match head(&inner.client, &inner.layout).await {
                 Ok(Some(now)) => {
-                    tracing::info!(revision = now.tip.revision, "the store is read again: its log has a gap");
+                    tracing::info!(
+                        revision = now.tip.revision,
+                        "store read again because of a gap in the log"
+                    );
                     (cursor.revision, cursor.modified) = (now.tip.revision, now.modified);
                     inner.log.reset(cursor.revision);
                 }
-                Ok(None) => tracing::error!("the store in etcd is gone; what is held stays"),
-                Err(error) => tracing::warn!(%error, "the store cannot be read"),
+                Ok(None) => tracing::error!("the store in etcd is deleted; the last state stays in force"),
+                Err(error) => tracing::warn!(%error, "store not readable"),
             },
         }
         sleep(PAUSE).await;
@@ -112,12 +117,12 @@ async fn open(
     Ok(Ended::Broken("the stream ended".into()))
 }
 
-/// Takes in one event. False: the log cannot go on from here.
+/// Applies one event. Returns false if the log has a gap.
 fn take(inner: &Inner, cursor: &mut Cursor, event: Event) -> bool {
     let deleted = event.r#type() == EventType::Delete;
     let Some(entry) = event.kv else { return true };
     if entry.mod_revision != cursor.writes_of {
-        // What came without a tip was not of a transaction: a restore, or somebody's own hands.
+        // Events without a tip are not of a transaction, but of a restore or a manual change.
         cursor.writes.clear();
         cursor.writes_of = entry.mod_revision;
     }

@@ -1,5 +1,5 @@
-//! Leases: a key that is there as long as etcd's lease of its holder. The revision that made the key is the fencing
-//! number: it rises with every grant, and no two grants have the same.
+//! Leases: a key that exists as long as etcd's lease of its holder. The revision that created the key is the fencing token:
+//! it rises with every grant, and no two grants have the same.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -32,7 +32,7 @@ impl Inner {
         if let Some(grant) = leases.get(&own).copied() {
             if let Some(grant) = self.renew(name, holder, ttl, grant).await? {
                 leases.insert(own, grant);
-                return Ok(fencing(grant.made));
+                return Ok(fencing_token(grant.made));
             }
             leases.remove(&own);
         }
@@ -58,7 +58,7 @@ impl Inner {
             }
         };
         leases.insert(own, Grant { id, ttl, made });
-        Ok(fencing(made))
+        Ok(fencing_token(made))
     }
 
     pub(super) async fn release(&self, name: &str, holder: &str) -> Result<(), Error> {
@@ -80,7 +80,7 @@ impl Inner {
         let key = self.layout.lease(name);
         if grant.ttl == ttl {
             let alive = self.keep_alive(grant.id).await?.ttl > 0;
-            // Somebody may have deleted the key with their own hands.
+            // The key may have been deleted manually.
             let ours =
                 alive && self.holder(name).await?.is_some_and(|entry| entry.create_revision == grant.made);
             return Ok(ours.then_some(grant));
@@ -144,8 +144,8 @@ impl Inner {
     }
 }
 
-fn fencing(made: i64) -> Lease {
-    Lease { fencing: made.unsigned_abs() }
+fn fencing_token(made: i64) -> Lease {
+    Lease { fencing_token: made.unsigned_abs() }
 }
 
 fn held(entry: &KeyValue) -> Error {

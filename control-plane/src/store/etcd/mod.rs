@@ -1,4 +1,4 @@
-//! The store of several control planes: etcd, spoken to directly.
+//! The store of several control planes, in etcd, with a client of its own.
 //!
 //! - `config`: where it is. `layout`: what is where in it. `client`: calls to whichever member answers.
 //! - `commit`: transactions. `follow`: the watch. `lease`: leases.
@@ -149,7 +149,7 @@ fn read_head(layout: &Layout, meta: Option<KeyValue>, tip: Option<KeyValue>) -> 
     Ok(Some(Head { tip, modified: entry.mod_revision, epoch }))
 }
 
-/// Makes an empty store, or finds the one that somebody else just made.
+/// Creates an empty store, or opens the one that another process just created.
 async fn make(client: &Client, layout: &Layout) -> Result<Head, Error> {
     found(client, layout, 0).await?;
     let made = head(client, layout).await?;

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use super::media::Media;
 use super::{BYTES_PER_TOKEN_ID, CHOICES_MAX, ReadError, RouteKind, UsageEditPoint};
+use crate::api::json_number::whole;
 use crate::api::json_scanner::{Fault, Kind, Scanner, Text};
 
 /// Names read at the top level, of all endpoints: a lenient backend may honour one that its endpoint does not have.
-const TOP: [&str; 16] = [
+const TOP: [&str; 17] = [
     "model",
     "stream",
     "stream_options",
@@ -23,25 +25,11 @@ const TOP: [&str; 16] = [
     "functions",
     "suffix",
     "response_format",
+    "background",
 ];
 /// Top-level members that make a model read what the request does not hold.
 const REFERRING: [&str; 5] =
     ["conversation", "file_ids", "plugins", "previous_response_id", "web_search_options"];
-/// The same inside messages and inputs: images, files, sounds and films.
-const REFERRING_PARTS: [&str; 12] = [
-    "audio",
-    "audio_url",
-    "file",
-    "file_data",
-    "file_id",
-    "file_url",
-    "image",
-    "image_url",
-    "input_audio",
-    "url",
-    "video",
-    "video_url",
-];
 const OPTIONS: [&str; 1] = ["include_usage"];
 const OPTIONS_PARAM: [&str; 1] = ["stream_options.include_usage"];
 
@@ -52,13 +40,19 @@ pub(super) struct Fields<'a> {
     pub(super) include_usage: Option<bool>,
     pub(super) usage_edit_point: UsageEditPoint,
     pub(super) max_output_tokens: Option<u32>,
+    /// One of the bounds is negative.
+    unbounded: bool,
     pub(super) n: Option<u32>,
     pub(super) best_of: Option<u32>,
     pub(super) prompts: u32,
     pub(super) prompt_bytes: u64,
     pub(super) prompt: std::ops::Range<usize>,
     pub(super) attachments: u32,
+    /// The model may read what the body does not hold, by the endpoint or by a tool of the server.
     pub(super) reads_more: bool,
+    /// The body names what the model reads beside it.
+    pub(super) refers: bool,
+    pub(super) predicts: bool,
     pub(super) inside: usize,
 }
 
@@ -80,11 +74,16 @@ impl<'a> Fields<'a> {
         scanner.object(|scanner, name| match seen.find(name, &TOP, &TOP)? {
             Some(field) => fields.member(kind, scanner, field),
             None => {
-                fields.reads_more |= REFERRING.contains(&name.raw);
+                let there = scanner.kind()? != Kind::Null;
+                fields.refers |= there && REFERRING.contains(&name.raw);
+                fields.predicts |= there && name.raw == "prediction";
                 Ok(scanner.skip()?)
             }
         })?;
         scanner.end()?;
+        if fields.unbounded {
+            fields.max_output_tokens = None;
+        }
         Ok(fields)
     }
 
@@ -102,14 +101,28 @@ impl<'a> Fields<'a> {
             // The old endpoint may be asked for no output at all, to have the prompt scored.
             "max_tokens" if kind == RouteKind::Completions => self.bound(s, field, 0)?,
             "max_tokens" | "max_completion_tokens" | "max_output_tokens" => self.bound(s, field, 1)?,
+            "background" if kind != RouteKind::Responses => s.skip()?,
+            "background" => {
+                if flag(s, "background")? == Some(true) {
+                    let reason = "an answer that is fetched later cannot be accounted for; leave it out or set it to false";
+                    return Err(ReadError::Unsupported { param: "background", reason });
+                }
+            }
             _ => self.text(s, field)?,
         }
         Ok(())
     }
 
     fn bound(&mut self, s: &mut Scanner<'a>, field: &'static str, min: u32) -> Result<(), ReadError> {
-        // `None` is less than any number.
-        self.max_output_tokens = self.max_output_tokens.max(integer(s, field, min, u32::MAX)?);
+        match number(s, field)? {
+            None => {}
+            Some(Number::Negative) => self.unbounded = true,
+            // `None` is less than any number.
+            Some(Number::Whole(most)) => {
+                self.max_output_tokens =
+                    self.max_output_tokens.max(Some(within(field, most, min, u32::MAX)?));
+            }
+        }
         Ok(())
     }
 
@@ -150,7 +163,7 @@ impl<'a> Fields<'a> {
             return Ok(s.null()?);
         }
         let (start, shrink, numbers) = (s.position(), s.shrink(), s.numbers());
-        let mut media = Media { open: matches!(field, "messages" | "input"), ..Media::default() };
+        let mut media = Media::of(field);
         if field == "prompt" && kind == Kind::Array {
             // A list of texts or of lists of token ids is that many prompts; a list of ids is one.
             s.array(|s| -> Result<(), Fault> {
@@ -158,7 +171,7 @@ impl<'a> Fields<'a> {
                 s.skip()
             })?;
         } else {
-            media.value(s, Name::Other, Name::Other)?;
+            media.read(s)?;
         }
         if matches!(field, "messages" | "prompt" | "input") {
             self.prompt = start..s.position();
@@ -167,7 +180,8 @@ impl<'a> Fields<'a> {
         let bytes = (s.position() - start) - (s.shrink() - shrink) - media.bytes;
         self.prompt_bytes = self.prompt_bytes + bytes as u64 + ids as u64 * BYTES_PER_TOKEN_ID;
         self.attachments = self.attachments.saturating_add(media.attachments);
-        self.reads_more |= media.refers;
+        self.refers |= media.refers;
+        self.reads_more |= media.server_tools;
         Ok(())
     }
 }
@@ -229,68 +243,36 @@ fn flag(s: &mut Scanner<'_>, param: &'static str) -> Result<Option<bool>, ReadEr
     }
 }
 
-fn integer(s: &mut Scanner<'_>, param: &'static str, min: u32, max: u32) -> Result<Option<u32>, ReadError> {
+/// A number of tokens or answers.
+enum Number {
+    Whole(u64),
+    Negative,
+}
+
+/// Reads a whole number, however it is written: `100`, `100.0`, `1e2`.
+fn number(s: &mut Scanner<'_>, param: &'static str) -> Result<Option<Number>, ReadError> {
+    let wrong = ReadError::WrongType { param, expected: "an integer" };
     match s.kind()? {
         Kind::Null => Ok(s.null().map(|()| None)?),
         Kind::Number => {
             let digits = s.number()?;
-            if digits.bytes().any(|b| matches!(b, b'.' | b'e' | b'E')) {
-                return Err(ReadError::WrongType { param, expected: "an integer" });
-            }
-            let value = digits.parse().ok().filter(|value| (min..=max).contains(value));
-            value.map(Some).ok_or(ReadError::OutOfRange { param, min, max })
+            let size = digits.strip_prefix('-');
+            let number = whole(size.unwrap_or(digits).as_bytes()).ok_or(wrong)?;
+            Ok(Some(if size.is_some() && number > 0 { Number::Negative } else { Number::Whole(number) }))
         }
-        _ => Err(ReadError::WrongType { param, expected: "an integer" }),
+        _ => Err(wrong),
     }
 }
 
-/// The member names under which the API takes base64.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Name {
-    Url,
-    InputAudio,
-    Data,
-    Other,
+fn within(param: &'static str, number: u64, min: u32, max: u32) -> Result<u32, ReadError> {
+    let number = u32::try_from(number).ok().filter(|number| (min..=max).contains(number));
+    number.ok_or(ReadError::OutOfRange { param, min, max })
 }
 
-/// Walks a value and sets aside base64 that is no text. Only exact places count, or a prompt could pass for an image.
-#[derive(Debug, Default)]
-struct Media {
-    attachments: u32,
-    bytes: usize,
-    open: bool,
-    /// Something was named that is not text: its tokens are not bounded by its bytes.
-    refers: bool,
-}
-
-impl Media {
-    fn value(&mut self, s: &mut Scanner<'_>, parent: Name, name: Name) -> Result<(), Fault> {
-        match s.kind()? {
-            Kind::Object => s.object(|s, key| {
-                let name_of = match key.raw {
-                    "url" | "image_url" | "file_data" => Name::Url,
-                    "input_audio" => Name::InputAudio,
-                    "data" => Name::Data,
-                    _ => Name::Other,
-                };
-                self.refers |= self.open && REFERRING_PARTS.contains(&key.raw);
-                self.value(s, name, name_of)
-            }),
-            Kind::Array => s.array(|s| self.value(s, Name::Other, Name::Other)),
-            Kind::String => {
-                let text = s.string()?;
-                let encoded = match name {
-                    Name::Url => text.raw.starts_with("data:"),
-                    Name::Data => parent == Name::InputAudio,
-                    Name::InputAudio | Name::Other => false,
-                };
-                if self.open && encoded {
-                    self.attachments = self.attachments.saturating_add(1);
-                    self.bytes += text.len();
-                }
-                Ok(())
-            }
-            Kind::Number | Kind::Bool | Kind::Null => s.skip(),
-        }
+fn integer(s: &mut Scanner<'_>, param: &'static str, min: u32, max: u32) -> Result<Option<u32>, ReadError> {
+    match number(s, param)? {
+        None => Ok(None),
+        Some(Number::Whole(number)) => within(param, number, min, max).map(Some),
+        Some(Number::Negative) => Err(ReadError::OutOfRange { param, min, max }),
     }
 }

@@ -56,9 +56,12 @@ fn wrong_values_name_their_parameter() {
         (r#"{"model":"a","stream_options":[]}"#, "stream_options"),
         (r#"{"model":"a","stream_options":{"include_usage":1}}"#, "stream_options.include_usage"),
         (r#"{"model":"a","max_tokens":0}"#, "max_tokens"),
-        (r#"{"model":"a","max_tokens":-1}"#, "max_tokens"),
         (r#"{"model":"a","max_tokens":1.5}"#, "max_tokens"),
-        (r#"{"model":"a","max_tokens":1e3}"#, "max_tokens"),
+        (r#"{"model":"a","max_tokens":-1.5}"#, "max_tokens"),
+        (r#"{"model":"a","max_tokens":1e-3}"#, "max_tokens"),
+        (r#"{"model":"a","max_tokens":1e30}"#, "max_tokens"),
+        (r#"{"model":"a","n":-1}"#, "n"),
+        (r#"{"model":"a","n":1.5}"#, "n"),
         (r#"{"model":"a","max_completion_tokens":9223372036854775808}"#, "max_completion_tokens"),
         (r#"{"model":"a","max_output_tokens":"9"}"#, "max_output_tokens"),
         (r#"{"model":"a","n":0}"#, "n"),
@@ -83,22 +86,129 @@ fn every_prompt_of_a_list_is_a_choice() {
 }
 
 #[test]
-fn base64_is_no_text_but_only_where_the_api_takes_it() {
-    let image = format!("data:image/png;base64,{}", "A".repeat(100_000));
-    let read = |part: Value| {
-        let body = json!({"model": "m", "messages": [{"role": "user", "content": [part]}]}).to_string();
-        let request = chat(&body).unwrap().into_owned();
-        (request.prompt_bytes, request.attachments)
+fn negative_bounds_are_none_and_whole_floats_are_integers() {
+    for (bound, most) in
+        [("-1", None), ("-2e3", None), ("100.0", Some(100)), ("1e3", Some(1000)), ("null", None)]
+    {
+        for field in ["max_tokens", "max_completion_tokens", "max_output_tokens"] {
+            let body = format!(r#"{{"model":"a","{field}":{bound}}}"#);
+            assert_eq!(chat(&body).expect(&body).max_output_tokens, most, "{body}");
+            assert_eq!(forwarded(&body, "a", true), body, "forwarded as it is");
+        }
+    }
+    let both = r#"{"model":"a","max_tokens":-1,"max_completion_tokens":5}"#;
+    assert_eq!(chat(both).expect(both).max_output_tokens, None, "no bound is the largest");
+    assert_eq!(chat(r#"{"model":"a","n":2.0,"best_of":3e0}"#).expect("whole").choices, 3);
+}
+
+#[test]
+fn background_is_refused_by_its_name_where_it_means_something() {
+    let responses = |body: &str| Request::read(RouteKind::Responses, body.as_bytes()).map(drop);
+    let error = responses(r#"{"model":"a","input":"x","background":true}"#).expect_err("refused");
+    assert_eq!(error.param(), Some("background"));
+    assert!(error.to_string().contains("set it to false"), "{error}");
+    assert_eq!(
+        responses(r#"{"model":"a","background":1}"#).expect_err("refused").param(),
+        Some("background")
+    );
+    assert_eq!(
+        responses(r#"{"model":"a","background":false,"background":true}"#),
+        Err(ReadError::Duplicate("background"))
+    );
+    for fine in [r#"{"model":"a","background":false}"#, r#"{"model":"a","background":null}"#] {
+        assert_eq!(responses(fine), Ok(()), "{fine}");
+    }
+    assert!(chat(r#"{"model":"a","background":true}"#).is_ok(), "other endpoints do not know it");
+}
+
+#[test]
+fn a_byte_order_mark_is_named() {
+    let error = chat("\u{feff}{\"model\":\"a\"}").expect_err("no JSON");
+    assert!(error.to_string().contains("byte order mark"), "{error}");
+}
+
+#[test]
+fn base64_is_no_text_wherever_it_stands() {
+    let letters = "QUJD+/=_-9".repeat(10_000);
+    let image = format!("data:image/png;base64,{letters}");
+    let lines = letters.as_bytes().chunks(76).map(String::from_utf8_lossy).collect::<Vec<_>>().join("\r\n");
+    let slashes = letters.replace('/', "\\/");
+    for part in [
+        json!({"type": "image_url", "image_url": {"url": image}}),
+        json!({"type": "image_url", "image_url": {"url": image.replacen("data", "DATA", 1)}}),
+        json!({"type": "input_audio", "input_audio": {"data": letters, "format": "wav"}}),
+        json!({"type": "image", "image": image}),
+        json!({"type": "image", "image": image.replacen("data", "Data", 1)}),
+        json!({"type": "image", "source": {"type": "base64", "data": letters}}),
+        json!({"inline_data": {"mime_type": "image/png", "data": lines}}),
+        json!({"type": "video", "video": [image]}),
+        json!({"type": "image_embeds", "image_embeds": letters}),
+        json!({"type": "text", "text": image}),
+    ] {
+        for body in [
+            json!({"model": "m", "messages": [{"role": "user", "content": [part]}]}),
+            json!({"model": "m", "input": [{"role": "user", "content": [part]}]}),
+            json!({"model": "m", "tools": [{"type": "function", "function": {"name": "f", "x": part}}]}),
+        ] {
+            let body = body.to_string();
+            let request = chat(&body).expect("JSON");
+            assert!(request.prompt_bytes < 250 && request.attachments == 1, "{}", &body[..120]);
+            assert!(!request.text_only);
+        }
+    }
+    let escaped = format!(r#"{{"model":"m","messages":[{{"content":"{slashes}"}}]}}"#);
+    assert_eq!(chat(&escaped).expect("JSON").attachments, 1);
+}
+
+#[test]
+fn text_is_text_however_long() {
+    let prose = "The quick brown fox. ".repeat(1000);
+    for text in [prose, "A".repeat(BASE64_BYTES_MIN - 1), format!("{}é", "A".repeat(5000)), "a,".repeat(3000)]
+    {
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": text}]}).to_string();
+        let request = chat(&body).expect("JSON");
+        assert!(request.attachments == 0 && request.text_only && request.prompt_bytes > text.len() as u64);
+    }
+    let prompt = json!({"model": "m", "prompt": "A".repeat(5000)}).to_string();
+    assert_eq!(chat(&prompt).expect("JSON").attachments, 0, "a raw prompt is read as it is");
+}
+
+#[test]
+fn what_refers_to_more_than_text_teaches_no_estimate() {
+    let text_only = |kind, body: &str| Request::read(kind, body.as_bytes()).expect(body).text_only;
+    for body in [
+        r#"{"model":"m","messages":[{"content":[{"type":"image_url","image_url":{"url":"https://h/a.png"}}]}]}"#,
+        r#"{"model":"m","input":[{"content":[{"type":"input_file","file_id":"file-1"}]}]}"#,
+        r#"{"model":"m","input":"hi","previous_response_id":"resp_1"}"#,
+        r#"{"model":"m","input":"hi","conversation":"conv_1"}"#,
+    ] {
+        assert!(!text_only(RouteKind::Responses, body), "{body}");
+    }
+    for body in [
+        r#"{"model":"m","input":"hi"}"#,
+        r#"{"model":"m","input":"hi","previous_response_id":null}"#,
+        r#"{"model":"m","input":"hi","tools":[{"type":"function","name":"f","parameters":{"properties":{"url":{"type":"string"}}}}]}"#,
+    ] {
+        assert!(text_only(RouteKind::Responses, body), "{body}");
+    }
+    let more = |tool: &str| {
+        let body = format!(r#"{{"model":"m","messages":[],"tools":[{tool}]}}"#);
+        chat(&body).expect("JSON").reads_more_than_body
     };
-    let (bytes, count) = read(json!({"type": "image_url", "image_url": {"url": image}}));
-    assert!(bytes < 200 && count == 1);
-    let (bytes, count) =
-        read(json!({"type": "input_audio", "input_audio": {"data": image, "format": "wav"}}));
-    assert!(bytes < 200 && count == 1);
-    let (bytes, count) = read(json!({"type": "text", "text": image}));
-    assert!(bytes > 100_000 && count == 0);
-    let tools = json!({"model": "m", "tools": [{"url": image}]}).to_string();
-    assert!(chat(&tools).unwrap().prompt_bytes > 100_000);
+    for server in [
+        r#"{"type":"web_search"}"#,
+        r#"{"type":"web_search_20250305","name":"web_search"}"#,
+        r#"{"google_search":{}}"#,
+    ] {
+        assert!(more(server), "{server}");
+    }
+    for client in [
+        r#"{"type":"function","function":{"name":"f"}}"#,
+        r#"{"name":"f","input_schema":{}}"#,
+        r#"{"type":"custom","custom":{}}"#,
+    ] {
+        assert!(!more(client), "{client}");
+    }
 }
 
 #[test]

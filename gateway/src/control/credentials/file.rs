@@ -1,11 +1,11 @@
 //! Reads one credential file below an allowed directory.
 //!
-//! The path is walked by descriptors: each part is opened relative to the directory before it, a symbolic link is
-//! resolved by hand, and what would leave the allowed directories is never touched. So the answer about everything
-//! outside is the same whether it exists or not, nothing can be exchanged between the check and the opening, and no
-//! device or FIFO is ever opened. The links of a mounted Kubernetes secret (`token -> ..data/token`) stay inside.
+//! The path is walked with file descriptors: each part is opened relative to the directory before it, symbolic links are
+//! resolved by this code, and a path that leaves the allowed directories is never accessed. So the error for a path outside
+//! is the same whether the file exists or not, a file cannot be replaced between the check and the opening, and no device
+//! or FIFO is opened. The links of a mounted Kubernetes secret (`token -> ..data/token`) stay inside.
 //!
-//! All of this blocks: a network file system that hangs keeps its caller. See [`super`] for who that is.
+//! All of this blocks, and hangs with a network file system that hangs. Only the reader threads of [`super`] call it.
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
@@ -21,15 +21,15 @@ use rustix::io::Errno;
 pub(super) const FILE_BYTES_MAX: u64 = 64 << 10;
 /// Most symbolic links on the way to a file, as Linux allows.
 const LINKS_MAX: usize = 40;
-/// The name of a directory that begins with this says for which host its files are.
+/// A directory whose name starts with this contains credentials for the host named after it only.
 const HOST_MARK: char = '@';
-/// Magic numbers of file systems whose files are made by the kernel when they are read: proc, sysfs.
+/// Magic numbers of the file systems proc and sysfs, whose files the kernel generates.
 const KERNEL_FILES: [rustix::fs::FsWord; 2] = [rustix::fs::PROC_SUPER_MAGIC, 0x6265_6572];
 
-/// Why a file was not used. The text never repeats what is in it.
+/// Why a file was refused. The text never contains the content of the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum FileError {
-    /// It is not below an allowed directory; the text is the policy's, and the same whatever is there.
+    /// The path is outside the allowed directories. The text is the same whether the file exists or not.
     #[error("not below an allowed directory")]
     Outside,
     #[error("no such file")]
@@ -65,26 +65,26 @@ impl From<Errno> for FileError {
     }
 }
 
-/// What a file holds.
+/// The content of a credential file.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Found {
     /// The secret, without white space around it.
     pub(super) secret: String,
-    /// The hosts that directories on the way to it are named after; it is for those alone.
+    /// The hosts that directories of the path are named after. The secret is used for these hosts only.
     pub(super) hosts: Vec<String>,
 }
 
-/// Where files may be.
+/// The directories that may contain credential files.
 #[derive(Debug, Clone, Default)]
 pub(super) struct AllowedDirs {
-    /// Absolute directories, as they were given.
+    /// Absolute directories, as configured.
     pub(super) allowed: Vec<PathBuf>,
-    /// Files and directories of Weir itself that are never credentials, wherever they are.
+    /// Files and directories of Weir itself, which are never read as credentials.
     pub(super) never: Vec<PathBuf>,
 }
 
 impl AllowedDirs {
-    /// The allowed directory that a path lies in by its text, and the rest. Touches no file.
+    /// The index of the allowed directory that contains a path, and the rest of the path. Accesses no file.
     pub(super) fn locate<'a>(&self, path: &'a Path) -> Option<(usize, &'a Path)> {
         let plain = path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
         let below = |root: &PathBuf| path.strip_prefix(root).ok().filter(|rest| *rest != Path::new(""));
@@ -93,7 +93,7 @@ impl AllowedDirs {
     }
 }
 
-/// A directory or file on the way, and its name below the one before.
+/// A directory of the path, with its name in the directory before.
 struct Step {
     fd: OwnedFd,
     name: OsString,
@@ -102,13 +102,13 @@ struct Step {
 /// Reads the file `below` the allowed directory at `root`. Blocks.
 pub(super) fn read(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<Found, FileError> {
     let mut hosts: Vec<String> = Vec::new();
-    // Named on the way as it was written, or as it was resolved: either binds.
+    // Host directories count in the path as written and in the path as resolved.
     bind(below.iter(), &mut hosts);
     let (steps, name, stat) = walk(dirs, root, below)?;
     bind(steps.iter().map(|step| step.name.as_os_str()), &mut hosts);
     refuse_own(dirs, &steps, &stat)?;
     let directory = &steps.last().ok_or(FileError::Missing)?.fd;
-    // Nothing but this very file is read, and should it be exchanged for a FIFO now, opening that does not wait.
+    // The identity of the opened file is checked below. If it was replaced by a FIFO, NONBLOCK keeps the open from waiting.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, &name, flags, Mode::empty())?;
     let opened = rustix::fs::fstat(&file)?;
@@ -127,7 +127,7 @@ pub(super) fn read(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<Foun
     Ok(Found { secret: secret(&bytes)?, hosts })
 }
 
-/// The secret in these bytes: one line of printable ASCII, white space around it left out.
+/// The secret in these bytes: one line of printable ASCII without surrounding white space.
 pub(super) fn secret(bytes: &[u8]) -> Result<String, FileError> {
     let bytes = bytes.trim_ascii();
     if bytes.is_empty() {
@@ -152,11 +152,11 @@ fn bind<'a>(names: impl Iterator<Item = &'a OsStr>, hosts: &mut Vec<String>) {
     }
 }
 
-/// Opens the directories on the way; returns them, the file's own name, and what it is: a regular file.
+/// Opens the directories of the path. Returns them, the name of the file and its status; the file is a regular file.
 fn walk(dirs: &AllowedDirs, root: usize, below: &Path) -> Result<(Vec<Step>, OsString, Stat), FileError> {
     let mut steps = vec![open_root(dirs.allowed.get(root).ok_or(FileError::Outside)?)?];
     let mut links = 0;
-    // What is still to be walked, the next part last.
+    // The remaining parts, the next one last.
     let mut todo: Vec<OsString> = parts(below);
     while let Some(name) = todo.pop() {
         if name == ".." {
@@ -213,7 +213,7 @@ fn parts(path: &Path) -> Vec<OsString> {
     parts
 }
 
-/// The allowed directory that an absolute target of a link is in, as it was given or as it really is.
+/// The allowed directory that contains an absolute link target, compared as configured and as resolved.
 fn inside<'a>(dirs: &'a AllowedDirs, target: &Path) -> Option<(&'a Path, PathBuf)> {
     dirs.allowed.iter().find_map(|root| {
         let rest = target.strip_prefix(root).map(Path::to_owned);
@@ -225,11 +225,11 @@ fn inside<'a>(dirs: &'a AllowedDirs, target: &Path) -> Option<(&'a Path, PathBuf
 fn open_root(root: &Path) -> Result<Step, FileError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(root, flags, Mode::empty())?;
-    // A volume may be mounted with the name of a host as the allowed directory itself.
+    // The allowed directory itself may be named after a host, for example as a mounted volume.
     Ok(Step { fd, name: root.file_name().unwrap_or_default().to_owned() })
 }
 
-/// Refuses files of Weir itself, by whatever name they are reached.
+/// Refuses files of Weir itself, compared by device and inode, because a file can have several names.
 fn refuse_own(dirs: &AllowedDirs, steps: &[Step], stat: &Stat) -> Result<(), FileError> {
     for own in &dirs.never {
         let Ok(own) = rustix::fs::stat(own) else { continue };

@@ -1,4 +1,4 @@
-//! What a backend's `credential` may name: the allow-lists that a gateway is started with.
+//! The allow-lists of a gateway for the `credential` of backends.
 
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
@@ -12,10 +12,10 @@ use super::file::{AllowedDirs, FileError, secret};
 
 /// Most directories, and most patterns of variables.
 const LIST_MAX: usize = 16;
-/// File systems of the kernel, which hold no credentials but much that is secret.
+/// File systems of the kernel, which contain secrets but no credentials of backends.
 const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// Where backends' credentials may be found. What neither list allows is refused, whatever an editor declares.
+/// Allowed sources of backends' credentials. Everything else is refused, even if a resource refers to it.
 #[derive(Debug, Clone, Args)]
 pub struct CredentialSources {
     /// Directories in which `credential: file:/path` of a backend may lie, with commas between; empty: no file is read.
@@ -44,7 +44,7 @@ pub struct CredentialSources {
 }
 
 impl CredentialSources {
-    /// Whether a backend may name this variable; false as well when a pattern is wrong.
+    /// Whether a backend may refer to this variable; false too if a pattern is invalid.
     pub fn allows(&self, variable: &str) -> bool {
         Policy::new(self, Vec::new())
             .is_ok_and(|policy| policy.variable(variable, |_| Some("set".into())).is_ok())
@@ -61,7 +61,7 @@ impl Default for CredentialSources {
     }
 }
 
-/// A pattern of names of variables.
+/// A pattern of variable names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Pattern {
     Whole(String),
@@ -99,12 +99,12 @@ impl FromStr for Pattern {
     }
 }
 
-/// The allow-lists, checked.
+/// The validated allow-lists.
 #[derive(Debug, Default)]
 pub(super) struct Policy {
     pub(super) dirs: AllowedDirs,
     variables: Vec<Pattern>,
-    /// Their texts, for messages.
+    /// The patterns as text, for error messages.
     listed: String,
 }
 
@@ -112,7 +112,7 @@ impl Policy {
     /// Checks the settings. `never` are files and directories of Weir itself.
     pub(super) fn new(sources: &CredentialSources, never: Vec<PathBuf>) -> Result<Self, String> {
         let mut allowed = Vec::new();
-        // An empty text allows nothing: the only way to say so to a list that has a default.
+        // An empty value allows nothing; a list with a default has no other way to be empty.
         for directory in sources.credential_dir.iter().filter(|path| path.as_os_str() != "") {
             let wrong = |reason: &str| format!("--credential-dir {}: {reason}", directory.display());
             let absolute = std::path::absolute(directory).map_err(|error| wrong(&error.to_string()))?;
@@ -168,7 +168,7 @@ impl Policy {
         secret(bytes).map_err(|error| format!("credential: environment variable {name}: {error}"))
     }
 
-    /// What is said of every file that is not in an allowed directory, whether it exists or not.
+    /// The error for every file outside the allowed directories, whether it exists or not.
     pub(super) fn outside(&self) -> String {
         let mut listed = String::new();
         for directory in &self.dirs.allowed {
@@ -189,7 +189,7 @@ pub(super) fn normal(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Whether a file that is for these hosts alone may be used at this address.
+/// Whether a credential that is bound to these hosts may be sent to this URL.
 pub(super) fn is_for(hosts: &[String], url: &Uri) -> bool {
     let Some(host) = url.host().map(str::to_ascii_lowercase) else { return hosts.is_empty() };
     let default = if url.scheme_str() == Some("https") { 443 } else { 80 };

@@ -280,7 +280,7 @@ proptest! {
 fn resource(name: &str, credential: &str) -> v1::Resource {
     let spec = v1::BackendSpec {
         pool: "p".into(),
-        url: "https://api.example/v1".into(),
+        url: "https://api.example".into(),
         models: [("m".to_owned(), String::new())].into(),
         credential: credential.into(),
         ..Default::default()
@@ -472,7 +472,7 @@ async fn reads_that_hang_are_few_are_given_up_and_keep_no_other_file_waiting() {
     assert_eq!(readers(&credentials), (READERS, 0));
     // Time passes.
     let later = |times: u32| Instant::now() + READ_TIMEOUT * times;
-    credentials.give_up(later(1));
+    credentials.time_out_reads(later(1));
     until("others begin", || readers(&credentials) == (READERS, READERS)).await;
     assert!(credentials.of(&hangs[0]).expect_err("hangs").contains("not read within 2s"));
     // The running ones must have taken their files before they are late.
@@ -481,7 +481,7 @@ async fn reads_that_hang_are_few_are_given_up_and_keep_no_other_file_waiting() {
         state.files.values().filter(|e| matches!(e.read, Read::Running(_))).count() == READERS
     })
     .await;
-    credentials.give_up(later(2));
+    credentials.time_out_reads(later(2));
     assert_eq!(readers(&credentials), (0, HANGING_MAX), "no more threads than that are lost");
     let last = credentials.of(&hangs[3 * HANGING_MAX - 1]).expect_err("refused");
     assert!(last.contains("hang"), "{last}");

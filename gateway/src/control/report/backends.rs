@@ -1,9 +1,10 @@
 //! Backends as this gateway sees them, in the form of a report.
 
-use weir_proto::v1::BackendReport;
+use weir_proto::v1::{AttemptFailure, BackendReport};
 
 use super::speeds;
 use crate::control::live_config::LiveConfig;
+use crate::routing::backend_state::LastFailure;
 
 /// The backends as they stand, with what was counted of them since the last time.
 pub(super) fn with_counts(live: &LiveConfig) -> Vec<BackendReport> {
@@ -13,6 +14,16 @@ pub(super) fn with_counts(live: &LiveConfig) -> Vec<BackendReport> {
 /// The backends as they stand; what was counted of them stays for the next report.
 pub(super) fn without_counts(live: &LiveConfig) -> Vec<BackendReport> {
     reports(live, false)
+}
+
+fn failure(seen: LastFailure) -> AttemptFailure {
+    AttemptFailure {
+        time: Some(seen.at.into()),
+        model: seen.model,
+        outcome: seen.outcome.label().to_owned(),
+        status: seen.status.map_or(0, u32::from),
+        message: seen.seen,
+    }
 }
 
 fn reports(live: &LiveConfig, counted: bool) -> Vec<BackendReport> {
@@ -26,6 +37,7 @@ fn reports(live: &LiveConfig, counted: bool) -> Vec<BackendReport> {
             in_flight: backend.state.report_in_flight(),
             ejected,
             speeds: speeds.remove(&backend.id).unwrap_or_default(),
+            last_failure: backend.state.last_failure().map(failure),
             ..BackendReport::default()
         };
         if !counted {

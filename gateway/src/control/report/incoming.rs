@@ -1,8 +1,8 @@
-//! Takes in what the control plane that leads says.
+//! Applies the messages of the leader.
 
 use std::time::Duration;
 
-use weir_proto::v1::{BackendHealth, FleetTraffic, HealthState, StreamReportsResponse};
+use weir_proto::v1::{AggregateTraffic, BackendHealth, HealthState, StreamReportsResponse};
 
 use super::speeds;
 use crate::control::live_config::LiveConfig;
@@ -11,7 +11,7 @@ use crate::routing::backend_state::Totals;
 use crate::routing::balance::RAMP;
 use crate::routing::snapshot::Snapshot;
 
-/// Takes a message in: counts and loads of the fleet, verdicts, and what is to be probed.
+/// Applies a message: loads, speeds and results of all gateways' requests, verdicts, probe assignments and probe orders.
 pub(super) fn take(live: &LiveConfig, probes: &ProbeChannel, message: &StreamReportsResponse) {
     if message.live_gateways > 0 {
         live.set_live_gateways(message.live_gateways);
@@ -45,11 +45,15 @@ fn take_verdict(snapshot: &Snapshot, health: &BackendHealth) {
     }
     tracing::info!(backend = health.backend, state = state.as_str_name(), reason = health.reason, "verdict");
     let duration = |wire: Option<prost_types::Duration>| wire.and_then(|wire| Duration::try_from(wire).ok());
-    let ramp = duration(health.ramp).unwrap_or(RAMP);
-    backend.state.set_health_since(state, duration(health.ramp_elapsed).unwrap_or_default(), ramp);
+    let slow_start = duration(health.slow_start).unwrap_or(RAMP);
+    backend.state.set_health_since(
+        state,
+        duration(health.slow_start_elapsed).unwrap_or_default(),
+        slow_start,
+    );
 }
 
-/// Without a control plane that leads, verdicts stay in force; loads, speeds and counts do not, since they are wrong
+/// Without a leader, verdicts stay in force; loads, speeds and counts do not, since they are wrong
 /// within seconds.
 pub(super) fn forget_fleet(live: &LiveConfig) {
     let snapshot = live.snapshot();
@@ -60,19 +64,19 @@ pub(super) fn forget_fleet(live: &LiveConfig) {
     snapshot.pools.values().for_each(|pool| pool.state.forget_others());
 }
 
-fn totals(traffic: &FleetTraffic) -> Totals {
+fn totals(traffic: &AggregateTraffic) -> Totals {
     let decode = traffic.decode_time.and_then(|wire| Duration::try_from(wire).ok()).unwrap_or_default();
     Totals {
-        good: traffic.good,
-        bad: traffic.bad,
-        answers: traffic.answers,
+        successes: traffic.successes,
+        failures: traffic.failures,
+        timed_answers: traffic.timed_answers,
         tokens: traffic.output_tokens,
         decode_us: u64::try_from(decode.as_micros()).unwrap_or(u64::MAX),
     }
 }
 
-/// The state to go by: that of the verdict, unless its pool says otherwise. One that is used against its state counts
-/// like one whose state is unknown; one that is not to be used yet, like one that is unhealthy.
+/// The state that the gateway uses: that of the verdict, unless the pool overrides it. A backend that is used although its
+/// state says otherwise counts as unknown; a backend with a factor of zero counts as unhealthy.
 fn in_use(health: &BackendHealth) -> HealthState {
     match (health.overridden, health.factor) {
         (true, _) => HealthState::Unknown,

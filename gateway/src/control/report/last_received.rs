@@ -1,19 +1,19 @@
-//! What the control plane last said of each backend.
+//! The last received verdict and load of each backend.
 //!
-//! Configuration comes over another stream: a verdict can be there before the backend it is about, and it is said only
-//! once. So it is kept, and taken in again whenever the configuration has changed.
+//! Configuration comes on another stream, so a verdict can arrive before its backend, and it is sent only once. So it is
+//! kept, and applied again after each change of the configuration.
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-use weir_proto::v1::{BackendHealth, FleetLoad, StreamReportsResponse};
+use weir_proto::v1::{AggregateLoad, BackendHealth, StreamReportsResponse};
 
 use crate::control::live_config::LiveConfig;
 
-/// Most backends remembered; more than any configuration has.
+/// The maximum of backends; more than any configuration has.
 const BACKENDS_MAX: usize = 10_000;
 
-/// The latest of each.
+/// The latest values per backend.
 #[derive(Debug, Default)]
 pub(super) struct LastReceived {
     health: BTreeMap<String, BackendHealth>,
@@ -21,7 +21,7 @@ pub(super) struct LastReceived {
 }
 
 impl LastReceived {
-    /// Remembers what a message says.
+    /// Records a message.
     pub(super) fn note(&mut self, message: &StreamReportsResponse) {
         for health in &message.health {
             if self.health.len() < BACKENDS_MAX || self.health.contains_key(&health.backend) {
@@ -35,8 +35,8 @@ impl LastReceived {
         }
     }
 
-    /// When the changes of state that a message brings were decided, by the control plane's clock. What it says of a
-    /// backend for the first time is part of the picture and of any age.
+    /// When the control plane decided the changed states of a message, by its clock. The first state of a backend is not a
+    /// change and can have any age.
     pub(super) fn decided(&self, message: &StreamReportsResponse) -> Vec<SystemTime> {
         let changed = message.health.iter().filter(|health| {
             self.health
@@ -46,14 +46,16 @@ impl LastReceived {
         changed.filter_map(|health| SystemTime::try_from(health.since?).ok()).collect()
     }
 
-    /// All of it as one message; loads only of backends of which none is known, since the others have newer ones.
+    /// All values as one message; loads only for backends without one, because the others have newer loads.
     pub(super) fn for_new_configuration(&self, live: &LiveConfig) -> StreamReportsResponse {
         let snapshot = live.snapshot();
         let unknown = |name: &str| snapshot.backends.get(name).is_some_and(|b| !b.state.knows_fleet());
         let load = self.load.iter().filter(|(name, _)| unknown(name));
         StreamReportsResponse {
             health: self.health.values().cloned().collect(),
-            load: load.map(|(name, load)| FleetLoad { backend: name.clone(), in_flight: *load }).collect(),
+            load: load
+                .map(|(name, load)| AggregateLoad { backend: name.clone(), in_flight: *load })
+                .collect(),
             ..StreamReportsResponse::default()
         }
     }
@@ -74,7 +76,7 @@ mod tests {
                 state: state.into(),
                 ..BackendHealth::default()
             }],
-            load: vec![FleetLoad { backend: "b".into(), in_flight: 3 }],
+            load: vec![AggregateLoad { backend: "b".into(), in_flight: 3 }],
             ..StreamReportsResponse::default()
         };
         last.note(&verdict(HealthState::Unknown));

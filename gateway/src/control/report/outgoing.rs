@@ -1,4 +1,4 @@
-//! What one stream has not sent yet. While it cannot send, observations are merged: counts add up, the latest state wins.
+//! The unsent part of the reports of one stream. Unsent observations are merged: counts are added, the latest state wins.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,10 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use weir_proto::v1::{BackendReport, LimitReport, ProbeResult, TrafficReport};
 
-/// Results that wait; the oldest go first.
+/// Unsent probe results; beyond this the oldest are dropped.
 const RESULTS_MAX: usize = 4096;
 
-/// What was observed in a while.
+/// The observations of one report interval.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Observed {
     pub(super) backends: Vec<BackendReport>,
@@ -18,17 +18,17 @@ pub(super) struct Observed {
     pub(super) limits: Vec<LimitReport>,
 }
 
-/// What waits for one stream. Bounded by the number of backends and of results.
+/// The unsent observations of one stream. Bounded by the number of backends and of results.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
-    /// `None` while the stream is away: what is observed then is old news when it comes back.
+    /// `None` without a stream, because observations are outdated when it is open again.
     waiting: Mutex<Option<Waiting>>,
     filled: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// By name. Empty until something is added.
+    /// By backend name.
     backends: BTreeMap<String, BackendReport>,
     results: Vec<ProbeResult>,
     traffic: Option<TrafficReport>,
@@ -53,12 +53,12 @@ impl Outgoing {
         self.waiting().is_some()
     }
 
-    /// Adds to what is to be said, if the stream is open.
+    /// Adds observations if the stream is open.
     pub(super) fn add(&self, observed: &Observed) {
         let mut stream = self.waiting();
         let Some(waiting) = &mut *stream else { return };
         let mut before = std::mem::take(&mut waiting.backends);
-        // Only backends that are still there: what is gone is not reported.
+        // Deleted backends are not reported.
         for new in &observed.backends {
             let merged = match before.remove(&new.backend) {
                 Some(old) => merge(&old, new),
@@ -76,7 +76,7 @@ impl Outgoing {
         let old = std::mem::replace(&mut waiting.limits, observed.limits.clone());
         for limit in &mut waiting.limits {
             let same = |old: &&LimitReport| {
-                (&old.scope_kind, &old.scope, &old.what) == (&limit.scope_kind, &limit.scope, &limit.what)
+                (&old.scope_kind, &old.scope, &old.kind) == (&limit.scope_kind, &limit.scope, &limit.kind)
             };
             limit.refusals += old.iter().find(same).map_or(0, |old| old.refusals);
         }
@@ -85,7 +85,7 @@ impl Outgoing {
         self.filled.notify_one();
     }
 
-    /// Returns when there is something. Cancel-safe.
+    /// Returns when there are unsent observations. Cancel-safe.
     pub(super) async fn filled(&self) {
         loop {
             if self.waiting().as_ref().is_some_and(|waiting| waiting.any) {
@@ -95,7 +95,7 @@ impl Outgoing {
         }
     }
 
-    /// Everything that waits.
+    /// Takes the unsent observations.
     pub(super) fn take(&self) -> Option<Observed> {
         let mut stream = self.waiting();
         let waiting = stream.as_mut().filter(|waiting| waiting.any)?;
@@ -112,10 +112,10 @@ impl Outgoing {
 fn add_up(old: &TrafficReport, new: &TrafficReport) -> TrafficReport {
     TrafficReport {
         succeeded: old.succeeded + new.succeeded,
-        refused: old.refused + new.refused,
-        rejected: old.rejected + new.rejected,
-        failed: old.failed + new.failed,
-        abandoned: old.abandoned + new.abandoned,
+        rate_limited: old.rate_limited + new.rate_limited,
+        client_errors: old.client_errors + new.client_errors,
+        server_errors: old.server_errors + new.server_errors,
+        cancelled: old.cancelled + new.cancelled,
         in_flight: new.in_flight,
         input_tokens: old.input_tokens + new.input_tokens,
         output_tokens: old.output_tokens + new.output_tokens,
@@ -140,7 +140,7 @@ fn merge(old: &BackendReport, new: &BackendReport) -> BackendReport {
         server_errors: old.server_errors + new.server_errors,
         timeouts: old.timeouts + new.timeouts,
         busy: old.busy + new.busy,
-        // Of two means of a second each the later one says more.
+        // Of two means the newer one is kept.
         first_byte_mean: new.first_byte_mean.or(old.first_byte_mean),
         output_tokens: old.output_tokens + new.output_tokens,
         decode_time: sum(old.decode_time, new.decode_time),

@@ -1,13 +1,13 @@
-//! How fast backends serve, between this gateway and the wire.
+//! Speeds of backends between this gateway and the protocol.
 
 use std::collections::HashMap;
 
-use weir_proto::v1::{FleetSpeed, ModelSpeed, SpeedMeasure};
+use weir_proto::v1::{AggregateSpeed, ModelSpeed, SpeedMeasure};
 
 use crate::routing::balance::{Measure, Pace};
 use crate::routing::snapshot::Snapshot;
 
-/// What this gateway saw, by backend id.
+/// The speeds that this gateway measured, by backend id.
 pub(super) fn seen(snapshot: &Snapshot) -> HashMap<u64, Vec<ModelSpeed>> {
     let mut seen: HashMap<u64, Vec<ModelSpeed>> = HashMap::new();
     for (model, backend, measure, Pace { count, mean, variance }) in
@@ -20,8 +20,8 @@ pub(super) fn seen(snapshot: &Snapshot) -> HashMap<u64, Vec<ModelSpeed>> {
     seen
 }
 
-/// Takes over what others saw of a backend and a model that there are.
-pub(super) fn take(snapshot: &Snapshot, fleet: &FleetSpeed) {
+/// Applies the speed that other gateways measured, if backend and model exist.
+pub(super) fn take(snapshot: &Snapshot, fleet: &AggregateSpeed) {
     let Some(speed) = &fleet.speed else { return };
     let (Some(backend), Some(measure)) =
         (snapshot.backends.get(fleet.backend.as_str()), of_wire(speed.measure()))
@@ -38,7 +38,7 @@ const fn wire(measure: Measure) -> SpeedMeasure {
     match measure {
         Measure::FirstByte => SpeedMeasure::FirstByte,
         Measure::Decode => SpeedMeasure::Decode,
-        Measure::Unary => SpeedMeasure::Whole,
+        Measure::Unary => SpeedMeasure::Unary,
     }
 }
 
@@ -47,6 +47,6 @@ const fn of_wire(measure: SpeedMeasure) -> Option<Measure> {
         SpeedMeasure::Unspecified => None,
         SpeedMeasure::FirstByte => Some(Measure::FirstByte),
         SpeedMeasure::Decode => Some(Measure::Decode),
-        SpeedMeasure::Whole => Some(Measure::Unary),
+        SpeedMeasure::Unary => Some(Measure::Unary),
     }
 }

@@ -13,14 +13,14 @@ use super::backends;
 use super::outgoing::{Observed, Outgoing};
 use crate::control::live_config::LiveConfig;
 
-/// What happened on a stream.
+/// An event of a stream.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// It is open.
+    /// The stream is open.
     Connected,
-    /// A message of the control plane.
+    /// A message arrived.
     Received(Box<StreamReportsResponse>),
-    /// It has ended; another attempt follows.
+    /// The stream ended; another attempt follows.
     Disconnected,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct ReportStream {
 }
 
 impl ReportStream {
-    /// Never ends by itself, but when nobody receives its events any more.
+    /// Runs until the receiver of its events is dropped.
     pub(super) async fn run(self) {
         let mut backoff = reconnect_backoff();
         loop {
@@ -54,9 +54,9 @@ impl ReportStream {
     async fn follow(&self, backoff: &mut Backoff) -> Result<(), String> {
         let channel = self.link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
         let mut client = ReportServiceClient::new(channel);
-        // Room for one: what cannot go yet is merged with what comes next.
+        // Room for one message; further observations are merged until it is sent.
         let (up, reports) = mpsc::channel(1);
-        // Zero is what was never reported.
+        // Sequence numbers start at one, because zero means never reported.
         let mut sequence = 1;
         let first = Observed { backends: backends::without_counts(&self.live), ..Observed::default() };
         up.try_send(self.report(first, sequence)).map_err(|_| "no room for the first report".to_owned())?;
@@ -85,7 +85,7 @@ impl ReportStream {
         }
     }
 
-    /// Returns when there is something to say and room to say it. Cancel-safe.
+    /// Returns when there are unsent observations and room to send them. Cancel-safe.
     async fn room<'a>(
         &self,
         up: &'a mpsc::Sender<StreamReportsRequest>,
@@ -105,8 +105,8 @@ impl ReportStream {
             sequence,
             backends: observed.backends,
             region: self.identity.region.clone(),
-            probes: true,
-            results: observed.results,
+            can_probe: true,
+            probe_results: observed.results,
             traffic: observed.traffic,
             limits: observed.limits,
         }

@@ -181,6 +181,41 @@ async fn steps_of_a_stream_weigh_on_the_account_that_answers() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_the_steps_of_a_stream_charged_too_much_is_given_back() {
+    for used in [0, 20, 100, 250, 1000, 100 + 10 * STEP_TOKENS, 4000] {
+        let world = world();
+        let mut reservation = world.admitted().await;
+        reservation.streamed(tokens(100 + 4 * STEP_TOKENS));
+        reservation.streamed(tokens(100 + 10 * STEP_TOKENS));
+        reservation.used(tokens(used));
+        drop(reservation);
+        assert_eq!(world.stands().await, [(1, used, 0), (1, used, 0), (0, 0, 0)], "{used} used");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_charged_too_much_is_given_back_to_the_account_that_answered() {
+    let world = world();
+    let mut reservation = world.admitted().await;
+    reservation.leave_account();
+    reservation.answered_under(world.elsewhere().await);
+    reservation.streamed(tokens(100 + 10 * STEP_TOKENS));
+    reservation.used(tokens(300));
+    drop(reservation);
+    assert_eq!(world.stands().await, [(1, 300, 0), (1, 100, 0), (1, 300, 0)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_ends_without_a_word_stands_at_what_it_had_streamed() {
+    let world = world();
+    let mut reservation = world.admitted().await;
+    reservation.used(tokens(1));
+    reservation.streamed(tokens(900));
+    drop(reservation);
+    assert_eq!(world.stands().await, [(1, 900, 0), (1, 900, 0), (0, 0, 0)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_leaves_while_an_account_is_asked_leaves_nothing_behind() {
     let world = world();
     let reservation = world.admitted().await;

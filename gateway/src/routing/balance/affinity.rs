@@ -1,31 +1,31 @@
-//! Prefix affinity: requests that begin alike go to the same backend, whichever gateway they come to, so that its
-//! cache of the prefix is used. Bounded: a popular prefix spreads over as many backends as its load needs.
+//! Prefix affinity: requests with the same prefix go to the same backend from every gateway, so that the backend's prefix
+//! cache is used. A bound spreads a popular prefix over as many backends as its load needs.
 
 use smallvec::SmallVec;
 use weir_ratelimit::Bound;
 
 use super::weight::View;
 
-/// A hash of bytes that is the same in every process and version (FNV-1a, finished by `mix`).
+/// A hash that is the same in every process and version (FNV-1a, then `mix`).
 pub fn stable_hash(bytes: &[u8]) -> u64 {
     let fnv = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01B3);
     mix(bytes.iter().fold(0xCBF2_9CE4_8422_2325, fnv))
 }
 
-/// Spreads the bits of a number over all others (splitmix64).
+/// Mixes the bits of a number (the finalizer of splitmix64).
 fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
 }
 
-/// The hash of who asks and how the prompt begins.
+/// The hash of the tenant and of the prompt's prefix.
 pub fn prefix_hash(tenant: u64, prefix: &[u8]) -> u64 {
     mix(tenant.rotate_left(32) ^ stable_hash(prefix))
 }
 
-/// Weighted rendezvous: the indices of `views` in the order in which `prefix` prefers them. Depends on the prefix, the
-/// ids and the operator's weights alone, so every gateway gives the same answer.
+/// Weighted rendezvous: the indices of `views` in order of preference for `prefix`. Depends only on the
+/// prefix, the ids and the configured weights, so every gateway computes the same order.
 pub(super) fn rendezvous(prefix: u64, views: &[View]) -> SmallVec<[usize; 8]> {
     let mut ranked: SmallVec<[(f64, usize); 8]> = views
         .iter()
@@ -41,9 +41,9 @@ pub(super) fn rendezvous(prefix: u64, views: &[View]) -> SmallVec<[usize; 8]> {
     ranked.into_iter().map(|(_, index)| index).collect()
 }
 
-/// The part of all requests that each of `views` may have for one more to go there because of its prefix: `bound` times
-/// its share by weight. The limiter holds it by its own counts; the estimate is for where it cannot, and as old as the
-/// report of the others' requests.
+/// The bound of each view on requests in flight, below which another request may go there because of its prefix: `bound`
+/// times the view's share by weight. The limiter enforces the bound with exact counts. The estimate is used where the
+/// limiter cannot, and it is as old as the last report of other gateways' requests.
 pub(super) fn bounds(views: &[View], bound: f64) -> SmallVec<[Bound; 8]> {
     let weights: f64 = views.iter().map(View::capacity).sum();
     let requests: f64 = views.iter().map(|view| view.in_flight).sum::<f64>() + 1.0;
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn the_hash_is_the_same_for_ever() {
-        // Recorded: gateways of different versions must agree.
+        // Recorded values: gateways of different versions must compute the same.
         assert_eq!(stable_hash(b"backend-1"), 0x3635_40F6_99AE_A3CE);
         assert_eq!(prefix_hash(1, b"You are"), 0xB6FB_57F5_0920_55C3);
     }

@@ -1,12 +1,12 @@
-//! The choice: policies over views of the backends.
+//! Orders the backends of a pool for one request, by the pool's policy.
 //!
 //! Invariants:
-//! - Never the best of shared, stale data: policies spread (round-robin) or sample (two choices), so that gateways
-//!   with the same picture do not all turn to the same backend.
-//! - Those of a lower rank (a nearer region, a higher priority) come first; the next rank takes the share that the
-//!   first cannot serve, and what finds no slot there.
-//! - Unhealthy backends come after all healthy ones, and only in a panic: once too little of the pool is healthy. Slots
-//!   are hard limits, so healthy backends cannot be flooded: unhealthy ones get the requests that find no slot there.
+//! - No policy picks the best backend by shared data that may be stale. Policies spread (round-robin) or sample (two
+//!   choices), so that gateways with the same data do not all choose the same backend.
+//! - Backends of a lower rank (a nearer region, a higher priority) come first. The next rank serves the share of requests
+//!   that the first rank cannot serve, and the requests that find no free slot there.
+//! - Unhealthy backends come after all healthy ones, and only in panic mode: when too little of the pool is healthy. Slots
+//!   are hard limits, so healthy backends are not flooded: unhealthy backends get the requests that find no free slot.
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
@@ -26,25 +26,25 @@ pub enum Policy {
     WeightedRoundRobin,
     /// In turn; ignores weights.
     RoundRobin,
-    /// By chance; ignores weights.
+    /// Random; ignores weights.
     Random,
-    /// The less loaded of two random choices; the first of them while both are idle.
+    /// The less loaded of two random choices; the first one if both are idle.
     LeastRequest,
-    /// By the beginning of the prompt, within a bound; weighted round-robin for a request that has none.
+    /// By the prefix of the prompt, within a bound; weighted round-robin for a request without a prompt.
     PrefixAffinity {
-        /// Times the mean load a backend may have for its prefixes.
+        /// The maximum load of a backend because of prefixes, as a multiple of the mean load.
         bound: f64,
     },
 }
 
-/// What a pool's operator decided.
+/// The balancing settings of a pool.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ChooseConfig {
     /// How to pick.
     pub policy: Policy,
-    /// Unhealthy backends are used when less than this share of the weight is healthy.
+    /// Panic threshold: unhealthy backends are used if less than this share of the weight is healthy.
     pub panic: f64,
-    /// A rank whose healthy share times this is below 1 leaves the rest to the next.
+    /// If the healthy share of a rank times this factor is below 1, the next rank serves the rest.
     pub overprovision: f64,
 }
 
@@ -54,34 +54,34 @@ impl Default for ChooseConfig {
     }
 }
 
-/// A backend in an order of preference.
+/// A backend in the order of preference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Candidate {
     /// Index of the view.
     pub index: usize,
-    /// The most requests the cluster may have there for it to be taken.
+    /// The backend's slots in the whole cluster.
     pub slots: u32,
-    /// A bound besides, relative to what all candidates have.
+    /// An additional bound, relative to the load of all candidates.
     pub bound: Option<Bound>,
 }
 
-/// Candidates in order of preference. A backend can stand in it twice, first with a bound.
+/// Candidates in order of preference. A backend can occur twice, first with a bound.
 pub type Candidates = SmallVec<[Candidate; 8]>;
 
-/// What is remembered between choices for one model.
+/// The balancing state of one model.
 #[derive(Debug, Default)]
 pub struct Balancer {
     scheduler: Scheduler<u64>,
     cursor: Option<u64>,
-    /// How fast the backends are.
+    /// The speeds of the backends.
     pub speeds: Speeds,
-    /// How long they may be silent before another is tried as well.
+    /// The hedge delays of the backends.
     pub hedge_delays: HedgeDelays,
 }
 
 impl Balancer {
-    /// All that may be tried, in order. `prefix` is the [`affinity::prefix_hash`] of the request; `uniform` gives
-    /// random numbers of `[0, 1)`.
+    /// The candidates in order. `prefix` is the [`affinity::prefix_hash`] of the request; `uniform` returns random numbers
+    /// of `[0, 1)`.
     pub fn order(
         &mut self,
         config: &ChooseConfig,
@@ -110,17 +110,17 @@ impl Balancer {
         view.effective(self.speeds.factor(view.id))
     }
 
-    /// `picked` had no free slot and `used` was used: shares follow what was used.
+    /// Charges `used` instead of `picked`, which had no free slot, so that the shares follow the real use.
     pub fn reassign(&mut self, picked: u64, used: u64) {
         self.scheduler.reassign(&picked, &used);
     }
 
-    /// An answer was good.
+    /// Adds the measured speed of a successful answer.
     pub fn add(&mut self, id: u64, sample: &Sample, now: Instant) {
         self.speeds.add(id, sample, now);
     }
 
-    /// Forgets backends that are gone.
+    /// Removes deleted backends.
     pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
         self.scheduler.retain(|id| keep(*id));
         self.speeds.retain(&keep);
@@ -170,7 +170,7 @@ impl Balancer {
             }
             Policy::Random => schedule::random(members.iter().map(|_| 1.0), uniform),
             Policy::LeastRequest => {
-                // Load is in the score; in the draw as well it would favour one that is idle because it fails.
+                // The score contains the load. With load in the draw too, a backend that is idle because it fails would win.
                 let drawn = members.iter().map(|&i| views[i].capacity() * self.speeds.factor(views[i].id));
                 let mut order = schedule::random(drawn, uniform);
                 let score = |at: usize| {
@@ -179,8 +179,8 @@ impl Balancer {
                     let speed = self.speeds.factor(view.id);
                     load / (view.capacity() * speed).max(f64::MIN_POSITIVE)
                 };
-                // Where nothing is in flight nobody is less loaded, and by speed alone the slowest would never be chosen
-                // nor seen to be faster again: the draw decides, which goes by speed already.
+                // With nothing in flight no backend is less loaded. A choice by speed alone would never choose the slowest
+                // backend, nor notice that it became faster. So the draw decides, whose weights include the speed.
                 let busy = |at: usize| views[members[at]].local > 0 || views[members[at]].in_flight > 0.0;
                 let loaded = order.iter().take(2).any(|at| busy(*at));
                 if order.len() > 1 && loaded && score(order[1]) < score(order[0]) {
@@ -201,7 +201,7 @@ impl Balancer {
         let near: SmallVec<[View; 8]> = members.iter().map(|&i| views[i]).collect();
         let bounds = affinity::bounds(&near, bound);
         let preferred = affinity::rendezvous(prefix, &near);
-        // First within the bounds, which the limiter holds exactly; then wherever there is a slot.
+        // First every backend within its bound, which the limiter enforces exactly; then every backend with a free slot.
         let bound = preferred.into_iter().map(|at| {
             let open = all_slots(views, members[at]);
             Candidate { bound: Some(bounds[at]), ..open }
@@ -221,7 +221,7 @@ fn by_weight(views: &[View], members: &[usize], uniform: &mut impl FnMut() -> f6
     schedule::random(weights, uniform).into_iter().map(|at| members[at]).collect()
 }
 
-/// Whether too little of the weight is healthy to leave the unhealthy ones out.
+/// Panic mode: too little of the weight is healthy to leave out unhealthy backends.
 pub fn is_panic(config: &ChooseConfig, views: &[View]) -> bool {
     let all: f64 = views.iter().map(|view| view.weight).sum();
     let healthy: f64 = views.iter().filter(|v| v.usability == Usability::Healthy).map(|v| v.weight).sum();
@@ -229,8 +229,7 @@ pub fn is_panic(config: &ChooseConfig, views: &[View]) -> bool {
         || (views.iter().all(|v| v.usability == Usability::Unhealthy) && !views.is_empty())
 }
 
-/// The rank that serves this request: the first, except for the share of requests that it has too little healthy
-/// weight for.
+/// The rank that serves this request: the first one, except for the share of requests that exceeds its healthy weight.
 fn pick_rank(
     config: &ChooseConfig,
     views: &[View],
@@ -255,7 +254,7 @@ fn pick_rank(
         left -= taken;
         shares.push(taken);
     }
-    // What nobody is healthy enough for is spread as the rest is.
+    // The share that exceeds the healthy weight of all ranks is spread like the rest.
     let mut point = if shares[0] >= 1.0 { 0.0 } else { uniform() * (1.0 - left) };
     let picked = shares.iter().position(|share| {
         point -= share;

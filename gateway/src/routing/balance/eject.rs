@@ -1,14 +1,17 @@
-//! Local ejection: this gateway leaves a backend out on its own passive evidence, within milliseconds.
+//! Local ejection: a gateway stops using a backend because of its own requests' results, within milliseconds.
 //!
 //! Invariants:
-//! - The budget holds for ejections on passive evidence: at most `max_ejected_percent` of a pool (one at least), never
-//!   the last two of more than two, never the last one. A backend that is coming back counts as ejected.
-//! - Failures in a row eject, and so does a share of failures with good answers between them.
-//! - Silence counts only once another backend has answered the same request: then it is not the request that is slow.
-//! - When the budget is spent, one that fails takes the place of one that was only silent: silence can be ours.
-//! - A longer ejection is never shortened by a later one, nor by answers to requests sent before it.
-//! - After an ejection one request at a time is let through until one succeeds.
-//! - Each ejection in a row doubles; the row ends when the backend served for as long as its last ejection took.
+//! - At most `max_ejected_percent` of a pool (but at least one backend) is ejected because of requests: never the last two
+//!   of three or more, never the last one. A backend on probation counts as ejected.
+//! - Consecutive failures eject a backend, and so does a high share of failures among successes.
+//! - A backend without a first byte counts as silent only after another backend answered the same request. Otherwise the
+//!   request itself may be slow.
+//! - If the maximum is reached, a failing backend replaces a silent one, because silence can be the gateway's fault.
+//! - A longer ejection is never shortened by a later one, nor by answers to requests that were sent before it.
+//! - After an ejection the backend is on probation: one request at a time until one succeeds. Which request it is is known
+//!   before it is sent: it holds the probe's number, and gives the probe back when it is refused or sent elsewhere.
+//! - Each consecutive ejection doubles. The count starts again when the backend has served for the length of its last
+//!   ejection.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -16,7 +19,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Seconds over which the share of failures is taken.
+/// Seconds over which the share of failures is computed.
 const WINDOW: usize = 10;
 
 /// When and for how long to eject.
@@ -26,17 +29,17 @@ pub struct EjectConfig {
     pub consecutive_failures: u32,
     /// The first ejection's length.
     pub base: Duration,
-    /// The longest an ejection gets by doubling.
+    /// The longest ejection by doubling.
     pub max: Duration,
     /// Share of the pool that may be ejected.
     pub max_ejected_percent: u32,
     /// Share of failures over the last `WINDOW` seconds that ejects.
     pub failure_percent: u32,
-    /// Requests below which that share says nothing.
+    /// The share is ignored below this number of requests.
     pub failure_min_requests: u32,
-    /// The longest time a backend is believed to be busy; a larger Retry-After is cut.
+    /// The longest time for which a backend counts as busy; a larger Retry-After is cut.
     pub busy_max: Duration,
-    /// How long a probe may take before another is let through; covers one whose outcome was never told.
+    /// The time after which another request on probation is allowed although the outcome of the last one is unknown.
     pub probe_timeout: Duration,
 }
 
@@ -58,24 +61,24 @@ impl Default for EjectConfig {
 /// Whether a backend may be used now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EjectionStatus {
-    /// Use it.
+    /// The backend may be used.
     Open,
-    /// One request may try it: call [`Ejector::begin_probe`] when it is chosen.
+    /// On probation. One request may try it: the one that [`Ejector::begin_probe`] gives the probe to.
     Probe,
-    /// Left out, since it failed; when this ends.
+    /// Ejected because of failures, until this time.
     Ejected(Instant),
-    /// Left out, since it said it was busy; when this ends.
+    /// Left out because it answered that it is busy, until this time.
     Busy(Instant),
 }
 
-/// What is known of one backend.
+/// The ejection state of one backend.
 #[derive(Debug, Default)]
 struct Backend {
     failures: u32,
     /// Requests in a row that another backend answered first.
     silences: u32,
     recent: Recent,
-    /// Ejections in a row.
+    /// Consecutive ejections.
     row: u32,
     busy_until: Option<Instant>,
     state: State,
@@ -85,28 +88,29 @@ struct Backend {
 enum State {
     #[default]
     Open,
-    /// Left out, and after `until` on probation.
+    /// Ejected until `until`, then on probation.
     Ejected {
         until: Instant,
         length: Duration,
-        probe_until: Option<Instant>,
-        /// For silence alone.
+        /// The number of the probe under way, and until when no other is let through.
+        probe: Option<(u64, Instant)>,
+        /// Ejected because of silence only.
         silent: bool,
     },
-    /// Serving again; at `forgiven_at` the row of ejections is forgotten.
+    /// In use again; at `forgiven_at` the count of consecutive ejections starts again.
     Returned { forgiven_at: Instant },
 }
 
-/// Good and bad outcomes of the last [`WINDOW`] seconds, by second.
+/// Successes and failures of the last [`WINDOW`] seconds, by second.
 #[derive(Debug, Default)]
 struct Recent {
     seconds: [(u32, u32); WINDOW],
-    /// When the newest of them began.
+    /// The start of the newest second.
     newest: Option<Instant>,
 }
 
 impl Recent {
-    fn add(&mut self, good: bool, now: Instant) {
+    fn add(&mut self, success: bool, now: Instant) {
         let newest = *self.newest.get_or_insert(now);
         let passed = now.saturating_duration_since(newest).as_secs();
         if passed > 0 {
@@ -115,15 +119,17 @@ impl Recent {
             self.seconds[..gone].fill((0, 0));
             self.newest = Some(newest + Duration::from_secs(passed));
         }
-        let (goods, bads) = &mut self.seconds[0];
-        *(if good { goods } else { bads }) += 1;
+        let (successes, failures) = &mut self.seconds[0];
+        *(if success { successes } else { failures }) += 1;
     }
 
-    fn is_bad(&self, config: &EjectConfig) -> bool {
+    /// Whether the share of failures ejects the backend.
+    fn is_over_share(&self, config: &EjectConfig) -> bool {
         let sum = |of: fn(&(u32, u32)) -> u32| self.seconds.iter().map(|s| u64::from(of(s))).sum::<u64>();
-        let (good, bad) = (sum(|s| s.0), sum(|s| s.1));
-        let all = good + bad;
-        all >= u64::from(config.failure_min_requests) && bad * 100 >= all * u64::from(config.failure_percent)
+        let (successes, failures) = (sum(|s| s.0), sum(|s| s.1));
+        let all = successes + failures;
+        all >= u64::from(config.failure_min_requests)
+            && failures * 100 >= all * u64::from(config.failure_percent)
     }
 }
 
@@ -132,25 +138,27 @@ impl Recent {
 pub struct Ejector<K> {
     config: EjectConfig,
     backends: HashMap<K, Backend>,
+    /// Probes begun so far.
+    probes: u64,
 }
 
 impl<K: Clone + Eq + Hash> Ejector<K> {
-    /// Starts with every backend open.
+    /// Creates the state of a pool without ejections.
     pub fn new(config: EjectConfig) -> Self {
-        Self { config, backends: HashMap::new() }
+        Self { config, backends: HashMap::new(), probes: 0 }
     }
 
-    /// Changes the rules for what happens from now on.
+    /// Replaces the configuration for future ejections.
     pub fn set_config(&mut self, config: EjectConfig) {
         self.config = config;
     }
 
-    /// Forgets backends that left the pool.
+    /// Removes backends that left the pool.
     pub fn retain(&mut self, mut keep: impl FnMut(&K) -> bool) {
         self.backends.retain(|key, _| keep(key));
     }
 
-    /// Whether `key` may be used.
+    /// Returns whether `key` may be used.
     pub fn status(&self, key: &K, now: Instant) -> EjectionStatus {
         let Some(backend) = self.backends.get(key) else {
             return EjectionStatus::Open;
@@ -158,7 +166,7 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         match (&backend.state, backend.busy_until) {
             (State::Ejected { until, .. }, _) if now < *until => EjectionStatus::Ejected(*until),
             (_, Some(until)) if now < until => EjectionStatus::Busy(until),
-            (State::Ejected { probe_until: Some(until), .. }, _) if now < *until => {
+            (State::Ejected { probe: Some((_, until)), .. }, _) if now < *until => {
                 EjectionStatus::Ejected(*until)
             }
             (State::Ejected { .. }, _) => EjectionStatus::Probe,
@@ -166,38 +174,36 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         }
     }
 
-    /// Takes the one probe; false when another request has it already, or the backend is out.
-    pub fn begin_probe(&mut self, key: &K, now: Instant) -> bool {
-        match self.status(key, now) {
-            EjectionStatus::Open => true,
-            EjectionStatus::Ejected(_) | EjectionStatus::Busy(_) => false,
-            EjectionStatus::Probe => {
-                let timeout = self.config.probe_timeout;
-                if let Some(Backend { state: State::Ejected { probe_until, .. }, .. }) =
-                    self.backends.get_mut(key)
-                {
-                    *probe_until = Some(now + timeout);
-                }
-                true
-            }
+    /// Takes the one probe and says its number; `None` when there is none to take: another request has it, or the backend
+    /// is open or out.
+    pub fn begin_probe(&mut self, key: &K, now: Instant) -> Option<u64> {
+        if self.status(key, now) != EjectionStatus::Probe {
+            return None;
+        }
+        let State::Ejected { probe, .. } = &mut self.backends.get_mut(key)?.state else { return None };
+        self.probes += 1;
+        *probe = Some((self.probes, now + self.config.probe_timeout));
+        Some(self.probes)
+    }
+
+    /// The probe of this number ended with no evidence either way, such as a request that was refused or a client that
+    /// went away: the next request may probe. Nothing happens when another has taken over.
+    pub fn abandon_probe(&mut self, key: &K, number: u64) {
+        if let Some(Backend { state: State::Ejected { probe, .. }, .. }) = self.backends.get_mut(key)
+            && probe.is_some_and(|(taken, _)| taken == number)
+        {
+            *probe = None;
         }
     }
 
-    /// The probe ended with no evidence either way, such as a client that went away: the next request may probe.
-    pub fn abandon_probe(&mut self, key: &K) {
-        if let Some(Backend { state: State::Ejected { probe_until, .. }, .. }) = self.backends.get_mut(key) {
-            *probe_until = None;
-        }
-    }
-
-    /// `key` began to answer: it is not silent. Whether the answer is good is not known yet.
+    /// Records the first byte of an answer: the backend is not silent. Success or failure is recorded later.
     pub fn began(&mut self, key: &K) {
         if let Some(backend) = self.backends.get_mut(key) {
             backend.silences = 0;
         }
     }
 
-    /// A request to `key` succeeded.
+    /// Records a successful request.
     pub fn succeeded(&mut self, key: &K, now: Instant) {
         let backend = self.backends.entry(key.clone()).or_default();
         (backend.failures, backend.silences) = (0, 0);
@@ -210,21 +216,21 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
                 backend.row = 0;
                 backend.state = State::Open;
             }
-            // A success while ejected answers a request sent before: it proves nothing of now.
+            // A success during an ejection answers a request that was sent before the ejection.
             State::Open | State::Ejected { .. } | State::Returned { .. } => {}
         }
     }
 
-    /// A request to `key`, in a pool of `pool_size`, failed by the backend's fault. Says until when the backend is
-    /// ejected, if that is what this failure did.
+    /// Records a request that failed because of `key`, in a pool of `pool_size` backends. Returns the end of the ejection
+    /// if this failure ejected the backend.
     pub fn failed(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
         let backend = self.backends.entry(key.clone()).or_default();
         backend.failures = backend.failures.saturating_add(1);
         self.judge(key, pool_size, false, now)
     }
 
-    /// `key` was silent for longer than it ever needs, and another backend answered the same request. Says as
-    /// [`Self::failed`] does.
+    /// Records that `key` sent no first byte within its hedge delay and another backend answered the same request. Returns
+    /// the same as [`Self::failed`].
     pub fn overtaken(&mut self, key: &K, pool_size: usize, now: Instant) -> Option<Instant> {
         let backend = self.backends.entry(key.clone()).or_default();
         backend.silences = backend.silences.saturating_add(1);
@@ -236,9 +242,9 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         let backend = self.backends.get_mut(key)?;
         backend.recent.add(false, now);
         match backend.state {
-            // Sent before the ejection: no news.
+            // The request was sent before the ejection and changes nothing.
             State::Ejected { until, .. } if now < until => return None,
-            // On probation one failure is enough, and the budget was spent before.
+            // On probation one failure is enough, and the backend still counts as ejected.
             State::Ejected { .. } => {}
             State::Returned { forgiven_at } if now >= forgiven_at => {
                 backend.row = 0;
@@ -248,12 +254,12 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         }
         let probation = matches!(backend.state, State::Ejected { .. });
         let in_a_row = backend.failures.max(backend.silences) >= config.consecutive_failures;
-        let enough = in_a_row || backend.recent.is_bad(&config);
+        let enough = in_a_row || backend.recent.is_over_share(&config);
         if !(probation || enough) {
             return None;
         }
         let budget = ejectable(pool_size, config.max_ejected_percent);
-        if !probation && out >= budget && !(budget > 0 && !silent && self.give_place(now)) {
+        if !probation && out >= budget && !(budget > 0 && !silent && self.replace_silent(now)) {
             return None;
         }
         let backend = self.backends.get_mut(key)?;
@@ -263,30 +269,48 @@ impl<K: Clone + Eq + Hash> Ejector<K> {
         Some(backend.eject(now, length, silent))
     }
 
-    /// Takes one back that was only silent. False: there is none.
-    fn give_place(&mut self, now: Instant) -> bool {
+    /// `key` refuses everything that this gateway sends, by what an operator has set up there: its credential, its account.
+    /// One answer is enough, and no budget applies, since requests there are lost. Each time in a row is twice as long as the
+    /// one before, from `base` to the longest ejection. Says until when it is out.
+    pub fn refused(&mut self, key: &K, base: Duration, now: Instant) -> Instant {
+        let max = self.config.max;
+        let backend = self.backends.entry(key.clone()).or_default();
+        match backend.state {
+            // Sent before the ejection: no news.
+            State::Ejected { until, .. } if now < until => return until,
+            State::Returned { forgiven_at } if now >= forgiven_at => backend.row = 0,
+            State::Open | State::Ejected { .. } | State::Returned { .. } => {}
+        }
+        let length =
+            base.saturating_mul(1u32.checked_shl(backend.row).unwrap_or(u32::MAX)).min(max.max(base));
+        backend.row = (backend.row + 1).min(31);
+        backend.eject(now, length, false)
+    }
+
+    /// Returns a silent backend to use, to make room for the ejection of another one. Returns false without a silent one.
+    fn replace_silent(&mut self, now: Instant) -> bool {
         let silent = |b: &&mut Backend| matches!(b.state, State::Ejected { silent: true, .. });
         let Some(backend) = self.backends.values_mut().find(silent) else { return false };
         backend.state = State::Returned { forgiven_at: now + self.config.base };
         true
     }
 
-    /// Leaves `key` out for `length` on the word of someone else, budget or not. Says until when it is out now.
+    /// Ejects `key` for `length` because of a probe, without regard to the maximum. Returns the end of the ejection.
     pub fn eject_for(&mut self, key: &K, length: Duration, now: Instant) -> Instant {
         self.backends.entry(key.clone()).or_default().eject(now, length, false)
     }
 
-    /// `key` asked to be left alone (429 or 503 with Retry-After). It is busy, not dead. Says until when.
+    /// Records an answer of 429 or 503 with Retry-After: the backend is busy, not broken. Returns until when.
     pub fn busy(&mut self, key: &K, retry_after: Duration, now: Instant) -> Instant {
         let until = now + retry_after.min(self.config.busy_max);
         let backend = self.backends.entry(key.clone()).or_default();
-        if let State::Ejected { probe_until, .. } = &mut backend.state {
-            *probe_until = None;
+        if let State::Ejected { probe, .. } = &mut backend.state {
+            *probe = None;
         }
         *backend.busy_until.insert(backend.busy_until.map_or(until, |old| old.max(until)))
     }
 
-    /// How many backends are ejected or on probation.
+    /// The number of backends that are ejected or on probation.
     pub fn ejected(&self) -> usize {
         self.backends.values().filter(|backend| matches!(backend.state, State::Ejected { .. })).count()
     }
@@ -299,12 +323,12 @@ impl Backend {
             State::Ejected { until, length: old, .. } if until > now + length => (until, old),
             State::Open | State::Ejected { .. } | State::Returned { .. } => (now + length, length),
         };
-        self.state = State::Ejected { until, length, probe_until: None, silent };
+        self.state = State::Ejected { until, length, probe: None, silent };
         until
     }
 }
 
-/// How many of a pool may be out at once.
+/// The number of backends of a pool that may be ejected at the same time.
 fn ejectable(pool_size: usize, percent: u32) -> usize {
     let kept = if pool_size > 2 { 2 } else { 1 };
     let share = pool_size.saturating_mul(percent as usize) / 100;
@@ -316,6 +340,25 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_refused_credential_takes_a_backend_out_at_once_and_for_longer_each_time() {
+        let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
+        let base = 30 * SECOND;
+        assert_eq!(ejector.refused(&1, base, now), now + base, "no budget: the last one of a pool too");
+        assert_eq!(ejector.refused(&1, base, now + SECOND), now + base, "sent before: no news");
+        let (mut at, mut lengths) = (now + base, Vec::new());
+        for _ in 0..5 {
+            assert_eq!(ejector.status(&1, at), EjectionStatus::Probe);
+            let until = ejector.refused(&1, base, at);
+            lengths.push((until - at).as_secs());
+            at = until;
+        }
+        assert_eq!(lengths, [60, 120, 240, 300, 300]);
+        ejector.succeeded(&1, at);
+        assert_eq!(ejector.status(&1, at), EjectionStatus::Open, "the operator mended it");
+        assert_eq!(ejector.refused(&1, base, at + 300 * SECOND), at + 330 * SECOND, "the row is forgotten");
+    }
 
     fn fail(ejector: &mut Ejector<u32>, key: u32, pool: usize, now: Instant, times: u32) -> Option<Instant> {
         (0..times).filter_map(|_| ejector.failed(&key, pool, now)).last()
@@ -351,7 +394,7 @@ mod tests {
             ejector.succeeded(&2, at(i));
             assert_eq!(ejector.failed(&2, 3, at(i)), None, "a third is not half");
         }
-        // Old failures are no news: one good answer and one bad one in ten seconds.
+        // One success and one failure in ten seconds: older failures do not count.
         for i in 0..20 {
             ejector.succeeded(&3, start + 11 * i * SECOND);
             assert_eq!(ejector.failed(&3, 3, start + 11 * i * SECOND), None);
@@ -404,7 +447,7 @@ mod tests {
         for _ in 0..40 {
             lengths.push((until - now).as_secs());
             now = until;
-            assert!(ejector.begin_probe(&1, now));
+            assert!(ejector.begin_probe(&1, now).is_some());
             until = ejector.failed(&1, 3, now).unwrap();
         }
         assert_eq!(lengths[..8], [5, 10, 20, 40, 80, 160, 300, 300]);
@@ -429,15 +472,20 @@ mod tests {
     fn one_probe_at_a_time_until_a_success() {
         let (mut ejector, now) = (Ejector::new(EjectConfig::default()), Instant::now());
         let until = fail(&mut ejector, 1, 3, now, 3).unwrap();
-        assert!(!ejector.begin_probe(&1, now));
+        assert_eq!(ejector.begin_probe(&1, now), None);
         assert_eq!(ejector.status(&1, until), EjectionStatus::Probe);
-        assert!(ejector.begin_probe(&1, until));
-        assert!(!ejector.begin_probe(&1, until), "the second is turned away");
-        ejector.abandon_probe(&1);
-        assert!(ejector.begin_probe(&1, until));
-        assert!(ejector.begin_probe(&1, until + 10 * SECOND), "a probe that never reports does not lock it");
-        ejector.succeeded(&1, until + 10 * SECOND);
-        assert_eq!(ejector.status(&1, until + 10 * SECOND), EjectionStatus::Open);
+        let first = ejector.begin_probe(&1, until).expect("the first");
+        assert_eq!(ejector.begin_probe(&1, until), None, "the second is turned away");
+        ejector.abandon_probe(&1, first);
+        let second = ejector.begin_probe(&1, until).expect("the next");
+        let late = until + 10 * SECOND;
+        let third = ejector.begin_probe(&1, late).expect("a probe that never reports does not lock it");
+        ejector.abandon_probe(&1, second);
+        assert_eq!(ejector.begin_probe(&1, late), None, "what was overdue gives back nobody else's probe");
+        ejector.succeeded(&1, late);
+        assert_eq!(ejector.status(&1, late), EjectionStatus::Open);
+        ejector.abandon_probe(&1, third);
+        assert_eq!(ejector.begin_probe(&1, late), None, "one that is open needs no probe");
     }
 
     #[test]

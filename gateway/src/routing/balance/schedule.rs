@@ -1,21 +1,21 @@
-//! Orders of preference.
+//! Orders of preference: smooth weighted round-robin, plain round-robin and weighted random order.
 //!
 //! Invariants of [`Scheduler`]:
-//! - A backend's lag counts picks, not weight: it is the share it was due less the picks it got. So it keeps its
-//!   meaning when weights are rescaled, and survives any change of weights and members.
-//! - A lag is bounded by [`LAG_MAX`]: a backend that was full or away does not return to a burst.
-//! - A backend seen for the first time starts at a random phase of its cycle, or the first requests of all gateways
-//!   would go to the same one.
+//! - The lag of a backend counts picks, not weight: the picks it was due less the picks it got. So a lag stays valid when
+//!   weights or members change.
+//! - A lag is at most [`LAG_MAX`]: a backend that was full or unavailable does not get a burst afterwards.
+//! - A new backend starts at a random phase of its cycle. Otherwise the first requests of all gateways would go to the
+//!   same backend.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
 use smallvec::SmallVec;
 
-/// Picks a backend may be behind or ahead by.
+/// The largest lag in picks, in both directions.
 const LAG_MAX: f64 = 2.0;
 
-/// Indices into the entries given, best first.
+/// Indices of the entries, best first.
 pub type Order = SmallVec<[usize; 8]>;
 
 /// Smooth weighted round-robin.
@@ -31,16 +31,15 @@ impl<K> Default for Scheduler<K> {
 }
 
 impl<K: Clone + Eq + Hash> Scheduler<K> {
-    /// Picks among `entries` and gives all of them in order of preference; the pick stands first and is charged.
+    /// Returns all `entries` in order of preference. The first one is picked and charged.
     ///
-    /// The rest stand by descending lag, those without weight last. `phase` gives random numbers of `[0, 1)`; it is
-    /// asked once per backend never seen before. If another than the first is used in the end, tell
-    /// [`Self::reassign`].
+    /// The others follow by descending lag, entries without weight last. `phase` returns random numbers of `[0, 1)` and is
+    /// called once per new backend. If another entry than the first is used, call [`Self::reassign`].
     pub fn order(&mut self, entries: &[(K, f64)], mut phase: impl FnMut() -> f64) -> Order {
         let total: f64 = entries.iter().map(|(_, weight)| usable(*weight)).sum();
         let mut ranked: SmallVec<[(f64, usize); 8]> = SmallVec::with_capacity(entries.len());
         for (index, (key, weight)) in entries.iter().enumerate() {
-            // With no weight at all everyone counts the same: refusing is not the scheduler's to decide.
+            // Without any weight all entries count the same, because the scheduler does not refuse requests.
             let share = if total > 0.0 { usable(*weight) / total } else { 1.0 / entries.len() as f64 };
             let lag = match self.lags.get_mut(key) {
                 Some(lag) => lag,
@@ -56,13 +55,13 @@ impl<K: Clone + Eq + Hash> Scheduler<K> {
         ranked.into_iter().map(|(_, index)| index).collect()
     }
 
-    /// Charges `used` in place of `picked`, which had no room.
+    /// Charges `used` instead of `picked`, which had no free slot.
     pub fn reassign(&mut self, picked: &K, used: &K) {
         self.charge(picked, -1.0);
         self.charge(used, 1.0);
     }
 
-    /// Forgets backends that are gone for good. One that is only out of use now should be kept.
+    /// Removes deleted backends. A backend that is only unused at the moment should be kept.
     pub fn retain(&mut self, mut keep: impl FnMut(&K) -> bool) {
         self.lags.retain(|key, _| keep(key));
     }
@@ -74,9 +73,9 @@ impl<K: Clone + Eq + Hash> Scheduler<K> {
     }
 }
 
-/// A weighted random order: each place is drawn from those left, in proportion to their weights.
+/// A weighted random order: each position is drawn from the remaining entries, in proportion to their weights.
 ///
-/// `uniform` gives random numbers of `[0, 1)`.
+/// `uniform` returns random numbers of `[0, 1)`.
 pub(super) fn random(weights: impl IntoIterator<Item = f64>, mut uniform: impl FnMut() -> f64) -> Order {
     // Efraimidis and Spirakis: the order of exponential arrival times with the weights as rates.
     let mut arrivals: SmallVec<[(f64, usize); 8]> = weights
@@ -94,7 +93,7 @@ pub(super) fn round_robin(len: usize, cursor: u64) -> Order {
     (start..len).chain(0..start).collect()
 }
 
-/// A weight of zero never arrives.
+/// The arrival time of a weight; infinite for a weight of zero.
 fn arrival(weight: f64, uniform: f64) -> f64 {
     if weight > 0.0 { -(1.0 - uniform).ln() / weight } else { f64::INFINITY }
 }
@@ -162,7 +161,7 @@ mod tests {
             with.extend(picks(&mut scheduler, &[(1, 99.0), (2, 1.0)], 25, round));
             picks(&mut scheduler, &[(1, 99.0)], 10, round);
             if round % 2 == 0 {
-                // Forgotten and back: a random phase neither favours nor starves.
+                // Removed and added again: the random phase neither favours nor starves the backend.
                 scheduler.retain(|key| *key != 2);
             }
         }

@@ -1,11 +1,11 @@
-//! How fast backends are per unit of work, compared with each other.
+//! The speeds of a model's backends per unit of work, and the latency factor that follows from the comparison.
 //!
 //! Invariants:
-//! - What is compared is time over work, so that a backend with long prompts or answers does not look slow.
-//! - Averages forget by time, not by count; a backend nobody has used for a while is average again, and is tried.
-//! - A difference counts only as far as chance does not explain it: equal backends keep their configured shares.
-//! - A failure is entered as slow, never as fast.
-//! - What other gateways saw counts like what this one saw: with many of them each alone sees too little.
+//! - Speeds are time per unit of work, so that a backend with long prompts or answers does not count as slow.
+//! - Averages decay with time, not with the count. An unused backend returns to the average and is tried again.
+//! - Only the part of a difference that exceeds random variation counts: equal backends keep their configured shares.
+//! - A failure counts as slow, never as fast.
+//! - Measurements of other gateways count like own ones, because one of many gateways measures too little.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,54 +13,54 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-/// How long an average remembers.
+/// The time constant of the averages.
 const TAU: Duration = Duration::from_secs(10);
-/// The factor's bounds.
+/// The bounds of the latency factor.
 const FACTOR_MIN: f64 = 0.2;
 const FACTOR_MAX: f64 = 2.0;
-/// Differences below this are never acted on.
+/// Smaller relative differences are ignored.
 const BAND: f64 = 0.05;
-/// Standard errors that chance may explain.
+/// Standard errors that count as random variation.
 const ERRORS: f64 = 2.0;
-/// Samples (weighted by age) an average needs before it is compared.
+/// The weight of samples that an average needs before it is compared.
 const SAMPLES_MIN: f64 = 3.0;
-/// An average of less than this says nothing any more and is not told to anybody.
+/// An average with less weight is not reported.
 const COUNT_MIN: f64 = 0.1;
-/// A failure counts as at least so many times the pool's median: the inverse of the lowest factor.
+/// A failure counts as at least this multiple of the pool's median: the inverse of the lowest factor.
 const FAILURE: f64 = 1.0 / FACTOR_MIN;
-/// Prompt tokens that cost about as much as starting a request at all.
+/// Prompt tokens that take about as long as the fixed part of a request.
 const PROMPT_UNIT: f64 = 256.0;
 /// Output tokens that take about as long as one unit of prompt.
 const OUTPUT_UNIT: f64 = 8.0;
-/// Factors are computed anew after this.
+/// The interval between two computations of the factors.
 const REFRESH: Duration = Duration::from_millis(100);
 
-/// What was timed.
+/// What a sample measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Measure {
-    /// From sending to the first byte of a stream.
+    /// From sending the request to the first byte of a stream.
     FirstByte,
-    /// The rest of a stream.
+    /// From the first byte of a stream to the last.
     Decode,
-    /// A unary answer.
+    /// From sending the request to the end of a unary answer.
     Unary,
 }
 
 impl Measure {
-    /// All of them, in their order.
+    /// All measures in order.
     pub const ALL: [Self; 3] = [Self::FirstByte, Self::Decode, Self::Unary];
 }
 
 /// One measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sample {
-    /// What.
+    /// The measure.
     pub measure: Measure,
-    /// How long it took.
+    /// The measured time.
     pub took: Duration,
-    /// Tokens of the prompt.
+    /// Prompt tokens.
     pub prompt_tokens: u64,
-    /// Tokens of the answer.
+    /// Output tokens.
     pub output_tokens: u64,
 }
 
@@ -69,14 +69,14 @@ pub(super) fn prompt_work(prompt_tokens: u64) -> f64 {
     1.0 + prompt_tokens as f64 / PROMPT_UNIT
 }
 
-/// An average as gateways tell each other. A measurement weighs less the older it is.
+/// An average as gateways report it. The weight of a measurement falls with its age.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
-    /// The weights of the measurements, summed.
+    /// The sum of the weights.
     pub count: f64,
     /// Seconds per unit of work.
     pub mean: f64,
-    /// Of single measurements, squared.
+    /// The variance of single measurements.
     pub variance: f64,
 }
 
@@ -93,7 +93,7 @@ impl Sample {
     }
 }
 
-/// An average and its spread, where each sample's weight falls with its age.
+/// An average and its variance. The weight of a sample falls with its age.
 #[derive(Debug, Clone, Copy, Default)]
 struct Average {
     mean: f64,
@@ -116,13 +116,13 @@ impl Average {
         self.variance = (1.0 - share) * (self.variance + off * off * share);
     }
 
-    /// As it is now; `None` when next to nothing is left of it.
+    /// The average now; `None` if its weight is below the minimum of a report.
     fn pace(&self, now: Instant) -> Option<Pace> {
         let pace = Pace { count: self.count(now), mean: self.mean, variance: self.variance };
         (pace.count >= COUNT_MIN).then_some(pace)
     }
 
-    /// What both saw.
+    /// The average of the samples of both.
     fn with(&self, other: &Self, now: Instant) -> Self {
         let (own, others) = (self.count(now), other.count(now));
         let count = own + others;
@@ -144,15 +144,15 @@ impl Average {
 
 #[derive(Debug, Default)]
 struct Speed {
-    /// What this gateway saw.
+    /// The samples of this gateway.
     averages: [Average; 3],
-    /// What all others saw, as they last said.
+    /// The samples of all other gateways, as last received.
     others: [Average; 3],
     factor: Option<f64>,
 }
 
 impl Speed {
-    /// What is known of one measure.
+    /// The average of one measure over all gateways.
     fn known(&self, measure: usize, now: Instant) -> Average {
         self.averages[measure].with(&self.others[measure], now)
     }
@@ -167,25 +167,25 @@ pub struct Speeds {
 }
 
 impl Speeds {
-    /// Takes a measurement of an answer that was good.
+    /// Adds the sample of a successful answer.
     pub fn add(&mut self, id: u64, sample: &Sample, now: Instant) {
         if let Some(value) = sample.per_work() {
             self.by_id.entry(id).or_default().averages[sample.measure as usize].add(value, now);
         }
     }
 
-    /// A request failed, or was given up as too late: it is entered as slow as it was, and at least as slow as makes
-    /// the factor the lowest.
+    /// Adds a failed or timed-out request: with its time, or with the time that leads to the lowest factor if that is
+    /// longer.
     pub fn add_failure(&mut self, id: u64, sample: &Sample, now: Instant) {
         self.refresh(now);
         let Some(value) = sample.per_work() else { return };
-        // Without a median there is nobody to compare with.
+        // Without a median there is no backend to compare with.
         let Some(median) = self.medians[sample.measure as usize] else { return };
         let average = &mut self.by_id.entry(id).or_default().averages[sample.measure as usize];
         average.add(value.max(median * FAILURE), now);
     }
 
-    /// What this gateway saw, to be told to the others.
+    /// The averages of this gateway, for the report.
     pub fn paces(&self, now: Instant) -> impl Iterator<Item = (u64, Measure, Pace)> {
         self.by_id.iter().flat_map(move |(id, speed)| {
             let paces = Measure::ALL.into_iter().zip(&speed.averages);
@@ -193,7 +193,7 @@ impl Speeds {
         })
     }
 
-    /// Takes over what all other gateways saw, in place of what they said before.
+    /// Replaces the averages of all other gateways.
     pub fn set_others(&mut self, id: u64, measure: Measure, pace: Pace, now: Instant) {
         let sane = [pace.count, pace.mean, pace.variance].iter().all(|n| n.is_finite() && *n >= 0.0);
         if sane {
@@ -208,12 +208,12 @@ impl Speeds {
         self.by_id.values_mut().for_each(|speed| speed.others = Default::default());
     }
 
-    /// Forgets backends that are gone.
+    /// Removes deleted backends.
     pub fn retain(&mut self, mut keep: impl FnMut(u64) -> bool) {
         self.by_id.retain(|id, _| keep(*id));
     }
 
-    /// Brings the factors up to date, if they are due. Cheap otherwise.
+    /// Computes the factors again if they are due.
     pub fn refresh(&mut self, now: Instant) {
         if self.computed.is_some_and(|at| now.saturating_duration_since(at) < REFRESH) {
             return;
@@ -244,14 +244,14 @@ impl Speeds {
         }
     }
 
-    /// Speed relative to the pool's median, `FACTOR_MIN` to `FACTOR_MAX`; 1 while nothing is known. As of the
-    /// last [`Self::refresh`].
+    /// The speed relative to the pool's median, `FACTOR_MIN` to `FACTOR_MAX`; 1 without samples. As of the last
+    /// [`Self::refresh`].
     pub fn factor(&self, id: u64) -> f64 {
         self.by_id.get(&id).and_then(|speed| speed.factor).unwrap_or(1.0)
     }
 }
 
-/// Moves a ratio towards 1 by what chance explains.
+/// Moves a ratio towards 1 by the random variation.
 fn shrink(ratio: f64, band: f64) -> f64 {
     if ratio >= 1.0 { (ratio - band).max(1.0) } else { (ratio * (1.0 + band)).min(1.0) }
 }
@@ -327,7 +327,7 @@ mod tests {
             for (id, ms) in [(1, 100), (2, 100), (3, 300)] {
                 let sample = unary(ms + i % 4, 0);
                 both.add(id, &sample, now);
-                // This gateway saw one request of each, which says nothing.
+                // One sample per backend at this gateway is too little.
                 (if i == 0 { &mut alone } else { &mut others }).add(id, &sample, now);
             }
         }

@@ -1,54 +1,54 @@
-//! The effective weight: what the operator asked for, corrected by what is seen.
+//! The effective weight: the configured weight times measured factors.
 //!
 //! `effective = weight x load x latency x health`. Each factor is kept beside the product, so that metrics and
-//! `weir backends` can show why a backend gets what it gets.
+//! `weir backends` show why a backend has its weight.
 
 use std::time::Duration;
 
-/// Share of its weight a backend starts with when it comes back.
+/// The share of its weight with which a recovered backend starts.
 const RAMP_FLOOR: f64 = 0.1;
-/// How long a backend takes from its return to its full weight.
+/// The default duration of a slow start.
 pub const RAMP: Duration = Duration::from_secs(60);
-/// Weight of a backend that works, but badly.
+/// The health factor of a degraded backend.
 const DEGRADED: f64 = 0.5;
 
 /// Whether a backend may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Usability {
-    /// It may.
+    /// The backend is used.
     Healthy,
-    /// What was observed speaks against it. It is used when too little else is left.
+    /// The backend is used in panic mode only.
     Unhealthy,
 }
 
-/// One backend at the moment of a choice.
+/// One backend at the time of a choice.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct View {
     /// Stable over restarts and equal on every gateway, such as [`super::stable_hash`] of the name.
     pub id: u64,
-    /// The operator's weight.
+    /// The configured weight.
     pub weight: f64,
-    /// The most requests the cluster may have there.
+    /// The backend's slots in the whole cluster.
     pub max_concurrency: u32,
-    /// What the cluster has there now, as far as this gateway knows; its own requests are in it.
+    /// Requests in flight over all gateways, as far as this gateway knows; its own are included.
     pub in_flight: f64,
-    /// What this gateway has there now.
+    /// Requests of this gateway in flight.
     pub local: u32,
     /// See [`health_factor`].
     pub health: f64,
-    /// Preference: those of the lowest rank come first.
+    /// The preference: the lowest rank comes first.
     pub rank: u32,
     /// Whether it may be used.
     pub usability: Usability,
 }
 
 impl View {
-    /// Free share of its slots, 0 to 1.
+    /// The free share of the slots, 0 to 1.
     pub fn load_factor(&self) -> f64 {
         (1.0 - self.in_flight / f64::from(self.max_concurrency.max(1))).clamp(0.0, 1.0)
     }
 
-    /// The operator's weight and the backend's health: what does not change with every request.
+    /// The configured weight times the health factor, which do not change with every request.
     pub fn capacity(&self) -> f64 {
         self.weight * self.health
     }
@@ -62,13 +62,13 @@ impl View {
 /// The factors of an effective weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effective {
-    /// The operator's weight.
+    /// The configured weight.
     pub weight: f64,
-    /// Free share of the slots, 0 to 1.
+    /// The free share of the slots, 0 to 1.
     pub load: f64,
-    /// Speed relative to the pool, 0.2 to 2; more is faster.
+    /// The speed relative to the pool, 0.2 to 2; more is faster.
     pub latency: f64,
-    /// 1, or less while it is degraded or coming back.
+    /// 1, or less while the backend is degraded or in slow start.
     pub health: f64,
 }
 
@@ -79,7 +79,7 @@ impl Effective {
     }
 }
 
-/// The factor of a backend's health. `recovering_for` is how long it has been coming back, if it is.
+/// The factor of a backend's health. `recovering_for` is the elapsed part of a slow start, if there is one.
 pub fn health_factor(degraded: bool, recovering_for: Option<Duration>) -> f64 {
     match recovering_for {
         Some(since) => (since.as_secs_f64() / RAMP.as_secs_f64()).clamp(RAMP_FLOOR, 1.0),

@@ -1,12 +1,12 @@
-//! Host names of backends to addresses, through the system's resolver, with what the system's resolver lacks: a bound
-//! and a memory.
+//! Resolves the host names of backends with the system's resolver, and adds a bound on look-ups and a cache.
 //!
-//! - At most one look-up of a host is in flight, however many connections wait for it, and [`LOOKUPS_MAX`] in the
-//!   process. Each has a thread of its own: in tokio's blocking pool a resolver that hangs would hold up the disk, and
-//!   a shutdown waits for that pool.
-//! - An answer is used for [`FRESH`]. Up to [`REFRESH_BEHIND`] it is still used at once and looked up again behind.
-//!   Later, or after a connection to it failed, the new answer is waited for, but no longer than [`REFRESH_WAIT`].
-//! - Where a look-up fails, is empty or hangs, the last good answer is used for [`STALE_MAX`] more.
+//! - At most one look-up per host is in flight, however many connections wait for its answer, and at most [`LOOKUPS_MAX`]
+//!   in the process. Each look-up has its own thread: in tokio's blocking pool, a resolver that hangs would delay disk
+//!   writes, and the shutdown waits for that pool.
+//! - An answer is fresh for [`FRESH`]. Until [`REFRESH_BEHIND`] it is used while a new look-up runs in the background.
+//!   After that, or after a connection to one of its addresses failed, a connection waits for the new answer, at most
+//!   [`REFRESH_WAIT`].
+//! - If a look-up fails, returns no address or hangs, the last answer is used until it is [`STALE_MAX`] old.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -28,27 +28,27 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tower_service::Service;
 
-/// For so long an answer is used without asking again. The system's resolver does not say how long an answer is good.
+/// The time for which an answer is used without a new look-up. The system's resolver does not return a time to live.
 const FRESH: Duration = Duration::from_secs(5);
-/// From then to here it is used at once, and asked for again behind.
+/// The age up to which an answer is used while a new look-up runs in the background.
 const REFRESH_BEHIND: Duration = Duration::from_secs(30);
-/// The longest a connection waits for a new answer while there is an old one.
+/// The longest time that a connection waits for a new answer while an old one exists.
 const REFRESH_WAIT: Duration = Duration::from_millis(250);
-/// The oldest answer that is used when nothing newer can be had: as long as gateways are to do without a control plane.
+/// The age up to which an answer is used when look-ups fail. Gateways also serve for an hour without a control plane.
 const STALE_MAX: Duration = Duration::from_secs(3600);
 /// The shortest time between the starts of two look-ups of a host.
 const LOOKUP_EVERY: Duration = Duration::from_secs(1);
-/// A look-up that has taken so long is waited for by nobody.
+/// The time after which no connection waits for a look-up any more.
 const LOOKUP_SLOW: Duration = Duration::from_secs(10);
-/// And after this another one may start. The system's resolver gives up sooner: by default after 5 s, twice for each
-/// of at most three servers.
+/// The time after which a look-up that hangs counts as failed, so that another one may start. The system's resolver fails
+/// sooner by default: after 5 s, twice for each of at most three servers.
 const LOOKUP_MAX: Duration = Duration::from_secs(60);
-/// Look-ups of all hosts at once; each has a thread.
+/// Look-ups in progress over all hosts; each has a thread.
 const LOOKUPS_MAX: usize = 64;
-/// Addresses of one answer that are tried. The time to connect is divided by their number.
+/// Addresses of one answer that are tried. The connect timeout is divided by their number.
 const ADDRESSES_MAX: usize = 16;
 
-/// What a look-up comes to.
+/// The future of a look-up.
 pub type Found = Pin<Box<dyn Future<Output = io::Result<Vec<IpAddr>>> + Send>>;
 
 /// Looks up a host name.
@@ -68,7 +68,7 @@ pub struct Resolver {
 
 struct Inner {
     lookup: Lookup,
-    /// Those that a backend uses.
+    /// The hosts that backends use.
     hosts: Mutex<HashMap<Box<str>, Weak<Host>>>,
     counted: Family<LookupLabels, Counter>,
 }
@@ -86,24 +86,24 @@ impl fmt::Debug for Resolver {
 }
 
 impl Resolver {
-    /// Asks the system's resolver.
+    /// A resolver that uses the system's resolver.
     pub fn system() -> Self {
         let permits = Arc::new(Semaphore::new(LOOKUPS_MAX));
         Self::new(Arc::new(move |host| Box::pin(ask_system(permits.clone(), host.to_owned()))))
     }
 
-    /// Asks `lookup`.
+    /// A resolver that uses `lookup`.
     pub fn new(lookup: Lookup) -> Self {
         Self { inner: Arc::new(Inner { lookup, hosts: Mutex::default(), counted: Family::default() }) }
     }
 
-    /// Registers the count of look-ups.
+    /// Registers the counter of look-ups.
     pub(crate) fn register(&self, registry: &mut Registry) {
         let help = "Look-ups of backends' host names";
         registry.register("weir_backend_lookups", help, self.inner.counted.clone());
     }
 
-    /// The host of a backend: shared by all backends that name it, and remembered while one does.
+    /// The host of a backend. Backends with the same host share it; it is dropped with the last of them.
     pub(super) fn host(&self, name: &str) -> HostResolver {
         let mut hosts = self.inner.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let host = match hosts.get(name).and_then(Weak::upgrade) {
@@ -121,11 +121,11 @@ impl Resolver {
                 host
             }
         };
-        HostResolver { host, patience: LOOKUP_SLOW }
+        HostResolver { host, wait: LOOKUP_SLOW }
     }
 }
 
-/// Asks the system in a thread of its own.
+/// Looks a host up with the system's resolver in a thread of its own.
 async fn ask_system(permits: Arc<Semaphore>, host: String) -> io::Result<Vec<IpAddr>> {
     let permit = permits.try_acquire_owned().map_err(|_| {
         let text =
@@ -135,7 +135,7 @@ async fn ask_system(permits: Arc<Semaphore>, host: String) -> io::Result<Vec<IpA
     let (tell, told) = oneshot::channel();
     std::thread::Builder::new().name("lookup".into()).spawn(move || {
         let found = (host.as_str(), 0).to_socket_addrs();
-        // Nobody waits any more when the gateway ends.
+        // The receiver is dropped when the gateway stops.
         let _ = tell.send(found.map(|all| all.map(|address| address.ip()).collect()));
         drop(permit);
     })?;
@@ -146,7 +146,7 @@ struct Host {
     name: Box<str>,
     lookup: Lookup,
     counted: Family<LookupLabels, Counter>,
-    /// Held for a few operations, never across an await.
+    /// Locked for a few operations, never across an await.
     state: Mutex<State>,
     /// Sent when a look-up has ended.
     changed: watch::Sender<()>,
@@ -154,22 +154,22 @@ struct Host {
 
 #[derive(Default)]
 struct State {
-    good: Option<Good>,
+    answer: Option<Answer>,
     /// When the last look-up started, and whether it is still in flight.
     started: Option<Instant>,
     looking: bool,
     /// The end of the last look-up, if it failed.
     failed: Option<(Instant, String)>,
-    /// A connection to what is known failed.
-    distrusted: bool,
+    /// A connection to one of the addresses failed, so the answer may be outdated.
+    outdated: bool,
 }
 
-struct Good {
+struct Answer {
     addresses: Arc<[IpAddr]>,
     at: Instant,
 }
 
-/// What to do about a host now.
+/// The next step of a connection that needs addresses.
 enum Step {
     Use(Arc<[IpAddr]>),
     WaitUntil(Instant),
@@ -181,31 +181,31 @@ impl Host {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its addresses; waits at most `patience` when none is known. Cancel-safe.
-    async fn addresses(self: &Arc<Self>, patience: Duration) -> io::Result<Arc<[IpAddr]>> {
+    /// The addresses of the host. Waits at most `wait` when none is known. Cancel-safe.
+    async fn addresses(self: &Arc<Self>, wait: Duration) -> io::Result<Arc<[IpAddr]>> {
         let asked = Instant::now();
         let mut changed = self.changed.subscribe();
         loop {
-            let until = match self.step(asked, patience) {
+            let until = match self.step(asked, wait) {
                 Step::Use(addresses) => return Ok(addresses),
                 Step::Fail(why) => {
                     return Err(io::Error::other(format!("look-up of host {} failed: {why}", self.name)));
                 }
                 Step::WaitUntil(until) => until,
             };
-            // Late or changed: the next step tells.
+            // The next step tells a timeout from a change.
             let _ = timeout_at(until, changed.changed()).await;
         }
     }
 
-    fn step(self: &Arc<Self>, asked: Instant, patience: Duration) -> Step {
+    fn step(self: &Arc<Self>, asked: Instant, wait: Duration) -> Step {
         let now = Instant::now();
         let mut state = self.state();
-        let known = state.good.as_ref().map(|good| (good.addresses.clone(), now - good.at));
+        let known = state.answer.as_ref().map(|answer| (answer.addresses.clone(), now - answer.at));
         let known = known.filter(|(_, age)| *age < STALE_MAX);
         if let Some((addresses, age)) = &known
             && *age < FRESH
-            && !state.distrusted
+            && !state.outdated
         {
             return Step::Use(addresses.clone());
         }
@@ -217,14 +217,14 @@ impl Host {
         }
         if let Some((addresses, age)) = &known
             && *age < REFRESH_BEHIND
-            && !state.distrusted
+            && !state.outdated
         {
             return Step::Use(addresses.clone());
         }
         if let Some(started) = state.started.filter(|_| state.looking) {
             let until = match known {
                 Some(_) => asked.min(started) + REFRESH_WAIT,
-                None => (asked + patience).min(started + LOOKUP_SLOW),
+                None => (asked + wait).min(started + LOOKUP_SLOW),
             };
             if now < until {
                 return Step::WaitUntil(until);
@@ -239,7 +239,7 @@ impl Host {
     }
 
     async fn look_up(self: Arc<Self>) {
-        // Were it to panic, this host would count as being looked up for ever.
+        // Without catching a panic, the host would count as being looked up for ever.
         let lookup = AssertUnwindSafe(async { (self.lookup)(&self.name).await }).catch_unwind();
         let found = timeout(LOOKUP_MAX, lookup).await;
         let now = Instant::now();
@@ -247,7 +247,7 @@ impl Host {
             Ok(Ok(Ok(addresses))) if addresses.is_empty() => Err("the answer has no address".to_owned()),
             Ok(Ok(Ok(addresses))) => Ok(addresses),
             Ok(Ok(Err(error))) => Err(error.to_string()),
-            Ok(Err(_)) => Err("it panicked, which is a bug of ours".to_owned()),
+            Ok(Err(_)) => Err("the look-up panicked; please report this as a bug of Weir".to_owned()),
             Err(_) => Err(format!("no answer within {} s", LOOKUP_MAX.as_secs())),
         };
         let outcome = if found.is_ok() { "ok" } else { "failed" };
@@ -257,19 +257,19 @@ impl Host {
         match found {
             Ok(mut addresses) => {
                 addresses.truncate(ADDRESSES_MAX);
-                state.good = Some(Good { addresses: addresses.into(), at: now });
-                state.distrusted = false;
+                state.answer = Some(Answer { addresses: addresses.into(), at: now });
+                state.outdated = false;
                 if state.failed.take().is_some() {
-                    tracing::info!(host = %self.name, "look-ups of a backend's host succeed again");
+                    tracing::info!(host = %self.name, "backend host resolved again");
                 }
             }
             Err(error) => {
-                // Said once for each outage.
+                // Logged once per outage.
                 if state.failed.is_none() {
-                    let age_s = state.good.as_ref().map(|good| (now - good.at).as_secs());
+                    let age_s = state.answer.as_ref().map(|answer| (now - answer.at).as_secs());
                     tracing::warn!(
                         host = %self.name, error, age_s,
-                        "look-up of a backend's host failed; its last addresses, if any, are used"
+                        "backend host not resolved; its last addresses are used, if any"
                     );
                 }
                 state.failed = Some((now, error));
@@ -280,11 +280,11 @@ impl Host {
     }
 }
 
-/// Resolves the host of one backend, whatever name it is asked for: connections of a backend go to its host only.
+/// Resolves the host of one backend and ignores the requested name, so that a backend's connections go to its host only.
 #[derive(Clone)]
 pub(super) struct HostResolver {
     host: Arc<Host>,
-    patience: Duration,
+    wait: Duration,
 }
 
 impl fmt::Debug for HostResolver {
@@ -294,14 +294,14 @@ impl fmt::Debug for HostResolver {
 }
 
 impl HostResolver {
-    /// The same, which waits so long for a first answer.
-    pub(super) fn waiting(self, patience: Duration) -> Self {
-        Self { patience: patience.min(LOOKUP_SLOW), ..self }
+    /// The same resolver with a timeout for the first answer, at most [`LOOKUP_SLOW`].
+    pub(super) fn waiting(self, wait: Duration) -> Self {
+        Self { wait: wait.min(LOOKUP_SLOW), ..self }
     }
 
-    /// A connection to these addresses failed: the host may have moved.
+    /// Records that a connection to these addresses failed, because the host may have other addresses now.
     pub(super) fn distrust(&self) {
-        self.host.state().distrusted = true;
+        self.host.state().outdated = true;
     }
 }
 
@@ -315,9 +315,9 @@ impl Service<Name> for HostResolver {
     }
 
     fn call(&mut self, _: Name) -> Self::Future {
-        let Self { host, patience } = self.clone();
+        let Self { host, wait } = self.clone();
         Box::pin(async move {
-            let addresses = host.addresses(patience).await?;
+            let addresses = host.addresses(wait).await?;
             let addresses: Vec<_> = addresses.iter().map(|address| SocketAddr::new(*address, 0)).collect();
             Ok(addresses.into_iter())
         })

@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{DAY, MAX_LIST, or, secs};
+use super::{DAY, MAX_LIST, address, or, secs};
 use crate::resource::Name;
 use crate::resource::check::Check;
 use crate::v1;
+
+/// For how long an idle connection is kept unless said otherwise. uvicorn, and vLLM with it, closes after 5 s: a request
+/// that meets the close has to be sent again.
+const IDLE_TIMEOUT: Duration = secs(4);
 
 /// What the operator wants of a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,6 +22,101 @@ pub enum AdminState {
     Draining,
     /// Not used, not probed.
     Disabled,
+}
+
+/// Which API a backend speaks, as far as that differs from OpenAI's; `weir/v1/resources.proto` says what each means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Dialect {
+    /// OpenAI.
+    #[default]
+    OpenAi,
+    /// Azure OpenAI.
+    Azure,
+    /// Anthropic.
+    Anthropic,
+    /// Gemini.
+    Gemini,
+    /// Vertex AI.
+    Vertex,
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
+    /// The server of llama.cpp.
+    LlamaCpp,
+    /// Text Generation Inference.
+    Tgi,
+    /// Ollama.
+    Ollama,
+    /// xAI.
+    Xai,
+    /// DeepSeek.
+    DeepSeek,
+    /// Mistral.
+    Mistral,
+    /// Groq.
+    Groq,
+    /// OpenRouter.
+    OpenRouter,
+    /// new-api and what is built on it.
+    NewApi,
+}
+
+impl Dialect {
+    /// Every dialect.
+    pub const ALL: [Self; 16] = [
+        Self::OpenAi,
+        Self::Azure,
+        Self::Anthropic,
+        Self::Gemini,
+        Self::Vertex,
+        Self::Vllm,
+        Self::Sglang,
+        Self::LlamaCpp,
+        Self::Tgi,
+        Self::Ollama,
+        Self::Xai,
+        Self::DeepSeek,
+        Self::Mistral,
+        Self::Groq,
+        Self::OpenRouter,
+        Self::NewApi,
+    ];
+
+    /// Whether its count of the output may leave out the reasoning, which its total holds.
+    pub const fn hides_reasoning(self) -> bool {
+        matches!(self, Self::Gemini | Self::Vertex | Self::Xai)
+    }
+
+    /// Whether its usage may be Anthropic's under OpenAI's names, where tokens of the cache come on top of the prompt.
+    pub const fn relays_anthropic(self) -> bool {
+        matches!(self, Self::Anthropic | Self::OpenRouter | Self::NewApi)
+    }
+
+    fn judge(wire: i32, check: &mut Check) -> Self {
+        match v1::Dialect::try_from(wire) {
+            Ok(v1::Dialect::Unspecified | v1::Dialect::Openai) => Self::OpenAi,
+            Ok(v1::Dialect::Azure) => Self::Azure,
+            Ok(v1::Dialect::Anthropic) => Self::Anthropic,
+            Ok(v1::Dialect::Gemini) => Self::Gemini,
+            Ok(v1::Dialect::Vertex) => Self::Vertex,
+            Ok(v1::Dialect::Vllm) => Self::Vllm,
+            Ok(v1::Dialect::Sglang) => Self::Sglang,
+            Ok(v1::Dialect::LlamaCpp) => Self::LlamaCpp,
+            Ok(v1::Dialect::Tgi) => Self::Tgi,
+            Ok(v1::Dialect::Ollama) => Self::Ollama,
+            Ok(v1::Dialect::Xai) => Self::Xai,
+            Ok(v1::Dialect::Deepseek) => Self::DeepSeek,
+            Ok(v1::Dialect::Mistral) => Self::Mistral,
+            Ok(v1::Dialect::Groq) => Self::Groq,
+            Ok(v1::Dialect::Openrouter) => Self::OpenRouter,
+            Ok(v1::Dialect::NewApi) => Self::NewApi,
+            Err(_) => {
+                check.violation("dialect", "is not a dialect this version knows");
+                Self::default()
+            }
+        }
+    }
 }
 
 /// Where a secret is found; the secret itself is never in a resource.
@@ -72,6 +171,8 @@ pub struct Backend {
     pub pool: Name,
     /// Scheme, authority and path prefix without a trailing slash.
     pub url: http::Uri,
+    /// What stands between the URL and an endpoint, without a trailing slash: "/v1". Empty: nothing.
+    pub api_base_path: String,
     /// Where it is; empty when not said.
     pub region: String,
     /// Its share: 100.
@@ -86,7 +187,7 @@ pub struct Backend {
     pub admin_state: AdminState,
     /// Idle connections each gateway keeps: 32.
     pub max_idle: u32,
-    /// How long an idle connection is kept: 60 s.
+    /// How long an idle connection is kept: 4 s.
     pub idle_timeout: Duration,
     /// The path that answers when the server lives: "/health".
     pub health_path: String,
@@ -94,13 +195,16 @@ pub struct Backend {
     pub priority: u32,
     /// The provider's account it bills.
     pub account: Option<Name>,
+    /// Which API it speaks.
+    pub dialect: Dialect,
 }
 
 impl Backend {
     pub(in crate::resource) fn judge(w: &v1::BackendSpec, check: &mut Check) -> Option<Self> {
         let pool = check.name("pool", &w.pool);
         let account = if w.account.is_empty() { None } else { check.name("account", &w.account) };
-        let url = judge_url(&w.url, check);
+        let url = address::judge_url(&w.url, check);
+        let api_base_path = address::judge_api_base_path(w, check);
         check.text("region", &w.region, Name::MAX_BYTES);
         let mut models = BTreeMap::new();
         if w.models.len() > MAX_LIST {
@@ -131,6 +235,7 @@ impl Backend {
         let backend = Self {
             pool: pool?,
             url: url?,
+            api_base_path,
             region: w.region.clone(),
             weight: check.range("weight", w.weight.unwrap_or(100), 0, 10_000),
             max_concurrency: check.range("max_concurrency", w.max_concurrency.unwrap_or(50), 1, 100_000),
@@ -138,34 +243,23 @@ impl Backend {
             credential: judge_credential(&w.credential, check),
             admin_state,
             max_idle: check.range("connection.max_idle", or(c.max_idle, 32), 1, 10_000),
-            idle_timeout: check.duration("connection.idle_timeout", c.idle_timeout.as_ref(), secs(60), DAY),
+            idle_timeout: check.duration(
+                "connection.idle_timeout",
+                c.idle_timeout.as_ref(),
+                IDLE_TIMEOUT,
+                DAY,
+            ),
             health_path,
             priority: check.range("priority", w.priority, 0, 100),
             account,
+            dialect: Dialect::judge(w.dialect, check),
         };
         Some(backend)
     }
-}
 
-fn judge_url(text: &str, check: &mut Check) -> Option<http::Uri> {
-    let mut bad = |m: &str| {
-        check.violation("url", m);
-        None
-    };
-    // Not part of what is sent to a server, so it can only be a mistake.
-    if text.contains('#') {
-        return bad("must not have a fragment ('#')");
-    }
-    let Ok(uri) = text.trim_end_matches('/').parse::<http::Uri>() else {
-        return bad("is not a URL, such as http://host:8000");
-    };
-    match (uri.scheme_str(), uri.authority()) {
-        (Some("http" | "https"), Some(authority)) if authority.as_str().contains('@') => {
-            bad("must not hold credentials; use the field credential")
-        }
-        (Some("http" | "https"), Some(_)) if uri.query().is_some() => bad("must not have a query"),
-        (Some("http" | "https"), Some(_)) => Some(uri),
-        _ => bad("must start with http:// or https:// and name a host"),
+    /// The path, below the URL, of an endpoint of the API such as `/chat/completions`.
+    pub fn api_path(&self, endpoint: &str) -> String {
+        format!("{}{endpoint}", self.api_base_path)
     }
 }
 

@@ -38,12 +38,12 @@ pub struct Affinity {
 /// When a silent backend is not waited for alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hedging {
-    /// Whether another backend is tried as well.
+    /// Whether a stream is asked for at another backend as well.
     pub enabled: bool,
-    /// How long to wait while nothing is known: 5 s.
-    pub initial: Duration,
     /// The shortest wait: 250 ms.
     pub floor: Duration,
+    /// Whether that goes for answers that are not streamed too: no.
+    pub unary: bool,
 }
 
 /// The clocks of a request.
@@ -51,19 +51,26 @@ pub struct Hedging {
 pub struct Timeouts {
     /// To open a connection: 10 s.
     pub connect: Duration,
-    /// From sending to the first byte of the answer: 30 s.
+    /// From sending to the first byte of a stream: 5 min.
     pub first_byte: Duration,
-    /// Between two chunks: 30 s.
+    /// Between two chunks of a stream: 5 min.
     pub idle: Duration,
-    /// The whole request: 60 s.
+    /// The whole request: 60 min.
     pub total: Duration,
+    /// Between two comments to a client whose stream has not begun: none.
+    pub keep_alive: Option<Duration>,
 }
 
+/// The reasons are in the table of `docs/health.md`, section "Clocks".
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: secs(10), first_byte: secs(30), idle: secs(30), total: secs(60) }
+        let (connect, silence, total) = (secs(10), secs(5 * 60), secs(60 * 60));
+        Self { connect, first_byte: silence, idle: silence, total, keep_alive: None }
     }
 }
+
+/// The shortest time between two comments: each is a packet to every client that waits.
+const KEEP_ALIVE_MIN: Duration = secs(1);
 
 /// The clocks a model sets for itself; `None` is the pool's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,12 +83,22 @@ pub struct TimeoutOverrides {
     pub idle: Option<Duration>,
     /// See [`Timeouts::total`].
     pub total: Option<Duration>,
+    /// See [`Timeouts::keep_alive`].
+    pub keep_alive: Option<Duration>,
 }
 
 impl TimeoutOverrides {
     pub(in crate::resource) fn judge(wire: Option<&v1::Timeouts>, check: &mut Check) -> Self {
         let Some(w) = wire else { return Self::default() };
+        let keep_alive = check.duration_opt("timeouts.keep_alive", w.keep_alive.as_ref(), DAY);
+        if let Some(time) = keep_alive.filter(|time| *time < KEEP_ALIVE_MIN) {
+            check.violation(
+                "timeouts.keep_alive",
+                format!("must be at least {KEEP_ALIVE_MIN:?}, is {time:?}"),
+            );
+        }
         Self {
+            keep_alive,
             connect: check.duration_opt("timeouts.connect", w.connect.as_ref(), secs(300)),
             first_byte: check.duration_opt("timeouts.first_byte", w.first_byte.as_ref(), DAY),
             idle: check.duration_opt("timeouts.idle", w.idle.as_ref(), DAY),
@@ -96,6 +113,7 @@ impl TimeoutOverrides {
             first_byte: self.first_byte.unwrap_or(base.first_byte),
             idle: self.idle.unwrap_or(base.idle),
             total: self.total.unwrap_or(base.total),
+            keep_alive: self.keep_alive.or(base.keep_alive),
         }
     }
 }
@@ -146,7 +164,7 @@ pub struct HealthProfile {
     /// How long a slow start takes: 60 s.
     pub slow_start: Duration,
     /// How long a backend may say that it is loading: 20 min.
-    pub loading_patience: Duration,
+    pub loading_timeout: Duration,
     /// Below so much usable weight all active backends are used, percent: 50; 0 is never.
     pub panic_percent: u32,
     /// Requests for tokens that a gateway may spend on probing a backend in an hour: 240.
@@ -163,7 +181,7 @@ impl Default for HealthProfile {
             readiness_interval: secs(30),
             deep_interval: secs(300),
             slow_start: secs(60),
-            loading_patience: secs(1200),
+            loading_timeout: secs(1200),
             panic_percent: 50,
             paid_probes_per_hour: 240,
         }
@@ -176,13 +194,13 @@ impl HealthProfile {
         let mut duration = |name: &str, value: Option<&prost_types::Duration>, default| {
             check.duration(&format!("health.{name}"), value, default, DAY)
         };
-        let (liveness_interval, timeout, readiness_interval, deep_interval, slow_start, loading_patience) = (
+        let (liveness_interval, timeout, readiness_interval, deep_interval, slow_start, loading_timeout) = (
             duration("liveness_interval", h.liveness_interval.as_ref(), d.liveness_interval),
             duration("timeout", h.timeout.as_ref(), d.timeout),
             duration("readiness_interval", h.readiness_interval.as_ref(), d.readiness_interval),
             duration("deep_interval", h.deep_interval.as_ref(), d.deep_interval),
             duration("slow_start", h.slow_start.as_ref(), d.slow_start),
-            duration("loading_patience", h.loading_patience.as_ref(), d.loading_patience),
+            duration("loading_timeout", h.loading_timeout.as_ref(), d.loading_timeout),
         );
         let mut range =
             |name: &str, value: u32, low, high| check.range(&format!("health.{name}"), value, low, high);
@@ -204,7 +222,7 @@ impl HealthProfile {
             readiness_interval,
             deep_interval,
             slow_start,
-            loading_patience,
+            loading_timeout,
             panic_percent: range("panic_percent", h.panic_percent.unwrap_or(d.panic_percent), 0, 100),
             paid_probes_per_hour: range(
                 "paid_probes_per_hour",
@@ -271,8 +289,8 @@ impl Hedging {
         let hedging = wire.copied().unwrap_or_default();
         Self {
             enabled: !hedging.disabled,
-            initial: check.duration("hedging.initial", hedging.initial.as_ref(), secs(5), DAY),
             floor: check.duration("hedging.floor", hedging.floor.as_ref(), Duration::from_millis(250), DAY),
+            unary: hedging.unary,
         }
     }
 }

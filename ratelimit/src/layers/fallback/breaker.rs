@@ -1,45 +1,45 @@
-//! When to stop asking a store that does not serve, and when to ask it again: pure, the time is an argument.
+//! The circuit breaker of the store: when to stop and when to start asking it. Pure; time is an argument.
 //!
-//! Evidence is bounded: three refusals or five silences in a row open it, and so does a store that fails a fifth of
-//! many calls (one shard of a cluster is down). Open, nobody asks: a prober in the background does, at growing
-//! intervals. When the store is back the breaker stays shut to requests for a grace time, in which every gateway
-//! learns of the return and charges what it admitted; only then do requests go to the store again. For the same time
-//! they ask for no more than the gateway's share, since others, which found the store later, still decide alone.
+//! Three consecutive refusals or five consecutive timeouts open the breaker, and so does a failed fifth of many calls (one
+//! shard of a cluster is down). While it is open, only a background task probes the store, at growing intervals. When the
+//! store is back, requests do not use it for a grace time, in which every gateway notices the return and charges what it
+//! admitted. Then, for the same time, requests ask for at most the local share, because gateways that noticed the return
+//! later still decide alone.
 
 use std::time::Duration;
 
 use crate::model::error::Trouble;
 
-/// Refusals in a row that open the breaker.
+/// Consecutive refusals that open the breaker.
 const REFUSALS_MAX: u32 = 3;
-/// Silences in a row that open it: one slow moment is not an outage.
+/// Consecutive timeouts that open the breaker: a short slowness is not an outage.
 const SILENCES_MAX: u32 = 5;
-/// As many in a row make a store doubtful that has just come back.
+/// Consecutive timeouts after which a store that just returned is probed again.
 const DOUBTFUL: u32 = 2;
-/// The window in which a share of failures is judged.
+/// The window of the failure rate.
 const WINDOW: Duration = Duration::from_secs(1);
-/// Failures in a window below which no share is judged.
+/// The failures in a window below which the rate is ignored.
 const WINDOW_FAILURES_MIN: u32 = 10;
-/// One in so many calls failing opens it.
+/// One failure in this number of calls opens the breaker.
 const FAILING_SHARE: u32 = 5;
-/// First pause between probes; doubles up to the last.
+/// The first pause between probes; it doubles up to the longest.
 const PROBE_MIN: Duration = Duration::from_millis(100);
-/// Last pause between probes.
+/// The longest pause between probes.
 const PROBE_MAX: Duration = Duration::from_secs(1);
-/// From the first good probe to the first request, and from there to the first beyond the share: longer than any
-/// gateway's next probe takes to come.
+/// The grace time from the first successful probe to the first request, and from there to the first request beyond the
+/// local share. Longer than the pause until any gateway's next probe.
 const GRACE: Duration = Duration::from_millis(1500);
 
-/// What requests may do.
+/// The phase of the breaker, which decides where requests go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// They ask the store.
+    /// Requests ask the store.
     Closed,
-    /// The store is away: they do not ask it.
+    /// Store outage: requests do not ask the store.
     Open,
-    /// The store is back; what was admitted without it is being charged.
+    /// The store is back, and the decisions made without it are being reported.
     Returning,
-    /// They ask the store, for no more than this gateway's share: others may not ask it yet.
+    /// Requests ask the store for at most the local share, because other gateways may not use the store yet.
     Joining,
 }
 
@@ -70,7 +70,7 @@ impl Default for Breaker {
 }
 
 impl Breaker {
-    /// What requests may do now.
+    /// The current phase.
     pub(super) fn phase(&self) -> Phase {
         self.phase
     }
@@ -80,12 +80,13 @@ impl Breaker {
         self.due
     }
 
-    /// A call was answered.
+    /// Records an answered call.
     pub(super) fn answered(&mut self) {
         self.strikes = 0;
     }
 
-    /// A call failed; `calls` is how many there were since the window began. True when this opens the breaker.
+    /// Records a failed call; `calls` is the number of calls since the start of the window. Returns true if this opens the
+    /// breaker.
     pub(super) fn failed(&mut self, now: Duration, trouble: Trouble, calls: u32) -> bool {
         if !matches!(self.phase, Phase::Closed | Phase::Joining)
             || !matches!(trouble, Trouble::Away | Trouble::Unknown)
@@ -95,7 +96,7 @@ impl Breaker {
         self.strikes += 1;
         self.failures += 1;
         if self.phase == Phase::Joining && self.strikes >= DOUBTFUL {
-            // Others may have found it away again, and have to return and join.
+            // Other gateways may have seen another outage, and have to pass the same phases.
             self.due = now + GRACE * 2;
         }
         let row = if trouble == Trouble::Away { REFUSALS_MAX } else { SILENCES_MAX };
@@ -110,12 +111,12 @@ impl Breaker {
         true
     }
 
-    /// The store has lost what it knew: everything is reported to it before it is asked again, as after an outage.
+    /// Records a data loss of the store: decisions and leases are reported before requests use it, as after an outage.
     pub(super) fn lost(&mut self, now: Duration) {
         *self = Self { phase: Phase::Open, due: now, ..Self::default() };
     }
 
-    /// Starts a new window when the last is over; true when it did.
+    /// Starts a new window if the last one is over; returns whether it did.
     pub(super) fn next_window(&mut self, now: Duration) -> bool {
         let over = now.saturating_sub(self.window) >= WINDOW;
         if over {
@@ -124,7 +125,7 @@ impl Breaker {
         over
     }
 
-    /// A probe ended. `jitter` is between 0 and 1 and spreads gateways.
+    /// Records the end of a probe. `jitter`, 0 to 1, spreads the probes of gateways.
     pub(super) fn probed(&mut self, now: Duration, good: bool, jitter: f64) {
         match (self.phase, good) {
             (Phase::Closed, _) => {}
@@ -141,12 +142,12 @@ impl Breaker {
         }
     }
 
-    /// The grace is over and everything is charged: requests ask the store again.
+    /// Ends the first grace time after everything is reported: requests use the store, within the local share.
     pub(super) fn join(&mut self, now: Duration) {
         *self = Self { phase: Phase::Joining, window: now, due: now + GRACE, ..Self::default() };
     }
 
-    /// So do those of every other gateway.
+    /// Ends the second grace time: requests use the store without the local share.
     pub(super) fn close(&mut self, now: Duration) {
         *self = Self { window: now, ..Self::default() };
     }

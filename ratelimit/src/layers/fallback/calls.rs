@@ -1,4 +1,4 @@
-//! Each call of the contract, by the store or without it.
+//! The calls of the limiter's contract, decided by the store or locally.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -30,7 +30,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         }
         let lost_sets = inner.lost_sets();
         match inner.ask(call).await {
-            // By a data set that knows nothing of what is in flight; what it granted is undone or taken over.
+            // The answer is from a data set without the leases in flight. Its grant is undone or taken over later.
             Ok(_) if inner.lost_sets() != lost_sets => {
                 inner.hear_of_loss();
                 inner.decide(call, Error::Lost)
@@ -89,7 +89,8 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
 
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
         let inner = &self.inner;
-        // First, so that what begins to decide here meanwhile does not take over leases that are on their way back.
+        // Before the settlement is sent, so that local decisions that start meanwhile do not take over leases that
+        // are being released.
         inner.store_leases.end(call.id);
         if inner.engaged.load(Ordering::Relaxed) {
             let mut local = inner.local();
@@ -140,7 +141,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         } else {
             theirs.extend_from_slice(renewals);
         }
-        // While the store is away its leases cannot be renewed; they are taken again when it is back.
+        // Leases of the store cannot be renewed during an outage. They are taken again when the store is back.
         if inner.is_asked() && !theirs.is_empty() {
             match inner.store.renew(&theirs, lease_ttl).await {
                 Ok(gone) => {
@@ -181,7 +182,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         if room { Ok(()) } else { Err(no_room()) }
     }
 
-    /// Only the store knows who holds which lease, and which processes are members.
+    /// Never decided locally: only the store knows which processes are members and who holds which lease.
     async fn free_orphans(&self, owner: OwnerId, leases: &[Key]) -> Result<Option<u64>, Error> {
         let inner = &self.inner;
         if !inner.is_asked() {
@@ -190,7 +191,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         inner.store.free_orphans(owner, leases).await
     }
 
-    /// Not decided without the store: a charge is final, and whoever makes one has a policy of its own for that.
+    /// Never decided locally: a charge is final, and callers that charge have a policy of their own for failures.
     async fn charge(&self, charges: &[Charge]) -> Result<Decision, Error> {
         let inner = &self.inner;
         if !inner.is_asked() {
@@ -221,13 +222,14 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         local.peek(scopes, inner.gateways())
     }
 
-    /// Only the store knows the usage of the whole cluster; what ended here meanwhile is missing until it is reported.
+    /// Never decided locally: only the store knows the usage of the whole cluster. Local usage is missing in it until
+    /// it is reported.
     async fn usage(&self, records: &[Key]) -> Result<Vec<UsageLines>, Error> {
         let inner = &self.inner;
         if !inner.is_asked() {
             return Err(not_sent(lock(&inner.reason).0.clone()));
         }
-        // No evidence against the store when it fails: it is no call that requests wait for.
+        // A failure does not count against the store, because no request waits for this call.
         inner.store.usage(records).await
     }
 }

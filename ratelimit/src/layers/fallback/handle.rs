@@ -1,4 +1,4 @@
-//! The layer and its background task.
+//! The outage layer and its background task.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,24 +12,24 @@ use super::inner::{Inner, LiveGateways, lock};
 use super::recovery;
 use crate::model::limiter::Limiter;
 
-/// A limiter that decides also without its store. Dropping it stops its background task.
+/// A limiter that also decides during a store outage. Dropping it stops its background task.
 pub struct Fallback<L> {
     pub(super) inner: Arc<Inner<L>>,
     worker: JoinHandle<()>,
 }
 
-/// How a [`Fallback`] stands.
+/// The status of a [`Fallback`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
     /// Whether requests ask the store.
     pub phase: Phase,
     /// Times the breaker opened.
     pub opened: u64,
-    /// Decisions made here.
+    /// Decisions made locally.
     pub local_decisions: u64,
-    /// Settlements, releases and lines of usage that wait for the store.
+    /// Settlements, releases and usage records that wait for the store.
     pub pending: usize,
-    /// Settlements and releases that found no room or that the store will never take.
+    /// Settlements and releases that are lost: the queue had no room, or the store refused them permanently.
     pub lost: u64,
 }
 
@@ -41,17 +41,17 @@ impl<L: Limiter + 'static> Fallback<L> {
         Self { inner, worker }
     }
 
-    /// The limiter inside.
+    /// The limiter inside this layer.
     pub fn store(&self) -> &L {
         &self.inner.store
     }
 
-    /// How many gateways share the limits now, this one included.
+    /// The number of gateways that share the limits, this one included.
     pub fn gateways(&self) -> u32 {
         self.inner.gateways()
     }
 
-    /// How it stands.
+    /// The status.
     pub fn status(&self) -> Status {
         Status {
             phase: lock(&self.inner.breaker).phase(),
@@ -62,12 +62,12 @@ impl<L: Limiter + 'static> Fallback<L> {
         }
     }
 
-    /// Reports to the store what it can before the process ends, for at most so long; how much it could not.
+    /// Reports local decisions to the store before the process ends, for at most `limit`. Returns how many were not reported.
     pub async fn flush(&self, most: Duration) -> usize {
         if self.inner.engaged.load(Ordering::Relaxed) {
             let reported = tokio::time::timeout(most, recovery::report(&self.inner)).await;
             if !matches!(reported, Ok(Ok(()))) {
-                tracing::warn!("not all local decisions were reported to the limit store");
+                tracing::warn!("local decisions not reported to the limit store completely");
             }
         }
         lock(&self.inner.local).waiting()

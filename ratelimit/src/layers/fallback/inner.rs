@@ -1,4 +1,4 @@
-//! What the calls and the background share.
+//! The state that calls and the background task share.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use crate::model::error::{Error, Fault, Trouble};
 use crate::model::limiter::Limiter;
 use crate::model::limits::{ScopeLimits, WithoutStore};
 
-/// How many gateways share the limits now, this one included.
+/// Returns the number of gateways that share the limits, this one included.
 pub type LiveGateways = Arc<dyn Fn() -> u32 + Send + Sync>;
 
 pub(super) struct Inner<L> {
@@ -25,19 +25,19 @@ pub(super) struct Inner<L> {
     pub(super) gateways: LiveGateways,
     pub(super) epoch: Instant,
     pub(super) breaker: Mutex<Breaker>,
-    /// Data sets of the store's that were lost, and how many of them this process has heard of.
+    /// Data losses of the store, and how many of them this process has handled.
     pub(super) data_sets_lost: Option<DataSetsLost>,
     pub(super) heard_of: AtomicU64,
-    /// The breaker's phase, and whether it holds evidence: what every request reads without a lock.
+    /// The breaker's phase, and whether it counts failures. Every request reads them without a lock.
     pub(super) phase: AtomicU8,
     pub(super) suspicious: AtomicBool,
     pub(super) calls: AtomicU32,
-    /// The last trouble, and a scope whose keys showed it: where a probe asks.
+    /// The last failure, and a scope whose keys were part of it: probes use that scope.
     pub(super) reason: Mutex<(Error, Option<ScopeLimits>)>,
     pub(super) last_seen: LastSeen,
     pub(super) store_leases: StoreLeases,
     pub(super) local: Mutex<Local>,
-    /// Whether `local` has anything to say.
+    /// Whether `local` holds decisions.
     pub(super) engaged: AtomicBool,
     pub(super) wake: Notify,
     pub(super) opened: AtomicU64,
@@ -79,7 +79,7 @@ impl<L: Limiter> Inner<L> {
         self.epoch.elapsed()
     }
 
-    /// Microseconds, the time of the bucket states here.
+    /// The time in microseconds since `epoch`, which local bucket states use.
     pub(super) fn now_us(&self) -> f64 {
         self.now().as_micros() as f64
     }
@@ -92,7 +92,7 @@ impl<L: Limiter> Inner<L> {
         self.phase.load(Ordering::Relaxed) == phase as u8
     }
 
-    /// Whether the store is asked.
+    /// Whether requests ask the store.
     pub(super) fn is_asked(&self) -> bool {
         self.is(Phase::Closed) || self.is(Phase::Joining)
     }
@@ -108,12 +108,13 @@ impl<L: Limiter> Inner<L> {
         }
     }
 
-    /// How many data sets the store has lost.
+    /// The number of data losses of the store.
     pub(super) fn lost_sets(&self) -> u64 {
         self.data_sets_lost.as_ref().map_or(0, |lost| *lost.borrow())
     }
 
-    /// Whether the store has lost what it knew since this was asked last; then it is not asked for a while.
+    /// Handles a data loss of the store that this process has not handled yet: the store is not asked for a while.
+    /// Returns whether there was one.
     pub(super) fn hear_of_loss(&self) -> bool {
         let lost = self.lost_sets();
         if self.heard_of.swap(lost, Ordering::Relaxed) == lost {
@@ -128,12 +129,12 @@ impl<L: Limiter> Inner<L> {
             self.publish(breaker.phase());
         }
         lock(&self.reason).0 = Error::Unreachable("it has lost its data".into());
-        tracing::warn!("the limit store has lost its data; leases are counted again before it is asked");
+        tracing::warn!("the limit store lost its data; leases are counted again before requests use it");
         self.wake.notify_one();
         true
     }
 
-    /// Evidence against the store.
+    /// Records a failure of the store.
     pub(super) fn failed(&self, error: &Error, scope: Option<&ScopeLimits>) {
         let trouble = error.trouble();
         let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
@@ -157,12 +158,12 @@ impl<L: Limiter> Inner<L> {
         if opened {
             lock(&self.reason).0 = error.clone();
             self.opened.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(%error, "the limit store is away; each limit does what it says for that");
+            tracing::warn!(%error, "store outage: the limit store is unavailable; limits are decided by their without_store setting");
         }
         self.wake.notify_one();
     }
 
-    /// Asks the store; once more, under the same id, when the connection was lost during the call.
+    /// Asks the store. Asks again under the same id if the connection was lost during the call.
     pub(super) async fn ask(&self, call: &Acquire) -> Result<Decision, Error> {
         match self.store.acquire(call).await {
             Err(Error::Lost) => self.store.acquire(call).await,
@@ -170,18 +171,19 @@ impl<L: Limiter> Inner<L> {
         }
     }
 
-    /// The local side, taking over the leases the store granted when it begins to decide.
+    /// The local decisions. The first access takes over the leases that the store granted.
     pub(super) fn local(&self) -> MutexGuard<'_, Local> {
         let mut local = lock(&self.local);
         if !local.is_engaged() {
-            // Before it looks at what is held: who ends a lease after that must find that something is decided here.
+            // Set before the leases are read: a caller that ends a lease afterwards must find that decisions are
+            // local.
             self.engaged.store(true, Ordering::Relaxed);
             local.engage(&self.store_leases, self.now_us());
         }
         local
     }
 
-    /// What an answer of the store's says, and what it grants.
+    /// Records what an answer of the store says and grants.
     pub(super) fn note(&self, call: &Acquire, decision: &Decision) {
         self.answered();
         self.last_seen.note(&call.scopes, &decision.limits, self.now_us());
@@ -225,7 +227,7 @@ impl<L: Limiter> Inner<L> {
         local.decide(call, &cluster, error, unknown)
     }
 
-    /// False, and counted, when there is no room.
+    /// Queues a call for the store. Without room it counts the call as lost and returns false.
     pub(super) fn defer(&self, local: &mut Local, pending: Pending) -> bool {
         let room = local.defer(pending);
         if !room {
@@ -244,7 +246,7 @@ pub(super) fn waits(error: &Error) -> bool {
     }
 }
 
-/// The leases of a granted call: those of its scopes, and its slot.
+/// The leases of a granted call: those of its scopes and its slot.
 pub(super) fn leases_taken(call: &Acquire, slot: Option<usize>) -> Leases {
     let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
     let limited = call.scopes.iter().filter(|scope| scope.concurrency.is_some());
@@ -255,7 +257,7 @@ pub(super) fn no_room() -> Error {
     Error::Unreachable("too many settlements wait for the limit store".into())
 }
 
-/// The error a call gets that was never sent because of an earlier one's.
+/// The error of a call that was not sent because an earlier call failed with `error`.
 pub(super) fn not_sent(error: Error) -> Error {
     match error {
         Error::Timeout(_) | Error::Lost => Error::Unreachable("it went silent".into()),

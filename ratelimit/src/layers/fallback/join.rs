@@ -1,8 +1,8 @@
-//! Asking a store that is back while others may still decide without it.
+//! Admission after an outage, while other gateways may still decide without the store.
 //!
-//! Gateways find the store one after the other. Who may ask it first would find the room of all the others there and
-//! use it, and they would use it once more; so for a grace time a request must fit the store's limit and this process's
-//! share. When that time is over every other gateway asks the store too, which then knows of everything at once.
+//! Gateways notice the return of the store one after the other. The first one would find the unused part of all others in
+//! the store and use it, and the others would use it again. So for a grace time a request must fit the store's limit and the
+//! local share. After that time every gateway asks the store.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,8 +18,7 @@ use crate::model::key::Key;
 use crate::model::limiter::Limiter;
 use crate::model::limits::WithoutStore;
 
-/// A grant of this process that the store is being asked about. However that ends, it is reported later, unless the
-/// answer was taken over before.
+/// A local grant about which the store is being asked. If the answer is not taken over, the grant is reported later.
 struct Asking<'a, L: Limiter> {
     inner: &'a Inner<L>,
     id: ReservationId,
@@ -32,12 +31,13 @@ impl<L: Limiter> Drop for Asking<'_, L> {
 }
 
 impl<L: Limiter> Inner<L> {
-    /// Whether this call must fit the share as well. What nobody admits without the store has no shares.
+    /// Whether this call must fit the local share as well. A closed limit is never decided locally, so it has no
+    /// local share.
     pub(super) fn joins(&self, call: &Acquire) -> bool {
         self.is(Phase::Joining) && call.scopes.iter().all(|scope| scope.without_store != WithoutStore::Closed)
     }
 
-    /// Decided by this process's share and, where that grants, by the store.
+    /// Decides by the local share and, if that grants, by the store.
     pub(super) async fn join(&self, call: &Acquire) -> Result<Decision, Error> {
         let (own, asked, at) = {
             let mut local = self.local();
@@ -51,7 +51,7 @@ impl<L: Limiter> Inner<L> {
         let lost_sets = self.lost_sets();
         let asking = Asking { inner: self, id: call.id };
         match self.ask(&asked).await {
-            // By a data set that knows nothing of what is in flight.
+            // The answer is from a data set without the leases in flight.
             Ok(_) if self.lost_sets() != lost_sets => {
                 drop(asking);
                 self.hear_of_loss();
@@ -84,13 +84,13 @@ impl<L: Limiter> Inner<L> {
         }
     }
 
-    /// Stands without the store.
+    /// Counts a decision that stands without the store.
     fn alone(&self, decision: Decision) -> Result<Decision, Error> {
         self.local_decisions.fetch_add(1, Ordering::Relaxed);
         Ok(decision)
     }
 
-    /// A slot that the share has and the store grants.
+    /// Takes a slot that the local share allows and the store grants.
     pub(super) async fn join_slot(
         &self,
         id: ReservationId,
@@ -109,7 +109,8 @@ impl<L: Limiter> Inner<L> {
     }
 }
 
-/// A bound is a part of what all candidates have, and the store is not asked about all of them; the share has seen to it.
+/// Removes a candidate's bound. It counts the slots of all candidates, and the store is asked about some of them; the
+/// local share has checked it.
 fn unbound(candidate: &Candidate) -> Candidate {
     Candidate { bound: None, ..candidate.clone() }
 }

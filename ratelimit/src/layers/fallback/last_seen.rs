@@ -1,7 +1,8 @@
-//! What this process last saw of the cluster's bucket states and of its requests in flight.
+//! The last seen bucket states and requests in flight of the cluster.
 //!
-//! Without the store a gateway starts its share from there and not from empty: a limit that was used up when the
-//! store went away is used up for everybody.
+//! During an outage the local share starts with these values instead of empty buckets, so that a limit that was used up
+//! before stays used up. A record is removed when its buckets have drained, however old it is: a record that is removed
+//! earlier would lift a limit that is used up. So where all records count, new ones are not taken in.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,10 +12,10 @@ use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, FOREVER, Terms};
 use crate::model::limits::{LimitState, ScopeLimits, What};
 
-/// What drains in so long is taken for used by others: of a limit that is used up it was, and their requests show here
-/// only with the next answer. Microseconds.
+/// What drains within this time counts as used by others, in microseconds. A limit that is used up stays so because
+/// of other gateways' requests, which are only seen with the next answer of the store.
 const FRESH_US: f64 = 1e6;
-/// Records remembered; past that the empty ones are forgotten, and new ones are not taken in.
+/// Records that are kept. Beyond it, drained records are removed, and new ones are not added while all others count.
 const RECORDS_MAX: usize = 65_536;
 
 #[derive(Debug, Clone, Copy)]
@@ -29,12 +30,12 @@ pub(super) struct LastSeen(Mutex<SeenState>);
 #[derive(Debug, Default)]
 struct SeenState {
     records: HashMap<Key, [Option<SeenBucket>; Kind::COUNT]>,
-    /// Requests in flight by the key of their leases.
+    /// Requests in flight, by the key of the lease set.
     in_flight: HashMap<Key, u32>,
 }
 
 impl LastSeen {
-    /// What an answer of the store says about its scopes at `now`, microseconds of this process.
+    /// Records what an answer of the store says about its scopes. `now` is in microseconds of this process.
     pub(super) fn note(&self, scopes: &[ScopeLimits], limits: &[LimitState], now: f64) {
         let mut seen_state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let SeenState { records: seen, in_flight } = &mut *seen_state;
@@ -49,7 +50,7 @@ impl LastSeen {
             let terms = Terms::of(kind, &bucket);
             let mut level = limit.limit.saturating_sub(limit.remaining) as f64 * terms.unit;
             if limit.remaining == 0 && limit.reset < FOREVER {
-                // Debt shows only in the time it takes to drain.
+                // A debt beyond the capacity can only be seen in the time until the bucket is empty.
                 level = level.max(terms.drained(limit.reset.as_micros() as f64).min(terms.ceiling()));
             }
             let seen_bucket = SeenBucket { bucket_state: BucketState { level, ts: now }, terms };
@@ -67,7 +68,7 @@ impl LastSeen {
         }
     }
 
-    /// The level of a bucket state at `now` at the most, micro-units; zero when it was never seen.
+    /// The highest level that a bucket can have at `now`, in micro-units; zero if it was never seen.
     pub(super) fn level(&self, record: &Key, kind: Kind, now: f64) -> f64 {
         let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let seen_bucket = seen.records.get(record).and_then(|kinds| kinds[kind as usize]);
@@ -77,7 +78,7 @@ impl LastSeen {
         })
     }
 
-    /// How many requests the whole cluster had in flight; `None` when that was never seen.
+    /// The requests in flight of the whole cluster; `None` if they were never seen.
     pub(super) fn in_flight(&self, leases: &Key) -> Option<u32> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).in_flight.get(leases).copied()
     }

@@ -1,4 +1,4 @@
-//! What this process decided without the store, and what of it was not reported to the store.
+//! The local decisions during a store outage, and the part of them that is not reported to the store yet.
 
 mod owed;
 
@@ -23,60 +23,61 @@ use crate::model::limits::{LimitState, Mode, ScopeLimits, Verdict, What, Without
 use crate::model::usage::Tally;
 use crate::store::memory::MemoryLimiter;
 
-/// Records that may be counted here. A call that would need more is refused the way a closed limit is.
+/// Records that can be counted locally. A call that needs more is refused like one under a closed limit.
 const RECORDS_MAX: usize = 65_536;
-/// Settlements and releases that may wait for the store.
+/// Settlements and releases that can wait for the store.
 pub(super) const PENDING_MAX: usize = 65_536;
-/// A lease that the store granted lives here until its request ends.
+/// The life of a lease that the store granted. Its request ends it.
 const HELD_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What waits for the store.
+/// A call that waits for the store.
 #[derive(Debug, Clone)]
 pub(super) enum Pending {
     Settle(Box<Settle>),
     Release(ReservationId, SmallVec<[Key; 4]>),
 }
 
-/// A reservation made here that is not settled.
+/// A local reservation that is not settled.
 #[derive(Debug, Clone)]
 pub(super) struct Grant {
-    /// The whole call, as the store would have got it; `None` for a slot moved here from a grant of the store.
+    /// The whole call, as the store would have got it; `None` for a slot that a reservation of the store took
+    /// locally.
     pub(super) call: Option<Acquire>,
     pub(super) slot: Option<Key>,
     pub(super) lease_ttl: Duration,
     /// The store may have granted the same id.
     unknown: bool,
-    /// The store is being asked: until it has answered, the grant is not reported.
+    /// The store is being asked. The grant is not reported before it has answered.
     asking: bool,
     charged: Vec<(Key, [f64; Kind::COUNT])>,
 }
 
-/// What the store knows of a record that is metered here.
+/// The part of a local record that the store knows.
 #[derive(Debug)]
 struct LocalRecord {
     full: ScopeLimits,
-    /// The part of each local bucket state that the store has, drained at this process's share of the rate.
+    /// The part of each local bucket state that the store has, drained at the rate of the local share.
     known: [BucketState; Kind::COUNT],
-    /// A charge under way, asked again under its id until its outcome is known.
+    /// A charge in progress. It keeps its id until the outcome is known.
     charge: Option<Settle>,
 }
 
-/// A line of the account of who used what.
+/// A usage record.
 #[derive(Debug, Default)]
 struct UnreportedUsage {
-    /// What the store has not been sent.
+    /// Usage that was not sent to the store.
     tally: Tally,
-    /// What it is being sent, under its id until the outcome is known.
+    /// Usage that is being sent. It keeps its id until the outcome is known.
     reporting: Option<Settle>,
 }
 
-/// What this process knows of the cluster while it decides alone.
+/// The cluster as this process knows it while it decides alone.
 pub(super) struct ClusterView<'a> {
-    /// How many gateways share the limits, this one included.
+    /// The number of gateways that share the limits, this one included.
     pub(super) gateways: u32,
-    /// How buckets and leases stood when the store last answered.
+    /// Buckets and leases as the store last reported them.
     pub(super) last_seen: &'a LastSeen,
-    /// The time, microseconds of this process.
+    /// The time, in microseconds of this process.
     pub(super) now_us: f64,
 }
 
@@ -88,7 +89,7 @@ pub(super) struct Local {
     records: HashMap<Key, LocalRecord>,
     usage: HashMap<(Key, Arc<str>), UnreportedUsage>,
     pub(super) pending: VecDeque<Pending>,
-    /// Since when something is decided here, microseconds, and the leases this process held of the store then.
+    /// When local decisions began, in microseconds, and the leases of the store that this process held then.
     engaged: Option<(f64, HashMap<Key, u32>)>,
 }
 
@@ -105,18 +106,18 @@ impl Local {
         }
     }
 
-    /// Whether anything was decided here since the last [`Local::reset`].
+    /// Whether there were local decisions since the last [`Local::reset`].
     pub(super) fn is_engaged(&self) -> bool {
         self.engaged.is_some()
     }
 
-    /// Whether everything was reported to the store.
+    /// Whether everything is reported to the store.
     pub(super) fn is_clear(&self) -> bool {
         let charged = self.records.values().all(|b| b.charge.is_none());
         charged && self.grants.is_empty() && self.waiting() == 0
     }
 
-    /// Takes over the leases the store granted, so that they count against this process's share of slots.
+    /// Takes over the leases that the store granted, so that they count against the local share of slots.
     pub(super) fn engage(&mut self, held: &StoreLeases, now: f64) {
         if self.engaged.is_some() {
             return;
@@ -131,8 +132,8 @@ impl Local {
         self.engaged = Some((now, own));
     }
 
-    /// This process's part of a number of requests in flight for the time of a lease, and how much of that is left; see
-    /// [`local_share::at_first`].
+    /// The local share of requests in flight during the first lease lifetime, and how much of that lifetime is left;
+    /// see [`local_share::at_first`].
     fn at_first(
         &self,
         full: &ScopeLimits,
@@ -183,7 +184,7 @@ impl Local {
         Ok(decision)
     }
 
-    /// Starts counting a record from where the cluster's bucket state was last seen. `None` when there is no room.
+    /// Starts to count a record at the last seen bucket state of the cluster. Returns `None` without room.
     fn start_record(
         &mut self,
         full: &ScopeLimits,
@@ -210,10 +211,10 @@ impl Local {
         Some(())
     }
 
-    /// Settles a reservation that this process granted. `None` when the store granted it.
+    /// Settles a reservation that this process granted. Returns `None` if the store granted it.
     pub(super) fn settle(&mut self, call: &Settle, gateways: u32) -> Option<Result<Settled, Error>> {
         let grant = self.grants.remove(&call.id)?;
-        // Its usage is for the store alone.
+        // Usage is reported to the store separately.
         let share = Settle {
             usage: None,
             scopes: call.scopes.iter().map(|s| local_share::scope(s, gateways)).collect(),
@@ -233,18 +234,18 @@ impl Local {
         Some(settled)
     }
 
-    /// Frees the leases of a reservation that the store granted and that ends while the store is away.
+    /// Frees the leases of a reservation of the store that ends during the outage.
     pub(super) fn forget_held(&mut self, id: ReservationId, leases: &[Key]) {
         self.limiter.free(id, leases);
     }
 
-    /// Undoes at the store, once it is back, what it may have granted under this id. Without room for that it stands.
+    /// Queues the undoing of what the store may have granted under this id. Without room the grant stands.
     fn cancel(&mut self, id: ReservationId, scopes: &[ScopeLimits], slot: Option<Key>) {
         let cancel = Settle { id, actual: Cost::default(), scopes: scopes.into(), slot, usage: None };
         self.defer(Pending::Settle(Box::new(cancel)));
     }
 
-    /// False when there is no room.
+    /// Queues a call for the store. Returns false without room.
     pub(super) fn defer(&mut self, pending: Pending) -> bool {
         let room = self.pending.len() < PENDING_MAX;
         if room {
@@ -253,21 +254,21 @@ impl Local {
         room
     }
 
-    /// The store is being asked about a grant.
+    /// Records that the store is being asked about a grant.
     pub(super) fn asking(&mut self, id: ReservationId) {
         if let Some(grant) = self.grants.get_mut(&id) {
             grant.asking = true;
         }
     }
 
-    /// The answer is not known here: the grant stands and is reported like any other.
+    /// Records that the store's answer is unknown. The grant stands and is reported like any other.
     pub(super) fn asked(&mut self, id: ReservationId) {
         if let Some(grant) = self.grants.get_mut(&id) {
             (grant.asking, grant.unknown) = (false, true);
         }
     }
 
-    /// The store has refused what was granted here.
+    /// Undoes a local grant that the store refused.
     pub(super) fn undo(&mut self, call: &Acquire, gateways: u32) {
         let Some(grant) = self.grants.remove(&call.id) else { return };
         let nothing = Settle {
@@ -280,7 +281,7 @@ impl Local {
         self.limiter.take_back(&nothing);
     }
 
-    /// Which candidates have room in this process's share, counting the slot that `id` has out.
+    /// The candidates with room in the local share. A slot that `id` holds counts.
     pub(super) fn with_room(
         &self,
         id: ReservationId,
@@ -291,7 +292,7 @@ impl Local {
         (0..shares.len()).filter(|at| self.limiter.has_room(id, &shares[*at])).collect()
     }
 
-    /// A slot of this process's share for a request of the store's.
+    /// Takes a slot of the local share for a reservation of the store.
     pub(super) fn take_slot(
         &mut self,
         id: ReservationId,
@@ -300,8 +301,7 @@ impl Local {
         lease_ttl: Duration,
         gateways: u32,
     ) -> Result<Option<usize>, Error> {
-        let placed =
-            self.limiter.place(id, from, &local_share::candidates(candidates, gateways), lease_ttl)?;
+        let placed = self.place_in_share(id, from, candidates, lease_ttl, gateways)?;
         if let Some(slot) = placed.and_then(|at| candidates.get(at)) {
             self.limiter.hold(id, std::slice::from_ref(&slot.leases), HELD_LIFE);
         }
@@ -320,8 +320,7 @@ impl Local {
         lease_ttl: Duration,
         gateways: u32,
     ) -> Result<Option<usize>, Error> {
-        let placed =
-            self.limiter.place(id, from, &local_share::candidates(candidates, gateways), lease_ttl)?;
+        let placed = self.place_in_share(id, from, candidates, lease_ttl, gateways)?;
         let slot = placed.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
         match self.grants.get_mut(&id) {
             Some(grant) => grant.slot = slot,
@@ -335,13 +334,24 @@ impl Local {
         Ok(placed)
     }
 
+    fn place_in_share(
+        &self,
+        id: ReservationId,
+        from: Option<&Key>,
+        candidates: &[Candidate],
+        lease_ttl: Duration,
+        gateways: u32,
+    ) -> Result<Option<usize>, Error> {
+        self.limiter.place(id, from, &local_share::candidates(candidates, gateways), lease_ttl)
+    }
+
     pub(super) fn renew(&self, renewal: &Renewal, lease_ttl: Duration) -> bool {
         self.limiter.extend(renewal, lease_ttl)
     }
 
     pub(super) fn release(&mut self, id: ReservationId, leases: &[Key]) {
         self.limiter.free(id, leases);
-        // A slot without a call is all there is to that grant: nobody settles it.
+        // A grant of a slot alone ends with its slot, because it is never settled.
         let of_slot_alone =
             |grant: &Grant| grant.call.is_none() && grant.slot.iter().all(|s| leases.contains(s));
         if self.grants.get(&id).is_some_and(of_slot_alone) {
@@ -356,12 +366,12 @@ impl Local {
         Ok(limits)
     }
 
-    /// Settlements, releases and lines of usage that wait for the store.
+    /// Settlements, releases and usage records that wait for the store.
     pub(super) fn waiting(&self) -> usize {
         self.pending.len() + self.usage.len()
     }
 
-    /// Forgets what was decided here; the next decision starts from what was seen by then.
+    /// Forgets the local decisions. The next one starts at the bucket states that are last seen then.
     pub(super) fn reset(&mut self) {
         let pending = std::mem::take(&mut self.pending);
         let usage = std::mem::take(&mut self.usage);
@@ -374,8 +384,8 @@ pub(super) fn leases_of(call: &Settle) -> SmallVec<[Key; 4]> {
     scopes.chain(call.slot.clone()).collect()
 }
 
-/// Leases of the store's have no end here, and a part of nothing never fits: a lease is waited for no longer than those
-/// of its scope take, or than any lease lives.
+/// Bounds the waits of a refusal. Leases of the store have no expiry here, and a share of zero never fits, so a wait
+/// for a lease is at most the lease lifetime of its scope.
 fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) {
     let wait = match &mut decision.outcome {
         Outcome::Granted { .. } => return,
@@ -404,7 +414,7 @@ fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) 
     });
 }
 
-/// Puts the full limit in place of this process's share: answers to clients show the limit.
+/// Replaces the local share by the full limit, which answers to clients show.
 fn show_full_limits(limits: &mut [LimitState], scopes: &[ScopeLimits]) {
     for limit in limits {
         let Some(scope) = limit.scope_in(scopes) else { continue };

@@ -1,29 +1,30 @@
-//! A call as one gateway may decide it alone: pure.
+//! The local share: the part of a limit that one gateway decides alone. Pure.
 
 use crate::model::call::{Acquire, Bound, Candidate};
 use crate::model::kind::Bucket;
 use crate::model::limits::{Mode, ScopeLimits, WithoutStore};
 
-/// The limit over the gateways there are. The sum over all of them is the limit, but for one unit each: a share is
-/// never less than one, so that a small limit still works everywhere.
+/// The limit divided by the number of gateways. A share is at least one, so that a small limit works on every
+/// gateway; so the shares exceed the limit by less than one unit per gateway.
 pub(super) fn bucket(full: &Bucket, gateways: u32) -> Bucket {
     let least = u64::from(full.capacity > 0);
     Bucket {
         capacity: (full.capacity / u64::from(gateways)).max(least),
         rate: full.rate,
-        // What never drains has no rate to share; its period only says how long it is remembered.
+        // A bucket that never drains has no rate to divide; its period is the time for which it is remembered.
         period: if full.rate == 0 { full.period } else { full.period * gateways },
     }
 }
 
-/// Like a bucket's: rounded down, so that a backend is never sent more than it can hold, and at least one.
+/// Rounded down, so that a backend never gets more requests than it has slots, and at least one.
 fn at_once(full: u32, gateways: u32) -> u32 {
     (full / gateways).max(u32::from(full > 0))
 }
 
-/// What a gateway may have in flight at first, with so many of its own when the store went away and so many in the whole
-/// cluster. Who has less than its share waits for those with more to come down to theirs, and adds only its part of what
-/// was free. Of a limit that is less than one for each, everybody has one all the same.
+/// The requests that a gateway may have in flight during the first lease lifetime, given its own and the cluster's
+/// when the store went away. A gateway with less than its share waits until those with more have come down to theirs;
+/// until then it adds only its part of what was free. Of a limit below the number of gateways, every gateway gets
+/// one.
 pub(super) fn at_first(full: u32, gateways: u32, own: u32, in_flight: u32) -> u32 {
     let free = full.saturating_sub(in_flight) / gateways;
     let least = u32::from(full < gateways);
@@ -37,7 +38,7 @@ pub(super) fn scope(full: &ScopeLimits, gateways: u32) -> ScopeLimits {
     }
     share.concurrency = full.concurrency.map(|most| at_once(most, gateways));
     if full.without_store == WithoutStore::Open {
-        // Counted all the same: it is charged when the store is back.
+        // Requests are counted although they are admitted: they are charged when the store is back.
         share.mode = Mode::Shadow;
     }
     share
@@ -52,8 +53,8 @@ pub(super) fn candidates(full: &[Candidate], gateways: u32) -> Vec<Candidate> {
     full.iter().map(share).collect()
 }
 
-/// The share of a call. A cost that the whole limit allows and the share never would is clamped to the share, like
-/// an estimate: it waits for an empty share, and its settlement leaves the debt.
+/// The local share of a call. A cost that fits the full limit but never the share is clamped to the share, like an
+/// estimate: the call waits for an empty share, and its settlement leaves the debt.
 pub(super) fn call(full: &Acquire, gateways: u32) -> Acquire {
     let never = full.scopes.iter().filter(|s| s.mode == Mode::Enforce).any(|scope| {
         let mut limited =
@@ -85,7 +86,7 @@ mod tests {
             prop_assert!(together <= most.max(gateways) && (together > 0) == (most > 0));
         }
 
-        /// However unevenly the requests in flight are spread, no more are let in than there is room for.
+        /// Gateways never admit more than there is room for, however unevenly the requests in flight are spread.
         #[test]
         fn what_is_added_at_first_fits_beside_what_there_is(
             full in 1u32..1000, own in prop::collection::vec(0u32..50, 1..20)
@@ -98,7 +99,7 @@ mod tests {
             prop_assert!(after.sum::<u32>() <= full.max(in_flight) + beside);
         }
 
-        /// What all gateways may take together in any time is what the whole limit allows, and a unit each.
+        /// In any time, all gateways together admit what the full limit allows, and at most one unit each beyond it.
         #[test]
         fn shares_add_up_to_the_limit(
             capacity in 0u64..1_000_000, rate in 0u64..1_000_000, gateways in 1u32..50, us in 0u64..1 << 40

@@ -1,4 +1,4 @@
-//! The background: probing a store that is away, and telling one that is back.
+//! The background task: probes the store during an outage, and reports decisions when it is back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,13 +20,13 @@ use crate::model::kind::Kind;
 use crate::model::limiter::Limiter;
 use crate::model::limits::{Mode, ScopeLimits};
 
-/// Calls under way at once while decisions are reported to the store.
+/// Concurrent calls while local decisions are reported.
 const AT_ONCE: usize = 64;
-/// How soon a doubtful store is probed again while the breaker is closed.
+/// The pause before the store is probed after a failure, while the breaker is closed.
 const DOUBT: Duration = Duration::from_millis(50);
-/// A store that was not asked for so long is probed.
+/// A store that was not called for this time is probed.
 const UNASKED: Duration = Duration::from_secs(1);
-/// Single decisions made here while the store serves wait so long before they are reported.
+/// The pause before single local decisions are reported while the store serves.
 const SETTLE_DOWN: Duration = Duration::from_millis(200);
 
 /// Runs until aborted.
@@ -63,7 +63,7 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
             }
             Phase::Joining => {
                 tokio::time::sleep(SETTLE_DOWN.min(due.saturating_sub(inner.now()))).await;
-                // Whoever finds nothing to ask or to tell must not miss that it is away again.
+                // A gateway without calls and reports must find out too that the store is away again.
                 doubt(inner).await;
                 match report(inner).await {
                     Err(error) => away_again(inner, &error),
@@ -96,8 +96,8 @@ pub(super) async fn run<L: Limiter + 'static>(inner: Arc<Inner<L>>) {
     }
 }
 
-/// Returns when nothing was asked of the store for a while. A gateway without traffic has to find an outage too: else it
-/// would be the first to ask a store to which the others have not yet reported what they admitted.
+/// Returns if the store was not called for a while. A gateway without traffic must detect an outage too; otherwise it
+/// would be the first to ask a store to which the others have not yet reported their admissions.
 async fn unasked<L: Limiter>(inner: &Inner<L>) {
     loop {
         let calls = inner.calls.load(Ordering::Relaxed);
@@ -108,7 +108,7 @@ async fn unasked<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// Returns when more data sets are lost than this many; never where the store cannot tell.
+/// Returns when the store has lost more data sets than `heard_of`; never for a store that cannot tell.
 async fn another_lost(lost: &mut Option<DataSetsLost>, heard_of: u64) {
     let more = match lost {
         Some(lost) => lost.wait_for(|lost| *lost != heard_of).await.is_ok(),
@@ -127,14 +127,14 @@ fn step<L: Limiter>(inner: &Inner<L>, good: bool) {
 }
 
 fn away_again<L: Limiter>(inner: &Inner<L>, error: &Error) {
-    tracing::warn!(%error, "the limit store is away again");
+    tracing::warn!(%error, "store outage continues: the limit store failed again");
     step(inner, false);
 }
 
-/// Requests go to the store again, within this process's share.
+/// Lets requests use the store within the local share.
 fn join<L: Limiter>(inner: &Inner<L>) {
     let mut breaker = lock(&inner.breaker);
-    // Else it has lost its data since.
+    // In another phase the store has lost its data meanwhile.
     if breaker.phase() == Phase::Returning {
         breaker.join(inner.now());
         inner.suspicious.store(false, Ordering::Relaxed);
@@ -142,18 +142,18 @@ fn join<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// Requests are the store's alone again; what was decided until now is reported at once.
+/// Lets requests use the store without the local share, and reports the remaining decisions at once.
 async fn close<L: Limiter + 'static>(inner: &Arc<Inner<L>>) {
     {
         let mut breaker = lock(&inner.breaker);
         if breaker.phase() != Phase::Joining {
-            // It is away again, or has lost its data.
+            // The store failed again, or has lost its data.
             return;
         }
         breaker.close(inner.now());
         inner.publish(breaker.phase());
     }
-    tracing::info!("the limit store is back and knows what was decided without it");
+    tracing::info!("store outage ended; all local decisions are reported");
     if report(inner).await.is_ok() {
         reset_if_clear(inner);
     }
@@ -167,7 +167,7 @@ fn reset_if_clear<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// One failure is asked about before it is believed; with little traffic nobody else would find out.
+/// Probes the store after a single failure, because with little traffic no other call would detect an outage.
 async fn doubt<L: Limiter>(inner: &Inner<L>) {
     match probe(inner).await {
         Ok(()) => inner.answered(),
@@ -175,7 +175,8 @@ async fn doubt<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// A call that writes, changes nothing and leaves nothing behind: there may be a thousand gateways without traffic.
+/// Makes a call that writes, changes nothing and leaves nothing behind: there may be a thousand gateways without
+/// traffic.
 async fn nudge<L: Limiter>(inner: &Inner<L>) {
     let (_, leases) = scope_keys(Scope::Global);
     match inner.store.release(ReservationId::now_v7(), &[leases]).await {
@@ -184,7 +185,7 @@ async fn nudge<L: Limiter>(inner: &Inner<L>) {
     }
 }
 
-/// A call that writes like any other where trouble was last seen: what would fail for requests fails here.
+/// Makes a call that writes like a request, on the keys of the last failure, so that it fails where requests would.
 async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
     let scope = lock(&inner.reason).1.clone();
     let blank = |scope: ScopeLimits| ScopeLimits { buckets: [None; Kind::COUNT], concurrency: None, ..scope };
@@ -204,7 +205,7 @@ async fn probe<L: Limiter>(inner: &Inner<L>) -> Result<(), Error> {
     }
 }
 
-/// Leases may have run out meanwhile; their requests still run, so they are taken whatever the limit says.
+/// Takes leases again whatever the limit is, because their requests still run although the leases may have expired.
 async fn retake_leases<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
     let held = inner.store_leases.list().into_iter();
     let each = held.flat_map(|(id, lease)| lease.leases.into_iter().map(move |key| (id, key, lease.life)));
@@ -225,10 +226,10 @@ async fn take<L: Limiter>(
     passable(inner, inner.store.move_slot(id, None, std::slice::from_ref(&room), life).await.map(drop))
 }
 
-/// Tells the store everything that was decided here so far.
+/// Reports all local decisions to the store.
 pub(super) async fn report<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(), Error> {
     settle_pending(inner).await?;
-    // One pass each: under load there is always something new, and the next round comes soon.
+    // One pass each, because under load there is always more, and the next round comes soon.
     let grants = lock(&inner.local).unadopted();
     each_at_once(grants, |(id, grant)| adopt(inner.clone(), id, grant)).await?;
     let charges = lock(&inner.local).charges(inner.gateways(), inner.now_us());
@@ -272,8 +273,8 @@ async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(
     .await
 }
 
-/// Makes a grant of this process one of the store's, under the same id: charged and counted whatever the limits say,
-/// since it has happened.
+/// Reports a local grant to the store under the same id. The store charges and counts it whatever the limits are, because
+/// the request was admitted already.
 async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant) -> Result<(), Error> {
     let mut leases: SmallVec<[Key; 4]> = grant.slot.iter().cloned().collect();
     let Some(mut call) = grant.call else {
@@ -305,7 +306,7 @@ fn taken_over<L: Limiter>(
         inner.store_leases.hold(id, leases.into(), life);
         local.adopted(id, leases, inner.gateways(), inner.now_us());
     } else {
-        // It ended meanwhile; its bucket state here has what it used.
+        // The reservation ended meanwhile; the local bucket state contains its usage.
         let end = Settle {
             id,
             actual: Cost::default(),
@@ -318,13 +319,13 @@ fn taken_over<L: Limiter>(
     }
 }
 
-/// What the store will never take is counted and left; only a store that is away ends a round.
+/// Counts and skips what the store refuses permanently; only a store failure ends a round.
 fn passable<L>(inner: &Inner<L>, done: Result<(), Error>) -> Result<(), Error> {
     match done {
         Err(error) if matches!(error.trouble(), Trouble::Keys | Trouble::Caller) => {
             if !waits(&error) {
                 inner.lost.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(%error, "the limit store does not take what was decided without it");
+                tracing::error!(%error, "local decision refused by the limit store");
             }
             if waits(&error) { Err(error) } else { Ok(()) }
         }
@@ -332,7 +333,7 @@ fn passable<L>(inner: &Inner<L>, done: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Runs all, a few at once; the first error after all have ended.
+/// Runs all futures, a few concurrently; returns the first error after all have ended.
 async fn each_at_once<T, F>(items: impl IntoIterator<Item = T>, run: impl Fn(T) -> F) -> Result<(), Error>
 where
     F: Future<Output = Result<(), Error>> + Send + 'static,

@@ -1,4 +1,9 @@
-//! The leases this process holds of the store, so that they can be taken again when it comes back without them.
+//! The leases that the store granted to this process, so that they can be taken again if the store returns without
+//! them.
+//!
+//! The [`LeaseBook`](crate::reservation::LeaseBook) cannot serve instead. It lists what callers hold, local grants
+//! included, and a caller enters a lease only after the answer has reached it. An outage may begin before that, and a
+//! caller that has left never enters it; both leases are the store's all the same.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,7 +14,7 @@ use smallvec::SmallVec;
 use crate::model::id::ReservationId;
 use crate::model::key::Key;
 
-/// Reservations whose leases are remembered; past that a lease is not carried through an outage.
+/// Reservations whose leases are kept. Leases beyond it are not taken again after an outage.
 const HELD_MAX: usize = 262_144;
 
 pub(super) type Leases = SmallVec<[Key; 4]>;
@@ -18,7 +23,7 @@ pub(super) type Leases = SmallVec<[Key; 4]>;
 #[derive(Debug, Clone)]
 pub(super) struct Lease {
     pub(super) leases: Leases,
-    /// How long they live without renewal.
+    /// Their life without renewal.
     pub(super) life: Duration,
 }
 
@@ -39,7 +44,7 @@ impl StoreLeases {
         }
     }
 
-    /// Another slot than `from` is held now.
+    /// Replaces the slot `from` by another one.
     pub(super) fn moved(&self, id: ReservationId, from: Option<&Key>, to: Option<Key>, life: Duration) {
         let mut all = self.all();
         let lease = all.entry(id).or_insert_with(|| Lease { leases: Leases::new(), life });
@@ -47,7 +52,7 @@ impl StoreLeases {
         lease.leases.extend(to);
     }
 
-    /// These are held no more; a reservation without any is not remembered.
+    /// Removes leases of a reservation. A reservation without leases is removed.
     pub(super) fn forget(&self, id: ReservationId, leases: &[Key]) {
         let mut all = self.all();
         if let Some(of_id) = all.get_mut(&id) {

@@ -1,4 +1,5 @@
-//! One scope's quota in this process: what was debited in the store and not yet used. Pure: the time is an argument.
+//! The quota of one scope in this process: units that were debited in the store and are not used yet. Pure: the time
+//! is an argument.
 
 use std::time::Duration;
 
@@ -10,23 +11,23 @@ use crate::model::kind::{Bucket, Kind};
 use crate::model::leaky_bucket::{FOREVER, Terms};
 use crate::model::limits::{LimitState, ScopeLimits, Verdict, What};
 
-/// How long a chunk may be used.
+/// The time for which a chunk may be used.
 pub const VALID: Duration = Duration::from_secs(1);
 /// Whole units by kind.
 pub(super) type Units = [u64; Kind::COUNT];
 
-/// Admissions per second from which on a scope is worth it.
+/// The admissions per second from which on quota is prefetched for a scope.
 const HOT_PER_S: f64 = 50.0;
-/// How much of the demand is taken at once.
+/// A chunk covers the demand of this time.
 const HORIZON: Duration = Duration::from_millis(100);
-/// The average that demand is measured over.
+/// The time constant of the average demand.
 const WINDOW: Duration = Duration::from_millis(500);
-/// After the store has refused a chunk.
+/// The pause after the store has refused a chunk.
 const BACKOFF: Duration = Duration::from_millis(50);
-/// Nothing is taken ahead of a limit that has less than this part of its capacity left, so that near the limit every
-/// request is decided by the store.
+/// If less than this fraction of the capacity is left (one in `KEEP_FREE`), nothing is prefetched, so that the store
+/// decides every request near the limit.
 const KEEP_FREE: u64 = 4;
-/// A scope that nobody asked for in so long is forgotten.
+/// A scope without calls for this time is forgotten.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Units that were debited together.
@@ -41,16 +42,16 @@ struct Chunk {
 pub(super) struct Quota {
     limits: ScopeLimits,
     chunks: Vec<Chunk>,
-    /// Admissions and units a second, and when they were last looked at.
+    /// Admissions and units per second, at the last measurement.
     demand: [f64; Kind::COUNT + 1],
-    /// What was asked for since then.
+    /// Admissions and units asked for since then.
     asked: [u64; Kind::COUNT + 1],
     measured: Instant,
     taking: bool,
     not_before: Instant,
-    /// What was not reported to the store: so much more (or, negative, less) was used than it knows.
+    /// Usage that is not reported to the store: more, or if negative less, than the store knows.
     owed: [i64; Kind::COUNT],
-    /// What the store last said about each kind, and when.
+    /// The last state of each kind that the store returned, and when.
     seen: [Option<(LimitState, Instant)>; Kind::COUNT],
     used: Instant,
 }
@@ -71,7 +72,7 @@ impl Quota {
         }
     }
 
-    /// The limit as the latest call has it. What was taken under another one is given back.
+    /// Takes over the limit of the latest call. Quota of a different limit is given back.
     pub(super) fn follow(&mut self, limits: &ScopeLimits) {
         if self.limits.buckets != limits.buckets || self.limits.prefetch != limits.prefetch {
             self.limits = ScopeLimits { concurrency: None, ..limits.clone() };
@@ -82,8 +83,8 @@ impl Quota {
         }
     }
 
-    /// Uses so many units of every limited kind, all or none; returns until when they are good, so that they can be
-    /// put back.
+    /// Uses units of every limited kind, all or none. Returns until when they are valid, so that they can be put
+    /// back.
     pub(super) fn take(&mut self, units: &Units, now: Instant) -> Option<Instant> {
         self.used = now;
         self.asked[Kind::COUNT] += 1;
@@ -110,12 +111,12 @@ impl Quota {
         Some(until)
     }
 
-    /// Puts back what was not used after all.
+    /// Puts back units that were not used.
     pub(super) fn put_back(&mut self, units: &Units, until: Instant) {
         self.chunks.insert(0, Chunk { left: *units, until });
     }
 
-    /// A request used this instead of what it took.
+    /// Settles a request that used `used` instead of `took`.
     pub(super) fn settle(&mut self, took: &Units, used: &Units) {
         for k in (0..Kind::COUNT).filter(|k| self.limits.buckets[*k].is_some()) {
             let more = i64::try_from(used[k]).unwrap_or(i64::MAX);
@@ -124,7 +125,7 @@ impl Quota {
         }
     }
 
-    /// What is too old is given back.
+    /// Gives back expired chunks.
     fn expire(&mut self, now: Instant) {
         let old: Vec<Chunk> = self.chunks.extract_if(.., |chunk| now >= chunk.until).collect();
         old.iter().for_each(|chunk| self.return_to_store(&chunk.left));
@@ -143,7 +144,7 @@ impl Quota {
         })
     }
 
-    /// Whether nothing is known here that could be lost.
+    /// Whether nothing would be lost if the quota were forgotten.
     pub(super) fn is_idle(&self, now: Instant) -> bool {
         !self.taking
             && self.chunks.is_empty()
@@ -151,10 +152,10 @@ impl Quota {
             && now.saturating_duration_since(self.used) > IDLE
     }
 
-    /// The charges for a chunk, if it is time for one, and what it will hold. [`Quota::taken`] must follow.
+    /// The charges for a chunk and its units, if it is time for one. [`Quota::taken`] must follow.
     ///
-    /// Each is at most half of what is set aside, and so are all that any process takes in [`VALID`] but for what
-    /// that drains: see the module above.
+    /// Each charge is at most half of the set-aside part. The second bucket bounds what all processes take within
+    /// [`VALID`].
     pub(super) fn want(&mut self, now: Instant) -> Option<(Vec<Charge>, Units)> {
         self.measure(now);
         self.expire(now);
@@ -170,7 +171,7 @@ impl Quota {
             let Some(bucket) = self.limits.buckets[k] else { continue };
             let aside = set_aside(self.limits.prefetch[k]);
             let wanted = (self.demand[k] * HORIZON.as_secs_f64()).ceil() as u64;
-            // No process takes all there is.
+            // No process takes all of the set-aside part.
             units[k] = wanted.max(1).min(aside.capacity.div_ceil(4));
             low |= held[k] < units[k] / 2 + 1;
             let of_one = (self.demand[k] / self.demand[Kind::COUNT]).ceil() as u64;
@@ -196,7 +197,7 @@ impl Quota {
         Some((charges, units))
     }
 
-    /// A chunk that was asked for at `sent` was granted, or not.
+    /// Records whether a chunk that was asked for at `sent` was granted.
     pub(super) fn taken(
         &mut self,
         units: Option<&Units>,
@@ -209,7 +210,7 @@ impl Quota {
             Some(units) => self.chunks.push(Chunk { left: *units, until: sent + VALID }),
             None => self.not_before = now + BACKOFF,
         }
-        // Two charges per kind: of the limit, and of what is set aside.
+        // Each kind has two charges: of the limit and of the set-aside part.
         for limit in limits.iter().step_by(2) {
             if let What::Bucket(kind) = limit.what {
                 self.seen[kind as usize] = Some((limit.clone(), now));
@@ -217,13 +218,13 @@ impl Quota {
         }
     }
 
-    /// A chunk of which nobody knows whether it was granted: it stands in the store and is not used.
+    /// Records a chunk of unknown outcome. If the store granted it, it stays charged and is not used.
     pub(super) fn lost(&mut self, now: Instant) {
         self.taking = false;
         self.not_before = now + BACKOFF;
     }
 
-    /// How a limit of this scope stands, as far as it is known here.
+    /// The state of a limit of this scope, as far as it is known here.
     pub(super) fn limit_state(&self, kind: Kind, now: Instant) -> Option<LimitState> {
         let bucket = self.limits.buckets[kind as usize]?;
         let held = self.held(now)[kind as usize];
@@ -241,7 +242,7 @@ impl Quota {
         Some(LimitState { scope, what, verdict: Verdict::Fits, limit: bucket.capacity, remaining, reset })
     }
 
-    /// The charges that are to be reported to the store.
+    /// The charges to report to the store.
     pub(super) fn owed(&mut self, now: Instant) -> Vec<Charge> {
         self.expire(now);
         let mut charges = Vec::new();
@@ -254,7 +255,8 @@ impl Quota {
         charges
     }
 
-    /// A report failed, or its outcome is unknown. A debit is reported again; a credit is given once or not at all.
+    /// Records that a report failed or that its outcome is unknown. A debit is reported again; a credit is made once
+    /// or not at all.
     pub(super) fn not_reported(&mut self, charge: &Charge, unknown: bool) {
         if charge.added > 0 || !unknown {
             let owed = &mut self.owed[charge.kind as usize];
@@ -276,8 +278,8 @@ impl Quota {
     }
 }
 
-/// The bucket that bounds what all processes hold together: what any of them takes in [`VALID`] is at most its
-/// capacity and what drains meanwhile, which is twice its capacity: what is set aside.
+/// The bucket that bounds the quota of all processes. What they take within [`VALID`] is at most its capacity and
+/// what drains meanwhile, together twice its capacity: the set-aside part.
 pub(super) fn set_aside(units: u64) -> Bucket {
     Bucket { capacity: units / 2, rate: units / 2, period: VALID }
 }
@@ -289,7 +291,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Chunks granted within the life of a chunk never come to more than what is set aside.
+        /// Chunks granted within the life of a chunk never exceed the set-aside part.
         #[test]
         fn what_is_held_is_never_more_than_what_is_set_aside(
             aside in 2u64..100_000, takes in prop::collection::vec((0u64..400_000, 1u64..50_000), 1..60)

@@ -116,7 +116,7 @@ async fn the_other_limits_of_a_request_are_asked_about() {
     assert_eq!(stands, [80_000 - 300, 8_000_000 - 3_000, 0, 97_000, 2], "refused ones gave theirs back");
 }
 
-/// Nothing is lost in quota: all that is not set aside is admitted in the end, and not one more.
+/// Quota loses nothing: in the end exactly the part that is not set aside is admitted.
 #[tokio::test(start_paused = true)]
 async fn exactly_the_limit_over_several_processes() {
     let store = AnyLimiter::from(MemoryLimiter::new());
@@ -133,7 +133,7 @@ async fn exactly_the_limit_over_several_processes() {
     assert_eq!(admitted, 1_600);
 }
 
-/// What a process held when it was killed stays charged.
+/// The quota of a process that was killed stays charged.
 #[tokio::test(start_paused = true)]
 async fn a_killed_process_admits_nothing_twice() {
     let store = AnyLimiter::from(MemoryLimiter::new());
@@ -152,7 +152,7 @@ async fn a_killed_process_admits_nothing_twice() {
     assert_eq!(admitted + lost + left, 1_600);
 }
 
-/// Over all windows: what is used between two moments never exceeds the capacity, set aside or not, and what drains.
+/// Over all windows: usage between two times never exceeds the capacity, set-aside part included, and what drains.
 #[test]
 fn the_envelope_holds_by_the_time_of_use() {
     let steps = prop::collection::vec((0usize..3, 1u64..40, 0u64..30_000, 1u64..30), 50..400);

@@ -1,4 +1,4 @@
-//! One call: asked, and put in a queue while it is refused.
+//! One call: asks, and waits in a queue while it is refused.
 
 use std::future::Future;
 
@@ -9,10 +9,10 @@ use super::wait::Wait;
 use crate::model::call::{Acquire, Decision, Outcome};
 
 impl Waiting {
-    /// Asks, and waits in turn as long as it is refused and policy lasts. `ask` must decide `call` as it stands at
-    /// that time; what it gives beside the decision is passed on. It gets the queue at whose head the call
-    /// stands, so that it can pass over alternatives that others wait for ([`Waiting::is_awaited`]). Where all
-    /// alternatives refuse, its decision must name the limits of the one to wait for, and of no other.
+    /// Asks, and waits in turn while the call is refused and `policy` allows it. `ask` must decide `call` as it
+    /// stands at that time; what it returns beside the decision is passed on. It gets the queue whose head the call
+    /// is, so that it can pass over alternatives that others wait for ([`Waiting::is_awaited`]). If all alternatives
+    /// refuse, its decision must name the limits of the alternative to wait for, and no others.
     ///
     /// Cancel-safe: a dropped caller leaves its queue.
     ///

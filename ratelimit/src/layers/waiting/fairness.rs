@@ -1,4 +1,4 @@
-//! Several processes that share the slots of a backend: nobody waits in vain, and little is left unused for that.
+//! Several processes share the slots of a backend: each of them is served, and few slots stay unused for that.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,7 +20,7 @@ use crate::store::memory::MemoryLimiter;
 
 const SLOTS: u32 = 16;
 const RUN: Duration = Duration::from_secs(30);
-/// To the store and back.
+/// The time of a call to the store.
 const TRIP: Duration = Duration::from_millis(1);
 
 #[derive(Default)]
@@ -29,7 +29,7 @@ struct Process {
     held: AtomicU32,
 }
 
-/// What the clients of one process saw.
+/// What the clients of one process measured.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
     served: u32,
@@ -38,7 +38,7 @@ struct Seen {
 }
 
 impl Process {
-    /// One client: asks, is served for so long, asks again.
+    /// One client: asks, is served for a time, asks again.
     async fn client(&self, limiter: &MemoryLimiter, processes: u32, takes: Duration, until: Instant) -> Seen {
         let mut seen = Seen::default();
         while Instant::now() < until {
@@ -73,7 +73,7 @@ impl Process {
                 continue;
             }
             self.held.fetch_add(1, Ordering::Relaxed);
-            // Not all answers are equally long.
+            // Answers differ in length.
             sleep(takes.mul_f64(0.75 + f64::from(seen.served % 7) / 12.0)).await;
             let held = self.held.fetch_sub(1, Ordering::Relaxed) - 1;
             sleep(TRIP).await;
@@ -87,7 +87,7 @@ impl Process {
     }
 }
 
-/// Processes with so many clients each, of which the first begins a second before the others.
+/// Processes with a number of clients each, of which the first process starts a second before the others.
 async fn share(clients: &[u32], takes: Duration) -> Vec<Seen> {
     let limiter = Arc::new(MemoryLimiter::new());
     let processes: Vec<Arc<Process>> = clients.iter().map(|_| Arc::default()).collect();

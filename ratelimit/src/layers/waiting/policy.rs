@@ -1,4 +1,4 @@
-//! How long a call may wait, and what waiting came to.
+//! The policy of a wait, and its result.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,31 +9,32 @@ use tokio::time::Instant;
 
 use crate::model::call::Decision;
 
-/// Most waiters of one limit's queue.
+/// Waiters in the queue of one limit.
 pub const LIMIT_QUEUE_MAX: usize = 1000;
-/// Between two asks for a lease, at first; doubled up to [`POLL_MAX`].
+/// The first pause between two asks for a lease; it doubles up to [`POLL_MAX`].
 pub(super) const POLL_MIN: Duration = Duration::from_millis(5);
-/// Between two asks for a lease, at most: how late a release by another process is noticed.
+/// The longest pause between two asks for a lease: how late a release by another process is noticed.
 pub(super) const POLL_MAX: Duration = Duration::from_millis(50);
-/// A process with more than its even part leaves places to others for this long: each of them has asked by then.
+/// For this time a process with more than its even part of the slots leaves free ones to other processes. Each of
+/// them has asked by then.
 pub(super) const OFFER: Duration = Duration::from_millis(60);
-/// The least time between two asks of a head that several processes contend with.
+/// The shortest pause between two asks of a head for which several processes compete.
 pub(super) const ASK_PAUSE_MIN: Duration = Duration::from_millis(1);
 
-/// Who goes first when several wait.
+/// The order of service among waiters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Priority {
-    /// Before all others.
+    /// Served before all others.
     High = 0,
-    /// The rest.
+    /// The default.
     #[default]
     Normal = 1,
-    /// Only when nobody else waits.
+    /// Served only when nobody else waits.
     Low = 2,
 }
 
 impl Priority {
-    /// How many there are.
+    /// The number of priorities.
     pub const COUNT: usize = 3;
 
     /// The name used in metrics labels.
@@ -46,48 +47,49 @@ impl Priority {
     }
 }
 
-/// How long a call may wait, and as whom.
+/// How long a call may wait, and on whose behalf.
 #[derive(Debug, Clone)]
 pub struct QueuePolicy {
-    /// Whose share it is served from.
+    /// The tenant whose share of the queue it uses.
     pub tenant: Arc<str>,
-    /// Its class.
+    /// Its priority.
     pub priority: Priority,
     /// The caller's own deadline.
     pub deadline: Instant,
-    /// The longest wait for each scope of the call, in its order; a missing one is zero: refused at once.
+    /// The longest wait for each scope of the call, in the order of the scopes. A missing one is zero: refused at
+    /// once.
     pub scopes: SmallVec<[Duration; 8]>,
-    /// How to wait for a slot; `None` refuses at once.
+    /// The wait for a slot; `None` refuses at once.
     pub slots: Option<SlotQueue>,
-    /// What the caller keeps in memory meanwhile.
+    /// Bytes that the caller keeps in memory during the wait.
     pub bytes: u64,
-    /// Places of the call's scopes of which one run must have room, not all: limits of accounts that can stand in for
-    /// each other. Scopes in none of them must have room in any case. Empty: all must.
+    /// Ranges of the call's scopes of which one must have room, and not all: limits of accounts that can stand in for
+    /// each other. Scopes outside of all ranges must have room in any case. Empty: all must have room.
     pub alternatives: Alternatives,
 }
 
-/// Runs of scopes, by their places in a call, that can stand in for each other.
+/// Ranges of scopes in a call that can stand in for each other.
 pub type Alternatives = SmallVec<[Range<usize>; 2]>;
 
-/// How to wait for a slot.
+/// The wait for a slot.
 #[derive(Debug, Clone)]
 pub struct SlotQueue {
-    /// The queue: all that wait for the same backends share one.
+    /// The queue. Calls for the same backends share one.
     pub queue: Arc<str>,
     /// The longest wait.
     pub max_wait: Duration,
-    /// Most waiters in that queue.
+    /// The maximum of waiters in that queue.
     pub bound: usize,
 }
 
-/// Why a call that was refused did not wait longer.
+/// Why a refused call did not wait longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GaveUp {
-    /// It would not have fitted in time, or not at all.
+    /// It would not fit in time, or never.
     TooLong,
     /// The queue had no room.
     QueueFull,
-    /// It waited as long as it may.
+    /// Its longest wait is over.
     Expired,
 }
 
@@ -102,17 +104,17 @@ impl GaveUp {
     }
 }
 
-/// What waiting came to.
+/// The result of a wait.
 #[derive(Debug)]
 pub struct Waited<T> {
-    /// The last decision. One that comes from the queue alone names only the limit that the queue waits for.
+    /// The last decision. If it comes from the queue alone, it names only the limit that the queue waits for.
     pub decision: Decision,
-    /// What the last ask gave beside it; `None` when it never asked.
+    /// The last value that `ask` returned beside the decision; `None` if it was never asked.
     pub with: Option<T>,
     /// The time spent in queues.
     pub waited: Duration,
-    /// How many stood before it when it first joined a queue; `None` when it never did.
+    /// The number of waiters before it when it first joined a queue; `None` if it joined none.
     pub ahead: Option<usize>,
-    /// Why it was refused; `None` when it was granted.
+    /// Why it was refused; `None` if it was granted.
     pub gave_up: Option<GaveUp>,
 }

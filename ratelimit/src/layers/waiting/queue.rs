@@ -1,12 +1,12 @@
-//! Who asks next: the queues of one process. No clock, no I/O; times are microseconds of the caller's clock.
+//! The queues of one process: who asks next. No clock, no I/O; times are microseconds of the caller's clock.
 //!
 //! Invariants:
-//! - Only the head of a queue asks. Whoever joins later, and whatever it costs, stands behind: a large request is
-//!   not starved by small ones that would fit.
-//! - A higher priority goes first. Within one, tenants share by what they take: each has a clock that advances by
-//!   the cost of what it was served, and the least clock is next (start-time fair queueing). A tenant that comes
-//!   back keeps its clock for as long as it is ahead, so coming and going gains nothing.
-//! - Waiters hold nothing, so a queue can be left at any moment.
+//! - Only the head of a queue asks. Later calls stand behind it, whatever they cost, so that small requests do not
+//!   starve a large one.
+//! - A higher priority goes first. Within a priority, tenants share by cost: each tenant has a clock that advances by
+//!   the cost of what it was served, and the tenant with the least clock is next (start-time fair queueing). A tenant
+//!   that returns keeps its clock while that is ahead, so leaving and returning gains nothing.
+//! - Waiters hold nothing, so a waiter can leave at any time.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -17,80 +17,81 @@ use crate::model::key::Key;
 use crate::model::kind::{Bucket, Kind};
 use crate::model::limits::LimitState;
 
-/// Most waiters of one process.
+/// The maximum of waiters of one process.
 pub const WAITERS_MAX: usize = 10_000;
-/// Most bytes that all waiters of one process may keep in memory.
+/// The maximum of bytes that all waiters of one process keep in memory.
 pub const BYTES_MAX: u64 = 256 << 20;
-/// After an offer that nobody took, microseconds: how long a process asks for all it gave back before the next one.
+/// The pause before the next offer after one that no other process took, in microseconds. During the pause a process
+/// asks for everything that it gave back.
 const OFFER_PAUSE_MIN: u64 = 60_000;
-/// The same after several of them.
+/// The longest such pause, after several offers.
 const OFFER_PAUSE_MAX: u64 = 480_000;
-/// Places offered at once, at most.
+/// The maximum of simultaneous offers.
 const OFFERED_MAX: usize = 1024;
-/// Releases that are remembered for those who are asking while they happen.
+/// Releases that are remembered for calls that are being decided while they happen.
 const RELEASES_KEPT: usize = 1024;
 
-/// What a queue waits for.
+/// The subject of a queue.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum QueueId {
     /// A scope's buckets (its record) or its concurrency (its lease set).
     Limit(Key),
-    /// A slot at one of the backends that serve this.
+    /// A slot at one of the backends that serve this model.
     Slots(Arc<str>),
 }
 
 /// A waiter.
 #[derive(Debug)]
 pub struct Entry<H> {
-    /// Whose share it is served from.
+    /// The tenant whose share it uses.
     pub tenant: Arc<str>,
-    /// Its class.
+    /// Its priority.
     pub priority: Priority,
-    /// What it asks for.
+    /// Its cost.
     pub cost: Cost,
-    /// What it keeps in memory while it waits.
+    /// Bytes that it keeps in memory while it waits.
     pub bytes: u64,
-    /// The lease sets it could have a place in, and the places of each: of backends for a queue of slots, of a scope for
-    /// its concurrency. Empty for buckets.
+    /// The lease sets in which it could get a lease, with the maximum of each: of backends in a queue for slots, of a
+    /// scope in a queue for concurrency. Empty for buckets.
     pub places: Vec<(Key, u32)>,
-    /// What else has room for it when it is released: the slots of a queue of slots, and other accounts.
+    /// Other keys whose release may admit it: the slots of its backends and other accounts.
     pub wakes: Vec<Key>,
-    /// How it is woken.
+    /// The handle that wakes it.
     pub handle: H,
 }
 
-/// Why nobody may join.
+/// The queue is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full;
 
-/// Whose turn it is.
+/// Whether it is a waiter's turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
-    /// This one's, now.
+    /// It may ask now.
     Now,
-    /// This one's, at that time.
+    /// It may ask at that time.
     At(u64),
-    /// Somebody else's.
+    /// Another waiter is before it.
     Later,
 }
 
-/// How a queue was refused last: what newcomers are answered without asking.
+/// The last refusal of a queue, with which newcomers are answered.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Note {
     /// The limit that refused.
     pub state: LimitState,
-    /// The bucket, when it was one: its pace says how long a queue takes.
+    /// The bucket, if a bucket refused: its rate tells how fast the queue moves.
     pub bucket: Option<(Kind, Bucket)>,
 }
 
-/// What a newcomer finds.
+/// The state of a queue for a newcomer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outlook {
     /// Waiters that are served before it.
     pub ahead: usize,
-    /// When its turn would come and it would fit, if the queue's pace can be known.
+    /// When its turn would come and it would fit, if the rate of the queue is known.
     pub fits_at: Option<u64>,
-    /// How the queue was refused last.
+    /// The last refusal of the queue.
     pub note: Option<Note>,
 }
 
@@ -107,14 +108,14 @@ struct Waiter<H> {
 
 #[derive(Debug)]
 struct Flow<H> {
-    /// What was served, in the queue's units.
+    /// The cost of what was served, in the units of the queue.
     clock: u64,
     waiters: VecDeque<Waiter<H>>,
 }
 
 #[derive(Debug)]
 struct Class<H> {
-    /// The clock of who was served last when it was its turn.
+    /// The clock of the tenant that was served last.
     clock: u64,
     flows: BTreeMap<Arc<str>, Flow<H>>,
     len: usize,
@@ -128,20 +129,20 @@ struct Queue<H> {
     hold: Hold,
 }
 
-/// How a process with more than its even part of some places lets others ask first: it asks for what it gave back, and
-/// for nothing else. Now and then it offers a place that it gave back and asks for it only later; once that finds such
-/// places taken, it offers each.
+/// Lets other processes ask first where this one has more than its even part of the leases: it asks for what it gave
+/// back and for nothing else. From time to time it offers a lease that it gave back to the others and asks for it
+/// later. Once others have taken an offer, it offers each lease that it gives back.
 #[derive(Debug, Default)]
 struct Hold {
-    /// For so long after it last gave something back.
+    /// It holds back until this time, which each lease that it gives back extends.
     until: u64,
-    /// Places it gave back and may ask for.
+    /// Leases that it gave back and may ask for.
     passes: u32,
-    /// When it may ask for each of those it offered.
+    /// When it may ask for each lease that it offered.
     offered: VecDeque<u64>,
-    /// The last one was taken by others.
+    /// Others took the last offer.
     wanted: bool,
-    /// While they are not, it waits for so long before the next.
+    /// The pause before the next offer while others do not take offers.
     pause: u64,
     next_offer: u64,
 }
@@ -156,7 +157,7 @@ impl Hold {
         }
     }
 
-    /// It asked, and got a place or not.
+    /// Records that it asked, and whether it got a lease.
     fn asked(&mut self, served: bool) {
         if self.passes > 0 {
             self.passes -= 1;
@@ -166,7 +167,7 @@ impl Hold {
         }
     }
 
-    /// It gave one of too many places back. True when it leaves that one to others.
+    /// Records that it gave back one of too many leases. Returns true if it offers that one to others.
     fn gave_back(&mut self, now: u64, offer: u64) -> bool {
         if now >= self.until {
             (self.passes, self.until) = (0, now);
@@ -200,22 +201,22 @@ impl<H> Default for Queues<H> {
 }
 
 impl<H: Clone> Queues<H> {
-    /// How many wait.
+    /// The number of waiters.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nobody waits.
+    /// Whether there are no waiters.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether somebody waits there.
+    /// Whether a queue has waiters.
     pub fn has(&self, id: &QueueId) -> bool {
         self.queues.contains_key(id)
     }
 
-    /// What a newcomer of that tenant, class and cost would find; `None` when nobody waits.
+    /// The state of a queue for a newcomer of that tenant, priority and cost; `None` for a queue without waiters.
     pub fn outlook(&self, id: &QueueId, tenant: &str, priority: Priority, cost: &Cost) -> Option<Outlook> {
         let queue = self.queues.get(id)?;
         let higher = &queue.classes[..priority as usize];
@@ -233,7 +234,7 @@ impl<H: Clone> Queues<H> {
         for (name, flow) in &class.flows {
             let mut clock = flow.clock.max(class.clock);
             for waiter in &flow.waiters {
-                // Of equal clocks the older goes first, and all of these are older.
+                // With equal clocks the older waiter goes first, and all of these are older.
                 if clock > start && **name != *tenant {
                     break;
                 }
@@ -245,7 +246,7 @@ impl<H: Clone> Queues<H> {
         let pace = queue.note.as_ref().and_then(|note| note.bucket).filter(|_| ahead > 0);
         let fits_at = pace.and_then(|(kind, bucket)| {
             let head = queue.head()?;
-            // At its due moment the head fits exactly; each one after it needs its own cost drained.
+            // At its due time the head fits exactly. Each waiter after it needs its own cost to drain.
             let after = units.saturating_sub(queue.units(&head.cost)).saturating_add(cost.get(kind).max(1));
             let us = (u128::from(after) * bucket.period.as_micros()).checked_div(u128::from(bucket.rate))?;
             Some(head.due.saturating_add(u64::try_from(us).unwrap_or(u64::MAX)))
@@ -253,7 +254,7 @@ impl<H: Clone> Queues<H> {
         Some(Outlook { ahead, fits_at, note: queue.note.clone() })
     }
 
-    /// Takes a place that is due at that moment, in a queue of at most `bound`. Returns its number.
+    /// Adds a waiter that is due at that time to a queue of at most `bound`. Returns the waiter's number.
     pub fn join(&mut self, id: &QueueId, entry: Entry<H>, bound: usize, due: u64) -> Result<u64, Full> {
         let there = self.queues.get(id).map_or(0, |queue| queue.len);
         let bytes = self.bytes.saturating_add(entry.bytes);
@@ -279,10 +280,10 @@ impl<H: Clone> Queues<H> {
         Ok(number)
     }
 
-    /// Whether it is this one's turn.
+    /// Whether it is this waiter's turn.
     pub fn turn(&self, id: &QueueId, number: u64, now: u64) -> Turn {
         let Some((queue, head)) = self.queues.get(id).and_then(|queue| Some((queue, queue.head()?))) else {
-            // Somebody who is not in the queue any more has nothing to wait for.
+            // A waiter that has left the queue has nothing to wait for.
             return Turn::Now;
         };
         match queue.hold.allows(head.due) {
@@ -292,8 +293,8 @@ impl<H: Clone> Queues<H> {
         }
     }
 
-    /// The head was refused and is due again at that moment, or at once if what it waits for was released since
-    /// `seen`.
+    /// Records that the head was refused. It is due again at that time, or at once if what it waits for was released
+    /// since `seen`.
     pub fn postpone(&mut self, id: &QueueId, number: u64, due: u64, seen: u64, note: Option<Note>) {
         let mut wakes = Vec::new();
         if let Some(waiter) = self.queues.get_mut(id).and_then(|queue| queue.find(number)) {
@@ -309,8 +310,8 @@ impl<H: Clone> Queues<H> {
         }
     }
 
-    /// Gives the place up; `served` when it got what it waited for, which its tenant's share is charged for. Returns
-    /// who must be woken: the head, if it is another one now.
+    /// Removes a waiter. `served` means that it was granted, which its tenant's clock is charged for. Returns the
+    /// handle of the head if that is another waiter now.
     pub fn leave(&mut self, id: &QueueId, tenant: &str, number: u64, served: bool) -> Option<H> {
         let queue = self.queues.get_mut(id)?;
         let before = queue.head().map(|head| head.number);
@@ -327,12 +328,13 @@ impl<H: Clone> Queues<H> {
         queue.head().filter(|head| Some(head.number) != before).map(|head| head.handle.clone())
     }
 
-    /// How many releases there were so far.
+    /// The number of releases.
     pub fn releases(&self) -> u64 {
         self.releases
     }
 
-    /// These records and lease sets have room again: their heads are due at once and must be woken.
+    /// Records that these records and lease sets have room again. Their heads are due at once; returns the handles to
+    /// wake.
     pub fn release<'a>(&mut self, keys: impl IntoIterator<Item = &'a Key>) -> Vec<H> {
         let mut woken = Vec::new();
         for key in keys {
@@ -357,9 +359,10 @@ impl<H: Clone> Queues<H> {
         woken
     }
 
-    /// One place of this lease set was given back by this process, which is one of `processes` and still has `held`
-    /// there. If it had more than its even part of what somebody waits for here, its heads leave other places to others
-    /// for the time of `offer`, and perhaps this one too. Returns whether they do; else they are to be told.
+    /// Records that this process, one of `processes`, gave back a lease of a set and still holds `held` of it. If it
+    /// had more than its even part of what somebody waits for, its heads leave other leases to other processes for
+    /// the time of `offer`, and perhaps this one too. Returns whether they leave this one; otherwise its heads are to
+    /// be woken.
     pub fn give_back(&mut self, key: &Key, held: u32, processes: u32, now: u64, offer: u64) -> bool {
         let mut offered = false;
         for queue in self.queues.values_mut() {
@@ -373,8 +376,8 @@ impl<H: Clone> Queues<H> {
         offered
     }
 
-    /// Whether what a queue waits for was released after the first `seen` releases. Says yes when it is too long ago
-    /// to know.
+    /// Whether what a queue waits for was released after the first `seen` releases. Returns true if that is too long
+    /// ago to know.
     pub fn released_since(&self, seen: u64, id: &QueueId, wakes: &[Key]) -> bool {
         let missed = self.releases.saturating_sub(seen);
         let Ok(missed) = usize::try_from(missed) else { return true };
@@ -387,7 +390,7 @@ impl<H: Clone> Queues<H> {
 }
 
 impl<H> Waiter<H> {
-    /// How many places there are in this lease set, if it waits for one.
+    /// The maximum of this lease set, if the waiter waits for it.
     fn places_of(&self, key: &Key) -> Option<u32> {
         self.places.iter().find(|(place, _)| place == key).map(|(_, places)| *places)
     }
@@ -399,7 +402,7 @@ impl<H> Queue<H> {
         Self { classes: std::array::from_fn(|_| class()), len: 0, note: None, hold: Hold::default() }
     }
 
-    /// What a cost counts for here: in the refusing bucket's kind, or one.
+    /// The cost in the units of this queue: of the refusing bucket's kind, or one.
     fn units(&self, cost: &Cost) -> u64 {
         self.note.as_ref().and_then(|note| note.bucket).map_or(1, |(kind, _)| cost.get(kind).max(1))
     }

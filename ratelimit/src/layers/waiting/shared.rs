@@ -11,7 +11,7 @@ use super::queue::{QueueId, Queues};
 use crate::model::key::Key;
 use crate::model::limits::ScopeLimits;
 
-/// The queues of one process. All of its callers share one.
+/// The queues of one process. All of its callers share them.
 #[derive(Debug)]
 pub struct Waiting {
     epoch: Instant,
@@ -26,7 +26,7 @@ impl Default for Waiting {
 
 impl Waiting {
     pub(super) fn queues(&self) -> MutexGuard<'_, Queues<Arc<Notify>>> {
-        // Every change is complete before anything can panic, so a poisoned lock still guards a whole state.
+        // Every change is complete before anything can panic, so a poisoned lock guards a consistent state.
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -38,17 +38,17 @@ impl Waiting {
         self.epoch.checked_add(Duration::from_micros(us))
     }
 
-    /// How many wait now.
+    /// The number of waiters.
     pub fn len(&self) -> usize {
         self.queues().len()
     }
 
-    /// Whether nobody waits.
+    /// Whether there are no waiters.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether somebody waits for one of these limits, in a queue other than `own`.
+    /// Whether somebody waits for one of these limits in a queue other than `own`.
     pub fn is_awaited(&self, scopes: &[ScopeLimits], own: Option<&QueueId>) -> bool {
         let queues = self.queues();
         if queues.is_empty() {
@@ -59,16 +59,16 @@ impl Waiting {
         ids.into_iter().any(|id| Some(&id) != own && queues.has(&id))
     }
 
-    /// These records and lease sets have room again: the heads that wait for them ask at once.
+    /// Records that these records and lease sets have room again. The heads that wait for them ask at once.
     pub fn released<'a>(&self, keys: impl IntoIterator<Item = &'a Key>) {
         let woken = self.queues().release(keys);
         woken.iter().for_each(|head| head.notify_one());
     }
 
-    /// A lease of this set was given back by this process, which holds `held` more of it and is one of `processes` that
-    /// share it. Whoever is told first would take it again, and a process without any would wait in vain while others
-    /// hand their places on among themselves. So one with more than its even part lets the others ask first, for one
-    /// place at a time; else its heads ask at once, as with [`Waiting::released`].
+    /// Records that this process, one of `processes` that share a lease set, gave back a lease and holds `held` more.
+    /// Whoever is woken first would take it again, and a process without leases would wait in vain while others pass
+    /// theirs among themselves. So a process with more than its even part lets the others ask first, for one lease at
+    /// a time. Otherwise its heads ask at once, as with [`Waiting::released`].
     pub fn gave_back(&self, key: &Key, held: u32, processes: u32) {
         let now = self.us(Instant::now());
         let offer = u64::try_from(OFFER.as_micros()).unwrap_or(u64::MAX);

@@ -1,4 +1,4 @@
-//! One call's way through the queues.
+//! The wait of one call in the queues.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::model::key::Key;
 use crate::model::kind::Kind;
 use crate::model::limits::{LimitState, Mode, Verdict, What};
 
-/// A place in a queue; dropping it gives it up.
+/// A place in a queue. Dropping it leaves the queue.
 struct Seat<'a> {
     waiting: &'a Waiting,
     tenant: Arc<str>,
     id: QueueId,
     number: u64,
     handle: Arc<Notify>,
-    /// Until when it may wait here.
+    /// The end of the longest wait in this queue.
     until: Instant,
     served: bool,
 }
@@ -37,21 +37,21 @@ impl Drop for Seat<'_> {
     }
 }
 
-/// One call's way through the queues.
+/// The wait of one call in the queues.
 pub(super) struct Wait<'a> {
     waiting: &'a Waiting,
     call: &'a Acquire,
     policy: &'a QueuePolicy,
     seat: Option<Seat<'a>>,
-    /// When it first joined each queue: going back and forth between queues gains no time.
+    /// When it first joined each queue. A call that moves between queues gains no time.
     since: SmallVec<[(QueueId, Instant); 4]>,
-    /// When it first joined any.
+    /// When it first joined a queue.
     started: Option<Instant>,
     ahead: Option<usize>,
     poll: Duration,
 }
 
-/// Where a refused call may wait.
+/// The queue in which a refused call may wait.
 struct Plan {
     id: QueueId,
     max_wait: Duration,
@@ -74,7 +74,7 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// Every queue this call must not pass, with the longest wait and the bound of each.
+    /// Every queue that this call must not overtake, with its longest wait and its bound.
     fn queues_of(&self) -> impl Iterator<Item = (QueueId, Duration, usize)> + '_ {
         let needed = (0..self.call.scopes.len()).filter(|at| !self.is_alternative(*at));
         let limits = needed.flat_map(|at| self.limit_queues(at..at + 1));
@@ -82,7 +82,7 @@ impl<'a> Wait<'a> {
         limits.chain(slots.map(|s| (QueueId::Slots(s.queue.clone()), s.max_wait, s.bound)))
     }
 
-    /// At the head of which queue it stands when its turn has come.
+    /// The queue whose head it is when its turn has come.
     pub(super) fn queue(&self) -> Option<&QueueId> {
         self.seat.as_ref().map(|seat| &seat.id)
     }
@@ -120,7 +120,7 @@ impl<'a> Wait<'a> {
         self.policy.scopes.get(scope).copied().unwrap_or_default()
     }
 
-    /// Stands behind those who wait already for one of its limits. A refusal when it could not be served in time.
+    /// Joins the queue of a limit for which others wait already. Refuses the call if it could not be served in time.
     pub(super) fn line_up(&mut self) -> Result<(), (Decision, GaveUp)> {
         let now = Instant::now();
         let found = {
@@ -136,7 +136,7 @@ impl<'a> Wait<'a> {
             };
             let needed = self.queues_of().find_map(behind);
             needed.or_else(|| {
-                // Only when somebody waits for each of them; then where it would fit first.
+                // Of alternatives, only if others wait for each of them: then the one where the call would fit first.
                 let runs = self.policy.alternatives.iter().cloned();
                 let found: Option<Vec<_>> = runs.map(|run| self.limit_queues(run).find_map(behind)).collect();
                 found?
@@ -161,7 +161,7 @@ impl<'a> Wait<'a> {
     }
 
     fn until(&self, id: &QueueId, max_wait: Duration, now: Instant) -> Instant {
-        // Going from one alternative to another gains no time either.
+        // A call that moves between alternatives gains no time either.
         let of_alternative = self.is_of_alternative(id);
         let same = |known: &QueueId| known == id || of_alternative && self.is_of_alternative(known);
         let since = self.since.iter().find(|(known, _)| same(known)).map_or(now, |(_, since)| *since);
@@ -211,7 +211,7 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// What has room for it when it is released: every slot and every alternative.
+    /// The keys whose release may admit it: every slot and every alternative.
     fn wakes(&self) -> Vec<Key> {
         let slots = self.call.candidates.iter().map(|candidate| &candidate.leases);
         let scopes = self.policy.alternatives.iter().cloned().flatten();
@@ -219,7 +219,7 @@ impl<'a> Wait<'a> {
         slots.chain(scopes.flat_map(|scope| [&scope.record, &scope.leases])).cloned().collect()
     }
 
-    /// Waits for its turn; false when policy ended before it came.
+    /// Waits for its turn. Returns false if the policy ends the wait before that.
     pub(super) async fn turn(&self) -> bool {
         let Some(seat) = &self.seat else { return true };
         loop {
@@ -238,7 +238,8 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// Refused: stays where it is, or moves to the queue of what refused it. An error when it may not wait.
+    /// Records a refusal: the call stays in its queue or moves to the queue of the limit that refused. An error if it
+    /// may not wait.
     pub(super) fn again(&mut self, decision: &Decision, seen: u64) -> Result<(), GaveUp> {
         let now = Instant::now();
         let plan = self.plan(decision, now).ok_or(GaveUp::TooLong)?;
@@ -259,7 +260,7 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// Where to wait after this refusal. `None` when waiting cannot help.
+    /// The queue in which to wait after this refusal. `None` if waiting cannot help.
     fn plan(&mut self, decision: &Decision, now: Instant) -> Option<Plan> {
         if let Outcome::NoSlot { .. } = decision.outcome {
             let slots = self.policy.slots.as_ref()?;
@@ -276,7 +277,7 @@ impl<'a> Wait<'a> {
         for limit in decision.limits.iter().filter(|limit| limit.refuses(&self.call.scopes)) {
             let Verdict::Wait(wait) = limit.verdict else { return None };
             let max_wait = self.max_wait_for(limit);
-            // A lease may end sooner than its expiry says, a bucket never has room sooner than this.
+            // A lease may end before its expiry; a bucket never has room before this time.
             let (least, sure) = match limit.what {
                 What::Bucket(_) => (wait, true),
                 What::Concurrency => (Duration::ZERO, false),
@@ -326,7 +327,7 @@ impl<'a> Wait<'a> {
         pause
     }
 
-    /// The refusal of a call that never got to ask: how its queue was refused last.
+    /// The refusal of a call that never asked: the last refusal of its queue.
     pub(super) fn refusal_of_queue(&self) -> Decision {
         let Some(seat) = &self.seat else { return self.refusal(&QueueId::Slots("".into()), None, POLL_MAX) };
         let QueuePolicy { tenant, priority, .. } = self.policy;

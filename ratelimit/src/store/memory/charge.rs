@@ -1,4 +1,4 @@
-//! What `scripts/charge.lua` does, on maps, step for step.
+//! The memory store's version of `scripts/charge.lua`, step for step.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use crate::model::id::ReservationId;
 
-/// Members by id and by expiry. A lease counts while its expiry is in the future.
+/// Leases by id and by expiry. A lease counts while its expiry is in the future.
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     by_id: HashMap<ReservationId, u64>,
@@ -12,7 +12,7 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    /// Forgets what has expired.
+    /// Removes expired leases.
     pub(super) fn prune(&mut self, now: u64) {
         while let Some(&(expiry, id)) = self.by_expiry.first()
             && expiry <= now
@@ -35,7 +35,7 @@ impl Leases {
         }
     }
 
-    /// How many were removed.
+    /// Returns the number of removed leases.
     pub(super) fn remove_all(&mut self, which: impl Fn(ReservationId) -> bool) -> u64 {
         let gone: Vec<ReservationId> = self.by_id.keys().copied().filter(|id| which(*id)).collect();
         gone.iter().for_each(|id| self.remove(*id));
@@ -54,7 +54,7 @@ impl Leases {
         self.by_expiry.first().map(|(expiry, _)| *expiry)
     }
 
-    /// When enough leases have expired for one more under `limit`; `None` when the limit is zero.
+    /// When enough leases have expired that one more stays within `limit`; `None` if the limit is zero.
     pub(super) fn opens_at(&self, limit: u32) -> Option<u64> {
         let surplus = self.len().saturating_sub(limit as usize);
         let nth = self.by_expiry.iter().nth(surplus).map(|(expiry, _)| *expiry);

@@ -1,4 +1,4 @@
-//! What the scripts do, on maps. Step for step the same as the files in `scripts/`.
+//! The memory store's version of the scripts, step for step the same as the files in `scripts/`.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::model::kind::Kind;
 use crate::model::leaky_bucket::Fit;
 use crate::model::limits::{LimitState, Mode, ScopeLimits, Verdict, What};
 
-/// What one scope came to before anything is written.
+/// The judgement of one scope, before anything is written.
 struct Judged {
     lines: smallvec::SmallVec<[Line; Kind::COUNT]>,
     bucket_states: BucketStates,
@@ -69,7 +69,7 @@ impl State {
         Decision { outcome: Outcome::Granted { slot }, limits, now_us: now, degraded: false }
     }
 
-    /// The decision of a call whose id is known already.
+    /// The decision of a call whose id was decided before.
     fn known_decision(&mut self, call: &Acquire, key: &Key, now: u64) -> Option<Decision> {
         let held = self.reservation(key, now)?;
         let outcome = match held.stage {
@@ -83,7 +83,7 @@ impl State {
         Some(Decision { outcome, limits, now_us: now, degraded: false })
     }
 
-    /// Charges every scope and takes its lease; what was charged to each.
+    /// Charges every scope and takes its lease. Returns the charge of each scope.
     fn charge_scopes(
         &mut self,
         call: &Acquire,
@@ -177,7 +177,7 @@ impl State {
         slot
     }
 
-    /// False when a lease was lost.
+    /// Returns false if a lease was lost.
     pub(super) fn renew(&mut self, renewal: &Renewal, ttl: Duration, now: u64) -> bool {
         let mut whole = true;
         for key in &renewal.leases {
@@ -204,7 +204,7 @@ impl State {
         leases.iter().for_each(|key| self.drop_lease(key, id));
     }
 
-    /// `None` when the owner is a member.
+    /// Returns `None` if the owner is a member.
     pub(super) fn free_orphans(&mut self, owner: OwnerId, leases: &[Key], now: u64) -> Option<u64> {
         if self.live(&Key::membership(), now).holds(owner.membership_entry()) {
             return None;
@@ -263,7 +263,7 @@ pub(super) fn verdict(fit: Fit) -> Verdict {
     }
 }
 
-/// Folds a verdict into the refusal: the longest wait, or none if one never fits.
+/// Adds a verdict to the refusal: its wait is the longest one, and `None` if one of the limits can never fit.
 fn refuse(refusal: &mut Option<Option<Duration>>, scope: &ScopeLimits, verdict: Verdict) {
     let wait = match verdict {
         _ if scope.mode == Mode::Shadow => return,

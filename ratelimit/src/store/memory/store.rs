@@ -1,4 +1,4 @@
-//! What the memory limiter remembers, and how it forgets.
+//! The entries of the memory store, and their expiry.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
@@ -14,9 +14,9 @@ use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::usage::Tally;
 
-/// Expired entries removed per call.
+/// Expired entries that one call removes.
 const SWEEP_MAX: usize = 16;
-/// A record outlives its last bucket state by this.
+/// The time for which a record outlives its last bucket state.
 const MARGIN: Duration = Duration::from_secs(10);
 
 pub(super) type BucketStates = [BucketState; Kind::COUNT];
@@ -27,14 +27,14 @@ pub(super) struct State {
     pub(super) leases: HashMap<Key, Leases>,
     reservations: HashMap<Key, Reservation>,
     pub(super) usage: HashMap<Key, Day>,
-    /// One entry per stored thing that can expire, looked at again when its turn comes.
+    /// The time of the next check of every entry that can expire. Each entry is queued once.
     pub(super) due: BinaryHeap<Reverse<(u64, Due)>>,
 }
 
 #[derive(Debug)]
 pub(super) struct Record {
     bucket_states: BucketStates,
-    /// `None` when a bucket state will never be empty.
+    /// `None` if a bucket never becomes empty.
     expires: Option<u64>,
     queued: bool,
 }
@@ -51,11 +51,11 @@ pub(super) struct Reservation {
 pub(super) enum Stage {
     Open,
     Settled,
-    /// Ended before it was ever granted.
+    /// A settlement that came before the grant.
     NeverGranted,
 }
 
-/// What a tenant used on a day, by model.
+/// The usage of a tenant on one day, by model.
 #[derive(Debug, Default)]
 pub(super) struct Day {
     pub(super) lines: BTreeMap<Arc<str>, Tally>,
@@ -71,14 +71,14 @@ pub(super) enum Due {
 }
 
 impl State {
-    /// Removes a few of the things that have expired.
+    /// Removes a few expired entries.
     pub(super) fn sweep(&mut self, now: u64) {
         for _ in 0..SWEEP_MAX {
             if self.due.peek().is_none_or(|Reverse((at, _))| *at > now) {
                 return;
             }
             let Some(Reverse((_, due))) = self.due.pop() else { return };
-            // Extended since it was queued: again at its new time. Otherwise gone.
+            // An entry that was extended meanwhile is queued again with its new expiry; others are removed.
             let again = match &due {
                 Due::Record(key) => match self.records.get_mut(key) {
                     Some(record) if record.expires.is_none_or(|at| at > now) => {
@@ -91,7 +91,8 @@ impl State {
                     }
                 },
                 Due::Usage(key) => {
-                    // Its life is fixed when it begins; the next one under its name has an entry of its own.
+                    // A usage record expires a fixed time after its first entry. A later one with the same name has
+                    // an entry of its own.
                     if self.usage.get(key).is_some_and(|day| day.expires <= now) {
                         self.usage.remove(key);
                     }
@@ -126,7 +127,7 @@ impl State {
         record.map(|record| record.bucket_states).unwrap_or_default()
     }
 
-    /// Kinds that are not limited are stored as zero.
+    /// Writes a record. Kinds without a limit are stored as zero.
     pub(super) fn write_record(&mut self, key: &Key, lines: &[Line], bucket_states: BucketStates, now: u64) {
         let mut kept = BucketStates::default();
         let mut life = 0.0f64;
@@ -138,7 +139,8 @@ impl State {
         self.put_record(key, kept, Some(life), now);
     }
 
-    /// Writes some kinds of a record and keeps the others. Their life is not known here: it is what the record had.
+    /// Writes some kinds of a record and keeps the others. The rates of the others are unknown here, so the record
+    /// keeps its former life if that is longer.
     pub(super) fn write_kinds(
         &mut self,
         key: &Key,
@@ -161,7 +163,7 @@ impl State {
         self.put_record(key, bucket_states, life, now);
     }
 
-    /// `life`: microseconds until the last bucket state is empty; `None` when one never is.
+    /// `life` is the time in microseconds until the last bucket is empty; `None` if one never is.
     fn put_record(&mut self, key: &Key, bucket_states: BucketStates, life: Option<f64>, now: u64) {
         let expires = life.map(|us| later(now, micros(us) + MARGIN));
         let queued = self.records.get(key).is_some_and(|record| record.queued);
@@ -176,12 +178,13 @@ impl State {
         self.reservations.get_mut(key).filter(|held| held.expires > now)
     }
 
-    /// As if it had never been.
+    /// Removes a reservation without a trace.
     pub(super) fn forget_reservation(&mut self, key: &Key) {
         self.reservations.remove(key);
     }
 
-    /// Most reservations are settled soon, so the first look comes when a tombstone would expire.
+    /// Writes a reservation. Most reservations are settled soon, so the first check is at the time when a tombstone
+    /// expires.
     pub(super) fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
         let first_look = later(now, TOMBSTONE_LIFE);
         if self.reservations.insert(key.clone(), reservation).is_none() {
@@ -189,7 +192,7 @@ impl State {
         }
     }
 
-    /// The leases of a set that still count.
+    /// The unexpired leases of a set.
     pub(super) fn live(&mut self, key: &Key, now: u64) -> &Leases {
         static NONE: std::sync::LazyLock<Leases> = std::sync::LazyLock::new(Leases::default);
         match self.leases.get_mut(key) {
@@ -201,7 +204,7 @@ impl State {
         }
     }
 
-    /// The first candidate with room, not counting what `id` itself holds there.
+    /// The first candidate with room. Leases of `id` itself do not count.
     pub(super) fn free_slot(
         &mut self,
         candidates: &[Candidate],
@@ -219,7 +222,8 @@ impl State {
         })
     }
 
-    /// What all candidates have in flight, each counted once, without what `id` itself holds.
+    /// The requests in flight at all candidates; a lease set that several share counts once, and leases of `id` do
+    /// not count.
     fn present(&mut self, candidates: &[Candidate], id: Option<ReservationId>, now: u64) -> usize {
         let mut seen: Vec<&Key> = Vec::new();
         let mut present = 0;
@@ -248,7 +252,7 @@ impl State {
         self.due.push(Reverse((expiry, Due::Leases(key.clone()))));
     }
 
-    /// An empty set stays until its queued look, so that each set is queued once.
+    /// Removes a lease. An empty set stays until its queued check, so that each set is queued once.
     pub(super) fn drop_lease(&mut self, key: &Key, id: ReservationId) {
         if let Some(set) = self.leases.get_mut(key) {
             set.remove(id);

@@ -1,4 +1,4 @@
-//! The account of who used what, as `scripts/settle.lua` keeps it.
+//! Usage records, as `scripts/settle.lua` keeps them.
 
 use std::cmp::Reverse;
 

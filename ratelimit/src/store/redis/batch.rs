@@ -1,4 +1,4 @@
-//! Several admissions, or settlements, under the same limits as one script call.
+//! Several admissions, or settlements, under the same limits in one script call.
 
 use std::hash::Hash;
 use std::ops::Deref;
@@ -18,7 +18,7 @@ use crate::model::kind::{Bucket, Kind};
 use crate::model::limits::{Mode, ScopeLimits};
 use crate::model::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX};
 
-/// What a caller lends, or what has to wait without its caller. Small, since futures hold it.
+/// A borrowed call, or an owned one that can wait in a queue. Futures hold it, so it is small.
 pub(super) enum MaybeOwned<'a, T> {
     Borrowed(&'a T),
     Owned(Box<T>),
@@ -35,14 +35,14 @@ impl<T> Deref for MaybeOwned<'_, T> {
     }
 }
 
-/// An admission and where its reservation is kept.
+/// An admission and the key of its reservation.
 pub(super) struct Ask<'a> {
     pub(super) call: MaybeOwned<'a, Acquire>,
     pub(super) reservation: MaybeOwned<'a, Key>,
     pub(super) life: Duration,
 }
 
-/// A settlement and where its reservation is kept.
+/// A settlement and the key of its reservation.
 pub(super) struct End<'a> {
     pub(super) call: MaybeOwned<'a, Settle>,
     pub(super) reservation: MaybeOwned<'a, Key>,
@@ -50,28 +50,9 @@ pub(super) struct End<'a> {
 }
 
 impl<'a> Ask<'a> {
-    pub(super) fn coalescer(client: &Arc<Client>) -> Arc<Coalescer<Ask<'static>>> {
-        let client = client.clone();
-        Coalescer::new(move |asks: Vec<Ask<'static>>| {
-            let client = client.clone();
-            Box::pin(async move {
-                let replies = client.acquire_many(&asks).await;
-                match apart(replies, asks.len()) {
-                    Some(replies) => replies,
-                    None => {
-                        let mut replies = Vec::with_capacity(asks.len());
-                        for ask in &asks {
-                            replies.push(client.acquire_many(std::slice::from_ref(ask)).await);
-                        }
-                        replies
-                    }
-                }
-            })
-        })
-    }
-
-    /// What calls must share to be decided by one script call. Scopes that share a slot do so with their reservations;
-    /// of a call without scopes it is that of the candidates, which one call has one of on a Cluster.
+    /// The properties that calls must share to be decided by one script call. Scopes with the same hash slot share
+    /// the key of their reservations; a call without scopes has the hash slot of its candidate, of which a Cluster
+    /// gets one per call.
     pub(super) fn alike(&self) -> impl Hash + '_ {
         let place = self.call.candidates.first().filter(|_| self.call.scopes.is_empty());
         let place = place.map(|c| c.leases.as_str());
@@ -85,27 +66,8 @@ impl<'a> Ask<'a> {
 }
 
 impl<'a> End<'a> {
-    pub(super) fn coalescer(client: &Arc<Client>) -> Arc<Coalescer<End<'static>>> {
-        let client = client.clone();
-        Coalescer::new(move |ends: Vec<End<'static>>| {
-            let client = client.clone();
-            Box::pin(async move {
-                let replies = client.settle_many(&ends).await;
-                match apart(replies, ends.len()) {
-                    Some(replies) => replies,
-                    None => {
-                        let mut replies = Vec::with_capacity(ends.len());
-                        for end in &ends {
-                            replies.push(client.settle_many(std::slice::from_ref(end)).await);
-                        }
-                        replies
-                    }
-                }
-            })
-        })
-    }
-
-    /// See [`Ask::alike`]; and they note usage in one line, or none.
+    /// The properties that settlements must share, as in [`Ask::alike`]. They also write the same usage line, or
+    /// none.
     pub(super) fn alike(&self) -> impl Hash + '_ {
         let place = self.call.slot.as_ref().filter(|_| self.call.scopes.is_empty());
         let usage = self.call.usage.as_ref().map(|usage| (usage.record.as_str(), &*usage.model));
@@ -118,8 +80,45 @@ impl<'a> End<'a> {
     }
 }
 
-/// The replies of a batch, each for itself; all the same length, since all are under the same limits. `None` when each
-/// call has to be asked for itself: one of them may have failed all.
+/// A call that can be sent together with others under the same limits.
+pub(super) trait Batched: Send + Sync + Sized + 'static {
+    /// Sends these in one script call.
+    fn send(client: &Client, calls: &[Self]) -> impl Future<Output = Result<Vec<i64>, Error>> + Send;
+}
+
+impl Batched for Ask<'static> {
+    async fn send(client: &Client, calls: &[Self]) -> Result<Vec<i64>, Error> {
+        client.acquire_many(calls).await
+    }
+}
+
+impl Batched for End<'static> {
+    async fn send(client: &Client, calls: &[Self]) -> Result<Vec<i64>, Error> {
+        client.settle_many(calls).await
+    }
+}
+
+/// Sends calls of one kind over these connections, coalesced. If one of them may have failed its whole batch, each is sent
+/// alone.
+pub(super) fn coalescer<C: Batched>(client: &Arc<Client>) -> Arc<Coalescer<C>> {
+    let client = client.clone();
+    Coalescer::new(move |calls: Vec<C>| {
+        let client = client.clone();
+        Box::pin(async move {
+            if let Some(replies) = apart(C::send(&client, &calls).await, calls.len()) {
+                return replies;
+            }
+            let mut replies = Vec::with_capacity(calls.len());
+            for call in &calls {
+                replies.push(C::send(&client, std::slice::from_ref(call)).await);
+            }
+            replies
+        })
+    })
+}
+
+/// Splits the reply to a batch into one reply per call; all have the same length, since all calls are under the same
+/// limits. `None` if each call must be sent alone, because one of them may have failed the whole batch.
 fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
     match replies {
         Ok(numbers) => {
@@ -131,7 +130,7 @@ fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
     }
 }
 
-/// The parts of limits that scripts get.
+/// The limits of a call, as far as scripts receive them.
 struct Under<'a>(&'a [ScopeLimits]);
 
 impl Hash for Under<'_> {
@@ -147,7 +146,7 @@ impl Hash for Under<'_> {
     }
 }
 
-/// KeyPositions of keys in a list without repetition, from one.
+/// Positions of keys in a list without duplicates, counted from one.
 #[derive(Default)]
 struct KeyPositions<'a>(Vec<&'a Key>);
 
@@ -206,7 +205,7 @@ impl Client {
         }
         let reply = self.run(&script::ACQUIRE, &keys, &args).await?;
         if !touched.is_empty() && !first.life.is_zero() {
-            // Only sets that a lease was taken in were prolonged.
+            // The script extends the expiry of a set only if it took a lease in it.
             for (ask, reply) in asks.iter().zip(reply.chunks((reply.len() / asks.len()).max(1))) {
                 let [0, slot, ..] = reply else { continue };
                 let slot = usize::try_from(*slot).ok().and_then(|at| ask.call.candidates.get(at));
@@ -257,7 +256,7 @@ impl Client {
     }
 }
 
-/// Every bucket in the order of the scripts.
+/// All buckets, in the order in which scripts read them.
 fn buckets(scopes: &[ScopeLimits]) -> impl Iterator<Item = (Kind, &Bucket)> {
     scopes.iter().flat_map(|scope| {
         Kind::ALL.into_iter().filter_map(|kind| Some((kind, scope.buckets[kind as usize].as_ref()?)))

@@ -1,4 +1,4 @@
-//! One script call each: all keys share a slot, or there is but one server.
+//! Each call as one script call: all of its keys share a hash slot, or there is one server.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::model::key::Key;
 use crate::model::limits::{LimitState, ScopeLimits};
 use crate::model::usage::UsageLines;
 
-/// Renewals in one script call; a longer list is cut so that no call holds the server for long.
+/// Renewals per script call. A longer list is split, so that no call blocks the server for long.
 const RENEWALS_PER_CALL: usize = 256;
 
 impl RedisLimiter {
@@ -30,7 +30,7 @@ impl RedisLimiter {
     ) -> Result<Vec<i64>, Error> {
         let ask =
             Ask { call: MaybeOwned::Borrowed(call), reservation: MaybeOwned::Borrowed(reservation), life };
-        if !self.merge {
+        if !self.coalesce {
             return self.client.acquire_many(&[ask]).await;
         }
         let alike = self.acquires.alike(&ask.alike());
@@ -48,7 +48,7 @@ impl RedisLimiter {
     ) -> Result<Settled, Error> {
         let end =
             End { call: MaybeOwned::Borrowed(call), reservation: MaybeOwned::Borrowed(reservation), life };
-        let reply = if self.merge {
+        let reply = if self.coalesce {
             let alike = self.settles.alike(&end.alike());
             match self.settles.enter(alike, call.id, || end.to_owned_call()) {
                 Entered::Now(_ticket) => self.client.settle_many(&[end]).await?,
@@ -60,7 +60,7 @@ impl RedisLimiter {
         Reader::new(&reply).settled(&call.scopes)
     }
 
-    /// The reply to a call that stands behind others; its deadline includes that.
+    /// Waits for the reply to a call that stands in a queue. The deadline includes the time in the queue.
     async fn later(&self, reply: oneshot::Receiver<Reply>) -> Reply {
         match self.client.in_time(reply).await {
             Some(reply) => reply.unwrap_or(Err(Error::Lost)),
@@ -120,7 +120,7 @@ impl RedisLimiter {
         self.client.run(&script::RELEASE, &keys, &args).await.map(drop)
     }
 
-    /// With the membership set among the keys or without it; `None` when the owner is a member.
+    /// Frees orphans, after a check of the membership set if its key is given. `None` if the owner is a member.
     pub(super) async fn free_orphans_one_slot(
         &self,
         owner: OwnerId,
@@ -168,7 +168,7 @@ impl RedisLimiter {
         Reader::new(&reply).usage(records.len())
     }
 
-    /// Whether a call over these keys has to be split.
+    /// Whether a call over these keys must be split.
     pub(super) fn splits<'a>(&self, keys: impl Iterator<Item = &'a Key>) -> bool {
         self.client.is_cluster && !is_one_slot(keys)
     }

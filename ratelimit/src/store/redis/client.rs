@@ -19,14 +19,14 @@ use crate::model::data_set::DataSet;
 use crate::model::error::Error;
 use crate::model::key::Key;
 
-/// The longest a call waits past its deadline because this process is starved.
+/// The longest time for which a call waits beyond its deadline because this process gets too little CPU.
 const STARVED_MAX: Duration = Duration::from_secs(10);
 
-/// What sends calls.
+/// The connections and what calls need to use them.
 pub(super) struct Client {
     pub(super) connections: Vec<Connection>,
     pub(super) source: Source,
-    /// Whether keys of different tags are on different servers.
+    /// Whether keys with different hash tags may be on different servers.
     pub(super) is_cluster: bool,
     pub(super) next: AtomicUsize,
     pub(super) deadline: Duration,
@@ -36,14 +36,14 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// The next connection in turn that is not known to be down, or the next one at all.
+    /// The next connection in turn that is not known to be down; the next one if all are down.
     fn connection(&self) -> &Connection {
         let (before, from) =
             self.connections.split_at(self.next.fetch_add(1, Ordering::Relaxed) % self.connections.len());
         from.iter().chain(before).find(|connection| !connection.is_down()).unwrap_or(&from[0])
     }
 
-    /// Runs a script. Dropping the future leaves the outcome unknown, like a timeout.
+    /// Runs a script. If the future is dropped, the outcome is unknown, as after a timeout.
     pub(super) async fn run(
         &self,
         script: &Script,
@@ -61,23 +61,23 @@ impl Client {
         })
     }
 
-    /// Runs a script that reads a report, on a connection of the pool where there is one. The connection has a time of
+    /// Runs a script that reads a report, on a pooled connection where there is a pool. Connecting has a timeout of
     /// its own, so that a report does not fail because its connection is new.
     pub(super) async fn report(&self, script: &Script, keys: &[&Key]) -> Result<Vec<i64>, Error> {
         let (args, late) = (script::Args::default(), || Error::Timeout(self.deadline));
-        // A server that is known to be down is not waited for.
+        // Fails at once if the server is known to be down.
         self.in_time(self.connection().connected()).await.ok_or_else(late)??;
         let pooled = tokio::time::timeout(CONNECT_TIMEOUT, self.source.report_connection()).await;
         let Some(mut pooled) = pooled.map_err(|_| Error::Timeout(CONNECT_TIMEOUT))?? else {
             return self.run(script, keys, &args).await;
         };
-        // Missing buckets mean nothing to a report, so it does not get the birth of the data set.
+        // A report does not get the birth of the data set, because missing buckets do not matter to it.
         let reply = self.in_time(eval(&mut pooled, 0, script, keys, &args)).await.ok_or_else(late)?;
         reply.map_err(|error| classify(&error))
     }
 
-    /// What comes within the deadline. While it is this process that is slow, an answer may lie unread in its socket
-    /// and is waited for.
+    /// Waits for an answer within the deadline. While this process gets too little CPU, the answer may lie unread in
+    /// the socket, so the wait is extended.
     pub(super) async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Option<T> {
         let asked = Instant::now();
         let mut answer = pin!(answer);

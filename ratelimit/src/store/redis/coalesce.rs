@@ -1,12 +1,12 @@
-//! Calls under the same limits travel as one.
+//! Coalescing: calls under the same limits share a script call.
 //!
-//! A script that reads the same records for each of many calls does nearly all of its work once. Nobody waits for
-//! that: a call goes out at once while fewer than [`AT_ONCE`] of its kind are under way, and only what comes beyond
-//! that stands together until one of those is back, which is when it would have been decided anyway. Order of arrival
-//! is kept, and the script decides one after the other: the answers are those of single calls.
+//! A script that reads the same records for many calls does most of its work once. No call waits for others without
+//! need: it is sent at once while fewer than [`AT_ONCE`] calls of its kind are in progress. Further calls queue until
+//! one of these ends, and are then sent together. Calls keep the order of their arrival, and the script decides one
+//! after the other, so each answer is that of a single call.
 //!
-//! What fails for a whole batch (a record of another type, say) is asked again one by one, so that nobody gets
-//! another's error.
+//! If a whole batch fails (because of a record of another type, for instance), its calls are sent again one by one,
+//! so that no call gets the error of another one.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -20,16 +20,16 @@ use tokio::sync::oneshot;
 use crate::model::error::Error;
 use crate::model::id::ReservationId;
 
-/// Most calls of one kind that travel apart.
+/// Calls of one kind that are sent separately; further ones queue.
 const AT_ONCE: u32 = 4;
-/// Most calls in one: a bound for how long a script keeps the server.
+/// Calls in one batch: bounds the time for which a script blocks the server.
 pub(super) const BATCH_MAX: usize = 32;
 
-/// What calls that may be merged have in common, by a keyed hash of 128 bits.
+/// The common properties of calls that may be coalesced, as a keyed hash of 128 bits.
 pub(super) type Alike = u128;
 /// The reply to one call.
 pub(super) type Reply = Result<Vec<i64>, Error>;
-/// Sends owned calls together; one reply each, in order.
+/// Sends owned calls together and returns one reply per call, in order.
 type Send_<C> = dyn Fn(Vec<C>) -> Pin<Box<dyn Future<Output = Vec<Reply>> + Send>> + Send + Sync;
 
 struct Waiter<C> {
@@ -43,27 +43,27 @@ struct Group<C> {
     queue: VecDeque<Waiter<C>>,
 }
 
-/// The calls of one script.
+/// The queues of the calls of one script.
 pub(super) struct Coalescer<C> {
     keys: [RandomState; 2],
     groups: Mutex<HashMap<Alike, Group<C>>>,
     send: Box<Send_<C>>,
-    merged: AtomicU64,
+    coalesced: AtomicU64,
 }
 
-/// What becomes of a call.
+/// What happens to a call.
 pub(super) enum Entered<C: Send + 'static> {
-    /// It goes out now; the ticket says that it is under way.
+    /// It is sent now; the ticket counts it as in progress.
     Now(Ticket<C>),
-    /// Its answer will come here.
+    /// It waits; its reply comes through this channel.
     Later(oneshot::Receiver<Reply>),
 }
 
-/// A call, or a batch, under way. When it ends, however it ends, those that stood behind it go.
+/// A call or a batch in progress. When it ends, for whatever reason, the next calls in its queue are sent.
 pub(super) struct Ticket<C: Send + 'static> {
-    merge: Arc<Coalescer<C>>,
+    coalescer: Arc<Coalescer<C>>,
     alike: Alike,
-    /// Whether its place is still counted.
+    /// Whether the call still counts as in progress.
     counted: bool,
 }
 
@@ -75,7 +75,7 @@ impl<C: Send + 'static> Coalescer<C> {
             keys: [RandomState::new(), RandomState::new()],
             groups: Mutex::default(),
             send: Box::new(send),
-            merged: AtomicU64::new(0),
+            coalesced: AtomicU64::new(0),
         })
     }
 
@@ -84,12 +84,12 @@ impl<C: Send + 'static> Coalescer<C> {
         Alike::from(high.hash_one(what)) << 64 | Alike::from(low.hash_one(what))
     }
 
-    /// Calls so far that travelled with another one.
-    pub(super) fn merged(&self) -> u64 {
-        self.merged.load(Ordering::Relaxed)
+    /// Calls that shared a script call with others.
+    pub(super) fn coalesced(&self) -> u64 {
+        self.coalesced.load(Ordering::Relaxed)
     }
 
-    /// A call arrives; `own` makes it one that can wait.
+    /// Admits a call. `own` makes an owned copy, which can wait.
     pub(super) fn enter(
         self: &Arc<Self>,
         alike: Alike,
@@ -98,10 +98,10 @@ impl<C: Send + 'static> Coalescer<C> {
     ) -> Entered<C> {
         let mut groups = self.groups();
         let group = groups.entry(alike).or_insert_with(|| Group { under_way: 0, queue: VecDeque::new() });
-        // The same id twice in one script call would not see its own grant.
+        // A script call would not see the first of two calls with the same id.
         if group.under_way < AT_ONCE || group.queue.iter().any(|waiter| waiter.id == id) {
             group.under_way += 1;
-            return Entered::Now(Ticket { merge: self.clone(), alike, counted: true });
+            return Entered::Now(Ticket { coalescer: self.clone(), alike, counted: true });
         }
         let (answer, receiver) = oneshot::channel();
         group.queue.push_back(Waiter { id, call: own(), answer });
@@ -112,7 +112,7 @@ impl<C: Send + 'static> Coalescer<C> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next batch of a group in place of what has ended; none when nobody waits.
+    /// The next batch of a group, in place of one that has ended; empty if no call waits.
     fn next(&self, alike: Alike) -> Vec<Waiter<C>> {
         let mut groups = self.groups();
         let Some(group) = groups.get_mut(&alike) else { return Vec::new() };
@@ -120,7 +120,7 @@ impl<C: Send + 'static> Coalescer<C> {
         while batch.len() < BATCH_MAX
             && let Some(waiter) = group.queue.pop_front()
         {
-            // Who is gone is not asked for: nothing was sent, so nothing has to be undone.
+            // A call whose caller has left was never sent, so nothing has to be undone.
             if !waiter.answer.is_closed() {
                 batch.push(waiter);
             }
@@ -135,22 +135,22 @@ impl<C: Send + 'static> Coalescer<C> {
     }
 
     async fn run(self: Arc<Self>, alike: Alike, mut batch: Vec<Waiter<C>>) {
-        // A batch that panics, or is cancelled, leaves its place to the next one.
-        let mut place = Ticket { merge: self.clone(), alike, counted: true };
+        // If a batch panics or is cancelled, the next one is sent in its place.
+        let mut place = Ticket { coalescer: self.clone(), alike, counted: true };
         while !batch.is_empty() {
             if batch.len() > 1 {
-                self.merged.fetch_add(batch.len() as u64, Ordering::Relaxed);
+                self.coalesced.fetch_add(batch.len() as u64, Ordering::Relaxed);
             }
             let (calls, answers): (Vec<C>, Vec<_>) =
                 batch.into_iter().map(|waiter| (waiter.call, waiter.answer)).unzip();
             let replies = (self.send)(calls).await;
             for (answer, reply) in answers.into_iter().zip(replies) {
-                // Nobody waits for it any more: the caller cancels by id.
+                // The caller may have left; it cancels by id.
                 let _ = answer.send(reply);
             }
             batch = self.next(alike);
         }
-        // The last call of `next` gave the place back.
+        // The last call of `next` has decreased the count already.
         place.counted = false;
     }
 }
@@ -160,15 +160,15 @@ impl<C: Send + 'static> Drop for Ticket<C> {
         if !self.counted {
             return;
         }
-        let batch = self.merge.next(self.alike);
+        let batch = self.coalescer.next(self.alike);
         if batch.is_empty() {
             return;
         }
         match tokio::runtime::Handle::try_current() {
-            // Bounded by the deadline of each call; ends with the group's queue.
-            Ok(runtime) => drop(runtime.spawn(self.merge.clone().run(self.alike, batch))),
-            // The runtime is gone, and with it everybody who waits.
-            Err(_) => drop(self.merge.groups().remove(&self.alike)),
+            // Ends when the queue of the group is empty; each call has a deadline.
+            Ok(runtime) => drop(runtime.spawn(self.coalescer.clone().run(self.alike, batch))),
+            // Without a runtime there are no waiting callers.
+            Err(_) => drop(self.coalescer.groups().remove(&self.alike)),
         }
     }
 }
@@ -183,11 +183,11 @@ mod tests {
     fn recorder() -> (Arc<Coalescer<u32>>, Sent) {
         let sent = Sent::default();
         let log = sent.clone();
-        let merge = Coalescer::new(move |calls: Vec<u32>| {
+        let coalescer = Coalescer::new(move |calls: Vec<u32>| {
             log.lock().expect("log").push(calls.clone());
             Box::pin(async move { calls.into_iter().map(|call| Ok(vec![i64::from(call)])).collect() })
         });
-        (merge, sent)
+        (coalescer, sent)
     }
 
     fn id(n: u32) -> ReservationId {
@@ -196,25 +196,25 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_alone_and_the_queue_goes_in_order() {
-        let (merge, sent) = recorder();
+        let (coalescer, sent) = recorder();
         let mut tickets = Vec::new();
         for n in 0..AT_ONCE {
-            match merge.enter(7, id(n), || n) {
+            match coalescer.enter(7, id(n), || n) {
                 Entered::Now(ticket) => tickets.push(ticket),
                 Entered::Later(_) => panic!("the first go at once"),
             }
         }
-        assert!(matches!(merge.enter(8, id(0), || 0), Entered::Now(_)), "another kind");
+        assert!(matches!(coalescer.enter(8, id(0), || 0), Entered::Now(_)), "another kind");
         let mut waiting = Vec::new();
         for n in 10..10 + 40 {
-            match merge.enter(7, id(n), || n) {
+            match coalescer.enter(7, id(n), || n) {
                 Entered::Now(_) => panic!("too many are under way"),
                 Entered::Later(answer) => waiting.push((n, answer)),
             }
         }
         // Who leaves is left out.
         drop(waiting.remove(0));
-        assert!(matches!(merge.enter(7, id(12), || 12), Entered::Now(_)), "its double waits");
+        assert!(matches!(coalescer.enter(7, id(12), || 12), Entered::Now(_)), "its double waits");
         drop(tickets);
         for (n, answer) in waiting {
             assert_eq!(answer.await.expect("answered"), Ok(vec![i64::from(n)]));
@@ -223,14 +223,14 @@ mod tests {
         assert!(all.iter().all(|batch| batch.len() <= BATCH_MAX && batch.is_sorted()), "{all:?}");
         all.sort();
         assert_eq!(all.concat(), (11..50).collect::<Vec<_>>());
-        let merged: usize = all.iter().map(Vec::len).filter(|len| *len > 1).sum();
-        assert_eq!(merge.merged(), merged as u64);
-        assert!(merge.groups().is_empty(), "nothing stays behind");
+        let coalesced: usize = all.iter().map(Vec::len).filter(|len| *len > 1).sum();
+        assert_eq!(coalescer.coalesced(), coalesced as u64);
+        assert!(coalescer.groups().is_empty(), "nothing stays behind");
     }
 
     #[tokio::test]
     async fn a_batch_that_panics_leaves_its_place_to_the_next() {
-        let merge = Coalescer::new(|calls: Vec<u32>| {
+        let coalescer = Coalescer::new(|calls: Vec<u32>| {
             Box::pin(async move {
                 assert!(!calls.contains(&13), "a bug");
                 calls.into_iter().map(|n| Ok(vec![i64::from(n)])).collect()
@@ -238,15 +238,17 @@ mod tests {
         });
         // More often than there are places.
         for _ in 0..3 * AT_ONCE {
-            let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
-            let Entered::Later(lost) = merge.enter(7, id(13), || 13) else {
+            let tickets: Vec<_> = (0..AT_ONCE).map(|n| coalescer.enter(7, id(n), || n)).collect();
+            let Entered::Later(lost) = coalescer.enter(7, id(13), || 13) else {
                 panic!("too many are under way")
             };
             drop(tickets);
             assert!(lost.await.is_err(), "it learns that there is no answer");
         }
-        let tickets: Vec<_> = (0..AT_ONCE).map(|n| merge.enter(7, id(n), || n)).collect();
-        let Entered::Later(answer) = merge.enter(7, id(20), || 20) else { panic!("too many are under way") };
+        let tickets: Vec<_> = (0..AT_ONCE).map(|n| coalescer.enter(7, id(n), || n)).collect();
+        let Entered::Later(answer) = coalescer.enter(7, id(20), || 20) else {
+            panic!("too many are under way")
+        };
         drop(tickets);
         assert_eq!(answer.await.expect("answered"), Ok(vec![20]));
     }

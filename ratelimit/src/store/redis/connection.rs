@@ -1,8 +1,8 @@
-//! A connection that is replaced when it breaks, by one task and not by every caller.
+//! A connection that one task replaces when it breaks, so that callers do not.
 //!
-//! The task publishes the state of its connection; callers read it. While the first attempt of a connection is under
-//! way callers wait (up to their deadline); once an attempt has failed they fail at once until the next one
-//! succeeds. Attempts back off, so a server that is down sees a few per second, whatever the load.
+//! The task publishes the state of its connection, and callers read it. During the first attempt to connect, callers
+//! wait up to their deadline. After a failed attempt they fail at once until one succeeds. Attempts back off, so a
+//! server that is down gets a few per second, whatever the load.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -18,26 +18,26 @@ use super::topology::{Shared, Source};
 use crate::model::data_set::DataSet;
 use crate::model::error::Error;
 
-/// Calls in a row without an answer after which a connection is taken for dead.
+/// Consecutive timeouts after which a connection counts as dead.
 const TIMEOUTS_MAX: u32 = 8;
-/// And for how long there must have been none: in a starved process hundreds of calls time out at once while their
-/// answers lie unread in the socket, and a new connection would lose those.
+/// The time without any answer that is needed as well. In a starved process hundreds of calls time out at once while
+/// their answers lie unread in the socket; a new connection would lose these answers.
 const SILENT_AFTER: Duration = Duration::from_secs(3);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A connection that lasted this long counts as good: the next failure starts with no backoff.
+/// A connection that lasted this long was good, so the next failure starts without backoff.
 const SETTLED_AFTER: Duration = Duration::from_secs(5);
-/// How often a connection is looked at that nobody may use just now: whether it lives, and to which data set. Shorter
-/// than the grace in which gateways count their leases again after a loss; see `layers/fallback/breaker.rs`.
+/// The interval of the checks of an idle connection: whether it works, and which data set it leads to. Shorter than
+/// the grace time in which gateways count their leases again after a data loss (`layers/fallback/breaker.rs`).
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// An established connection.
 #[derive(Clone)]
 pub(crate) struct Link {
     pub(crate) shared: Shared,
-    /// The birth of its data set for the scripts, microseconds; zero when missing bucket states are empty.
+    /// The birth of its data set, which scripts receive, in microseconds; zero if missing buckets are empty.
     pub(crate) birth: u64,
-    /// Which of the connections in turn it is, so that a late complaint does not hit its successor.
+    /// Counts connections, so that a late complaint does not end the next connection.
     pub(crate) generation: u64,
 }
 
@@ -48,12 +48,12 @@ enum State {
     Down(Error),
 }
 
-/// A connection and the task that keeps it. Dropping it stops the task.
+/// A connection and the task that maintains it. Dropping it stops the task.
 pub(crate) struct Connection {
     state: watch::Receiver<State>,
     complaints: mpsc::Sender<u64>,
     timeouts: AtomicU32,
-    /// Milliseconds after `born` of the first of those timeouts.
+    /// When the first of these timeouts was, in milliseconds after `born`.
     silent_since: AtomicU64,
     born: Instant,
     keeper: JoinHandle<()>,
@@ -75,7 +75,7 @@ impl Connection {
         }
     }
 
-    /// The connection. Cancel-safe.
+    /// Returns the connection when there is one. Cancel-safe.
     pub(crate) async fn connected(&self) -> Result<Link, Error> {
         let fast = self.state.borrow().answer();
         if let Some(answer) = fast {
@@ -91,9 +91,9 @@ impl Connection {
         matches!(&*self.state.borrow(), State::Down(_))
     }
 
-    /// The connection of this generation is of no more use.
+    /// Reports that the connection of this generation is broken.
     pub(crate) fn broken(&self, generation: u64) {
-        // A full queue already holds a complaint.
+        // If the queue is full, it holds a complaint already.
         let _ = self.complaints.try_send(generation);
     }
 
@@ -168,7 +168,7 @@ async fn keep(connector: Connector, publish: watch::Sender<State>, mut complaine
     }
 }
 
-/// Establishes a connection, again and again.
+/// Connects, as often as needed.
 struct Connector {
     source: Source,
     cold_start: ColdStart,
@@ -180,16 +180,17 @@ impl Connector {
         let mut shared = self.source.connect().await?;
         let birth = match birth(&mut shared).await {
             Ok(birth) => birth,
-            // It says so to whoever asks for a decision; of a Cluster, the other shards may serve.
+            // The server says the same to every call that asks for a decision; in a Cluster, the other shards may
+            // answer.
             Err(error) if self.cold_start == ColdStart::Burst && self.is_usable(&error) => 0,
             Err(error) => return Err(error),
         };
-        // Before anybody can use the connection: who asks for a decision must know that leases are lost.
+        // Callers must know of lost leases before they can use the connection.
         self.data_set.found(birth);
         Ok(Link { shared, birth: self.birth_for_scripts(birth), generation })
     }
 
-    /// Whether a connection may be of use although this happened on it.
+    /// Whether a connection may be usable in spite of this error.
     fn is_usable(&self, error: &Error) -> bool {
         self.source.is_cluster() || !matches!(error, Error::Unreachable(_) | Error::Lost)
     }
@@ -198,7 +199,7 @@ impl Connector {
         if self.cold_start == ColdStart::Strict { birth } else { 0 }
     }
 
-    /// Until the connection is of no more use, or nobody wants it.
+    /// Returns when the connection is broken or no longer needed.
     async fn watch(
         &self,
         mut link: Link,
@@ -225,7 +226,7 @@ impl Connector {
                             publish.send_replace(State::Ready(link.clone()));
                         }
                     }
-                    // Where it is slow or does not serve, calls say so.
+                    // If the server is slow or refuses to serve, the calls themselves report it.
                     Err(error) if self.is_usable(&error) => {}
                     Err(_) => return,
                 },
@@ -234,7 +235,8 @@ impl Connector {
     }
 }
 
-/// Between three quarters and all of it, so that gateways do not come back in step.
+/// A random part of the backoff, from three quarters to all of it, so that gateways do not reconnect at the same
+/// time.
 fn jittered(backoff: Duration, generation: u64) -> Duration {
     let seed = uuid::Uuid::new_v4().as_u128() as u64 ^ generation;
     backoff.mul_f64(0.75 + (seed % 256) as f64 / 1024.0)

@@ -11,7 +11,7 @@ use super::topology::Shared;
 use crate::model::error::Error;
 use crate::model::key::Key;
 
-/// One script call, by hash; with its text when the server does not know it.
+/// Calls a script by its hash, and with its text if the server does not know it.
 pub(super) async fn eval(
     link: &mut impl ConnectionLike,
     birth: u64,
@@ -39,7 +39,7 @@ pub(super) async fn eval(
     reply::numbers(result?)
 }
 
-/// When the data set behind a connection was born; of a Cluster, that of the shard of one key.
+/// The time at which the data set behind a connection was created; in a Cluster, that of the shard of one key.
 pub(super) async fn birth(link: &mut Shared) -> Result<u64, Error> {
     let key = Key::birth();
     let keys = [&key];

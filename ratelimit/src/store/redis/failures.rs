@@ -1,18 +1,18 @@
-//! What a Redis error says about the call and about the connection.
+//! Classifies Redis errors: what they mean for the call and for the connection.
 
 use ::redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use super::reply;
 use crate::model::error::{Error, Fault};
 
-/// A lost connection, or one to a server that no longer is the primary.
+/// Whether the connection is lost, or leads to a server that is no longer the primary.
 pub(super) fn replaces_connection(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_unrecoverable_error()
         || matches!(error.kind(), ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown))
 }
 
-/// Of a call that was sent. Never quotes an address.
+/// The error of a call that was sent. It never contains an address.
 pub(super) fn classify(error: &RedisError) -> Error {
     if let Some(fault) = fault_of(error) {
         let code = error.code().unwrap_or("NOAUTH");
@@ -24,13 +24,13 @@ pub(super) fn classify(error: &RedisError) -> Error {
     }
     match error.kind() {
         ErrorKind::Parse | ErrorKind::UnexpectedReturnType => reply::malformed(),
-        // A Cluster without a node to ask has not sent anything.
+        // The client had no node to send the call to.
         ErrorKind::ClusterConnectionNotFound => Error::Unreachable("no node of the cluster answers".into()),
         _ => Error::Lost,
     }
 }
 
-/// Of an attempt to connect: nothing was asked yet.
+/// The error of an attempt to connect. No call was sent.
 pub(super) fn classify_connect(error: &RedisError) -> Error {
     match classify(error) {
         Error::Lost if error.is_connection_refusal() => Error::Unreachable("connection refused".into()),

@@ -1,4 +1,4 @@
-//! What is private here and reads what a store answers, or where it is, for the fuzz targets alone.
+//! Entry points for fuzz targets: the private parsers of replies and of addresses. Nothing else may use them.
 
 use std::time::Duration;
 
@@ -11,18 +11,18 @@ use crate::model::error::Error;
 use crate::model::limits::{LimitState, ScopeLimits};
 use crate::model::usage::UsageLines;
 
-/// One reply, read as the answer to each call.
+/// One reply, read as the answer to each kind of call.
 #[derive(Debug)]
 pub struct Replies {
-    /// As one to an acquire.
+    /// As the answer to an acquire.
     pub decision: Result<Decision, Error>,
-    /// As one to a settle.
+    /// As the answer to a settlement.
     pub settled: Result<Settled, Error>,
-    /// As one to a peek.
+    /// As the answer to a peek.
     pub peeked: Result<Vec<LimitState>, Error>,
-    /// As one to a question about usage.
+    /// As the answer to a usage report.
     pub usage: Result<Vec<UsageLines>, Error>,
-    /// As one to a charge.
+    /// As the answer to a charge.
     pub charged: Result<Decision, Error>,
     /// As an index below `len`.
     pub index: Result<Option<usize>, Error>,
@@ -51,7 +51,7 @@ pub fn replies(reply: &[i64], scopes: &[ScopeLimits], charges: &[Charge], len: u
     }
 }
 
-/// Whether this is the address of a store; the error's text when it is none.
+/// Whether this is the address of a store; the text of the error if it is not.
 pub fn address(url: &str) -> Result<(), String> {
     Source::parse(url, Duration::from_secs(1)).map(drop).map_err(|error| error.to_string())
 }

@@ -1,28 +1,28 @@
-//! Whether this process itself is slow.
+//! Detects that this process gets too little CPU.
 //!
-//! A deadline that passes says that *somebody* was slow. When the process gets too little CPU, answers lie unread in
-//! its sockets while its timers fire: blaming the limit store then would mean deciding without it, and admitting
-//! what it refuses. A task that wants to run every ten milliseconds measures how late it does.
+//! After a timeout it is not known which side was slow. In a starved process answers lie unread in the sockets while
+//! timers expire. If such timeouts counted against the limit store, the gateway would decide without it and admit
+//! what it refuses. So a task that wants to run every ten milliseconds measures how late it runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How often the monitor wants to run.
+/// The interval at which the monitor wants to run.
 const TICK: Duration = Duration::from_millis(10);
-/// Later than this is starved; well below the deadlines that are judged by it.
+/// The delay from which on the process counts as starved; well below the deadlines that it is compared with.
 const LATE: Duration = Duration::from_millis(15);
-/// For so long after a late tick the process counts as starved.
+/// The time after a late run for which the process still counts as starved.
 const MEMORY: Duration = Duration::from_millis(250);
 
 /// The monitor. Reading it costs one atomic load.
 #[derive(Debug)]
 pub(super) struct Lag {
     born: Instant,
-    /// Microseconds after `born` when the monitor last ran.
+    /// When the monitor last ran, in microseconds after `born`.
     last_tick: AtomicU64,
-    /// Microseconds after `born` when it was last late.
+    /// When it was last late, in microseconds after `born`.
     last_late: AtomicU64,
 }
 
@@ -37,7 +37,7 @@ impl Lag {
         u64::try_from(self.born.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// Measures; never returns.
+    /// Measures for ever.
     pub(super) async fn run(&self) {
         loop {
             let since = self.now();
@@ -50,7 +50,7 @@ impl Lag {
         }
     }
 
-    /// Whether the monitor is late now or was a moment ago.
+    /// Whether the monitor is late now or was shortly before.
     pub(super) fn starved(&self) -> bool {
         let now = self.now();
         let late_now =

@@ -1,4 +1,4 @@
-//! The limiter and its calls: whole where all keys share a hash slot, else split.
+//! The limiter in Redis and its calls. A call over several hash slots is split.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use super::batch::{Ask, End};
+use super::batch::{Ask, End, coalescer};
 use super::client::Client;
 use super::coalesce::Coalescer;
 use super::connection::Connection;
@@ -27,12 +27,12 @@ use crate::model::limiter::Limiter;
 use crate::model::limits::{LimitState, ScopeLimits};
 use crate::model::usage::UsageLines;
 
-/// Limits shared through Redis: one server, a primary that Sentinels know, or a Cluster.
+/// Limits that are shared through Redis: one server, a primary behind Sentinels, or a Cluster.
 pub struct RedisLimiter {
     pub(super) client: Arc<Client>,
     pub(super) acquires: Arc<Coalescer<Ask<'static>>>,
     pub(super) settles: Arc<Coalescer<End<'static>>>,
-    pub(super) merge: bool,
+    pub(super) coalesce: bool,
     pub(super) recent_refusals: RecentRefusals,
     monitor: JoinHandle<()>,
 }
@@ -72,20 +72,20 @@ impl RedisLimiter {
             deadline: options.deadline,
             prolonged: ProlongedSets::default(),
         });
-        let (acquires, settles) = (Ask::coalescer(&client), End::coalescer(&client));
+        let (acquires, settles) = (coalescer(&client), coalescer(&client));
         Ok(Self {
             client,
             acquires,
             settles,
-            merge: options.merge,
+            coalesce: options.coalesce,
             recent_refusals: RecentRefusals::default(),
             monitor,
         })
     }
 
-    /// Admissions and settlements so far that travelled with another one under the same limits.
-    pub fn merged_calls(&self) -> u64 {
-        self.acquires.merged() + self.settles.merged()
+    /// Admissions and settlements that shared a script call with others.
+    pub fn coalesced_calls(&self) -> u64 {
+        self.acquires.coalesced() + self.settles.coalesced()
     }
 }
 

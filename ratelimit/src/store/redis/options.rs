@@ -1,32 +1,32 @@
-//! How a Redis server is used.
+//! Options for the use of a Redis server.
 
 use std::time::Duration;
 
-/// Time for a new connection, apart from any call's deadline: a handshake may take longer than a decision.
+/// The timeout of connecting, which is not part of a call's deadline: a handshake may take longer than a decision.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How to use a Redis server.
+/// Options for the use of a Redis server.
 #[derive(Debug, Clone, Copy)]
 pub struct RedisOptions {
-    /// The longest a call may take, a wait for a connection included.
+    /// The longest time of a call, including a wait for a connection.
     pub deadline: Duration,
-    /// Connections, each shared by any number of calls; to every node of a Cluster.
+    /// The number of connections, each shared by any number of calls. A Cluster gets as many per node.
     pub connections: usize,
-    /// What a bucket state that is not there means.
+    /// The meaning of a missing bucket state.
     pub cold_start: ColdStart,
-    /// Whether calls under the same limits travel as one where they would queue up. Off only to measure.
-    pub merge: bool,
+    /// Whether calls under the same limits are coalesced where they would queue up. Measurements turn it off.
+    pub coalesce: bool,
 }
 
-/// What a bucket state that is not there means: never used, or lost with the data set it was in.
+/// The meaning of a missing bucket state: it was never used, or was lost with its data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum ColdStart {
-    /// It is empty. A store that lost its data grants every limit's burst once more.
+    /// The bucket is empty. A store that lost its data grants the burst of every limit again.
     #[default]
     Burst,
-    /// It was full when the data set was born, and has drained since: a store that lost its data grants no burst, and
-    /// neither does a new one. BucketStates that do not drain start empty. The birth is read with each connection; of a
-    /// Cluster it is that of the shard of the key `weir:{g}:birth`.
+    /// The bucket was full when the data set was created, and has drained since. So a store that lost its data grants
+    /// no burst, and neither does a new store. Buckets that do not drain start empty. The creation time is read with
+    /// each connection; in a Cluster it is that of the shard of the key `weir:{g}:birth`.
     Strict,
 }
 
@@ -36,7 +36,7 @@ impl Default for RedisOptions {
             deadline: Duration::from_millis(50),
             connections: 2,
             cold_start: ColdStart::default(),
-            merge: true,
+            coalesce: true,
         }
     }
 }

@@ -1,41 +1,42 @@
-//! Which slots of a Cluster refused lately: they are asked first.
+//! Hash slots of a Redis Cluster that refused within the last second. The limiter asks them first.
 //!
-//! A call over several slots charges one after the other, and takes back what it charged when a later one refuses. In
-//! between others see that charge, and may be refused by it although there is room. Asked first, who refuses has
-//! nothing before it to take back.
+//! A call over several hash slots charges one after the other and takes its charges back when a later one refuses. Until
+//! then other calls see the charge and may be refused although there is room. If the refusing slot is asked first, no
+//! charge has to be taken back.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use weir_runtime::RecentMap;
 
-/// What refused so long ago may have room again.
+/// After this time a hash slot may have room again.
 const LATELY: Duration = Duration::from_secs(1);
-/// Slots remembered; past that all are forgotten, which costs calls that are taken back.
+/// Hash tags remembered. A forgotten one costs calls whose charges are taken back.
 const TAGS_MAX: usize = 16_384;
 
-#[derive(Debug, Default)]
-pub(super) struct RecentRefusals(Mutex<HashMap<String, Instant>>);
+#[derive(Debug)]
+pub(super) struct RecentRefusals(Mutex<RecentMap<Arc<str>, ()>>);
+
+impl Default for RecentRefusals {
+    fn default() -> Self {
+        Self(Mutex::new(RecentMap::new(TAGS_MAX, LATELY)))
+    }
+}
 
 impl RecentRefusals {
-    /// Something with this tag has just refused.
+    /// Records a refusal by a key with this hash tag.
     pub(super) fn note(&self, tag: &str) {
-        let mut tags = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = tags.get_mut(tag) {
-            *at = Instant::now();
-            return;
+        let (mut tags, now) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        if !tags.touch(tag, now) {
+            tags.insert(tag.into(), (), now);
         }
-        if tags.len() >= TAGS_MAX {
-            tags.clear();
-        }
-        tags.insert(tag.to_owned(), Instant::now());
     }
 
-    /// Whether something with this tag refused within the last second.
+    /// Whether a key with this hash tag refused within the last second.
     pub(super) fn lately(&self, tag: &str) -> bool {
         let tags = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        tags.get(tag).is_some_and(|at| at.elapsed() < LATELY)
+        tags.get(tag, Instant::now()).is_some()
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the scripts answer: whole numbers, as an array of integers or, where there are many, as one string of doubles.
+//! The replies of scripts: whole numbers, as an array of integers or, for many numbers, as one string of doubles.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::model::usage::{Tally, UsageLines};
 /// The numbers of a reply in either form.
 pub(super) fn numbers(reply: Value) -> Result<Vec<i64>, RedisError> {
     match reply {
-        // Whole and below 2^53, so nothing is lost.
+        // The doubles are whole and below 2^53, so no precision is lost.
         Value::BulkString(bytes) => {
             Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as i64).collect())
         }
@@ -22,7 +22,7 @@ pub(super) fn numbers(reply: Value) -> Result<Vec<i64>, RedisError> {
     }
 }
 
-/// Reads a reply from front to back; a missing number is an error, not a default.
+/// Reads a reply from front to back. A missing number is an error and has no default.
 pub(crate) struct Reader<'a> {
     rest: std::slice::Iter<'a, i64>,
 }
@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
         Ok((name, Tally::from_array([self.int()?, self.int()?, self.int()?, self.int()?])))
     }
 
-    /// An index below `len`, or none.
+    /// Reads an index below `len`; `None` for no index.
     pub(crate) fn index(mut self, len: usize) -> Result<Option<usize>, Error> {
         match self.int()? {
             -1 => Ok(None),

@@ -1,4 +1,4 @@
-//! The scripts and the form of their arguments.
+//! The scripts and the encoding of their arguments.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -12,12 +12,13 @@ use crate::model::kind::Kind;
 use crate::model::leaky_bucket::Terms;
 use crate::model::limits::ScopeLimits;
 
-/// What scripts share, put in where it is used: a call makes every function of its script anew.
+/// Parts that several scripts share. A script contains only the parts that it uses, because each call creates every
+/// function of its script anew.
 const LEAKY_BUCKET: &str = include_str!("scripts/leaky_bucket.lua");
 const LEASES: &str = include_str!("scripts/leases.lua");
 const RESERVATION: &str = include_str!("scripts/reservation.lua");
 
-/// A script's text and the hash the server knows it by.
+/// A script's text and the hash by which the server knows it.
 pub(crate) struct Script {
     text: String,
     hash: String,
@@ -43,7 +44,7 @@ script!(PEEK, "peek.lua", LEAKY_BUCKET, LEASES);
 
 impl Script {
     fn new(source: &str, parts: &[&str]) -> Self {
-        // The first line holds the flags and must stay first.
+        // The first line holds the flags of the script, so it must stay first.
         let (flags, body) = source.split_once('\n').unwrap_or((source, ""));
         let text = format!("{flags}\n{}{body}", parts.concat());
         let hash = ::redis::Script::new(&text).get_hash().to_owned();
@@ -59,13 +60,13 @@ impl Script {
     }
 }
 
-/// Arguments in the order the scripts read them: all numbers in one, as little-endian doubles, which a script takes
-/// apart in a few steps; then texts. Every number is whole and below 2^53.
+/// The arguments in the order in which scripts read them: first all numbers in one string of little-endian doubles,
+/// which a script decodes in a few steps, then the texts. Every number is whole and below 2^53.
 #[derive(Default)]
 pub(crate) struct Args {
     numbers: Vec<u8>,
     texts: Vec<u8>,
-    /// Where each text ends.
+    /// The end of each text.
     ends: SmallVec<[usize; 8]>,
 }
 
@@ -77,12 +78,12 @@ impl Args {
         std::iter::once(self.numbers.as_slice()).chain(texts)
     }
 
-    /// How many there are.
+    /// The number of arguments.
     pub(crate) fn len(&self) -> usize {
         1 + self.ends.len()
     }
 
-    /// Their size, bytes.
+    /// The size of the arguments, bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.numbers.len() + self.texts.len()
     }
@@ -123,12 +124,12 @@ impl Args {
         self
     }
 
-    /// The concurrency of a scope; less than zero when it has none.
+    /// The concurrency limit of a scope; negative if there is none.
     pub(crate) fn concurrency(&mut self, scope: &ScopeLimits) -> &mut Self {
         self.number(scope.concurrency.map_or(-1.0, f64::from))
     }
 
-    /// How many buckets a scope has, and each of them.
+    /// The number of buckets of a scope, and each bucket.
     pub(crate) fn buckets(&mut self, scope: &ScopeLimits) -> &mut Self {
         self.int(scope.buckets.iter().flatten().count() as u64);
         for kind in Kind::ALL {

@@ -1,10 +1,11 @@
-//! Calls whose keys live in several slots of a Cluster: one script call per slot, in a fixed order.
+//! Calls whose keys are in several hash slots of a Cluster: one script call per slot, in a fixed order.
 //!
-//! Groups go from the most selective scope to the widest: tenant, model, account, everything, then the candidate backends
-//! one by one; but those that refused lately come first, and backends that were full lately are looked at before anything
-//! is charged. A refusal undoes the groups that had granted, exactly: what they charged is credited, their leases and
-//! records are removed. So no limit is ever exceeded, and all that can be seen from outside is a charge that stands
-//! for the moment between grant and undoing. Each group is idempotent by the reservation's id, and so is the whole.
+//! Groups are asked from the most selective scope to the widest: tenant, model, account, everything, then the
+//! candidate backends one by one. Groups that refused within the last second come first, and backends that were full
+//! within the last second are checked before anything is charged. A refusal undoes the groups that had granted: it
+//! credits their charges and removes their leases and records. So no limit is ever exceeded. Others can only see a
+//! charge that exists between the grant and the undoing. Each group is idempotent by the reservation's id, and so is
+//! the whole call.
 
 use std::time::Duration;
 
@@ -23,13 +24,13 @@ use crate::model::key::Key;
 use crate::model::limits::{LimitState, ScopeLimits, Scopes, Verdict};
 use crate::model::usage::UsageLines;
 
-/// The scopes of one slot, by their places in the call.
+/// The scopes in one hash slot, by their positions in the call.
 struct Group {
     tag: String,
     scopes: SmallVec<[usize; 6]>,
 }
 
-/// Groups in the order they are asked; a call without scopes has one without scopes, so that its id is remembered.
+/// The groups in the order in which they are asked. A call without scopes has one empty group, which stores its id.
 fn groups(scopes: &[ScopeLimits]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for (at, scope) in scopes.iter().enumerate() {
@@ -59,7 +60,7 @@ fn pick(scopes: &[ScopeLimits], of: &Group) -> Scopes {
     of.scopes.iter().map(|&at| scopes[at].clone()).collect()
 }
 
-/// Adds what a group said of its limits, in place of what it said before.
+/// Adds the limits that a group returned and replaces earlier ones.
 fn note(all: &mut Vec<LimitState>, limits: Vec<LimitState>) {
     for limit in limits {
         match all.iter_mut().find(|known| known.scope == limit.scope && known.what == limit.what) {
@@ -70,7 +71,7 @@ fn note(all: &mut Vec<LimitState>, limits: Vec<LimitState>) {
 }
 
 fn in_order(mut limits: Vec<LimitState>, scopes: &[ScopeLimits]) -> Vec<LimitState> {
-    // Within a scope a group already has them in order, and the sort is stable.
+    // The limits of one scope come from one group in the right order, and the sort is stable.
     limits.sort_by_key(|limit| limit.position_in(scopes));
     limits
 }
@@ -111,7 +112,7 @@ impl RedisLimiter {
             return Ok(decided(call, Outcome::Granted { slot: None }, limits, now_us));
         }
         if again {
-            // It was granted before: it holds a slot or has been settled, and must not take another one.
+            // The call was granted before: it holds a slot or is settled, and must not take another slot.
             for (at, candidate) in call.candidates.iter().enumerate() {
                 if self.ask_slot(call, candidate, Duration::ZERO).await?.1 {
                     return Ok(decided(call, Outcome::Granted { slot: Some(at) }, limits, now_us));
@@ -129,7 +130,7 @@ impl RedisLimiter {
                     self.recent_refusals.note(candidate.leases.tag());
                     soonest = Some(soonest.map_or(wait, |s: Duration| s.min(wait)));
                 }
-                // Settled before it was ever granted.
+                // A settlement came before the grant.
                 Outcome::Limited { wait } => {
                     return Ok(decided(call, Outcome::Limited { wait }, limits, now_us));
                 }
@@ -140,7 +141,7 @@ impl RedisLimiter {
         Ok(decided(call, Outcome::NoSlot { wait }, limits, now_us))
     }
 
-    /// The refusal of a call whose candidates were all full lately and still are; charges nothing.
+    /// Refuses a call whose candidates were all full within the last second and still are. Charges nothing.
     async fn refused_for_slots(&self, call: &Acquire, groups: &[Group]) -> Result<Option<Decision>, Error> {
         let lately = |candidate: &Candidate| self.recent_refusals.lately(candidate.leases.tag());
         if call.candidates.is_empty() || !call.candidates.iter().all(lately) {
@@ -180,7 +181,7 @@ impl RedisLimiter {
         self.ask_group(&part, candidate.leases.tag(), life).await
     }
 
-    /// Takes back what groups have granted. If that fails nothing is known, and the error says so.
+    /// Undoes the grants of groups. If that fails, the outcome is unknown and the error says so.
     async fn undo(
         &self,
         call: &Acquire,
@@ -208,7 +209,7 @@ impl RedisLimiter {
         let (mut applied, mut now_us) = (false, 0);
         let mut usage = call.usage.clone();
         for group in &groups(&call.scopes) {
-            // In the slot of the group that remembers the reservation, where there is one.
+            // Usage goes with the group whose hash slot stores it, if there is one.
             let usage = usage.take_if(|usage| usage.record.tag() == group.tag);
             let part = Settle { scopes: pick(&call.scopes, group), slot: None, usage, ..call.clone() };
             let settled = self.settle_group(&part, &group.tag, TOMBSTONE_LIFE).await?;
@@ -282,8 +283,8 @@ impl RedisLimiter {
         Ok(())
     }
 
-    /// Reads the membership set first, then frees slot by slot. A process that becomes a member in between finds its leases
-    /// lost.
+    /// Reads the membership set first and then frees the leases slot by slot. A process that becomes a member in
+    /// between finds its leases lost.
     pub(super) async fn free_orphans_split(
         &self,
         owner: OwnerId,
@@ -300,8 +301,8 @@ impl RedisLimiter {
         Ok(Some(freed))
     }
 
-    /// Judges every slot first and writes then. Where somebody else was faster in between, what was written is given
-    /// back.
+    /// Judges every slot first, then writes. If a slot refuses after all because another call came between, the
+    /// earlier charges are undone.
     pub(super) async fn charge_split(&self, charges: &[Charge]) -> Result<Decision, Error> {
         let mut tags: Vec<&str> = charges.iter().map(|charge| charge.record.tag()).collect();
         tags.sort_by_key(|tag| (rank(tag), *tag));
@@ -339,7 +340,7 @@ impl RedisLimiter {
         Ok(Decision { outcome, limits: limits.into_iter().flatten().collect(), now_us, degraded: false })
     }
 
-    /// How each charge stands, and the store's time; writes nothing.
+    /// The state of each limit and the store's time. Writes nothing.
     async fn judge_charges(
         &self,
         charges: &[Charge],
@@ -405,7 +406,7 @@ fn part_of<'a>(
     charges.iter().enumerate().filter(|(_, charge)| charge.record.tag() == tag && wanted(charge)).collect()
 }
 
-/// When every charge that can refuse would fit; `None` when one of them never does.
+/// The time until every charge that can refuse would fit; `None` if one of them can never fit.
 fn wait_of(charges: &[Charge], limits: &[Option<LimitState>]) -> Option<Duration> {
     let limits = charges.iter().zip(limits).filter(|(charge, _)| charge.rule != ChargeRule::Note);
     limits.filter_map(|(_, limit)| limit.as_ref()).try_fold(Duration::ZERO, |wait, limit| {

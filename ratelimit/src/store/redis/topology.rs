@@ -1,4 +1,4 @@
-//! Where the store is: one server, a primary that Sentinels know, or a Cluster; with or without TLS.
+//! Addresses of the limit store: one server, a primary behind Sentinels, or a Cluster; with or without TLS.
 //!
 //! | address | what |
 //! |---|---|
@@ -6,12 +6,12 @@
 //! | `redis+sentinel://[user:password@]host[:port],.../service[/db]` | the primary of a service, asked of these Sentinels |
 //! | `redis+cluster://[user:password@]host[:port],...` | a Cluster, found through any of these nodes |
 //!
-//! `rediss`, `rediss+sentinel` and `rediss+cluster` are the same over TLS. User and password are those of the data
-//! servers; Sentinels are asked without.
+//! `rediss`, `rediss+sentinel` and `rediss+cluster` are the same over TLS. User and password are for the data
+//! servers; Sentinels get none.
 //!
-//! Decisions share a few multiplexed connections, which clients of the `redis` crate make: a pool would hand each call a
-//! connection of its own, and calls could not travel together. Usage reports come over a pool of their own instead: a
-//! reply may be a megabyte, and decisions must not stand behind it.
+//! Decisions share a few multiplexed connections of the `redis` crate. A pool would give each call a connection of
+//! its own, and calls could not be pipelined. Usage reports use a pool, because a reply may be a megabyte and
+//! decisions must not wait behind it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,13 +29,15 @@ use tokio::sync::Mutex;
 use super::failures::classify_connect;
 use crate::model::error::Error;
 
-/// Times the Cluster's client follows MOVED and ASK or repeats TRYAGAIN; the call's deadline is shorter.
+/// How often the Cluster's client follows MOVED and ASK or repeats after TRYAGAIN. The call's deadline ends it
+/// earlier.
 const CLUSTER_RETRIES: u32 = 8;
-/// Bounds of its pauses between repeats, milliseconds.
+/// The bounds of the client's pauses between repeats, milliseconds.
 const CLUSTER_PAUSE_MS: (u64, u64) = (2, 16);
-/// Usage reports under way at once; more wait.
+/// Usage reports in progress; more wait.
 const REPORTS_MAX: usize = 4;
-/// A connection for reports is not used for longer: a server that is no longer the primary would go on answering.
+/// The longest time for which a report connection is used: a server that is no longer the primary would go on
+/// answering.
 const REPORT_CONNECTION_AGE_MAX: Duration = Duration::from_secs(30);
 
 /// Makes connections.
@@ -46,7 +48,7 @@ pub(super) enum Source {
     Cluster(Box<ClusterClient>),
 }
 
-/// A connection, shared by any number of calls.
+/// A connection that any number of calls share.
 #[derive(Clone)]
 pub(super) enum Shared {
     One(MultiplexedConnection),
@@ -59,27 +61,27 @@ pub(super) enum ReportConnection {
     Sentinel(sentinel::Connection),
 }
 
-/// The library's messages may quote the address, password included.
+/// Hides the library's message, which may contain the address with its password.
 fn not_an_address(_: RedisError) -> Error {
     Error::Invalid("not a Redis address")
 }
 
-/// User and password, if any, and what follows them.
+/// Splits an address into user and password, if there are any, and the rest.
 fn split_login(address: &str) -> (&str, &str) {
     address.rsplit_once('@').unwrap_or(("", address))
 }
 
-/// The login as it stands before a host.
+/// The login as it is written before a host.
 fn login_prefix(login: &str) -> String {
     if login.is_empty() { String::new() } else { format!("{login}@") }
 }
 
 impl Source {
-    /// By the address; the table above says which there are.
+    /// Parses an address of one of the forms in the table above.
     pub(super) fn parse(url: &str, connect: Duration) -> Result<Self, Error> {
         let (scheme, rest) = url.split_once("://").ok_or(Error::Invalid("not a Redis address"))?;
         if scheme.starts_with("rediss") {
-            // Fails when the process has chosen a provider already.
+            // Fails if the process has chosen a provider already.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
         match scheme.split_once('+') {
@@ -126,7 +128,7 @@ impl Source {
         if service.is_empty() {
             return Err(form);
         }
-        // The data servers' part, read by the library that reads every other address.
+        // The part for data servers, parsed by the library that parses every other address.
         let data = format!("{plain}://{}localhost/{db}", login_prefix(login));
         let data = data.into_connection_info().map_err(not_an_address)?;
         let of = data.redis_settings();
@@ -178,8 +180,8 @@ impl Source {
         connected.map_err(|error| classify_connect(&error))
     }
 
-    /// A connection for one report, waited for while too many are under way. `None` on a Cluster, whose client has
-    /// connections to every node that all calls share.
+    /// A connection for one report; waits while too many reports are in progress. `None` for a Cluster, whose client
+    /// shares connections to every node among all calls.
     pub(super) async fn report_connection(&self) -> Result<Option<ReportConnection>, Error> {
         let pooled = |error: PoolError| match &error {
             PoolError::Backend(error) => classify_connect(error),
@@ -199,7 +201,7 @@ impl Source {
     }
 }
 
-/// Whether a pooled connection may be used once more.
+/// Whether a pooled connection may be used again.
 fn young(metrics: &Metrics) -> Result<(), HookError> {
     if metrics.age() < REPORT_CONNECTION_AGE_MAX { Ok(()) } else { Err(HookError::message("too old")) }
 }

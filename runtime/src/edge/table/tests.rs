@@ -25,10 +25,10 @@ fn address(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-/// When it was cut, in whole seconds from now, and why.
+/// When and why it was cut, in whole seconds from now.
 async fn cut_after(connection: &Arc<Connection>, limit: u64) -> Option<(u64, Cut)> {
     for second in 0..=limit {
-        if let Some(why) = connection.was_cut() {
+        if let Some(why) = connection.ends_for() {
             return Some((second, why));
         }
         tokio::time::sleep(SECOND).await;
@@ -58,7 +58,7 @@ async fn idle_connections_have_the_time_of_who_they_are() {
     known.connection().trust();
     let (one, other) = (stranger.connection().begin(), known.connection().begin());
     tokio::time::sleep(200 * SECOND).await;
-    assert!(stranger.connection().was_cut().is_none(), "a request that runs is not cut");
+    assert!(stranger.connection().ends_for().is_none(), "a request that runs is not cut");
     drop((one, other));
     assert_eq!(cut_after(stranger.connection(), 20).await, Some((11, Cut::Idle)));
     assert_eq!(cut_after(known.connection(), 100).await, Some((65, Cut::Idle)));
@@ -99,10 +99,10 @@ async fn where_there_is_no_room_the_longest_idle_goes_strangers_first_and_the_bu
         open.push(table.admit(address("10.0.0.1")).expect("room"));
         tokio::time::sleep(SECOND).await;
     }
-    // In the order of their age: busy, known and idle, two strangers.
+    // By age: busy, identified and idle, two strangers.
     let _busy = open[0].connection().begin();
     open[1].connection().trust();
-    let cut = |k: usize, open: &[Open]| open[k].connection().was_cut() == Some(Cut::Evicted);
+    let cut = |k: usize, open: &[Open]| open[k].connection().ends_for() == Some(Cut::Evicted);
     let fifth = table.admit(address("10.0.0.2")).expect("the oldest stranger makes room");
     assert_eq!([0, 1, 2, 3].map(|k| cut(k, &open)), [false, false, true, false]);
     let _busy = (_busy, fifth.connection().begin());
@@ -126,10 +126,10 @@ async fn an_address_makes_room_for_itself_and_not_at_the_cost_of_others() {
     tokio::time::sleep(SECOND).await;
     let second = table.admit(address("2001:db8::2")).expect("room");
     let third = table.admit(address("2001:db8::3")).expect("its oldest goes");
-    assert_eq!(first.connection().was_cut(), Some(Cut::Evicted));
+    assert_eq!(first.connection().ends_for(), Some(Cut::Evicted));
     let _busy = (second.connection().begin(), third.connection().begin());
     assert!(table.admit(address("2001:db8::4")).is_none());
-    assert!(other.connection().was_cut().is_none());
+    assert!(other.connection().ends_for().is_none());
     drop((first, second, third, other));
     assert_eq!((table.len(), lock(&table.inner).addresses.len()), (0, 0), "who has none is forgotten");
 }
@@ -168,12 +168,36 @@ async fn a_drain_closes_idle_connections_late_and_never_before_their_answer_has_
     tokio::time::sleep(5 * SECOND).await;
     drop(request);
     table.cut(Some(SECOND));
-    assert_eq!(connection.was_cut(), None, "the end of its answer may not have left yet");
+    assert_eq!(connection.ends_for(), None, "the end of its answer may not have left yet");
     connection.write_waits(true);
     tokio::time::sleep(2 * SECOND).await;
     table.cut(Some(SECOND));
-    assert_eq!(connection.was_cut(), None, "it waits for its client");
+    assert_eq!(connection.ends_for(), None, "it waits for its client");
     connection.write_waits(false);
     table.cut(Some(SECOND));
-    assert_eq!(connection.was_cut(), Some(Cut::Drained));
+    assert_eq!(connection.ends_for(), Some(Cut::Drained));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_makes_room_takes_none_until_it_stays_after_all() {
+    let table = table(2, 2);
+    let first = table.admit(address("10.0.0.1")).expect("room");
+    tokio::time::sleep(SECOND).await;
+    let _second = table.admit(address("10.0.0.1")).expect("room");
+    let _third = table.admit(address("10.0.0.1")).expect("the first makes room");
+    let counted = |table: &Table| lock(&table.inner).counted;
+    assert_eq!((first.connection().take_asked_to_close(), counted(&table)), (Some(Cut::Evicted), 2));
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(counted(&table), 3, "it had a request after all");
+    let _fourth = table.admit(address("10.0.0.1")).expect("two make room");
+    assert_eq!((counted(&table), table.len()), (2, 4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_writes_when_it_is_to_make_room_is_cut_at_once() {
+    let table = table(1, 1);
+    let open = table.admit(address("10.0.0.1")).expect("room");
+    open.connection().write_waits(true);
+    let _other = table.admit(address("10.0.0.1")).expect("it makes room");
+    assert_eq!(open.connection().was_cut(), Some(Cut::Evicted), "its reader may never look");
 }

@@ -5,15 +5,15 @@ use tokio::time::Instant;
 
 use super::*;
 
-/// Long enough for a busy machine; no test waits for it to pass.
+/// Long enough for a busy machine. No test waits for it to pass.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a sink does with one write.
+/// The result of one write.
 #[derive(Debug, Clone, Copy)]
 enum Act {
-    /// Takes it.
+    /// Takes all bytes.
     Take,
-    /// Takes so many bytes of it.
+    /// Takes this number of bytes.
     TakePart(usize),
     /// Fails.
     Fail(io::ErrorKind),
@@ -23,12 +23,12 @@ enum Act {
 struct Seen {
     written: Vec<u8>,
     writes: Vec<usize>,
-    /// What it does next; afterwards, what comes last.
+    /// The results of the next writes; the last one holds for all later writes.
     script: VecDeque<Act>,
     broken: Option<io::ErrorKind>,
 }
 
-/// A sink that does what a test says.
+/// A sink whose results a test decides.
 #[derive(Debug, Clone, Default)]
 struct Sink(Arc<Mutex<Seen>>);
 
@@ -62,7 +62,7 @@ impl Write for Sink {
     }
 }
 
-/// A sink whose reader is stopped: each write says that it is there and hangs until the test lets it go on.
+/// A sink with a stopped reader: each write reports its start and hangs until the test lets it continue.
 struct Stopped {
     inner: Sink,
     here: Sender<()>,
@@ -72,7 +72,7 @@ struct Stopped {
 impl Write for Stopped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let _ = self.here.send(());
-        // Once the test has dropped its end, nothing is stopped any more.
+        // After the test has dropped its end, nothing hangs any more.
         let _ = self.go.recv();
         self.inner.write(bytes)
     }
@@ -119,7 +119,7 @@ fn a_stopped_reader_keeps_nobody_waiting_and_takes_no_more_than_the_bound() {
         let (queue, lost) = queue(Stopped { inner: sink.clone(), here, go: gone_on });
         push(&queue, 0);
         is_here.recv_timeout(PATIENCE).expect("it writes the first line");
-        // From here on the writer hangs; all of this returns all the same.
+        // From here on the writer hangs; all of these calls return.
         let count = 3 * LINES_MAX;
         for number in 1..=count {
             queue.push(format!("line {number} {:1$}\n", "", line_bytes).as_bytes());
@@ -214,7 +214,7 @@ fn what_follows_half_a_line_begins_on_its_own() {
     sink.seen().script = [
         Act::TakePart(4),
         Act::Fail(io::ErrorKind::StorageFull),
-        // Half of the report, too.
+        // Half of the report as well.
         Act::TakePart(3),
         Act::Fail(io::ErrorKind::StorageFull),
     ]
@@ -256,7 +256,7 @@ fn a_line_beyond_the_bound_is_cut_and_still_a_line() {
     for form in [Form::Json, Form::Text] {
         let sink = Sink::default();
         let queue = Queue::start(Box::new(sink.clone()), form, Counter::default()).expect("a thread");
-        // Two bytes each, and not at an even place: the cut is inside one of them.
+        // Two bytes each, from an odd position on, so the cut is inside one of them.
         let huge = format!("x{}\n", "ü\"".repeat(10 << 20));
         queue.push(huge.as_bytes());
         push(&queue, 1);
@@ -274,13 +274,13 @@ fn a_line_beyond_the_bound_is_cut_and_still_a_line() {
     }
 }
 
-/// Whatever the sink does, a line is written whole or counted, and what is told adds up.
+/// Whatever the sink does, a line is written completely or counted, and the reports add up.
 #[test]
 fn every_line_is_written_or_counted_whatever_the_sink_does() {
     for seed in 1..300_u64 {
         let mut state = seed;
         let mut random = move |below: usize| {
-            // Numerical Recipes' generator; its upper bits are good enough to choose by.
+            // The generator of Numerical Recipes; its upper bits are good enough.
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as usize % below
         };
@@ -301,7 +301,7 @@ fn every_line_is_written_or_counted_whatever_the_sink_does() {
             }
         }
         queue.flush(PATIENCE);
-        // The script is over when the sink has taken this, so that all that was lost is told.
+        // The script is over when the sink has taken this, so that all losses are reported.
         sink.seen().script.clear();
         queue.push(format!("line {count} end\n").as_bytes());
         queue.flush(PATIENCE);
@@ -314,7 +314,7 @@ fn every_line_is_written_or_counted_whatever_the_sink_does() {
             }
         }
         assert!(written.is_sorted_by(|a, b| a < b), "seed {seed}: {written:?}");
-        // What lacks nothing but its newline counts as not written: a report is made again, a line is lost.
+        // A line that lacks only its newline counts as unwritten. A report is repeated, a line is lost.
         assert!(told >= lost.get(), "seed {seed}: {told}, {}", lost.get());
         assert!(written.len() + lost.get() as usize > count, "seed {seed}");
         assert_eq!(written.last(), Some(&count), "seed {seed}");

@@ -1,4 +1,4 @@
-//! A discovery client that refuses some of what it is sent, and remembers what was in force.
+//! A discovery client that refuses some of the resources and keeps the configuration in force.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -16,16 +16,16 @@ use weir_tests::plane::ADMIN_TOKEN;
 
 use super::writers::mark;
 
-/// What a follower went through.
+/// The history of a follower.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     /// The newest revision in force.
     pub(super) revision: u64,
     /// The tenants in force, with their words.
     pub(super) in_force: BTreeMap<String, String>,
-    /// Every tenant that ever was in force.
+    /// Every tenant that was ever in force.
     pub(super) ever: BTreeSet<String>,
-    /// Resources it refused, over all times.
+    /// The resources that it refused so far.
     pub(super) refusals: usize,
 }
 
@@ -74,7 +74,7 @@ impl Apply for Owner {
     fn connected(&mut self, _connected: bool) {}
 }
 
-/// One follower, over a line of its own to each control plane.
+/// One follower, with its own connection to each control plane.
 #[derive(Debug)]
 pub(super) struct Follower {
     pub(super) id: String,
@@ -85,7 +85,7 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Starts it with its copy in a directory; the lines end with `end`.
+    /// Starts it with its copy in a directory; the connections end with `end`.
     pub(super) async fn start(
         id: &str,
         planes: &[String],
@@ -117,7 +117,7 @@ impl Follower {
         };
         let urls: Vec<String> = self.lines.iter().map(|line| format!("http://{}", line.address)).collect();
         let links = Link::all(&urls.join(","), None, None).expect("URLs");
-        // What was in force and not yet kept when it ended is gone: it begins with its copy.
+        // A configuration in force that was not on disk at its end is lost: it starts with its copy.
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).revision = 0;
         let owner = Owner { mark: mark(&self.id), seen: Arc::clone(&self.seen) };
         let disk = Disk::new(&self.directory).expect("made");
@@ -126,13 +126,13 @@ impl Follower {
         self.running = Some((tokio::spawn(subscriber.run(stop.clone())), stop));
     }
 
-    /// Ends it at once, wherever it is, and starts it again with its copy.
+    /// Stops it at once, at any point, and starts it again with its copy.
     pub(super) async fn restart(&mut self) {
         self.stop().await;
         self.run();
     }
 
-    /// Ends it.
+    /// Stops it.
     pub(super) async fn stop(&mut self) {
         let (task, stop) = self.running.take().expect("it runs");
         stop.cancel();

@@ -1,9 +1,9 @@
-//! What all writers were told, against a model that does one thing after the other.
+//! The answers to all writers, against a sequential model.
 //!
-//! The audit log gives the order. Every acknowledged write is in it once, at the revision that was told, and did there
-//! what the model does. What changed nothing, what was refused and what was read must be what the model answers at some
-//! revision between the last write that was over before and the first that began afterwards. Together: the history is
-//! linearizable, and reads are what one control plane has seen.
+//! The audit log gives the order. Every acknowledged write is in it once, at the revision of its answer, with the
+//! effect that it has in the model. Writes without a change, refusals and reads must be answers of the model at some
+//! revision between the last write that had ended before and the first that began afterwards. Together: the history
+//! is linearizable, and reads are those of one control plane.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,28 +11,28 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use weir_proto::v1::{AuditEntry, ChangeAction, ResourceKind};
 
-/// The set of everything that is applied.
+/// The apply set of everything that is applied.
 pub(super) const SET: &str = "random";
 
 /// A tenant: its word, and whether it belongs to the set.
 pub(super) type Tenant = (String, bool);
 
-/// What the writers change.
+/// The resources that writers change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct State {
     pub(super) tenants: BTreeMap<String, Tenant>,
-    /// Of backends; those without one are not here.
+    /// The words of backends; those without one are not here.
     pub(super) weights: BTreeMap<String, u32>,
 }
 
-/// What a writer asks for.
+/// The call of a writer.
 #[derive(Debug, Clone)]
 pub(super) enum Ask {
     Create {
         name: String,
         word: String,
     },
-    /// `expected`: only while its word is this, by its etag.
+    /// `expected`: only if its word is this one, by its etag.
     Update {
         name: String,
         word: String,
@@ -59,16 +59,16 @@ pub(super) enum Ask {
     },
 }
 
-/// What it was told.
+/// The answer to a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Told {
-    /// Done, at this revision where the answer says one.
+    /// Done, at this revision if the answer has one.
     Done(Option<u64>),
-    /// What was read.
+    /// The data that was read.
     Found(String),
     /// Refused for this reason.
     Refused(String),
-    /// Too many at once: it was not done.
+    /// Too many calls at once: not done.
     Contended,
 }
 
@@ -82,7 +82,8 @@ pub(super) struct Call {
     pub(super) began: Instant,
     pub(super) ended: Instant,
     pub(super) told: Told,
-    /// An earlier try of the same request ended without an answer: it may have been done in spite of a refusal.
+    /// Whether an earlier attempt of the request ended without an answer: it may have been done in spite of a
+    /// refusal.
     pub(super) unsure: bool,
 }
 
@@ -102,7 +103,7 @@ impl Past {
     }
 }
 
-/// What a call does at a state, or why it is refused.
+/// The effect of a call on a state, or why it is refused.
 fn step(past: &Past, state: &State, ask: &Ask) -> Result<State, &'static str> {
     let mut next = state.clone();
     let present = |name: &str, expected: &Option<String>| match (state.tenants.get(name), expected) {
@@ -148,7 +149,7 @@ fn step(past: &Past, state: &State, ask: &Ask) -> Result<State, &'static str> {
     Ok(next)
 }
 
-/// What an audit entry of that step says.
+/// The audit entry of that step.
 fn effects(before: &State, after: &State) -> BTreeSet<(ResourceKind, String, ChangeAction)> {
     let action = |before: bool, after: bool| match (before, after) {
         (false, _) => ChangeAction::Create,
@@ -173,7 +174,7 @@ fn said(entry: &AuditEntry) -> BTreeSet<(ResourceKind, String, ChangeAction)> {
     entry.changes.iter().map(row).collect()
 }
 
-/// What has been checked, for people.
+/// A summary for people.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     pub(super) writes: usize,
@@ -182,8 +183,8 @@ pub(super) struct Summary {
     pub(super) reads: usize,
 }
 
-/// Checks everything; the state at every revision and a summary, or what is wrong. `log` are the entries after `first`,
-/// the oldest first.
+/// Checks everything. Returns the state at every revision and a summary, or the error. `log` are the entries after
+/// `first`, the oldest first.
 pub(super) fn check(
     first: u64,
     begin: State,
@@ -228,12 +229,12 @@ pub(super) fn check(
     Ok((past.states, summary))
 }
 
-/// Whoever began after another one had ended has a later revision.
+/// A call that began after another one had ended has a later revision.
 fn in_order(calls: &[Call], done: &BTreeMap<&str, u64>) -> Result<(), String> {
     let mut writes: Vec<(u64, &Call)> =
         calls.iter().filter_map(|call| Some((*done.get(call.request_id.as_str())?, call))).collect();
     writes.sort_by_key(|(revision, _)| *revision);
-    // The latest beginning of all that come before: nobody behind may have ended before that.
+    // The latest start of all earlier entries: no later entry may have ended before it.
     let mut latest: Option<&Call> = None;
     for (revision, call) in writes {
         if let Some(before) = latest.filter(|before| !call.unsure && call.ended < before.began) {
@@ -248,13 +249,13 @@ fn in_order(calls: &[Call], done: &BTreeMap<&str, u64>) -> Result<(), String> {
     Ok(())
 }
 
-/// Finds for every call without an effect a revision at which the model answers the same, in the order in which these
-/// calls followed each other.
+/// Finds for every call without an effect a revision at which the model gives the same answer, in the order of these
+/// calls.
 fn moments(past: &Past, calls: &[Call], done: &BTreeMap<&str, u64>) -> Result<Summary, String> {
     let mut summary = Summary::default();
-    // By the end of each call: the highest revision that had been answered by then, by any and by each control plane.
+    // By the end of each call: the highest revision that was answered by then, by any and by each control plane.
     let mut ends: Vec<(Instant, usize, u64)> = Vec::new();
-    // By the beginning of each write: the lowest revision of those that began then or later.
+    // By the start of each write: the lowest revision of the writes that started then or later.
     let mut begins: Vec<(Instant, u64)> = Vec::new();
     for call in calls {
         if let Some(revision) = done.get(call.request_id.as_str()) {
@@ -273,7 +274,7 @@ fn moments(past: &Past, calls: &[Call], done: &BTreeMap<&str, u64>) -> Result<Su
     let mut rest: Vec<&Call> =
         calls.iter().filter(|call| !done.contains_key(call.request_id.as_str())).collect();
     rest.sort_by_key(|call| call.ended);
-    // What ends first is placed first, as early as it may be: that leaves the most room to the others.
+    // The call that ends first is placed first, as early as possible: that leaves the most room for the others.
     for call in rest {
         let is_read = matches!(call.ask, Ask::Read { .. });
         let counts = |(ended, plane, _): &&(Instant, usize, u64)| {
@@ -306,7 +307,7 @@ fn moments(past: &Past, calls: &[Call], done: &BTreeMap<&str, u64>) -> Result<Su
                 Told::Done(_) => summary.unchanged += 1,
                 _ => summary.refused += 1,
             }
-            // Whatever begins when this is over sees at least what it saw.
+            // A call that starts after the end of this one sees at least what it saw.
             ends.push((call.ended, call.plane, moment));
         }
     }
@@ -321,7 +322,7 @@ mod tests {
 
     use super::*;
 
-    /// A call by its milliseconds.
+    /// A call with its times in milliseconds.
     fn call(id: &str, (began, ended): (u64, u64), ask: Ask, told: Told) -> Call {
         let start = *START.get_or_init(Instant::now);
         let at = |ms| start + Duration::from_millis(ms);
@@ -375,7 +376,7 @@ mod tests {
             "another revision was told"
         );
 
-        // Refusals and reads have to fit somewhere between what was over and what had not begun.
+        // Refusals and reads have to fit between what was over and what had not begun.
         for (times, told, fits) in [
             ((1, 2), refused("NOT_FOUND"), true),
             ((11, 12), refused("NOT_FOUND"), false),

@@ -1,4 +1,4 @@
-//! What everybody holds, compared with the store byte for byte.
+//! The resources that every gateway and client holds, compared with the store byte for byte.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::writers::{mark, word};
 use super::*;
 
 type Key = (i32, String);
-/// Kind and name -> version and encoded body.
+/// Kind and name, and for each the version and the encoded body.
 type Bodies = BTreeMap<Key, (String, Bytes)>;
 
 const TENANT: i32 = ResourceKind::Tenant as i32;
@@ -47,7 +47,7 @@ pub(super) async fn the_store_holds_what_the_model_says(stage: &Stage, model: &S
     assert_eq!(found, *model, "the store holds what the history comes to");
 }
 
-/// What a client holds that begins with nothing and follows one control plane only: as encoded there.
+/// The resources of a client that starts empty and follows one control plane: as encoded there.
 async fn read_at(stage: &Stage, plane: usize, revision: u64) -> Bodies {
     let directory = stage.world.data.path().join(format!("reader-{plane}-{revision}"));
     let planes = &stage.world.addresses[plane..=plane];
@@ -61,7 +61,7 @@ async fn read_at(stage: &Stage, plane: usize, revision: u64) -> Bodies {
     loaded(&directory).resources
 }
 
-/// The resources that everybody is to hold: the store's, as every control plane encodes them.
+/// The resources that all must hold: the store's, as every control plane encodes them.
 async fn desired(stage: &Stage, revision: u64) -> Bodies {
     let mut of_all: Option<Bodies> = None;
     for plane in 0..3 {
@@ -90,7 +90,7 @@ async fn desired(stage: &Stage, revision: u64) -> Bodies {
     bodies
 }
 
-/// Everybody, with the directory of its copy.
+/// All holders, with the directories of their copies.
 fn holders(stage: &Stage) -> Vec<(String, PathBuf)> {
     let data = stage.world.data.path();
     let gateways = (0..GATEWAYS).map(|k| (format!("g{k}"), data.join(format!("gateway-{k}"))));
@@ -99,7 +99,7 @@ fn holders(stage: &Stage) -> Vec<(String, PathBuf)> {
     gateways.chain(process).chain(followers).collect()
 }
 
-/// What a holder refuses of these.
+/// The part of these that a holder refuses.
 fn refuses(id: &str, bodies: &Bodies) -> BTreeSet<Key> {
     let marked = |body: &Bytes| {
         let resource = v1::Resource::decode(body.clone()).expect("whole");
@@ -114,7 +114,8 @@ fn refuses(id: &str, bodies: &Bodies) -> BTreeSet<Key> {
     refused
 }
 
-/// Every holder has what is desired, byte for byte, but for what it refuses; every control plane shows that.
+/// Every holder has the desired resources, byte for byte, except for those it refuses; every control plane shows
+/// that.
 async fn everybody_holds(stage: &Stage, revision: u64, deleted: &BTreeSet<String>) -> usize {
     stage.rest(revision).await;
     let bodies = desired(stage, revision).await;
@@ -139,7 +140,7 @@ async fn everybody_holds(stage: &Stage, revision: u64, deleted: &BTreeSet<String
     all_refused
 }
 
-/// Of what a follower refuses, the last version that it accepted is held and in force.
+/// Of a resource that a follower refuses, the last accepted version is held and in force.
 fn keeps_what_it_had(
     follower: &Follower,
     held: &ConfigState,
@@ -160,7 +161,7 @@ fn keeps_what_it_had(
     }
 }
 
-/// A control plane shows what is refused, each with a reason, and that nothing else differs.
+/// A control plane shows each refusal with a reason, and no other difference.
 async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, refused: &BTreeSet<Key>) {
     let mut admin = stage.world.admin(plane).await;
     let list = admin.list_gateways(v1::ListGatewaysRequest {}).await.expect("answers").into_inner();
@@ -175,7 +176,7 @@ async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, ref
         let answer = stage.world.admin(plane).await.get_gateway_config(request.clone()).await;
         answer.expect("answers").into_inner()
     };
-    // A control plane may hear of a revision a moment before it has published it itself.
+    // A control plane may learn of a revision a moment before it has published it itself.
     eventually(&format!("control plane {plane} shows what {id} holds at its newest revision"), async || {
         ask().await.differences.len() == refused.len()
     })
@@ -185,11 +186,14 @@ async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, ref
     assert_eq!(differ, *refused, "control plane {plane}, {id}: {:?}", config.differences);
     for difference in &config.differences {
         let version = held.resources.get(&key(&difference.r#ref)).map_or("", |(version, _)| version);
-        assert_eq!(difference.held_version, version, "control plane {plane}, {id}: {difference:?}");
+        assert_eq!(difference.applied_version, version, "control plane {plane}, {id}: {difference:?}");
         assert!(!difference.refusal.is_empty(), "control plane {plane}, {id}: {difference:?}");
     }
-    let told: Bodies =
-        config.held.iter().map(|h| ((h.kind, h.name.clone()), (h.version.clone(), Bytes::new()))).collect();
+    let told: Bodies = config
+        .resource_versions
+        .iter()
+        .map(|h| ((h.kind, h.name.clone()), (h.version.clone(), Bytes::new())))
+        .collect();
     let holds =
         held.resources.iter().map(|(key, (version, _))| (key.clone(), (version.clone(), Bytes::new())));
     assert_eq!(told, holds.collect(), "control plane {plane} knows what {id} holds");
@@ -200,7 +204,7 @@ async fn apply(stage: &Stage, resources: Vec<v1::Resource>, set: &str) -> u64 {
     stage.world.admin(0).await.apply(request).await.expect("applied").into_inner().revision
 }
 
-/// First as the writers left it, then with something refused by everybody who can, then with all of it put right.
+/// First as the writers left it, then with a resource that all refuse that can, then with all of it corrected.
 pub(super) async fn check(stage: &mut Stage, deleted: &BTreeSet<String>) {
     let left = stage.revision().await;
     everybody_holds(stage, left, deleted).await;

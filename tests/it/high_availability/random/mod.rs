@@ -1,7 +1,7 @@
-//! Random accidents while everybody writes: control planes and members of etcd are killed, the leaders among them, and
-//! paused; gateways and discovery clients are killed, restarted, cut off and kept waiting; clients refuse some of what
-//! they are sent. In the end the history is linearizable, nothing acknowledged is lost, nothing happened twice, and
-//! everybody holds what the store holds, byte for byte, but for what it refuses.
+//! Random faults under concurrent writes: control planes and members of etcd are killed, leaders included, and
+//! paused; gateways and discovery clients are killed, restarted, cut off and delayed; clients refuse some resources.
+//! In the end the history is linearizable, nothing acknowledged is lost, nothing happened twice, and everybody holds
+//! what the store holds, byte for byte, except for refused resources.
 
 mod follower;
 mod history;
@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use weir_control_plane::store::{EtcdConfig, EtcdStore, Store};
 use weir_tests::process::Process;
+use weir_tests::random::{Random, given, seed};
 use weir_tests::stack::CREDENTIAL;
 
 use self::follower::Follower;
@@ -25,31 +26,13 @@ const WRITERS: usize = 6;
 const GATEWAYS: usize = 2;
 const FOLLOWERS: usize = 3;
 
-/// A small generator; its seed is printed, so that a failure can be looked into.
-#[derive(Debug)]
-struct Dice(u64);
-
-impl Dice {
-    /// Seeds that are neighbours give rolls that have nothing in common.
-    fn new(seed: u64) -> Self {
-        Self((seed ^ 0x9E37_79B9_7F4A_7C15).wrapping_mul(0xBF58_476D_1CE4_E5B9) | 1)
-    }
-
-    fn roll(&mut self, sides: u64) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        ((self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % sides) as usize
-    }
-}
-
-/// What happens to them.
+/// The faults.
 #[derive(Debug, Clone, Copy)]
 enum Accident {
     LeaderKilled,
     PlaneKilled,
     PlanePaused,
-    /// It hears nothing from the store, and does not know it.
+    /// It gets nothing from the store, without knowing it.
     PlaneCutOff,
     EtcdLeaderKilled,
     EtcdMemberKilled,
@@ -74,7 +57,7 @@ const ACCIDENTS: [Accident; 11] = [
     Accident::LinesSilent,
 ];
 
-/// Three control planes over three members, and everybody who follows them.
+/// Three control planes over three members, and all that follow them.
 struct Stage {
     /// With gateways in this process.
     world: World,
@@ -117,10 +100,10 @@ impl Stage {
         Self { world, process, followers, end }
     }
 
-    async fn happen(&mut self, what: Accident, dice: &mut Dice) {
-        let moment = Duration::from_millis(300 + dice.roll(1200) as u64);
-        let (plane, gateway, member) = (dice.roll(3), dice.roll(GATEWAYS as u64), dice.roll(3));
-        let follower = dice.roll(FOLLOWERS as u64);
+    async fn happen(&mut self, what: Accident, dice: &mut Random) {
+        let moment = Duration::from_millis(300 + dice.below(1200));
+        let (plane, gateway, member) = (dice.index(3), dice.index(GATEWAYS), dice.index(3));
+        let follower = dice.index(FOLLOWERS);
         let Self { world, process, followers, .. } = self;
         match what {
             Accident::LeaderKilled | Accident::PlaneKilled => {
@@ -182,7 +165,7 @@ impl Stage {
         EtcdStore::open(config).await.expect("opens").range("c/r/").await.expect("reads")
     }
 
-    /// Waits until every control plane says that all have answered a revision.
+    /// Waits until every control plane reports that all have answered a revision.
     async fn rest(&self, revision: u64) {
         let everybody = GATEWAYS + 1 + FOLLOWERS;
         for plane in 0..3 {
@@ -209,7 +192,7 @@ impl Stage {
         }
     }
 
-    /// The audit log of revisions from..=to, the oldest first; every control plane tells the same.
+    /// The audit log of revisions from..=to, the oldest first; every control plane has the same.
     async fn log(&self, from: u64, to: u64) -> Vec<v1::AuditEntry> {
         let mut told: Option<Vec<v1::AuditEntry>> = None;
         for plane in 0..3 {
@@ -239,8 +222,7 @@ impl Stage {
 }
 
 async fn run(seed: u64, accidents: usize) {
-    println!("seed {seed}: WEIR_TEST_SEED={seed} makes the same choices again");
-    let mut dice = Dice::new(seed);
+    let mut dice = Random::new(seed);
     let mut stage = Stage::start().await;
     let first = stage.revision().await;
     let writers = Arc::new(Writers {
@@ -257,7 +239,7 @@ async fn run(seed: u64, accidents: usize) {
         if left.is_empty() {
             left = ACCIDENTS.to_vec();
         }
-        let what = left.swap_remove(dice.roll(left.len() as u64));
+        let what = left.swap_remove(dice.index(left.len()));
         let started = tokio::time::Instant::now();
         stage.happen(what, &mut dice).await;
         let before = writers.answered.load(Ordering::Relaxed);
@@ -307,8 +289,6 @@ async fn run(seed: u64, accidents: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_random_accidents_nothing_acknowledged_is_lost_and_every_gateway_holds_what_the_store_holds() {
-    let given = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let seed = given("WEIR_TEST_SEED").unwrap_or(20_261_123);
     let accidents = given("WEIR_TEST_ACCIDENTS").unwrap_or(ACCIDENTS.len() as u64);
-    run(seed, accidents as usize).await;
+    run(seed(|| 20_261_123), accidents as usize).await;
 }

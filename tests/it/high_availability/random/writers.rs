@@ -1,4 +1,4 @@
-//! Writers that ask at random, each for itself, and keep what they were told.
+//! Independent writers with random calls, which keep the answers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,20 +10,20 @@ use tonic::{Code, Response, Status};
 use weir_proto::status::reason;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_tests::plane::{Admin, admin_at};
+use weir_tests::random::Random;
 
-use super::Dice;
 use super::history::{Ask, Call, SET, Told};
 
-/// For one call: above what a control plane waits for its store.
+/// The timeout of one call: above a control plane's wait for its store.
 const CALL: Duration = Duration::from_secs(20);
-/// Between two calls of one writer: it is about their order, not about their number.
+/// The pause between two calls of one writer: their order matters, and not their number.
 const PAUSE: Duration = Duration::from_millis(5);
-/// Tenants that they all write.
-const NAMES: u64 = 8;
-/// A rollback goes back so far at most.
+/// The tenants that all of them write.
+const NAMES: usize = 8;
+/// The largest distance of a rollback.
 const BACK: u64 = 40;
 
-/// What the writers share.
+/// The state that writers share.
 #[derive(Debug)]
 pub(super) struct Writers {
     pub(super) planes: Vec<String>,
@@ -32,9 +32,9 @@ pub(super) struct Writers {
     pub(super) answered: AtomicU64,
     /// The revision at which they began.
     pub(super) first: u64,
-    /// The highest revision heard of.
+    /// The highest revision of any answer.
     pub(super) newest: AtomicU64,
-    /// Ids of followers that refuse words with their mark.
+    /// The ids of followers that refuse words with their mark.
     pub(super) refusing: Vec<String>,
 }
 
@@ -73,7 +73,7 @@ struct Answered<A> {
 }
 
 impl Writers {
-    /// Calls until there is an answer, the same request at one control plane after the other.
+    /// Repeats a call until there is an answer, at one control plane after the other.
     async fn call<A, F>(&self, from: usize, call: impl Fn(Admin) -> F) -> Answered<A>
     where
         F: Future<Output = Result<Response<A>, Status>>,
@@ -83,7 +83,7 @@ impl Writers {
             let plane = at % self.planes.len();
             match tokio::time::timeout(CALL, call(admin_at(&self.planes[plane]))).await {
                 Ok(Ok(answer)) => return Answered { plane, answer: Ok(answer.into_inner()), unsure },
-                // What is not known is asked again; its request id sees to it that it is done once.
+                // A call with an unknown outcome is repeated; its request id makes sure that it is done once.
                 Err(_) => {}
                 Ok(Err(status)) => match status.code() {
                     Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal => {}
@@ -96,15 +96,15 @@ impl Writers {
         unreachable!("it asks for ever")
     }
 
-    /// Asks at random until the end; everything it was told.
-    pub(super) async fn write(&self, writer: usize, mut dice: Dice) -> Vec<Call> {
+    /// Makes random calls until the end. Returns all answers.
+    pub(super) async fn write(&self, writer: usize, mut dice: Random) -> Vec<Call> {
         let (mut calls, mut known) = (Vec::new(), BTreeMap::new());
         for n in 0_u64.. {
             if self.end.load(Ordering::Relaxed) {
                 break;
             }
             let ask = self.choose(&mut dice, &format!("{writer}-{n}"), &known);
-            let call = self.ask(dice.roll(3), ask, &known).await;
+            let call = self.ask(dice.index(3), ask, &known).await;
             match (&call.ask, &call.told) {
                 (Ask::Read { name }, Told::Found(word)) => drop(known.insert(name.clone(), word.clone())),
                 (Ask::Read { name }, _) => drop(known.remove(name)),
@@ -120,16 +120,16 @@ impl Writers {
         calls
     }
 
-    fn choose(&self, dice: &mut Dice, unique: &str, known: &BTreeMap<String, String>) -> Ask {
-        let name = |dice: &mut Dice| format!("t{}", dice.roll(NAMES));
-        // Few words come back, so that some changes change nothing; some are refused by a follower.
-        let word = |dice: &mut Dice| match dice.roll(10) {
-            0..=2 => format!("same-{}", dice.roll(2)),
-            3..=4 => format!("{unique}{}", mark(&self.refusing[dice.roll(self.refusing.len() as u64)])),
+    fn choose(&self, dice: &mut Random, unique: &str, known: &BTreeMap<String, String>) -> Ask {
+        let name = |dice: &mut Random| format!("t{}", dice.index(NAMES));
+        // Few different words, so that some changes change nothing; some are refused by a follower.
+        let word = |dice: &mut Random| match dice.index(10) {
+            0..=2 => format!("same-{}", dice.index(2)),
+            3..=4 => format!("{unique}{}", mark(&self.refusing[dice.index(self.refusing.len())])),
             _ => unique.to_owned(),
         };
         let expected = |name: &String| known.get(name).cloned();
-        match dice.roll(100) {
+        match dice.index(100) {
             0..=14 => Ask::Create { name: name(dice), word: word(dice) },
             15..=24 => Ask::Update { name: name(dice), word: word(dice), expected: None },
             25..=39 => {
@@ -142,18 +142,18 @@ impl Writers {
                 Ask::Delete { expected: expected(&name), name }
             }
             53..=66 => {
-                let words = (0..=dice.roll(3)).map(|_| (name(dice), word(dice))).collect();
-                Ask::Apply { words, prune: dice.roll(5) == 0 }
+                let words = (0..=dice.index(3)).map(|_| (name(dice), word(dice))).collect();
+                Ask::Apply { words, prune: dice.index(5) == 0 }
             }
             67..=72 => {
                 let newest = self.newest.load(Ordering::Relaxed);
-                let revision = newest.saturating_sub(dice.roll(BACK) as u64).max(self.first);
-                let names: BTreeSet<String> = (0..=dice.roll(2)).map(|_| name(dice)).collect();
+                let revision = newest.saturating_sub(dice.below(BACK)).max(self.first);
+                let names: BTreeSet<String> = (0..=dice.index(2)).map(|_| name(dice)).collect();
                 Ask::Rollback { revision, names }
             }
             73..=77 => {
-                let weight = 1 + dice.roll(9) as u32;
-                Ask::Weight { backend: format!("b{}", dice.roll(3)), weight }
+                let weight = 1 + dice.index(9) as u32;
+                Ask::Weight { backend: format!("b{}", dice.index(3)), weight }
             }
             _ => Ask::Read { name: name(dice) },
         }
@@ -162,7 +162,7 @@ impl Writers {
     async fn ask(&self, from: usize, ask: Ask, known: &BTreeMap<String, String>) -> Call {
         let (request_id, began) = (uuid(), Instant::now());
         let etag = |name: &String, expected: &Option<String>| {
-            // The etag is that of the content: known with the word.
+            // The etag is that of the content, so it is known with the word.
             let word = expected.as_ref().map(|_| &known[name]);
             word.map(|word| etag(word)).unwrap_or_default()
         };
@@ -191,7 +191,7 @@ impl Writers {
                     let request = request.clone();
                     async move { admin.update_resource(request).await }
                 };
-                // Of one that changed nothing the revision is an earlier one's.
+                // The revision of a call without a change is that of an earlier one.
                 told(self.call(from, call).await, |_| None)
             }
             Ask::Delete { name, expected } => {
@@ -277,7 +277,7 @@ impl Writers {
     }
 }
 
-/// As the control plane makes it: a hash of the spec.
+/// As the control plane computes it: a hash of the spec.
 fn etag(word: &str) -> String {
     use prost::Message as _;
     use sha2::{Digest as _, Sha256};
@@ -305,14 +305,14 @@ fn told<A>(answered: Answered<A>, revision: impl Fn(A) -> Option<u64>) -> (usize
     (answered.plane, told, answered.unsure)
 }
 
-/// Starts them; each has dice of its own.
+/// Starts the writers, each with its own generator.
 pub(super) fn start(
     writers: &Arc<Writers>,
     seed: u64,
     count: usize,
 ) -> Vec<tokio::task::JoinHandle<Vec<Call>>> {
     let one = |writer: usize| {
-        let (writers, dice) = (Arc::clone(writers), Dice::new(seed.wrapping_add(1 + writer as u64)));
+        let (writers, dice) = (Arc::clone(writers), Random::new(seed.wrapping_add(1 + writer as u64)));
         tokio::spawn(async move { writers.write(writer, dice).await })
     };
     (0..count).map(one).collect()

@@ -98,7 +98,8 @@ async fn a_refused_backend_keeps_the_one_it_replaces_but_a_deleted_key_goes() {
     assert_eq!((removals(&fourth), fourth.store_revision), (vec!["a"], 3));
 }
 
-/// A gateway that refused a resource is at the revision of the rest: what comes next must not look older to it.
+/// A gateway that refused a resource is at the revision of the other resources. The next delta must not look older to
+/// it.
 #[tokio::test(start_paused = true)]
 async fn after_a_refusal_what_is_gone_goes_at_the_revision_of_the_rest() {
     let with = |names: &[&str]| {
@@ -134,7 +135,7 @@ async fn after_a_refusal_what_is_gone_goes_at_the_revision_of_the_rest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_delta_refused_whole_is_not_sent_again_and_applies_nothing() {
+async fn an_entirely_refused_delta_is_not_sent_again_and_applies_nothing() {
     let old = snapshot(1, cluster(&["a", "b", "c"]));
     let mut session = synced(&old);
     let empty = Arc::new(State { epoch: "f".into(), revision: 9, ..State::default() });
@@ -200,7 +201,8 @@ async fn a_gateway_that_asks_is_sent_what_it_refused_although_nothing_has_change
     assert_eq!(session.next(&new, Instant::now()), None);
 }
 
-/// What it holds and cannot use, as after a start without the file, is not sent again: it is asked what it says now.
+/// Resources that the gateway holds and cannot use, as after a start without a file, are not sent again; the gateway
+/// is asked for its status.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_of_what_is_held_is_taken_back_when_the_gateway_asks() {
     let mut session = synced(&snapshot(1, cluster(&["a"])));

@@ -1,4 +1,4 @@
-//! What is reported to the store: grants, charges and usage, and what it knows already.
+//! Reports to the store: grants, charges and usage records, and the part of them that the store knows already.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,17 +14,17 @@ use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::limits::{ScopeLimits, Scopes};
 use crate::model::usage::Usage;
 
-/// Charges are reported in so many parts of a unit; what is smaller is not.
+/// The smallest reported charge, as a fraction of a unit.
 const PARTS: f64 = 1000.0;
 
 impl Local {
-    /// Grants the store does not know yet.
+    /// The local grants that the store does not know yet.
     pub(in crate::layers::fallback) fn unadopted(&self) -> Vec<(ReservationId, Grant)> {
         let known = self.grants.iter().filter(|(_, grant)| !grant.asking);
         known.map(|(id, grant)| (*id, grant.clone())).collect()
     }
 
-    /// The store has taken over a grant, its charge included.
+    /// Records that the store has taken over a grant and charged it.
     pub(in crate::layers::fallback) fn adopted(
         &mut self,
         id: ReservationId,
@@ -42,16 +42,16 @@ impl Local {
                 base.known[kind as usize] = BucketState { level, ts: now };
             }
         }
-        // StoreLeases further, as any lease of the store's is while something is decided here. The store may have given another
-        // slot than was taken here.
+        // The lease is kept, like every lease of the store during an outage. The store may have granted another slot
+        // than the local one.
         if let Some(slot) = grant.slot {
             self.limiter.free(id, std::slice::from_ref(&slot));
         }
         self.limiter.hold(id, leases, HELD_LIFE);
     }
 
-    /// What each record is to be charged: what its bucket state holds beyond what the store knows and what
-    /// open grants will bring along. Asked again, a charge keeps its id until [`Local::charged`].
+    /// The charge of each record: the part of its bucket state that the store does not know and that no open grant
+    /// will bring. A charge that is asked for again keeps its id until [`Local::charged`].
     pub(in crate::layers::fallback) fn charges(&mut self, gateways: u32, now: f64) -> Vec<Settle> {
         let mut open: HashMap<&Key, [f64; Kind::COUNT]> = HashMap::new();
         for (record, amounts) in self.grants.values().flat_map(|grant| &grant.charged) {
@@ -72,8 +72,9 @@ impl Local {
                 let known = base.known[kind as usize].level_at(&terms, now);
                 let level = bucket_states[kind as usize].level_at(&terms, now);
                 let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
-                // Parts of units too: rounded down they would be admitted once more, and rounded up, five times a second,
-                // grow to units that nobody used. What both bucket states are off by from rounding is not worth a call.
+                // Fractions of a unit are reported too. Rounded down they would be admitted once more; rounded up,
+                // five times a second, they would grow to units that nobody used. Rounding errors of the bucket
+                // states are too small to report.
                 let owed = (level - known - waits).floor();
                 if owed >= (terms.unit / PARTS).max(1.0) {
                     cost.set_amount(kind, owed);
@@ -93,7 +94,7 @@ impl Local {
         charges
     }
 
-    /// A charge is done, or can never be.
+    /// Records that a charge is done, or can never be made.
     pub(in crate::layers::fallback) fn charged(&mut self, charge: &Settle) {
         let record = charge.scopes.first().map(|scope| &scope.record);
         if let Some(base) = record.and_then(|record| self.records.get_mut(record)) {
@@ -101,7 +102,7 @@ impl Local {
         }
     }
 
-    /// What ended here used so much. False when there is no room for another line.
+    /// Records usage that ended locally. Returns false without room for another line.
     pub(in crate::layers::fallback) fn note_usage(&mut self, usage: &Usage) -> bool {
         let line = (usage.record.clone(), usage.model.clone());
         if self.usage.len() >= RECORDS_MAX && !self.usage.contains_key(&line) {
@@ -112,7 +113,8 @@ impl Local {
         true
     }
 
-    /// What the account in the store lacks, a line each. Asked again, a note keeps its id until [`Local::noted`].
+    /// The usage that the store lacks, one call per line. A call that is asked for again keeps its id until
+    /// [`Local::noted`].
     pub(in crate::layers::fallback) fn usage_notes(&mut self) -> Vec<Settle> {
         let note = |((record, model), noted): (&(Key, Arc<str>), &mut UnreportedUsage)| {
             let note = noted.reporting.get_or_insert_with(|| Settle {
@@ -131,7 +133,7 @@ impl Local {
         self.usage.iter_mut().map(note).collect()
     }
 
-    /// A note is done, or can never be.
+    /// Records that usage is reported, or can never be.
     pub(in crate::layers::fallback) fn noted(&mut self, note: &Settle) {
         let Some(usage) = &note.usage else { return };
         let line = (usage.record.clone(), usage.model.clone());

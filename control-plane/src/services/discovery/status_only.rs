@@ -1,4 +1,5 @@
-//! A subscriber that follows another control plane: it is sent only heartbeats, and reports what it holds.
+//! Status-only streams: a subscriber that follows another control plane receives heartbeats and reports the configuration
+//! that it has applied.
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tonic::{Status, Streaming};
@@ -11,7 +12,7 @@ use crate::gateways::registry::Claim;
 use crate::publish::{ConfigState, Snapshot, versions};
 use crate::services::Shared;
 
-/// Serves it to its end.
+/// Serves one status-only stream until it ends.
 pub(super) async fn serve(
     shared: Shared,
     caller: Caller,
@@ -27,16 +28,16 @@ pub(super) async fn serve(
     let connection = shared.registry.connect(&hello, &held, applied, claim).map_err(taken)?;
     let limit_service = hello.role() == v1::SubscriberRole::LimitService;
     let _present = (!limit_service).then(|| shared.membership.enter(&hello.gateway_id));
-    tracing::debug!(gateway = hello.gateway_id, "observed: it follows another control plane");
+    tracing::debug!(gateway = hello.gateway_id, "status-only stream opened");
     let mut heartbeats = interval(HEARTBEAT);
     heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     heartbeats.reset();
     let ends = Instant::now() + age_limit()?;
-    // Whether it holds all of its revision.
-    let mut whole = true;
+    // Whether the subscriber applied its revision without refusals.
+    let mut complete = true;
     loop {
-        // It may have said that it holds a revision before this control plane had that one.
-        if whole && share(&mut held, &snapshot) {
+        // The subscriber may have reported a revision before this control plane had read it.
+        if complete && share(&mut held, &snapshot) {
             connection.holds(&held);
         }
         tokio::select! {
@@ -48,18 +49,18 @@ pub(super) async fn serve(
                 Some(Some(Up::Applied(applied))) => {
                     held.epoch = applied.store_epoch.as_str().into();
                     held.revision = applied.store_revision;
-                    whole = applied.errors.is_empty();
-                    if whole {
+                    complete = applied.errors.is_empty();
+                    if complete {
                         share(&mut held, &snapshot);
                         let revision = if held.epoch == snapshot.epoch { held.revision } else { 0 };
                         connection.acknowledged(revision, &held);
                     } else {
-                        let hello = v1::Hello { held: applied.held, ..v1::Hello::default() };
+                        let hello = v1::Hello { resource_versions: applied.resource_versions, ..v1::Hello::default() };
                         held.versions = ConfigState::of(&hello).versions;
                         connection.refused(&applied.errors, applied.answered_revision, &held);
                     }
                 }
-                Some(_) => return Err(Status::invalid_argument("an observer says hello once, then applied")),
+                Some(_) => return Err(Status::invalid_argument("a status-only stream carries one hello, then applied messages only")),
             },
             changed = snapshots.changed() => {
                 changed.map_err(|_| Status::unavailable("the control plane is stopping"))?;
@@ -74,7 +75,8 @@ pub(super) async fn serve(
     }
 }
 
-/// Who applied all of a revision holds what is in it. Says whether that was not known.
+/// Takes the versions of the snapshot for a subscriber that applied the snapshot's revision completely. Returns whether
+/// that changed the known versions.
 fn share(held: &mut ConfigState, snapshot: &Snapshot) -> bool {
     if !held.is(snapshot) {
         return false;

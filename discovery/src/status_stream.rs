@@ -1,5 +1,5 @@
-//! Where there are several control planes a subscriber follows one and reports to the others what it holds, so that each
-//! of them knows what all subscribers hold without asking another.
+//! Status streams. With several control planes a subscriber follows one of them and reports its resource versions to the
+//! others, so that each of them knows which revision every subscriber has applied without asking another.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,18 +16,18 @@ use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, s
 /// Between two reports: changes in between are merged.
 const REPORT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a subscriber holds, as it reports it.
+/// The configuration that a subscriber has applied, as it reports it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SubscriberStatus {
-    /// As in Hello.
+    /// The identity and the resource versions, as in Hello.
     pub(crate) hello: Hello,
-    /// What of it was refused.
+    /// The refused resources of the newest change.
     pub(crate) errors: Vec<ResourceError>,
-    /// The revision that was answered last.
+    /// The revision of the newest delta that was answered.
     pub(crate) answered: u64,
 }
 
-/// Reports to one control plane what is held, for as long as another one is followed. Never ends by itself.
+/// Reports to one control plane while the subscriber follows another one. Ends only when `followed` is closed.
 pub(crate) async fn run(
     at: usize,
     link: Link,
@@ -47,7 +47,7 @@ pub(crate) async fn run(
                 Err(_) => return,
             },
         };
-        tracing::debug!(reason = ended.err(), at, "a control plane that is not followed is away");
+        tracing::debug!(reason = ended.err(), at, "status stream ended; it is opened again after a pause");
         tokio::time::sleep(backoff.next_pause()).await;
     }
 }
@@ -62,7 +62,7 @@ async fn report(
     let mut client = DiscoveryServiceClient::new(channel);
     let (up, messages) = mpsc::channel(2);
     let sent = status.borrow_and_update().clone();
-    send(&up, Up::Hello(Hello { observer: true, ..sent.hello.clone() })).await?;
+    send(&up, Up::Hello(Hello { status_only: true, ..sent.hello.clone() })).await?;
     if !sent.errors.is_empty() {
         send(&up, applied(sent)).await?;
     }
@@ -71,8 +71,8 @@ async fn report(
     loop {
         tokio::select! {
             received = tokio::time::timeout(SILENCE_MAX, stream.message()) => {
-                match received.map_err(|_| format!("nothing heard for {SILENCE_MAX:?}"))? {
-                    // Nothing but heartbeats comes here.
+                match received.map_err(|_| format!("no message for {SILENCE_MAX:?}"))? {
+                    // Only heartbeats arrive on a status stream.
                     Ok(Some(_)) => backoff.reset(),
                     Ok(None) => return Ok(()),
                     Err(error) => return Err(error.message().to_owned()),
@@ -92,7 +92,7 @@ fn applied(status: SubscriberStatus) -> Up {
     Up::Applied(Applied {
         store_epoch: status.hello.store_epoch,
         store_revision: status.hello.store_revision,
-        held: if status.errors.is_empty() { Vec::new() } else { status.hello.held },
+        resource_versions: if status.errors.is_empty() { Vec::new() } else { status.hello.resource_versions },
         errors: status.errors,
         answered_revision: status.answered,
     })
