@@ -57,12 +57,7 @@ impl Server {
                 () = &mut stop_accepting => break,
             }
         }
-        // Whoever is connected already and not yet accepted would be cut when the listener goes.
-        for _ in 0..bounds.edge.connections {
-            let Some(socket) = edge.accept_now() else { break };
-            connections.start(socket);
-        }
-        drop(edge);
+        edge.retire(|socket| connections.start(socket)).await;
         tracing::info!(streams = gateway.metrics.in_flight.get(), "draining");
         match handle.close(bounds.drain, force.cancelled()).await {
             true => tracing::info!("drained"),

@@ -30,8 +30,9 @@ mod table;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use tokio::net::TcpListener;
+#[cfg(target_os = "linux")]
+use socket2::{SockFilter, SockRef};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::ServerTls;
 
@@ -49,6 +50,8 @@ pub use self::table::household;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// While draining, connections that have been idle for this time are closed.
 const IDLE_GRACE: Duration = Duration::from_secs(1);
+/// When a listener ends, handshakes under way have this time: a round trip to the other side of the earth.
+const HANDSHAKES_END: Duration = Duration::from_millis(300);
 /// At the end of a drain an answer has this time for its last event, and a connection to close.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -162,14 +165,109 @@ impl Edge {
         }
     }
 
-    /// A connection that waits to be accepted, if there is one. Connections that are not accepted are cut when the
-    /// listener closes.
-    pub fn accept_now(&self) -> Option<Socket> {
-        loop {
-            let (stream, peer) = self.listener.accept().now_or_never()?.ok()?;
-            if let Some(open) = self.table.admit(peer.ip()) {
-                return Some(Socket::new(stream, open));
+    /// Lets go of the listener without cutting anybody: a client whose connection is established is accepted, whoever
+    /// comes later is refused by the system and knows that its request was not read.
+    ///
+    /// The kernel completes handshakes by itself and resets what nobody accepted when a listener closes, so first no
+    /// further handshake may begin (on Linux), those under way get time, and the queue is emptied.
+    pub async fn retire(self, mut start: impl FnMut(Socket)) {
+        begin_no_handshake(&self.listener);
+        let _ = tokio::time::timeout(HANDSHAKES_END, async {
+            loop {
+                start(self.accept().await);
+            }
+        })
+        .await;
+        // The runtime knows of a connection only after it asked the kernel, so the kernel is asked.
+        let Ok(listener) = self.listener.into_std() else { return };
+        for _ in 0..self.table.bounds.connections {
+            let Ok((stream, peer)) = listener.accept() else { break };
+            let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+            if let (Ok(stream), Some(open)) = (stream, self.table.admit(peer.ip())) {
+                start(Socket::new(stream, open));
             }
         }
+    }
+}
+
+/// Drops the first packet of every further handshake. Its client asks again after a second and is refused then.
+#[cfg(target_os = "linux")]
+fn begin_no_handshake(listener: &TcpListener) {
+    /// Packets are seen from their TCP header on, and the 14th byte of it holds the flags (RFC 9293, 3.1).
+    const FLAGS_AT: u32 = 13;
+    const SYN_OR_ACK: u32 = 0x12;
+    const SYN: u32 = 0x02;
+    const WHOLE: u32 = u32::MAX;
+    // The classic filter of the kernel: load a byte, and, jump if equal, return how much of the packet is kept.
+    let only_known = [
+        SockFilter::new(0x30, 0, 0, FLAGS_AT),
+        SockFilter::new(0x54, 0, 0, SYN_OR_ACK),
+        SockFilter::new(0x15, 0, 1, SYN),
+        SockFilter::new(0x06, 0, 0, 0),
+        SockFilter::new(0x06, 0, 0, WHOLE),
+    ];
+    if let Err(error) = SockRef::from(listener).attach_filter(&only_known) {
+        tracing::debug!(%error, "a client that connects at the last moment may be cut");
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn begin_no_handshake(_: &TcpListener) {}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::SocketAddr;
+
+    use futures_util::FutureExt as _;
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    async fn edge() -> (Edge, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("bound");
+        let metrics = EdgeMetrics::new(&mut prometheus_client::registry::Registry::default());
+        (Edge::new("test", listener, Bounds::operations(), metrics), address)
+    }
+
+    /// Answers one byte.
+    fn answer(mut socket: Socket) {
+        tokio::spawn(async move { socket.write_all(b"!").await });
+    }
+
+    #[tokio::test]
+    async fn a_connection_of_which_the_runtime_was_not_told_is_accepted_at_the_end() {
+        let (edge, address) = edge().await;
+        assert!(edge.accept().now_or_never().is_none());
+        // The runtime asks the kernel for nothing in between.
+        let _client = std::net::TcpStream::connect(address).expect("established by the kernel");
+        let mut accepted = 0;
+        edge.retire(|_| accepted += 1).await;
+        assert_eq!(accepted, 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn whoever_is_connected_when_a_listener_ends_is_answered() {
+        let (edge, address) = edge().await;
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                std::thread::spawn(move || {
+                    let mut answered = 0;
+                    while let Ok(mut client) = std::net::TcpStream::connect(address) {
+                        client.write_all(b"?").expect("connected");
+                        client.read_exact(&mut [0]).expect("answered");
+                        answered += 1;
+                    }
+                    answered
+                })
+            })
+            .collect();
+        for _ in 0..1000 {
+            answer(edge.accept().await);
+        }
+        edge.retire(answer).await;
+        let clients = tokio::task::spawn_blocking(|| clients.into_iter().map(|c| c.join().expect("answered")));
+        assert!(clients.await.expect("joined").sum::<usize>() >= 1000);
     }
 }
