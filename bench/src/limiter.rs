@@ -43,8 +43,6 @@ const MODELS: u64 = 10;
 const CALLERS: usize = 256;
 /// The warm-up: scripts are loaded, and the demand is known.
 const WARM_UP: Duration = Duration::from_millis(700);
-/// A call that takes longer fails the bench; far above any call.
-const DEADLINE: Duration = Duration::from_secs(2);
 /// The estimated and the actual cost of a request.
 const RESERVED: Cost = Cost::of_request(200, 500, 0);
 const ACTUAL: Cost = Cost::of_request(200, 300, 0);
@@ -186,12 +184,8 @@ fn mode_row(mode: &Asking, found: &[Measured]) -> Row {
 }
 
 async fn measure(mode: Asking, redis: &Redis, length: Duration) -> anyhow::Result<Measured> {
-    let options = RedisOptions {
-        deadline: DEADLINE,
-        connections: mode.connections,
-        coalesce: mode.coalesce,
-        ..RedisOptions::default()
-    };
+    let options =
+        RedisOptions { connections: mode.connections, coalesce: mode.coalesce, ..RedisOptions::default() };
     let store = RedisLimiter::connect(&redis.url(), options).await?;
     let limiter = ServiceStack::new(store.into()).limiter;
     let deny_cache = Arc::new(DenyCache::default());

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::Args;
 use tokio::time::{Instant, sleep};
+use weir_ratelimit::redis::RedisOptions;
 
 use crate::accuracy::driver::{Caller, End, Plan, Record, drive, key};
 use crate::accuracy::judge::Outage;
@@ -33,11 +34,10 @@ const BEFORE: Duration = Duration::from_secs(10);
 const AFTER: Duration = Duration::from_secs(12);
 /// The warm-up, in which connections are opened.
 const WARM_UP_US: u64 = 2_000_000;
-const SECOND_US: u64 = 1_000_000;
 /// Above the requests in flight of this load.
 const SLOTS: u32 = 10_000;
-/// The time that a gateway waits for Redis, milliseconds.
-const DEADLINE_MS: f64 = 50.0;
+/// The time in which gateways notice that Redis is silent, and some more.
+const NOTICED_US: u64 = 1_300_000;
 
 /// Small enough to be used up, large enough that one unit per gateway is little.
 const LIMITS: [Limit; 4] = [
@@ -103,8 +103,10 @@ pub(crate) async fn run(args: &OutageArgs) -> anyhow::Result<Report> {
     }
     notes.push(format!(
         "waits: of requests that no limit refuses, from the client's sending to the first byte, beside the same load on a \
-         fleet without limits; first_second: of the outage, in which a request may be held for the deadline of \
-         {DEADLINE_MS} ms; open: from then to the return of Redis; return: until every gateway asks it again"
+         fleet without limits; noticed: the first {:.1} s of the outage, in which a request may wait until Redis \
+         has been silent for {:?}; open: from then to the return of Redis; return: until every gateway asks it again",
+        NOTICED_US as f64 / 1e6,
+        RedisOptions::default().silence,
     ));
     notes.push(
         "admitted_in_outage: until every gateway asks Redis again; allowed_in_outage: what was left of the limit when \
@@ -190,8 +192,8 @@ impl Found {
         let end_us = self.with.iter().map(|r| r.decided.from_us).max().unwrap_or(over_us);
         let phases = [
             ("before", WARM_UP_US, began_us),
-            ("first_second", began_us, began_us + SECOND_US),
-            ("open", began_us + SECOND_US, back_us),
+            ("noticed", began_us, began_us + NOTICED_US),
+            ("open", began_us + NOTICED_US, back_us),
             ("return", back_us, over_us),
             ("after", over_us, end_us),
         ];
@@ -278,11 +280,11 @@ impl Found {
         // A refusal waits for no server, so its latency is that of the decision.
         let refused = self.with.iter().filter(|r| matches!(r.end, End::Limited(..)));
         let during = refused
-            .filter(|r| r.decided.from_us >= began_us && r.decided.from_us < began_us + SECOND_US)
+            .filter(|r| r.decided.from_us >= began_us && r.decided.from_us < began_us + NOTICED_US)
             .map(|r| r.decided.until_us - r.decided.from_us);
         format!(
             "{}: Redis away for {:.1} s, every gateway back after {:.1} s; {} decisions on a gateway's own; {} of {} \
-             requests failed {failures:?}; the slowest refusal in the first second took {:.1} ms",
+             requests failed {failures:?}; the slowest refusal until it was noticed took {:.1} ms",
             self.going.name(),
             seconds(back_us),
             seconds(over_us),

@@ -56,7 +56,6 @@ impl World {
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
             "--pre-stop-s=1",
-            "--redis-deadline-ms=1000",
             "--config",
             &rules,
             "--token-file",

@@ -54,11 +54,6 @@ fn wire(time: Duration) -> Option<prost_types::Duration> {
     prost_types::Duration::try_from(time).ok()
 }
 
-/// On a busy machine a late answer of the store is no outage.
-fn patient() -> RedisOptions {
-    RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() }
-}
-
 /// A model `gpt-4.1` at two backends; `passing`, whose backend comes and goes, falls back to it; `seldom` has a small
 /// limit. Everything has few slots, short queues and short timeouts.
 fn resources(backends: &Backends) -> Resources {
@@ -327,7 +322,7 @@ async fn on_every_way_out_gauges_leases_and_memory_return_to_where_they_were() {
     let whole = resources(&backends);
     let fleet = Fleet::start(0, &whole, |_, _| {}).await;
     let redis = Redis::start().await;
-    let limiter = RedisLimiter::connect(&redis.url(), patient()).await.expect("a Redis");
+    let limiter = RedisLimiter::connect(&redis.url(), RedisOptions::default()).await.expect("a Redis");
     let config = Config {
         control_plane: fleet.plane.url.clone(),
         gateway_token: Some(Secret::new(ADMIN_TOKEN.into())),
@@ -454,7 +449,7 @@ async fn a_client_that_leaves_while_a_slot_is_asked_for_leaves_no_lease_behind()
         let redis = Redis::start().await;
         let line = Line::to(redis.address(), &end).await;
         let url = format!("redis://{}", line.address);
-        let limiter = RedisLimiter::connect(&url, patient()).await.expect("a Redis");
+        let limiter = RedisLimiter::connect(&url, RedisOptions::default()).await.expect("a Redis");
         let gateway = gateway_over(&resources(&backends), limiter.into()).await;
         let ops = Client::new(gateway.running.ops_address, "");
         // There are no hedges before a backend is known: both are after this number of answers.

@@ -66,7 +66,6 @@ async fn edge() -> Edge {
         let args = [
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--redis-deadline-ms=10000",
             "--redis",
             &url,
             "--config",

@@ -5,7 +5,7 @@ use mock_llm::Config;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
-use weir_tests::cluster::{Resources, gateway, mock, patient_gateway};
+use weir_tests::cluster::{Resources, gateway, mock};
 use weir_tests::eventually;
 use weir_tests::redis::Redis;
 
@@ -40,7 +40,7 @@ async fn a_hundred_of_two_thousand_over_three_gateways() {
     let redis = Redis::start().await;
     let mut gateways = Vec::new();
     for _ in 0..3 {
-        gateways.push(patient_gateway(&resources, &redis.url()).await);
+        gateways.push(gateway(&resources, Some(redis.url())).await);
     }
     let clients: Vec<_> = gateways.iter().map(|g| g.client.clone()).collect();
     let mut requests = JoinSet::new();

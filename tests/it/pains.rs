@@ -11,7 +11,7 @@ use mock_llm::Config;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::client::{Answer, Client};
-use weir_tests::cluster::{Gateway, Mock, Resources, gateway, mock, patient_gateway};
+use weir_tests::cluster::{Gateway, Mock, Resources, gateway, mock};
 use weir_tests::redis::Redis;
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":1,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -42,20 +42,6 @@ impl World {
 
     /// Under these resources.
     async fn with(gateways: usize, backend: Config, change: impl FnOnce(&mut Resources)) -> Self {
-        Self::start(gateways, backend, true, change).await
-    }
-
-    /// With gateways that wait for Redis as long as by default, under these limits of the tenant.
-    async fn hasty(gateways: usize, backend: Config, limits: v1::Rates) -> Self {
-        Self::start(gateways, backend, false, |resources| limit(resources, limits)).await
-    }
-
-    async fn start(
-        gateways: usize,
-        backend: Config,
-        patient: bool,
-        change: impl FnOnce(&mut Resources),
-    ) -> Self {
         let [mock] = [mock(backend, &CancellationToken::new()).await];
         let mocks = [mock];
         let mut resources = Resources::in_front_of(&mocks);
@@ -64,10 +50,7 @@ impl World {
         let redis = Redis::start().await;
         let mut started = Vec::new();
         for _ in 0..gateways {
-            started.push(match patient {
-                true => patient_gateway(&resources, &redis.url()).await,
-                false => gateway(&resources, Some(redis.url())).await,
-            });
+            started.push(gateway(&resources, Some(redis.url())).await);
         }
         let [mock] = mocks;
         Self { redis, gateways: started, mock }

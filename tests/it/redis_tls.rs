@@ -53,8 +53,7 @@ async fn limits_live_in_a_redis_over_tls_whose_certificate_is_checked() {
     eventually("redis-server listens", || async { TcpStream::connect(("127.0.0.1", port)).await.is_ok() })
         .await;
     let url = format!("rediss://localhost:{port}");
-    let args =
-        ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--redis", &url, "--redis-deadline-ms=10000"];
+    let args = ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--redis", &url];
     let trusted = file("ca.pem");
     let service =
         Process::start_with("weir-ratelimit", &args, &[("SSL_CERT_FILE", &trusted)], "serving").await;

@@ -5,7 +5,7 @@ use mock_llm::Config;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
-use weir_tests::cluster::{Mock, Resources, gateway, mock, patient_gateway};
+use weir_tests::cluster::{Mock, Resources, gateway, mock};
 use weir_tests::eventually;
 use weir_tests::redis::Redis;
 
@@ -50,7 +50,7 @@ async fn a_models_concurrency_is_waited_for_and_never_exceeded_over_two_gateways
     );
     let redis = Redis::start().await;
     let gateways =
-        [patient_gateway(&resources, &redis.url()).await, patient_gateway(&resources, &redis.url()).await];
+        [gateway(&resources, Some(redis.url())).await, gateway(&resources, Some(redis.url())).await];
     let mut requests = JoinSet::new();
     for i in 0..16 {
         let client = gateways[i % 2].client.clone();

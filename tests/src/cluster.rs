@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use bytes::Bytes;
 use mock_llm::{Config as MockConfig, Handle, Server};
@@ -17,7 +16,6 @@ use weir_gateway::config::Config;
 use weir_gateway::routing::upstream::Resolver;
 use weir_proto::v1::{self, ResourceKind, resource::Spec};
 use weir_ratelimit::AnyLimiter;
-use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_runtime::Secret;
 
 use crate::client::Client;
@@ -190,17 +188,6 @@ pub async fn gateway(resources: &Resources, redis: Option<String>) -> Gateway {
 /// The same with settings of the test's own.
 pub async fn gateway_with(resources: &Resources, change: impl FnOnce(&mut Config)) -> Gateway {
     start(resources, None, change).await
-}
-
-/// The same with a Redis that is waited for: on a busy machine a gateway would take a late answer for an outage and
-/// decide alone.
-///
-/// # Panics
-/// If there is no Redis at `redis`.
-pub async fn patient_gateway(resources: &Resources, redis: &str) -> Gateway {
-    let patient = RedisOptions { deadline: Duration::from_secs(10), ..RedisOptions::default() };
-    let limiter = RedisLimiter::connect(redis, patient).await.expect("a Redis");
-    gateway_over(resources, limiter.into()).await
 }
 
 /// The same over a limiter of the test's own.

@@ -103,7 +103,6 @@ impl Stack {
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
             "--pre-stop-s=0",
-            "--redis-deadline-ms=10000",
             "--control-plane",
             &control_plane,
             "--gateway-token-file",

@@ -225,7 +225,7 @@ impl Scene {
 
     /// Leases that still count although no request runs, after at most `patience`.
     pub(crate) async fn leaked_leases(&self, patience: Duration) -> anyhow::Result<Vec<(Scope, u64)>> {
-        let options = RedisOptions { deadline: Duration::from_secs(2), ..RedisOptions::default() };
+        let options = RedisOptions::default();
         let limiter = RedisLimiter::connect(&self.store.url(), options).await?;
         let deadline = Instant::now() + patience;
         loop {

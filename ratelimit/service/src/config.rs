@@ -70,10 +70,6 @@ pub struct Config {
     /// Envoy's reference server.
     #[arg(long, env = "WEIR_STRICT_ZERO_HITS")]
     pub strict_zero_hits: bool,
-    /// Longest answer of Redis, milliseconds; then the call is UNAVAILABLE.
-    #[arg(long, env = "WEIR_REDIS_DEADLINE_MS", default_value_t = 50, value_name = "MS",
-          value_parser = clap::value_parser!(u64).range(1..=10_000))]
-    pub redis_deadline_ms: u64,
     /// What a bucket that is not in Redis means. burst: it was never used. strict: it may have been lost with an
     /// older data set, so it was full when this data set was born: a Redis that lost its data grants no burst, and a new
     /// one none at first either.
@@ -109,7 +105,6 @@ impl Default for Config {
             id: None,
             region: String::new(),
             strict_zero_hits: false,
-            redis_deadline_ms: 50,
             cold_start: ColdStart::Burst,
             pre_stop_s: 2,
             drain_s: 10,

@@ -183,8 +183,7 @@ fn open(config: &Config) -> Result<AnyLimiter, StartError> {
         tracing::warn!("without --redis, limits hold for this process alone");
         return Ok(MemoryLimiter::new().into());
     };
-    let deadline = Duration::from_millis(config.redis_deadline_ms);
-    let options = RedisOptions { deadline, cold_start: config.cold_start, ..RedisOptions::default() };
+    let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };
     let redis = RedisLimiter::open(url, options).map_err(|e| StartError::Config(format!("--redis: {e}")))?;
     Ok(redis.into())
 }

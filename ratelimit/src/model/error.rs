@@ -8,6 +8,9 @@ pub enum Error {
     /// The store did not answer in time; the outcome is unknown.
     #[error("the limit store did not answer within {0:?}")]
     Timeout(Duration),
+    /// The store answered others and not this call; the outcome is unknown.
+    #[error("the limit store is late with one answer")]
+    Late,
     /// The connection went away while the call was under way; the outcome is unknown.
     #[error("the connection to the limit store was lost during the call")]
     Lost,
@@ -68,7 +71,7 @@ impl Error {
     /// What it says about the store and about the call.
     pub const fn trouble(&self) -> Trouble {
         match self {
-            Error::Timeout(_) | Error::Lost => Trouble::Unknown,
+            Error::Timeout(_) | Error::Late | Error::Lost => Trouble::Unknown,
             Error::Unreachable(_) => Trouble::Away,
             Error::Refused { fault: Fault::Record | Fault::Moving, .. } => Trouble::Keys,
             Error::Refused { .. } => Trouble::Away,

@@ -3,7 +3,8 @@
 //! Calls share a few multiplexed connections, which pipeline whatever waits. Scripts are called by hash. A server
 //! that does not know a script (after a restart, a failover or a flush) gets its text once, from the call that found
 //! out. Admissions, and settlements, under the same limits are coalesced into one call where they would queue up.
-//! Every call has a deadline, after which its outcome is unknown; ids make a retry harmless.
+//! A call without an answer fails when the server has been silent for too long. Its outcome is unknown then; ids make a
+//! retry harmless.
 //!
 //! Needs Redis 7: scripts that free or credit carry a flag that lets them run when memory is full.
 
@@ -16,13 +17,13 @@ mod eval;
 mod failures;
 #[doc(hidden)]
 pub mod fuzzing;
-mod lag;
 mod limiter;
 mod options;
 mod prolonged;
 mod recent_refusals;
 mod reply;
 mod script;
+mod silence;
 mod split;
 mod topology;
 

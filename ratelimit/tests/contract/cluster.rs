@@ -171,7 +171,7 @@ async fn a_failover_by_sentinel_is_followed() {
     std::fs::write(&file, watched).expect("configuration");
     let sentinel = Server::start_sentinel(file.to_str().expect("path")).await;
     let url = format!("redis+sentinel://127.0.0.1:{}/weir", sentinel.port());
-    let options = RedisOptions { deadline: Duration::from_secs(1), ..RedisOptions::default() };
+    let options = RedisOptions { silence: Duration::from_secs(1), ..RedisOptions::default() };
     let limiter = RedisLimiter::connect(&url, options).await.expect("connect");
     let scopes: Scopes = smallvec![limited("acme", Kind::Requests, bucket(10, 0, MINUTE))];
     for _ in 0..4 {
@@ -221,7 +221,7 @@ async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 async fn a_lost_data_set_hands_out_no_burst_when_strict() {
     let mut server = Server::start().await;
     let strict = RedisOptions {
-        deadline: Duration::from_secs(1),
+        silence: Duration::from_secs(1),
         cold_start: ColdStart::Strict,
         ..RedisOptions::default()
     };

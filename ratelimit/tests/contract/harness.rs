@@ -251,7 +251,7 @@ impl Server {
 
 async fn limiter_of(url: &str) -> RedisLimiter {
     let options =
-        RedisOptions { deadline: Duration::from_secs(10), connections: 2, ..RedisOptions::default() };
+        RedisOptions { silence: Duration::from_secs(10), connections: 2, ..RedisOptions::default() };
     RedisLimiter::connect(url, options).await.expect("connect")
 }
 

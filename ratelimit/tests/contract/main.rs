@@ -5,6 +5,7 @@ mod buckets;
 mod charges;
 mod clock;
 mod cluster;
+mod delays;
 mod harness;
 mod leases;
 mod model;

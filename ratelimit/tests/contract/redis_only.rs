@@ -28,7 +28,7 @@ async fn a_restart_is_survived_and_its_errors_are_told() {
     let mut server = Server::start().await;
     let limiter = RedisLimiter::connect(
         &server.url,
-        RedisOptions { deadline: Duration::from_millis(500), connections: 2, ..RedisOptions::default() },
+        RedisOptions { silence: Duration::from_millis(500), connections: 2, ..RedisOptions::default() },
     )
     .await
     .expect("connect");
@@ -94,7 +94,7 @@ async fn a_full_store_still_settles() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_server_is_a_timeout() {
     let world = World::redis().await;
-    let options = RedisOptions { deadline: Duration::from_millis(50), ..RedisOptions::default() };
+    let options = RedisOptions { silence: Duration::from_millis(50), ..RedisOptions::default() };
     let limiter = RedisLimiter::connect(&world.server().url, options).await.expect("connect");
     let mut raw = world.server().raw().await;
     ::redis::cmd("CLIENT").arg("PAUSE").arg(400).exec_async(&mut raw).await.expect("pause");
@@ -229,7 +229,7 @@ async fn records_and_reservations_of_version_one_are_read() {
 async fn coalesced_calls_are_decided_one_after_the_other() {
     let world = World::redis().await;
     let options =
-        RedisOptions { deadline: Duration::from_secs(10), connections: 1, ..RedisOptions::default() };
+        RedisOptions { silence: Duration::from_secs(10), connections: 1, ..RedisOptions::default() };
     let merging = RedisLimiter::connect(&world.server().url, options).await.expect("connect");
     let memory = World::memory();
     let mut tenant = limited("acme", Kind::Tokens, bucket(2_000, 0, Duration::from_secs(60)));

@@ -267,7 +267,8 @@ mod tests {
             answer(edge.accept().await);
         }
         edge.retire(answer).await;
-        let clients = tokio::task::spawn_blocking(|| clients.into_iter().map(|c| c.join().expect("answered")));
+        let clients =
+            tokio::task::spawn_blocking(|| clients.into_iter().map(|c| c.join().expect("answered")));
         assert!(clients.await.expect("joined").sum::<usize>() >= 1000);
     }
 }

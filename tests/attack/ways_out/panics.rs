@@ -10,13 +10,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
-use weir_ratelimit::redis::RedisLimiter;
+use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_tests::client::Client;
 use weir_tests::cluster::gateway_over;
 use weir_tests::redis::Redis;
 
 use super::script::Backends;
-use super::{at_rest, leases, left_over, page, patient, resources, sum};
+use super::{at_rest, leases, left_over, page, resources, sum};
 use crate::lab::http1::{self, End};
 use crate::lab::http2::{self, DATA, END_STREAM, Ended, HEADERS, Http2, Next, RST_STREAM};
 use crate::lab::{SOON, connect};
@@ -91,7 +91,8 @@ async fn a_panic_costs_one_request_and_gives_everything_back() {
             let end = CancellationToken::new();
             let _guard = end.clone().drop_guard();
             let (backends, redis) = (Backends::start(&end).await, Redis::start().await);
-            let limiter = RedisLimiter::connect(&redis.url(), patient()).await.expect("a Redis");
+            let limiter =
+                RedisLimiter::connect(&redis.url(), RedisOptions::default()).await.expect("a Redis");
             let gateway = gateway_over(&resources(&backends), limiter.into()).await;
             let clients = gateway.running.address;
             match is_http2 {

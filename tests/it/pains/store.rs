@@ -66,7 +66,7 @@ async fn p05_without_redis_the_replicas_share_the_limit_and_say_so() {
 async fn p29_a_silent_redis_holds_a_few_requests_for_a_moment_and_then_nobody() {
     const ASKED: u32 = 1000;
     let plenty = v1::Rates { requests_per_minute: Some(1_000_000), ..Default::default() };
-    let world = World::hasty(1, config(), plenty).await;
+    let world = World::of(1, config(), plenty).await;
     eventually("served", || async { world.client(0).chat(CHAT).await.status == StatusCode::OK }).await;
     signal(world.redis.child(), "-STOP").await;
     // One after the other: a thousand timeouts of 50 ms would be fifty seconds, and the connection's own timeouts

@@ -442,7 +442,7 @@ async fn a_deadline_is_kept_while_the_store_is_silent() {
     let mut call = Request::new(request(vec![descriptor(&[("address", "192.0.2.1")])]));
     call.set_timeout(Duration::from_millis(100));
     let answer = tokio::time::timeout(Duration::from_secs(5), client.should_rate_limit(call)).await;
-    let status = answer.expect("long before the store's own deadline").expect_err("nothing was decided");
+    let status = answer.expect("long before the store counts as silent").expect_err("nothing was decided");
     assert!(matches!(status.code(), Grpc::DeadlineExceeded | Grpc::Cancelled), "{status:?}");
     redis.signal("-CONT");
     assert!(edge.passes(descriptor(&[("address", "192.0.2.1")])).await);
@@ -450,7 +450,7 @@ async fn a_deadline_is_kept_while_the_store_is_silent() {
 
 #[tokio::test]
 async fn without_the_store_nothing_is_decided_and_the_proxys_policy_holds() {
-    let edge = edge(Some(Redis::start().await), |config| config.redis_deadline_ms = 50).await;
+    let edge = edge(Some(Redis::start().await), |_| {}).await;
     edge._redis.as_ref().expect("a server").signal("-STOP");
     let mut client = RateLimitServiceClient::new(edge.service.channel.clone());
     let call = client.should_rate_limit(request(vec![descriptor(&[("address", "192.0.2.1")])]));

@@ -17,13 +17,12 @@ pub(crate) struct Service {
     pub(crate) shutdown: CancellationToken,
 }
 
-/// Settings for a test: any port, Redis with a patience that a busy machine does not exhaust, no pause at the end.
+/// Settings for a test: any port, no pause at the end.
 pub(crate) fn config(redis: Option<&Redis>) -> Config {
     Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
         redis: redis.map(Redis::url),
-        redis_deadline_ms: 10_000,
         pre_stop_s: 0,
         ..Config::default()
     }

@@ -29,7 +29,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             return inner.decide(call, not_sent(error));
         }
         let lost_sets = inner.lost_sets();
-        match inner.ask(call).await {
+        match inner.ask(call.scopes.first(), || inner.store.acquire(call)).await {
             // The answer is from a data set without the leases in flight. Its grant is undone or taken over later.
             Ok(_) if inner.lost_sets() != lost_sets => {
                 inner.hear_of_loss();
@@ -40,10 +40,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 Ok(decision)
             }
             Err(error) if error.trouble() == Trouble::Caller => Err(error),
-            Err(error) => {
-                inner.failed(&error, call.scopes.first());
-                inner.decide(call, error)
-            }
+            Err(error) => inner.decide(call, error),
         }
     }
 
@@ -55,18 +52,18 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
         let inner = &self.inner;
-        let gateways = inner.gateways();
+        let sharing = inner.sharing();
         if inner.engaged.load(Ordering::Relaxed) {
             let mut local = inner.local();
             if local.grant(id).is_some() {
-                return local.place(id, from, candidates, lease_ttl, gateways);
+                return local.place(id, from, candidates, lease_ttl, sharing);
             }
         }
         if inner.is_asked() {
             let moved = if inner.is(Phase::Joining) {
                 inner.join_slot(id, from, candidates, lease_ttl).await
             } else {
-                inner.store.move_slot(id, from, candidates, lease_ttl).await
+                inner.ask(None, || inner.store.move_slot(id, from, candidates, lease_ttl)).await
             };
             match moved {
                 Ok(moved) => {
@@ -76,7 +73,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                     return Ok(moved);
                 }
                 Err(error) if error.trouble() == Trouble::Caller => return Err(error),
-                Err(error) => inner.failed(&error, None),
+                Err(_) => {}
             }
         }
         let mut local = inner.local();
@@ -84,7 +81,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
             inner.store_leases.forget(id, std::slice::from_ref(from));
         }
-        local.place(id, from, candidates, lease_ttl, gateways)
+        local.place(id, from, candidates, lease_ttl, sharing)
     }
 
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
@@ -94,7 +91,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         inner.store_leases.end(call.id);
         if inner.engaged.load(Ordering::Relaxed) {
             let mut local = inner.local();
-            if let Some(settled) = local.settle(call, inner.gateways()) {
+            if let Some(settled) = local.settle(call, inner.sharing()) {
                 if settled.is_ok() && !call.usage.iter().all(|usage| local.note_usage(usage)) {
                     inner.lost.fetch_add(1, Ordering::Relaxed);
                 }
@@ -219,7 +216,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             }
         }
         let local = lock(&inner.local);
-        local.peek(scopes, inner.gateways())
+        local.peek(scopes, inner.sharing())
     }
 
     /// Never decided locally: only the store knows the usage of the whole cluster. Local usage is missing in it until

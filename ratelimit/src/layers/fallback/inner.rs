@@ -10,12 +10,19 @@ use tokio::time::Instant;
 use super::breaker::{Breaker, Phase};
 use super::last_seen::LastSeen;
 use super::local::{ClusterView, Local, Pending};
+use super::local_share::Sharing;
 use super::store_leases::{Leases, StoreLeases};
 use crate::model::call::{Acquire, Decision, Outcome, Settle};
 use crate::model::data_set::DataSetsLost;
 use crate::model::error::{Error, Fault, Trouble};
 use crate::model::limiter::Limiter;
 use crate::model::limits::{ScopeLimits, WithoutStore};
+
+/// How often a call asks the store before this gateway decides alone although the breaker is closed: some of the keys
+/// are not served.
+const ASKS_MAX: u32 = 5;
+/// The pause before a store that refuses is asked again. Longer than what separates two failures of the breaker.
+const ASK_AGAIN: Duration = Duration::from_millis(15);
 
 /// Returns the number of gateways that share the limits, this one included.
 pub type LiveGateways = Arc<dyn Fn() -> u32 + Send + Sync>;
@@ -88,6 +95,16 @@ impl<L: Limiter> Inner<L> {
         (self.gateways)().max(1)
     }
 
+    /// Among whom limits are divided now.
+    pub(super) fn sharing(&self) -> Sharing {
+        let gateways = self.gateways();
+        let one_in = match gateways {
+            1 => Duration::ZERO,
+            _ => lock(&self.breaker).known_in(self.now()),
+        };
+        Sharing { gateways, one_in }
+    }
+
     pub(super) fn is(&self, phase: Phase) -> bool {
         self.phase.load(Ordering::Relaxed) == phase as u8
     }
@@ -138,7 +155,8 @@ impl<L: Limiter> Inner<L> {
     pub(super) fn failed(&self, error: &Error, scope: Option<&ScopeLimits>) {
         let trouble = error.trouble();
         let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
-        if !matches!(trouble, Trouble::Away | Trouble::Unknown) {
+        // A store that answers others is not away.
+        if !matches!(trouble, Trouble::Away | Trouble::Unknown) || *error == Error::Late {
             return;
         }
         let now = self.now();
@@ -163,11 +181,46 @@ impl<L: Limiter> Inner<L> {
         self.wake.notify_one();
     }
 
-    /// Asks the store. Asks again under the same id if the connection was lost during the call.
-    pub(super) async fn ask(&self, call: &Acquire) -> Result<Decision, Error> {
-        match self.store.acquire(call).await {
-            Err(Error::Lost) => self.store.acquire(call).await,
-            decided => decided,
+    /// Asks the store until it answers, or until there is evidence that it serves nobody: a call that fails while the
+    /// breaker is closed is no outage, and others may be granted what this gateway would decide alone. `call` asks each
+    /// time under the same id, so that an earlier call whose outcome is unknown does no harm.
+    pub(super) async fn ask<T, F>(
+        &self,
+        scope: Option<&ScopeLimits>,
+        call: impl Fn() -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let mut asked = 0;
+        loop {
+            let error = match call().await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            if error != Error::Late {
+                asked += 1;
+            }
+            let pause = match error.trouble() {
+                Trouble::Caller => return Err(error),
+                // The record of one limit is broken; that heals by nothing but an operator.
+                Trouble::Keys if matches!(error, Error::Refused { fault: Fault::Record, .. }) => {
+                    return Err(error);
+                }
+                Trouble::Unknown => Duration::ZERO,
+                Trouble::Away | Trouble::Keys => ASK_AGAIN,
+            };
+            // A connection may break at any time; what counts is what the next one finds.
+            if asked > 1 || error != Error::Lost {
+                self.failed(&error, scope);
+            }
+            if asked >= ASKS_MAX || !self.is_asked() {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+            if !self.is_asked() {
+                return Err(error);
+            }
         }
     }
 
@@ -223,7 +276,7 @@ impl<L: Limiter> Inner<L> {
         unknown: bool,
     ) -> Result<Decision, Error> {
         let cluster =
-            ClusterView { gateways: self.gateways(), last_seen: &self.last_seen, now_us: self.now_us() };
+            ClusterView { sharing: self.sharing(), last_seen: &self.last_seen, now_us: self.now_us() };
         local.decide(call, &cluster, error, unknown)
     }
 
@@ -241,7 +294,7 @@ impl<L: Limiter> Inner<L> {
 pub(super) fn waits(error: &Error) -> bool {
     match error {
         Error::Refused { fault, .. } => !matches!(fault, Fault::Record | Fault::Other),
-        Error::Timeout(_) | Error::Lost | Error::Unreachable(_) => true,
+        Error::Timeout(_) | Error::Late | Error::Lost | Error::Unreachable(_) => true,
         Error::Invalid(_) => false,
     }
 }
@@ -260,7 +313,7 @@ pub(super) fn no_room() -> Error {
 /// The error of a call that was not sent because an earlier call failed with `error`.
 pub(super) fn not_sent(error: Error) -> Error {
     match error {
-        Error::Timeout(_) | Error::Lost => Error::Unreachable("it went silent".into()),
+        Error::Timeout(_) | Error::Late | Error::Lost => Error::Unreachable("it went silent".into()),
         known => known,
     }
 }

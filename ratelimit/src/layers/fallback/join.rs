@@ -44,13 +44,13 @@ impl<L: Limiter> Inner<L> {
             let own = self.decide_in(&mut local, call, &not_sent(lock(&self.reason).0.clone()), false)?;
             let Outcome::Granted { .. } = own.outcome else { return self.alone(own) };
             local.asking(call.id);
-            let at = local.with_room(call.id, &call.candidates, self.gateways());
+            let at = local.with_room(call.id, &call.candidates, self.sharing());
             let candidates = at.iter().filter_map(|at| call.candidates.get(*at)).map(unbound).collect();
             (own, Acquire { candidates, ..call.clone() }, at)
         };
         let lost_sets = self.lost_sets();
         let asking = Asking { inner: self, id: call.id };
-        match self.ask(&asked).await {
+        match self.ask(call.scopes.first(), || self.store.acquire(&asked)).await {
             // The answer is from a data set without the leases in flight.
             Ok(_) if self.lost_sets() != lost_sets => {
                 drop(asking);
@@ -63,22 +63,21 @@ impl<L: Limiter> Inner<L> {
                 match &mut decision.outcome {
                     Outcome::Granted { slot } => {
                         let leases = leases_taken(&asked, *slot);
-                        local.adopted(call.id, &leases, self.gateways(), self.now_us());
+                        local.adopted(call.id, &leases, self.sharing(), self.now_us());
                         *slot = slot.and_then(|slot| at.get(slot).copied());
                     }
-                    Outcome::Limited { .. } | Outcome::NoSlot { .. } => local.undo(call, self.gateways()),
+                    Outcome::Limited { .. } | Outcome::NoSlot { .. } => local.undo(call, self.sharing()),
                 }
                 drop(local);
                 drop(asking);
                 Ok(decision)
             }
             Err(error) if error.trouble() == Trouble::Caller => {
-                lock(&self.local).undo(call, self.gateways());
+                lock(&self.local).undo(call, self.sharing());
                 Err(error)
             }
-            Err(error) => {
+            Err(_) => {
                 drop(asking);
-                self.failed(&error, call.scopes.first());
                 self.alone(own)
             }
         }
@@ -98,10 +97,10 @@ impl<L: Limiter> Inner<L> {
         candidates: &[Candidate],
         lease_ttl: Duration,
     ) -> Result<Option<usize>, Error> {
-        let at = self.local().take_slot(id, from, candidates, lease_ttl, self.gateways())?;
+        let at = self.local().take_slot(id, from, candidates, lease_ttl, self.sharing())?;
         let asked: SmallVec<[Candidate; 1]> =
             at.and_then(|at| candidates.get(at)).map(unbound).into_iter().collect();
-        let moved = self.store.move_slot(id, from, &asked, lease_ttl).await;
+        let moved = self.ask(None, || self.store.move_slot(id, from, &asked, lease_ttl)).await;
         if !matches!(moved, Ok(Some(_))) {
             asked.iter().for_each(|slot| lock(&self.local).release(id, std::slice::from_ref(&slot.leases)));
         }

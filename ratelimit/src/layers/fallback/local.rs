@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::last_seen::LastSeen;
-use super::local_share;
+use super::local_share::{self, Sharing};
 use super::store_leases::StoreLeases;
 use crate::model::call::{Acquire, Candidate, Decision, Outcome, Renewal, Settle, Settled};
 use crate::model::cost::Cost;
@@ -18,7 +18,7 @@ use crate::model::error::Error;
 use crate::model::id::ReservationId;
 use crate::model::key::Key;
 use crate::model::kind::Kind;
-use crate::model::leaky_bucket::BucketState;
+use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::limits::{LimitState, Mode, ScopeLimits, Verdict, What, WithoutStore};
 use crate::model::usage::Tally;
 use crate::store::memory::MemoryLimiter;
@@ -73,8 +73,8 @@ struct UnreportedUsage {
 
 /// The cluster as this process knows it while it decides alone.
 pub(super) struct ClusterView<'a> {
-    /// The number of gateways that share the limits, this one included.
-    pub(super) gateways: u32,
+    /// Among whom the limits are divided.
+    pub(super) sharing: Sharing,
     /// Buckets and leases as the store last reported them.
     pub(super) last_seen: &'a LastSeen,
     /// The time, in microseconds of this process.
@@ -143,7 +143,7 @@ impl Local {
         let (since, own) = self.engaged.as_ref()?;
         let own = own.get(&full.leases).copied().unwrap_or(0);
         let in_flight = cluster.last_seen.in_flight(&full.leases)?;
-        let part = local_share::at_first(full.concurrency?, cluster.gateways, own, in_flight);
+        let part = local_share::at_first(full.concurrency?, cluster.sharing, own, in_flight);
         let left = life.checked_sub(Duration::from_micros((cluster.now_us - since) as u64))?;
         (!left.is_zero()).then_some((part, left))
     }
@@ -155,17 +155,21 @@ impl Local {
         error: &Error,
         unknown: bool,
     ) -> Result<Decision, Error> {
-        let mut share = local_share::call(call, cluster.gateways);
+        let mut share = local_share::call(call, cluster.sharing);
         let mut leases_in = SmallVec::<[Duration; 8]>::new();
         for (full, share) in call.scopes.iter().zip(&mut share.scopes) {
             let at_first = self.at_first(full, call.lease_ttl, cluster);
             share.concurrency = at_first.map(|(part, _)| part).or(share.concurrency);
-            leases_in.push(at_first.map_or(call.lease_ttl, |(_, rest)| rest));
+            let one_in = cluster.sharing.one_in;
+            let few = full.concurrency.is_some_and(|most| most < cluster.sharing.gateways);
+            let withheld = few && !one_in.is_zero();
+            let lease_in = at_first.map_or(call.lease_ttl, |(_, rest)| rest);
+            leases_in.push(if withheld { lease_in.min(one_in) } else { lease_in });
             self.start_record(full, share, cluster).ok_or_else(|| error.clone())?;
         }
         let mut decision = self.limiter.decide(&share)?;
         decision.degraded = true;
-        limit_waits(&mut decision, call, &leases_in);
+        limit_waits(&mut decision, call, &leases_in, cluster.sharing.one_in);
         show_full_limits(&mut decision.limits, &call.scopes);
         match decision.outcome {
             Outcome::Granted { slot } => {
@@ -177,7 +181,12 @@ impl Local {
                 self.grants.entry(call.id).or_insert(grant).unknown |= unknown;
             }
             Outcome::Limited { .. } | Outcome::NoSlot { .. } if unknown => {
-                self.cancel(call.id, &call.scopes, None)
+                self.cancel(call.id, &call.scopes, None);
+                // It may have got any of the slots, and its settlement names none.
+                let slots: SmallVec<[Key; 4]> = call.candidates.iter().map(|c| c.leases.clone()).collect();
+                if !slots.is_empty() {
+                    self.defer(Pending::Release(call.id, slots));
+                }
             }
             Outcome::Limited { .. } | Outcome::NoSlot { .. } => {}
         }
@@ -198,11 +207,14 @@ impl Local {
         if self.records.len() >= RECORDS_MAX {
             return None;
         }
-        let known = Kind::ALL.map(|kind| BucketState {
-            level: (cluster.last_seen.level(&full.record, kind, cluster.now_us)
-                / f64::from(cluster.gateways))
-            .ceil(),
-            ts: cluster.now_us,
+        let gateways = cluster.sharing.gateways;
+        let known = Kind::ALL.map(|kind| {
+            let level = cluster.last_seen.level(&full.record, kind, cluster.now_us) / f64::from(gateways);
+            let buckets = full.buckets[kind as usize].zip(share.buckets[kind as usize]);
+            let withheld = buckets
+                .filter(|(full, _)| local_share::is_burst_withheld(full, gateways))
+                .map_or(0.0, |(_, share)| Terms::of(kind, &share).cap);
+            BucketState { level: level.ceil().max(withheld), ts: cluster.now_us }
         });
         if known.iter().any(|bucket_state| bucket_state.level > 0.0) {
             self.limiter.put_bucket_states(share, known);
@@ -212,12 +224,12 @@ impl Local {
     }
 
     /// Settles a reservation that this process granted. Returns `None` if the store granted it.
-    pub(super) fn settle(&mut self, call: &Settle, gateways: u32) -> Option<Result<Settled, Error>> {
+    pub(super) fn settle(&mut self, call: &Settle, sharing: Sharing) -> Option<Result<Settled, Error>> {
         let grant = self.grants.remove(&call.id)?;
         // Usage is reported to the store separately.
         let share = Settle {
             usage: None,
-            scopes: call.scopes.iter().map(|s| local_share::scope(s, gateways)).collect(),
+            scopes: call.scopes.iter().map(|s| local_share::scope(s, sharing)).collect(),
             ..call.clone()
         };
         if grant.call.is_none() {
@@ -269,12 +281,12 @@ impl Local {
     }
 
     /// Undoes a local grant that the store refused.
-    pub(super) fn undo(&mut self, call: &Acquire, gateways: u32) {
+    pub(super) fn undo(&mut self, call: &Acquire, sharing: Sharing) {
         let Some(grant) = self.grants.remove(&call.id) else { return };
         let nothing = Settle {
             id: call.id,
             actual: Cost::default(),
-            scopes: call.scopes.iter().map(|s| local_share::scope(s, gateways)).collect(),
+            scopes: call.scopes.iter().map(|s| local_share::scope(s, sharing)).collect(),
             slot: grant.slot,
             usage: None,
         };
@@ -286,9 +298,9 @@ impl Local {
         &self,
         id: ReservationId,
         candidates: &[Candidate],
-        gateways: u32,
+        sharing: Sharing,
     ) -> SmallVec<[usize; 8]> {
-        let shares = local_share::candidates(candidates, gateways);
+        let shares = local_share::candidates(candidates, sharing);
         (0..shares.len()).filter(|at| self.limiter.has_room(id, &shares[*at])).collect()
     }
 
@@ -299,9 +311,9 @@ impl Local {
         from: Option<&Key>,
         candidates: &[Candidate],
         lease_ttl: Duration,
-        gateways: u32,
+        sharing: Sharing,
     ) -> Result<Option<usize>, Error> {
-        let placed = self.place_in_share(id, from, candidates, lease_ttl, gateways)?;
+        let placed = self.place_in_share(id, from, candidates, lease_ttl, sharing)?;
         if let Some(slot) = placed.and_then(|at| candidates.get(at)) {
             self.limiter.hold(id, std::slice::from_ref(&slot.leases), HELD_LIFE);
         }
@@ -318,9 +330,9 @@ impl Local {
         from: Option<&Key>,
         candidates: &[Candidate],
         lease_ttl: Duration,
-        gateways: u32,
+        sharing: Sharing,
     ) -> Result<Option<usize>, Error> {
-        let placed = self.place_in_share(id, from, candidates, lease_ttl, gateways)?;
+        let placed = self.place_in_share(id, from, candidates, lease_ttl, sharing)?;
         let slot = placed.and_then(|at| candidates.get(at)).map(|c| c.leases.clone());
         match self.grants.get_mut(&id) {
             Some(grant) => grant.slot = slot,
@@ -340,9 +352,9 @@ impl Local {
         from: Option<&Key>,
         candidates: &[Candidate],
         lease_ttl: Duration,
-        gateways: u32,
+        sharing: Sharing,
     ) -> Result<Option<usize>, Error> {
-        self.limiter.place(id, from, &local_share::candidates(candidates, gateways), lease_ttl)
+        self.limiter.place(id, from, &local_share::candidates(candidates, sharing), lease_ttl)
     }
 
     pub(super) fn renew(&self, renewal: &Renewal, lease_ttl: Duration) -> bool {
@@ -359,8 +371,8 @@ impl Local {
         }
     }
 
-    pub(super) fn peek(&self, scopes: &[ScopeLimits], gateways: u32) -> Result<Vec<LimitState>, Error> {
-        let share: Vec<ScopeLimits> = scopes.iter().map(|s| local_share::scope(s, gateways)).collect();
+    pub(super) fn peek(&self, scopes: &[ScopeLimits], sharing: Sharing) -> Result<Vec<LimitState>, Error> {
+        let share: Vec<ScopeLimits> = scopes.iter().map(|s| local_share::scope(s, sharing)).collect();
         let mut limits = self.limiter.look(&share)?;
         show_full_limits(&mut limits, scopes);
         Ok(limits)
@@ -386,14 +398,24 @@ pub(super) fn leases_of(call: &Settle) -> SmallVec<[Key; 4]> {
 
 /// Bounds the waits of a refusal. Leases of the store have no expiry here, and a share of zero never fits, so a wait
 /// for a lease is at most the lease lifetime of its scope.
-fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration]) {
+///
+/// A cost beyond the share never fits either, until it is clamped in `one_in`.
+fn limit_waits(decision: &mut Decision, call: &Acquire, leases_in: &[Duration], one_in: Duration) {
     let wait = match &mut decision.outcome {
         Outcome::Granted { .. } => return,
         Outcome::NoSlot { wait } => return *wait = call.lease_ttl.min(*wait),
         Outcome::Limited { wait } => wait,
     };
     for limit in &mut decision.limits {
-        let open = limit.scope_in(&call.scopes).is_some_and(|scope| scope.concurrency != Some(0));
+        let Some(scope) = limit.scope_in(&call.scopes) else { continue };
+        if let (What::Bucket(kind), Verdict::Never) = (limit.what, limit.verdict) {
+            let fits = scope.buckets[kind as usize]
+                .is_some_and(|full| full.capacity > 0 && call.cost.get(kind) <= full.capacity);
+            if !one_in.is_zero() && (fits || call.estimated) {
+                limit.verdict = Verdict::Wait(one_in);
+            }
+        }
+        let open = scope.concurrency != Some(0);
         if limit.what != What::Concurrency || limit.verdict == Verdict::Fits || !open {
             continue;
         }

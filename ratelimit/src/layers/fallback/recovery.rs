@@ -232,7 +232,7 @@ pub(super) async fn report<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Resul
     // One pass each, because under load there is always more, and the next round comes soon.
     let grants = lock(&inner.local).unadopted();
     each_at_once(grants, |(id, grant)| adopt(inner.clone(), id, grant)).await?;
-    let charges = lock(&inner.local).charges(inner.gateways(), inner.now_us());
+    let charges = lock(&inner.local).charges(inner.sharing(), inner.now_us());
     each_at_once(charges, |charge| {
         let inner = inner.clone();
         async move {
@@ -304,7 +304,7 @@ fn taken_over<L: Limiter>(
     let mut local = lock(&inner.local);
     if local.grant(id).is_some() {
         inner.store_leases.hold(id, leases.into(), life);
-        local.adopted(id, leases, inner.gateways(), inner.now_us());
+        local.adopted(id, leases, inner.sharing(), inner.now_us());
     } else {
         // The reservation ended meanwhile; the local bucket state contains its usage.
         let end = Settle {

@@ -47,9 +47,12 @@ impl StoreLeases {
     /// Replaces the slot `from` by another one.
     pub(super) fn moved(&self, id: ReservationId, from: Option<&Key>, to: Option<Key>, life: Duration) {
         let mut all = self.all();
-        let lease = all.entry(id).or_insert_with(|| Lease { leases: Leases::new(), life });
-        lease.leases.retain(|key| Some(&*key) != from);
-        lease.leases.extend(to);
+        let mut leases = all.remove(&id).map(|lease| lease.leases).unwrap_or_default();
+        leases.retain(|key| Some(&*key) != from);
+        leases.extend(to);
+        if !leases.is_empty() && all.len() < HELD_MAX {
+            all.insert(id, Lease { leases, life });
+        }
     }
 
     /// Removes leases of a reservation. A reservation without leases is removed.

@@ -60,11 +60,11 @@ impl RedisLimiter {
         Reader::new(&reply).settled(&call.scopes)
     }
 
-    /// Waits for the reply to a call that stands in a queue. The deadline includes the time in the queue.
+    /// Waits for the reply to a call that stands in a queue.
     async fn later(&self, reply: oneshot::Receiver<Reply>) -> Reply {
-        match self.client.in_time(reply).await {
+        match self.client.silence.within(reply).await {
             Some(reply) => reply.unwrap_or(Err(Error::Lost)),
-            None => Err(Error::Timeout(self.client.deadline)),
+            None => Err(self.client.late()),
         }
     }
 

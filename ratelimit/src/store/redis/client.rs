@@ -1,26 +1,19 @@
-//! Sends scripts over a few connections, each call within its deadline.
+//! Sends scripts over a few connections, and waits for answers until the server has been silent for too long.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
-
-use tokio::time::Instant;
 
 use super::connection::Connection;
 use super::eval::eval;
 use super::failures::{classify, replaces_connection};
-use super::lag::Lag;
 use super::options::CONNECT_TIMEOUT;
 use super::prolonged::ProlongedSets;
 use super::script::{self, Script};
+use super::silence::Silence;
 use super::topology::Source;
 use crate::model::data_set::DataSet;
 use crate::model::error::Error;
 use crate::model::key::Key;
-
-/// The longest time for which a call waits beyond its deadline because this process gets too little CPU.
-const STARVED_MAX: Duration = Duration::from_secs(10);
 
 /// The connections and what calls need to use them.
 pub(super) struct Client {
@@ -29,8 +22,7 @@ pub(super) struct Client {
     /// Whether keys with different hash tags may be on different servers.
     pub(super) is_cluster: bool,
     pub(super) next: AtomicUsize,
-    pub(super) deadline: Duration,
-    pub(super) lag: Arc<Lag>,
+    pub(super) silence: Arc<Silence>,
     pub(super) prolonged: ProlongedSets,
     pub(super) data_set: Arc<DataSet>,
 }
@@ -54,39 +46,35 @@ impl Client {
             return Err(Error::Invalid("keys of several slots in one call"));
         }
         let connection = self.connection();
-        let answer = self.in_time(run_on(connection, script, keys, args)).await;
+        let answer = self.silence.within(run_on(connection, script, keys, args)).await;
         answer.unwrap_or_else(|| {
-            connection.timed_out();
-            Err(Error::Timeout(self.deadline))
+            let late = self.late();
+            // One server answers on other connections, so this connection is dead.
+            connection.timed_out(late == Error::Late);
+            Err(late)
         })
     }
 
     /// Runs a script that reads a report, on a pooled connection where there is a pool. Connecting has a timeout of
     /// its own, so that a report does not fail because its connection is new.
     pub(super) async fn report(&self, script: &Script, keys: &[&Key]) -> Result<Vec<i64>, Error> {
-        let (args, late) = (script::Args::default(), || Error::Timeout(self.deadline));
+        let (args, late) = (script::Args::default(), || self.late());
         // Fails at once if the server is known to be down.
-        self.in_time(self.connection().connected()).await.ok_or_else(late)??;
+        self.silence.within(self.connection().connected()).await.ok_or_else(late)??;
         let pooled = tokio::time::timeout(CONNECT_TIMEOUT, self.source.report_connection()).await;
         let Some(mut pooled) = pooled.map_err(|_| Error::Timeout(CONNECT_TIMEOUT))?? else {
             return self.run(script, keys, &args).await;
         };
         // A report does not get the birth of the data set, because missing buckets do not matter to it.
-        let reply = self.in_time(eval(&mut pooled, 0, script, keys, &args)).await.ok_or_else(late)?;
+        let reply = self.silence.within(eval(&mut pooled, 0, script, keys, &args)).await.ok_or_else(late)?;
         reply.map_err(|error| classify(&error))
     }
 
-    /// Waits for an answer within the deadline. While this process gets too little CPU, the answer may lie unread in
-    /// the socket, so the wait is extended.
-    pub(super) async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Option<T> {
-        let asked = Instant::now();
-        let mut answer = pin!(answer);
-        loop {
-            match tokio::time::timeout(self.deadline, &mut answer).await {
-                Ok(answer) => return Some(answer),
-                Err(_) if self.lag.starved() && asked.elapsed() < STARVED_MAX => {}
-                Err(_) => return None,
-            }
+    /// The error of a call that was not answered in time. What other shards of a Cluster answer says nothing about it.
+    pub(super) fn late(&self) -> Error {
+        match self.is_cluster || self.silence.is_over() {
+            true => Error::Timeout(self.silence.longest()),
+            false => Error::Late,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A connection that one task replaces when it breaks, so that callers do not.
 //!
 //! The task publishes the state of its connection, and callers read it. During the first attempt to connect, callers
-//! wait up to their deadline. After a failed attempt they fail at once until one succeeds. Attempts back off, so a
+//! wait. After a failed attempt they fail at once until one succeeds. Attempts back off, so a
 //! server that is down gets a few per second, whatever the load.
 
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::eval::birth;
 use super::options::ColdStart;
+use super::silence::Silence;
 use super::topology::{Shared, Source};
 use crate::model::data_set::DataSet;
 use crate::model::error::Error;
@@ -60,10 +61,15 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn start(source: Source, cold_start: ColdStart, data_set: Arc<DataSet>) -> Self {
+    pub(super) fn start(
+        source: Source,
+        cold_start: ColdStart,
+        data_set: Arc<DataSet>,
+        silence: Arc<Silence>,
+    ) -> Self {
         let (publish, state) = watch::channel(State::Connecting);
         let (complaints, complained) = mpsc::channel(4);
-        let connector = Connector { source, cold_start, data_set };
+        let connector = Connector { source, cold_start, data_set, silence };
         let keeper = tokio::spawn(keep(connector, publish, complained));
         Self {
             state,
@@ -103,14 +109,15 @@ impl Connection {
         }
     }
 
-    pub(crate) fn timed_out(&self) {
+    /// Records a call without an answer. `alone`: other connections to the same server are answered meanwhile.
+    pub(crate) fn timed_out(&self, alone: bool) {
         let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
         let before = self.timeouts.fetch_add(1, Ordering::Relaxed);
         if before == 0 {
             self.silent_since.store(now, Ordering::Relaxed);
         }
         let silent = now.saturating_sub(self.silent_since.load(Ordering::Relaxed));
-        if before + 1 < TIMEOUTS_MAX || u128::from(silent) < SILENT_AFTER.as_millis() {
+        if !alone && (before + 1 < TIMEOUTS_MAX || u128::from(silent) < SILENT_AFTER.as_millis()) {
             return;
         }
         self.timeouts.store(0, Ordering::Relaxed);
@@ -173,6 +180,7 @@ struct Connector {
     source: Source,
     cold_start: ColdStart,
     data_set: Arc<DataSet>,
+    silence: Arc<Silence>,
 }
 
 impl Connector {
@@ -187,6 +195,7 @@ impl Connector {
         };
         // Callers must know of lost leases before they can use the connection.
         self.data_set.found(birth);
+        self.silence.heard();
         Ok(Link { shared, birth: self.birth_for_scripts(birth), generation })
     }
 

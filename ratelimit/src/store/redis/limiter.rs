@@ -11,11 +11,11 @@ use super::batch::{Ask, End, coalescer};
 use super::client::Client;
 use super::coalesce::Coalescer;
 use super::connection::Connection;
-use super::lag::Lag;
 use super::options::{CONNECT_TIMEOUT, RedisOptions};
 use super::prolonged::ProlongedSets;
 use super::recent_refusals::RecentRefusals;
 use super::reply::Reader;
+use super::silence::Silence;
 use super::topology::Source;
 use crate::model::call::{Acquire, Candidate, Charge, Decision, Renewal, Settle, Settled};
 use crate::model::checks::{self, RESERVATION_LIFE, TOMBSTONE_LIFE};
@@ -26,6 +26,9 @@ use crate::model::key::Key;
 use crate::model::limiter::Limiter;
 use crate::model::limits::{LimitState, ScopeLimits};
 use crate::model::usage::UsageLines;
+
+/// How many times the longest silence one call may wait while others are answered.
+const CALL_SILENCES_MAX: u32 = 3;
 
 /// Limits that are shared through Redis: one server, a primary behind Sentinels, or a Cluster.
 pub struct RedisLimiter {
@@ -55,21 +58,23 @@ impl RedisLimiter {
     pub fn open(url: &str, options: RedisOptions) -> Result<Self, Error> {
         let connections = options.connections.max(1);
         let source = Source::parse(url, CONNECT_TIMEOUT)?;
-        let lag = Arc::new(Lag::default());
+        // The shards of a Cluster are silent each for itself, so that the answers of others say nothing about a call.
+        let call_max = options.silence * if source.is_cluster() { 1 } else { CALL_SILENCES_MAX };
+        let silence = Silence::new(options.silence, call_max);
         let monitor = tokio::spawn({
-            let lag = lag.clone();
-            async move { lag.run().await }
+            let silence = silence.clone();
+            async move { silence.run().await }
         });
         let data_set = Arc::new(DataSet::default());
-        let connect = |_| Connection::start(source.clone(), options.cold_start, data_set.clone());
+        let connect =
+            |_| Connection::start(source.clone(), options.cold_start, data_set.clone(), silence.clone());
         let client = Arc::new(Client {
-            lag,
+            silence: silence.clone(),
             is_cluster: source.is_cluster(),
             connections: (0..connections).map(connect).collect(),
             data_set: data_set.clone(),
             source: source.clone(),
             next: AtomicUsize::new(0),
-            deadline: options.deadline,
             prolonged: ProlongedSets::default(),
         });
         let (acquires, settles) = (coalescer(&client), coalescer(&client));
@@ -99,7 +104,7 @@ impl fmt::Debug for RedisLimiter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLimiter")
             .field("connections", &self.client.connections.len())
-            .field("deadline", &self.client.deadline)
+            .field("silence", &self.client.silence.longest())
             .finish_non_exhaustive()
     }
 }

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-/// The timeout of connecting, which is not part of a call's deadline: a handshake may take longer than a decision.
+/// The timeout of connecting.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Options for the use of a Redis server.
 #[derive(Debug, Clone, Copy)]
 pub struct RedisOptions {
-    /// The longest time of a call, including a wait for a connection.
-    pub deadline: Duration,
+    /// How long the server may say nothing at all while calls wait, before they fail. One late answer among others is
+    /// waited for longer, and so is every answer while this process gets too little CPU.
+    pub silence: Duration,
     /// The number of connections, each shared by any number of calls. A Cluster gets as many per node.
     pub connections: usize,
     /// The meaning of a missing bucket state.
@@ -33,7 +34,7 @@ pub enum ColdStart {
 impl Default for RedisOptions {
     fn default() -> Self {
         Self {
-            deadline: Duration::from_millis(50),
+            silence: Duration::from_secs(1),
             connections: 2,
             cold_start: ColdStart::default(),
             coalesce: true,

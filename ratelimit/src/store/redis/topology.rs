@@ -29,8 +29,8 @@ use tokio::sync::Mutex;
 use super::failures::classify_connect;
 use crate::model::error::Error;
 
-/// How often the Cluster's client follows MOVED and ASK or repeats after TRYAGAIN. The call's deadline ends it
-/// earlier.
+/// How often the Cluster's client follows MOVED and ASK or repeats after TRYAGAIN. The end of
+/// the call's time ends it earlier.
 const CLUSTER_RETRIES: u32 = 8;
 /// The bounds of the client's pauses between repeats, milliseconds.
 const CLUSTER_PAUSE_MS: (u64, u64) = (2, 16);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Grant, HELD_LIFE, Local, RECORDS_MAX, UnreportedUsage};
-use crate::layers::fallback::local_share;
+use crate::layers::fallback::local_share::{self, Sharing};
 use crate::model::call::Settle;
 use crate::model::cost::Cost;
 use crate::model::id::ReservationId;
@@ -29,7 +29,7 @@ impl Local {
         &mut self,
         id: ReservationId,
         leases: &[Key],
-        gateways: u32,
+        sharing: Sharing,
         now: f64,
     ) {
         let Some(grant) = self.grants.remove(&id) else { return };
@@ -37,7 +37,7 @@ impl Local {
             let Some(base) = self.records.get_mut(&record) else { continue };
             for kind in Kind::ALL {
                 let Some(bucket) = base.full.buckets[kind as usize] else { continue };
-                let terms = Terms::of(kind, &local_share::bucket(&bucket, gateways));
+                let terms = Terms::of(kind, &local_share::bucket(&bucket, sharing.gateways));
                 let level = base.known[kind as usize].level_at(&terms, now) + amounts[kind as usize];
                 base.known[kind as usize] = BucketState { level, ts: now };
             }
@@ -52,7 +52,7 @@ impl Local {
 
     /// The charge of each record: the part of its bucket state that the store does not know and that no open grant
     /// will bring. A charge that is asked for again keeps its id until [`Local::charged`].
-    pub(in crate::layers::fallback) fn charges(&mut self, gateways: u32, now: f64) -> Vec<Settle> {
+    pub(in crate::layers::fallback) fn charges(&mut self, sharing: Sharing, now: f64) -> Vec<Settle> {
         let mut open: HashMap<&Key, [f64; Kind::COUNT]> = HashMap::new();
         for (record, amounts) in self.grants.values().flat_map(|grant| &grant.charged) {
             let sum = open.entry(record).or_default();
@@ -68,7 +68,7 @@ impl Local {
             let mut cost = Cost::default();
             for kind in Kind::ALL {
                 let Some(bucket) = base.full.buckets[kind as usize] else { continue };
-                let terms = Terms::of(kind, &local_share::bucket(&bucket, gateways));
+                let terms = Terms::of(kind, &local_share::bucket(&bucket, sharing.gateways));
                 let known = base.known[kind as usize].level_at(&terms, now);
                 let level = bucket_states[kind as usize].level_at(&terms, now);
                 let waits = open.get(record).map_or(0.0, |sum| sum[kind as usize]);
