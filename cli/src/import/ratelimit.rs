@@ -307,11 +307,29 @@ impl Writer {
             // What a descriptor meets first there: the same value, else the narrowest that covers it.
             let covering = node.below.iter().filter(|own| own.covers(theirs));
             match covering.max_by_key(|own| (own.is_same(theirs), own.value.len())) {
-                Some(own) => self.hide_below(own, theirs, above),
+                Some(own) => {
+                    let before = self.rules.len();
+                    self.hide_below(own, theirs, above);
+                    if self.rules.len() > before && !own.is_same(theirs) {
+                        self.repeat(own, above);
+                    }
+                }
                 None => self.hide_all(theirs, above),
             }
             above.pop();
         }
+    }
+
+    /// What a node says, for a narrower value than its own: rules that hide there are more specific than its own ones.
+    fn repeat(&mut self, node: &Node, above: &mut Vec<v1::DescriptorEntry>) {
+        if self.rules.len() > RULES_MAX {
+            return;
+        }
+        if let Some(rule) = &node.rule {
+            self.rule(above, rule);
+        }
+        self.write(&node.below, above);
+        self.hide(&node.below, above);
     }
 
     /// Every limit from here on.

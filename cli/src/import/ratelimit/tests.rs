@@ -222,6 +222,40 @@ descriptors:
     assert!(note(&import, "descriptors[1]").contains("falls back"));
 }
 
+/// A rule that hides is of a narrower value than the prefix that has the limit.
+#[test]
+fn what_is_hidden_below_a_value_leaves_the_limits_of_its_prefix() {
+    let import = imported(
+        "
+domain: d
+descriptors:
+  - key: a
+    value: x
+    descriptors:
+      - key: b
+        value: y*
+        descriptors:
+          - {key: c, value: z, rate_limit: {unit: minute, requests_per_unit: 1}}
+  - key: a
+    descriptors:
+      - key: b
+        value: y
+        descriptors:
+          - {key: c, rate_limit: {unit: minute, requests_per_unit: 2}}
+",
+    );
+    let lines: Vec<String> = specs(&import).iter().map(|(_, spec)| line(spec)).collect();
+    assert_eq!(
+        lines,
+        [
+            "a=x,b=y*,c=z 1/minute",
+            "a=,b=y,c= 2/minute",
+            "a=x,b=y,c= unlimited",
+            "a=x,b=y,c=z 1/minute",
+        ]
+    );
+}
+
 /// What envoyproxy/ratelimit does with a descriptor: at each level the value, else the first prefix, else the key alone;
 /// never back.
 fn theirs(nodes: &[Node], entries: &[(&str, &str)]) -> Option<Rule> {
