@@ -161,7 +161,26 @@ impl Resource {
         let mut out = Vec::new();
         let mut add = |path: String, kind, name| out.push(Reference { path, kind, name });
         match &self.spec {
-            Spec::Pool(_) | Spec::Limit(_) | Spec::DescriptorRule(_) => {}
+            Spec::Pool(_) => {}
+            Spec::DescriptorRule(rule) => {
+                for (i, pattern) in rule.consumes.iter().enumerate() {
+                    for (field, kind, name) in pattern.named() {
+                        add(format!("descriptor_rule.consumes[{i}].{field}"), kind, name);
+                    }
+                }
+            }
+            Spec::Limit(l) => {
+                let selected = [
+                    ("limit.selector.tenant", Kind::Tenant, &l.tenant),
+                    ("limit.selector.model", Kind::Model, &l.model),
+                    ("limit.selector.api_key", Kind::ApiKey, &l.api_key),
+                ];
+                for (path, kind, name) in selected {
+                    if let Some(name) = name {
+                        add(path.into(), kind, name);
+                    }
+                }
+            }
             Spec::Backend(b) => {
                 add("backend.pool".into(), Kind::Pool, &b.pool);
                 for model in b.models.keys() {

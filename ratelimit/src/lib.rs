@@ -42,12 +42,12 @@ pub use model::call::{
 pub use model::cost::Cost;
 pub use model::error::{Error, Fault, Trouble};
 pub use model::id::{OwnerId, ReservationId};
-pub use model::key::{Key, Scope, scope_keys};
+pub use model::key::{Key, Scope, limit_keys, scope_keys};
 pub use model::kind::{Bucket, Kind};
 pub use model::leaky_bucket::FOREVER;
 pub use model::limiter::Limiter;
 pub use model::limits::{LimitState, MAX_SCOPES, Mode, ScopeLimits, Scopes, Verdict, What, WithoutStore};
-pub use model::rates::{max_wait, scope_limits};
+pub use model::rates::{Declared, DeclaredLimits, max_wait, scope_limits};
 pub use model::usage::{Tally, Usage, UsageLines};
 pub use model::{data_set, leaky_bucket, rates, usage};
 pub use stack::{LimitStack, ServiceStack};

@@ -19,7 +19,7 @@ use weir_tests::client::{Answer, Client};
 use weir_tests::cluster::{Gateway, Mock, Resources, gateway, gateway_over, mock};
 use weir_tests::eventually;
 use weir_tests::process::signal;
-use weir_tests::redis::{Redis, Standing, standing_of};
+use weir_tests::redis::{Redis, Standing, standing_of, standing_of_limit};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":7,"messages":[{"role":"user","content":"hi"}]}"#;
 const ENDLESS: &str =
@@ -92,7 +92,7 @@ impl World {
     }
 
     async fn stands(&self, account: &str) -> Standing {
-        standing_of(&self.limiter, Scope::Account(account)).await
+        standing_of_limit(&self.limiter, Scope::Account(account), account).await
     }
 
     /// The refusals that `weir limits explain` predicts.
@@ -296,7 +296,7 @@ async fn limits_of_accounts_hold_while_redis_is_away_and_when_it_is_back() {
     signal(redis.child(), "-CONT").await;
     let limiter = RedisLimiter::connect(&redis.url(), Default::default()).await.expect("there");
     eventually("Redis knows", || async {
-        let of = async |account| standing_of(&limiter, Scope::Account(account)).await.requests;
+        let of = async |account| standing_of_limit(&limiter, Scope::Account(account), account).await.requests;
         let refused = gateway.client.chat(CHAT).await.status == StatusCode::TOO_MANY_REQUESTS;
         refused && (of("x").await, of("y").await) == (20, 10)
     })

@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
 use weir_ratelimit::redis::RedisLimiter;
-use weir_ratelimit::{Bucket, Kind, Limiter, Mode, Scope, ScopeLimits, What, scope_keys};
+use weir_ratelimit::{Bucket, Key, Kind, Limiter, Mode, Scope, ScopeLimits, What, limit_keys, scope_keys};
 
 /// A server that ends with the test.
 #[derive(Debug)]
@@ -126,13 +126,21 @@ fn spawn(port: u16) -> Child {
     spawned.expect("redis-server is needed: run `make tools`, or apt-get install redis-server")
 }
 
-/// The usage of a scope: requests and tokens that have not drained, and leases.
+/// The usage of a scope's own limits: requests and tokens that have not drained, and leases.
 pub async fn standing_of(limiter: &impl Limiter, scope: Scope<'_>) -> Standing {
+    standing(limiter, scope_keys(scope)).await
+}
+
+/// The same of a limit resource over a scope.
+pub async fn standing_of_limit(limiter: &impl Limiter, scope: Scope<'_>, limit: &str) -> Standing {
+    standing(limiter, limit_keys(scope, limit)).await
+}
+
+async fn standing(limiter: &impl Limiter, (record, leases): (Key, Key)) -> Standing {
     // Limits that are never reached: the rest of them shows the usage. The rate is one per minute, because reading a
     // bucket drains it by the reader's rate.
     const UNITS: u64 = 1_000_000;
     const LEASES: u32 = 1_000_000;
-    let (record, leases) = scope_keys(scope);
     let mut buckets = [None; Kind::COUNT];
     for kind in [Kind::Requests, Kind::Tokens] {
         buckets[kind as usize] = Some(Bucket::per_minute(1, UNITS as f64));

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use prost_types::Duration as Wire;
 use weir_proto::v1::{self, resource::Spec};
-use weir_ratelimit::{Bucket, Key, Kind, Mode, ScopeLimits, WithoutStore, scope_keys};
+use weir_ratelimit::{Bucket, Key, Kind, Mode, ScopeLimits, WithoutStore, limit_keys, scope_keys};
 
 use super::driver::{Caller, End, Record, key};
 use super::oracle::Envelope;
@@ -21,6 +21,8 @@ pub(crate) const FREE: &str = "free";
 /// The slots of every backend: fewer than the first burst needs.
 pub(crate) const SLOTS: u32 = 8;
 /// Above the load of any bench.
+/// The name of the limit of everything.
+const EVERYTHING: &str = "everything";
 const PLENTY: u64 = 1_000_000;
 
 /// The scope of a limit.
@@ -148,7 +150,7 @@ impl Limit {
     /// The keys of the limit: its record and its leases.
     pub(crate) fn keys(&self) -> (Key, Key) {
         match self.scope {
-            Scope::Global => scope_keys(weir_ratelimit::Scope::Global),
+            Scope::Global => limit_keys(weir_ratelimit::Scope::Global, EVERYTHING),
             Scope::Tenant(name) => scope_keys(weir_ratelimit::Scope::Tenant(name)),
             Scope::Model(name) => scope_keys(weir_ratelimit::Scope::Model(name)),
             // Slots have no record; reading them needs a record with the same hash slot.
@@ -227,7 +229,7 @@ pub(crate) fn resources(mocks: &[(&str, SocketAddr)], limits: &[Limit], slots: u
     };
     resources.tenant(FREE, &key(FREE), Some(never_reached));
     if let Some(rates) = rates(Scope::Global) {
-        resources.put("everything", Spec::Limit(v1::LimitSpec { selector: None, rates: Some(rates) }));
+        resources.put(EVERYTHING, Spec::Limit(v1::LimitSpec { selector: None, rates: Some(rates) }));
     }
     resources
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use prost_types::Timestamp;
-use weir_proto::resource::{EntryPattern, Resource, Spec, Violation, kind_of};
+use weir_proto::resource::{EntryPattern, Limit, Name, Resource, Spec, Violation, kind_of};
 use weir_proto::v1;
 
 use super::fields::fields;
@@ -124,6 +124,7 @@ pub(crate) fn plan(state: &State, edits: Vec<Edit>, options: Options) -> Result<
         }
     }
     clashes(&result, &steps, &mut violations);
+    crowds(&result, &steps, &mut violations);
     if !violations.is_empty() {
         return Err(Refusal::Invalid(violations));
     }
@@ -248,6 +249,39 @@ fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violati
             let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
             let (path, message) = (format!("{prefix}{}", unique.path()), unique.clash(&other, &key));
             out.push(Violation { path, message });
+        }
+    }
+}
+
+/// No more limits with one selector than gateways hold.
+fn crowds(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
+    fn selector(stored: &Stored) -> Option<[Option<&Name>; 4]> {
+        let Spec::Limit(limit) = &stored.checked.spec else { return None };
+        Some([limit.tenant.as_ref(), limit.model.as_ref(), limit.api_key.as_ref(), limit.account.as_ref()])
+    }
+    let declared = |step: &Step| matches!(step.action, v1::ChangeAction::Create | v1::ChangeAction::Update);
+    let mut steps = steps
+        .iter()
+        .filter(|(_, step)| declared(step))
+        .filter_map(|(prefix, step)| Some((prefix, selector(&step.resource)?)))
+        .peekable();
+    if steps.peek().is_none() {
+        return;
+    }
+    let mut counts: HashMap<_, usize> = HashMap::new();
+    for selector in result.all().filter_map(|stored| selector(stored)) {
+        *counts.entry(selector).or_default() += 1;
+    }
+    for (prefix, selector) in steps {
+        let count = counts.get(&selector).copied().unwrap_or_default();
+        if count > Limit::PER_SELECTOR_MAX {
+            out.push(Violation {
+                path: format!("{prefix}limit.selector"),
+                message: format!(
+                    "{count} limits would have this selector; at most {} may",
+                    Limit::PER_SELECTOR_MAX
+                ),
+            });
         }
     }
 }

@@ -67,6 +67,62 @@ fn references_must_exist_and_the_violation_names_the_field() {
     assert_eq!(kinds, [v1::ResourceKind::Pool, v1::ResourceKind::Backend, v1::ResourceKind::Model]);
 }
 
+fn limit(name: &str, selector: v1::LimitSelector) -> v1::Resource {
+    let rates = v1::Rates { requests_per_minute: Some(1), ..Default::default() };
+    let spec = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
+    resource(name, v1::resource::Spec::Limit(spec))
+}
+
+#[test]
+fn a_limit_or_rule_over_what_does_not_exist_is_refused() {
+    let selector = |tenant: &str, model: &str, api_key: &str| v1::LimitSelector {
+        tenant: tenant.into(),
+        model: model.into(),
+        api_key: api_key.into(),
+        ..Default::default()
+    };
+    let all = state(&[vec![tenant("t")], cluster(0)].concat());
+    for (selector, error) in [
+        (selector("nobody", "m", ""), "limit.selector.tenant: there is no tenant nobody"),
+        (selector("t", "gpt-9", ""), "limit.selector.model: there is no model gpt-9"),
+        (selector("", "", "k"), "limit.selector.api_key: there is no api_key k"),
+    ] {
+        assert_eq!(refusal(&all, vec![put(limit("l", selector.clone()))]), error);
+        if selector.model == "m" {
+            continue;
+        }
+        let spec = v1::DescriptorRuleSpec {
+            domain: "d".into(),
+            entries: vec![v1::DescriptorEntry { key: "k".into(), ..Default::default() }],
+            consumes: vec![v1::LimitSelector { tenant: "t".into(), ..selector }],
+            ..Default::default()
+        };
+        let rule = resource("r", v1::resource::Spec::DescriptorRule(spec));
+        let error = error.replace("limit.selector", "descriptor_rule.consumes[0]");
+        assert_eq!(refusal(&all, vec![put(rule)]), error);
+    }
+    plan(&all, vec![put(limit("l", selector("t", "m", "")))], Options::default()).unwrap();
+    let limited = state(&[vec![tenant("t"), limit("l", selector("t", "", ""))], cluster(0)].concat());
+    let error = refusal(&limited, vec![Edit::Delete(key(v1::ResourceKind::Tenant, "t"))]);
+    assert_eq!(error, "tenant t is referred to by limit l");
+}
+
+#[test]
+fn so_many_limits_have_one_selector_and_no_more() {
+    let of = |tenant: &str| v1::LimitSelector { tenant: tenant.into(), ..Default::default() };
+    let four = (0..4).map(|n| limit(&format!("l{n}"), of("t")));
+    let full = state(&[tenant("t"), tenant("u")].into_iter().chain(four).collect::<Vec<_>>());
+    let error = "limit.selector: 5 limits would have this selector; at most 4 may";
+    assert_eq!(refusal(&full, vec![put(limit("l4", of("t")))]), error);
+    for edits in [
+        vec![put(limit("l4", of("u")))],
+        vec![put(limit("l3", of("t")))],
+        vec![put(limit("l4", of("t"))), Edit::Delete(key(v1::ResourceKind::Limit, "l0"))],
+    ] {
+        plan(&full, edits, Options::default()).unwrap();
+    }
+}
+
 #[test]
 fn what_is_referred_to_stays() {
     let error = refusal(&state(&cluster(1)), vec![Edit::Delete(key(v1::ResourceKind::Pool, "p"))]);

@@ -19,7 +19,7 @@ pub(crate) fn run(data: &[u8]) {
         budget: Some(Budget { micro_dollars: 1_000_000, period: Period::Day }),
         ..Rates::default()
     };
-    let scopes = [scope_limits(Scope::Global, &rates)];
+    let scopes = [scope_limits(Scope::Global, None, &rates)];
     let charge = Charge {
         record: Key::global(),
         kind: Kind::Requests,

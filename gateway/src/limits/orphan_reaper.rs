@@ -147,13 +147,12 @@ async fn reap(
 
 /// Every lease set of this configuration; sets of the same hash slot are adjacent.
 fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
-    let keys =
-        snapshot.keys.values().flat_map(|key| [key.scope.as_ref(), key.tenant.scope.as_ref()]).flatten();
+    let keys = snapshot.keys.values().flat_map(|key| key.scopes.iter().chain(&key.tenant.scopes));
     let models = snapshot.models_by_name.values().flat_map(|model| {
         let accounts = model.accounts.iter().flat_map(|account| &account.scopes);
-        model.scope.iter().chain(accounts)
+        model.scopes.iter().chain(accounts)
     });
-    let scopes = keys.chain(models).chain(snapshot.tenant_models.values()).chain(&snapshot.global);
+    let scopes = keys.chain(models).chain(snapshot.tenant_models.values().flatten()).chain(&snapshot.global);
     let limited = scopes.filter(|entry: &&ScopeEntry| entry.limits.concurrency.is_some());
     let sets: BTreeSet<Key> = limited
         .map(|entry| entry.limits.leases.clone())
@@ -192,6 +191,6 @@ mod tests {
         ];
         let (snapshot, _) = Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(None));
         let sets: Vec<String> = lease_sets(&snapshot).iter().map(|key| key.as_str().to_owned()).collect();
-        assert_eq!(sets, ["weir:{a:x}:c", "weir:{b:b}:c"]);
+        assert_eq!(sets, ["weir:{a:x}:c:l:l", "weir:{b:b}:c"]);
     }
 }

@@ -1,9 +1,7 @@
 //! The provider accounts whose limits apply to the backends of a model.
 
-use std::collections::BTreeMap;
-
-use weir_proto::resource::{Name, Resource, Spec};
-use weir_ratelimit::Scope;
+use weir_proto::resource::Name;
+use weir_ratelimit::{DeclaredLimits, Scope};
 
 use super::backend::ModelBackend;
 use super::scope::ScopeEntry;
@@ -26,6 +24,29 @@ pub struct Accounts {
 }
 
 impl Accounts {
+    /// The accounts whose limits apply to a model with these backends.
+    pub(super) fn of_model(model: &Name, backends: &[ModelBackend], limits: &DeclaredLimits<'_>) -> Self {
+        let mut accounts = Self::default();
+        for backend in backends {
+            let at = backend.entry.spec.account.as_ref().and_then(|name| {
+                if let Some(known) = accounts.entries.iter().position(|entry| entry.name == *name) {
+                    return Some(known);
+                }
+                let account = name.as_str();
+                let mut scopes = ScopeEntry::all(Scope::Account(account), limits);
+                scopes
+                    .extend(ScopeEntry::all(Scope::AccountModel { account, model: model.as_str() }, limits));
+                if scopes.is_empty() {
+                    return None;
+                }
+                accounts.entries.push(AccountEntry { name: name.clone(), scopes });
+                Some(accounts.entries.len() - 1)
+            });
+            accounts.of.push(at);
+        }
+        accounts
+    }
+
     /// Whether no backend of the model is under an account's limits, so that accounts need not be checked.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
@@ -47,54 +68,5 @@ impl std::ops::Index<usize> for Accounts {
 
     fn index(&self, at: usize) -> &AccountEntry {
         &self.entries[at]
-    }
-}
-
-/// Every limit of provider accounts.
-#[derive(Debug, Default)]
-pub(super) struct AccountLimits(BTreeMap<(Name, Option<Name>), ScopeEntry>);
-
-impl AccountLimits {
-    pub(super) fn of(resources: &[Resource]) -> Self {
-        let mut limits = Self::default();
-        for resource in resources {
-            let Spec::Limit(limit) = &resource.spec else { continue };
-            let Some(account) = &limit.account else { continue };
-            let entry = match &limit.model {
-                None => ScopeEntry::new(Scope::Account(account.as_str()), &limit.rates),
-                Some(model) => {
-                    let scope = Scope::AccountModel { account: account.as_str(), model: model.as_str() };
-                    ScopeEntry::new(scope, &limit.rates)
-                }
-            };
-            let id = (account.clone(), limit.model.clone());
-            let merged = ScopeEntry::tightest(limits.0.remove(&id), entry);
-            limits.0.insert(id, merged);
-        }
-        limits
-    }
-
-    /// The accounts whose limits apply to a model with these backends.
-    pub(super) fn for_model(&self, model: &Name, backends: &[ModelBackend]) -> Accounts {
-        let mut accounts = Accounts::default();
-        if self.0.is_empty() {
-            return accounts;
-        }
-        for backend in backends {
-            let at = backend.entry.spec.account.as_ref().and_then(|name| {
-                if let Some(known) = accounts.entries.iter().position(|entry| entry.name == *name) {
-                    return Some(known);
-                }
-                let ids = [(name.clone(), None), (name.clone(), Some(model.clone()))];
-                let scopes: Vec<ScopeEntry> = ids.iter().filter_map(|id| self.0.get(id)).cloned().collect();
-                if scopes.is_empty() {
-                    return None;
-                }
-                accounts.entries.push(AccountEntry { name: name.clone(), scopes });
-                Some(accounts.entries.len() - 1)
-            });
-            accounts.of.push(at);
-        }
-        accounts
     }
 }

@@ -20,7 +20,7 @@ pub struct TenantEntry {
     /// The models that it may use; empty for all.
     pub allowed_models: Vec<Name>,
     /// Its limits.
-    pub scope: Option<ScopeEntry>,
+    pub scopes: Vec<ScopeEntry>,
     /// Its name in queues.
     pub queue: Arc<str>,
     /// Its priority in queues.
@@ -39,7 +39,7 @@ pub struct KeyEntry {
     /// The time from which on this digest is refused.
     pub expires: Option<SystemTime>,
     /// Its limits.
-    pub scope: Option<ScopeEntry>,
+    pub scopes: Vec<ScopeEntry>,
 }
 
 impl KeyEntry {
@@ -66,7 +66,7 @@ pub struct ModelEntry {
     /// The limits of the provider accounts that these backends bill.
     pub accounts: Accounts,
     /// Its limits.
-    pub scope: Option<ScopeEntry>,
+    pub scopes: Vec<ScopeEntry>,
     /// The name of the queue for its slots.
     pub queue: Arc<str>,
 }

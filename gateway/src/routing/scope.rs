@@ -3,8 +3,8 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use weir_proto::resource::{Budget, Rates};
-use weir_ratelimit::{Scope, ScopeLimits, What, max_wait, scope_limits};
+use weir_proto::resource::{Budget, Name};
+use weir_ratelimit::{Declared, DeclaredLimits, Scope, ScopeLimits, What, max_wait, scope_limits};
 
 /// What the limits of a scope are over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,7 +67,8 @@ pub struct ScopeEntry {
     pub limits: ScopeLimits,
     /// What the limits are over.
     pub kind: ScopeKind,
-    /// The name of what it limits, `TENANT/MODEL` for two; empty for global.
+    /// The name of what it limits, `TENANT/MODEL` for two; empty for global. With the limit resource in brackets where
+    /// there are several.
     pub name: String,
     /// How long a request may wait for it.
     pub max_wait: Duration,
@@ -78,7 +79,23 @@ pub struct ScopeEntry {
 }
 
 impl ScopeEntry {
-    pub(super) fn new(scope: Scope<'_>, rates: &Rates) -> Self {
+    /// Every limit that is declared over a scope.
+    pub(super) fn all(scope: Scope<'_>, limits: &DeclaredLimits<'_>) -> Vec<Self> {
+        let over = limits.over(scope);
+        let entry = |declared: &Declared<'_>| {
+            let mut entry = Self::new(scope, declared);
+            // One of several is told from the others by its resource.
+            if let (2.., Some(limit)) = (over.len(), declared.limit) {
+                let space = if entry.name.is_empty() { "" } else { " " };
+                entry.name = format!("{}{space}({limit})", entry.name);
+            }
+            entry
+        };
+        over.iter().map(entry).collect()
+    }
+
+    fn new(scope: Scope<'_>, declared: &Declared<'_>) -> Self {
+        let rates = declared.rates;
         let (kind, name) = match scope {
             Scope::Global => (ScopeKind::Global, String::new()),
             Scope::Model(model) => (ScopeKind::Model, model.to_owned()),
@@ -89,23 +106,12 @@ impl ScopeEntry {
             Scope::AccountModel { account, model } => (ScopeKind::AccountModel, format!("{account}/{model}")),
         };
         Self {
-            limits: scope_limits(scope, rates),
+            limits: scope_limits(scope, declared.limit.map(Name::as_str), rates),
             kind,
             name,
             max_wait: max_wait(scope, rates),
             budget: rates.budget,
             renews: None,
         }
-    }
-
-    /// Two limits over one scope share its record, so they become one.
-    pub(super) fn tightest(a: Option<Self>, b: Self) -> Self {
-        let Some(a) = a else { return b };
-        let limits = weir_ratelimit::rates::tightest(&a.limits, b.limits);
-        let budget = match (a.budget, b.budget) {
-            (Some(x), Some(y)) if x.micro_dollars < y.micro_dollars => Some(x),
-            (x, y) => y.or(x),
-        };
-        Self { limits, budget, max_wait: a.max_wait.min(b.max_wait), ..b }
     }
 }

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use http::HeaderValue;
 use weir_discovery::Refused;
-use weir_proto::resource::{AdminState, Backend, Name, Resource, Spec};
-use weir_ratelimit::{Key, Scope};
+use weir_proto::resource::{AdminState, Backend, Limit, Name, Resource, Spec};
+use weir_ratelimit::{DeclaredLimits, Key, Scope};
 use weir_runtime::EgressPolicy;
 
-use super::accounts::AccountLimits;
+use super::accounts::Accounts;
 use super::backend::{BackendEntry, ModelBackend};
 use super::balance::stable_hash;
 use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
@@ -43,9 +43,9 @@ pub struct Snapshot {
     /// Backends by name.
     pub backends: BTreeMap<Name, Arc<BackendEntry>>,
     /// The global limits.
-    pub global: Option<ScopeEntry>,
+    pub global: Vec<ScopeEntry>,
     /// The limits of a tenant's use of one model.
-    pub tenant_models: HashMap<(Name, Name), ScopeEntry>,
+    pub tenant_models: HashMap<(Name, Name), Vec<ScopeEntry>>,
     /// The addresses that backends may have: a setting of the process, which each snapshot passes on to the next.
     pub egress: EgressPolicy,
 }
@@ -68,9 +68,10 @@ impl Snapshot {
         let mut compiler = Compiler { next, refused: Vec::new() };
         compiler.pools(resources, previous);
         compiler.backends(resources, previous, authorize);
-        compiler.models(resources);
-        compiler.limits(resources);
-        compiler.keys(resources);
+        let limits = DeclaredLimits::of(resources);
+        compiler.models(resources, &limits);
+        compiler.limits(resources, &limits);
+        compiler.keys(resources, &limits);
         (compiler.next, compiler.refused)
     }
 }
@@ -92,16 +93,10 @@ impl Snapshot {
     /// Every scope of a request with this key for this model.
     pub fn scopes<'a>(&'a self, key: &'a KeyEntry, model: &Name) -> Vec<&'a ScopeEntry> {
         let tenant_model = (key.tenant.name.clone(), model.clone());
-        [
-            key.scope.as_ref(),
-            key.tenant.scope.as_ref(),
-            self.tenant_models.get(&tenant_model),
-            self.models_by_name.get(model).and_then(|m| m.scope.as_ref()),
-            self.global.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+        let key_and_tenant = key.scopes.iter().chain(&key.tenant.scopes);
+        let of_model = self.models_by_name.get(model).map(|m| &m.scopes);
+        let others = self.tenant_models.get(&tenant_model).into_iter().chain(of_model).flatten();
+        key_and_tenant.chain(others).chain(&self.global).collect()
     }
 }
 
@@ -162,8 +157,7 @@ impl Compiler {
         }
     }
 
-    fn models(&mut self, resources: &[Resource]) {
-        let limits = AccountLimits::of(resources);
+    fn models(&mut self, resources: &[Resource], limits: &DeclaredLimits<'_>) {
         // An index, because a search of all backends for every model would delay a revocation.
         let mut serving: HashMap<(Name, Name), Vec<Arc<BackendEntry>>> = HashMap::new();
         for backend in self.next.backends.values() {
@@ -190,13 +184,10 @@ impl Compiler {
             let entry = Arc::new(ModelEntry {
                 name: resource.name.clone(),
                 timeouts: spec.timeouts.over(&pool.spec.timeouts),
-                accounts: limits.for_model(&resource.name, &backends),
+                accounts: Accounts::of_model(&resource.name, &backends, limits),
                 backends,
                 queue: resource.name.as_str().into(),
-                scope: spec
-                    .limits
-                    .as_ref()
-                    .map(|rates| ScopeEntry::new(Scope::Model(resource.name.as_str()), rates)),
+                scopes: ScopeEntry::all(Scope::Model(resource.name.as_str()), limits),
                 spec: spec.clone(),
                 pool,
             });
@@ -205,37 +196,26 @@ impl Compiler {
         }
     }
 
-    /// Compiles the global limits and those of a tenant's use of a model. Limits of one tenant, model or key are part
-    /// of its resource, and those of accounts are compiled with the models.
-    fn limits(&mut self, resources: &[Resource]) {
-        for resource in resources {
-            let Spec::Limit(limit) = &resource.spec else { continue };
-            if limit.account.is_some() {
-                continue;
+    /// Compiles the global limits and those of a tenant's use of a model. The others are compiled with what they are over.
+    fn limits(&mut self, resources: &[Resource], limits: &DeclaredLimits<'_>) {
+        self.next.global = ScopeEntry::all(Scope::Global, limits);
+        for (scope, _) in limits.scopes() {
+            let Scope::TenantModel { tenant, model } = scope else { continue };
+            if let (Ok(tenant), Ok(model)) = (Name::parse(tenant), Name::parse(model)) {
+                self.next.tenant_models.insert((tenant, model), ScopeEntry::all(scope, limits));
             }
-            match (&limit.tenant, &limit.model, &limit.api_key) {
-                (None, None, None) => {
-                    let entry = ScopeEntry::new(Scope::Global, &limit.rates);
-                    self.next.global = Some(ScopeEntry::tightest(self.next.global.take(), entry));
-                }
-                (Some(tenant), Some(model), None) => {
-                    let scope = Scope::TenantModel { tenant: tenant.as_str(), model: model.as_str() };
-                    let entry = ScopeEntry::new(scope, &limit.rates);
-                    let id = (tenant.clone(), model.clone());
-                    let merged = ScopeEntry::tightest(self.next.tenant_models.remove(&id), entry);
-                    self.next.tenant_models.insert(id, merged);
-                }
-                _ => self.refuse(
-                    resource,
-                    "limit.selector: set nothing (everything), tenant and model, or account (and model); limits of one \
-                     tenant, model or key belong in its own limits"
-                        .into(),
-                ),
-            }
+        }
+        let is_surplus = |resource: &Resource| limits.surplus().contains(&&resource.name);
+        for resource in resources.iter().filter(|r| matches!(r.spec, Spec::Limit(_)) && is_surplus(r)) {
+            let most = Limit::PER_SELECTOR_MAX;
+            self.refuse(
+                resource,
+                format!("limit.selector: {most} limits have this selector already, the most there may be"),
+            );
         }
     }
 
-    fn keys(&mut self, resources: &[Resource]) {
+    fn keys(&mut self, resources: &[Resource], limits: &DeclaredLimits<'_>) {
         let mut tenants: BTreeMap<&Name, Arc<TenantEntry>> = BTreeMap::new();
         for resource in resources {
             let Spec::Tenant(spec) = &resource.spec else { continue };
@@ -245,7 +225,7 @@ impl Compiler {
                 allowed_models: spec.allowed_models.clone(),
                 queue: name.as_str().into(),
                 priority: spec.priority,
-                scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(Scope::Tenant(name.as_str()), rates)),
+                scopes: ScopeEntry::all(Scope::Tenant(name.as_str()), limits),
             };
             tenants.insert(name, Arc::new(entry));
         }
@@ -267,10 +247,13 @@ impl Compiler {
                     tenant: tenant.clone(),
                     allowed_models: spec.allowed_models.clone(),
                     expires: digest.expires,
-                    scope: spec.limits.as_ref().map(|rates| ScopeEntry::new(scope, rates)),
+                    scopes: ScopeEntry::all(scope, limits),
                 };
                 self.next.keys.insert(digest.sha256, Arc::new(entry));
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -124,6 +124,7 @@ mirror! {
         model: String,
         api_key: String,
         account: String,
+        limit: String,
     }
     DescriptorRule of DescriptorRuleSpec {
         domain: String,

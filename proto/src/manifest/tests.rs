@@ -122,12 +122,7 @@ fn every_kind() -> Vec<v1::Resource> {
             limits: rates(),
         }),
         Spec::Limit(v1::LimitSpec {
-            selector: Some(v1::LimitSelector {
-                tenant: "t".into(),
-                model: "m".into(),
-                api_key: "k".into(),
-                ..Default::default()
-            }),
+            selector: Some(v1::LimitSelector { tenant: "t".into(), model: "m".into(), ..Default::default() }),
             rates: rates(),
         }),
     ];

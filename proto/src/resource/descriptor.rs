@@ -203,6 +203,19 @@ impl ValuePattern {
 }
 
 impl ScopePattern {
+    /// The resources that it names, by field.
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, v1::ResourceKind, &Name)> {
+        let fields = [
+            ("tenant", v1::ResourceKind::Tenant, &self.tenant),
+            ("model", v1::ResourceKind::Model, &self.model),
+            ("api_key", v1::ResourceKind::ApiKey, &self.api_key),
+        ];
+        fields.into_iter().filter_map(|(field, kind, pattern)| match pattern {
+            Some(NamePattern::Literal(name)) => Some((field, kind, name)),
+            Some(NamePattern::Entry(_)) | None => None,
+        })
+    }
+
     fn judge(path: &str, w: &v1::LimitSelector, entries: &[EntryPattern], check: &mut Check) -> Self {
         let mut name = |field: &str, text: &str| {
             let path = format!("{path}.{field}");
@@ -228,6 +241,12 @@ impl ScopePattern {
             check.violation(
                 &format!("{path}.account"),
                 "cannot be consumed by a rule: a proxy does not say which backend it will use",
+            );
+        }
+        if !w.limit.is_empty() {
+            check.violation(
+                &format!("{path}.limit"),
+                "cannot be chosen: every limit over what is selected is consumed",
             );
         }
         match (w.tenant.is_empty(), w.model.is_empty(), w.api_key.is_empty()) {

@@ -106,6 +106,7 @@ fn an_accounts_limit_goes_alone_or_with_a_model() {
         model: model.into(),
         api_key: api_key.into(),
         account: "openai".into(),
+        ..Default::default()
     };
     let limit = |selector, rates| {
         let spec = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
@@ -128,6 +129,31 @@ fn an_accounts_limit_goes_alone_or_with_a_model() {
     assert_eq!(paths(&spent), ["limit.rates.budget"]);
     let odd = v1::BackendSpec { account: "Open AI".into(), ..backend() };
     assert_eq!(paths(&resource("b", v1::resource::Spec::Backend(odd))), ["backend.account"]);
+}
+
+#[test]
+fn a_limit_selects_what_gateways_count() {
+    let limit = |tenant: &str, model: &str, api_key: &str, limit: &str| {
+        let selector = v1::LimitSelector {
+            tenant: tenant.into(),
+            model: model.into(),
+            api_key: api_key.into(),
+            limit: limit.into(),
+            ..Default::default()
+        };
+        let rates = v1::Rates { requests_per_minute: Some(1), ..Default::default() };
+        let spec = v1::LimitSpec { selector: Some(selector), rates: Some(rates) };
+        resource("l", v1::resource::Spec::Limit(spec))
+    };
+    for (tenant, model, api_key) in
+        [("", "", ""), ("t", "", ""), ("", "m", ""), ("", "", "k"), ("t", "m", "")]
+    {
+        Resource::try_from(&limit(tenant, model, api_key, "")).expect("valid");
+    }
+    for (tenant, model) in [("t", ""), ("", "m"), ("t", "m")] {
+        assert_eq!(paths(&limit(tenant, model, "k", "")), ["limit.selector.api_key"]);
+    }
+    assert_eq!(paths(&limit("", "", "", "l")), ["limit.selector.limit"]);
 }
 
 #[test]

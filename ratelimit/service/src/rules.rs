@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use weir_discovery::Refused;
 use weir_proto::resource::{
-    DescriptorRule, EntryPattern, HitKind, NamePattern, Rates, Resource, RuleMode, ScopePattern, Spec,
+    DescriptorRule, EntryPattern, HitKind, Limit, Name, NamePattern, Resource, RuleMode, ScopePattern, Spec,
     TimeUnit, ValuePattern,
 };
-use weir_ratelimit::rates::tightest;
-use weir_ratelimit::{Bucket, Key, Kind, Scope, ScopeLimits, scope_limits};
+use weir_proto::v1::ResourceKind;
+use weir_ratelimit::{Bucket, DeclaredLimits, Key, Kind, Scope, ScopeLimits, scope_keys, scope_limits};
 
 /// One entry of a descriptor.
 pub(super) type Entry<'a> = (&'a str, &'a str);
@@ -18,7 +18,8 @@ pub(super) type Entry<'a> = (&'a str, &'a str);
 #[derive(Debug, Default)]
 pub(super) struct Rules {
     domains: HashMap<String, Node>,
-    limits: HashMap<Key, Named>,
+    /// By the record of the scope.
+    limits: HashMap<Key, Vec<Named>>,
     /// How many rules there are.
     pub(super) count: usize,
 }
@@ -63,16 +64,11 @@ struct Branch {
 impl Rules {
     /// Compiles resources; kinds that play no part are passed over.
     pub(super) fn compile(resources: &[Resource]) -> (Self, Vec<Refused>) {
-        let (mut rules, mut unused) = (Self::default(), Vec::new());
+        let mut rules = Self::default();
+        let mut unused = rules.add_limits(resources);
         for resource in resources {
-            let refused = match &resource.spec {
-                Spec::DescriptorRule(rule) => rules.add_rule(resource.name.as_str(), rule),
-                Spec::Model(_) | Spec::Tenant(_) | Spec::ApiKey(_) | Spec::Limit(_) => {
-                    rules.add_limits(resource)
-                }
-                Spec::Pool(_) | Spec::Backend(_) => Ok(()),
-            };
-            if let Err(message) = refused {
+            let Spec::DescriptorRule(rule) = &resource.spec else { continue };
+            if let Err(message) = rules.add_rule(resource.name.as_str(), rule) {
                 unused.push(Refused { kind: resource.kind(), name: resource.name.to_string(), message });
             }
         }
@@ -92,37 +88,22 @@ impl Rules {
         Ok(())
     }
 
-    fn add_limits(&mut self, resource: &Resource) -> Result<(), String> {
-        let name = resource.name.as_str();
-        let (scope, rates): (Scope<'_>, Option<&Rates>) = match &resource.spec {
-            Spec::Model(spec) => (Scope::Model(name), spec.limits.as_ref()),
-            Spec::Tenant(spec) => (Scope::Tenant(name), spec.limits.as_ref()),
-            Spec::ApiKey(spec) => {
-                (Scope::ApiKey { tenant: spec.tenant.as_str(), key: name }, spec.limits.as_ref())
-            }
-            // No proxy says which backend it will use, so no rule consumes an account's limits.
-            Spec::Limit(spec) if spec.account.is_some() => return Ok(()),
-            Spec::Limit(spec) => match (&spec.tenant, &spec.model, &spec.api_key) {
-                (None, None, None) => (Scope::Global, Some(&spec.rates)),
-                (Some(tenant), Some(model), None) => {
-                    let scope = Scope::TenantModel { tenant: tenant.as_str(), model: model.as_str() };
-                    (scope, Some(&spec.rates))
-                }
-                // Gateways refuse it and say why; limits of one tenant, model or key belong in its own.
-                _ => return Err("limit.selector: set nothing (everything) or tenant and model".into()),
-            },
-            Spec::Pool(_) | Spec::Backend(_) | Spec::DescriptorRule(_) => return Ok(()),
-        };
-        if let Some(rates) = rates {
-            let limits = scope_limits(scope, rates);
-            let key = limits.record.clone();
-            let limits = match self.limits.remove(&key) {
-                Some(other) => tightest(&other.limits, limits),
-                None => limits,
-            };
-            self.limits.insert(key, Named { name: format!("{} {name}", kind_of(scope)), limits });
+    fn add_limits(&mut self, resources: &[Resource]) -> Vec<Refused> {
+        let limits = DeclaredLimits::of(resources);
+        for (scope, over) in limits.scopes() {
+            let Some(what) = name_of(scope) else { continue };
+            let named = over.iter().map(|declared| Named {
+                name: declared.limit.map_or_else(|| what.clone(), |limit| format!("limit {limit}")),
+                limits: scope_limits(scope, declared.limit.map(Name::as_str), declared.rates),
+            });
+            self.limits.insert(scope_keys(scope).0, named.collect());
         }
-        Ok(())
+        let surplus = limits.surplus().iter().map(|name| Refused {
+            kind: ResourceKind::Limit,
+            name: name.to_string(),
+            message: format!("limit.selector: {} limits have this selector already", Limit::PER_SELECTOR_MAX),
+        });
+        surplus.collect()
     }
 
     /// The rule for a descriptor: the most specific that matches.
@@ -141,7 +122,7 @@ impl Rules {
         entries: &'a [Entry<'a>],
     ) -> impl Iterator<Item = &'a Named> {
         let scopes = rule.consumes.iter().filter_map(|pattern| scope(pattern, entries));
-        scopes.filter_map(|scope| self.limits.get(&weir_ratelimit::scope_keys(scope).0))
+        scopes.filter_map(|scope| self.limits.get(&scope_keys(scope).0)).flatten()
     }
 }
 
@@ -180,12 +161,15 @@ const fn varies(entry: &EntryPattern) -> bool {
     !matches!(entry.value, ValuePattern::Exact(_))
 }
 
-const fn kind_of(scope: Scope<'_>) -> &'static str {
+/// What the limits over a scope are called that no limit resource declares. `None` for accounts: no proxy says which
+/// backend it will use, so no rule consumes their limits.
+fn name_of(scope: Scope<'_>) -> Option<String> {
     match scope {
-        Scope::Global | Scope::TenantModel { .. } | Scope::Account(_) | Scope::AccountModel { .. } => "limit",
-        Scope::Model(_) => "model",
-        Scope::Tenant(_) => "tenant",
-        Scope::ApiKey { .. } => "api_key",
+        Scope::Account(_) | Scope::AccountModel { .. } => None,
+        Scope::Global | Scope::TenantModel { .. } => Some(String::new()),
+        Scope::Model(model) => Some(format!("model {model}")),
+        Scope::Tenant(tenant) => Some(format!("tenant {tenant}")),
+        Scope::ApiKey { key, .. } => Some(format!("api_key {key}")),
     }
 }
 

@@ -93,5 +93,5 @@ fn log_readiness(state: Result<(), &'static str>, failed: Option<Error>) {
 
 /// A scope without limits: asks whether scripts run, and reads nothing.
 fn nothing() -> ScopeLimits {
-    scope_limits(Scope::Global, &Rates::default())
+    scope_limits(Scope::Global, None, &Rates::default())
 }

@@ -9,7 +9,7 @@ use weir_proto::resource::{Name, Rates, Violation, Violations};
 use weir_proto::{status, v1};
 use weir_ratelimit::{
     Cost, Error, FOREVER, Key, LimitState, MAX_SCOPES, ReservationId, Scope, ScopeLimits, Scopes, Trouble,
-    Verdict, What, scope_keys, scope_limits,
+    Verdict, What, limit_keys, scope_keys, scope_limits,
 };
 
 /// Most reservations in one renewal.
@@ -96,7 +96,8 @@ impl Check {
             };
             match (scope, rates) {
                 (Some(scope), Ok(rates)) => {
-                    let limits = scope_limits(scope, &rates);
+                    let limit = Some(selector.limit.as_str()).filter(|limit| !limit.is_empty());
+                    let limits = scope_limits(scope, limit, &rates);
                     if let Some(first) = scopes.iter().position(|other| other.record == limits.record) {
                         self.wrong(format!("scopes[{i}].scope"), format!("is that of scopes[{first}] again"));
                     }
@@ -115,16 +116,22 @@ impl Check {
             self.wrong("scopes", format!("must be 1 to {MAX_SCOPES}, are {}", wire.len()));
         }
         let wire = wire.iter().take(MAX_SCOPES).enumerate();
-        wire.filter_map(|(i, selector)| self.scope(&format!("scopes[{i}]"), selector))
-            .map(|scope| scope_keys(scope).1)
-            .collect()
+        wire.filter_map(|(i, selector)| {
+            Some((self.scope(&format!("scopes[{i}]"), selector)?, &selector.limit))
+        })
+        .map(|(scope, limit)| if limit.is_empty() { scope_keys(scope).1 } else { limit_keys(scope, limit).1 })
+        .collect()
     }
 
     fn scope<'a>(&mut self, path: &str, selector: &'a v1::LimitSelector) -> Option<Scope<'a>> {
-        let v1::LimitSelector { tenant, model, api_key, account } = selector;
-        for (field, text) in
-            [("tenant", tenant), ("model", model), ("api_key", api_key), ("account", account)]
-        {
+        let v1::LimitSelector { tenant, model, api_key, account, limit } = selector;
+        for (field, text) in [
+            ("tenant", tenant),
+            ("model", model),
+            ("api_key", api_key),
+            ("account", account),
+            ("limit", limit),
+        ] {
             if let Err(message) = Name::parse(text)
                 && !text.is_empty()
             {

@@ -69,6 +69,13 @@ pub fn scope_keys(scope: Scope<'_>) -> (Key, Key) {
     (scope.key('s'), scope.key('c'))
 }
 
+/// The record and the lease set of a limit resource over a scope. Each has its own beside those of the scope's own limits,
+/// so that several limits over one scope hold each for itself.
+pub fn limit_keys(scope: Scope<'_>, limit: &str) -> (Key, Key) {
+    let of = |key: Key| build(format_args!("{}:l:{}", key.0, name(limit)));
+    (of(scope.key('s')), of(scope.key('c')))
+}
+
 impl Scope<'_> {
     fn key(self, part: char) -> Key {
         match self {

@@ -50,8 +50,9 @@ pub struct ScopeLimits {
     pub prefetch: [u64; Kind::COUNT],
 }
 
-/// Most scopes in one call.
-pub const MAX_SCOPES: usize = 16;
+/// Most scopes in one call: those of a request's key, tenant, tenant and model, model and everything, each with limits of
+/// its own and limit resources, each with a budget besides, and those of a provider account.
+pub const MAX_SCOPES: usize = 64;
 /// The scopes of a request; few, so kept inline.
 pub type Scopes = SmallVec<[ScopeLimits; 6]>;
 

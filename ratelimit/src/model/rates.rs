@@ -1,37 +1,112 @@
 //! From what operators declare to what the limiter takes. The gateway and the limit service both come through here,
 //! which is what makes them share buckets.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use weir_proto::resource::{self, Rates};
+use weir_proto::resource::{self, Name, Rates, Resource, Spec};
 
-use crate::model::key::{Scope, scope_keys};
+use crate::model::key::{Scope, limit_keys, scope_keys};
 use crate::model::kind::{Bucket, Kind};
 use crate::model::limits::{Mode, ScopeLimits, WithoutStore};
 
-/// Two limits over one scope share its record, so they become one: of each kind the smaller capacity counts.
-pub fn tightest(a: &ScopeLimits, mut b: ScopeLimits) -> ScopeLimits {
-    let others = a.buckets.into_iter().zip(a.prefetch);
-    for ((mine, aside), other) in b.buckets.iter_mut().zip(&mut b.prefetch).zip(others) {
-        (*mine, *aside) = match (*mine, other) {
-            (Some(x), (Some(y), aside)) if (y.capacity, y.rate) < (x.capacity, x.rate) => (Some(y), aside),
-            (None, other) => other,
-            (mine, _) => (mine, *aside),
-        };
-    }
-    b.concurrency = match (a.concurrency, b.concurrency) {
-        (Some(x), Some(y)) => Some(x.min(y)),
-        (x, y) => x.or(y),
-    };
-    if a.mode == Mode::Enforce {
-        b.mode = Mode::Enforce;
-    }
-    b
+/// A limit that an operator declared over a scope.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Declared<'a> {
+    /// The limit resource; `None` for limits that are part of the model, tenant or key that they are over.
+    pub limit: Option<&'a Name>,
+    /// How much.
+    pub rates: &'a Rates,
 }
 
-/// The limits of a scope with these rates.
-pub fn scope_limits(scope: Scope<'_>, rates: &Rates) -> ScopeLimits {
-    let (record, leases) = scope_keys(scope);
+/// Every limit that resources declare, by scope. All that are over a scope hold, each for itself.
+#[derive(Debug, Default)]
+pub struct DeclaredLimits<'a> {
+    by_scope: HashMap<Scope<'a>, Vec<Declared<'a>>>,
+    /// Limit resources beyond what one scope may have, which are not in force.
+    surplus: Vec<&'a Name>,
+}
+
+impl<'a> DeclaredLimits<'a> {
+    /// Takes in all resources. A limit over a key that does not exist is over nothing.
+    pub fn of(resources: &'a [Resource]) -> Self {
+        let mut all = Self::default();
+        let mut tenants: HashMap<&Name, &Name> = HashMap::new();
+        for Resource { name, spec } in resources {
+            let own = match spec {
+                Spec::Model(model) => model.limits.as_ref().map(|rates| (Scope::Model(name.as_str()), rates)),
+                Spec::Tenant(tenant) => {
+                    tenant.limits.as_ref().map(|rates| (Scope::Tenant(name.as_str()), rates))
+                }
+                Spec::ApiKey(key) => {
+                    tenants.insert(name, &key.tenant);
+                    let scope = Scope::ApiKey { tenant: key.tenant.as_str(), key: name.as_str() };
+                    key.limits.as_ref().map(|rates| (scope, rates))
+                }
+                Spec::Pool(_) | Spec::Backend(_) | Spec::Limit(_) | Spec::DescriptorRule(_) => None,
+            };
+            if let Some((scope, rates)) = own {
+                all.by_scope.entry(scope).or_default().push(Declared { limit: None, rates });
+            }
+        }
+        let mut limits: Vec<(&Name, &resource::Limit)> = resources
+            .iter()
+            .filter_map(|resource| match &resource.spec {
+                Spec::Limit(limit) => Some((&resource.name, limit)),
+                _ => None,
+            })
+            .collect();
+        limits.sort_unstable_by_key(|(name, _)| *name);
+        for (name, limit) in limits {
+            let Some(scope) = scope_of(limit, &tenants) else { continue };
+            let over = all.by_scope.entry(scope).or_default();
+            if over.iter().filter(|declared| declared.limit.is_some()).count()
+                >= resource::Limit::PER_SELECTOR_MAX
+            {
+                all.surplus.push(name);
+                continue;
+            }
+            over.push(Declared { limit: Some(name), rates: &limit.rates });
+        }
+        all
+    }
+
+    /// The limits over a scope: its own first, then the limit resources by name.
+    pub fn over<'s>(&'s self, scope: Scope<'s>) -> &'s [Declared<'s>] {
+        self.by_scope.get(&scope).map_or(&[], Vec::as_slice)
+    }
+
+    /// Every scope with a limit.
+    pub fn scopes(&self) -> impl Iterator<Item = (Scope<'a>, &[Declared<'a>])> {
+        self.by_scope.iter().map(|(scope, over)| (*scope, over.as_slice()))
+    }
+
+    /// The limit resources that are not in force because others over the same scope come before them.
+    pub fn surplus(&self) -> &[&'a Name] {
+        &self.surplus
+    }
+}
+
+fn scope_of<'a>(limit: &'a resource::Limit, tenants: &HashMap<&'a Name, &'a Name>) -> Option<Scope<'a>> {
+    let resource::Limit { tenant, model, api_key, account, .. } = limit;
+    let as_str = |name: &'a Option<Name>| name.as_ref().map(Name::as_str);
+    Some(match (as_str(account), as_str(tenant), as_str(model), as_str(api_key)) {
+        (Some(account), _, None, _) => Scope::Account(account),
+        (Some(account), _, Some(model), _) => Scope::AccountModel { account, model },
+        (None, _, _, Some(key)) => Scope::ApiKey { tenant: tenants.get(api_key.as_ref()?)?.as_str(), key },
+        (None, Some(tenant), Some(model), None) => Scope::TenantModel { tenant, model },
+        (None, Some(tenant), None, None) => Scope::Tenant(tenant),
+        (None, None, Some(model), None) => Scope::Model(model),
+        (None, None, None, None) => Scope::Global,
+    })
+}
+
+/// The limits of a scope with these rates: those of a limit resource if one is named, else the scope's own.
+pub fn scope_limits(scope: Scope<'_>, limit: Option<&str>, rates: &Rates) -> ScopeLimits {
+    let (record, leases) = match limit {
+        Some(limit) => limit_keys(scope, limit),
+        None => scope_keys(scope),
+    };
     let (mut buckets, mut prefetch) = ([None; Kind::COUNT], [0; Kind::COUNT]);
     let mode = if rates.shadow { Mode::Shadow } else { Mode::Enforce };
     for (kind, rate) in [

@@ -55,7 +55,7 @@ async fn an_accounts_limit_is_exact_over_two_backends_and_two_gateways() {
     let limiter = RedisLimiter::connect(&stack.redis.url(), Default::default()).await.expect("there");
     eventually("the account used what its backends served", || async {
         let scope = Scope::AccountModel { account: "openai", model: "gpt-4.1" };
-        standing_of(&limiter, scope).await.tokens == billed
+        standing_of_limit(&limiter, scope, "tokens").await.tokens == billed
     })
     .await;
     let gateway = format!("http://{}", stack.gateways[0].text("ops"));

@@ -247,12 +247,7 @@ descriptors:
     let lines: Vec<String> = specs(&import).iter().map(|(_, spec)| line(spec)).collect();
     assert_eq!(
         lines,
-        [
-            "a=x,b=y*,c=z 1/minute",
-            "a=,b=y,c= 2/minute",
-            "a=x,b=y,c= unlimited",
-            "a=x,b=y,c=z 1/minute",
-        ]
+        ["a=x,b=y*,c=z 1/minute", "a=,b=y,c= 2/minute", "a=x,b=y,c= unlimited", "a=x,b=y,c=z 1/minute",]
     );
 }
 

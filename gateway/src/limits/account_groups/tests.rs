@@ -47,8 +47,13 @@ fn candidates(indices: &[usize]) -> Vec<balance::Candidate> {
     indices.iter().map(|index| balance::Candidate { index: *index, slots: 9, bound: None }).collect()
 }
 
+/// The record of the limit of an account, which is named after it.
+fn record(account: &str) -> Key {
+    weir_ratelimit::limit_keys(weir_ratelimit::Scope::Account(account), account).0
+}
+
 fn own() -> ScopeLimits {
-    weir_ratelimit::scope_limits(weir_ratelimit::Scope::Tenant("t"), &Default::default())
+    weir_ratelimit::scope_limits(weir_ratelimit::Scope::Tenant("t"), None, &Default::default())
 }
 
 /// A call with one scope of its own.
@@ -78,7 +83,7 @@ fn limit(scope: Key, wait: Option<u64>) -> LimitState {
 /// What the limiter says to the call of a group under that account.
 fn refused(account: &str, of_own: Option<u64>, of_account: Option<u64>) -> Decision {
     let wait = of_own.max(of_account).map(Duration::from_secs);
-    let limits = vec![limit(own().record, of_own), limit(Key::account(account), of_account)];
+    let limits = vec![limit(own().record, of_own), limit(record(account), of_account)];
     Decision { outcome: Outcome::Limited { wait }, limits, now_us: 0, degraded: false }
 }
 
@@ -86,7 +91,7 @@ fn no_slot(account: &str, wait: u64) -> Decision {
     let outcome = Outcome::NoSlot { wait: Duration::from_secs(wait) };
     Decision {
         outcome,
-        limits: vec![limit(own().record, None), limit(Key::account(account), None)],
+        limits: vec![limit(own().record, None), limit(record(account), None)],
         now_us: 0,
         degraded: false,
     }
@@ -127,7 +132,7 @@ fn the_first_run_is_one_call_with_its_accounts_scopes_only() {
     let mut round = groups.round(&full, |_| false);
     let (group, call) = round.next().expect("a group");
     let records: Vec<&str> = call.scopes.iter().map(|scope| scope.record.as_str()).collect();
-    assert_eq!(records, ["weir:{t:t}:s", "weir:{a:y}:s"]);
+    assert_eq!(records, ["weir:{t:t}:s", "weir:{a:y}:s:l:y"]);
     assert_eq!(call.candidates.len(), 1);
     assert_eq!((call.candidates[0].max_concurrency, call.candidates[0].bound), (3, None), "no call sees all");
     let decision = round.decided(&group, granted(0)).expect("done");
@@ -144,7 +149,7 @@ fn a_full_account_is_passed_by_and_not_asked_again() {
     let (group, _) = round.next().expect("x");
     assert!(round.decided(&group, refused("x", None, Some(5))).is_none());
     let (group, call) = round.next().expect("y");
-    assert_eq!((group.account, call.scopes[1].record.as_str()), (Some(1), "weir:{a:y}:s"));
+    assert_eq!((group.account, call.scopes[1].record.as_str()), (Some(1), "weir:{a:y}:s:l:y"));
     assert!(round.decided(&group, no_slot("y", 2)).is_none());
     let (group, call) = round.next().expect("the free one, past the second of x");
     assert_eq!((group.account, call.scopes.len()), (None, 1));
@@ -199,7 +204,7 @@ fn accounts_that_others_wait_for_are_passed_over_unless_nobody_is_left() {
     let (accounts, candidates) = (accounts(&snapshot), candidates(&[0, 1]));
     let groups = CandidateGroups::of(accounts, &candidates, 1, |_| true);
     let full = full_call(&groups, accounts, &candidates);
-    let is_x = |scopes: &[ScopeLimits]| scopes[0].record.as_str() == "weir:{a:x}:s";
+    let is_x = |scopes: &[ScopeLimits]| scopes[0].record.as_str() == "weir:{a:x}:s:l:x";
     let mut round = groups.round(&full, is_x);
     assert_eq!(round.next().map(|(group, _)| group.account), Some(Some(1)));
     assert!(round.next().is_none());

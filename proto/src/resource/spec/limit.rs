@@ -7,14 +7,15 @@ use crate::resource::check::Check;
 use crate::resource::demand::{self, Budget};
 use crate::v1;
 
-/// A limit over everything or a product of scopes.
+/// A limit over everything, a tenant, a model, an API key, a tenant's use of a model, an account or an account's use for a
+/// model. Several limits over the same hold each for itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limit {
     /// Requests of this tenant.
     pub tenant: Option<Name>,
     /// Requests for this model.
     pub model: Option<Name>,
-    /// Requests with this API key.
+    /// Requests with this API key; alone.
     pub api_key: Option<Name>,
     /// Requests to backends that bill this account; alone or with `model`.
     pub account: Option<Name>,
@@ -23,6 +24,9 @@ pub struct Limit {
 }
 
 impl Limit {
+    /// Most limit resources over one selector.
+    pub const PER_SELECTOR_MAX: usize = 4;
+
     pub(in crate::resource) fn judge(w: &v1::LimitSpec, check: &mut Check) -> Self {
         let selector = w.selector.clone().unwrap_or_default();
         let mut name = |path: &str, text: &str| {
@@ -41,6 +45,19 @@ impl Limit {
                 path,
                 "cannot be with account: a provider limits its account whoever asks; \
                  limit the tenant or key in its own limits",
+            );
+        }
+        let beside_key = !selector.tenant.is_empty() || !selector.model.is_empty();
+        if !selector.api_key.is_empty() && beside_key && selector.account.is_empty() {
+            check.violation(
+                "selector.api_key",
+                "goes alone: a key belongs to one tenant, and limits of its use of one model are not counted",
+            );
+        }
+        if !selector.limit.is_empty() {
+            check.violation(
+                "selector.limit",
+                "is for callers of the limit service; a limit is named by its resource",
             );
         }
         let rates = Rates::judge("rates", w.rates.as_ref(), check);

@@ -196,7 +196,7 @@ async fn every_mistake_is_told_with_its_field(service: Service) {
     ];
     assert_eq!(fields, expected, "{}", status.message());
     let none = client.peek(v1::PeekRequest::default()).await.expect_err("refused");
-    assert!(none.message().contains("scopes: must be 1 to 16"), "{}", none.message());
+    assert!(none.message().contains("scopes: must be 1 to 64"), "{}", none.message());
     let nobody = client.renew(v1::RenewRequest::default()).await.expect_err("refused");
     assert!(nobody.message().contains("reservation_ids: must be 1 to 1000"), "{}", nobody.message());
 }
