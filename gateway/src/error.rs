@@ -36,7 +36,7 @@ pub const ECHO_CHARS_MAX: usize = 64;
 /// What a client is told of a failure that it cannot do anything about.
 const UPSTREAM: &str = "The model's server failed to answer. Please retry.";
 /// When to come back where nothing better is known.
-const RETRY_SOON: Duration = Duration::from_secs(1);
+pub const RETRY_SOON: Duration = Duration::from_secs(1);
 
 /// Whose fault a failure is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -365,7 +365,7 @@ fn no_model(model: &str, label: &'static str) -> ErrorFacts {
 
 /// OpenAI's `type` of a rate limit.
 fn openai_limit(what: What) -> &'static str {
-    if what == What::Bucket(Kind::Requests) { "requests" } else { "tokens" }
+    if matches!(what, What::Bucket(Kind::Requests) | What::Concurrency) { "requests" } else { "tokens" }
 }
 
 fn read_code(error: &ReadError) -> &'static str {

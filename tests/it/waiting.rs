@@ -1,8 +1,11 @@
 //! Waiting for limits and slots, over a real Redis and several gateways.
 
+use std::time::Duration;
+
 use http::{Method, StatusCode};
 use mock_llm::Config;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1::{self, resource::Spec};
 use weir_tests::cluster::{Mock, Resources, gateway, mock};
@@ -179,4 +182,30 @@ async fn a_lost_lease_is_taken_again_while_its_stream_goes_on() {
     );
     drop(stream);
     eventually("and once only", || async { redis.standing("acme").await.leases == 0 }).await;
+}
+
+/// The life of a lease, 15 s, says nothing about that.
+#[tokio::test]
+async fn a_refusal_for_concurrency_says_when_a_place_is_likely_free() {
+    let end = CancellationToken::new();
+    let mocks = [mock(Config { output_tokens: 100_000, ..slow() }, &end).await];
+    let mut resources = Resources::in_front_of(&mocks);
+    let limits = v1::Rates { concurrency: Some(1), ..Default::default() };
+    resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(limits), ..Default::default() }));
+    let gw = gateway(&resources, None).await;
+    let long = LONG.replace("100,", "100000,");
+    let began = Instant::now();
+    let refused = async || {
+        let stream = gw.client.send(Method::POST, "/v1/chat/completions", long.clone()).await;
+        assert_eq!(stream.status(), StatusCode::OK);
+        let answer = gw.client.chat(CHAT).await;
+        assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS, "{}", answer.text());
+        let error = answer.json()["error"].clone();
+        assert_eq!((&error["type"], &error["kind"]), (&"requests".into(), &"concurrency".into()), "{error}");
+        Duration::from_millis(error["retry_after_ms"].as_u64().expect("a time"))
+    };
+    assert_eq!(refused().await, Duration::from_secs(1), "nothing has ended yet");
+    eventually("the place is free", || async { gw.client.chat(CHAT).await.status == StatusCode::OK }).await;
+    let wait = refused().await;
+    assert!(wait <= began.elapsed(), "no request has taken {wait:?}");
 }

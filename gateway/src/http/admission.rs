@@ -11,10 +11,10 @@ use weir_ratelimit::{Acquire, Decision, Outcome, Scopes};
 use super::call::ModelCall;
 use super::context::RequestContext;
 use super::{refusal, slot_round};
-use crate::error::GatewayError;
+use crate::error::{GatewayError, RETRY_SOON};
 use crate::limits::account_groups::CandidateGroups;
 use crate::limits::ledger::LEASE_TTL;
-use crate::limits::reservation::{Asked, Reservation};
+use crate::limits::reservation::{Asked, Reservation, Subject};
 use crate::limits::spend_period;
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::routing::balance::Candidate;
@@ -59,7 +59,9 @@ pub(super) async fn admit(
     let Waited { mut decision, with: reservation, .. } = waited;
     let refused = match decision.outcome {
         Outcome::Granted { .. } => None,
-        Outcome::Limited { .. } => Some(refusal::limited(&decision, &limits.entries, &call.reserved, now)),
+        Outcome::Limited { .. } => {
+            Some(refusal::limited(&decision, &limits.entries, &call.reserved, now, next_free(call)))
+        }
         Outcome::NoSlot { .. } => Some(GatewayError::Busy { retry_after: None }),
     };
     // How an account stands is the operator's to know: headers tell of the caller's limits.
@@ -73,6 +75,15 @@ pub(super) async fn admit(
             Ok(Admitted { reservation, decision, chosen: slot.unwrap_or(0) })
         }
         (refused, _) => Err(refused.unwrap_or(GatewayError::Internal)),
+    }
+}
+
+/// When one of so many leases is likely free that this request would hold.
+fn next_free(call: &ModelCall<'_>) -> impl Fn(u64) -> Duration {
+    move |places| {
+        let Subject { tenant, model, .. } = call.subject();
+        let known = call.call.gateway.ledger.estimates.next_free(&tenant, &model, places);
+        known.unwrap_or(RETRY_SOON)
     }
 }
 

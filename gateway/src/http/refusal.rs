@@ -61,8 +61,15 @@ fn buckets(entry: &ScopeEntry) -> impl Iterator<Item = (&ScopeEntry, Kind, u64)>
     })
 }
 
-/// The refusal for a decision that refused: it names the limit that keeps the caller waiting longest.
-pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: SystemTime) -> GatewayError {
+/// The refusal for a decision that refused: it names the limit that keeps the caller waiting longest. `next_free` says
+/// when one of so many leases is likely free; how long a lease lives says little about that.
+pub fn limited(
+    decision: &Decision,
+    entries: &[&ScopeEntry],
+    cost: &Cost,
+    now: SystemTime,
+    next_free: impl Fn(u64) -> Duration,
+) -> GatewayError {
     let refusing = decision.limits.iter().filter_map(|l| {
         let entry = entries
             .iter()
@@ -74,6 +81,7 @@ pub fn limited(decision: &Decision, entries: &[&ScopeEntry], cost: &Cost, now: S
         };
         let wait = match l.verdict {
             Verdict::Fits => return None,
+            Verdict::Wait(wait) if l.what == What::Concurrency => Some(wait.min(next_free(l.limit))),
             Verdict::Wait(wait) => Some(wait),
             // A budget does not drain, it begins anew.
             Verdict::Never => entry.renews.and_then(|at| at.duration_since(now).ok()).filter(|_| l.limit > 0),

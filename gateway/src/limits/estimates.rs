@@ -2,7 +2,8 @@
 //!
 //! The output of a (tenant, model) is estimated at its mean plus twice its mean deviation, which most answers stay
 //! below. Output beyond the estimate is charged while it streams. Prompt tokens are estimated from bytes, at the rate
-//! that providers' counts have shown for the model.
+//! that providers' counts have shown for the model. For how long a (tenant, model)'s requests hold their leases is kept
+//! as a mean, from which a refusal says when a place is likely free.
 //!
 //! Tables are bounded: they keep the entries that learned last.
 
@@ -45,13 +46,16 @@ pub struct Estimates {
 struct Tables {
     outputs: RecentMap<(Arc<str>, Arc<str>), Output>,
     prompts: RecentMap<Arc<str>, Prompt>,
+    /// For how long leases are held, seconds.
+    holds: RecentMap<(Arc<str>, Arc<str>), f64>,
 }
 
 impl Default for Tables {
     fn default() -> Self {
         // Estimates do not age: a model that is asked once a day is estimated as well as a busy one.
         let outputs = RecentMap::new(PAIRS_MAX, Duration::MAX);
-        Self { outputs, prompts: RecentMap::new(MODELS_MAX, Duration::MAX) }
+        let holds = RecentMap::new(PAIRS_MAX, Duration::MAX);
+        Self { outputs, prompts: RecentMap::new(MODELS_MAX, Duration::MAX), holds }
     }
 }
 
@@ -99,6 +103,21 @@ impl Estimates {
             },
         };
         tables.outputs.insert(key, next, now);
+    }
+
+    /// When the next of `places` is likely free that requests like this one hold: with all of them taken, one ends each
+    /// time a request's length is over as often as there are places. `None` before any has ended.
+    pub fn next_free(&self, tenant: &Arc<str>, model: &Arc<str>, places: u64) -> Option<Duration> {
+        let mean = *self.tables().holds.get(&(tenant.clone(), model.clone()), Instant::now())?;
+        Duration::try_from_secs_f64(mean / places.max(1) as f64).ok()
+    }
+
+    /// Learns for how long a request held its leases.
+    pub fn learn_hold(&self, tenant: &Arc<str>, model: &Arc<str>, held: Duration) {
+        let (mut tables, key, now) = (self.tables(), (tenant.clone(), model.clone()), Instant::now());
+        let held = held.as_secs_f64();
+        let mean = tables.holds.get(&key, now).map_or(held, |mean| mean + MEAN_GAIN * (held - mean));
+        tables.holds.insert(key, mean, now);
     }
 
     /// The estimate of the tokens of a prompt for the model; at least one.
@@ -153,6 +172,18 @@ mod tests {
         assert_eq!(estimates.output(&name("other"), &model), OUTPUT_UNKNOWN, "tenants differ");
         estimates.learn_output(&name("zero"), &model, 0);
         assert_eq!(estimates.output(&name("zero"), &model), 1, "zero is a value");
+    }
+
+    #[test]
+    fn a_place_is_free_after_a_part_of_a_requests_length() {
+        let (estimates, tenant, model) = (Estimates::default(), name("acme"), name("m"));
+        assert_eq!(estimates.next_free(&tenant, &model, 5), None);
+        (0..50).for_each(|_| estimates.learn_hold(&tenant, &model, Duration::from_millis(600)));
+        assert_eq!(estimates.next_free(&tenant, &model, 5), Some(Duration::from_millis(120)));
+        (0..100).for_each(|_| estimates.learn_hold(&tenant, &model, Duration::from_secs(10)));
+        let longer = estimates.next_free(&tenant, &model, 1).expect("known").as_secs_f64();
+        assert!((9.9..=10.0).contains(&longer), "{longer}");
+        assert_eq!(estimates.next_free(&name("other"), &model, 5), None, "tenants differ");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use jiff::civil::Date;
 use smallvec::SmallVec;
+use tokio::time::Instant;
 use uuid::Uuid;
 use weir_ratelimit::reservation::{self, Leases};
 use weir_ratelimit::{
@@ -71,6 +72,8 @@ pub struct Reservation {
     slots: SmallVec<[Key; 2]>,
     /// Its entry in the book of leases.
     held: reservation::Reservation,
+    /// When it was granted, where it holds leases of limits.
+    granted_at: Option<Instant>,
     armed: bool,
 }
 
@@ -94,6 +97,7 @@ impl Reservation {
             subject,
             slots: SmallVec::new(),
             held: ledger.leases.open(id),
+            granted_at: None,
             armed: true,
         }
     }
@@ -144,6 +148,7 @@ impl Reservation {
     /// Records a grant with the slot of a backend.
     pub fn granted(&mut self, slot: Option<Key>) {
         self.slots = slot.into_iter().collect();
+        self.granted_at = leases(&self.scopes).next().map(|_| Instant::now());
         self.enter();
     }
 
@@ -279,6 +284,9 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         if !self.armed {
             return;
+        }
+        if let (Some(at), Some(Subject { tenant, model, .. })) = (self.granted_at, &self.subject) {
+            self.ledger.estimates.learn_hold(tenant, model, at.elapsed());
         }
         while self.slots.len() > 1 {
             let slot = self.slots[1].clone();
