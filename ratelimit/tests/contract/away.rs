@@ -33,6 +33,8 @@ enum State {
     Serves,
     /// Reads nothing and answers nothing; what it was sent it does when it is back.
     Silent,
+    /// Does what it is sent, and its answers are lost.
+    Mute,
     Refuses,
 }
 
@@ -62,6 +64,10 @@ impl Line {
             }
             let answer = run(store).await;
             sleep(WAY).await;
+            let is_mute = *state.borrow() == State::Mute;
+            if is_mute {
+                std::future::pending::<()>().await;
+            }
             answer
         });
         match tokio::time::timeout(DEADLINE, served).await {
@@ -414,6 +420,43 @@ async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease(
         Outcome::Limited { wait: Some(LEASE) },
         "its leases are renewed, so this is a bound"
     );
+}
+
+/// The store remembers for ten minutes what it has settled.
+#[tokio::test(start_paused = true)]
+async fn a_settlement_whose_answer_was_lost_counts_once_however_long_the_store_is_away() {
+    for (minutes, lost) in [(1, 0), (9, 1), (11, 1), (60, 1)] {
+        let scene = Scene::new();
+        let limit = limited("acme", Kind::Tokens, bucket(1000, 0, Duration::from_secs(7 * 24 * 3600)));
+        let call = tokens(smallvec![limit.clone()], 100);
+        let gateway = &scene.gateways[0];
+        assert!(granted(&gateway.acquire(&call).await.expect("decided")));
+        scene.state.send_replace(State::Mute);
+        let usage = Usage {
+            record: Key::usage("acme", "2026-11-30"),
+            model: "m".into(),
+            tally: Tally { requests: 1, ..Tally::default() },
+        };
+        let settle = Settle {
+            id: call.id,
+            actual: Cost::of_request(40, 0, 0),
+            scopes: call.scopes.clone(),
+            slot: None,
+            usage: Some(usage.clone()),
+        };
+        gateway.settle(&settle).await.expect("deferred");
+        scene.state.send_replace(State::Refuses);
+        sleep(Duration::from_secs(60 * minutes)).await;
+        scene.state.send_replace(State::Serves);
+        while gateway.status().phase != Phase::Closed || gateway.status().pending > 0 {
+            sleep(Duration::from_millis(50)).await;
+        }
+        let stands = gateway.peek(&call.scopes).await.expect("peek");
+        assert_eq!(stands[0].remaining, 960, "after {minutes} minutes");
+        let lines = gateway.usage(std::slice::from_ref(&usage.record)).await.expect("usage");
+        assert_eq!(lines[0], [("m".to_owned(), usage.tally)], "after {minutes} minutes");
+        assert_eq!(gateway.status().lost, lost, "after {minutes} minutes");
+    }
 }
 
 /// A waiting call asks again under its id.

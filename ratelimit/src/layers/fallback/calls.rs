@@ -99,6 +99,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             }
             local.forget_held(call.id, &leases_of(call));
         }
+        let mut unknown = false;
         if inner.is_asked() {
             let mut settled = inner.store.settle(call).await;
             if matches!(settled, Err(Error::Lost)) {
@@ -111,12 +112,18 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                     return Ok(settled);
                 }
                 Err(error) if !waits(&error) => return Err(error),
-                Err(error) => inner.failed(&error, call.scopes.first()),
+                Err(error) => {
+                    unknown = error.trouble() == Trouble::Unknown;
+                    inner.failed(&error, call.scopes.first());
+                }
             }
         }
         let mut local = inner.local();
         if !inner.defer(&mut local, Pending::Settle(Box::new(call.clone()))) {
             return Err(no_room());
+        }
+        if unknown {
+            local.told(call.id, true);
         }
         inner.wake.notify_one();
         Ok(Settled { applied: false, limits: Vec::new(), now_us: 0 })

@@ -13,6 +13,7 @@ use super::last_seen::LastSeen;
 use super::local_share::{self, Sharing};
 use super::store_leases::StoreLeases;
 use crate::model::call::{Acquire, Candidate, Decision, Outcome, Renewal, Settle, Settled};
+use crate::model::checks::TOMBSTONE_LIFE;
 use crate::model::cost::Cost;
 use crate::model::error::Error;
 use crate::model::id::ReservationId;
@@ -27,6 +28,9 @@ use crate::store::memory::MemoryLimiter;
 const RECORDS_MAX: usize = 65_536;
 /// Settlements and releases that can wait for the store.
 pub(super) const PENDING_MAX: usize = 65_536;
+/// For so long a settlement whose outcome is unknown is told again under its id: well below the time for which the store
+/// remembers that it has carried it out.
+const TOLD_AGAIN_MAX: Duration = Duration::from_secs(TOMBSTONE_LIFE.as_secs() / 4 * 3);
 /// The life of a lease that the store granted. Its request ends it.
 const HELD_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -89,6 +93,8 @@ pub(super) struct Local {
     records: HashMap<Key, LocalRecord>,
     usage: HashMap<(Key, Arc<str>), UnreportedUsage>,
     pub(super) pending: VecDeque<Pending>,
+    /// Settlements that the store may have carried out, and since when. Each of them waits in this state too.
+    doubtful: HashMap<ReservationId, Instant>,
     /// When local decisions began, in microseconds, and the leases of the store that this process held then.
     engaged: Option<(f64, HashMap<Key, u32>)>,
 }
@@ -102,6 +108,7 @@ impl Local {
             records: HashMap::new(),
             usage: HashMap::new(),
             pending: VecDeque::new(),
+            doubtful: HashMap::new(),
             engaged: None,
         }
     }
@@ -266,6 +273,20 @@ impl Local {
         room
     }
 
+    /// Records how the telling of a settlement ended, if it is told again otherwise.
+    pub(super) fn told(&mut self, id: ReservationId, unknown: bool) {
+        if unknown {
+            self.doubtful.entry(id).or_insert_with(Instant::now);
+        } else {
+            self.doubtful.remove(&id);
+        }
+    }
+
+    /// Whether a settlement may have been carried out so long ago that the store would do so once more.
+    pub(super) fn is_too_late(&self, id: ReservationId) -> bool {
+        self.doubtful.get(&id).is_some_and(|since| since.elapsed() >= TOLD_AGAIN_MAX)
+    }
+
     /// Records that the store is being asked about a grant.
     pub(super) fn asking(&mut self, id: ReservationId) {
         if let Some(grant) = self.grants.get_mut(&id) {
@@ -387,7 +408,8 @@ impl Local {
     pub(super) fn reset(&mut self) {
         let pending = std::mem::take(&mut self.pending);
         let usage = std::mem::take(&mut self.usage);
-        *self = Self { pending, usage, ..Self::new(self.epoch) };
+        let doubtful = std::mem::take(&mut self.doubtful);
+        *self = Self { pending, usage, doubtful, ..Self::new(self.epoch) };
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::breaker::Phase;
 use super::inner::{Inner, lock, waits};
-use super::local::{Grant, Pending};
+use super::local::{Grant, Pending, leases_of};
 use crate::model::call::{Acquire, Candidate, Settle};
 use crate::model::cost::Cost;
 use crate::model::data_set::DataSetsLost;
@@ -236,7 +236,7 @@ pub(super) async fn report<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Resul
     each_at_once(charges, |charge| {
         let inner = inner.clone();
         async move {
-            passable(&inner, inner.store.settle(&charge).await.map(drop))?;
+            passable(&inner, tell(&inner, &charge).await)?;
             lock(&inner.local).charged(&charge);
             Ok(())
         }
@@ -246,7 +246,7 @@ pub(super) async fn report<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Resul
     each_at_once(notes, |note| {
         let inner = inner.clone();
         async move {
-            passable(&inner, inner.store.settle(&note).await.map(drop))?;
+            passable(&inner, tell(&inner, &note).await)?;
             lock(&inner.local).noted(&note);
             Ok(())
         }
@@ -261,7 +261,7 @@ async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(
         let inner = inner.clone();
         async move {
             let done = match &pending {
-                Pending::Settle(settle) => inner.store.settle(settle).await.map(drop),
+                Pending::Settle(settle) => tell(&inner, settle).await,
                 Pending::Release(id, leases) => inner.store.release(*id, leases).await,
             };
             if done.as_ref().is_err_and(waits) {
@@ -271,6 +271,28 @@ async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(
         }
     })
     .await
+}
+
+/// Tells the store a settlement, which may have been told before. After a long time without an answer the store does not
+/// remember any more whether it has carried it out: then it is not told again, so that nothing counts twice, and its leases
+/// are released. What was reserved stays charged.
+async fn tell<L: Limiter>(inner: &Inner<L>, settle: &Settle) -> Result<(), Error> {
+    if lock(&inner.local).is_too_late(settle.id) {
+        let leases = leases_of(settle);
+        if !leases.is_empty() {
+            inner.store.release(settle.id, &leases).await?;
+        }
+        lock(&inner.local).told(settle.id, false);
+        inner.lost.fetch_add(1, Ordering::Relaxed);
+        return Ok(());
+    }
+    let told = inner.store.settle(settle).await.map(drop);
+    let unknown = told.as_ref().is_err_and(|error| error.trouble() == Trouble::Unknown);
+    // A refusal after which it is told again leaves open what came of an earlier attempt.
+    if unknown || !told.as_ref().is_err_and(waits) {
+        lock(&inner.local).told(settle.id, unknown);
+    }
+    told
 }
 
 /// Reports a local grant to the store under the same id. The store charges and counts it whatever the limits are, because
