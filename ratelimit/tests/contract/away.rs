@@ -422,6 +422,60 @@ async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease(
     );
 }
 
+/// The store may have given any of the candidates, and the gateway another one.
+#[tokio::test(start_paused = true)]
+async fn a_grant_whose_answer_was_lost_leaves_no_slot_taken() {
+    for seconds in [0, 5] {
+        for settled_before in [false, true] {
+            let scene = Scene::new();
+            let slots = ["one", "two"].map(|name| candidate(name, 8));
+            let ask = |gateway: usize, limit: Option<Bucket>| {
+                let asked = Acquire {
+                    candidates: slots.to_vec(),
+                    lease_ttl: LEASE,
+                    ..call(smallvec![limited("acme", Kind::Requests, limit)])
+                };
+                let gateway = scene.gateways[gateway].clone();
+                async move { (gateway.acquire(&asked).await.expect("decided").outcome, asked) }
+            };
+            let plenty = || bucket(1000, 0, Duration::from_secs(7 * 24 * 3600));
+            let settle = async |(outcome, asked): (Outcome, Acquire)| {
+                let Outcome::Granted { slot } = outcome else { return };
+                let slot = slot.map(|at| asked.candidates[at].leases.clone());
+                let end =
+                    Settle { id: asked.id, actual: asked.cost, scopes: asked.scopes, slot, usage: None };
+                scene.gateways[0].settle(&end).await.expect("settled or deferred");
+            };
+            scene.state.send_replace(State::Mute);
+            // Some are decided alone and granted, others refused.
+            let granted = [ask(0, plenty()).await, ask(0, plenty()).await];
+            let refused = ask(0, bucket(0, 0, Duration::from_secs(60))).await;
+            assert!(!matches!(refused.0, Outcome::Granted { .. }));
+            scene.state.send_replace(State::Refuses);
+            sleep(Duration::from_secs(seconds)).await;
+            let mut open = Some(granted);
+            if settled_before {
+                for one in open.take().into_iter().flatten() {
+                    settle(one).await;
+                }
+            }
+            scene.state.send_replace(State::Serves);
+            while scene.gateways[0].status().phase != Phase::Closed || scene.gateways[0].status().pending > 0
+            {
+                sleep(Duration::from_millis(50)).await;
+            }
+            for one in open.into_iter().flatten() {
+                settle(one).await;
+            }
+            let mut free = 0;
+            while matches!(ask(1, plenty()).await.0, Outcome::Granted { slot: Some(_) }) {
+                free += 1;
+            }
+            assert_eq!(free, 16, "after {seconds} s, settled before its end: {settled_before}");
+        }
+    }
+}
+
 /// The store remembers for ten minutes what it has settled.
 #[tokio::test(start_paused = true)]
 async fn a_settlement_whose_answer_was_lost_counts_once_however_long_the_store_is_away() {

@@ -59,6 +59,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 return local.place(id, from, candidates, lease_ttl, sharing);
             }
         }
+        let mut unknown = false;
         if inner.is_asked() {
             let moved = if inner.is(Phase::Joining) {
                 inner.join_slot(id, from, candidates, lease_ttl).await
@@ -73,7 +74,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                     return Ok(moved);
                 }
                 Err(error) if error.trouble() == Trouble::Caller => return Err(error),
-                Err(_) => {}
+                Err(error) => unknown = error.trouble() == Trouble::Unknown,
             }
         }
         let mut local = inner.local();
@@ -81,7 +82,13 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
             inner.defer(&mut local, Pending::Release(id, smallvec![from.clone()]));
             inner.store_leases.forget(id, std::slice::from_ref(from));
         }
-        local.place(id, from, candidates, lease_ttl, sharing)
+        let placed = local.place(id, from, candidates, lease_ttl, sharing)?;
+        if unknown {
+            // The store may have given another one.
+            let others = candidates.iter().enumerate().filter(|(at, _)| Some(*at) != placed);
+            local.release_all(id, others.map(|(_, candidate)| candidate));
+        }
+        Ok(placed)
     }
 
     async fn settle(&self, call: &Settle) -> Result<Settled, Error> {
@@ -103,6 +110,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
         if inner.is_asked() {
             let mut settled = inner.store.settle(call).await;
             if matches!(settled, Err(Error::Lost)) {
+                unknown = true;
                 settled = inner.store.settle(call).await;
             }
             match settled {
@@ -113,7 +121,7 @@ impl<L: Limiter + 'static> Limiter for Fallback<L> {
                 }
                 Err(error) if !waits(&error) => return Err(error),
                 Err(error) => {
-                    unknown = error.trouble() == Trouble::Unknown;
+                    unknown |= error.trouble() == Trouble::Unknown;
                     inner.failed(&error, call.scopes.first());
                 }
             }

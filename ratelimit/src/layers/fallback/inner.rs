@@ -192,7 +192,7 @@ impl<L: Limiter> Inner<L> {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mut asked = 0;
+        let (mut asked, mut unanswered) = (0, None);
         loop {
             let error = match call().await {
                 Ok(answer) => return Ok(answer),
@@ -201,11 +201,15 @@ impl<L: Limiter> Inner<L> {
             if error != Error::Late {
                 asked += 1;
             }
+            // What a later attempt finds does not tell what came of this one.
+            if error.trouble() == Trouble::Unknown {
+                unanswered = Some(error.clone());
+            }
             let pause = match error.trouble() {
                 Trouble::Caller => return Err(error),
                 // The record of one limit is broken; that heals by nothing but an operator.
                 Trouble::Keys if matches!(error, Error::Refused { fault: Fault::Record, .. }) => {
-                    return Err(error);
+                    return Err(unanswered.unwrap_or(error));
                 }
                 Trouble::Unknown => Duration::ZERO,
                 Trouble::Away | Trouble::Keys => ASK_AGAIN,
@@ -215,11 +219,11 @@ impl<L: Limiter> Inner<L> {
                 self.failed(&error, scope);
             }
             if asked >= ASKS_MAX || !self.is_asked() {
-                return Err(error);
+                return Err(unanswered.unwrap_or(error));
             }
             tokio::time::sleep(pause).await;
             if !self.is_asked() {
-                return Err(error);
+                return Err(unanswered.unwrap_or(error));
             }
         }
     }

@@ -50,7 +50,7 @@ pub(super) struct Grant {
     pub(super) slot: Option<Key>,
     pub(super) lease_ttl: Duration,
     /// The store may have granted the same id.
-    unknown: bool,
+    pub(super) unknown: bool,
     /// The store is being asked. The grant is not reported before it has answered.
     asking: bool,
     charged: Vec<(Key, [f64; Kind::COUNT])>,
@@ -189,11 +189,7 @@ impl Local {
             }
             Outcome::Limited { .. } | Outcome::NoSlot { .. } if unknown => {
                 self.cancel(call.id, &call.scopes, None);
-                // It may have got any of the slots, and its settlement names none.
-                let slots: SmallVec<[Key; 4]> = call.candidates.iter().map(|c| c.leases.clone()).collect();
-                if !slots.is_empty() {
-                    self.defer(Pending::Release(call.id, slots));
-                }
+                self.release_all(call.id, &call.candidates);
             }
             Outcome::Limited { .. } | Outcome::NoSlot { .. } => {}
         }
@@ -245,6 +241,7 @@ impl Local {
         }
         if grant.unknown || grant.asking {
             self.cancel(call.id, &call.scopes, grant.slot);
+            self.release_all(call.id, grant.call.iter().flat_map(|call| &call.candidates));
         }
         let mut settled = self.limiter.end(&share);
         if let Ok(settled) = &mut settled {
@@ -262,6 +259,18 @@ impl Local {
     fn cancel(&mut self, id: ReservationId, scopes: &[ScopeLimits], slot: Option<Key>) {
         let cancel = Settle { id, actual: Cost::default(), scopes: scopes.into(), slot, usage: None };
         self.defer(Pending::Settle(Box::new(cancel)));
+    }
+
+    /// Queues the release of whichever of these slots the store may have given. Without room its lease expires.
+    pub(super) fn release_all<'a>(
+        &mut self,
+        id: ReservationId,
+        candidates: impl IntoIterator<Item = &'a Candidate>,
+    ) {
+        let slots: SmallVec<[Key; 4]> = candidates.into_iter().map(|c| c.leases.clone()).collect();
+        if !slots.is_empty() {
+            self.defer(Pending::Release(id, slots));
+        }
     }
 
     /// Queues a call for the store. Returns false without room.

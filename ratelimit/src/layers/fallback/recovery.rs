@@ -265,7 +265,14 @@ async fn settle_pending<L: Limiter + 'static>(inner: &Arc<Inner<L>>) -> Result<(
                 Pending::Release(id, leases) => inner.store.release(*id, leases).await,
             };
             if done.as_ref().is_err_and(waits) {
-                inner.defer(&mut lock(&inner.local), pending);
+                let mut local = lock(&inner.local);
+                let id = match &pending {
+                    Pending::Settle(settle) => settle.id,
+                    Pending::Release(id, _) => *id,
+                };
+                if !inner.defer(&mut local, pending) {
+                    local.told(id, false);
+                }
             }
             passable(&inner, done)
         }
@@ -299,6 +306,7 @@ async fn tell<L: Limiter>(inner: &Inner<L>, settle: &Settle) -> Result<(), Error
 /// the request was admitted already.
 async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant) -> Result<(), Error> {
     let mut leases: SmallVec<[Key; 4]> = grant.slot.iter().cloned().collect();
+    let unknown = grant.unknown;
     let Some(mut call) = grant.call else {
         for key in &leases {
             take(&inner, id, key.clone(), grant.lease_ttl).await?;
@@ -310,8 +318,19 @@ async fn adopt<L: Limiter>(inner: Arc<Inner<L>>, id: ReservationId, grant: Grant
     leases.extend(scopes.iter().filter(|s| s.concurrency.is_some()).map(|s| s.leases.clone()));
     call.scopes.iter_mut().for_each(|scope| scope.mode = Mode::Shadow);
     let room = |leases| Candidate { leases, max_concurrency: u32::MAX, bound: None };
-    call.candidates = grant.slot.map(room).into_iter().collect();
+    let asked = std::mem::replace(&mut call.candidates, grant.slot.clone().map(room).into_iter().collect());
     passable(&inner, inner.store.acquire(&call).await.map(drop))?;
+    if unknown {
+        // The store may have granted it before, with another slot than the local one.
+        let others = asked.into_iter().map(|c| c.leases).filter(|slot| Some(slot) != grant.slot.as_ref());
+        let others: SmallVec<[Key; 4]> = others.collect();
+        if !others.is_empty() {
+            passable(&inner, inner.store.release(id, &others).await)?;
+        }
+        if let Some(slot) = grant.slot {
+            take(&inner, id, slot, call.lease_ttl).await?;
+        }
+    }
     taken_over(&inner, id, &leases, call.lease_ttl, &scopes);
     Ok(())
 }
