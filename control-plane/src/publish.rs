@@ -209,9 +209,11 @@ impl Differences {
 
 /// Whether a delta may carry `allow_mass_removal`. Within an epoch every removal was checked when it was applied; several
 /// of them merged into one delta may look like a mass removal to a gateway, and are allowed. After a change of the epoch
-/// only the operator's permission counts, so that an empty new store deletes nothing from gateways.
+/// only the operator's permission counts, until the gateway holds all of the new epoch: a new store deletes nothing from
+/// gateways that it does not know.
 pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &ConfigState) -> bool {
-    if held.epoch == snapshot.epoch {
+    // It has revision zero until it holds all of the epoch.
+    if held.epoch == snapshot.epoch && held.revision > 0 {
         snapshot.removal > held.revision || snapshot.allowed > held.revision
     } else {
         snapshot.allowed > 0
@@ -272,8 +274,11 @@ mod tests {
         let held = synced(&state(5, 3));
         let mut new = State { epoch: "f".into(), revision: 9, removal: 8, ..State::default() };
         assert!(!mass_removal_is_meant(&new, &held));
+        // It has taken a part of the new epoch, and an operator has deleted something there.
+        let partly = ConfigState { epoch: "f".into(), revision: 0, ..held.clone() };
+        assert!(!mass_removal_is_meant(&new, &partly));
         new.allowed = 9;
-        assert!(mass_removal_is_meant(&new, &held));
+        assert!(mass_removal_is_meant(&new, &held) && mass_removal_is_meant(&new, &partly));
     }
 
     #[test]
