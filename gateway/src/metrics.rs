@@ -160,8 +160,6 @@ weir_runtime::metrics! {
         pub hedge_micro_dollars: Family<ModelLabels, Counter> = "hedge_lost_micro_dollars",
             "What these cost at the model's prices, micro-dollars";
         pub connections: Gauge = "connections", "Open client connections";
-        pub connections_refused: Counter = "connections_refused",
-            "Client connections refused because the maximum was reached";
         pub body_bytes: Gauge = "request_body_bytes", "Request bodies held, bytes";
         pub limiter: Family<LimiterLabels, Counter> = "limiter_calls", "Admissions asked of the limiter";
         pub limiter_duration: Histogram = "limiter_duration_seconds",

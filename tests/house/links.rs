@@ -174,6 +174,24 @@ fn every_test_that_a_decision_names_exists() {
     assert!(broken.is_empty(), "tests that do not exist:\n  {}", broken.join("\n  "));
 }
 
+#[test]
+fn every_alert_has_its_place_in_the_runbook_and_the_reverse() {
+    let rules = read(&root().join("deploy/prometheus/rules.yml"));
+    let after = |prefix: &str| -> Vec<String> {
+        rules.lines().filter_map(|line| Some(line.trim().strip_prefix(prefix)?.to_owned())).collect()
+    };
+    let alerts = after("- alert: ");
+    let places: Vec<String> =
+        alerts.iter().map(|name| format!("docs/alerts.md#{}", name.to_lowercase())).collect();
+    assert_eq!(after("runbook: "), places);
+    let document = read(&root().join("docs/alerts.md"));
+    let mut told: Vec<&str> = document.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    let mut alerts: Vec<&str> = alerts.iter().map(String::as_str).collect();
+    told.sort_unstable();
+    alerts.sort_unstable();
+    assert_eq!(told, alerts);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

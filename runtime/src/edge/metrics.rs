@@ -45,6 +45,11 @@ impl EdgeMetrics {
         metrics
     }
 
+    /// Makes the series of a listener that an alert watches, so that the first refusal is an increase.
+    pub(super) fn know(&self, listener: &'static str) {
+        drop(self.ended.get_or_create(&EndLabels { listener, reason: "refused" }));
+    }
+
     pub(super) fn opened(&self, listener: &'static str) {
         self.open.get_or_create(&ListenerLabels { listener }).inc();
     }

@@ -136,6 +136,7 @@ impl Edge {
                 "the limit of open files allows fewer connections than configured; raise it (ulimit -n, LimitNOFILE of systemd, ulimits of docker)"
             );
         }
+        metrics.know(name);
         let table = table::Table::new(name, bounds, metrics);
         // Ends with the table.
         tokio::spawn(table::sweep(Arc::downgrade(&table)));
