@@ -45,6 +45,8 @@ struct Started {
     api_key: Secret,
     admin_token: Secret,
     model: Option<String>,
+    /// What gateways do not use, and why.
+    refused: Vec<(String, String)>,
 }
 
 /// Runs until a signal.
@@ -75,7 +77,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     }
     let mut admin = Admin::connect(control_plane.grpc_addr, &control_plane.admin_token).await?;
     let api_key = admin.key(&resources).await?;
-    admin.wait_for_gateways(running.len()).await?;
+    let refused = admin.wait_for_gateways(running.len()).await?;
     for gateway in &running {
         gateway.serving().await;
     }
@@ -87,6 +89,7 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
         api_key,
         admin_token: control_plane.admin_token.clone(),
         model: admin.first_model().await?,
+        refused,
     };
     if let Err(error) = started.print(io) {
         tracing::warn!(%error, "addresses not printed to standard output");
@@ -291,16 +294,22 @@ impl Admin {
         }))
     }
 
-    /// Returns when every gateway has applied the configuration.
-    async fn wait_for_gateways(&mut self, count: usize) -> Result<(), Error> {
+    /// Returns when every gateway has applied the configuration, with what any of them does not use: a missing credential
+    /// keeps its backend out of use, and nothing else.
+    async fn wait_for_gateways(&mut self, count: usize) -> Result<Vec<(String, String)>, Error> {
         let revision = self.list(v1::ResourceKind::ApiKey).await?.revision;
         let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
         loop {
             let timeout = prost_types::Duration::try_from(READY_TIMEOUT).ok();
             let request = self.request(v1::WaitAppliedRequest { revision, timeout })?;
             let answer = self.client.wait_applied(request).await.map_err(|s| self.refused(s))?.into_inner();
-            if answer.applied as usize >= count {
-                return Ok(());
+            if answer.applied as usize + answer.refused.len() >= count {
+                let errors = answer.refused.into_iter().flat_map(|gateway| gateway.errors);
+                let mut refused: Vec<_> =
+                    errors.map(|error| (crate::commands::gateways::refused(&error), error.message)).collect();
+                refused.sort_unstable();
+                refused.dedup();
+                return Ok(refused);
             }
             if tokio::time::Instant::now() >= deadline {
                 let reason =
@@ -326,6 +335,7 @@ impl Started {
                 "page": self.page(),
                 "api_key": self.api_key.expose(),
                 "admin_token": self.admin_token.expose(),
+                "refused": self.refused.iter().map(|(what, why)| format!("{what}: {why}")).collect::<Vec<_>>(),
             });
             writeln!(io.out, "{line}")?;
         } else {
@@ -351,6 +361,12 @@ impl Started {
             self.admin, self.control_plane_http
         );
         let _ = writeln!(text, "  API key         {}", self.api_key.expose());
+        if !self.refused.is_empty() {
+            let _ = writeln!(text, "\nNot used by the gateways until it is mended:\n");
+            for (what, why) in &self.refused {
+                let _ = writeln!(text, "  {what}: {why}");
+            }
+        }
         let _ = writeln!(text, "\nWatch it:\n\n  {}", self.page());
         let _ = writeln!(text, "\nAsk it something:\n");
         let model = self.model.as_deref().unwrap_or("MODEL");

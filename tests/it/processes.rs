@@ -3,7 +3,9 @@
 use std::process::Stdio;
 
 use http::StatusCode;
+use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
+use weir_tests::cluster::mock;
 use weir_tests::process::{Process, command, signal, up};
 
 const CHAT: &str = r#"{"model":"gpt-4.1","max_tokens":2,"messages":[{"role":"user","content":"hi"}]}"#;
@@ -142,6 +144,30 @@ async fn a_file_to_start_with_that_is_missing_or_wrong_is_named() {
             assert!(text.contains(said), "{text}");
         }
     }
+}
+
+/// Separate gateways serve the rest too.
+#[tokio::test]
+async fn up_serves_the_rest_of_a_configuration_whose_one_credential_is_missing() {
+    let models = mock_llm::Config { models: vec!["m".into()], ..Default::default() };
+    let mock = mock(models, &CancellationToken::new()).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("own.yaml");
+    let manifest = format!(
+        "kind: pool\nname: p\nspec: {{}}\n\
+         ---\nkind: backend\nname: good\nspec: {{ pool: p, url: \"http://{0}\", models: {{ m: \"\" }} }}\n\
+         ---\nkind: backend\nname: bare\nspec: {{ pool: p, url: \"http://{0}\", models: {{ m: \"\" }}, \
+         credential: \"env:PROV_B_KEY\" }}\n\
+         ---\nkind: model\nname: m\nspec: {{ pool: p }}\n\
+         ---\nkind: tenant\nname: t\nspec: {{}}\n",
+        mock.address
+    );
+    std::fs::write(&file, manifest).expect("written");
+    let up = up(&["--config", file.to_str().expect("UTF-8"), "--credential-env", "PROV_*"]).await;
+    let refused = up.line["refused"][0].as_str().expect("one");
+    assert!(refused.starts_with("backend bare: ") && refused.contains("PROV_B_KEY"), "{refused}");
+    let answer = up.client(0).chat(&CHAT.replace("gpt-4.1", "m")).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
 }
 
 #[tokio::test]
