@@ -31,6 +31,8 @@ use crate::fleet::{Fleet, Traffic, is_whole, plenty, roomy};
 const PRE_STOP_S: u64 = 2;
 /// A client keeps idle connections for less than that, so none is used while it is being closed.
 const IDLE: Duration = Duration::from_millis(300);
+/// Far above the time to the head of any answer here.
+const UNANSWERED: Duration = Duration::from_secs(60);
 /// The number of gateways that a request is tried at while they refuse connections.
 const TRIES: usize = 30;
 
@@ -74,7 +76,11 @@ impl Balancer {
                 .body(Full::new(Bytes::from_static(body.as_bytes())))
                 .expect("a valid request");
             let asked = if two { self.two.request(request) } else { self.one.request(request) };
-            match asked.await {
+            // hyper-util's pool can lose a request in the queue of a connection that ends, and never answers it.
+            let Ok(asked) = tokio::time::timeout(UNANSWERED, asked).await else {
+                return Err(format!("no answer for {UNANSWERED:?}"));
+            };
+            match asked {
                 Ok(answer) => {
                     let status = answer.status();
                     let body = answer.into_body().collect().await;

@@ -460,9 +460,11 @@ async fn a_grant_whose_answer_was_lost_leaves_no_slot_taken() {
                 }
             }
             scene.state.send_replace(State::Serves);
-            while scene.gateways[0].status().phase != Phase::Closed || scene.gateways[0].status().pending > 0
-            {
-                sleep(Duration::from_millis(50)).await;
+            // The one that asks afterwards too: while it joins, it asks for its share only.
+            for gateway in &scene.gateways {
+                while gateway.status().phase != Phase::Closed || gateway.status().pending > 0 {
+                    sleep(Duration::from_millis(50)).await;
+                }
             }
             for one in open.into_iter().flatten() {
                 settle(one).await;
