@@ -10,7 +10,7 @@ mod delete;
 mod drain;
 mod edit;
 mod explain;
-pub(crate) mod gateways;
+mod gateways;
 mod get;
 mod health;
 mod history;

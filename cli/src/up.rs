@@ -305,8 +305,9 @@ impl Admin {
             let answer = self.client.wait_applied(request).await.map_err(|s| self.refused(s))?.into_inner();
             if answer.applied as usize + answer.refused.len() >= count {
                 let errors = answer.refused.into_iter().flat_map(|gateway| gateway.errors);
-                let mut refused: Vec<_> =
-                    errors.map(|error| (crate::commands::gateways::refused(&error), error.message)).collect();
+                let named = |r: v1::ResourceRef| format!("{} {}", resource::kind_name(r.kind()), r.name);
+                let what = |r: Option<_>| r.map_or_else(|| "the configuration".to_owned(), named);
+                let mut refused: Vec<_> = errors.map(|error| (what(error.r#ref), error.message)).collect();
                 refused.sort_unstable();
                 refused.dedup();
                 return Ok(refused);

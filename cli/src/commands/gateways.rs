@@ -155,7 +155,7 @@ fn role(gateway: &v1::Gateway) -> &'static str {
     }
 }
 
-pub(crate) fn refused(error: &v1::gateway::ResourceError) -> String {
+pub(super) fn refused(error: &v1::gateway::ResourceError) -> String {
     error
         .r#ref
         .as_ref()
