@@ -1,15 +1,14 @@
 //! Gateways that are restarted one after the other under load, and clients that all return at once after an outage.
 
+mod balancer;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt as _, Full};
-use hyper_util::client::legacy::{Client as Hyper, connect::HttpConnector};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use http::StatusCode;
 use mock_llm::Config as MockConfig;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -25,89 +24,11 @@ use weir_tests::process::signal;
 use weir_tests::redis::Redis;
 use weir_tests::stack::Stack;
 
+use self::balancer::Balancer;
 use crate::fleet::{Fleet, Traffic, is_whole, plenty, roomy};
 
 /// The time for which a gateway accepts connections after it was told to end, so that load balancers notice.
 const PRE_STOP_S: u64 = 2;
-/// A client keeps idle connections for less than that, so none is used while it is being closed.
-const IDLE: Duration = Duration::from_millis(300);
-/// Far above the time to the head of any answer here.
-const UNANSWERED: Duration = Duration::from_secs(60);
-/// The number of gateways that a request is tried at while they refuse connections.
-const TRIES: usize = 30;
-
-/// A client with several gateways. It uses the next one if a connection is refused or a stream was given back unread,
-/// and obeys `Connection: close` and GOAWAY.
-struct Balancer {
-    gateways: Mutex<Vec<SocketAddr>>,
-    next: AtomicUsize,
-    key: String,
-    one: Hyper<HttpConnector, Full<Bytes>>,
-    two: Hyper<HttpConnector, Full<Bytes>>,
-}
-
-impl Balancer {
-    fn new(gateways: Vec<SocketAddr>, key: &str) -> Self {
-        let builder = || {
-            let mut builder = Hyper::builder(TokioExecutor::new());
-            builder.pool_timer(TokioTimer::new()).pool_idle_timeout(IDLE);
-            builder
-        };
-        Self {
-            gateways: Mutex::new(gateways),
-            next: AtomicUsize::new(0),
-            key: key.to_owned(),
-            one: builder().build_http(),
-            two: builder().http2_only(true).build_http(),
-        }
-    }
-
-    /// The complete answer, or why the request is lost.
-    async fn ask(&self, body: &'static str, two: bool) -> Result<(StatusCode, Bytes), String> {
-        let mut refused = String::new();
-        for _ in 0..TRIES {
-            let address = {
-                let gateways = self.gateways.lock().expect("whole");
-                gateways[self.next.fetch_add(1, Ordering::Relaxed) % gateways.len()]
-            };
-            let request = Request::post(format!("http://{address}/v1/chat/completions"))
-                .header("authorization", format!("Bearer {}", self.key))
-                .header("content-type", "application/json")
-                .body(Full::new(Bytes::from_static(body.as_bytes())))
-                .expect("a valid request");
-            let asked = if two { self.two.request(request) } else { self.one.request(request) };
-            // hyper-util's pool can lose a request in the queue of a connection that ends, and never answers it.
-            let Ok(asked) = tokio::time::timeout(UNANSWERED, asked).await else {
-                return Err(format!("no answer for {UNANSWERED:?}"));
-            };
-            match asked {
-                Ok(answer) => {
-                    let status = answer.status();
-                    let body = answer.into_body().collect().await;
-                    return body
-                        .map(|body| (status, body.to_bytes()))
-                        .map_err(|error| format!("the answer broke off: {error:?}"));
-                }
-                Err(error) if error.is_connect() || is_unread(&error) => refused = format!("{error:?}"),
-                Err(error) => return Err(format!("{error:?}")),
-            }
-        }
-        Err(format!("refused by everybody: {refused}"))
-    }
-}
-
-/// Whether the request certainly reached no gateway: the connection had ended before it was written, or HTTP/2
-/// reports that the request was not processed.
-fn is_unread(error: &hyper_util::client::legacy::Error) -> bool {
-    let mut causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
-    // h2's words for REFUSED_STREAM, and for a GOAWAY without an error that excludes the stream.
-    let words = ["refused stream before processing any application logic", "not a result of an error"];
-    causes.any(|cause| {
-        let text = cause.to_string();
-        cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
-            || words.iter().any(|word| text.contains(word))
-    })
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_no_stream() {
@@ -195,7 +116,7 @@ async fn gateways_restarted_one_after_the_other_under_load_lose_no_request_and_n
             assert_eq!(ended.code(), Some(0), "gateway {k} in round {round}");
             stack.gateways[k] = stack.gateway_with(k, &grpc, PRE_STOP_S).await;
             let address = stack.gateways[k].text("clients").parse().expect("an address");
-            balancer.gateways.lock().expect("whole")[k] = address;
+            balancer.moved(k, address);
         }
     }
     stop.cancel();

@@ -141,7 +141,8 @@ async fn traffic(clients: Vec<Client>, model: String, requests: usize) -> Vec<St
             note(answer);
         }
         let client = clients[n % clients.len()].clone();
-        let body = body(&model, n / clients.len() % 2 == 1, "hi");
+        // A third, since a gateway that uses two backends in turn would send each second request to the same one.
+        let body = body(&model, n / clients.len() % 3 == 1, "hi");
         asked.spawn(async move { client.chat(&body).await });
     }
     while let Some(answer) = asked.join_next().await {
