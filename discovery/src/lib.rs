@@ -11,5 +11,5 @@ mod status_stream;
 mod subscribe;
 
 pub use config_state::{ConfigState, DeltaError, Disk, Refused};
-pub use link::{Identity, Link, error_chain, reconnect_backoff};
+pub use link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff};
 pub use subscribe::{Apply, Subscriber};

@@ -16,7 +16,20 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// The first pause.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A control plane that sends nothing for this time (three heartbeats) counts as dead.
-pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
+pub const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// What a control plane answers within [`SILENCE_MAX`], such as the opening of a stream: a server that accepts connections and
+/// answers nothing must not be waited for.
+///
+/// # Errors
+/// What the control plane said, or that it said nothing.
+pub async fn answered<T>(call: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, String> {
+    match tokio::time::timeout(SILENCE_MAX, call).await {
+        Ok(answer) => answer.map_err(|status| status.message().to_owned()),
+        Err(_) => Err(format!("no answer for {SILENCE_MAX:?}")),
+    }
+}
+
 /// The identity of this process at the control plane.
 #[derive(Debug, Clone)]
 pub struct Identity {

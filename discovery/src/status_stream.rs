@@ -11,7 +11,7 @@ use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::{Applied, Hello, ResourceError};
 use weir_runtime::Backoff;
 
-use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
+use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff, send};
 
 /// Between two reports: changes in between are merged.
 const REPORT_INTERVAL: Duration = Duration::from_millis(20);
@@ -67,7 +67,7 @@ async fn report(
         send(&up, applied(sent)).await?;
     }
     let request = identity.request(ReceiverStream::new(messages))?;
-    let mut stream = client.stream_config(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+    let mut stream = answered(client.stream_config(request)).await?.into_inner();
     loop {
         tokio::select! {
             received = tokio::time::timeout(SILENCE_MAX, stream.message()) => {

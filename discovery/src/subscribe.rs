@@ -23,7 +23,7 @@ use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry}
 use weir_runtime::Backoff;
 
 use crate::config_state::{ConfigState, Disk, Refused};
-use crate::link::{Identity, Link, SILENCE_MAX, error_chain, reconnect_backoff, send};
+use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff, send};
 use crate::save::Saver;
 use crate::status_stream::{self, SubscriberStatus};
 
@@ -178,8 +178,8 @@ impl<A: Apply> Subscriber<A> {
         self.retry = false;
         send(&up, Up::Hello(self.hello())).await?;
         let request = self.identity.request(ReceiverStream::new(messages))?;
-        let opened = self.meanwhile(client.stream_config(request)).await;
-        let mut stream = opened.map_err(|s| s.message().to_owned())?.into_inner();
+        let opened = self.meanwhile(answered(client.stream_config(request))).await;
+        let mut stream = opened?.into_inner();
         self.owner.connected(true);
         let mut silent_at = Instant::now() + SILENCE_MAX;
         loop {

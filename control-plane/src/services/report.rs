@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
@@ -30,6 +30,10 @@ use crate::verdicts::{Duties, Healths, Verdicts, gateway, view};
 /// Messages in the outbox of a stream; the latest value wins.
 const OUTBOX: usize = 2;
 const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two messages at most: a gateway that hears nothing for three times as long tries another connection.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+/// A gateway reports every second.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// The shortest interval between two messages with loads or the number of gateways, which change often. Verdicts are sent
 /// without this delay.
 const LOAD_INTERVAL: Duration = Duration::from_millis(500);
@@ -148,6 +152,8 @@ struct ReportStream {
     leadership: Option<Leadership>,
     /// Something is to be sent at once.
     urgent: bool,
+    /// A message is to be sent, whatever there is to say.
+    heartbeat: bool,
     /// Something is to be sent when the next loads are due.
     load_changed: bool,
     load_due: Instant,
@@ -201,6 +207,7 @@ impl ReportStream {
             leadership: Some(claim(&shared, leading)),
             // The first message contains all values.
             urgent: true,
+            heartbeat: false,
             load_changed: true,
             load_due: Instant::now(),
             shared,
@@ -212,19 +219,30 @@ impl ReportStream {
         mut inbound: Streaming<StreamReportsRequest>,
         outbox: Outbox,
     ) -> Result<(), Status> {
+        let mut heartbeats = interval(HEARTBEAT);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeats.reset();
+        let mut silent_at = Instant::now() + SILENCE_MAX;
         loop {
             let load_ready = self.load_changed && self.load_due <= Instant::now();
-            let to_send = self.leadership.is_some() || self.leading.is_some() && (self.urgent || load_ready);
+            let news = self.leadership.is_some() || self.leading.is_some() && (self.urgent || load_ready);
+            let to_send = news || self.heartbeat;
             tokio::select! {
                 permit = outbox.reserve(), if to_send => {
                     let permit = permit.map_err(|_| Status::cancelled("the stream is closed"))?;
                     if let Some(message) = self.next_message(load_ready) {
                         permit.send(Ok(message));
+                        heartbeats.reset();
                     }
+                }
+                _ = heartbeats.tick() => self.heartbeat = true,
+                () = sleep_until(silent_at) => {
+                    return Err(Status::deadline_exceeded("no report for 30 s"));
                 }
                 message = inbound.message() => match message? {
                     None => return Ok(()),
                     Some(report) => {
+                        silent_at = Instant::now() + SILENCE_MAX;
                         self.reporter.report(&report);
                     }
                 },
@@ -270,6 +288,7 @@ impl ReportStream {
         if *self.sources.leads.borrow() != self.leading {
             return None;
         }
+        let heartbeat = std::mem::take(&mut self.heartbeat);
         if self.leading.is_none() {
             let leadership = self.leadership.take();
             return Some(StreamReportsResponse { leadership, ..Default::default() });
@@ -303,7 +322,7 @@ impl ReportStream {
         }
         self.urgent = false;
         answer.leadership = self.leadership.take();
-        (answer != empty).then_some(answer)
+        (heartbeat || answer != empty).then_some(answer)
     }
 
     /// Adds changed speeds and traffic.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
-use weir_discovery::{Identity, Link, error_chain, reconnect_backoff};
+use weir_discovery::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff};
 use weir_proto::v1::report_service_client::ReportServiceClient;
 use weir_proto::v1::{StreamReportsRequest, StreamReportsResponse};
 use weir_runtime::Backoff;
@@ -61,14 +62,16 @@ impl ReportStream {
         let first = Observed { backends: backends::without_counts(&self.live), ..Observed::default() };
         up.try_send(self.report(first, sequence)).map_err(|_| "no room for the first report".to_owned())?;
         let request = self.identity.request(ReceiverStream::new(reports))?;
-        let mut stream =
-            client.stream_reports(request).await.map_err(|s| s.message().to_owned())?.into_inner();
+        let mut stream = answered(client.stream_reports(request)).await?.into_inner();
         self.outgoing.open();
         self.notify(Event::Connected).await?;
+        let mut silent_at = Instant::now() + SILENCE_MAX;
         loop {
             tokio::select! {
+                () = sleep_until(silent_at) => return Err(format!("no message for {SILENCE_MAX:?}")),
                 message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
                     Some(message) => {
+                        silent_at = Instant::now() + SILENCE_MAX;
                         backoff.reset();
                         self.notify(Event::Received(Box::new(message))).await?;
                     }
