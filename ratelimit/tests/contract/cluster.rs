@@ -111,6 +111,49 @@ async fn a_refusal_in_a_later_slot_is_compensated_exactly() {
     assert_eq!(stand, [0, 95, 95]);
 }
 
+/// A settlement that one server took and another one refused is no settlement that never was: it is told again under its id.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_settlement_done_in_part_is_of_unknown_outcome_and_counts_once() {
+    let cluster = Arc::new(Cluster::start().await);
+    let limiter = cluster.limiter().await;
+    let mut global = scope("any");
+    (global.record, global.leases) = scope_keys(Scope::Global);
+    global.buckets[Kind::Requests as usize] = bucket(100, 0, MINUTE);
+    let mut owners = Vec::new();
+    let mut tenants =
+        (0..100).map(|n| limited(&format!("tenant-{n}"), Kind::Requests, bucket(100, 0, MINUTE)));
+    // A tenant whose record is at another server, and comes first.
+    let tenant = loop {
+        let tenant = tenants.next().expect("one of a hundred");
+        owners.clear();
+        for key in [tenant.record.as_str(), global.record.as_str()] {
+            let slot: u16 = ::redis::from_redis_value(
+                ask(&cluster.nodes[0], &["CLUSTER", "KEYSLOT", key]).await.expect("a slot"),
+            )
+            .expect("a number");
+            owners.push(usize::from(slot) * 3 / 16384);
+        }
+        if owners[0] != owners[1] {
+            break tenant;
+        }
+    };
+    let scopes: Scopes = smallvec![tenant, global];
+    let call = call(scopes.clone());
+    assert!(granted(&limiter.acquire(&call).await.expect("decided")));
+    let mut units = [0; Kind::COUNT];
+    units[Kind::Requests as usize] = 3;
+    let actual = Cost::new(units);
+    let settle = Settle { id: call.id, actual, scopes: scopes.clone(), slot: None, usage: None };
+    let refusing = &cluster.nodes[owners[1]];
+    ask(refusing, &["ACL", "SETUSER", "default", "-@scripting"]).await.expect("set");
+    assert_eq!(limiter.settle(&settle).await.expect_err("one refuses"), Error::Lost);
+    ask(refusing, &["ACL", "SETUSER", "default", "+@all"]).await.expect("set");
+    limiter.settle(&settle).await.expect("settled");
+    limiter.settle(&settle).await.expect("settled");
+    let stand = limiter.peek(&scopes).await.expect("known");
+    assert_eq!(stand.iter().map(|limit| limit.remaining).collect::<Vec<_>>(), [97, 97]);
+}
+
 /// What the servers wrote so far, in changes.
 async fn changes(cluster: &Cluster) -> u64 {
     let mut sum = 0;

@@ -204,7 +204,15 @@ impl RedisLimiter {
         Ok(())
     }
 
+    /// If a part of it is done and another fails, the outcome is unknown, whatever the error of that one says: a caller that took
+    /// the settlement for one that never was would count it again.
     pub(super) async fn settle_split(&self, call: &Settle) -> Result<Settled, Error> {
+        let mut in_part = false;
+        let settled = self.settle_groups(call, &mut in_part).await;
+        settled.map_err(|error| if in_part { Error::Lost } else { error })
+    }
+
+    async fn settle_groups(&self, call: &Settle, in_part: &mut bool) -> Result<Settled, Error> {
         let mut limits = Vec::new();
         let (mut applied, mut now_us) = (false, 0);
         let mut usage = call.usage.clone();
@@ -213,6 +221,7 @@ impl RedisLimiter {
             let usage = usage.take_if(|usage| usage.record.tag() == group.tag);
             let part = Settle { scopes: pick(&call.scopes, group), slot: None, usage, ..call.clone() };
             let settled = self.settle_group(&part, &group.tag, TOMBSTONE_LIFE).await?;
+            *in_part = true;
             applied |= settled.applied;
             now_us = now_us.max(settled.now_us);
             note(&mut limits, settled.limits);
