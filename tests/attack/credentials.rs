@@ -348,6 +348,11 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
     };
     eventually("it is counted", unreadable).await;
     assert_eq!(fleet.chat(0, 1, "stolen").await, StatusCode::OK, "the last one stays");
+    let (code, _, err) = fleet.apply("kind: tenant\nname: unrelated\nspec: {}\n").await;
+    assert!(code == 0 && err.contains("applied on 2 of 2 gateways"), "{err}");
+    for k in 0..GATEWAYS {
+        assert_eq!(fleet.chat(k, 1, "stolen").await, StatusCode::OK, "also after a change of something else");
+    }
     fleet.revoke(1, "other").await;
     fleet.is_well(2).await;
 }
