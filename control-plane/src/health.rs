@@ -2,7 +2,8 @@
 //!
 //! - [`evidence`]: observers and their observations; [`tally`]: the count of votes; [`isolation`]: observers without a vote.
 //! - [`event`]: health events and alarms.
-//! - [`record`]: the health record of one backend, a state machine; [`degrade`]: signs that degrade a backend.
+//! - [`record`]: the health record of one backend, a state machine; [`degrade`]: signs that degrade a backend; [`requests`]: what
+//!   requests say of it.
 //! - [`guard`]: the maximum of ejections and panic mode of a pool. [`cluster`]: the health of all backends.
 //! - [`assign`]: which observers probe which backends. [`params`]: every constant with its reason. [`rule`]: names of states
 //!   and rules.
@@ -20,6 +21,7 @@ mod guard;
 mod isolation;
 pub(crate) mod params;
 pub(crate) mod record;
+mod requests;
 pub(crate) mod rule;
 pub(crate) mod tally;
 #[cfg(test)]
@@ -28,7 +30,7 @@ mod tier;
 
 pub(crate) use assign::Regions;
 pub(crate) use cluster::{Cluster, Order, Target};
-pub(crate) use evidence::{Cause, Observation, Observer, Outcome, Passive, Reading, Timestamp};
+pub(crate) use evidence::{Cause, Observation, Observer, Outcome, Passive, Reading, Seen, Timestamp};
 pub(crate) use rule::{Rule, State};
 pub(crate) use tier::Tier;
 

@@ -382,6 +382,12 @@ fn targets(state: &State) -> BTreeMap<String, Target> {
         let target = Target {
             pool: backend.pool.to_string(),
             identity: format!("{}{} {}", backend.url, backend.health_path, backend.api_base_path),
+            endpoint: format!(
+                "{}{}",
+                backend.url.to_string().trim_end_matches('/'),
+                backend.api_path("/chat/completions")
+            ),
+            terms: format!("{:?} {:?} {:?}", backend.credential, backend.models, backend.dialect),
             weight: backend.weight,
             active: backend.admin_state == AdminState::Active,
             profile: pool.health,

@@ -166,6 +166,17 @@ impl Schedule {
         self.tasks.retain(|(of, _), _| of != backend);
     }
 
+    /// A backend is asked in another way from now on: it is probed anew at once, by who is assigned. Deep probes follow in
+    /// their turn.
+    pub fn renew(&mut self, backend: &str, now: Instant) {
+        for ((of, tier), task) in &mut self.tasks {
+            if of == backend && *tier != ProbeTier::Deep && task.turn.is_some() {
+                // What a probe in progress finds is of before.
+                (task.failing, task.due) = (0, Some(now));
+            }
+        }
+    }
+
     /// Takes what is due, at most so many. Each must be given back to [`Self::finished`].
     pub fn take_due(&mut self, now: Instant, most: usize) -> Vec<Key> {
         let due = |task: &Task| task.due.is_some_and(|due| due <= now);
@@ -307,6 +318,25 @@ mod tests {
         }
         assert_eq!(waits[..2], [AGAIN, AGAIN]);
         assert!(waits[2] > Duration::from_secs(1) && waits[3] > Duration::from_secs(1), "{waits:?}");
+    }
+
+    #[test]
+    fn what_is_asked_in_another_way_is_probed_at_once_by_who_is_assigned() {
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        let profile = HealthProfile::default();
+        let all =
+            [ProbeTier::Liveness, ProbeTier::Readiness, ProbeTier::Deep].map(|tier| (key(tier), (0, 1)));
+        assign(&mut schedule, &all.into(), now);
+        for key in schedule.take_due(now, 10) {
+            schedule.finished(&key, End::Bad, &profile, both(now, DAYS), 0.0);
+        }
+        let later = now + AGAIN / 2;
+        assert!(schedule.take_due(later, 10).is_empty());
+        schedule.renew("another", later);
+        assert!(schedule.take_due(later, 10).is_empty());
+        schedule.renew("b", later);
+        let due: Vec<ProbeTier> = schedule.take_due(later, 10).into_iter().map(|(_, tier)| tier).collect();
+        assert_eq!(due, [ProbeTier::Liveness, ProbeTier::Readiness]);
     }
 
     #[test]

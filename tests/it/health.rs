@@ -77,8 +77,13 @@ impl World {
         events.map(|event| event["message"].as_str().expect("text").to_owned()).collect()
     }
 
-    async fn falls(&self, backend: &str) -> usize {
-        self.events(backend, "state").await.iter().filter(|message| message.contains("-> unhealthy")).count()
+    async fn falls(&self, backend: &str) -> u64 {
+        let events = self.json(&["events", backend]).await;
+        let fell = |event: &&Value| {
+            event["message"].as_str().is_some_and(|message| message.contains("-> unhealthy"))
+        };
+        let fell = events.as_array().expect("a list").iter().filter(fell);
+        fell.map(|event| event["count"].as_u64().expect("a count")).sum()
     }
 
     /// Gateway `k` serves although the first so many backends hang, for it alone.

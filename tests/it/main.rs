@@ -16,6 +16,7 @@ mod dialects;
 mod edge;
 mod envoy;
 mod errors;
+mod evidence;
 mod failover;
 mod figures;
 mod hard_slots;

@@ -297,6 +297,7 @@ impl Sim {
             id: index as u64 + 1,
             weight: 100.0,
             max_concurrency: SLOTS as u32,
+            held_back: 0,
             in_flight: f64::from(gateway.local[index] + gateway.elsewhere[index]),
             local: gateway.local[index],
             health: 1.0,

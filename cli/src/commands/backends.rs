@@ -297,7 +297,13 @@ fn events_table(events: &[v1::HealthEvent]) -> String {
             tables::time(event.time.as_ref()),
             event.kind.clone(),
             or_dash(&event.subject),
-            event.message.clone(),
+            match event.count {
+                0 | 1 => event.message.clone(),
+                count => {
+                    let first = tables::time(event.first_time.as_ref());
+                    format!("{} ({count} times since {first})", event.message)
+                }
+            },
         ]
     });
     tables::table(&["TIME", "KIND", "SUBJECT", "WHAT"], rows.collect())
@@ -310,6 +316,8 @@ fn event_value(event: &v1::HealthEvent) -> Value {
         "kind": event.kind,
         "subject": event.subject,
         "message": event.message,
+        "count": event.count,
+        "first_time": event.first_time.as_ref().map(|t| tables::time(Some(t))),
     })
 }
 

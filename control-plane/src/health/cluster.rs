@@ -13,7 +13,7 @@ use super::guard::{self, Member, MemberStatus, PoolDecision, Use};
 use super::isolation::{IsolatedObservers, ObserverCounts};
 use super::params::{
     CONFIRMERS, DEGRADED_FACTOR, EVENTS_MAX, FLIP_ALL_SHARE, FLIP_MIN, FLIP_POOL_SHARE, FLIP_WINDOW,
-    OBSERVER_WINDOW, QUORUM, observers_wanted,
+    FOLDED_WITHIN, OBSERVER_WINDOW, QUORUM, observers_wanted,
 };
 use super::record::{Action, HealthRecord};
 use super::rule::State;
@@ -26,6 +26,10 @@ pub(crate) struct Target {
     pub(crate) pool: String,
     /// The identity of the backend, such as its URL. A backend with a new identity starts with a new record.
     pub(crate) identity: String,
+    /// Where requests go, as operators are told.
+    pub(crate) endpoint: String,
+    /// What else probes and requests rest on, such as the credential: after a change of it, failures from before say nothing.
+    pub(crate) terms: String,
     pub(crate) weight: u32,
     /// Whether the operator's state is ACTIVE. A draining backend is probed, but does not count in its pool.
     pub(crate) active: bool,
@@ -79,9 +83,10 @@ impl Cluster {
     /// Replaces the configured backends.
     pub(crate) fn configure(&mut self, targets: BTreeMap<String, Target>, now: Timestamp) {
         let old = std::mem::replace(&mut self.targets, targets);
-        self.records.retain(|name, _| {
-            let identity = |all: &BTreeMap<String, Target>| all.get(name).map(|t| t.identity.clone());
-            identity(&self.targets).is_some_and(|new| identity(&old) == Some(new))
+        self.records.retain(|name, record| {
+            let (Some(old), Some(new)) = (old.get(name), self.targets.get(name)) else { return false };
+            // What is in use stays so: its next probe tells.
+            old.identity == new.identity && (old.terms == new.terms || record.is_usable())
         });
         for (name, target) in &self.targets {
             match self.records.get_mut(name) {
@@ -178,13 +183,22 @@ impl Cluster {
     }
 
     fn judge(&mut self, backend: &str, now: Timestamp) {
-        let Some(record) = self.records.get_mut(backend) else { return };
-        let before = (record.state, record.rule, record.stale);
+        let (Some(record), Some(target)) = (self.records.get_mut(backend), self.targets.get(backend)) else {
+            return;
+        };
+        let of = |record: &HealthRecord| (record.state, record.rule, record.stale);
+        let (before, reason) = (of(record), record.reason());
         let ready_capable = !self.gateways.is_empty() && record.profile.paid_probes_per_hour > 0;
-        let context = Context { isolated: &self.isolated, ready_capable };
+        let context = Context {
+            isolated: &self.isolated,
+            ready_capable,
+            gateways: self.gateways.len(),
+            endpoint: &target.endpoint,
+        };
         let actions = record.judge(now, &context);
         let fell = before.0 != State::Unhealthy && record.state == State::Unhealthy;
-        let changed = before != (record.state, record.rule, record.stale);
+        let changed = before != of(record);
+        self.generation += u64::from(reason != record.reason());
         for action in actions {
             match action {
                 Action::Note { kind, message } => self.note(backend, kind, message, now),
@@ -339,11 +353,27 @@ impl Cluster {
 
     fn note(&mut self, subject: &str, kind: EventKind, message: String, now: Timestamp) {
         self.last_event += 1;
+        let same = self.events.iter().rposition(|event| {
+            event.kind == kind
+                && event.subject == subject
+                && event.message == message
+                && now.saturating_sub(event.at) <= FOLDED_WITHIN
+        });
+        let folded = same.and_then(|at| self.events.remove(at));
         if self.events.len() >= EVENTS_MAX {
             self.events.pop_front();
         }
-        let event = Event { number: self.last_event, at: now, subject: subject.to_owned(), kind, message };
-        self.events.push_back(event);
+        let (first, count) = folded.map_or((now, 1), |event| (event.first, event.count.saturating_add(1)));
+        let subject = subject.to_owned();
+        self.events.push_back(Event {
+            number: self.last_event,
+            at: now,
+            first,
+            count,
+            subject,
+            kind,
+            message,
+        });
         self.generation += 1;
     }
 

@@ -70,7 +70,12 @@ impl AlarmKind {
 pub(crate) struct Event {
     /// Rises by one with every event.
     pub(crate) number: u64,
+    /// The last time.
     pub(crate) at: Timestamp,
+    /// The first time.
+    pub(crate) first: Timestamp,
+    /// How often it happened, see [`super::params::FOLDED_WITHIN`].
+    pub(crate) count: u64,
     /// The backend, pool or gateway.
     pub(crate) subject: String,
     pub(crate) kind: EventKind,

@@ -130,9 +130,40 @@ pub(crate) struct Passive {
     pub(crate) busy: u64,
     /// The gateway has ejected the backend locally.
     pub(crate) ejected: bool,
+    /// Requests in flight now.
+    pub(crate) in_flight: u32,
+    /// Bytes of answers came.
+    pub(crate) answering: bool,
+    /// Failures that the request may have caused.
+    pub(crate) suspected: u64,
+    /// What the last failed request saw.
+    pub(crate) seen: Option<Seen>,
+}
+
+/// What a failed request saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// An answer with this status that is a failure.
+    Status(u16),
+    /// Anything else, in words.
+    Said(&'static str),
+}
+
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "{status}"),
+            Self::Said(text) => f.write_str(text),
+        }
+    }
 }
 
 impl Passive {
+    /// Whether somebody got an answer, or a part of one.
+    pub(crate) const fn is_answered(&self) -> bool {
+        self.successes > 0 || self.answering
+    }
+
     pub(crate) const fn failures(&self) -> u64 {
         self.connect_failures.saturating_add(self.server_errors).saturating_add(self.timeouts)
     }

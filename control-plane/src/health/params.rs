@@ -23,6 +23,14 @@ pub(crate) const CONFIRMERS: usize = 8;
 pub(crate) const CONFIRM_SLACK: Duration = Duration::from_millis(1500);
 /// How long an outvoted observer cannot make the backend suspect again.
 pub(crate) const CLEARED_FOR: Duration = Duration::from_secs(30);
+/// The silence of a backend with requests in flight that is always waited for: shorter ones are unremarkable. A completion takes
+/// longer than a look at the server, and a model that hangs is to be found within a minute.
+pub(crate) const fn silence_min(tier: Tier) -> Duration {
+    match tier {
+        Tier::Liveness => Duration::from_secs(4),
+        Tier::Readiness | Tier::Deep => Duration::from_secs(30),
+    }
+}
 /// Votes kept per backend, more than the assigned and asked observers can have.
 pub(crate) const VOTES_MAX: usize = 64;
 /// Longest detail of a vote or a rule, bytes.
@@ -53,6 +61,23 @@ pub(crate) const ERRORS_SUSPECT: f64 = 0.5;
 pub(crate) const ERRORS_HALF_WINDOW: Duration = Duration::from_secs(15);
 /// Failed requests of one gateway without a success that make a backend suspect.
 pub(crate) const PASSIVE_FAILURES: u64 = 3;
+/// How long requests that failed or succeeded speak for what the backend does now.
+pub(crate) const REQUESTS_WINDOW: Duration = Duration::from_secs(30);
+/// Failed requests without a success before requests that nobody else answered either degrade a backend: they may be bad requests.
+pub(crate) const UNPROVEN_MIN: u64 = 10;
+/// The hold-down time after an ejection because of requests; each further ejection doubles it. Probes passed all the while, so they
+/// cannot end it sooner, and gateways have ended their own first ejections by then.
+pub(crate) const HOLD_REQUESTS: Duration = Duration::from_secs(30);
+/// A gateway that does not say any more how many requests it has in flight has none.
+pub(crate) const IN_FLIGHT_FOR: Duration = Duration::from_secs(5);
+/// A backend is silent for at most this multiple of the longest silence between two of its answers...
+pub(crate) const SILENCE_RATIO: f64 = 2.0;
+/// ...which is taken to be this before one was seen: requests that take ten seconds are usual.
+pub(crate) const SILENCE_UNKNOWN: Duration = Duration::from_secs(15);
+/// Longer silences are forgotten by half within this time.
+pub(crate) const SILENCE_HALF_LIFE: Duration = Duration::from_secs(600);
+/// No silence is waited for longer.
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// Consecutive readings before a slow or full backend is degraded: one may be an outlier.
 pub(crate) const READINGS: u32 = 2;
 /// A readiness probe is slow if it takes this multiple of the usual time...
@@ -86,3 +111,5 @@ pub(crate) const FLIP_MIN: usize = 2;
 
 /// Events kept.
 pub(crate) const EVENTS_MAX: usize = 1024;
+/// An event that is the same as one from within this time is counted with it.
+pub(crate) const FOLDED_WITHIN: Duration = Duration::from_secs(600);

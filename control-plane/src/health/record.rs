@@ -4,6 +4,9 @@
 //! failures since then ejects the backend; if only one observer sees failures, the suspect mark is cleared (see
 //! [`Tally::ejects`]). Liveness (the server can be reached) and readiness (the model answers) are evaluated separately.
 //!
+//! Requests outweigh probes, see [`Requests`]: a probe that gets no answer behind requests that are answered is a pass, and a
+//! backend whose every request fails is ejected although probes pass. It then returns on trial: the first request tells.
+//!
 //! [`Tally::ejects`]: super::tally::Tally::ejects
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,9 +19,10 @@ use super::degrade::Signs;
 use super::event::EventKind;
 use super::evidence::{Cause, Observation, Observer, Outcome, Passive, Timestamp, cut};
 use super::params::{
-    CLEARED_FOR, CONFIRM_SLACK, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, PASSIVE_FAILURES, QUORUM, RAMP_FLOOR,
-    RECHECK,
+    CLEARED_FOR, CONFIRM_SLACK, HOLD_DECAY, HOLD_FIRST, HOLD_MAX, HOLD_REQUESTS, PASSIVE_FAILURES, QUORUM,
+    RAMP_FLOOR, RECHECK,
 };
+use super::requests::{Failing, Requests};
 use super::rule::{Rule, State};
 use super::tally::{Context, Tally, Votes};
 use super::tier::Tier;
@@ -40,6 +44,8 @@ pub(crate) enum Action {
 pub(crate) struct Suspect {
     pub(crate) since: Timestamp,
     pub(crate) reporter: Observer,
+    /// What it saw.
+    pub(crate) why: String,
     /// The observers that were told to probe; filled in by [`HealthRecord::asked`].
     pub(crate) asked: BTreeSet<Observer>,
     /// When the decision is made without the observers that have not answered.
@@ -56,12 +62,17 @@ pub(crate) struct HealthRecord {
     pub(crate) since: Timestamp,
     pub(crate) votes: Votes,
     pub(crate) signs: Signs,
+    requests: Requests,
+    /// It was ejected because of its requests, and none has succeeded since.
+    on_trial: bool,
     /// By [`JUDGING`].
     pub(crate) suspects: [Option<Suspect>; 2],
     /// Observers that were outvoted, and until when their failures do not make the backend suspect.
     cleared: BTreeMap<(Tier, Observer), Timestamp>,
     /// A gateway whose requests fail; by [`JUDGING`].
     passive_reporters: [Option<Observer>; 2],
+    /// Until when failing requests do not make the backend suspect, because others have just looked; by [`JUDGING`].
+    passive_quiet: [Timestamp; 2],
     /// Steps of damping, and the start of the time after which one is removed.
     damping: u32,
     damping_since: Timestamp,
@@ -87,9 +98,12 @@ impl HealthRecord {
             since: now,
             votes: Votes::default(),
             signs: Signs::default(),
+            requests: Requests::default(),
+            on_trial: false,
             suspects: [None, None],
             cleared: BTreeMap::new(),
             passive_reporters: [None, None],
+            passive_quiet: [Timestamp::ZERO; 2],
             damping: 0,
             damping_since: now,
             hold_until: Timestamp::ZERO,
@@ -107,6 +121,7 @@ impl HealthRecord {
     pub(crate) fn restore(&mut self, state: State, rule: Rule, detail: &str, damping: u32, now: Timestamp) {
         (self.state, self.rule, self.detail, self.since) = (state, rule, cut(detail).to_owned(), now);
         self.damping = damping;
+        self.on_trial = rule == Rule::RequestsFail && state == State::Unhealthy;
         self.has_served = state != State::Unknown;
         self.stale = true;
     }
@@ -128,8 +143,14 @@ impl HealthRecord {
             _ => {}
         }
         if seen.tier != Tier::Deep {
-            self.votes.cast(seen.tier, observer, seen.outcome, &seen.detail, now);
-            if seen.outcome.is_good() {
+            let waits =
+                seen.outcome == Outcome::Failed(Cause::Timeout) && self.requests.are_answered(seen.tier, now);
+            let (outcome, detail) = match waits {
+                true => (Outcome::Pass, format!("{}, behind requests that are answered", seen.detail)),
+                false => (seen.outcome, seen.detail.clone()),
+            };
+            self.votes.cast(seen.tier, observer, outcome, &detail, now);
+            if outcome.is_good() {
                 self.cleared.remove(&(seen.tier, observer.clone()));
             }
         }
@@ -138,21 +159,29 @@ impl HealthRecord {
     /// Records the results of a gateway's requests.
     pub(crate) fn requests(&mut self, observer: &Observer, passive: &Passive, now: Timestamp) {
         self.signs.requests(passive, now);
+        self.requests.report(observer, passive, now);
+        self.on_trial &= passive.successes == 0;
         let failures = passive.failures();
-        if failures == 0 && passive.successes > 0 {
-            // A successful request proves more than a probe.
+        if failures == 0 && passive.is_answered() {
+            // A request that is answered proves more than a probe.
             self.last_seen = now;
             for tier in JUDGING {
-                self.votes.cast(tier, observer, Outcome::Pass, "requests succeed", now);
+                self.votes.cast(tier, observer, Outcome::Pass, "requests are answered", now);
                 self.cleared.remove(&(tier, observer.clone()));
+                if self.requests.are_answered(tier, now) {
+                    self.votes.forgive_silence(tier);
+                }
             }
             self.loading_since = None;
         }
         let broken = failures >= PASSIVE_FAILURES && passive.successes == 0;
         if broken || passive.ejected || (failures > 0 && self.signs.is_failing(now)) {
-            // A liveness probe is free and fast. A readiness probe is added unless connections are the problem.
+            // Whether the server can be reached is asked only where it did not answer, and whether the model answers unless
+            // connections are the problem.
             let reached = passive.connect_failures * 2 <= failures;
-            self.passive_reporters = [Some(observer.clone()), reached.then(|| observer.clone())];
+            let answered = passive.server_errors * 2 > failures;
+            self.passive_reporters =
+                [(!answered).then(|| observer.clone()), reached.then(|| observer.clone())];
         }
     }
 
@@ -174,13 +203,13 @@ impl HealthRecord {
             self.passive_reporters = [None, None];
             self.recover(now, context, &mut actions);
         } else {
+            let failing = self.judge_requests(now, context, &mut actions);
             for (i, tier) in JUDGING.into_iter().enumerate() {
-                self.judge_suspect(i, tier, now, context, &mut actions);
-                if self.state == State::Unhealthy {
-                    break;
+                if self.state != State::Unhealthy {
+                    self.judge_suspect(i, tier, now, context, &mut actions);
                 }
             }
-            self.settle(now, context, &mut actions);
+            self.settle(failing, now, context, &mut actions);
         }
         let stale = self.votes.is_empty() && self.state != State::Unknown;
         if stale && !self.stale {
@@ -191,6 +220,16 @@ impl HealthRecord {
         }
         self.stale = stale;
         actions
+    }
+
+    /// Why it is in its present state, or suspect.
+    pub(crate) fn reason(&self) -> String {
+        let suspects = JUDGING.iter().zip(&self.suspects);
+        let suspect = suspects.filter_map(|(tier, suspect)| Some((tier, suspect.as_ref()?))).next();
+        match suspect {
+            Some((tier, suspect)) => suspicion(*tier, &suspect.reporter, &suspect.why),
+            None => self.detail.clone(),
+        }
     }
 
     /// Whether the backend is healthy, degraded or in slow start.
@@ -241,7 +280,13 @@ impl HealthRecord {
             }
             State::Recovering => {
                 let left = self.profile.slow_start.saturating_sub(now.saturating_sub(self.since));
-                conditions.push(format!("slow start takes {} s more", left.as_secs() + 1));
+                if self.on_trial {
+                    conditions.push("one request that succeeds".into());
+                    conditions.push("one that fails ejects the backend again".into());
+                }
+                if !left.is_zero() {
+                    conditions.push(format!("slow start takes {} s more", left.as_secs() + 1));
+                }
                 conditions.push(format!("one failure at {QUORUM} observers ejects the backend again"));
             }
             State::Unknown if ready_capable => conditions.push("one readiness pass".into()),
@@ -302,7 +347,9 @@ impl HealthRecord {
         actions: &mut Vec<Action>,
     ) {
         let relapse = self.state == State::Recovering;
+        self.on_trial |= rule == Rule::RequestsFail;
         let hold = match self.damping {
+            n if self.on_trial => HOLD_REQUESTS.saturating_mul(1 << n.min(16)).min(HOLD_MAX),
             0 => Duration::ZERO,
             n => HOLD_FIRST.saturating_mul(1 << (n - 1).min(16)).min(HOLD_MAX),
         };
@@ -316,10 +363,33 @@ impl HealthRecord {
     }
 
     fn decay_damping(&mut self, now: Timestamp) {
-        if self.is_usable() && self.damping > 0 && now.saturating_sub(self.damping_since) >= HOLD_DECAY {
+        if self.is_usable()
+            && !self.on_trial
+            && self.damping > 0
+            && now.saturating_sub(self.damping_since) >= HOLD_DECAY
+        {
             self.damping -= 1;
             self.damping_since = now;
         }
+    }
+
+    /// Ejects the backend if every request fails. Gives what is known where that is too little to eject it.
+    fn judge_requests(
+        &mut self,
+        now: Timestamp,
+        context: &Context<'_>,
+        actions: &mut Vec<Action>,
+    ) -> Option<Failing> {
+        let on_trial = self.on_trial && self.state == State::Recovering;
+        let failing = match on_trial {
+            true => self.requests.fail(1, 1, context, now)?,
+            false => self.requests.fail(PASSIVE_FAILURES, QUORUM.min(context.gateways), context, now)?,
+        };
+        if self.is_usable() && failing.is_proven {
+            self.eject(Rule::RequestsFail, failing.detail, false, now, actions);
+            return None;
+        }
+        Some(failing)
     }
 
     /// Makes the backend suspect at one tier, ejects it, or clears it.
@@ -336,11 +406,11 @@ impl HealthRecord {
             // An observer whose requests failed has not probed yet.
             let probes = self.votes.get(tier, &reporter).is_some_and(|vote| vote.failures > 0);
             let deadline = now + self.profile.timeout + CONFIRM_SLACK;
-            let message = format!("{} fails for {reporter}: {why}; others are asked", tier.name());
+            let message = suspicion(tier, &reporter, &why);
             actions.push(Action::Note { kind: EventKind::Suspect, message });
             actions.push(Action::Ask { tier, reporter: probes.then(|| reporter.clone()) });
             let asked = if probes { BTreeSet::new() } else { [reporter.clone()].into() };
-            self.suspects[i] = Some(Suspect { since, reporter, asked, deadline });
+            self.suspects[i] = Some(Suspect { since, reporter, why, asked, deadline });
             // Evaluated when the answers arrive. Without any asked observer, all would seem to have answered.
             return;
         }
@@ -371,6 +441,7 @@ impl HealthRecord {
                 tally.failing.iter().chain(&tally.undecided).map(|(v, _)| (*v).clone()).collect();
             let others = tally.passing.len();
             self.suspects[i] = None;
+            self.passive_quiet[i] = now + CLEARED_FOR;
             for observer in &outvoted {
                 let message =
                     format!("{} fails for {observer} alone and passes for {others} others", tier.name());
@@ -407,7 +478,10 @@ impl HealthRecord {
         let passive_reporters = index(tier).and_then(|i| self.passive_reporters[i].take());
         failing.or_else(|| {
             let observer = passive_reporters?;
-            if context.isolated.contains(&observer, now)
+            // Where requests are judged themselves, probes would tell nothing.
+            if self.rule == Rule::RequestsFail
+                || index(tier).is_some_and(|i| now < self.passive_quiet[i])
+                || context.isolated.contains(&observer, now)
                 || self.cleared.contains_key(&(tier, observer.clone()))
             {
                 return None;
@@ -462,7 +536,13 @@ impl HealthRecord {
     }
 
     /// Changes of the state without an ejection: first passes, the end of a slow start, degradations.
-    fn settle(&mut self, now: Timestamp, context: &Context<'_>, actions: &mut Vec<Action>) {
+    fn settle(
+        &mut self,
+        failing: Option<Failing>,
+        now: Timestamp,
+        context: &Context<'_>,
+        actions: &mut Vec<Action>,
+    ) {
         match self.state {
             State::Unknown => {
                 let tier = if context.ready_capable { Tier::Readiness } else { Tier::Liveness };
@@ -484,6 +564,10 @@ impl HealthRecord {
                 }
             }
             State::Recovering if now.saturating_sub(self.since) >= self.profile.slow_start => {
+                if self.on_trial {
+                    self.detail = "the slow start is over, and no request has told yet".into();
+                    return;
+                }
                 self.become_(
                     State::Healthy,
                     Rule::SlowStartDone,
@@ -492,7 +576,10 @@ impl HealthRecord {
                     actions,
                 );
             }
-            State::Healthy | State::Degraded => match self.signs.degrade(now) {
+            State::Healthy | State::Degraded => match failing
+                .map(|failing| (Rule::RequestsFail, failing.detail))
+                .or_else(|| self.signs.degrade(now))
+            {
                 Some((rule, detail)) => self.become_(State::Degraded, rule, detail, now, actions),
                 None if self.state == State::Degraded => {
                     let detail = format!("no longer {}", self.rule.name());
@@ -524,11 +611,16 @@ impl HealthRecord {
                 .any(|(_, vote)| vote.at > fell && vote.last.is_good());
         let (reached_once, by_liveness) =
             (!live.is_empty(), matches!(self.rule, Rule::LivenessQuorum | Rule::LivenessAlone));
+        self.detail_of_now(context, now);
         if now < self.hold_until {
             return;
         }
         if reached && ready {
-            let detail = format!("{enough} observers reach the backend and it answers again");
+            let detail = match self.on_trial {
+                true => format!("tried again after {}", self.detail),
+                false => format!("{enough} observers reach the backend and it answers again"),
+            };
+            self.requests.begin_anew();
             self.become_(State::Recovering, Rule::Recovery, detail, now, actions);
             return;
         }
@@ -539,11 +631,34 @@ impl HealthRecord {
             self.rechecked[0] = Some(now);
             actions.push(Action::Ask { tier: Tier::Liveness, reporter: None });
         }
-        if reached && !ready && (by_liveness || self.rule == Rule::Relapse) && due(self.rechecked[1]) {
+        let soon = by_liveness || self.rule == Rule::Relapse && !self.on_trial;
+        if reached && !ready && soon && due(self.rechecked[1]) {
             self.rechecked[1] = Some(now);
             actions.push(Action::Ask { tier: Tier::Readiness, reporter: None });
         }
     }
+
+    /// What keeps an unhealthy backend out may become another thing than what ejected it.
+    fn detail_of_now(&mut self, context: &Context<'_>, now: Timestamp) {
+        let fell = self.ejected_at;
+        let failing = JUDGING.into_iter().find_map(|tier| {
+            let votes = self.votes.counted(tier, context, now);
+            let failing = votes.filter(|(_, vote)| vote.at > fell && !vote.last.is_good());
+            let said: Vec<String> = failing
+                .take(3)
+                .map(|(observer, vote)| format!("{observer}: {}", short(&vote.detail)))
+                .collect();
+            (!said.is_empty()).then(|| format!("{} fails: {}", tier.name(), said.join("; ")))
+        });
+        if let Some(failing) = failing {
+            self.detail = cut(&failing).to_owned();
+        }
+    }
+}
+
+/// Why a backend is suspect.
+fn suspicion(tier: Tier, reporter: &Observer, why: &str) -> String {
+    format!("{} fails for {reporter}: {why}; others are asked", tier.name())
 }
 
 /// The result of a tally.

@@ -87,6 +87,8 @@ rules! {
     QuotaUsedUp = "quota_used_up",
     /// The backend has been loading for longer than `loading_timeout`.
     LoadingTooLong = "loading_too_long",
+    /// Every request of the gateways fails, whatever probes say.
+    RequestsFail = "requests_fail",
     /// The backend failed during its slow start.
     Relapse = "relapse",
     /// Observers reach the backend and it answers again.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::evidence::{Observer, Outcome, Timestamp, Vote};
+use super::evidence::{Cause, Observer, Outcome, Timestamp, Vote};
 use super::isolation::IsolatedObservers;
 use super::params::{QUORUM, VOTES_MAX};
 use super::tier::Tier;
@@ -15,6 +15,10 @@ pub(crate) struct Context<'a> {
     pub(crate) isolated: &'a IsolatedObservers,
     /// Whether any observer makes readiness probes.
     pub(crate) ready_capable: bool,
+    /// The gateways that there are.
+    pub(crate) gateways: usize,
+    /// Where requests to the backend go.
+    pub(crate) endpoint: &'a str,
 }
 
 /// The votes on one backend.
@@ -83,6 +87,11 @@ impl Votes {
         self.by.retain(|(tier, _), vote| now.saturating_sub(vote.at) <= expiry(profile, *tier));
         let by = &self.by;
         self.reached.retain(|observer, _| by.keys().any(|(_, voter)| voter == observer));
+    }
+
+    /// Takes back the votes that a tier gave no answer: somebody was answered since.
+    pub(crate) fn forgive_silence(&mut self, tier: Tier) {
+        self.by.retain(|(of, _), vote| *of != tier || vote.last != Outcome::Failed(Cause::Timeout));
     }
 
     pub(crate) fn is_empty(&self) -> bool {

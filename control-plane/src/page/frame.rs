@@ -237,7 +237,7 @@ async fn log(shared: &Shared, events: &[v1::HealthEvent]) -> Value {
     let events = events.iter().rev().take(LOG_SHOWN).map(|event| {
         json!({
             "number": event.number, "time": ms(event.time), "subject": event.subject, "kind": event.kind,
-            "message": event.message,
+            "message": event.message, "count": event.count,
         })
     });
     // If the log cannot be read it is shown as empty; `weir audit` reports the error.

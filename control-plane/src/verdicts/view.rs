@@ -11,7 +11,7 @@ use crate::health::event::Event;
 use crate::health::evidence::Vote;
 use crate::health::record::HealthRecord;
 use crate::health::{
-    Cause, Cluster, Observation, Observer, Outcome, Passive, Reading, State, Tier, Timestamp,
+    Cause, Cluster, Observation, Observer, Outcome, Passive, Reading, Seen, State, Tier, Timestamp,
 };
 
 /// Events shown with one backend.
@@ -90,9 +90,24 @@ pub(super) const fn is_news(wire: &v1::BackendReport) -> bool {
         || wire.timeouts > 0
         || wire.busy > 0
         || wire.ejected
+        || wire.in_flight > 0
+        || wire.answering
+        || wire.suspected_failures > 0
 }
 
-pub(super) const fn passive(wire: &v1::BackendReport) -> Passive {
+/// What a failed request saw, in words that are the same for the same fault.
+fn seen(failure: &v1::AttemptFailure) -> Seen {
+    match (u16::try_from(failure.status), failure.outcome.as_str()) {
+        (Ok(status @ 400..), _) => Seen::Status(status),
+        (_, "connect_failure") => Seen::Said("no connection"),
+        (_, "timeout" | "overtaken") => Seen::Said("no answer in time"),
+        (_, "invalid_answer") => Seen::Said("an answer that is none"),
+        (_, "no_model") => Seen::Said("an unknown model"),
+        _ => Seen::Said("a failure"),
+    }
+}
+
+pub(super) fn passive(wire: &v1::BackendReport) -> Passive {
     Passive {
         successes: wire.successes,
         connect_failures: wire.connect_failures,
@@ -100,6 +115,10 @@ pub(super) const fn passive(wire: &v1::BackendReport) -> Passive {
         timeouts: wire.timeouts,
         busy: wire.busy,
         ejected: wire.ejected,
+        in_flight: wire.in_flight,
+        answering: wire.answering,
+        suspected: wire.suspected_failures,
+        seen: wire.last_failure.as_ref().map(seen),
     }
 }
 
@@ -133,7 +152,7 @@ impl Verdicts {
         v1::BackendHealth {
             backend: name.to_owned(),
             state: record.state.wire().into(),
-            reason: record.detail.clone(),
+            reason: record.reason(),
             since: Some(self.wall(record.since)),
             rule: record.rule.name().to_owned(),
             factor: Some(weighting.factor),
@@ -237,6 +256,8 @@ impl Verdicts {
             subject: event.subject.clone(),
             kind: event.kind.as_str().to_owned(),
             message: event.message.clone(),
+            count: event.count,
+            first_time: Some(self.wall(event.first)),
         }
     }
 

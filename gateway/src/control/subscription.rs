@@ -64,7 +64,7 @@ impl Apply for Publisher {
         // Before the credentials are asked for: what changes after that is taken over by the next call.
         self.taken = *self.changes.borrow_and_update();
         let (snapshot, refused) = self.compile(epoch, revision, resources);
-        snapshot.take_effect();
+        snapshot.take_effect(&self.live.snapshot());
         self.live.publish(snapshot);
         self.used = files(resources).map(|(_, path)| path).collect();
         refused

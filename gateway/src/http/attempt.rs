@@ -272,6 +272,9 @@ impl Failure {
         let Some(outcome) = self.outcome() else { return };
         target.count(outcome);
         let (backend, model) = (&target.backend, &target.model.name);
+        if matches!(self.fault, Fault::Suspected(_)) {
+            backend.state.count_suspected();
+        }
         backend.state.note_failure(LastFailure {
             at: weir_runtime::wall_clock(),
             outcome,

@@ -221,6 +221,7 @@ impl StreamBody {
             match Pin::new(upstream).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     self.last_chunk = Instant::now();
+                    self.end.target.backend.state.note_answered(self.last_chunk);
                     let Ok(data) = frame.into_data() else { continue };
                     let out = self.rewriter.push(data);
                     self.charge();

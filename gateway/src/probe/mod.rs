@@ -57,6 +57,9 @@ const FAULTS_OF_GOOD: u64 = 20;
 const RATE_ANSWERS: u64 = 20;
 /// The share of used slots above which a backend's speed is not measured, because the probe would measure and add contention.
 const IDLE_SHARE: f64 = 0.3;
+/// Behind requests in flight a probe would wait for its turn, and hold a slot meanwhile. An answer to anybody within this time says
+/// as much.
+const ANSWERS_FOR: Duration = Duration::from_secs(30);
 /// The shortest timeout of a probe that costs tokens, unless its model has a `health_timeout`.
 const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
@@ -75,6 +78,8 @@ pub struct Prober {
     before: BTreeMap<Key, Counted>,
     /// The index of the next model to probe; a failed model is probed again.
     turns: BTreeMap<String, usize>,
+    /// The backends as they were probed last.
+    asked: BTreeMap<String, Arc<BackendEntry>>,
     /// Consecutive failures and passes, without the control plane.
     alone: Option<BTreeMap<String, (u32, u32)>>,
 }
@@ -104,6 +109,7 @@ impl Prober {
             known: BTreeMap::new(),
             before: BTreeMap::new(),
             turns: BTreeMap::new(),
+            asked: BTreeMap::new(),
             alone: None,
         }
     }
@@ -175,6 +181,7 @@ impl Prober {
             weir_probe::interval(&pool.map(|pool| pool.spec.health).unwrap_or_default(), key.1) * slower
         };
         self.schedule.assign(&assigned, interval, Now { instant: now, ..Now::read() });
+        self.renew(&snapshot, now);
         let names: BTreeSet<String> = snapshot.backends.keys().map(ToString::to_string).collect();
         self.schedule.retain(&names);
         self.rate.retain(|name| names.contains(name));
@@ -182,6 +189,21 @@ impl Prober {
         self.before.retain(|(name, _), _| names.contains(name));
         self.turns.retain(|name, _| names.contains(name));
         alone_at.filter(|at| *at > now)
+    }
+
+    /// Has what is asked in another way than before probed anew.
+    fn renew(&mut self, snapshot: &Snapshot, now: Instant) {
+        self.asked.retain(|name, _| snapshot.backends.contains_key(name.as_str()));
+        for (name, entry) in &snapshot.backends {
+            if self.asked.get(name.as_str()).is_some_and(|before| Arc::ptr_eq(before, entry)) {
+                continue;
+            }
+            let before = self.asked.insert(name.to_string(), entry.clone());
+            if before.is_some_and(|before| !before.is_asked_like(entry)) {
+                self.schedule.renew(name.as_str(), now);
+                self.known.retain(|(of, _), _| of != name.as_str());
+            }
+        }
     }
 
     fn start_due(&mut self, probes: &mut InFlight<Key, Done>, now: Instant) {
@@ -234,9 +256,12 @@ impl Prober {
         let Some((model, name)) = models.get(*turn % models.len().max(1)) else { return Plan::Skip };
         let limit = model.spec.health_timeout.unwrap_or(PAID_TIMEOUT_MIN.max(profile.timeout));
         if key.1 == ProbeTier::Readiness {
-            if since.successes >= PROOF && since.failures * FAULTS_OF_GOOD <= since.successes {
+            let behind = entry.state.fleet_in_flight(self.live.live_gateways()) > 0.0
+                && entry.state.answered_anywhere_within(ANSWERS_FOR);
+            let proven = since.successes >= PROOF || behind;
+            if proven && since.failures * FAULTS_OF_GOOD <= since.successes {
                 self.needless(key);
-                let found = Finding::new(ProbeOutcome::Pass, "requests succeed");
+                let found = Finding::new(ProbeOutcome::Pass, "requests are answered");
                 return Plan::Known(Box::new(found.into()));
             }
             if !self.rate.take(&key.0, 1, profile.paid_probes_per_hour, now) {
@@ -324,10 +349,9 @@ impl Prober {
         };
         let end = End::of(&probed.found);
         let news = self.schedule_next(key, end, &profile);
-        // The result is ignored if the backend was deleted or has a new URL.
+        // The result is ignored if the backend was deleted or is asked in another way now.
         let current = snapshot.backends.get(key.0.as_str());
-        if !current.is_some_and(|now| Arc::ptr_eq(&now.state, &entry.state) && now.spec.url == entry.spec.url)
-        {
+        if !current.is_some_and(|now| Arc::ptr_eq(&now.state, &entry.state) && now.is_asked_like(&entry)) {
             return;
         }
         self.count(key, &probed, made);
@@ -340,7 +364,7 @@ impl Prober {
             known.ask = probed.ask.or(known.ask);
         }
         if key.1 == ProbeTier::Liveness {
-            self.judge_here(&snapshot, &entry, &probed.found, profile.liveness_interval);
+            self.judge_here(&snapshot, &entry, &probed.found, &profile);
         }
         self.judge_alone(key, &entry, end, &profile);
         // What a gateway without a turn asked for itself is reported if it is news: of many gateways with silent requests,
@@ -352,15 +376,25 @@ impl Prober {
 
     /// What a liveness probe says to the requests of this gateway alone, whatever the verdict of the cluster: a failure
     /// ejects the backend locally, and no answer several times in a row frees the requests that wait there.
-    fn judge_here(&self, snapshot: &Snapshot, entry: &BackendEntry, found: &Finding, interval: Duration) {
+    fn judge_here(
+        &self,
+        snapshot: &Snapshot,
+        entry: &BackendEntry,
+        found: &Finding,
+        profile: &HealthProfile,
+    ) {
+        let (interval, timeout) = (profile.liveness_interval, profile.timeout);
+        // Where requests are answered, a probe without an answer waits behind them.
+        let waits = found.outcome == ProbeOutcome::Timeout && entry.state.answered_within(timeout);
         if End::of(found) == End::Bad
+            && !waits
             && let Some(pool) = snapshot.pools.get(&entry.spec.pool)
         {
             pool.state.probe_failed(&entry.name);
         }
         // A bad answer is one: the server may still be at work for those that wait.
-        let answered =
-            !matches!(found.outcome, ProbeOutcome::Refused | ProbeOutcome::Timeout | ProbeOutcome::Broken);
+        let answered = waits
+            || !matches!(found.outcome, ProbeOutcome::Refused | ProbeOutcome::Timeout | ProbeOutcome::Broken);
         entry.state.record_own_probe(answered, interval);
     }
 

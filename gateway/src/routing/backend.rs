@@ -31,6 +31,18 @@ pub struct BackendEntry {
 }
 
 impl BackendEntry {
+    /// Whether the other one is asked at the same place, in the same way and with the same credential. If not, what was seen of
+    /// either says nothing of the other.
+    pub fn is_asked_like(&self, other: &Self) -> bool {
+        let terms = |of: &Self| {
+            let spec = &of.spec;
+            (spec.url.clone(), spec.api_base_path.clone(), spec.health_path.clone(), spec.dialect)
+        };
+        self.spec.models == other.spec.models
+            && self.authorization == other.authorization
+            && terms(self) == terms(other)
+    }
+
     /// The address of an endpoint of OpenAI's API at this backend, such as `/v1/chat/completions`.
     ///
     /// # Errors

@@ -17,6 +17,9 @@ use super::balance::{RAMP, health_factor};
 use super::log_throttle::LogThrottle;
 use super::own_probes::OwnProbes;
 
+/// How exactly it is known when an answer's last bytes came.
+const ANSWERED_STEP_MS: u64 = 100;
+
 /// Stands for a count that is not known.
 const UNKNOWN: u32 = u32::MAX;
 
@@ -37,6 +40,7 @@ pub struct BackendState {
     server_errors: AtomicU64,
     timeouts: AtomicU64,
     busy: AtomicU64,
+    suspected: AtomicU64,
     totals: TotalCounts,
     first_bytes: AtomicU64,
     first_byte_us: AtomicU64,
@@ -46,6 +50,14 @@ pub struct BackendState {
     decoded_answers: AtomicU64,
     /// The results of all gateways' requests; `None` without a report stream.
     fleet_totals: Mutex<Option<Totals>>,
+    /// The start of [`Self::answered`].
+    created: Instant,
+    /// When bytes of an answer last came, milliseconds since `created`; zero: none came.
+    answered: AtomicU64,
+    /// The value of it in the last report.
+    answered_reported: AtomicU64,
+    /// When another gateway's request was last known to have succeeded, likewise.
+    answered_elsewhere: AtomicU64,
     /// The last attempt that failed, for whoever asks why.
     last_failure: Mutex<Option<LastFailure>>,
     /// Models at which the backend refused the `stream_options` that Weir adds.
@@ -170,6 +182,8 @@ pub struct Counts {
     pub timeouts: u64,
     /// See [`AttemptOutcome::Busy`].
     pub busy: u64,
+    /// See [`BackendState::count_suspected`].
+    pub suspected: u64,
 }
 
 impl Default for BackendState {
@@ -187,6 +201,7 @@ impl Default for BackendState {
             server_errors: AtomicU64::new(0),
             timeouts: AtomicU64::new(0),
             busy: AtomicU64::new(0),
+            suspected: AtomicU64::new(0),
             totals: TotalCounts::default(),
             first_bytes: AtomicU64::new(0),
             first_byte_us: AtomicU64::new(0),
@@ -195,6 +210,10 @@ impl Default for BackendState {
             decoded_us: AtomicU64::new(0),
             decoded_answers: AtomicU64::new(0),
             fleet_totals: Mutex::new(None),
+            created: Instant::now(),
+            answered: AtomicU64::new(0),
+            answered_reported: AtomicU64::new(0),
+            answered_elsewhere: AtomicU64::new(0),
             last_failure: Mutex::new(None),
             refused_additions: Mutex::new(BTreeSet::new()),
             failure_lines: LogThrottle::default(),
@@ -241,9 +260,51 @@ impl BackendState {
         };
         counter.fetch_add(1, Ordering::Relaxed);
         match outcome {
-            AttemptOutcome::Success => self.totals.successes.fetch_add(1, Ordering::Relaxed),
+            AttemptOutcome::Success => {
+                self.note_answered(Instant::now());
+                self.totals.successes.fetch_add(1, Ordering::Relaxed)
+            }
             _ => self.totals.failures.fetch_add(1, Ordering::Relaxed),
         };
+    }
+
+    /// Counts a failure that the request may have caused, whatever is found out about it later.
+    pub fn count_suspected(&self) {
+        self.suspected.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Bytes of an answer came now. Written ten times a second at most, since every chunk of every stream comes here.
+    pub fn note_answered(&self, now: Instant) {
+        let since = self.age_ms(now);
+        if since >= self.answered.load(Ordering::Relaxed).saturating_add(ANSWERED_STEP_MS) {
+            self.answered.store(since, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether bytes of an answer came within this time.
+    pub fn answered_within(&self, time: Duration) -> bool {
+        self.is_within(self.answered.load(Ordering::Relaxed), time)
+    }
+
+    /// Whether any gateway's request was answered within this time, as far as is known here.
+    pub fn answered_anywhere_within(&self, time: Duration) -> bool {
+        self.answered_within(time) || self.is_within(self.answered_elsewhere.load(Ordering::Relaxed), time)
+    }
+
+    fn is_within(&self, at_ms: u64, time: Duration) -> bool {
+        let since = self.age_ms(Instant::now()).saturating_sub(at_ms);
+        at_ms > 0 && Duration::from_millis(since) <= time + Duration::from_millis(ANSWERED_STEP_MS)
+    }
+
+    /// Milliseconds since `created`; never zero.
+    fn age_ms(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.created).as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// Whether bytes of answers came since the last call.
+    pub fn take_answering(&self) -> bool {
+        let answered = self.answered.load(Ordering::Relaxed);
+        self.answered_reported.swap(answered, Ordering::Relaxed) != answered
     }
 
     /// The first byte of an answer came after so long.
@@ -288,7 +349,12 @@ impl BackendState {
 
     /// Sets the results of all gateways' requests; `None` after the report stream is lost.
     pub fn set_fleet_totals(&self, totals: Option<Totals>) {
-        *self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner) = totals;
+        let mut known = self.fleet_totals.lock().unwrap_or_else(PoisonError::into_inner);
+        let successes = |totals: Option<Totals>| totals.map_or(u64::MAX, |totals| totals.successes);
+        if totals.is_some() && successes(totals) > successes(*known) {
+            self.answered_elsewhere.store(self.age_ms(Instant::now()), Ordering::Relaxed);
+        }
+        *known = totals;
     }
 
     /// See [`Self::set_fleet_totals`].
@@ -316,6 +382,7 @@ impl BackendState {
             server_errors: self.server_errors.swap(0, Ordering::Relaxed),
             timeouts: self.timeouts.swap(0, Ordering::Relaxed),
             busy: self.busy.swap(0, Ordering::Relaxed),
+            suspected: self.suspected.swap(0, Ordering::Relaxed),
         }
     }
 
@@ -470,6 +537,28 @@ mod tests {
         assert_eq!(backend.fleet_in_flight(4), 0.0, "a picture that is older than ours");
         backend.set_fleet(None);
         assert_eq!(backend.fleet_in_flight(4), 0.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_bytes_last_came_is_known_here_and_of_others() {
+        let backend = BackendState::default();
+        let second = Duration::from_secs(1);
+        tokio::time::advance(second).await;
+        assert!(!backend.answered_anywhere_within(second * 60) && !backend.take_answering());
+        backend.note_answered(Instant::now());
+        assert!(backend.answered_within(second) && backend.take_answering() && !backend.take_answering());
+        tokio::time::advance(second * 2).await;
+        assert!(!backend.answered_within(second) && backend.answered_within(second * 2));
+        let totals = |successes| Some(Totals { successes, ..Totals::default() });
+        backend.set_fleet_totals(totals(7));
+        backend.set_fleet_totals(totals(7));
+        assert!(
+            !backend.answered_anywhere_within(second),
+            "what was before this gateway heard of it is not now"
+        );
+        backend.set_fleet_totals(totals(8));
+        assert!(backend.answered_anywhere_within(second) && !backend.answered_within(second));
+        assert!(!backend.take_answering(), "others report their own");
     }
 
     #[tokio::test(start_paused = true)]

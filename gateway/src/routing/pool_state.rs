@@ -85,6 +85,11 @@ impl PoolState {
         inner.retries.set_config(retry_config(spec));
     }
 
+    /// Forgets how a backend failed, since it is asked in another way from now on.
+    pub fn forget_failures(&self, backend: &Name) {
+        self.inner().ejector.retain(|name| name != backend);
+    }
+
     /// Forgets backends that are gone.
     pub fn retain(&self, members: &BTreeSet<Name>) {
         let mut inner = self.inner();
@@ -300,11 +305,13 @@ impl Inner {
                     EjectionStatus::Open | EjectionStatus::Probe
                 );
             let health = backend.state.health_factor(now);
+            let slots = ramped(backend.spec.max_concurrency, backend.state.health(), health);
             let region = u32::try_from(backend.region_rank).unwrap_or(u32::MAX).min(1 << 16);
             let view = View {
                 id: backend.id,
                 weight: f64::from(backend.spec.weight),
-                max_concurrency: ramped(backend.spec.max_concurrency, backend.state.health(), health),
+                max_concurrency: slots,
+                held_back: backend.spec.max_concurrency.saturating_sub(slots),
                 in_flight: backend.state.fleet_in_flight(gateways),
                 local: backend.state.in_flight(),
                 health,

@@ -79,10 +79,16 @@ impl Snapshot {
 impl Snapshot {
     /// Applies this snapshot to the lasting state. Only a snapshot in force does: a configuration that is only tried
     /// must not remove backends from pools.
-    pub fn take_effect(&self) {
+    pub fn take_effect(&self, previous: &Self) {
         let mut members: HashMap<&Name, BTreeSet<Name>> = HashMap::new();
         for backend in self.backends.values() {
             members.entry(&backend.spec.pool).or_default().insert(backend.name.clone());
+            let before = previous.backends.get(&backend.name);
+            if before.is_some_and(|before| !before.is_asked_like(backend))
+                && let Some(pool) = self.pools.get(&backend.spec.pool)
+            {
+                pool.state.forget_failures(&backend.name);
+            }
         }
         for pool in self.pools.values() {
             pool.state.configure(&pool.spec);

@@ -2,7 +2,7 @@
 
 use super::world::*;
 use crate::health::Tier;
-use crate::health::evidence::{Cause, Observer, Outcome, Passive};
+use crate::health::evidence::{Cause, Observer, Outcome, Passive, Seen};
 use crate::health::params::HOLD_MAX;
 use crate::health::{Rule, State, Timestamp};
 use weir_proto::resource::HealthProfile;
@@ -169,7 +169,7 @@ fn requests_that_fail_at_one_gateway_have_the_others_look_at_once() {
 }
 
 #[test]
-fn failing_requests_alone_eject_nothing_that_all_probes_reach() {
+fn failing_requests_of_one_of_many_gateways_eject_nothing_and_are_shown() {
     let mut world = World::new(5, 3);
     world.run_until(secs(40));
     for i in 0..600 {
@@ -178,6 +178,162 @@ fn failing_requests_alone_eject_nothing_that_all_probes_reach() {
         world.run_until(secs(40 + i));
     }
     assert_eq!(world.ejections("b0"), 0, "what only one gateway sees is its own problem");
+    for i in 600..660 {
+        let passive = Passive { server_errors: 5, ejected: true, ..Passive::default() };
+        world.cluster.requests(&gateway(1), "b0", &passive, world.now);
+        world.run_until(secs(40 + i));
+    }
+    assert_eq!(world.ejections("b0"), 0);
+    assert_eq!((world.state("b0"), world.health_record("b0").rule), (State::Degraded, Rule::RequestsFail));
+}
+
+/// What a gateway of the product does with a backend whose every request fails: it tries while the verdict allows, a few times at
+/// once and then one by one, seldom.
+fn fails_every_request(world: &mut World, gateways: usize, from: u64, until: u64) {
+    for second in from..until {
+        world.run_until(secs(second));
+        if world.weighting("b0").factor == 0.0 {
+            continue;
+        }
+        for n in 0..gateways {
+            let turn = (second - from + n as u64) % 20;
+            let passive = Passive {
+                server_errors: if second - from < 3 || turn == 0 { 1 } else { 0 },
+                ejected: second > from + 3,
+                seen: Some(Seen::Status(404)),
+                ..Passive::default()
+            };
+            world.cluster.requests(&gateway(n), "b0", &passive, world.now);
+        }
+    }
+}
+
+#[test]
+fn what_answers_probes_and_no_request_is_ejected_with_its_cause_and_probed_no_oftener() {
+    for gateways in [1, 2, 5] {
+        let mut world = World::new(gateways, 3);
+        world.run_until(secs(40));
+        let before = world.looks.clone();
+        fails_every_request(&mut world, gateways, 40, 70);
+        assert_eq!(world.state("b0"), State::Unhealthy, "{gateways}");
+        let record = world.health_record("b0");
+        assert_eq!(record.rule, Rule::RequestsFail);
+        let whom = if gateways == 1 { "gateway-0" } else { "several gateways" };
+        let cause = format!(
+            "404 to every request of {whom}; is the path in its url right? requests go to http://b0/v1/chat/completions"
+        );
+        assert_eq!(record.reason(), cause);
+        fails_every_request(&mut world, gateways, 70, 640);
+        assert!(world.ejections("b0") <= 8, "{gateways}: {} falls in ten minutes", world.ejections("b0"));
+        assert!(
+            matches!(world.state("b0"), State::Unhealthy | State::Recovering),
+            "no probe calls it healthy"
+        );
+        let of = |tier| (world.looks[&tier] - before[&tier]) as f64;
+        // All three backends: the other two are probed on schedule.
+        assert!(
+            of(Tier::Liveness) <= 1.2 * 3.0 * 360.0,
+            "{gateways}: {} liveness probes",
+            of(Tier::Liveness)
+        );
+        assert!(of(Tier::Readiness) <= 1.2 * 3.0 * 40.0, "{gateways}: {} readiness", of(Tier::Readiness));
+        let mut messages: Vec<_> =
+            world.cluster.events(0).map(|event| (&event.subject, &event.message)).collect();
+        let all = messages.len();
+        messages.sort();
+        messages.dedup();
+        assert_eq!(messages.len(), all, "each event is there once: {messages:#?}");
+        assert_eq!(world.ejections("b1") + world.ejections("b2"), 0);
+    }
+}
+
+#[test]
+fn what_fails_every_request_returns_with_the_first_that_succeeds_and_not_by_probes() {
+    let mut world = World::new(2, 3);
+    world.run_until(secs(40));
+    fails_every_request(&mut world, 2, 40, 50);
+    assert_eq!(world.state("b0"), State::Unhealthy);
+    let trial = world.run_to(secs(120), |w| w.state("b0") == State::Recovering).expect("it is tried");
+    assert!(trial >= secs(70), "and not as soon as a probe passes: {trial:?}");
+    world.run_until(trial + secs(300));
+    assert_eq!(world.state("b0"), State::Recovering, "no request has told");
+    assert!((world.health_record("b0").ramp(world.now) - 1.0).abs() < 1e-9, "and none is kept from it");
+    let passive = Passive { successes: 1, ..Passive::default() };
+    world.cluster.requests(&gateway(1), "b0", &passive, world.now);
+    assert_eq!(world.state("b0"), State::Healthy);
+}
+
+/// The requests of an engine that answers one at a time: `last` says when the last one was answered.
+fn one_at_a_time(world: &mut World, gateways: usize, every: u64, from: u64, until: u64) {
+    for second in from..until {
+        world.run_until(secs(second));
+        for n in 0..gateways {
+            let its_turn = (second / every) as usize % gateways == n && second % every == 0;
+            let passive = Passive { in_flight: 4, successes: u64::from(its_turn), ..Passive::default() };
+            world.cluster.requests(&gateway(n), "b0", &passive, world.now);
+        }
+    }
+}
+
+#[test]
+fn an_engine_whose_answers_keep_probes_waiting_is_busy_and_not_dead() {
+    for (gateways, backends, every) in
+        [(1, 1, 12), (3, 1, 12), (1, 2, 12), (3, 2, 12), (3, 2, 25), (1, 1, 14)]
+    {
+        let mut world = World::new(gateways, backends);
+        world.run_until(secs(20));
+        world.behave = Box::new(|_, backend, tier, _| {
+            Some(if backend == "b0" && tier == Tier::Readiness { SILENT } else { Outcome::Pass })
+        });
+        one_at_a_time(&mut world, gateways, every, 20, 620);
+        assert_eq!(world.ejections("b0"), 0, "{gateways} gateways, an answer every {every} s");
+        assert_eq!(world.state("b0"), State::Healthy);
+        assert!(world.alarms().is_empty(), "{:?}", world.alarms());
+        // It hangs: nobody is answered any more.
+        for second in 620..740 {
+            world.run_until(secs(second));
+            let passive = Passive { in_flight: 4, ..Passive::default() };
+            (0..gateways).for_each(|n| world.cluster.requests(&gateway(n), "b0", &passive, world.now));
+        }
+        assert_eq!(world.state("b0"), State::Unhealthy, "{gateways} gateways, an answer every {every} s");
+    }
+}
+
+/// The same where the server says nothing at all meanwhile.
+#[test]
+fn a_server_that_answers_nothing_else_while_it_works_is_busy_and_not_dead() {
+    for gateways in [1, 3] {
+        let mut world = World::new(gateways, 1);
+        world.run_until(secs(20));
+        // Answers come, and then it is known how long it takes to one.
+        one_at_a_time(&mut world, gateways, 12, 20, 60);
+        world.behave =
+            Box::new(|_, _, _, at| Some(if at.as_secs() % 12 == 0 { Outcome::Pass } else { SILENT }));
+        one_at_a_time(&mut world, gateways, 12, 60, 620);
+        assert_eq!((world.ejections("b0"), world.state("b0")), (0, State::Healthy));
+        world.behave = Box::new(|_, _, _, _| Some(REFUSED));
+        one_at_a_time(&mut world, gateways, 1000, 620, 640);
+        assert_eq!(world.state("b0"), State::Unhealthy, "one that refuses connections is dead at once");
+    }
+}
+
+#[test]
+fn a_change_of_what_failures_rest_on_makes_the_evidence_new() {
+    let mut world = World::new(3, 2);
+    world.run_until(secs(40));
+    world.behave =
+        Box::new(|_, _, tier, _| Some(if tier == Tier::Readiness { BROKEN } else { Outcome::Pass }));
+    world.run_until(secs(120));
+    assert!(world.all_are(State::Unhealthy));
+    world.behave = Box::new(|_, _, _, _| PASS);
+    world.change_terms("b0");
+    assert_eq!((world.state("b0"), world.state("b1")), (State::Unknown, State::Unhealthy));
+    let seen = world.now;
+    world.look(&gateway(0), "b0");
+    assert_eq!(world.state("b0"), State::Healthy, "with the first probe, and nothing is held against it");
+    assert_eq!(world.now, seen);
+    world.change_terms("b0");
+    assert_eq!(world.state("b0"), State::Healthy, "what is in use stays so");
 }
 
 #[test]

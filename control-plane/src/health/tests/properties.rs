@@ -28,7 +28,7 @@ fn seen(outcome: Outcome) -> Observation {
 fn one_observer_of_three_never_ejects_alone() {
     let observers: Vec<Observer> = (0..3).map(gateway).collect();
     let isolated = no_isolated_observers();
-    let context = Context { isolated: &isolated, ready_capable: false };
+    let context = Context { isolated: &isolated, ready_capable: false, gateways: 3, endpoint: "http://b/v1" };
     let mut healthy = HealthRecord::new(HealthProfile::default(), Timestamp::ZERO);
     for observer in &observers {
         healthy.observe(observer, &seen(Outcome::Pass), ms(1));

@@ -86,6 +86,8 @@ impl World {
             let target = Target {
                 pool: "p".into(),
                 identity: format!("http://b{b}"),
+                endpoint: format!("http://b{b}/v1/chat/completions"),
+                terms: String::new(),
                 weight: 100,
                 active: true,
                 profile,
@@ -243,6 +245,31 @@ impl World {
         for backend in backends {
             self.cluster.observe(observer, &backend, &seen, self.now);
         }
+        self.obey();
+        self.record();
+    }
+
+    /// The backend is asked with another credential, say, from now on.
+    pub(super) fn change_terms(&mut self, backend: &str) {
+        let mut targets: BTreeMap<String, Target> = BTreeMap::new();
+        let names: Vec<String> = self.cluster.records().map(|(name, _)| name.clone()).collect();
+        for name in names {
+            let mut target = self.cluster.target(&name).expect("configured").clone();
+            if name == backend {
+                target.terms.push('+');
+            }
+            targets.insert(name, target);
+        }
+        self.cluster.configure(targets, self.now);
+        self.record();
+    }
+
+    /// A gateway makes a readiness probe that passes.
+    pub(super) fn look(&mut self, observer: &Observer, backend: &str) {
+        let detail = Outcome::Pass.name().to_owned();
+        let (tier, outcome) = (Tier::Readiness, Outcome::Pass);
+        let seen = Observation { tier, outcome, detail, latency: None, reading: Reading::default() };
+        self.cluster.observe(observer, backend, &seen, self.now);
         self.obey();
         self.record();
     }

@@ -6,7 +6,7 @@ function eventRow(event) {
   let tone = TONES[event.kind] ?? null;
   if (event.kind === "state") tone = /unhealthy/i.test(event.message) ? "bad" : /degraded|recovering/i.test(event.message) ? "warn" : "good";
   const item = make("li", {}, make("time", { text: clock(event.time), datetime: new Date(event.time).toISOString() }),
-    make("span", {}, make("b", { text: event.subject || "the cluster" }), ` ${event.message.replace(" -> ", " → ")}`));
+    make("span", {}, make("b", { text: event.subject || "the cluster" }), ` ${event.message.replace(" -> ", " → ")}${event.count > 1 ? ` (${event.count} times)` : ""}`));
   mark(item, "data-tone", tone);
   return { elements: [item], update() {} };
 }

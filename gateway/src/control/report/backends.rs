@@ -52,11 +52,13 @@ fn reports(live: &LiveConfig, counted: bool) -> Vec<BackendReport> {
             server_errors: counts.server_errors,
             timeouts: counts.timeouts,
             busy: counts.busy,
+            suspected_failures: counts.suspected,
             first_byte_mean: mean.and_then(|mean| prost_types::Duration::try_from(mean).ok()),
             output_tokens: tokens,
             decode_time: prost_types::Duration::try_from(decode).ok(),
             first_byte_counts: backend.state.take_first_byte_counts(),
             timed_answers: answers,
+            answering: backend.state.take_answering(),
             ..standing
         }
     });

@@ -140,6 +140,8 @@ fn merge(old: &BackendReport, new: &BackendReport) -> BackendReport {
         server_errors: old.server_errors + new.server_errors,
         timeouts: old.timeouts + new.timeouts,
         busy: old.busy + new.busy,
+        answering: old.answering || new.answering,
+        suspected_failures: old.suspected_failures + new.suspected_failures,
         // Of two means the newer one is kept.
         first_byte_mean: new.first_byte_mean.or(old.first_byte_mean),
         output_tokens: old.output_tokens + new.output_tokens,

@@ -5,6 +5,7 @@
 //!   choices), so that gateways with the same data do not all choose the same backend.
 //! - Backends of a lower rank (a nearer region, a higher priority) come first. The next rank serves the share of requests
 //!   that the first rank cannot serve, and the requests that find no free slot there.
+//! - A slow start holds slots back from requests that find one elsewhere, and from no others.
 //! - Unhealthy backends come after all healthy ones, and only in panic mode: when too little of the pool is healthy. Slots
 //!   are hard limits, so healthy backends are not flooded: unhealthy backends get the requests that find no free slot.
 
@@ -65,7 +66,7 @@ pub struct Candidate {
     pub bound: Option<Bound>,
 }
 
-/// Candidates in order of preference. A backend can occur twice, first with a bound.
+/// Candidates in order of preference. A backend can occur more than once, first with fewer slots or a bound.
 pub type Candidates = SmallVec<[Candidate; 8]>;
 
 /// The balancing state of one model.
@@ -97,6 +98,12 @@ impl Balancer {
             return self.by_rank(config, views, &unhealthy, prefix, &mut uniform);
         }
         let mut candidates = self.by_rank(config, views, &healthy, prefix, &mut uniform);
+        let held_back = healthy.iter().filter(|&&i| views[i].held_back > 0);
+        candidates.extend(held_back.map(|&index| Candidate {
+            index,
+            slots: views[index].max_concurrency.saturating_add(views[index].held_back),
+            bound: None,
+        }));
         if is_panic(config, views) {
             let mut rest = by_weight(views, &unhealthy, &mut uniform);
             rest.sort_by_key(|&i| views[i].rank);

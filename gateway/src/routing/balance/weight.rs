@@ -28,8 +28,10 @@ pub struct View {
     pub id: u64,
     /// The configured weight.
     pub weight: f64,
-    /// The backend's slots in the whole cluster.
+    /// The backend's slots in the whole cluster; fewer in a slow start.
     pub max_concurrency: u32,
+    /// Those of them that a slow start holds back from requests that find a slot elsewhere.
+    pub held_back: u32,
     /// Requests in flight over all gateways, as far as this gateway knows; its own are included.
     pub in_flight: f64,
     /// Requests of this gateway in flight.
@@ -98,6 +100,7 @@ pub(super) mod tests {
             id,
             weight: 100.0,
             max_concurrency: 50,
+            held_back: 0,
             in_flight: 0.0,
             local: 0,
             health: 1.0,

@@ -193,3 +193,50 @@ proptest! {
         })?;
     }
 }
+
+/// Backends in a pool, the credential of the first one.
+fn served(credential: &str, backends: &[&str]) -> Vec<Resource> {
+    let mut resources = vec![resource("pool", Wire::Pool(v1::PoolSpec::default()))];
+    for name in backends {
+        let spec = v1::BackendSpec {
+            pool: "pool".into(),
+            url: "http://127.0.0.1:1".into(),
+            models: [("large".to_owned(), String::new())].into(),
+            credential: if *name == "a" { credential.to_owned() } else { String::new() },
+            ..Default::default()
+        };
+        resources.push(resource(name, Wire::Backend(spec)));
+    }
+    resources
+}
+
+/// A compiled configuration that is not put in force, and what it left of the local ejection of `a`.
+#[test]
+fn a_configuration_that_is_only_tried_changes_nothing_and_one_that_mends_a_backend_forgets_its_failures() {
+    let authorize = |spec: &weir_proto::resource::Backend| match &spec.credential {
+        Some(weir_proto::resource::CredentialRef::Env(name)) if name == "MISSING" => {
+            Err("not set".to_owned())
+        }
+        Some(_) => Ok(Some(http::HeaderValue::from_static("Bearer other"))),
+        None => Ok(None),
+    };
+    let compile =
+        |resources: &[Resource], before: &Snapshot| Snapshot::compile("e", 1, resources, before, &authorize);
+    let (live, refused) = compile(&served("", &["a", "b", "c"]), &Snapshot::default());
+    assert_eq!(refused, []);
+    live.take_effect(&Snapshot::default());
+    let (pool, a) = (live.pools["pool"].state.clone(), live.backends["a"].name.clone());
+    (0..3).for_each(|_| pool.probe_failed(&a));
+    assert!(pool.is_ejected(&a));
+    let (_, refused) = compile(&served("env:MISSING", &["a", "b", "c"]), &live);
+    assert_eq!(refused.len(), 1);
+    compile(&served("", &["b"]), &live);
+    compile(&served("env:OTHER", &["a", "b", "c"]), &live);
+    assert!(pool.is_ejected(&a), "what is tried leaves it as it is");
+    let (same, _) = compile(&served("", &["a", "b", "c", "d"]), &live);
+    same.take_effect(&live);
+    assert!(pool.is_ejected(&a), "nothing of it has changed");
+    let (mended, _) = compile(&served("env:OTHER", &["a", "b", "c", "d"]), &same);
+    mended.take_effect(&same);
+    assert!(!pool.is_ejected(&a), "it is asked with another credential");
+}

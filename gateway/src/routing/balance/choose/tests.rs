@@ -155,6 +155,20 @@ fn a_farther_region_stands_behind_for_when_the_first_has_no_slot() {
 }
 
 #[test]
+fn a_slow_start_holds_slots_back_only_from_who_finds_one_elsewhere() {
+    let returning = |id| View { max_concurrency: 5, held_back: 45, health: 0.1, ..idle(id) };
+    let order = |views: &[View]| -> Vec<(usize, u32)> {
+        let candidates =
+            Balancer::default().order(&ChooseConfig::default(), views, None, Instant::now(), uniform(1));
+        candidates.iter().map(|candidate| (candidate.index, candidate.slots)).collect()
+    };
+    assert_eq!(order(&[returning(1)]), [(0, 5), (0, 50)], "the only one: all of its slots");
+    let both = order(&[returning(1), idle(2)]);
+    assert_eq!(both.last(), Some(&(0, 50)), "after all that others have free: {both:?}");
+    assert_eq!(both.iter().filter(|(index, _)| *index == 1).count(), 1);
+}
+
+#[test]
 fn unhealthy_backends_are_left_out_until_half_is_gone_and_then_come_last() {
     let unhealthy = |id| View { usability: Usability::Unhealthy, ..idle(id) };
     let order = |views: &[View]| -> Vec<usize> {
