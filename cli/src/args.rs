@@ -253,7 +253,7 @@ pub struct DeleteArgs {
     /// Fail if the resource has changed since this etag was read
     #[arg(long)]
     pub etag: Option<String>,
-    /// Allow the removal of more than half of a pool's backends
+    /// Allow the removal of more than half of a pool's backends, or of all models, tenants or keys
     #[arg(long)]
     pub allow_mass_removal: bool,
     #[command(flatten)]
@@ -273,7 +273,7 @@ pub struct FileArgs {
     /// Name of the set the resources belong to
     #[arg(long, default_value = "default", value_name = "NAME")]
     pub set: String,
-    /// Allow the removal of more than half of a pool's backends
+    /// Allow the removal of more than half of a pool's backends, or of all models, tenants or keys
     #[arg(long)]
     pub allow_mass_removal: bool,
     /// Take over resources that belong to another set

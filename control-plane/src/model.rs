@@ -312,9 +312,10 @@ pub(crate) enum Refusal {
     #[error("{key} is referred to by {}", list(.by))]
     Referred { key: Key, by: Vec<Key> },
     #[error(
-        "pool {pool} would lose {lost} of its {before} backends; if that is meant, delete or apply with allow_mass_removal"
+        "{lost} of {before} {what} would be removed ({}); if that is meant, delete or apply with --allow-mass-removal (allow_mass_removal)",
+        list(.names)
     )]
-    MassRemoval { pool: String, lost: usize, before: usize },
+    MassRemoval { what: String, lost: usize, before: usize, names: Vec<Key> },
     #[error("{}to take them over into {set}, apply with take_over", owned(.conflicts))]
     OtherSets { conflicts: Vec<(Key, String)>, set: String },
     #[error("{0}")]

@@ -4,7 +4,7 @@
 //! Each is written to a temporary file, synced and renamed, and only its owner can read it, because it contains digests of
 //! keys. A file starts with a SHA-256 of the rest: a damaged file is refused and the older generation is used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -53,16 +53,31 @@ pub enum DeltaError {
         /// The applied revision.
         held: u64,
     },
-    /// The delta removes more than half of a pool's backends, and the operator has not allowed that.
-    #[error("it removes {removed} of {had} backends of pool {pool} without allow_mass_removal")]
+    /// The delta removes more than half of a pool's backends, or of all models, tenants or keys for those of another store, and
+    /// the operator has not allowed that.
+    #[error(
+        "it removes {removed} of {had} {what} ({}) without allow_mass_removal; if that is meant: weir apply --allow-mass-removal",
+        listed(.names, *.removed)
+    )]
     MassRemoval {
-        /// The pool.
-        pool: String,
-        /// The number of removed backends.
+        /// What is removed, such as "backends of pool chat" or "API keys".
+        what: String,
+        /// How many are removed.
         removed: usize,
-        /// The number of backends before.
+        /// How many there were.
         had: usize,
+        /// The names of the first few that are removed.
+        names: Vec<String>,
     },
+}
+
+/// Names in an error.
+const NAMES_SHOWN: usize = 5;
+
+fn listed(names: &[String], all: usize) -> String {
+    let more = all.saturating_sub(names.len());
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{rest}", names.join(", "))
 }
 
 impl ConfigState {
@@ -91,7 +106,10 @@ impl ConfigState {
             next.resources.insert((upsert.kind, upsert.name.clone()), body);
         }
         if !delta.allow_mass_removal {
-            self.check_mass_removal(&next)?;
+            // Within a store the control plane has checked removals, and a revoked key must go at once. Of another store, or until
+            // all of it is held, nothing is known of why something is missing.
+            let is_other_store = delta.store_epoch != self.epoch || self.revision == 0;
+            self.check_mass_removal(&next, is_other_store)?;
         }
         next.epoch.clone_from(&delta.store_epoch);
         next.revision = delta.store_revision;
@@ -115,30 +133,40 @@ impl ConfigState {
         any
     }
 
-    fn check_mass_removal(&self, next: &Self) -> Result<(), DeltaError> {
-        let (before, after) = (self.pool_sizes(), next.pool_sizes());
-        for (pool, had) in before {
-            let removed = had.saturating_sub(after.get(&pool).copied().unwrap_or(0));
+    fn check_mass_removal(&self, next: &Self, is_other_store: bool) -> Result<(), DeltaError> {
+        let (before, after) = (self.guarded(is_other_store), next.guarded(is_other_store));
+        for (what, had) in before {
+            let stay = after.get(&what).cloned().unwrap_or_default();
+            let gone: Vec<&String> = had.iter().filter(|name| !stay.contains(*name)).collect();
             // The control plane marks removals that it accepted. Without the mark even the only backend of a pool stays.
-            if removed * 2 > had {
-                return Err(DeltaError::MassRemoval { pool, removed, had });
+            let removed = had.len().saturating_sub(stay.len());
+            if removed * 2 > had.len() {
+                let names = gone.into_iter().take(NAMES_SHOWN).cloned().collect();
+                return Err(DeltaError::MassRemoval { what, removed, had: had.len(), names });
             }
         }
         Ok(())
     }
 
-    fn pool_sizes(&self) -> BTreeMap<String, usize> {
-        let mut sizes = BTreeMap::new();
-        for ((kind, _), (_, body)) in &self.resources {
-            if *kind != ResourceKind::Backend as i32 {
-                continue;
-            }
-            let spec = v1::Resource::decode(body.clone()).ok().and_then(|r| r.spec);
-            if let Some(v1::resource::Spec::Backend(b)) = spec {
-                *sizes.entry(b.pool).or_default() += 1;
-            }
+    /// What must not disappear in bulk, by what it is: the names of the backends of each pool, and for another store those of
+    /// models, tenants and keys.
+    fn guarded(&self, is_other_store: bool) -> BTreeMap<String, BTreeSet<String>> {
+        let mut guarded: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for ((kind, name), (_, body)) in &self.resources {
+            let what = match ResourceKind::try_from(*kind) {
+                Ok(ResourceKind::Backend) => {
+                    let spec = v1::Resource::decode(body.clone()).ok().and_then(|r| r.spec);
+                    let Some(v1::resource::Spec::Backend(backend)) = spec else { continue };
+                    format!("backends of pool {}", backend.pool)
+                }
+                Ok(ResourceKind::Model) if is_other_store => "models".to_owned(),
+                Ok(ResourceKind::Tenant) if is_other_store => "tenants".to_owned(),
+                Ok(ResourceKind::ApiKey) if is_other_store => "API keys".to_owned(),
+                _ => continue,
+            };
+            guarded.entry(what).or_default().insert(name.clone());
         }
-        sizes
+        guarded
     }
 
     /// The decoded and validated resources, and the ones that are refused.
@@ -312,6 +340,37 @@ mod tests {
             let delta =
                 v1::Delta { store_epoch: "other".into(), store_revision: 1, removals, ..Default::default() };
             assert!(held(names, 5).after(&delta).is_err(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn another_store_takes_no_keys_tenants_or_models_in_bulk_and_the_own_one_does() {
+        let of = |kind: ResourceKind, name: &str| v1::VersionedResource {
+            kind: kind as i32,
+            name: name.into(),
+            version: "1".into(),
+            body: Bytes::new(),
+        };
+        for kind in [ResourceKind::ApiKey, ResourceKind::Tenant, ResourceKind::Model] {
+            let upserts = ["a", "b", "c"].map(|name| of(kind, name)).to_vec();
+            let first =
+                v1::Delta { store_epoch: "e".into(), store_revision: 1, upserts, ..Default::default() };
+            let held = ConfigState::default().after(&first).expect("applies");
+            let removals = |names: &[&str]| {
+                names.iter().map(|name| v1::ResourceRef { kind: kind as i32, name: (*name).into() }).collect()
+            };
+            let delta = |epoch: &str, names: &[&str]| v1::Delta {
+                store_epoch: epoch.into(),
+                store_revision: 2,
+                removals: removals(names),
+                ..Default::default()
+            };
+            let error = held.after(&delta("other", &["a", "b"])).expect_err("nobody has said so").to_string();
+            assert!(error.contains("2 of 3 ") && error.contains("(a, b)"), "{error}");
+            held.after(&delta("other", &["a"])).expect("a few may go");
+            held.after(&v1::Delta { allow_mass_removal: true, ..delta("other", &["a", "b", "c"]) })
+                .expect("meant");
+            held.after(&delta("e", &["a", "b", "c"])).expect("revoked is revoked");
         }
     }
 

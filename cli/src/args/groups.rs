@@ -86,7 +86,7 @@ pub struct RollbackArgs {
     /// Show what would change and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Allow the removal of more than half of a pool's backends
+    /// Allow the removal of more than half of a pool's backends, or of all models, tenants or keys
     #[arg(long)]
     pub allow_mass_removal: bool,
     #[command(flatten)]

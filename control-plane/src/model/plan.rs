@@ -311,22 +311,47 @@ fn still_referred(result: &Outcome<'_>, steps: &[(String, Step)]) -> Result<(), 
     referrers.into_iter().next().map_or(Ok(()), |(key, by)| Err(Refusal::Referred { key, by }))
 }
 
-/// Refuses a plan that removes all or more than half of a pool's backends, unless that is allowed. Returns whether any pool
-/// loses a backend.
+/// Of models, tenants and keys fewer than this may always be removed at once: who has one key deletes it.
+const MASS_MIN: usize = 3;
+
+/// Refuses a plan that removes all or more than half of a pool's backends, or of all models, tenants or keys, unless that is
+/// allowed. Returns whether any pool loses a backend.
 fn guard_mass_removal(result: &Outcome<'_>, allowed: bool) -> Result<bool, Refusal> {
-    let mut lost: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut by_pool: BTreeMap<&str, Vec<Key>> = BTreeMap::new();
+    let mut by_kind: BTreeMap<v1::ResourceKind, Vec<Key>> = BTreeMap::new();
     for (key, after) in &result.changed {
-        let Some(pool) = result.state.get(key).and_then(|before| before.pool()) else { continue };
-        if after.as_ref().and_then(|after| after.pool()) != Some(pool) {
-            *lost.entry(pool).or_default() += 1;
+        let Some(before) = result.state.get(key) else { continue };
+        if let Some(pool) = before.pool()
+            && after.as_ref().and_then(|after| after.pool()) != Some(pool)
+        {
+            by_pool.entry(pool).or_default().push(key.clone());
+        }
+        if after.is_none() {
+            by_kind.entry(key.kind).or_default().push(key.clone());
         }
     }
-    for (pool, lost) in &lost {
+    let removes_backends = !by_pool.is_empty();
+    if allowed {
+        return Ok(removes_backends);
+    }
+    let guard = |what: String, names: Vec<Key>, before: usize| match names.len() {
+        lost if lost * 2 > before => Err(Refusal::MassRemoval { what, lost, before, names }),
+        _ => Ok(()),
+    };
+    for (pool, lost) in by_pool {
         let backends = result.state.of_kind(v1::ResourceKind::Backend);
-        let before = backends.filter(|stored| stored.pool() == Some(*pool)).count();
-        if lost * 2 > before && !allowed {
-            return Err(Refusal::MassRemoval { pool: (*pool).to_owned(), lost: *lost, before });
+        let before = backends.filter(|stored| stored.pool() == Some(pool)).count();
+        guard(format!("backends of pool {pool}"), lost, before)?;
+    }
+    for (kind, what) in [
+        (v1::ResourceKind::Model, "models"),
+        (v1::ResourceKind::Tenant, "tenants"),
+        (v1::ResourceKind::ApiKey, "API keys"),
+    ] {
+        let lost = by_kind.remove(&kind).unwrap_or_default();
+        if lost.len() >= MASS_MIN {
+            guard(what.to_owned(), lost, result.state.of_kind(kind).count())?;
         }
     }
-    Ok(!lost.is_empty())
+    Ok(removes_backends)
 }

@@ -153,7 +153,8 @@ fn a_pool_does_not_lose_more_than_half_by_accident() {
     assert!(plan(&state, vec![delete(0), delete(1)], Options::default()).unwrap().removes_backends);
     let edits = || vec![delete(0), delete(1), delete(2)];
     let error = plan(&state, edits(), Options::default()).unwrap_err();
-    assert_eq!(error, Refusal::MassRemoval { pool: "p".into(), lost: 3, before: 4 });
+    let names = (0..3).map(|i| key(v1::ResourceKind::Backend, &format!("b{i}"))).collect();
+    assert_eq!(error, Refusal::MassRemoval { what: "backends of pool p".into(), lost: 3, before: 4, names });
     plan(&state, edits(), Options { allow_mass_removal: true, ..Options::default() }).unwrap();
 }
 
@@ -163,7 +164,28 @@ fn moving_a_backend_away_counts_as_losing_it() {
     all.push(pool("q"));
     let moved = backend("b0", "q", "m", "http://127.0.0.1:1");
     let error = plan(&state(&all), vec![put(moved)], Options::default()).unwrap_err();
-    assert_eq!(error, Refusal::MassRemoval { pool: "p".into(), lost: 1, before: 1 });
+    assert!(
+        error.to_string().starts_with("1 of 1 backends of pool p would be removed (backend b0)"),
+        "{error}"
+    );
+}
+
+#[test]
+fn most_keys_tenants_or_models_are_not_removed_by_accident_and_a_few_always_are() {
+    let digest = |n: u8| v1::KeyDigest { sha256: vec![n; 32], prefix: "weir_x".into(), expire_time: None };
+    let api_key = |n: u8| {
+        let spec = v1::ApiKeySpec { tenant: "t".into(), digests: vec![digest(n)], ..Default::default() };
+        resource(&format!("k{n}"), v1::resource::Spec::ApiKey(spec))
+    };
+    let all: Vec<_> = std::iter::once(tenant("t")).chain((0..5).map(api_key)).collect();
+    let delete = |n: u8| Edit::Delete(key(v1::ResourceKind::ApiKey, &format!("k{n}")));
+    let error = plan(&state(&all), (0..3).map(delete).collect(), Options::default()).unwrap_err().to_string();
+    assert!(error.starts_with("3 of 5 API keys would be removed (api_key k0, "), "{error}");
+    assert!(error.contains("--allow-mass-removal"), "{error}");
+    plan(&state(&all), (0..2).map(delete).collect(), Options::default()).unwrap();
+    plan(&state(&all[..3]), (0..2).map(delete).collect(), Options::default()).unwrap();
+    let meant = Options { allow_mass_removal: true, ..Options::default() };
+    plan(&state(&all), (0..5).map(delete).collect(), meant).unwrap();
 }
 
 #[test]

@@ -164,7 +164,10 @@ async fn an_apply_is_all_or_nothing_and_says_what_it_does() {
     let request = v1::ApplyRequest { prune: true, ..apply(cluster(1)) };
     let refused = admin.apply(request.clone()).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
-    assert!(refused.message().contains("pool p would lose 2 of its 3 backends"), "{refused}");
+    assert!(
+        refused.message().contains("2 of 3 backends of pool p would be removed (backend b1, backend b2)"),
+        "{refused}"
+    );
     admin.apply(v1::ApplyRequest { allow_mass_removal: true, ..request }).await.unwrap();
     plane.stop().await;
 }
