@@ -26,6 +26,7 @@ mod pains;
 mod processes;
 mod ratelimit;
 mod redis_tls;
+mod refused;
 mod stack;
 mod store;
 mod streaming;
