@@ -25,6 +25,7 @@ mod limits;
 mod pains;
 mod processes;
 mod ratelimit;
+mod readme;
 mod redis_tls;
 mod refused;
 mod stack;
