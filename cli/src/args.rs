@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weir_proto::resource::Name;
+use weir_proto::resource::{KINDS, Name, kind_name};
 use weir_proto::{manifest, v1};
 
 pub(crate) use defaults::fill;
@@ -79,7 +79,7 @@ pub enum Command {
     Up(UpArgs),
     /// Show a resource, or all of a kind
     Get {
-        /// pool, backend, model, tenant, key or limit; plural and short forms (be, mo, te, li, po) too
+        /// pool, backend, model, tenant, api_key, limit or descriptor_rule; plural and short forms (po, be, mo, te, key, li, rule) too
         kind: Kind,
         /// Its name; without one all of the kind
         name: Option<String>,
@@ -113,10 +113,14 @@ pub enum Command {
         #[expect(missing_docs, reason = "flattened: a comment would become help")]
         wait: WaitArgs,
     },
-    /// Explain the fields of a kind, or one field, such as pool.timeouts
+    /// List the kinds of resources, or explain a kind, a field or its values
     Explain {
-        /// KIND or KIND.FIELD
-        what: String,
+        /// KIND or KIND.FIELD, such as pool.timeouts; without one the kinds
+        #[arg(value_name = "KIND[.FIELD]")]
+        what: Option<String>,
+        /// Print the reference of all kinds as a page of Markdown
+        #[arg(long, conflicts_with = "what")]
+        markdown: bool,
     },
     /// Stream changes of resources
     Watch(WatchArgs),
@@ -405,7 +409,12 @@ impl FromStr for Kind {
             "api_key" | "api_keys" | "apikey" | "apikeys" | "key" | "keys" | "ak" => K::ApiKey,
             "limit" | "limits" | "li" => K::Limit,
             "descriptor_rule" | "descriptor_rules" | "rule" | "rules" => K::DescriptorRule,
-            _ => return Err("there are pool, backend, model, tenant, key and limit".to_owned()),
+            _ => {
+                return Err(format!(
+                    "there are {}; weir explain says what they are",
+                    KINDS.map(kind_name).join(", ")
+                ));
+            }
         }))
     }
 }

@@ -49,7 +49,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Diff(args) => return apply::diff(cli, io, args).await,
         Command::Delete(args) => delete::delete(cli, io, args).await?,
         Command::Edit { kind, name, wait } => edit::edit(cli, io, kind.0, name, wait).await?,
-        Command::Explain { what } => explain::explain(io, what)?,
+        Command::Explain { what, markdown } => explain::explain(io, what.as_deref(), *markdown)?,
         Command::Watch(args) => watch::watch(cli, io, args).await?,
         Command::History { kind, name, last } => {
             let of = kind.zip(name.clone());

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tonic::Status;
 use tonic::metadata::MetadataMap;
+use tonic::{Code, Status};
+use weir_proto::status::{refusal, with_reason};
 use weir_proto::v1::{self, Role};
 use weir_runtime::Secret;
 use weir_runtime::grpc::{Bound, StreamBound, standard_bound};
@@ -197,12 +198,11 @@ impl Authority {
                     gateway_id: (identity.role == Role::Gateway).then(|| Arc::clone(&identity.name)),
                     proof: Proof::Certificate,
                 }),
-                None => Err(Status::unauthenticated("a token is needed: authorization: Bearer TOKEN")),
+                None => Err(no_token()),
             };
         };
         let token = header.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        let (_, token) =
-            token.ok_or_else(|| Status::unauthenticated("a token is needed: authorization: Bearer TOKEN"))?;
+        let (_, token) = token.ok_or_else(no_token)?;
         let digest = sha256(token.trim().as_bytes());
         if equal(&digest, &self.fixed.admin) {
             return Ok(Caller::fixed("admin", Role::Admin));
@@ -243,12 +243,13 @@ impl Authority {
             method,
             "refused: the role does not allow this"
         );
-        Err(Status::permission_denied(format!(
+        let text = format!(
             "{method} needs the role {}, and {} is {}",
             role_name(needed),
             caller.name,
             role_name(caller.role)
-        )))
+        );
+        Err(with_reason(Code::PermissionDenied, &text, refusal::ROLE))
     }
 
     /// Whether the credentials of a caller are still valid; streams check this regularly.
@@ -257,7 +258,7 @@ impl Authority {
             Proof::Fixed | Proof::Certificate => Ok(()),
             Proof::File(digest) => match self.bound.holder(digest) {
                 Some(_) => Ok(()),
-                None => Err(Status::unauthenticated("the token is not known any more")),
+                None => Err(unknown_token("the token is not known any more")),
             },
             Proof::Token(digest) => {
                 stored(&self.catalog.state(), digest, weir_runtime::wall_clock()).map(|_| ())
@@ -267,21 +268,21 @@ impl Authority {
 
     /// Whether a caller may use this gateway id. If a token is bound to the id, only its holder may use it.
     pub(crate) fn speaks_for(&self, caller: &Caller, gateway_id: &str) -> Result<(), Status> {
+        let refused = |text: String| Err(with_reason(Code::PermissionDenied, &text, refusal::GATEWAY_ID));
         match &caller.gateway_id {
             Some(own) if **own == *gateway_id => Ok(()),
-            Some(own) => Err(Status::permission_denied(format!(
-                "{} speaks for gateway {own} and not for {gateway_id}",
-                caller.name
-            ))),
-            None if self.bound.has(gateway_id) => Err(Status::permission_denied(format!(
-                "gateway {gateway_id} has a token of its own; give that one to it"
-            ))),
+            Some(own) => {
+                refused(format!("{} speaks for gateway {own} and not for {gateway_id}", caller.name))
+            }
+            None if self.bound.has(gateway_id) => {
+                refused(format!("gateway {gateway_id} has a token of its own; give that one to it"))
+            }
             None => match self.catalog.state().tokens.values().find(|t| t.gateway_id == gateway_id) {
                 None => Ok(()),
-                Some(token) => Err(Status::permission_denied(format!(
+                Some(token) => refused(format!(
                     "gateway {gateway_id} has a token of its own, {}; give that one to it",
                     token.name
-                ))),
+                )),
             },
         }
     }
@@ -296,7 +297,8 @@ fn stored(state: &State, digest: &[u8; 32], now: SystemTime) -> Result<Caller, S
                 continue;
             }
             if expired(secret, now) {
-                return Err(Status::unauthenticated(format!("token {} has expired", token.name)));
+                let text = format!("token {} has expired", token.name);
+                return Err(with_reason(Code::Unauthenticated, &text, refusal::TOKEN_EXPIRED));
             }
             let id = Some(token.gateway_id.as_str()).filter(|id| !id.is_empty());
             return Ok(Caller {
@@ -307,7 +309,16 @@ fn stored(state: &State, digest: &[u8; 32], now: SystemTime) -> Result<Caller, S
             });
         }
     }
-    Err(Status::unauthenticated("the token is not known"))
+    Err(unknown_token("the token is not known"))
+}
+
+fn no_token() -> Status {
+    let text = "a token is needed: authorization: Bearer TOKEN";
+    with_reason(Code::Unauthenticated, text, refusal::TOKEN_MISSING)
+}
+
+fn unknown_token(text: &str) -> Status {
+    with_reason(Code::Unauthenticated, text, refusal::TOKEN_UNKNOWN)
 }
 
 pub(crate) fn expired(secret: &v1::TokenSecret, now: SystemTime) -> bool {

@@ -321,7 +321,7 @@ impl Serving {
         let http = Edge::new("http", http, edge::Bounds::operations(), listeners);
         let pages = page::routes(shared, feed);
         let ops = serve_ops_with(http, hosts, readiness.clone(), Arc::new(registry), pages, shutdown.clone());
-        readiness.set(Ok(()));
+        readiness.set(Ok(None));
         let ended = {
             let both = async { tokio::join!(server, ops) };
             let cut = async {

@@ -6,10 +6,12 @@
 
 mod config_state;
 mod link;
+mod problem;
 mod save;
 mod status_stream;
 mod subscribe;
 
 pub use config_state::{ConfigState, DeltaError, Disk, Refused};
 pub use link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff};
+pub use problem::not_configured;
 pub use subscribe::{Apply, Subscriber};

@@ -23,10 +23,10 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(30);
 ///
 /// # Errors
 /// What the control plane said, or that it said nothing.
-pub async fn answered<T>(call: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, String> {
+pub async fn answered<T>(call: impl Future<Output = Result<T, tonic::Status>>) -> Result<T, tonic::Status> {
     match tokio::time::timeout(SILENCE_MAX, call).await {
-        Ok(answer) => answer.map_err(|status| status.message().to_owned()),
-        Err(_) => Err(format!("no answer for {SILENCE_MAX:?}")),
+        Ok(answer) => answer,
+        Err(_) => Err(tonic::Status::deadline_exceeded(format!("no answer for {SILENCE_MAX:?}"))),
     }
 }
 

@@ -67,7 +67,8 @@ async fn report(
         send(&up, applied(sent)).await?;
     }
     let request = identity.request(ReceiverStream::new(messages))?;
-    let mut stream = answered(client.stream_config(request)).await?.into_inner();
+    let mut stream =
+        answered(client.stream_config(request)).await.map_err(|s| s.message().to_owned())?.into_inner();
     loop {
         tokio::select! {
             received = tokio::time::timeout(SILENCE_MAX, stream.message()) => {

@@ -23,7 +23,8 @@ use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry}
 use weir_runtime::Backoff;
 
 use crate::config_state::{ConfigState, Disk, Refused};
-use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff, send};
+use crate::link::{Identity, Link, SILENCE_MAX, answered, reconnect_backoff, send};
+use crate::problem::Problem;
 use crate::save::Saver;
 use crate::status_stream::{self, SubscriberStatus};
 
@@ -55,6 +56,8 @@ pub trait Apply: Send {
     fn refused(&mut self, _count: usize) {}
     /// Sets whether a control plane is connected.
     fn connected(&mut self, connected: bool);
+    /// Sets why no control plane is followed, with a remedy; `None` when one has sent something.
+    fn problem(&mut self, _problem: Option<String>) {}
 }
 
 /// The task; ends with `shutdown`.
@@ -66,6 +69,8 @@ pub struct Subscriber<A> {
     links: Vec<Link>,
     /// The index of the control plane that is followed or tried.
     followed: watch::Sender<usize>,
+    /// The last problem with each control plane; `None` for one that has sent something since.
+    problems: Vec<Option<Problem>>,
     status: watch::Sender<SubscriberStatus>,
     saver: Option<Saver>,
     /// The copy read at the start, until it is in force.
@@ -88,6 +93,7 @@ impl<A: Apply> Subscriber<A> {
         Self {
             owner,
             identity: Arc::new(identity),
+            problems: vec![None; links.len()],
             links,
             followed: watch::Sender::new(first),
             status: watch::Sender::default(),
@@ -140,19 +146,53 @@ impl<A: Apply> Subscriber<A> {
     /// Follows one control plane after the other. Never ends.
     async fn follow_all(&mut self, backoff: &mut Backoff) {
         loop {
-            let ended = self.follow(backoff).await;
+            let at = *self.followed.borrow();
+            let ended = self.follow(at, backoff).await;
             self.owner.connected(false);
             self.followed.send_modify(|at| *at = (*at + 1) % self.links.len().max(1));
-            let pause = backoff.next_pause();
-            let reason = ended.err().unwrap_or_else(|| "the stream ended".into());
-            tracing::warn!(
-                reason,
-                revision = self.config.revision,
-                ?pause,
-                "control plane not reachable; the configuration stays in force"
-            );
-            self.meanwhile(tokio::time::sleep(pause)).await;
+            // A stream that ends without a reason has reached its age.
+            if let Err(problem) = ended {
+                self.failed(at, problem);
+            }
+            self.meanwhile(tokio::time::sleep(backoff.next_pause())).await;
         }
+    }
+
+    /// Tells a problem with a control plane: in the log once, as long as it stays the same.
+    fn failed(&mut self, at: usize, problem: Problem) {
+        let text = |at: usize, problem: &Problem| problem.text(&self.identity, self.links[at].url());
+        let (url, reason, revision) = (self.links[at].url(), text(at, &problem), self.config.revision);
+        if self.problems[at].as_ref() == Some(&problem) {
+            tracing::debug!(url, reason, revision, "control plane still not followed");
+        } else {
+            tracing::warn!(
+                url,
+                reason,
+                revision,
+                "control plane not followed; the configuration stays in force"
+            );
+        }
+        self.problems[at] = Some(problem);
+        let several = self.links.len() > 1;
+        let known = self.problems.iter().enumerate().filter_map(|(at, known)| {
+            let told = text(at, known.as_ref()?);
+            let name = if several {
+                format!("control plane {}", self.links[at].url())
+            } else {
+                "control plane".to_owned()
+            };
+            Some(format!("{name} {told}"))
+        });
+        let all = known.collect::<Vec<_>>().join("; ");
+        self.owner.problem(Some(all));
+    }
+
+    /// Notes that a control plane has accepted this process and sent something.
+    fn heard(&mut self, at: usize) {
+        if self.problems[at].take().is_some() {
+            tracing::info!(url = self.links[at].url(), "control plane followed");
+        }
+        self.owner.problem(None);
     }
 
     /// Waits for a future, and applies the resources again whenever the owner requests it.
@@ -166,25 +206,27 @@ impl<A: Apply> Subscriber<A> {
         }
     }
 
-    async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), String> {
-        let link = &self.links[*self.followed.borrow()];
-        let connecting = link.endpoint()?;
-        let channel: Channel =
-            self.meanwhile(async move { connecting.connect().await }).await.map_err(|e| error_chain(&e))?;
+    async fn follow(&mut self, at: usize, backoff: &mut Backoff) -> Result<(), Problem> {
+        // The address was checked at the start, so only its certificates can be wrong.
+        let connecting = self.links[at].endpoint().map_err(Problem::Tls)?;
+        let channel: Channel = self
+            .meanwhile(async move { connecting.connect().await })
+            .await
+            .map_err(|e| Problem::of_transport(&e))?;
         let mut client = DiscoveryServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
         // Room for hello, one answer and one retry, because one delta is in flight at a time.
         let (up, messages) = mpsc::channel(3);
         // After hello the control plane sends all refused resources anyway.
         self.retry = false;
-        send(&up, Up::Hello(self.hello())).await?;
-        let request = self.identity.request(ReceiverStream::new(messages))?;
+        send(&up, Up::Hello(self.hello())).await.map_err(Problem::Ended)?;
+        let request = self.identity.request(ReceiverStream::new(messages)).map_err(Problem::UnusableToken)?;
         let opened = self.meanwhile(answered(client.stream_config(request))).await;
-        let mut stream = opened?.into_inner();
+        let mut stream = opened.map_err(|status| Problem::of_status(&status))?.into_inner();
         self.owner.connected(true);
         let mut silent_at = Instant::now() + SILENCE_MAX;
         loop {
             if std::mem::take(&mut self.retry) {
-                send(&up, Up::Retry(Retry {})).await?;
+                send(&up, Up::Retry(Retry {})).await.map_err(Problem::Ended)?;
             }
             let message = tokio::select! {
                 message = tokio::time::timeout_at(silent_at, stream.message()) => message,
@@ -193,13 +235,14 @@ impl<A: Apply> Subscriber<A> {
                     continue;
                 }
             };
-            let message = message.map_err(|_| format!("no message for {SILENCE_MAX:?}"))?;
-            let Some(message) = message.map_err(|s| s.message().to_owned())? else { return Ok(()) };
+            let message = message.map_err(|_| Problem::Ended(format!("no message for {SILENCE_MAX:?}")))?;
+            let Some(message) = message.map_err(|status| Problem::of_status(&status))? else { return Ok(()) };
             silent_at = Instant::now() + SILENCE_MAX;
+            self.heard(at);
             backoff.reset();
             if let Some(Down::Delta(delta)) = message.message {
                 let answer = self.apply(delta).await;
-                send(&up, answer).await?;
+                send(&up, answer).await.map_err(Problem::Ended)?;
             }
         }
     }

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use weir_discovery::{Disk, Identity, Link, Subscriber};
+use weir_discovery::{Disk, Identity, Link, Subscriber, not_configured};
 use weir_proto::resource::Name;
 use weir_proto::v1::SubscriberRole;
 use weir_ratelimit::fallback::LiveGateways;
@@ -357,7 +357,7 @@ impl Status {
         let (mut outages, mut lost) = (0, 0);
         let mut known = None;
         loop {
-            self.readiness.set(readiness(&serving, &shutdown));
+            self.readiness.set(readiness(&self.live, &serving, &shutdown));
             self.show_configuration(&mut known);
             self.show_prefetched();
             let store = self.ledger.limiter.status();
@@ -407,13 +407,18 @@ fn gauge(count: impl TryInto<i64>) -> i64 {
     count.try_into().unwrap_or(i64::MAX)
 }
 
-fn readiness(serving: &CancellationToken, shutdown: &CancellationToken) -> Result<(), String> {
+/// Whether clients are served, or why not. Without a control plane they are served from the last configuration.
+fn readiness(
+    live: &LiveConfig,
+    serving: &CancellationToken,
+    shutdown: &CancellationToken,
+) -> Result<Option<String>, String> {
+    let problem = live.problem();
     if shutdown.is_cancelled() {
         Err("draining".to_owned())
     } else if serving.is_cancelled() {
-        Ok(())
+        Ok(problem.map(|problem| problem.to_string()))
     } else {
-        Err("no configuration: the control plane has not been reached and there is no copy on disk"
-            .to_owned())
+        Err(not_configured(problem.as_deref().map(String::as_str)))
     }
 }

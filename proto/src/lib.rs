@@ -8,9 +8,11 @@
 //! * [`latency`]: the intervals in which latencies are counted.
 //! * [`status`]: gRPC errors that name the fields that are wrong.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
+//! * [`reference`]: kinds, fields and values with their comments, for who writes that YAML.
 
 pub mod latency;
 pub mod manifest;
+pub mod reference;
 pub mod resource;
 pub mod status;
 

@@ -51,6 +51,20 @@ pub struct ErrorInfo {
     pub domain: String,
 }
 
+/// Reasons for which a control plane refuses a caller, as in [`with_reason`]. Subscribers tell their remedies by them.
+pub mod refusal {
+    /// No token was sent.
+    pub const TOKEN_MISSING: &str = "TOKEN_MISSING";
+    /// The token is not known: it was revoked, or it is of another control plane.
+    pub const TOKEN_UNKNOWN: &str = "TOKEN_UNKNOWN";
+    /// The token has expired.
+    pub const TOKEN_EXPIRED: &str = "TOKEN_EXPIRED";
+    /// The role of the token does not allow the method.
+    pub const ROLE: &str = "ROLE_NOT_ALLOWED";
+    /// The token is bound to another gateway, or the gateway has another token.
+    pub const GATEWAY_ID: &str = "GATEWAY_ID_NOT_ALLOWED";
+}
+
 const ERROR_INFO: &str = "type.googleapis.com/google.rpc.ErrorInfo";
 const BAD_REQUEST: &str = "type.googleapis.com/google.rpc.BadRequest";
 

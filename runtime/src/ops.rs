@@ -36,7 +36,7 @@ pub use token::{OpsRefusal, OpsToken, guard_ops_page, read_token};
 
 /// Whether the process wants traffic, and the reason if not. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Readiness(Arc<Mutex<Result<(), String>>>);
+pub struct Readiness(Arc<Mutex<Result<Option<String>, String>>>);
 
 impl Readiness {
     /// Not ready, for this reason.
@@ -44,13 +44,14 @@ impl Readiness {
         Self(Arc::new(Mutex::new(Err(reason.to_owned()))))
     }
 
-    /// Sets whether traffic is welcome, or why it is not.
-    pub fn set(&self, state: Result<(), String>) {
+    /// Sets whether traffic is welcome, or why it is not. A process that is ready may have a problem all the same, which
+    /// it tells here, such as a control plane that refuses it.
+    pub fn set(&self, state: Result<Option<String>, String>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
-    /// Ready, or why not.
-    pub fn get(&self) -> Result<(), String> {
+    /// Ready, maybe with a problem, or why not.
+    pub fn get(&self) -> Result<Option<String>, String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -129,7 +130,8 @@ fn refuse(violation: Violation) -> edge::Refusal {
 
 async fn readyz(State(ops): State<Ops>) -> Response {
     match ops.readiness.get() {
-        Ok(()) => (StatusCode::OK, "ready\n".to_owned()).into_response(),
+        Ok(None) => (StatusCode::OK, "ready\n").into_response(),
+        Ok(Some(problem)) => (StatusCode::OK, format!("ready; {problem}\n")).into_response(),
         Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response(),
     }
 }

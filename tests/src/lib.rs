@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod document;
 pub mod etcd;
 pub mod gate;
 pub mod limits;

@@ -1,130 +1,114 @@
-//! `explain`: the fields of a kind with their meaning, taken from the contract itself.
+//! `explain`: kinds of resources, their fields and values, taken from the contract itself: for a terminal, and all of them as
+//! the page `docs/resources.md`.
 
-use prost::Message as _;
-use prost_types::field_descriptor_proto::{Label, Type};
-use prost_types::{DescriptorProto, FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet};
+mod document;
+mod example;
+
+use weir_proto::reference::{self, Enumeration, Field, Kind, Message, Value};
 use weir_proto::resource::kind_name;
 
-use crate::args::Kind;
+use crate::args;
 use crate::error::Error;
 use crate::output::Io;
 
-// Field numbers of descriptor.proto: the steps of a path into a file's source information.
-const FILE_MESSAGE: i32 = 4;
-const MESSAGE_FIELD: i32 = 2;
-const MESSAGE_NESTED: i32 = 3;
-
-/// A message type and where it is.
-#[derive(Clone)]
-struct Found<'a> {
-    file: &'a FileDescriptorProto,
-    message: &'a DescriptorProto,
-    path: Vec<i32>,
-}
-
-/// Explains a kind, or the field at a path below its spec.
-pub(super) fn explain(io: &mut Io<'_>, what: &str) -> Result<(), Error> {
-    let (kind, path) = what.split_once('.').unwrap_or((what, ""));
-    let Kind(kind) = kind.parse().map_err(Error::Setting)?;
-    let files = FileDescriptorSet::decode(weir_proto::FILE_DESCRIPTOR_SET)
-        .map_err(|e| Error::Setting(format!("the contract cannot be read: {e}")))?;
-    let camel: String = kind_name(kind).split('_').map(capital).collect();
-    let unknown = |at: &str, found: &Found<'_>| {
-        let fields: Vec<&str> = found.message.field.iter().map(|f| f.name()).collect();
-        Error::Setting(format!("'{at}' is not a field; there are {}", fields.join(", ")))
+/// Explains a kind, or the field at a path below its spec; without either lists the kinds.
+pub(super) fn explain(io: &mut Io<'_>, what: Option<&str>, markdown: bool) -> Result<(), Error> {
+    let kinds = reference::kinds().map_err(|error| Error::Setting(error.to_string()))?;
+    let text = match (what, markdown) {
+        (_, true) => document::document(&kinds),
+        (None, false) => list(&kinds),
+        (Some(what), false) => one(&kinds, what)?,
     };
-    let missing = || Error::Setting(format!("the contract has no {what}"));
-    let mut found = message(&files, &format!(".weir.v1.{camel}Spec")).ok_or_else(missing)?;
-    let mut text = format!("{}\n{}\n", kind_name(kind), comment(&found.clone(), None, "  "));
-    let mut at = String::new();
-    for step in path.split('.').filter(|step| !step.is_empty()) {
-        let (i, field) = found
-            .message
-            .field
-            .iter()
-            .enumerate()
-            .find(|(_, f)| f.name() == step)
-            .ok_or_else(|| unknown(step, &found))?;
-        at = format!("{at}.{step}");
-        text =
-            format!("{}{at}  <{}>\n{}\n", kind_name(kind), type_name(field), comment(&found, Some(i), "  "));
-        match message(&files, field.type_name()) {
-            Some(inner) => found = inner,
-            None => {
-                io.out.write_all(text.as_bytes())?;
-                return Ok(());
-            }
-        }
-    }
-    if !found.message.options.as_ref().is_some_and(|o| o.map_entry()) {
-        text.push_str("\nFields:\n");
-        for (i, field) in found.message.field.iter().enumerate() {
-            text.push_str(&format!("  {}  <{}>\n", field.name(), type_name(field)));
-            text.push_str(&format!("{}\n", comment(&found, Some(i), "      ")));
-        }
-    }
     Ok(io.out.write_all(text.as_bytes())?)
 }
 
-fn capital(word: &str) -> String {
-    let mut chars = word.chars();
-    chars.next().map_or_else(String::new, |first| first.to_ascii_uppercase().to_string() + chars.as_str())
+/// The kinds, and how to go on.
+fn list(kinds: &[Kind]) -> String {
+    let width = kinds.iter().map(|kind| kind.name.len()).max().unwrap_or_default();
+    let line = |kind: &Kind| format!("  {:width$}  {}\n", kind.name, first_sentence(&kind.spec.comment));
+    let lines: String = kinds.iter().map(line).collect();
+    format!(
+        "The kinds of resources, in the order in which they are applied:\n{lines}\n\
+         weir explain KIND         the fields of a kind, and an example\n\
+         weir explain KIND.FIELD   one field and its values, such as pool.timeouts or pool.balancing_policy\n\
+         weir explain --markdown   all of it as one page, with a complete configuration\n"
+    )
 }
 
-fn message<'a>(files: &'a FileDescriptorSet, name: &str) -> Option<Found<'a>> {
-    // Durations and times are values for people.
-    if name.starts_with(".google.") {
-        return None;
+fn first_sentence(comment: &str) -> String {
+    let line = comment.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.split_once(". ").map_or(line.clone(), |(first, _)| format!("{first}."))
+}
+
+fn one(kinds: &[Kind], what: &str) -> Result<String, Error> {
+    let (kind, path) = what.split_once('.').unwrap_or((what, ""));
+    let args::Kind(kind) = kind.parse().map_err(Error::Setting)?;
+    let missing = || Error::Setting(format!("the contract has no {}", kind_name(kind)));
+    let kind = kinds.iter().find(|known| known.name == kind_name(kind)).ok_or_else(missing)?;
+    let mut at = kind.name.to_owned();
+    let mut message = Some(&kind.spec);
+    let mut field = None;
+    for step in path.split('.').filter(|step| !step.is_empty()) {
+        let inside = message.ok_or_else(|| Error::Setting(format!("{at} has no fields")))?;
+        let found = Field::of(inside, step).ok_or_else(|| unknown(&at, step, inside))?;
+        at = format!("{at}.{step}");
+        message = inner(found);
+        field = Some(found);
     }
-    files.file.iter().find_map(|file| {
-        let scope = format!(".{}", file.package());
-        file.message_type.iter().enumerate().find_map(|(i, message)| {
-            let path = vec![FILE_MESSAGE, i32::try_from(i).ok()?];
-            within(Found { file, message, path }, &scope, name)
-        })
+    Ok(match field {
+        None => {
+            let example = indented(&example::of(kind.name), "  ");
+            format!(
+                "{at}\n{}\n{}\nExample:\n{example}\n",
+                indented(&kind.spec.comment, "  "),
+                fields(&kind.spec)
+            )
+        }
+        Some(field) => format!(
+            "{at}  <{}>\n{}\n{}",
+            field.type_name(),
+            indented(&field.comment, "  "),
+            message.map(fields).or(values(field)).unwrap_or_default()
+        ),
     })
 }
 
-fn within<'a>(found: Found<'a>, scope: &str, name: &str) -> Option<Found<'a>> {
-    let full = format!("{scope}.{}", found.message.name());
-    if full == name {
-        return Some(found);
-    }
-    found.message.nested_type.iter().enumerate().find_map(|(i, message)| {
-        let mut path = found.path.clone();
-        path.extend([MESSAGE_NESTED, i32::try_from(i).ok()?]);
-        within(Found { file: found.file, message, path }, &full, name)
-    })
+fn unknown(at: &str, step: &str, inside: &Message) -> Error {
+    let names: Vec<&str> = inside.fields.iter().map(|field| field.name.as_str()).collect();
+    Error::Setting(format!("'{step}' is not a field of {at}; there are {}", names.join(", ")))
 }
 
-/// The comment above a message or one of its fields, indented.
-fn comment(found: &Found<'_>, field: Option<usize>, indent: &str) -> String {
-    let mut path = found.path.clone();
-    if let Some(i) = field {
-        path.extend([MESSAGE_FIELD, i32::try_from(i).unwrap_or(i32::MAX)]);
+/// The message of a field, if it has fields of its own.
+fn inner(field: &Field) -> Option<&Message> {
+    match &field.value {
+        Value::Message(message) => Some(message),
+        _ => None,
     }
-    let info = found.file.source_code_info.as_ref();
-    let location = info.and_then(|info| info.location.iter().find(|location| location.path == path));
-    let text = location.map(|location| location.leading_comments().trim().to_owned()).unwrap_or_default();
-    let lines = text.lines().map(|line| format!("{indent}{}", line.trim()));
-    lines.collect::<Vec<_>>().join("\n")
 }
 
-fn type_name(field: &FieldDescriptorProto) -> String {
-    let name = match field.r#type() {
-        Type::Message | Type::Enum => match field.type_name() {
-            ".google.protobuf.Duration" => "duration, such as 250ms or 30s".to_owned(),
-            ".google.protobuf.Timestamp" => "time, RFC 3339".to_owned(),
-            other => other.rsplit('.').next().unwrap_or_default().to_owned(),
-        },
-        Type::Bool => "true or false".to_owned(),
-        Type::String => "text".to_owned(),
-        Type::Bytes => "hex digits".to_owned(),
-        Type::Double | Type::Float => "number".to_owned(),
-        _ => "whole number".to_owned(),
+/// The enumeration of a field, if its values are words.
+fn enumeration(field: &Field) -> Option<&Enumeration> {
+    match &field.value {
+        Value::Enumeration(enumeration) => Some(enumeration),
+        _ => None,
+    }
+}
+
+fn fields(message: &Message) -> String {
+    let field = |field: &Field| {
+        format!("  {}  <{}>\n{}\n", field.name, field.type_name(), indented(&field.comment, "      "))
     };
-    if field.label() != Label::Repeated {
-        return name;
-    }
-    if name.ends_with("Entry") { "map".to_owned() } else { format!("list of {name}") }
+    format!("\nFields:\n{}", message.fields.iter().map(field).collect::<String>())
+}
+
+/// The words that a field takes.
+fn values(field: &Field) -> Option<String> {
+    let value = |(word, comment): &(String, String)| format!("  {word}\n{}\n", indented(comment, "      "));
+    let values = enumeration(field)?.values.iter().map(value).collect::<String>();
+    Some(format!("\nValues:\n{values}"))
+}
+
+fn indented(text: &str, indent: &str) -> String {
+    let line = |line: &str| if line.is_empty() { String::new() } else { format!("{indent}{line}") };
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -230,14 +230,18 @@ fn what_is_of_another_set_is_taken_over_only_when_that_is_meant() {
 }
 
 #[test]
-fn the_example_with_two_backends_can_be_applied() {
-    let example = include_str!("../../../deploy/examples/two-backends.yaml");
-    let resources = weir_proto::manifest::parse(example, "two-backends.yaml").unwrap();
-    let empty = state(&[]);
-    let edits = apply_edits(&empty, &resources, "default", false, false).unwrap();
-    let plan = plan(&empty, edits, Options::default()).unwrap();
-    assert_eq!(plan.steps.len(), resources.len());
-    assert!(plan.steps.iter().all(|step| step.action == v1::ChangeAction::Create));
+fn the_examples_can_be_applied() {
+    for example in [
+        include_str!("../../../deploy/examples/two-backends.yaml"),
+        include_str!("../../../deploy/examples/complete.yaml"),
+    ] {
+        let resources = weir_proto::manifest::parse(example, "example.yaml").unwrap();
+        let empty = state(&[]);
+        let edits = apply_edits(&empty, &resources, "default", false, false).unwrap();
+        let plan = plan(&empty, edits, Options::default()).unwrap();
+        assert_eq!(plan.steps.len(), resources.len());
+        assert!(plan.steps.iter().all(|step| step.action == v1::ChangeAction::Create));
+    }
 }
 
 #[test]

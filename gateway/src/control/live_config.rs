@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weir_runtime::EgressPolicy;
@@ -19,6 +19,7 @@ pub struct LiveConfig {
     revision: watch::Sender<u64>,
     published: ArcSwap<Instant>,
     connected: AtomicBool,
+    problem: ArcSwapOption<String>,
     live_gateways: AtomicU32,
     config_refused: AtomicUsize,
 }
@@ -30,6 +31,7 @@ impl Default for LiveConfig {
             revision: watch::Sender::new(0),
             published: ArcSwap::from_pointee(Instant::now()),
             connected: AtomicBool::new(false),
+            problem: ArcSwapOption::empty(),
             live_gateways: AtomicU32::new(1),
             config_refused: AtomicUsize::new(0),
         }
@@ -85,6 +87,16 @@ impl LiveConfig {
     /// Sets whether a control plane is connected.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    /// Why no control plane is followed, with a remedy.
+    pub fn problem(&self) -> Option<Arc<String>> {
+        self.problem.load_full()
+    }
+
+    /// Sets why no control plane is followed.
+    pub fn set_problem(&self, problem: Option<String>) {
+        self.problem.store(problem.map(Arc::new));
     }
 
     /// How many resources of the last delta this gateway refuses; a delta refused whole counts as one.

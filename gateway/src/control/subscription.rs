@@ -100,4 +100,8 @@ impl Apply for Publisher {
     fn connected(&mut self, connected: bool) {
         self.live.set_connected(connected);
     }
+
+    fn problem(&mut self, problem: Option<String>) {
+        self.live.set_problem(problem);
+    }
 }

@@ -20,6 +20,8 @@ pub(super) struct Configuration {
     pub(super) rules: Arc<ArcSwap<Rules>>,
     /// False until the control plane or its copy on disk has been heard of.
     pub(super) known: watch::Receiver<bool>,
+    /// Why no control plane is followed, with a remedy.
+    pub(super) problem: watch::Receiver<Option<String>>,
 }
 
 /// Compiles each configuration and puts it in force.
@@ -27,6 +29,7 @@ pub(super) struct Configuration {
 pub(super) struct Publisher {
     rules: Arc<ArcSwap<Rules>>,
     known: watch::Sender<bool>,
+    problem: watch::Sender<Option<String>>,
     rules_held: Gauge,
     revision: Gauge,
     connected: Gauge,
@@ -45,6 +48,14 @@ impl Apply for Publisher {
     fn connected(&mut self, connected: bool) {
         self.connected.set(i64::from(connected));
     }
+
+    fn problem(&mut self, problem: Option<String>) {
+        self.problem.send_if_modified(|known| {
+            let changed = *known != problem;
+            *known = problem;
+            changed
+        });
+    }
 }
 
 /// What the settings ask for; the subscriber is to be run.
@@ -53,10 +64,13 @@ pub(super) fn open(
     metrics: &Metrics,
 ) -> Result<(Configuration, Option<Subscriber<Publisher>>), StartError> {
     let known = watch::Sender::new(config.control_plane.is_none());
-    let configuration = Configuration { rules: Arc::default(), known: known.subscribe() };
+    let problem = watch::Sender::new(None);
+    let configuration =
+        Configuration { rules: Arc::default(), known: known.subscribe(), problem: problem.subscribe() };
     let mut publisher = Publisher {
         rules: Arc::clone(&configuration.rules),
         known,
+        problem,
         rules_held: metrics.rules_held.clone(),
         revision: metrics.revision.clone(),
         connected: metrics.control_plane_connected.clone(),

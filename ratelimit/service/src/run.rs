@@ -106,6 +106,7 @@ pub async fn start(
     let watcher = Watcher {
         stack,
         known: configuration.known,
+        problem: configuration.problem,
         readiness: readiness.clone(),
         health,
         store_up: metrics.store_up,

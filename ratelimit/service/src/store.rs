@@ -9,10 +9,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use weir_runtime::Readiness;
-
+use weir_discovery::not_configured;
 use weir_proto::resource::Rates;
 use weir_ratelimit::{Error, Limiter, Scope, ScopeLimits, ServiceStack, scope_limits};
+use weir_runtime::Readiness;
 
 /// Between two questions.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -27,6 +27,8 @@ pub(super) struct Watcher {
     pub(super) stack: Arc<ServiceStack>,
     /// Whether a configuration is in force, where one is asked for.
     pub(super) known: watch::Receiver<bool>,
+    /// Why no control plane is followed.
+    pub(super) problem: watch::Receiver<Option<String>>,
     pub(super) readiness: Readiness,
     pub(super) health: HealthReporter,
     pub(super) store_up: Gauge,
@@ -44,6 +46,7 @@ impl Watcher {
                 _ = ticks.tick() => {}
                 // Without the other end nothing changes any more, and the tick goes on.
                 Ok(()) = self.known.changed() => {}
+                Ok(()) = self.problem.changed() => {}
                 () = shutdown.cancelled() => break,
             }
             let question = self.stack.limiter.peek(&[nothing()]).await;
@@ -52,42 +55,39 @@ impl Watcher {
             }
             let up = answered.is_some_and(|at| at.elapsed() < AWAY_AFTER);
             self.store_up.set(i64::from(up));
-            let state = readiness_of(up, *self.known.borrow());
-            if said != Some(state) {
-                log_readiness(state, question.err());
-                self.say(state).await;
+            let state = readiness_of(up, *self.known.borrow(), self.problem.borrow().clone());
+            if said.as_ref() != Some(&state) {
+                log_readiness(&state, question.err());
+                self.say(state.clone()).await;
                 said = Some(state);
             }
         }
-        self.say(Err("draining")).await;
+        self.say(Err("draining".to_owned())).await;
     }
 
-    async fn say(&self, state: Result<(), &str>) {
+    async fn say(&self, state: Result<Option<String>, String>) {
         let status = if state.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
-        self.readiness.set(state.map_err(str::to_owned));
+        self.readiness.set(state);
         for name in HEALTH_NAMES {
             self.health.set_service_status(name, status).await;
         }
     }
 }
 
-/// Whether the process is ready, or why not.
-const fn readiness_of(store_up: bool, configured: bool) -> Result<(), &'static str> {
+/// Whether the process is ready, maybe with a problem, or why not.
+fn readiness_of(store_up: bool, configured: bool, problem: Option<String>) -> Result<Option<String>, String> {
     match (store_up, configured) {
-        (false, _) => Err("the limit store does not answer; see --redis"),
-        (true, false) => {
-            Err("no configuration: the control plane has not been reached and there is no copy on disk; \
-                              see --control-plane and --data-dir")
-        }
-        (true, true) => Ok(()),
+        (false, _) => Err("the limit store does not answer; see --redis".to_owned()),
+        (true, false) => Err(not_configured(problem.as_deref())),
+        (true, true) => Ok(problem),
     }
 }
 
-fn log_readiness(state: Result<(), &'static str>, failed: Option<Error>) {
+fn log_readiness(state: &Result<Option<String>, String>, failed: Option<Error>) {
     match (failed, state) {
         (Some(error), Err(reason)) => tracing::error!(%error, reason, "not ready"),
         (None, Err(reason)) => tracing::warn!(reason, "not ready"),
-        (_, Ok(())) => tracing::info!("ready"),
+        (_, Ok(problem)) => tracing::info!(problem, "ready"),
     }
 }
 

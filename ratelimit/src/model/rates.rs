@@ -141,3 +141,40 @@ pub fn max_wait(scope: Scope<'_>, rates: &Rates) -> Duration {
         Scope::Tenant(_) | Scope::ApiKey { .. } | Scope::TenantModel { .. } => Duration::ZERO,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use weir_proto::manifest::format_duration;
+    use weir_proto::reference::{self, Field, Message, Value};
+
+    use super::*;
+
+    fn inside<'a>(message: &'a Message, name: &str) -> &'a Field {
+        Field::of(message, name).expect("a field")
+    }
+
+    /// The reference of resources is written from the comments of the contract, and this default is known here alone.
+    #[test]
+    fn the_wait_that_the_contract_tells_is_that_of_a_limit_which_says_none() {
+        let kinds = reference::kinds().expect("readable");
+        let limit = kinds.iter().find(|kind| kind.name == "limit").expect("a kind");
+        let Value::Message(rates) = &inside(&limit.spec, "rates").value else { panic!("fields") };
+        let told = inside(rates, "max_wait").facts.default.as_deref();
+        let wait = |scope| format_duration(max_wait(scope, &Rates::default()));
+        assert_eq!(wait(Scope::Model("m")), wait(Scope::Account("a")));
+        assert_eq!(
+            (
+                wait(Scope::Tenant("t")).as_str(),
+                wait(Scope::TenantModel { tenant: "t", model: "m" }).as_str()
+            ),
+            ("0s", "0s")
+        );
+        let expected = format!(
+            "{} for a global limit, {} for that of a model or an account, which callers share, and zero for that of a tenant \
+             or a key",
+            wait(Scope::Global),
+            wait(Scope::Model("m"))
+        );
+        assert_eq!(told, Some(expected.as_str()));
+    }
+}

@@ -62,7 +62,8 @@ impl ReportStream {
         let first = Observed { backends: backends::without_counts(&self.live), ..Observed::default() };
         up.try_send(self.report(first, sequence)).map_err(|_| "no room for the first report".to_owned())?;
         let request = self.identity.request(ReceiverStream::new(reports))?;
-        let mut stream = answered(client.stream_reports(request)).await?.into_inner();
+        let opened = answered(client.stream_reports(request)).await;
+        let mut stream = opened.map_err(|s| s.message().to_owned())?.into_inner();
         self.outgoing.open();
         self.notify(Event::Connected).await?;
         let mut silent_at = Instant::now() + SILENCE_MAX;
