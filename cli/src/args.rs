@@ -352,7 +352,7 @@ pub enum KeyCommand {
 /// Commands for limits.
 #[derive(Debug, Clone, Subcommand)]
 pub enum LimitsCommand {
-    /// Show every limit of a key and a model, what remains of it, and whether it would refuse a request now
+    /// Show every limit of a key and a model: what it allows, what is used, and whether it would refuse a request now
     Explain {
         /// Name of the API key's resource; its secret is not needed
         #[arg(long, value_parser = name, value_name = "NAME")]
@@ -360,18 +360,18 @@ pub enum LimitsCommand {
         /// Name of the model's resource
         #[arg(long, value_parser = name, value_name = "NAME")]
         model: Name,
-        /// URL of a gateway's operations port
-        #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
-        gateway: http::Uri,
-        /// File with the token of the operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
-        #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
-        ops_token_file: Option<PathBuf>,
         /// Prompt tokens of the imagined request
         #[arg(long, value_name = "N")]
         input_tokens: Option<u64>,
         /// Output tokens of the imagined request. Default: the usual number for this model and tenant
         #[arg(long, value_name = "N")]
         output_tokens: Option<u64>,
+        /// Ask this gateway instead of the control plane: URL of its operations port
+        #[arg(long, value_parser = health_url, value_name = "URL")]
+        gateway: Option<http::Uri>,
+        /// With --gateway: file with the token of its operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
+        #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
+        ops_token_file: Option<PathBuf>,
     },
 }
 

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::control::credentials::Credentials;
 use crate::control::live_config::LiveConfig;
 use crate::control::probe_channel::ProbeChannel;
+use crate::control::questions::Questions;
 use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
@@ -38,6 +39,7 @@ use crate::http::server::Server;
 use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::OrphanReaper;
 use crate::metrics::{KindLabels, Metrics};
+use crate::ops::answers::Answers;
 use crate::ops::weight_metrics::WeightMetrics;
 use crate::ops::{explain, usage};
 use crate::probe::Prober;
@@ -150,10 +152,11 @@ async fn begin(
     let publisher = Publisher::new(live.clone(), credentials.clone());
     let subscriber = Subscriber::new(publisher, identity.clone(), links.clone(), settings.disk);
     let prober = Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone());
-    let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
+    let (questions, asked) = Questions::channel();
+    let reporter =
+        Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, questions, identity };
     let readiness = Readiness::not_ready("no configuration yet");
     let pages = pages(&live, &ledger, settings.ops_token);
-    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
 
     // The settlement worker and the operations port end after the streams.
     let (tasks, serving, drained) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
@@ -161,10 +164,11 @@ async fn begin(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(prober.run(drained.clone()));
     tasks.spawn(reporter.run(links, drained.clone()));
+    tasks.spawn(Answers { live: live.clone(), ledger: ledger.clone(), questions: asked }.run(drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(weir_runtime::serve_ops_with(
-        ops,
+        Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone()),
         settings.ops_hosts,
         readiness.clone(),
         Arc::new(registry),

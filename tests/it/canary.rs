@@ -363,6 +363,8 @@ spec: {{ limits: {{ tokens_per_minute: 100000 }} }}
         &["audit", "-o", "json"],
         &["audit", "--verify"],
         &["limits", "explain", "--key", "k", "--model", "m", "--gateway", &format!("http://{ops}")],
+        &["limits", "explain", "--key", "k", "--model", "m"],
+        &["usage"],
         &["backup", &backup],
         &["token", "revoke", "vera"],
         &["key", "revoke", "k"],

@@ -24,6 +24,7 @@ mod high_availability;
 mod limits;
 mod pains;
 mod processes;
+mod questions;
 mod ratelimit;
 mod redis_tls;
 mod stack;
