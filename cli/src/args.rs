@@ -1,6 +1,7 @@
 //! The command-line arguments of `weir`.
 
 mod defaults;
+mod definition;
 mod groups;
 mod up;
 
@@ -13,11 +14,15 @@ use weir_proto::resource::Name;
 use weir_proto::{manifest, v1};
 
 pub(crate) use defaults::fill;
+pub(crate) use definition::{command, refuse_unused};
 pub use groups::{
     AuditArgs, BackupArgs, ContextCommand, DrainArgs, GatewayCommand, KnownEntry, ProbeArgs, Reference,
     RoleName, RollbackArgs, TierName, TokenCommand, UsageArgs, UsageBy, WatchArgs,
 };
 pub use up::UpArgs;
+
+/// The heading of the options that most commands take, after those of the command itself.
+const GLOBAL: &str = "Global options";
 
 /// Manages a Weir cluster: resources, keys, gateways.
 ///
@@ -29,43 +34,43 @@ pub struct Cli {
     /// Address of the control plane; with several control planes of one store a comma-separated list: the first that answers is used
     #[arg(
         long,
-        global = true,
+        global = true, help_heading = GLOBAL,
         env = "WEIR_SERVER",
         default_value = "http://127.0.0.1:7070",
         value_name = "URL[,URL...]"
     )]
     pub server: Servers,
     /// File with the token of the control plane; takes precedence over WEIR_TOKEN
-    #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
     /// CA certificate (PEM) that signs the control plane's certificate; default: the system's CA certificates
-    #[arg(long, global = true, env = "WEIR_CA", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// Client certificate (PEM), used instead of a token
-    #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
     pub cert: Option<PathBuf>,
     /// Private key (PEM) of the client certificate
     // Not --key, which is the name of an API key: clap panics when one id has two types.
     #[arg(
         long = "cert-key",
         id = "cert_key",
-        global = true,
+        global = true, help_heading = GLOBAL,
         env = "WEIR_KEY",
         value_name = "FILE",
         requires = "cert"
     )]
     pub key: Option<PathBuf>,
     /// Context (a named cluster, see weir context set) to use instead of the current one; ignored with --server
-    #[arg(long, global = true, env = "WEIR_CONTEXT", value_name = "NAME")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CONTEXT", value_name = "NAME")]
     pub context: Option<String>,
     /// The environment variable that holds the token of a context, if it is not WEIR_TOKEN.
     #[arg(skip)]
     pub token_env: Option<String>,
     /// Format of the results
-    #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
+    #[arg(long, short = 'o', global = true, help_heading = GLOBAL, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
     /// Timeout of each call, with a unit: 250ms, 10s, 1m
-    #[arg(long, global = true, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
     pub timeout: Duration,
     /// The command
     #[command(subcommand)]

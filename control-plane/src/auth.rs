@@ -120,18 +120,20 @@ pub(crate) fn needs(path: &str) -> Option<Role> {
             "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection",
             "ServerReflectionInfo",
         ) => Role::Viewer,
-        ("weir.v1.AdminService", method) => match method {
-            "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
-            | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit" | "GetOperation"
-            | "WaitOperation" | "GetGatewayConfig" | "QueryUsage" | "ExplainLimits" | "WhoAmI" => Role::Viewer,
-            // The call itself restricts which fields an operator may update.
-            "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
-            "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {
-                Role::Editor
+        ("weir.v1.AdminService", method) => {
+            match method {
+                "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
+                | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit"
+                | "GetOperation" | "WaitOperation" | "GetGatewayConfig" | "QueryUsage" | "ExplainLimits"
+                | "WhoAmI" => Role::Viewer,
+                // The call itself restricts which fields an operator may update.
+                "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
+                "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey"
+                | "Rollback" => Role::Editor,
+                "IssueToken" | "RotateToken" | "RevokeToken" | "ListTokens" | "Backup" => Role::Admin,
+                _ => return None,
             }
-            "IssueToken" | "RotateToken" | "RevokeToken" | "ListTokens" | "Backup" => Role::Admin,
-            _ => return None,
-        },
+        }
         _ => return None,
     })
 }

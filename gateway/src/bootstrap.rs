@@ -164,7 +164,8 @@ async fn begin(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(prober.run(drained.clone()));
     tasks.spawn(reporter.run(links, drained.clone()));
-    tasks.spawn(Answers { live: live.clone(), ledger: ledger.clone(), questions: asked }.run(drained.clone()));
+    tasks
+        .spawn(Answers { live: live.clone(), ledger: ledger.clone(), questions: asked }.run(drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(weir_runtime::serve_ops_with(

@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use http::StatusCode;
+use tokio::io::AsyncBufReadExt as _;
 use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
 use weir_tests::cluster::mock;
@@ -168,6 +169,54 @@ async fn up_serves_the_rest_of_a_configuration_whose_one_credential_is_missing()
     assert!(refused.starts_with("backend bare: ") && refused.contains("PROV_B_KEY"), "{refused}");
     let answer = up.client(0).chat(&CHAT.replace("gpt-4.1", "m")).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+}
+
+/// A port that something else listens on.
+async fn taken() -> (tokio::net::TcpListener, String) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    (listener, address)
+}
+
+#[tokio::test]
+async fn a_port_of_up_that_is_taken_is_named_with_its_flag() {
+    let (_listener, address) = taken().await;
+    for flag in ["--admin-listen", "--http-listen", "--ops-listen", "--listen"] {
+        let mut args = vec!["up", flag, &address];
+        if flag != "--listen" {
+            args.extend(["--listen", "127.0.0.1:0"]);
+        } else {
+            args.extend([
+                "--admin-listen",
+                "127.0.0.1:0",
+                "--http-listen",
+                "127.0.0.1:0",
+                "--ops-listen",
+                "127.0.0.1:0",
+            ]);
+        }
+        let (code, text) = ended("weir", &args).await;
+        assert!(code == 69 || code == 1, "{flag}: {code}: {text}");
+        assert!(text.contains(&address) && text.contains(flag), "{flag}: {text}");
+    }
+    let (code, text) = ended("weir", &["up", "--server", "http://127.0.0.1:1"]).await;
+    assert!(code == 2 && text.contains("--server has no effect on weir up"), "{code}: {text}");
+}
+
+#[tokio::test]
+async fn up_that_is_stopped_says_nothing_alarming() {
+    let mut command = command("weir");
+    command
+        .args(["up", "--listen", "127.0.0.1:0", "--output", "json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("starts");
+    let mut lines = tokio::io::BufReader::new(child.stdout.take().expect("piped")).lines();
+    lines.next_line().await.expect("readable").expect("it is up");
+    signal(&child, "-INT").await;
+    let done = child.wait_with_output().await.expect("ends");
+    assert!(done.status.success());
+    assert_eq!(String::from_utf8_lossy(&done.stderr), "");
 }
 
 #[tokio::test]

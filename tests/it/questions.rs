@@ -43,7 +43,10 @@ async fn usage_and_limits_are_asked_of_the_control_plane_alone() {
     assert!(table.contains("COST leaves out models without a price"), "{table}");
     let explain = ["limits", "explain", "--key", "acme-key", "--model", "m"];
     let limit = json(&stack, &explain).await["limits"][0].clone();
-    assert_eq!((&limit["limit"], &limit["period"], &limit["burst"]), (&600.into(), &"minute".into(), &1200.into()));
+    assert_eq!(
+        (&limit["limit"], &limit["period"], &limit["burst"]),
+        (&600.into(), &"minute".into(), &1200.into())
+    );
 
     // Either gateway answers, and one that is killed is passed over.
     stack.gateways[0].kill().await;

@@ -98,7 +98,8 @@ fn is_here(gateway: &Uri) -> bool {
 
 fn text(answer: &Value) -> String {
     let rows = answer["limits"].as_array().into_iter().flatten().map(row);
-    let header = ["SCOPE", "KIND", "USED", "LIMIT", "BURST", "LEFT", "NEEDS", "DECISION", "FITS IN", "MAY WAIT"];
+    let header =
+        ["SCOPE", "KIND", "USED", "LIMIT", "BURST", "LEFT", "NEEDS", "DECISION", "FITS IN", "MAY WAIT"];
     let mut text = table(&header, rows.collect());
     let slots = answer["backends"].as_array().into_iter().flatten().map(|backend| {
         let name = backend["backend"].as_str().unwrap_or_default();

@@ -23,7 +23,8 @@ pub(super) async fn usage(cli: &Cli, io: &mut Io<'_>, args: &UsageArgs) -> Resul
         }
         None => {
             let client = Client::connect(cli).await?;
-            let asked = client.call(Retry::Once, request(args), |mut c, r| async move { c.query_usage(r).await });
+            let asked =
+                client.call(Retry::Once, request(args), |mut c, r| async move { c.query_usage(r).await });
             usage_value(&asked.await?)
         }
     };
@@ -46,8 +47,7 @@ fn path(args: &UsageArgs) -> String {
     let by: Vec<&str> = args.by.iter().map(|by| by.name()).collect();
     let mut path = format!("/usage?by={}", by.join(","));
     let asked = request(args);
-    let fields =
-        [("tenant", asked.tenant), ("model", asked.model), ("from", asked.from), ("to", asked.to)];
+    let fields = [("tenant", asked.tenant), ("model", asked.model), ("from", asked.from), ("to", asked.to)];
     for (field, value) in fields.iter().filter(|(_, value)| !value.is_empty()) {
         path.push_str(&format!("&{field}={value}"));
     }
@@ -88,7 +88,9 @@ fn text(answer: &Value, by: &[UsageBy]) -> String {
         .collect();
     let mut text = table(&header, rows);
     if answer["total"]["unpriced"] == true {
-        text.push_str("COST leaves out models without a price: input_price_micro_dollars, weir explain model\n");
+        text.push_str(
+            "COST leaves out models without a price: input_price_micro_dollars, weir explain model\n",
+        );
     }
     text
 }

@@ -309,7 +309,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn open_questions_are_bounded_and_places_come_free() {
         let questions = Questions::default();
-        let _silent = questions.join("a", "1", Claim::Own).unwrap();
+        let _silent = ["a", "b", "c", "d"].map(|id| questions.join(id, "1", Claim::Own).unwrap());
         let asked = question();
         let open: Vec<_> = (0..OPEN_MAX)
             .map(|_| {

@@ -14,8 +14,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{
-    self, AggregateLoad, AggregateTraffic, AnswerQuestionsRequest, AnswerQuestionsResponse, Leadership, ProbeAssignments, ProbeOrder, ProbeTier,
-    StreamReportsRequest, StreamReportsResponse,
+    self, AggregateLoad, AggregateTraffic, AnswerQuestionsRequest, AnswerQuestionsResponse, Leadership,
+    ProbeAssignments, ProbeOrder, ProbeTier, StreamReportsRequest, StreamReportsResponse,
 };
 
 use super::{Shared, check_about, questions};

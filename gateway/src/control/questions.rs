@@ -95,7 +95,8 @@ impl Questions {
     async fn answer(&self, asked: v1::AnswerQuestionsResponse) -> AnswerQuestionsRequest {
         let number = asked.number;
         let Some(question) = asked.question else {
-            let why = "this gateway does not know the question; check that it has the control plane's version";
+            let why =
+                "this gateway does not know the question; check that it has the control plane's version";
             return answer_to(number, refusal(QuestionRefusalKind::Unavailable, why));
         };
         let (reply, answer) = oneshot::channel();

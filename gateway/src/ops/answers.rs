@@ -94,7 +94,8 @@ fn bounded(answer: Answer) -> Answer {
     if bytes <= ANSWER_BYTES_MAX {
         return answer;
     }
-    let why = "the answer is larger than 3 MiB; ask for fewer days, for one tenant, or for sums by fewer fields";
+    let why =
+        "the answer is larger than 3 MiB; ask for fewer days, for one tenant, or for sums by fewer fields";
     refusal(QuestionRefusalKind::Invalid, why)
 }
 

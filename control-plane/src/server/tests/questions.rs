@@ -76,8 +76,10 @@ async fn a_gateway_that_leaves_during_a_question_is_followed_by_another() {
     let call = loop {
         let call = asked(&plane, v1::QueryUsageRequest::default()).await;
         let number = tokio::select! {
-            _ = leaving.question(), if both_are_known => break call,
             asked = leaving.question() => {
+                if both_are_known {
+                    break call;
+                }
                 leaving.answer(asked.number, usage(1)).await;
                 continue;
             }
@@ -149,8 +151,7 @@ async fn a_key_that_is_revoked_is_told_from_one_that_is_not_there() {
     };
     admin.update_resource(revoked).await.unwrap();
     let mut ask = async |key: &str, model: &str| {
-        let request =
-            v1::ExplainLimitsRequest { key: key.into(), model: model.into(), ..Default::default() };
+        let request = v1::ExplainLimitsRequest { key: key.into(), model: model.into(), ..Default::default() };
         let refused = admin.explain_limits(request).await.unwrap_err();
         (refused.code(), refused.message().to_owned())
     };

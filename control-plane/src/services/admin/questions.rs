@@ -64,7 +64,8 @@ fn usable(state: &State, request: &v1::ExplainLimitsRequest) -> Result<(), Statu
     let Some(stored) = state.get(&key) else { return Err(Refusal::NotFound(key).into()) };
     match &stored.checked.spec {
         Spec::ApiKey(spec) if spec.revoked => {
-            let why = format!("{key} is revoked: every gateway refuses it; weir key create makes another one");
+            let why =
+                format!("{key} is revoked: every gateway refuses it; weir key create makes another one");
             Err(Refusal::Precondition(why).into())
         }
         _ => Ok(()),
