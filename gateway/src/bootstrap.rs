@@ -133,9 +133,10 @@ async fn begin(
     let limiter = limiter_of(&config, limiter).await?;
     let (registry, metrics, listeners, live) = counted(settings.egress, resolver);
     let holder = OwnerId::of(&settings.identity.incarnation);
-    let (ledger, worker) = Ledger::new(limiter, holder, live_gateways(&live), metrics.clone());
-    let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
+    let (ledger, worker) =
+        Ledger::new(limiter, holder, live_gateways(&live), metrics.clone(), traffic.clone());
+    let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let gateway = Gateway {
         live: live.clone(),
         ledger: ledger.clone(),

@@ -216,7 +216,10 @@ async fn up_that_is_stopped_says_nothing_alarming() {
     signal(&child, "-INT").await;
     let done = child.wait_with_output().await.expect("ends");
     assert!(done.status.success());
-    assert_eq!(String::from_utf8_lossy(&done.stderr), "");
+    let said = String::from_utf8_lossy(&done.stderr);
+    // That the machine allows few open files is said at the start.
+    let at_the_end: Vec<&str> = said.lines().filter(|line| !line.contains("open files")).collect();
+    assert!(at_the_end.is_empty(), "{at_the_end:?}");
 }
 
 #[tokio::test]

@@ -13,12 +13,10 @@
 //! <https://platform.openai.com/docs/guides/rate-limits>).
 //!
 //! [`slot_lease`] takes a backend's slot without a request, for probes; [`estimates`] and [`price`] say what a request
-//! will probably cost; [`spend_period`] makes limits of money per day, week or month; [`declared`] tells a limit as its
-//! operator wrote it; [`account_groups`] orders candidates by provider account; [`orphan_reaper`] frees the leases of
-//! gateways that are gone.
+//! will probably cost; [`spend_period`] makes limits of money per day, week or month; [`account_groups`] orders candidates
+//! by provider account; [`orphan_reaper`] frees the leases of gateways that are gone.
 
 pub mod account_groups;
-pub mod declared;
 pub mod estimates;
 pub mod ledger;
 pub mod orphan_reaper;

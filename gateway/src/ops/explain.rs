@@ -24,8 +24,9 @@ use super::page::{self, PageError};
 use crate::api::duration::millis;
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
-use crate::limits::{declared, price, spend_period};
+use crate::limits::{price, spend_period};
 use crate::routing::backend::BackendEntry;
+use crate::routing::declared::declared;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
 use crate::routing::snapshot::Snapshot;
@@ -227,7 +228,7 @@ impl<'a> Row<'a> {
     }
 
     fn explained(&self) -> v1::ExplainedLimit {
-        let declared = declared::declared(self.entry, &self.limit);
+        let declared = declared(self.entry, &self.limit);
         v1::ExplainedLimit {
             scope_kind: self.entry.kind.as_str().to_owned(),
             scope: self.entry.name.clone(),

@@ -33,13 +33,27 @@ impl Handle<v1::ExplainLimitsRequest> for Admin {
     async fn do_call(&self, request: v1::ExplainLimitsRequest) -> Result<Self::Answer, Status> {
         usable(&self.0.catalog.state(), &request)?;
         match self.ask(Question::Limits(request)).await? {
-            (gateway_id, Answer::Limits(answer)) => Ok(v1::ExplainLimitsResponse { gateway_id, ..answer }),
+            (gateway_id, Answer::Limits(mut answer)) => {
+                self.add_last_minute(&mut answer.limits);
+                Ok(v1::ExplainLimitsResponse { gateway_id, ..answer })
+            }
             (gateway_id, other) => Err(unfit(&gateway_id, other)),
         }
     }
 }
 
 impl Admin {
+    /// Adds what all gateways used, which the gateway that answered cannot know.
+    fn add_last_minute(&self, limits: &mut [v1::ExplainedLimit]) {
+        self.0.aggregate.timeseries().read(|figures| {
+            let known = figures.last_minute();
+            for limit in limits {
+                let key = (limit.scope_kind.clone(), limit.scope.clone(), limit.kind.clone());
+                limit.last_minute = known.get(&key).copied();
+            }
+        });
+    }
+
     async fn ask(&self, question: Question) -> Result<(String, Answer), Status> {
         let connected = *self.0.membership.count().borrow() > 0;
         self.0.questions.ask(&question, connected).await.map_err(|unanswered| {

@@ -4,7 +4,7 @@
 use weir_proto::resource::Period;
 use weir_ratelimit::{Kind, LimitState, What};
 
-use crate::routing::scope::ScopeEntry;
+use super::scope::ScopeEntry;
 
 /// How much a limit allows in which time, and at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,11 +19,11 @@ pub struct DeclaredLimit {
 
 /// What was declared for the limit of a scope that has this state.
 pub fn declared(entry: &ScopeEntry, state: &LimitState) -> DeclaredLimit {
-    of(entry, state.what, state.limit)
+    declared_as(entry, state.what, state.limit)
 }
 
 /// What was declared for a limit whose bucket has this capacity.
-pub fn of(entry: &ScopeEntry, what: What, capacity: u64) -> DeclaredLimit {
+pub fn declared_as(entry: &ScopeEntry, what: What, capacity: u64) -> DeclaredLimit {
     let at_once = DeclaredLimit { amount: capacity, period: None, burst: capacity };
     match what {
         What::Concurrency => at_once,
