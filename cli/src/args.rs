@@ -205,7 +205,7 @@ pub enum Command {
     },
     /// Check the health of any Weir process: exits with 0 if it is healthy
     Health {
-        /// A page of its operations port, such as http://127.0.0.1:9100/readyz
+        /// Address of its operations port, such as http://127.0.0.1:9100; a page of it other than /readyz may be named
         #[arg(value_parser = health_url)]
         url: http::Uri,
     },
@@ -269,7 +269,7 @@ pub struct DeleteArgs {
 /// The resources of apply and diff.
 #[derive(Debug, Clone, Args)]
 pub struct FileArgs {
-    /// File of resources, or - for standard input; may be repeated
+    /// File of resources, directory of .yaml, .yml and .json files, or - for standard input; may be repeated
     #[arg(long = "file", short = 'f', required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
     /// Delete resources of the same set that are not in the files
@@ -440,9 +440,19 @@ impl FromStr for Servers {
     }
 }
 
+const NO_PORT: &str = "there is no such port; ports are 1 to 65535";
+
+/// Whether an address has no port, or one that exists. Of one that does not, clients use another.
+fn has_port(uri: &http::Uri) -> bool {
+    let given = uri.authority().and_then(|authority| authority.as_str().rsplit_once(':'));
+    let given = given.map(|(_, port)| port).filter(|port| !port.ends_with(']') && !port.contains('@'));
+    given.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
 fn server(text: &str) -> Result<String, String> {
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     match full.parse::<http::Uri>() {
+        Ok(uri) if !has_port(&uri) => Err(NO_PORT.to_owned()),
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
                 && uri.authority().is_some_and(|a| !a.as_str().contains('@')) =>
@@ -461,6 +471,7 @@ fn name(text: &str) -> Result<Name, String> {
 
 fn health_url(text: &str) -> Result<http::Uri, String> {
     match text.parse::<http::Uri>() {
+        Ok(uri) if !has_port(&uri) => Err(NO_PORT.to_owned()),
         Ok(uri) if uri.scheme_str() == Some("http") && uri.host().is_some() => Ok(uri),
         _ => Err("must be an address such as http://127.0.0.1:9100/readyz".to_owned()),
     }
