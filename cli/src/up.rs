@@ -198,8 +198,8 @@ fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> 
         answer_max_mib: 256,
         tls_cert: None,
         tls_key: None,
-        pre_stop_s: 0,
-        drain_s: 600,
+        pre_stop: Duration::ZERO,
+        drain: Duration::from_secs(600),
         log: args.log.clone(),
     })
 }

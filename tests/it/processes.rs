@@ -228,6 +228,8 @@ async fn health_tells_a_well_process_from_an_unwell_and_a_missing_one() {
     let ops = up.line["ops"][0].as_str().expect("an address");
     let (code, out, _) = up.weir(&["health", &format!("{ops}/readyz")]).await;
     assert_eq!((code, out.as_str()), (0, "ready\n"));
+    let (code, out, _) = up.weir(&["health", ops]).await;
+    assert_eq!((code, out.as_str()), (0, "ready\n"), "readiness, where no page is named");
     let (code, _, err) = up.weir(&["health", &format!("{ops}/nothing-here")]).await;
     assert_eq!(code, 1);
     assert!(err.contains("404"), "{err}");
@@ -251,7 +253,7 @@ async fn a_draining_gateway_still_answers_and_sends_its_clients_away() {
     let directory = tempfile::tempdir().expect("a directory");
     let up = up(&["--data-dir", directory.path().to_str().expect("UTF-8")]).await;
     let copy = directory.path().join("gateway-0");
-    let args = ["--pre-stop-s=30", "--data-dir", copy.to_str().expect("UTF-8")];
+    let args = ["--pre-stop=30s", "--data-dir", copy.to_str().expect("UTF-8")];
     let mut gateway = Process::start("weir-gateway", &[&ALONE[..], &args].concat(), "serving").await;
     let client = Client::new(gateway.text("clients").parse().expect("an address"), up.text("api_key"));
     assert!(!client.chat(CHAT).await.headers.contains_key("connection"));

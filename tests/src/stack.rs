@@ -62,7 +62,7 @@ impl Stack {
         let token_file = self.token_file();
         let redis = self.redis.url();
         let id = format!("gateway-{k}");
-        let pre_stop = format!("--pre-stop-s={pre_stop_s}");
+        let pre_stop = format!("--pre-stop={pre_stop_s}s");
         let args = [
             "--id",
             &id,
@@ -102,7 +102,7 @@ impl Stack {
         let args = [
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--pre-stop-s=0",
+            "--pre-stop=0s",
             "--control-plane",
             &control_plane,
             "--gateway-token-file",
