@@ -2,12 +2,13 @@
 
 use std::{env, fs, path::PathBuf};
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     // Envoy's rate limit service, as far as a server needs it.
     "envoy/service/ratelimit/v3/rls.proto",
     "weir/v1/resources.proto",
     "weir/v1/access.proto",
     "weir/v1/discovery_service.proto",
+    "weir/v1/questions.proto",
     "weir/v1/report_service.proto",
     "weir/v1/admin_service.proto",
     "weir/v1/limit_service.proto",

@@ -229,7 +229,7 @@ impl Gateway {
         }
         let mut command = this_binary("gateway")?;
         command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", args.log.filter]);
-        command.args(["--pre-stop-s", "0", "--drain-s", "1", "--id", &args.id]);
+        command.args(["--pre-stop", "0s", "--drain", "1s", "--id", &args.id]);
         command.arg("--data-dir").arg(&data);
         if let Some(url) = &args.redis {
             command.args(["--redis", url]);
@@ -318,7 +318,7 @@ impl LimitService {
     pub(crate) async fn start(directory: &Path, log: &Logging) -> anyhow::Result<Self> {
         let mut command = this_binary("limit-service")?;
         command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", log.filter]);
-        command.args(["--pre-stop-s", "0", "--drain-s", "1"]);
+        command.args(["--pre-stop", "0s", "--drain", "1s"]);
         let mut process = Process::start_logging("limit-service", command, directory, log.to)?;
         let line = process.line().await?;
         Ok(Self { grpc: address(&line, "grpc")?, ops: address(&line, "ops")?, process })

@@ -1,6 +1,7 @@
 //! The command-line arguments of `weir`.
 
 mod defaults;
+mod definition;
 mod groups;
 mod up;
 
@@ -13,11 +14,15 @@ use weir_proto::resource::{KINDS, Name, kind_name};
 use weir_proto::{manifest, v1};
 
 pub(crate) use defaults::fill;
+pub(crate) use definition::{command, refuse_unused};
 pub use groups::{
     AuditArgs, BackupArgs, ContextCommand, DrainArgs, GatewayCommand, KnownEntry, ProbeArgs, Reference,
     RoleName, RollbackArgs, TierName, TokenCommand, UsageArgs, UsageBy, WatchArgs,
 };
 pub use up::UpArgs;
+
+/// The heading of the options that most commands take, after those of the command itself.
+const GLOBAL: &str = "Global options";
 
 /// Manages a Weir cluster: resources, keys, gateways.
 ///
@@ -29,43 +34,43 @@ pub struct Cli {
     /// Address of the control plane; with several control planes of one store a comma-separated list: the first that answers is used
     #[arg(
         long,
-        global = true,
+        global = true, help_heading = GLOBAL,
         env = "WEIR_SERVER",
         default_value = "http://127.0.0.1:7070",
         value_name = "URL[,URL...]"
     )]
     pub server: Servers,
     /// File with the token of the control plane; takes precedence over WEIR_TOKEN
-    #[arg(long, global = true, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
     /// CA certificate (PEM) that signs the control plane's certificate; default: the system's CA certificates
-    #[arg(long, global = true, env = "WEIR_CA", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// Client certificate (PEM), used instead of a token
-    #[arg(long, global = true, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CERT", value_name = "FILE", requires = "cert_key")]
     pub cert: Option<PathBuf>,
     /// Private key (PEM) of the client certificate
     // Not --key, which is the name of an API key: clap panics when one id has two types.
     #[arg(
         long = "cert-key",
         id = "cert_key",
-        global = true,
+        global = true, help_heading = GLOBAL,
         env = "WEIR_KEY",
         value_name = "FILE",
         requires = "cert"
     )]
     pub key: Option<PathBuf>,
     /// Context (a named cluster, see weir context set) to use instead of the current one; ignored with --server
-    #[arg(long, global = true, env = "WEIR_CONTEXT", value_name = "NAME")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_CONTEXT", value_name = "NAME")]
     pub context: Option<String>,
     /// The environment variable that holds the token of a context, if it is not WEIR_TOKEN.
     #[arg(skip)]
     pub token_env: Option<String>,
     /// Format of the results
-    #[arg(long, short = 'o', global = true, value_enum, default_value_t = OutputFormat::Table)]
+    #[arg(long, short = 'o', global = true, help_heading = GLOBAL, value_enum, default_value_t = OutputFormat::Table)]
     pub output: OutputFormat,
     /// Timeout of each call, with a unit: 250ms, 10s, 1m
-    #[arg(long, global = true, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "WEIR_TIMEOUT", value_parser = positive, default_value = "10s", value_name = "DURATION")]
     pub timeout: Duration,
     /// The command
     #[command(subcommand)]
@@ -204,7 +209,7 @@ pub enum Command {
     },
     /// Check the health of any Weir process: exits with 0 if it is healthy
     Health {
-        /// A page of its operations port, such as http://127.0.0.1:9100/readyz
+        /// Address of its operations port, such as http://127.0.0.1:9100; a page of it other than /readyz may be named
         #[arg(value_parser = health_url)]
         url: http::Uri,
     },
@@ -268,7 +273,7 @@ pub struct DeleteArgs {
 /// The resources of apply and diff.
 #[derive(Debug, Clone, Args)]
 pub struct FileArgs {
-    /// File of resources, or - for standard input; may be repeated
+    /// File of resources, directory of .yaml, .yml and .json files, or - for standard input; may be repeated
     #[arg(long = "file", short = 'f', required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
     /// Delete resources of the same set that are not in the files
@@ -356,7 +361,7 @@ pub enum KeyCommand {
 /// Commands for limits.
 #[derive(Debug, Clone, Subcommand)]
 pub enum LimitsCommand {
-    /// Show every limit of a key and a model, what remains of it, and whether it would refuse a request now
+    /// Show every limit of a key and a model: what it allows, what is used, and whether it would refuse a request now
     Explain {
         /// Name of the API key's resource; its secret is not needed
         #[arg(long, value_parser = name, value_name = "NAME")]
@@ -364,18 +369,18 @@ pub enum LimitsCommand {
         /// Name of the model's resource
         #[arg(long, value_parser = name, value_name = "NAME")]
         model: Name,
-        /// URL of a gateway's operations port
-        #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
-        gateway: http::Uri,
-        /// File with the token of the operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
-        #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
-        ops_token_file: Option<PathBuf>,
         /// Prompt tokens of the imagined request
         #[arg(long, value_name = "N")]
         input_tokens: Option<u64>,
         /// Output tokens of the imagined request. Default: the usual number for this model and tenant
         #[arg(long, value_name = "N")]
         output_tokens: Option<u64>,
+        /// Ask this gateway instead of the control plane: URL of its operations port
+        #[arg(long, value_parser = health_url, value_name = "URL")]
+        gateway: Option<http::Uri>,
+        /// With --gateway: file with the token of its operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
+        #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
+        ops_token_file: Option<PathBuf>,
     },
 }
 
@@ -444,9 +449,19 @@ impl FromStr for Servers {
     }
 }
 
+const NO_PORT: &str = "there is no such port; ports are 1 to 65535";
+
+/// Whether an address has no port, or one that exists. Of one that does not, clients use another.
+fn has_port(uri: &http::Uri) -> bool {
+    let given = uri.authority().and_then(|authority| authority.as_str().rsplit_once(':'));
+    let given = given.map(|(_, port)| port).filter(|port| !port.ends_with(']') && !port.contains('@'));
+    given.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
 fn server(text: &str) -> Result<String, String> {
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     match full.parse::<http::Uri>() {
+        Ok(uri) if !has_port(&uri) => Err(NO_PORT.to_owned()),
         Ok(uri)
             if matches!(uri.scheme_str(), Some("http" | "https"))
                 && uri.authority().is_some_and(|a| !a.as_str().contains('@')) =>
@@ -465,6 +480,7 @@ fn name(text: &str) -> Result<Name, String> {
 
 fn health_url(text: &str) -> Result<http::Uri, String> {
     match text.parse::<http::Uri>() {
+        Ok(uri) if !has_port(&uri) => Err(NO_PORT.to_owned()),
         Ok(uri) if uri.scheme_str() == Some("http") && uri.host().is_some() => Ok(uri),
         _ => Err("must be an address such as http://127.0.0.1:9100/readyz".to_owned()),
     }

@@ -23,11 +23,10 @@ mod usage;
 mod wait;
 mod watch;
 
-use clap::CommandFactory;
 use weir_proto::v1;
 use weir_runtime::exit;
 
-use crate::args::{Cli, Command, ImportCommand};
+use crate::args::{self, Cli, Command, ImportCommand};
 use crate::client::{Client, Retry, request_id};
 use crate::error::Error;
 use crate::output::Io;
@@ -39,7 +38,7 @@ pub(crate) async fn dispatch(cli: &Cli, io: &mut Io<'_>) -> Result<u8, Error> {
         Command::Up(args) => crate::up::up(args, io).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "weir", &mut script);
+            clap_complete::generate(*shell, &mut args::command(), "weir", &mut script);
             io.out.write_all(&script)?;
         }
         Command::Get { kind, name: Some(name) } => get::one(cli, io, kind.0, name).await?,

@@ -65,6 +65,9 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
+    /// There is nothing to apply.
+    #[error("{0} holds no resource; check that it is the right file, and that whatever writes it has worked")]
+    Empty(String),
     /// Two files contain the same resource.
     #[error("{0} is given twice")]
     Twice(String),
@@ -137,9 +140,12 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Unreachable { .. } | Self::Timeout { .. } | Self::Silent { .. } => exit::UNAVAILABLE,
-            Self::Manifest(_) | Self::Import(_) | Self::Twice(_) | Self::NotTaken(_) | Self::File { .. } => {
-                exit::CONFIG
-            }
+            Self::Manifest(_)
+            | Self::Import(_)
+            | Self::Empty(_)
+            | Self::Twice(_)
+            | Self::NotTaken(_)
+            | Self::File { .. } => exit::CONFIG,
             Self::Token(_) | Self::Setting(_) => exit::USAGE,
             Self::Start { code, .. } => *code,
             Self::Refused { status, .. } => match status.code() {

@@ -25,7 +25,7 @@ use std::io::Write;
 use std::pin::Pin;
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, FromArgMatches as _};
+use clap::FromArgMatches as _;
 
 pub use args::{
     ApplyArgs, AuditArgs, BackendRef, BackupArgs, Cli, Command, ContextCommand, DeleteArgs, DrainArgs,
@@ -36,7 +36,8 @@ pub use error::Error;
 
 /// The arguments of the process, with the defaults of the current context. Invalid arguments and `--help` end the process.
 pub fn arguments() -> Result<Cli, Error> {
-    let matches = Cli::command().get_matches();
+    let matches = args::command().get_matches();
+    args::refuse_unused(&matches)?;
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if !matches!(cli.command, Command::Context(_) | Command::Up(_)) {
         args::fill(&mut cli, &matches)?;

@@ -2,6 +2,7 @@
 
 use comfy_table::{Table, presets};
 use weir_proto::manifest::format_duration;
+use weir_proto::money::dollars;
 use weir_proto::v1;
 use weir_proto::v1::resource::Spec;
 
@@ -205,13 +206,6 @@ fn period(period: v1::BudgetPeriod) -> &'static str {
         v1::BudgetPeriod::Week => "week",
         v1::BudgetPeriod::Unspecified | v1::BudgetPeriod::Month => "month",
     }
-}
-
-/// Micro-dollars as dollars, with as many digits as they need and two at least.
-pub(crate) fn dollars(micro: u64) -> String {
-    let (whole, part) = (micro / 1_000_000, format!("{:06}", micro % 1_000_000));
-    let cents = part.trim_end_matches('0');
-    format!("${whole}.{cents:0<2}")
 }
 
 /// A point in time, RFC 3339 to the second; "-" for none.

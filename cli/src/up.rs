@@ -4,7 +4,7 @@
 //! over a socket, and one limiter for all of them.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use mock_llm::Server as Mock;
@@ -61,19 +61,16 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     let config = control_plane_config(args, resources.clone());
     // The gateways drain first and the control plane ends last.
     let gateways_ended = CancellationToken::new();
-    let control_plane = ControlPlane::start(config, gateways_ended.clone())
-        .await
-        .map_err(|e| Error::Start { code: e.exit_code(), reason: e.to_string() })?;
+    let control_plane =
+        ControlPlane::start(config, gateways_ended.clone()).await.map_err(control_plane_failed)?;
     let gateways_guard = gateways_ended.drop_guard();
     let limiter = limiter(args).await?;
     let mut running = Vec::new();
     for k in 0..args.gateways {
-        let config = gateway_config(args, &control_plane, k);
+        let config = gateway_config(args, &control_plane, k)?;
         let gateway =
             weir_gateway::start(config, Some(limiter.clone()), shutdown.clone(), force.clone()).await;
-        running.push(
-            gateway.map_err(|e| Error::Start { code: weir_runtime::exit::FAILED, reason: e.to_string() })?,
-        );
+        running.push(gateway.map_err(|error| gateway_failed(&error, k))?);
     }
     let mut admin = Admin::connect(control_plane.grpc_addr, &control_plane.admin_token).await?;
     let api_key = admin.key(&resources).await?;
@@ -107,14 +104,52 @@ pub(crate) async fn up(args: &UpArgs, io: &mut Io<'_>) -> Result<(), Error> {
     }
 }
 
-/// An address with a port; with port 0 of the first gateway every port is free.
-fn address(args: &UpArgs, ip: IpAddr, port: u16) -> SocketAddr {
-    SocketAddr::new(ip, if args.listen.port() == 0 { 0 } else { port })
+/// The address of a listener: as given, else this port of loopback, so that `weir up` exposes nothing but gateways. With
+/// port 0 of the first gateway it is a free port.
+fn address(args: &UpArgs, given: Option<SocketAddr>, port: u16) -> SocketAddr {
+    let port = if args.listen.port() == 0 { 0 } else { port };
+    given.unwrap_or(SocketAddr::from(([127, 0, 0, 1], port)))
 }
 
-/// Admin and operations ports listen on loopback even if clients are served elsewhere, so that `weir up` does not expose them.
-fn local(args: &UpArgs, port: u16) -> SocketAddr {
-    address(args, IpAddr::from([127, 0, 0, 1]), port)
+/// The address of gateway `k`: its port is `k` after the first gateway's, or a free one as the first gateway's is.
+fn of_gateway(flag: &'static str, first: SocketAddr, k: u16) -> Result<SocketAddr, Error> {
+    if first.port() == 0 {
+        return Ok(first);
+    }
+    let port = first.port().checked_add(k).ok_or_else(|| {
+        let port = first.port();
+        Error::Setting(format!(
+            "{flag}: gateway {k} would listen on port {port} + {k}, and 65535 is the last"
+        ))
+    })?;
+    Ok(SocketAddr::new(first.ip(), port))
+}
+
+/// Why the control plane could not start, with the flag of `weir up` for an address that is in use.
+fn control_plane_failed(error: weir_control_plane::Error) -> Error {
+    let code = error.exit_code();
+    let reason = match error {
+        weir_control_plane::Error::Bind { name, addr, reason } => {
+            let flag = if name == "listen" { "--admin-listen" } else { "--http-listen" };
+            format!(
+                "cannot listen on {addr}: {reason}; choose another address with {flag}, or stop what uses it; with \
+                 --listen 127.0.0.1:0 every listener takes a free port"
+            )
+        }
+        error => error.to_string(),
+    };
+    Error::Start { code, reason }
+}
+
+/// Why gateway `k` could not start.
+fn gateway_failed(error: &weir_gateway::StartError, k: u16) -> Error {
+    let follows = match error {
+        weir_gateway::StartError::Listen { .. } if k > 0 => {
+            format!("; gateway {k} listens {k} after the port of that flag")
+        }
+        _ => String::new(),
+    };
+    Error::Start { code: weir_runtime::exit::FAILED, reason: format!("gateway {k}: {error}{follows}") }
 }
 
 fn control_plane_config(args: &UpArgs, bootstrap: Vec<v1::Resource>) -> ControlPlaneConfig {
@@ -123,8 +158,8 @@ fn control_plane_config(args: &UpArgs, bootstrap: Vec<v1::Resource>) -> ControlP
         None => StoreConfig::Memory,
     };
     ControlPlaneConfig {
-        listen: local(args, 7070),
-        http_listen: local(args, 7080),
+        listen: address(args, args.admin_listen, 7070),
+        http_listen: address(args, args.http_listen, 7080),
         store,
         bootstrap,
         allow_backend_cidr: args.common.allow_backend_cidr.clone(),
@@ -132,10 +167,10 @@ fn control_plane_config(args: &UpArgs, bootstrap: Vec<v1::Resource>) -> ControlP
     }
 }
 
-fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> GatewayConfig {
-    GatewayConfig {
-        listen: address(args, args.listen.ip(), args.listen.port().saturating_add(k)),
-        ops_listen: local(args, 9100 + k),
+fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> Result<GatewayConfig, Error> {
+    Ok(GatewayConfig {
+        listen: of_gateway("--listen", args.listen, k)?,
+        ops_listen: of_gateway("--ops-listen", address(args, args.ops_listen, 9100), k)?,
         ops_token_file: None,
         // All parts of this process accept the same token.
         ops_token: Some(control_plane.admin_token.clone()),
@@ -163,10 +198,10 @@ fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> 
         answer_max_mib: 256,
         tls_cert: None,
         tls_key: None,
-        pre_stop_s: 0,
-        drain_s: 600,
+        pre_stop: Duration::ZERO,
+        drain: Duration::from_secs(600),
         log: args.log.clone(),
-    }
+    })
 }
 
 async fn limiter(args: &UpArgs) -> Result<AnyLimiter, Error> {
@@ -387,5 +422,48 @@ impl Started {
         );
         let _ = writeln!(text, "  weir backends; weir gateways; weir weight sgp 10\n\nCtrl-C stops it.");
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn args(line: &str) -> UpArgs {
+        match Cli::try_parse_from(format!("weir up {line}").split_whitespace()).expect(line).command {
+            Command::Up(args) => args,
+            _ => panic!("{line}"),
+        }
+    }
+
+    /// The addresses of admin, page, and of clients and operations of gateway `k`.
+    fn addresses(line: &str, k: u16) -> Result<[String; 4], String> {
+        let args = args(line);
+        let config = control_plane_config(&args, Vec::new());
+        let listen = of_gateway("--listen", args.listen, k).map_err(|e| e.to_string())?;
+        let ops = of_gateway("--ops-listen", address(&args, args.ops_listen, 9100), k);
+        let ops = ops.map_err(|e| e.to_string())?;
+        Ok([config.listen, config.http_listen, listen, ops].map(|address| address.to_string()))
+    }
+
+    #[test]
+    fn every_listener_has_a_flag_and_gateways_follow_the_first_one() {
+        let of = |line, k| addresses(line, k).expect(line);
+        assert_eq!(of("", 2), ["127.0.0.1:7070", "127.0.0.1:7080", "127.0.0.1:8082", "127.0.0.1:9102"]);
+        let given =
+            "--admin-listen 127.0.0.1:1 --http-listen [::1]:2 --listen 0.0.0.0:30 --ops-listen 10.0.0.1:40";
+        assert_eq!(of(given, 1), ["127.0.0.1:1", "[::1]:2", "0.0.0.0:31", "10.0.0.1:41"]);
+        let free = "--listen 127.0.0.1:0 --http-listen 127.0.0.1:7081";
+        assert_eq!(of(free, 1), ["127.0.0.1:0", "127.0.0.1:7081", "127.0.0.1:0", "127.0.0.1:0"]);
+        let beyond = addresses("--listen 127.0.0.1:65530", 6).expect_err("no port");
+        assert!(beyond.contains("--listen") && beyond.contains("65535"), "{beyond}");
+        for refused in ["--admin-listen 0.0.0.0:7070", "--http-listen 10.0.0.1:7080"] {
+            let line = format!("weir up {refused}");
+            let error = Cli::try_parse_from(line.split_whitespace()).expect_err(refused).to_string();
+            assert!(error.contains("loopback") && error.contains("weir-control-plane"), "{error}");
+        }
     }
 }

@@ -134,6 +134,15 @@ impl AdminService for Fake {
         };
         Ok(Response::new(v1::ListGatewaysResponse { gateways: vec![gateway], revision: 7 }))
     }
+    async fn query_usage(&self, _: Request<v1::QueryUsageRequest>) -> Answer<v1::QueryUsageResponse> {
+        Err(Status::unimplemented(""))
+    }
+    async fn explain_limits(
+        &self,
+        _: Request<v1::ExplainLimitsRequest>,
+    ) -> Answer<v1::ExplainLimitsResponse> {
+        Err(Status::unimplemented(""))
+    }
     async fn history(&self, _: Request<v1::HistoryRequest>) -> Answer<v1::HistoryResponse> {
         Err(Status::unimplemented(""))
     }

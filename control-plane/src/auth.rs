@@ -54,6 +54,9 @@ pub(crate) fn bound(path: &str) -> Bound {
         "/weir.v1.ReportService/StreamReports" => {
             stream("report streams", GATEWAY_STREAMS_MAX, STREAMS_PER_GATEWAY, None)
         }
+        "/weir.v1.ReportService/AnswerQuestions" => {
+            stream("streams of questions", GATEWAY_STREAMS_MAX, STREAMS_PER_GATEWAY, None)
+        }
         "/weir.v1.AdminService/Watch" => stream("watches", WATCHES_MAX, WATCHES_PER_CALLER, None),
         "/weir.v1.AdminService/Backup" => {
             stream("backups", BACKUPS_MAX, BACKUPS_PER_CALLER, Some(BACKUP_AGE))
@@ -112,25 +115,26 @@ struct Fixed {
 pub(crate) fn needs(path: &str) -> Option<Role> {
     let (service, method) = path.trim_start_matches('/').split_once('/')?;
     Some(match (service, method) {
-        ("weir.v1.DiscoveryService", "StreamConfig") | ("weir.v1.ReportService", "StreamReports") => {
-            Role::Gateway
-        }
+        ("weir.v1.DiscoveryService", "StreamConfig")
+        | ("weir.v1.ReportService", "StreamReports" | "AnswerQuestions") => Role::Gateway,
         (
             "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection",
             "ServerReflectionInfo",
         ) => Role::Viewer,
-        ("weir.v1.AdminService", method) => match method {
-            "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
-            | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit" | "GetOperation"
-            | "WaitOperation" | "GetGatewayConfig" | "WhoAmI" => Role::Viewer,
-            // The call itself restricts which fields an operator may update.
-            "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
-            "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey" | "Rollback" => {
-                Role::Editor
+        ("weir.v1.AdminService", method) => {
+            match method {
+                "GetResource" | "ListResources" | "ListGateways" | "ListBackendStatus" | "ExplainBackend"
+                | "ListHealthEvents" | "WaitApplied" | "Watch" | "History" | "VerifyAudit"
+                | "GetOperation" | "WaitOperation" | "GetGatewayConfig" | "QueryUsage" | "ExplainLimits"
+                | "WhoAmI" => Role::Viewer,
+                // The call itself restricts which fields an operator may update.
+                "UpdateResource" | "Drain" | "ProbeBackend" => Role::Operator,
+                "CreateResource" | "DeleteResource" | "Apply" | "IssueApiKey" | "RotateApiKey"
+                | "Rollback" => Role::Editor,
+                "IssueToken" | "RotateToken" | "RevokeToken" | "ListTokens" | "Backup" => Role::Admin,
+                _ => return None,
             }
-            "IssueToken" | "RotateToken" | "RevokeToken" | "ListTokens" | "Backup" => Role::Admin,
-            _ => return None,
-        },
+        }
         _ => return None,
     })
 }

@@ -21,6 +21,8 @@ const TTL: Duration = Duration::from_secs(8);
 const MARGIN: Duration = Duration::from_secs(1);
 /// The interval between two renewals, or two requests of the lease. Each is one small read.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// The reason of a leader that ends with its process.
+const STOPPING: &str = "stopping";
 
 /// The fencing token while this control plane is the leader.
 pub(crate) type Leads = watch::Receiver<Option<u64>>;
@@ -79,6 +81,10 @@ impl Candidate {
         if changed {
             match fencing_token {
                 Some(fencing_token) => tracing::info!(name = self.name, fencing_token, "became the leader"),
+                // Nothing is wrong with a process that stops.
+                None if reason == STOPPING => {
+                    tracing::info!(name = self.name, reason, "stopped being the leader");
+                }
                 None => tracing::warn!(name = self.name, reason, "stopped being the leader"),
             }
             self.metrics.is_leader.set(i64::from(fencing_token.is_some()));
@@ -98,7 +104,7 @@ impl Candidate {
                 () = self.ask() => {}
             }
         }
-        self.set(None, "stopping");
+        self.set(None, STOPPING);
         if let Err(error) = self.store.release(LEASE, &self.name).await {
             tracing::warn!(%error, "the leader lease was not released; the next leader waits until it expires");
         }

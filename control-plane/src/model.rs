@@ -303,7 +303,7 @@ impl State {
 pub(crate) enum Refusal {
     #[error("there is no {0}")]
     NotFound(Key),
-    #[error("there is a {0} already")]
+    #[error("{0} is there already")]
     AlreadyExists(Key),
     #[error("{key} has changed: its etag is {found}, the request has {sent}; read it again and retry")]
     EtagMismatch { key: Key, found: String, sent: String },

@@ -31,6 +31,7 @@ use crate::auth::{Authority, Caller, GatewayTokens, Reach, gated};
 use crate::catalog::Catalog;
 use crate::gateways::aggregate::Aggregate;
 use crate::gateways::membership::Membership;
+use crate::gateways::questions::Questions;
 use crate::gateways::registry::Registry;
 use crate::leader::Candidate;
 use crate::metrics::Metrics;
@@ -133,6 +134,7 @@ impl ControlPlane {
             differences: Differences::default(),
             registry: Registry::default(),
             aggregate: Aggregate::new(verdicts.clone(), membership.clone()),
+            questions: Questions::default(),
             membership,
             verdicts: verdicts.clone(),
             leads,

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::control::credentials::Credentials;
 use crate::control::live_config::LiveConfig;
 use crate::control::probe_channel::ProbeChannel;
+use crate::control::questions::Questions;
 use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
@@ -38,6 +39,7 @@ use crate::http::server::Server;
 use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::OrphanReaper;
 use crate::metrics::{KindLabels, Metrics};
+use crate::ops::answers::Answers;
 use crate::ops::weight_metrics::WeightMetrics;
 use crate::ops::{explain, usage};
 use crate::probe::Prober;
@@ -131,9 +133,10 @@ async fn begin(
     let limiter = limiter_of(&config, limiter).await?;
     let (registry, metrics, listeners, live) = counted(settings.egress, resolver);
     let holder = OwnerId::of(&settings.identity.incarnation);
-    let (ledger, worker) = Ledger::new(limiter, holder, live_gateways(&live), metrics.clone());
-    let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
+    let (ledger, worker) =
+        Ledger::new(limiter, holder, live_gateways(&live), metrics.clone(), traffic.clone());
+    let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
     let gateway = Gateway {
         live: live.clone(),
         ledger: ledger.clone(),
@@ -150,10 +153,11 @@ async fn begin(
     let publisher = Publisher::new(live.clone(), credentials.clone());
     let subscriber = Subscriber::new(publisher, identity.clone(), links.clone(), settings.disk);
     let prober = Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone());
-    let reporter = Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, identity };
+    let (questions, asked) = Questions::channel();
+    let reporter =
+        Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, questions, identity };
     let readiness = Readiness::not_ready("no configuration yet");
     let pages = pages(&live, &ledger, settings.ops_token);
-    let ops = Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone());
 
     // The settlement worker and the operations port end after the streams.
     let (tasks, serving, drained) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
@@ -161,10 +165,12 @@ async fn begin(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(prober.run(drained.clone()));
     tasks.spawn(reporter.run(links, drained.clone()));
+    tasks
+        .spawn(Answers { live: live.clone(), ledger: ledger.clone(), questions: asked }.run(drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(weir_runtime::serve_ops_with(
-        ops,
+        Edge::new("ops", ops, edge::Bounds::operations(), listeners.clone()),
         settings.ops_hosts,
         readiness.clone(),
         Arc::new(registry),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser};
+use weir_proto::manifest::parse_duration;
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Cidr, OpsToken, Secret, edge};
 
@@ -103,12 +104,12 @@ pub struct Config {
     /// Private key (PEM) of that certificate.
     #[arg(long, env = "WEIR_TLS_KEY", value_name = "PATH", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Seconds for which new connections are still taken after SIGTERM, so that load balancers can notice.
-    #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
-    pub pre_stop_s: u64,
-    /// Seconds for which streams may run on after that.
-    #[arg(long, env = "WEIR_DRAIN_S", default_value_t = 600, value_name = "SECONDS")]
-    pub drain_s: u64,
+    /// How long new connections are still taken after SIGTERM, so that load balancers can notice, with a unit: 2s, 1m.
+    #[arg(long, env = "WEIR_PRE_STOP", default_value = "2s", value_parser = parse_duration, value_name = "DURATION")]
+    pub pre_stop: Duration,
+    /// How long streams may run on after that, with a unit: 30s, 10m.
+    #[arg(long, env = "WEIR_DRAIN", default_value = "10m", value_parser = parse_duration, value_name = "DURATION")]
+    pub drain: Duration,
     /// What is logged, such as info or weir_gateway=debug.
     #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
@@ -155,8 +156,8 @@ impl Config {
                 connections_per_address: self.max_connections_per_address.unwrap_or(self.max_connections),
                 ..shipped.edge
             },
-            pre_stop: Duration::from_secs(self.pre_stop_s),
-            drain: Duration::from_secs(self.drain_s),
+            pre_stop: self.pre_stop,
+            drain: self.drain,
             ..shipped
         }
     }

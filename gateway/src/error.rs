@@ -204,11 +204,11 @@ impl GatewayError {
                     ..client(429, "rate_limit_exceeded", "limited", refusal.message())
                 },
                 // Clients try a 429 again, which cannot help here: the request, or the limit, has to change.
-                None if refusal.scope_kind.is_of_account() && refusal.limit == 0 => ErrorFacts {
+                None if refusal.scope_kind.is_of_account() && refusal.is_closed() => ErrorFacts {
                     blame: Blame::Gateway,
                     ..client(403, "limit_closed", "account_closed", refusal.message())
                 },
-                None if refusal.needs > refusal.limit && refusal.limit > 0 => {
+                None if refusal.can_never_fit() => {
                     client(400, "request_exceeds_limit", "exceeds_limit", refusal.message())
                 }
                 None => client(403, "limit_closed", "limit_closed", refusal.message()),
@@ -301,8 +301,13 @@ impl GatewayError {
             error["scope"] = json!({ "kind": refusal.scope_kind.as_str(), "name": echo(&refusal.scope) });
             error["kind"] = Value::from(what_name(refusal.what));
             if !refusal.scope_kind.is_of_account() {
-                error["limit"] = Value::from(refusal.limit);
+                error["limit"] = Value::from(refusal.limit.amount);
+                error["period"] = Value::from(refusal.limit.period);
+                error["burst"] = Value::from(refusal.limit.burst);
                 error["remaining"] = Value::from(refusal.remaining);
+                if refusal.what == What::Bucket(Kind::Spend) {
+                    error["unit"] = Value::from("micro_dollars");
+                }
             }
             error["retry_after_ms"] = refusal.wait.map_or(Value::Null, |wait| Value::from(millis(wait)));
         }

@@ -37,7 +37,8 @@ pub(crate) async fn generate(
     let arrived = Instant::now();
     let number = shared.metrics.requests.fetch_add(1, Relaxed);
     let mut rng = Rng::new(shared.config.seed, number);
-    let id = format!("{:016x}{number:08x}", rng.next());
+    // Two servers with one seed give different ids, as different servers do.
+    let id = format!("{:016x}{number:08x}", rng.next() ^ hash_of(&shared.config.instance));
     let drawn = shared.faults().draw(&mut rng);
     let version = request.version();
     let (head, body) = request.into_parts();
@@ -95,6 +96,11 @@ pub(crate) async fn generate(
     let control = if version == Version::HTTP_2 { Arc::default() } else { Arc::clone(control) };
     let generation = Generation::new(active, parts, interrupts, pace, Arc::clone(shared), control);
     Ok(if streams { stream_of(generation) } else { whole(generation) })
+}
+
+/// A hash of a name; zero for none.
+fn hash_of(name: &str) -> u64 {
+    name.bytes().fold(0, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 fn stream_of(generation: Generation) -> Response<Body> {

@@ -8,10 +8,14 @@
 //! * [`latency`]: the intervals in which latencies are counted.
 //! * [`status`]: gRPC errors that name the fields that are wrong.
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
+//! * [`money`]: amounts in dollars, as people read them.
+//! * [`questions`]: answers about limits and usage as JSON.
 //! * [`reference`]: kinds, fields and values with their comments, for who writes that YAML.
 
 pub mod latency;
 pub mod manifest;
+pub mod money;
+pub mod questions;
 pub mod reference;
 pub mod resource;
 pub mod status;

@@ -36,7 +36,7 @@ pub use tls::{ServerTls, TlsError};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The commit of the build from `WEIR_COMMIT`; "unknown" without it.
+/// The commit of the build from `WEIR_COMMIT`, else of the git clone in a release build; "unknown" without either.
 pub const COMMIT: &str = match option_env!("WEIR_COMMIT") {
     Some(commit) => commit,
     None => "unknown",

@@ -113,7 +113,7 @@ impl Fleet {
             &id,
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--pre-stop-s=0",
+            "--pre-stop=0s",
             "--control-plane",
             &self.plane.url,
             "--data-dir",

@@ -19,7 +19,7 @@ async fn ended_within(lab: &mut Lab, within: Duration, case: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_limit_of_a_drain_a_stream_gets_its_error_event_and_closes() {
-    let mut lab = Lab::process(&["--drain-s=2"]).await;
+    let mut lab = Lab::process(&["--drain=2s"]).await;
     let mut old = connect(lab.clients).await;
     old.write_all(&chat("m", "slow", false)).await.expect("sent");
     let mut new = Http2::connect(lab.clients, &[]).await;
@@ -53,7 +53,7 @@ async fn at_the_limit_of_a_drain_a_stream_gets_its_error_event_and_closes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_without_a_request_do_not_hold_a_drain() {
-    let mut lab = Lab::process(&["--drain-s=120"]).await;
+    let mut lab = Lab::process(&["--drain=120s"]).await;
     // The client reads nothing from now on, so it never learns that it should leave.
     let mut used = Http2::connect(lab.clients, &[]).await;
     assert!(used.send(&models(1)).await);
@@ -72,7 +72,7 @@ async fn connections_without_a_request_do_not_hold_a_drain() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_ends_in_time_is_whole_although_the_gateway_drains() {
-    let mut lab = Lab::process(&["--drain-s=60"]).await;
+    let mut lab = Lab::process(&["--drain=60s"]).await;
     let mut old = connect(lab.clients).await;
     old.write_all(&chat("m", "slow-20", false)).await.expect("sent");
     weir_tests::eventually("it runs", || async { lab.metric("weir_requests_in_flight").await == 1.0 }).await;

@@ -100,7 +100,7 @@ impl Lab {
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
             "--control-plane=http://127.0.0.1:9",
-            "--pre-stop-s=0",
+            "--pre-stop=0s",
             "--data-dir",
             data.path().to_str().expect("UTF-8"),
         ];

@@ -55,7 +55,7 @@ impl World {
         let args = [
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--pre-stop-s=1",
+            "--pre-stop=1s",
             "--config",
             &rules,
             "--token-file",

@@ -164,7 +164,7 @@ fn gateway_args(data: &TempDir, clients: SocketAddr, ops: SocketAddr) -> Vec<Str
         // The discard port: nothing listens there, and the copy on disk is served.
         "--control-plane=http://127.0.0.1:9".into(),
         format!("--data-dir={data}"),
-        "--pre-stop-s=0".into(),
+        "--pre-stop=0s".into(),
     ]
 }
 
@@ -208,7 +208,7 @@ async fn limit_service(log: Log) -> Process {
     let (stderr, reader) = log.open();
     let mut command = command("weir-ratelimit");
     command.args([format!("--listen={grpc}"), format!("--ops-listen={ops}")]);
-    command.args(["--pre-stop-s=0", "--log=trace"]).stderr(stderr);
+    command.args(["--pre-stop=0s", "--log=trace"]).stderr(stderr);
     let child = command.spawn().expect("starts");
     let serves = Serves::Limits(Limits::new(&grpc.to_string()));
     Process { child, serves, ops, backends: CancellationToken::new(), _log: reader, _data: data }

@@ -421,7 +421,7 @@ async fn a_process_is_as_large_after_many_ways_out_as_before() {
     resources(&backends).save(data.path());
     let directory = data.path().to_str().expect("UTF-8");
     let args = ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--control-plane=http://127.0.0.1:9"];
-    let args = [&args[..], &["--pre-stop-s=0", "--data-dir", directory]].concat();
+    let args = [&args[..], &["--pre-stop=0s", "--data-dir", directory]].concat();
     let process = Process::start("weir-gateway", &args, "serving").await;
     let address = |field| process.text(field).parse().expect("an address");
     let (clients, ops) = (address("clients"), Client::new(address("ops"), ""));

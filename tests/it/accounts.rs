@@ -222,7 +222,8 @@ async fn the_callers_own_limit_stands_before_any_account() {
         let answer = world.chat().await;
         assert_eq!(
             (answer.status, &answer.headers["x-ratelimit-limit-requests"]),
-            (StatusCode::OK, &"2".parse().expect("a value"))
+            (StatusCode::OK, &"1".parse().expect("a value")),
+            "the rate of the caller's own limit"
         );
     }
     let refused = world.chat().await;

@@ -208,7 +208,7 @@ async fn no_secret_appears_in_anything_that_the_stack_says_shows_or_keeps() {
     let text = |line: &serde_json::Value, field: &str| line[field].as_str().expect("a field").to_owned();
     let (server, http) = (format!("http://{}", text(&plane, "grpc")), text(&plane, "http"));
     let common =
-        ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--pre-stop-s=0", "--control-plane", &server];
+        ["--listen=127.0.0.1:0", "--ops-listen=127.0.0.1:0", "--pre-stop=0s", "--control-plane", &server];
     let secrets = path("secrets");
     let own = ["--gateway-token-file", &gateway_token, "--id=g", "--data-dir", &gateway_data];
     let env = [("WEIR_REDIS", url.as_str()), ("CANARY_CREDENTIAL", CREDENTIAL), ("WEIR_OPS_TOKEN", OPS)];
@@ -363,6 +363,8 @@ spec: {{ limits: {{ tokens_per_minute: 100000 }} }}
         &["audit", "-o", "json"],
         &["audit", "--verify"],
         &["limits", "explain", "--key", "k", "--model", "m", "--gateway", &format!("http://{ops}")],
+        &["limits", "explain", "--key", "k", "--model", "m"],
+        &["usage"],
         &["backup", &backup],
         &["token", "revoke", "vera"],
         &["key", "revoke", "k"],

@@ -111,8 +111,12 @@ async fn backends_are_probed_disabled_and_enabled_and_events_and_history_tell() 
     assert_eq!(fra["effective_weight"], 0.0, "{fra}");
     desk.weir(&["enable", "fra"], 0).await;
     let history = desk.weir(&["history", "backend", "fra"], 0).await;
-    assert!(history.contains("admin_state"), "{history}");
+    assert!(history.contains("admin_state") && history.contains("\"disabled\""), "as YAML has it: {history}");
+    assert!(!history.contains("ADMIN_STATE"), "{history}");
     desk.weir(&["events"], 0).await;
+    desk.weir(&["events", "fra"], 0).await;
+    let unknown = desk.weir(&["events", "nope"], 1).await;
+    assert!(unknown.contains("no backend, pool or gateway is called nope"), "{unknown}");
     let audit = desk.weir(&["audit"], 0).await;
     assert!(audit.contains("UpdateResource") || audit.contains("admin"), "{audit}");
 }
@@ -131,6 +135,10 @@ async fn contexts_completions_and_an_import_work_without_asking_anybody() {
     let (code, _, err) =
         desk.run(&["context", "set", "here", "--server", server, "--token-file", &token], &[]).await;
     assert_eq!(code, 0, "{err}");
+    let (code, _, err) = desk
+        .run(&["context", "set", "there", "--server", server, "--token-file", "/nowhere/token"], &[])
+        .await;
+    assert!(code == 64 && err.contains("/nowhere/token"), "{code}: {err}");
     let (code, out, err) = desk.run(&["whoami"], &[]).await;
     assert!(code == 0 && out.contains("admin"), "with nothing but the context: {out}{err}");
     let kept = std::fs::read_to_string(desk.contexts()).expect("written");

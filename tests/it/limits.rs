@@ -74,7 +74,7 @@ async fn an_answer_says_what_is_left() {
     resources.put("acme", Spec::Tenant(v1::TenantSpec { limits: Some(hundred()), ..Default::default() }));
     let gw = gateway(&resources, None).await;
     let answer = gw.client.chat(CHAT).await;
-    assert_eq!(answer.headers["x-ratelimit-limit-requests"], "100");
+    assert_eq!(answer.headers["x-ratelimit-limit-requests"], "1", "the declared rate, not the burst");
     assert_eq!(answer.headers["x-ratelimit-remaining-requests"], "99");
     assert!(answer.headers.contains_key("x-ratelimit-reset-requests"));
 }

@@ -25,6 +25,7 @@ mod high_availability;
 mod limits;
 mod pains;
 mod processes;
+mod questions;
 mod ratelimit;
 mod readme;
 mod redis_tls;

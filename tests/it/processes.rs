@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use http::StatusCode;
+use tokio::io::AsyncBufReadExt as _;
 use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
 use weir_tests::cluster::mock;
@@ -170,12 +171,65 @@ async fn up_serves_the_rest_of_a_configuration_whose_one_credential_is_missing()
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
 }
 
+/// A port that something else listens on.
+async fn taken() -> (tokio::net::TcpListener, String) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    (listener, address)
+}
+
+#[tokio::test]
+async fn a_port_of_up_that_is_taken_is_named_with_its_flag() {
+    let (_listener, address) = taken().await;
+    for flag in ["--admin-listen", "--http-listen", "--ops-listen", "--listen"] {
+        let mut args = vec!["up", flag, &address];
+        if flag != "--listen" {
+            args.extend(["--listen", "127.0.0.1:0"]);
+        } else {
+            args.extend([
+                "--admin-listen",
+                "127.0.0.1:0",
+                "--http-listen",
+                "127.0.0.1:0",
+                "--ops-listen",
+                "127.0.0.1:0",
+            ]);
+        }
+        let (code, text) = ended("weir", &args).await;
+        assert!(code == 69 || code == 1, "{flag}: {code}: {text}");
+        assert!(text.contains(&address) && text.contains(flag), "{flag}: {text}");
+    }
+    let (code, text) = ended("weir", &["up", "--server", "http://127.0.0.1:1"]).await;
+    assert!(code == 2 && text.contains("--server has no effect on weir up"), "{code}: {text}");
+}
+
+#[tokio::test]
+async fn up_that_is_stopped_says_nothing_alarming() {
+    let mut command = command("weir");
+    command
+        .args(["up", "--listen", "127.0.0.1:0", "--output", "json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("starts");
+    let mut lines = tokio::io::BufReader::new(child.stdout.take().expect("piped")).lines();
+    lines.next_line().await.expect("readable").expect("it is up");
+    signal(&child, "-INT").await;
+    let done = child.wait_with_output().await.expect("ends");
+    assert!(done.status.success());
+    let said = String::from_utf8_lossy(&done.stderr);
+    // That the machine allows few open files is said at the start.
+    let at_the_end: Vec<&str> = said.lines().filter(|line| !line.contains("open files")).collect();
+    assert!(at_the_end.is_empty(), "{at_the_end:?}");
+}
+
 #[tokio::test]
 async fn health_tells_a_well_process_from_an_unwell_and_a_missing_one() {
     let up = up(&[]).await;
     let ops = up.line["ops"][0].as_str().expect("an address");
     let (code, out, _) = up.weir(&["health", &format!("{ops}/readyz")]).await;
     assert_eq!((code, out.as_str()), (0, "ready\n"));
+    let (code, out, _) = up.weir(&["health", ops]).await;
+    assert_eq!((code, out.as_str()), (0, "ready\n"), "readiness, where no page is named");
     let (code, _, err) = up.weir(&["health", &format!("{ops}/nothing-here")]).await;
     assert_eq!(code, 1);
     assert!(err.contains("404"), "{err}");
@@ -199,7 +253,7 @@ async fn a_draining_gateway_still_answers_and_sends_its_clients_away() {
     let directory = tempfile::tempdir().expect("a directory");
     let up = up(&["--data-dir", directory.path().to_str().expect("UTF-8")]).await;
     let copy = directory.path().join("gateway-0");
-    let args = ["--pre-stop-s=30", "--data-dir", copy.to_str().expect("UTF-8")];
+    let args = ["--pre-stop=30s", "--data-dir", copy.to_str().expect("UTF-8")];
     let mut gateway = Process::start("weir-gateway", &[&ALONE[..], &args].concat(), "serving").await;
     let client = Client::new(gateway.text("clients").parse().expect("an address"), up.text("api_key"));
     assert!(!client.chat(CHAT).await.headers.contains_key("connection"));

@@ -226,7 +226,7 @@ class Page(unittest.TestCase):
             env = os.environ | {"WEIR_GATEWAY_TOKEN": self.told["admin_token"]}
             rogue = subprocess.Popen(
                 [os.path.join(os.path.dirname(WEIR), "weir-gateway"), "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0",
-                 "--control-plane", self.told["admin"], "--id", name, "--region", region, "--pre-stop-s", "0", "--data-dir", data],
+                 "--control-plane", self.told["admin"], "--id", name, "--region", region, "--pre-stop", "0s", "--data-dir", data],
                 env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 self.open(self.told["admin_token"])

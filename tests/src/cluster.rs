@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
 use mock_llm::{Config as MockConfig, Handle, Server};
@@ -162,8 +163,8 @@ pub fn gateway_config(data: &Path) -> Config {
         answer_max_mib: 64,
         tls_cert: None,
         tls_key: None,
-        pre_stop_s: 0,
-        drain_s: 30,
+        pre_stop: Duration::ZERO,
+        drain: Duration::from_secs(30),
         log: "info".into(),
     }
 }

@@ -62,7 +62,7 @@ impl Stack {
         let token_file = self.token_file();
         let redis = self.redis.url();
         let id = format!("gateway-{k}");
-        let pre_stop = format!("--pre-stop-s={pre_stop_s}");
+        let pre_stop = format!("--pre-stop={pre_stop_s}s");
         let args = [
             "--id",
             &id,
@@ -102,7 +102,7 @@ impl Stack {
         let args = [
             "--listen=127.0.0.1:0",
             "--ops-listen=127.0.0.1:0",
-            "--pre-stop-s=0",
+            "--pre-stop=0s",
             "--control-plane",
             &control_plane,
             "--gateway-token-file",
@@ -134,14 +134,21 @@ impl Stack {
 
     /// Runs a `weir` command that must succeed, and returns its output.
     pub async fn weir(&self, args: &[&str]) -> String {
+        let (code, out, err) = self.try_weir(args).await;
+        assert_eq!(code, 0, "weir {args:?}: {err}");
+        out
+    }
+
+    /// Runs a `weir` command; returns its exit code, output and errors.
+    pub async fn try_weir(&self, args: &[&str]) -> (i32, String, String) {
         let mut command = command("weir");
         command
             .args(args)
             .env("WEIR_SERVER", format!("http://{}", self.control_plane.text("grpc")))
             .env("WEIR_TOKEN_FILE", self.token_file());
         let done = command.output().await.expect("runs");
-        assert!(done.status.success(), "weir {args:?}: {}", String::from_utf8_lossy(&done.stderr));
-        String::from_utf8(done.stdout).expect("UTF-8")
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        (done.status.code().unwrap_or(-1), text(done.stdout), text(done.stderr))
     }
 
     fn token_file(&self) -> String {

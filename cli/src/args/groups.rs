@@ -202,10 +202,10 @@ pub struct UsageArgs {
     /// Group the sums by these fields
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [UsageBy::Tenant, UsageBy::Model, UsageBy::Day])]
     pub by: Vec<UsageBy>,
-    /// URL of a gateway's operations port
-    #[arg(long, value_parser = health_url, env = "WEIR_GATEWAY_OPS", default_value = "http://127.0.0.1:9100", value_name = "URL")]
-    pub gateway: http::Uri,
-    /// File with the token of the operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
+    /// Ask this gateway instead of the control plane: URL of its operations port
+    #[arg(long, value_parser = health_url, value_name = "URL")]
+    pub gateway: Option<http::Uri>,
+    /// With --gateway: file with the token of its operations port. Default: WEIR_OPS_TOKEN, or the control plane's token on this machine
     #[arg(long, env = "WEIR_OPS_TOKEN_FILE", value_name = "FILE")]
     pub ops_token_file: Option<PathBuf>,
 }
@@ -228,6 +228,15 @@ impl UsageBy {
             Self::Tenant => "tenant",
             Self::Model => "model",
             Self::Day => "day",
+        }
+    }
+
+    /// The value in the protocol.
+    pub const fn field(self) -> v1::UsageField {
+        match self {
+            Self::Tenant => v1::UsageField::Tenant,
+            Self::Model => v1::UsageField::Model,
+            Self::Day => v1::UsageField::Day,
         }
     }
 }

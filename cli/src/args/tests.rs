@@ -74,10 +74,24 @@ fn what_makes_no_sense_is_wrong_usage() {
         "weir gateways --server ftp://h",
         "weir gateways --server http://user:pass@h",
         "weir gateways --token abc",
+        "weir gateways --server 127.0.0.1:99999",
+        "weir gateways --server h:0",
+        "weir health http://[::1]:70000",
         "weir gateways --timeout 0s",
     ] {
         let code = parse(line).expect_err(line).exit_code();
         assert_eq!(code, 2, "{line}");
+    }
+}
+
+#[test]
+fn a_port_that_does_not_exist_is_named() {
+    let error = parse("weir whoami --server 127.0.0.1:99999").expect_err("no port").to_string();
+    assert!(error.contains("127.0.0.1:99999") && error.contains("1 to 65535"), "{error}");
+    for line in
+        ["weir whoami --server [::1]", "weir whoami --server http://h", "weir health http://[::1]:9100/livez"]
+    {
+        parse(line).expect(line);
     }
 }
 

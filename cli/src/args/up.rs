@@ -29,12 +29,21 @@ const MAX_BODY_MIB: &str = "Largest request body, in MiB, 1 to 1024; 50 when not
     })
 )]
 pub struct UpArgs {
-    /// Gateways to run, 1 to 64; gateway k listens on the port of --listen plus k
+    /// Gateways to run, 1 to 64; gateway k, from 0 on, listens on the ports of --listen and --ops-listen plus k
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=GATEWAYS_MAX), value_name = "N")]
     pub gateways: u16,
-    /// Address of the first gateway; with port 0 every listener takes a free port
+    /// Address of the first gateway for clients; with port 0 every listener takes a free port unless its flag says another
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
     pub listen: SocketAddr,
+    /// Address of the control plane for the commands of weir and for gRPC, on loopback. Default: 127.0.0.1:7070
+    #[arg(long, value_parser = loopback, value_name = "ADDR")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Address of the live page, and of /readyz and /metrics of the control plane, on loopback. Default: 127.0.0.1:7080
+    #[arg(long, value_parser = loopback, value_name = "ADDR")]
+    pub http_listen: Option<SocketAddr>,
+    /// Address of the operations port of the first gateway: /readyz, /metrics. Default: 127.0.0.1:9100
+    #[arg(long, value_name = "ADDR")]
+    pub ops_listen: Option<SocketAddr>,
     /// Redis that stores the limits, such as redis://127.0.0.1:6379. Default: the memory of this process
     #[arg(long, env = "WEIR_REDIS", hide_env_values = true, value_name = "URL")]
     pub redis: Option<String>,
@@ -53,4 +62,14 @@ pub struct UpArgs {
     /// Log filter, such as info or weir_gateway=debug
     #[arg(long, env = "WEIR_LOG", default_value = "warn", value_name = "FILTER")]
     pub log: String,
+}
+
+/// An address of this machine alone: the tokens of `weir up` are made at its start, so nobody elsewhere can have one.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text.parse().map_err(|_| "must be an address such as 127.0.0.1:7070")?;
+    if address.ip().is_loopback() {
+        return Ok(address);
+    }
+    Err("must be a loopback address; for other machines run weir-control-plane with tokens of your own"
+        .to_owned())
 }

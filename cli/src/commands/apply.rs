@@ -76,10 +76,14 @@ fn named(error: Error, given: &[String]) -> Error {
 /// here.
 fn read(files: &[PathBuf]) -> Result<(Vec<v1::Resource>, Vec<String>), Error> {
     let (mut resources, mut given) = (Vec::new(), Vec::new());
-    for path in files {
+    for path in all(files)? {
         let name = if path == Path::new("-") { "stdin".to_owned() } else { path.display().to_string() };
-        let text = read_text(path).map_err(|source| Error::File { path: name.clone(), source })?;
+        let text = read_text(&path).map_err(|source| Error::File { path: name.clone(), source })?;
         let of_file = manifest::parse(&text, &name)?;
+        // With --prune it would delete everything of its set.
+        if of_file.is_empty() {
+            return Err(Error::Empty(name));
+        }
         given.extend(of_file.iter().map(|r| format!("{name}: {} {}", kind_name(kind_of(r)), r.name)));
         resources.extend(of_file);
     }
@@ -91,6 +95,34 @@ fn read(files: &[PathBuf]) -> Result<(Vec<v1::Resource>, Vec<String>), Error> {
         }
     }
     Ok((resources, given))
+}
+
+/// The files that are named, and those with YAML or JSON in directories that are named, by name. Directories inside are not
+/// looked into: what is meant by them is not said.
+fn all(files: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+    let mut all = Vec::new();
+    for path in files {
+        if !path.is_dir() {
+            all.push(path.clone());
+            continue;
+        }
+        let failed = |source| Error::File { path: path.display().to_string(), source };
+        let entries = std::fs::read_dir(path).map_err(failed)?;
+        let mut inside = Vec::new();
+        for entry in entries {
+            let file = entry.map_err(failed)?.path();
+            let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+            if matches!(extension, "yaml" | "yml" | "json") && file.is_file() {
+                inside.push(file);
+            }
+        }
+        if inside.is_empty() {
+            return Err(Error::Empty(format!("{} has no .yaml, .yml or .json and", path.display())));
+        }
+        inside.sort_unstable();
+        all.extend(inside);
+    }
+    Ok(all)
 }
 
 /// At most one byte more than the parser takes, which says so then: only what is not too long has to be text.
@@ -197,5 +229,34 @@ pub(super) const fn done(action: v1::ChangeAction) -> &'static str {
         v1::ChangeAction::Delete => "deleted",
         v1::ChangeAction::Unchanged => "unchanged",
         v1::ChangeAction::Unspecified => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_its_files_and_a_file_of_nothing_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = |name: &str, text: &str| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, text).expect("written");
+            path
+        };
+        let none = read(&[directory.path().to_owned()]).expect_err("nothing there").to_string();
+        assert!(none.contains("has no .yaml"), "{none}");
+        let tenant = |name: &str| format!("kind: tenant\nname: {name}\nspec: {{}}\n");
+        file("b.yaml", &tenant("b"));
+        file("a.yml", &tenant("a"));
+        file("notes.txt", "kind: nonsense");
+        std::fs::create_dir(directory.path().join("deeper.yaml")).expect("made");
+        let (resources, _) = read(&[directory.path().to_owned()]).expect("two files");
+        assert_eq!(resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        for text in ["", "# a template that failed\n", "---\n"] {
+            let error = read(&[file("empty.yaml", text)]).expect_err("nothing to apply");
+            assert!(error.to_string().contains("empty.yaml holds no resource"), "{error}");
+            assert_eq!(error.exit_code(), exit::CONFIG);
+        }
     }
 }

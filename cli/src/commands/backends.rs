@@ -36,7 +36,12 @@ pub(super) async fn events(cli: &Cli, io: &mut Io<'_>, subject: Option<&str>) ->
     let answer =
         client.call(Retry::Once, request, |mut c, r| async move { c.list_health_events(r).await }).await?;
     let events = answer.events;
-    io.result(|| events_table(&events), || Value::Array(events.iter().map(event_value).collect()))
+    let text = || match (events.is_empty(), subject) {
+        (false, _) => events_table(&events),
+        (true, None) => "no health event is remembered\n".to_owned(),
+        (true, Some(subject)) => format!("no health event of {subject} is remembered\n"),
+    };
+    io.result(text, || Value::Array(events.iter().map(event_value).collect()))
 }
 
 pub(super) async fn read(client: &Client) -> Result<Vec<v1::BackendStatus>, Error> {

@@ -1,6 +1,7 @@
 //! `context list`, `use`, `set` and `delete`.
 
 use crate::args::{Cli, ContextCommand};
+use crate::client;
 use crate::contexts::{Context, Contexts, TokenRef, path};
 use crate::error::Error;
 use crate::output::Io;
@@ -20,6 +21,14 @@ pub(super) fn context(cli: &Cli, io: &mut Io<'_>, command: &ContextCommand) -> R
             io.note(&format!("the current context is {name}"))?;
         }
         ContextCommand::Set { name, token_env, switch } => {
+            // A mistake is easier to see now than when the context is used.
+            if cli.token_file.is_some() {
+                client::token_header(cli)?;
+            }
+            for path in [&cli.ca, &cli.cert, &cli.key].into_iter().flatten() {
+                std::fs::File::open(path)
+                    .map_err(|source| Error::File { path: path.display().to_string(), source })?;
+            }
             let absolute =
                 |path: &std::path::PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let file = cli.token_file.as_ref().map(|path| TokenRef::File(absolute(path)));

@@ -67,10 +67,35 @@ fn line(progress: &v1::DrainProgress, done: bool) -> String {
     if done {
         return format!("drained: no request is in progress any more ({applied} of {connected} gateways)");
     }
-    let mut line =
-        format!("{} in progress; applied on {applied} of {connected} gateways", progress.in_flight);
-    if !progress.waiting_for.is_empty() {
-        line.push_str(&format!("; waiting for {}", progress.waiting_for.join(", ")));
+    let applied = format!("applied on {applied} of {connected} gateways");
+    let waiting_for = progress.waiting_for.join(", ");
+    match (progress.in_flight, waiting_for.as_str()) {
+        (in_flight, "") => format!("{in_flight} in progress; {applied}"),
+        // None is known, which is not the same as none.
+        (0, _) => format!("{applied}; {waiting_for} has yet to report its requests in progress"),
+        (in_flight, _) => {
+            format!("{in_flight} or more in progress; {applied}; {waiting_for} has yet to report")
+        }
     }
-    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_reported_yet_is_not_said_to_be_nothing() {
+        let of = |in_flight, waiting_for: &[&str]| {
+            let waiting_for = waiting_for.iter().map(|id| (*id).to_owned()).collect();
+            let progress =
+                v1::DrainProgress { applied: 2, connected: 2, in_flight, waiting_for, ..Default::default() };
+            line(&progress, false)
+        };
+        assert_eq!(of(5, &[]), "5 in progress; applied on 2 of 2 gateways");
+        assert_eq!(
+            of(0, &["gateway-0", "gateway-1"]),
+            "applied on 2 of 2 gateways; gateway-0, gateway-1 has yet to report its requests in progress"
+        );
+        assert!(of(5, &["gateway-1"]).starts_with("5 or more in progress; "));
+    }
 }

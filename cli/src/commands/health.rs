@@ -15,6 +15,7 @@ use crate::output::Io;
 const ANSWER_MAX_BYTES: usize = 4 << 10;
 
 pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), Error> {
+    let url = &page(url)?;
     let (status, body) = fetch(cli, url, None, ANSWER_MAX_BYTES).await?;
     let text = String::from_utf8_lossy(&body);
     let text = text.lines().next().unwrap_or_default().escape_debug().to_string();
@@ -22,6 +23,15 @@ pub(super) async fn health(cli: &Cli, io: &mut Io<'_>, url: &Uri) -> Result<(), 
         return Err(Error::Unhealthy { url: url.to_string(), status, text });
     }
     io.result(|| format!("{text}\n"), || json!({"url": url.to_string(), "status": status, "text": text}))
+}
+
+/// The page to ask: without one the readiness.
+fn page(url: &Uri) -> Result<Uri, Error> {
+    if url.path() != "/" {
+        return Ok(url.clone());
+    }
+    let full = format!("{}/readyz", url.to_string().trim_end_matches('/'));
+    full.parse().map_err(|_| Error::Setting(format!("{url} is not an address")))
 }
 
 /// One GET to an operations port: the status, and the answer up to a bound.
@@ -63,5 +73,18 @@ async fn ask(
         biased;
         answered = answer => answered,
         Err(error) = connection => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_page_readiness_is_asked_for() {
+        let of = |url: &str| page(&url.parse().expect("a URL")).expect("a page").to_string();
+        assert_eq!(of("http://127.0.0.1:9100"), "http://127.0.0.1:9100/readyz");
+        assert_eq!(of("http://h:1/"), "http://h:1/readyz");
+        assert_eq!(of("http://h:1/livez"), "http://h:1/livez");
     }
 }

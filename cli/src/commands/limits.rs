@@ -1,4 +1,4 @@
-//! `weir limits explain`: asks a gateway, because gateways share the limits in their store.
+//! `weir limits explain`. The control plane has a gateway answer, because gateways share the limits in their store.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -6,26 +6,45 @@ use std::path::Path;
 use http::{HeaderValue, Uri};
 use serde_json::Value;
 use weir_proto::manifest::format_duration;
+use weir_proto::money::dollars;
+use weir_proto::questions::limits_value;
+use weir_proto::v1;
 
 use super::health;
 use crate::args::{Cli, LimitsCommand};
-use crate::client;
+use crate::client::{self, Client, Retry};
 use crate::error::Error;
 use crate::output::Io;
-use crate::tables::{dollars, table};
+use crate::tables::table;
 
-/// Bytes of an answer that are read: some hundred limits and backends.
+/// Bytes of an answer of a gateway that are read: some hundred limits and backends.
 const ANSWER_MAX_BYTES: usize = 1 << 20;
 
 pub(super) async fn limits(cli: &Cli, io: &mut Io<'_>, command: &LimitsCommand) -> Result<(), Error> {
-    let LimitsCommand::Explain { key, model, gateway, ops_token_file, input_tokens, output_tokens } = command;
-    let mut query = format!("/limits?key={key}&model={model}");
-    for (name, count) in [("input", input_tokens), ("output", output_tokens)] {
-        if let Some(count) = count {
-            query.push_str(&format!("&{name}={count}"));
+    let LimitsCommand::Explain { key, model, input_tokens, output_tokens, gateway, ops_token_file } = command;
+    let answer = match gateway {
+        Some(gateway) => {
+            let mut query = format!("/limits?key={key}&model={model}");
+            for (name, count) in [("input", input_tokens), ("output", output_tokens)] {
+                if let Some(count) = count {
+                    query.push_str(&format!("&{name}={count}"));
+                }
+            }
+            page(cli, gateway, ops_token_file.as_deref(), &query, ANSWER_MAX_BYTES).await?
         }
-    }
-    let answer = page(cli, gateway, ops_token_file.as_deref(), &query, ANSWER_MAX_BYTES).await?;
+        None => {
+            let request = v1::ExplainLimitsRequest {
+                key: key.to_string(),
+                model: model.to_string(),
+                input_tokens: *input_tokens,
+                output_tokens: *output_tokens,
+            };
+            let client = Client::connect(cli).await?;
+            let asked =
+                client.call(Retry::Once, request, |mut c, r| async move { c.explain_limits(r).await });
+            limits_value(&asked.await?)
+        }
+    };
     io.result(|| text(&answer), || answer.clone())
 }
 
@@ -78,38 +97,15 @@ fn is_here(gateway: &Uri) -> bool {
 }
 
 fn text(answer: &Value) -> String {
-    let rows = answer["limits"].as_array().into_iter().flatten().map(|limit| {
-        let kind = limit["kind"].as_str().unwrap_or_default();
-        let amount = |field: &str| amount(kind, limit[field].as_u64().unwrap_or_default());
-        let time = |field: &str| {
-            limit[field]
-                .as_u64()
-                .map_or_else(|| "-".to_owned(), |ms| format_duration(std::time::Duration::from_millis(ms)))
-        };
-        let (scope, name) = (&limit["scope"]["kind"], &limit["scope"]["name"]);
-        let name = name.as_str().unwrap_or_default();
-        let mut decision = limit["decision"].as_str().unwrap_or_default().to_owned();
-        if limit["shadow"] == true {
-            decision.push_str(" (shadow)");
-        }
-        vec![
-            format!("{} {name}", scope.as_str().unwrap_or_default()).trim_end().to_owned(),
-            kind.to_owned(),
-            amount("limit"),
-            amount("remaining"),
-            amount("needs"),
-            decision,
-            time("wait_ms"),
-            time("max_wait_ms"),
-        ]
-    });
-    let header = ["SCOPE", "KIND", "LIMIT", "LEFT", "NEEDS", "DECISION", "FITS IN", "MAY WAIT"];
+    let rows = answer["limits"].as_array().into_iter().flatten().map(row);
+    let header =
+        ["SCOPE", "KIND", "USED", "LIMIT", "BURST", "LEFT", "NEEDS", "DECISION", "FITS IN", "MAY WAIT"];
     let mut text = table(&header, rows.collect());
     let slots = answer["backends"].as_array().into_iter().flatten().map(|backend| {
-        let state = if backend["active"] == true { "" } else { ", not active" };
         let name = backend["backend"].as_str().unwrap_or_default();
         let account = backend["account"].as_str().map(|name| format!(", account {name}")).unwrap_or_default();
-        format!("{name}: {} of {} slots free{state}{account}\n", backend["free"], backend["slots"])
+        let unused = backend["unused"].as_str().map(|why| format!(", not used: {why}")).unwrap_or_default();
+        format!("{name}: {} of {} slots free{account}{unused}\n", backend["free"], backend["slots"])
     });
     text.extend(slots);
     if answer["allowed"] == false {
@@ -122,8 +118,43 @@ fn text(answer: &Value) -> String {
     text
 }
 
-fn amount(kind: &str, value: u64) -> String {
-    if kind == "spend" { dollars(value) } else { value.to_string() }
+/// One limit: what is used of it in its period, what it allows, and what the bucket has left.
+fn row(limit: &Value) -> Vec<String> {
+    let kind = limit["kind"].as_str().unwrap_or_default();
+    let number = |field: &str| limit[field].as_u64().unwrap_or_default();
+    let amount = |value: u64| if kind == "spend" { dollars(value) } else { value.to_string() };
+    let time = |field: &str| {
+        let time = limit[field].as_u64().map(std::time::Duration::from_millis);
+        time.map_or_else(|| "-".to_owned(), format_duration)
+    };
+    let in_use = || amount(number("limit").saturating_sub(number("remaining")));
+    let (used, allowed, burst) = match limit["period"].as_str() {
+        Some("minute") => {
+            let used = limit["last_minute"].as_u64().map(|used| format!("{used}/min"));
+            let allowed = format!("{}/min", number("limit"));
+            (used.unwrap_or_else(|| "-".to_owned()), allowed, number("burst").to_string())
+        }
+        Some(period) => (in_use(), format!("{}/{period}", amount(number("limit"))), "-".to_owned()),
+        None => (in_use(), amount(number("limit")), "-".to_owned()),
+    };
+    let (scope, name) = (&limit["scope"]["kind"], &limit["scope"]["name"]);
+    let name = name.as_str().unwrap_or_default();
+    let mut decision = limit["decision"].as_str().unwrap_or_default().to_owned();
+    if limit["shadow"] == true {
+        decision.push_str(" (shadow)");
+    }
+    vec![
+        format!("{} {name}", scope.as_str().unwrap_or_default()).trim_end().to_owned(),
+        kind.to_owned(),
+        used,
+        allowed,
+        burst,
+        amount(number("remaining")),
+        amount(number("needs")),
+        decision,
+        time("wait_ms"),
+        time("max_wait_ms"),
+    ]
 }
 
 #[cfg(test)]
@@ -151,24 +182,36 @@ mod tests {
     }
 
     #[test]
-    fn an_explanation_is_a_table_and_a_sentence() {
-        let limit = |kind, decision, wait: Option<u64>| {
-            json!({"scope": {"kind": "tenant", "name": "acme"}, "kind": kind, "limit": 20_000_000u64, "remaining": 500_000,
-                   "needs": 600_000, "decision": decision, "wait_ms": wait, "max_wait_ms": 0, "shadow": false})
-        };
+    fn use_rate_and_burst_are_told_apart_and_money_has_its_period() {
+        let scope = json!({"kind": "tenant", "name": "acme"});
+        let limits = json!([
+            {"scope": scope, "kind": "requests", "limit": 2000, "period": "minute", "burst": 10_000,
+             "remaining": 9_998, "last_minute": 480, "needs": 1, "decision": "fits", "max_wait_ms": 0},
+            {"scope": scope, "kind": "tokens", "limit": 500, "period": "minute", "burst": 2500, "remaining": 2500,
+             "last_minute": null, "needs": 7, "decision": "fits", "max_wait_ms": 0, "shadow": true},
+            {"scope": scope, "kind": "spend", "limit": 20_000_000, "period": "day", "burst": 20_000_000,
+             "remaining": 500_000, "needs": 600_000, "decision": "refuses", "wait_ms": 90_000, "max_wait_ms": 0},
+            {"scope": scope, "kind": "concurrency", "limit": 10, "period": null, "burst": 10, "remaining": 7,
+             "needs": 1, "decision": "fits", "max_wait_ms": 30_000},
+        ]);
         let answer = json!({
-            "limits": [limit("spend", "refuses", Some(90_000))],
-            "backends": [{"backend": "b0", "slots": 50, "free": 49, "active": true},
-                         {"backend": "b1", "slots": 5, "free": 5, "active": true, "account": "openai"}],
+            "limits": limits,
+            "backends": [
+                {"backend": "b0", "slots": 50, "free": 49, "unused": null},
+                {"backend": "b1", "slots": 5, "free": 5, "account": "openai", "unused": "unhealthy"},
+            ],
             "allowed": true, "refuses": "spend of tenant acme",
         });
-        assert_eq!(
-            text(&answer),
-            "SCOPE        KIND   LIMIT   LEFT   NEEDS  DECISION  FITS IN  MAY WAIT\n\
-             tenant acme  spend  $20.00  $0.50  $0.60  refuses   1m30s    0s\n\
-             b0: 49 of 50 slots free\n\
-             b1: 5 of 5 slots free, account openai\n\
-             a request would be refused by spend of tenant acme\n"
-        );
+        let wanted = "\
+SCOPE        KIND         USED     LIMIT       BURST  LEFT   NEEDS  DECISION       FITS IN  MAY WAIT
+tenant acme  requests     480/min  2000/min    10000  9998   1      fits           -        0s
+tenant acme  tokens       -        500/min     2500   2500   7      fits (shadow)  -        0s
+tenant acme  spend        $19.50   $20.00/day  -      $0.50  $0.60  refuses        1m30s    0s
+tenant acme  concurrency  3        10          -      7      1      fits           -        30s
+b0: 49 of 50 slots free
+b1: 5 of 5 slots free, account openai, not used: unhealthy
+a request would be refused by spend of tenant acme
+";
+        assert_eq!(text(&answer), wanted);
     }
 }

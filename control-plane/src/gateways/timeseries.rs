@@ -12,7 +12,7 @@ use weir_proto::latency::{INTERVALS, quantile_ms};
 use weir_proto::v1;
 use weir_runtime::RecentMap;
 
-pub(crate) use self::series::{Line, Rate};
+pub(crate) use self::series::{Line, Minute, Rate};
 use super::loads::Loads;
 
 /// The interval between two samples of loads.
@@ -27,6 +27,10 @@ const LATENCY_TAU_S: f64 = 30.0;
 const NAMES_MAX: usize = 10_000;
 /// The maximum of limits.
 const LIMITS_MAX: usize = 512;
+/// The period of limits of which the use of the last minute can be compared with what was declared.
+const PER_MINUTE: &str = "minute";
+/// The periods of limits.
+const PERIODS: [&str; 4] = [PER_MINUTE, "day", "week", "month"];
 /// A limit without a report for this time is not shown any more.
 const LIMIT_KNOWN_FOR: Duration = Duration::from_secs(60);
 
@@ -116,10 +120,33 @@ pub(crate) struct Backend {
 /// The state of a limit.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Limit {
+    /// What was declared, per period.
+    pub(crate) declared: u64,
+    /// The period of what was declared; empty for requests in flight.
+    pub(crate) period: String,
+    /// The capacity of its bucket.
     pub(crate) limit: u64,
+    /// The level of its bucket.
     pub(crate) used: Option<u64>,
+    /// What requests that ended used of it.
+    pub(crate) consumed: Minute,
     pub(crate) refusals: Rate,
     pub(crate) shadow: bool,
+}
+
+impl Limit {
+    /// What requests that ended in the minute before this second used of a limit that is per minute.
+    pub(crate) fn last_minute(&self, second: u64) -> Option<u64> {
+        (self.period == PER_MINUTE).then(|| self.consumed.sum(second))
+    }
+
+    /// The part of the limit that is used: of its bucket, or of its rate if that is more. A bucket may drain faster than it
+    /// fills.
+    pub(crate) fn fill(&self, second: u64) -> f64 {
+        let part = |used: u64, of: u64| used as f64 / of.max(1) as f64;
+        let of_rate = self.last_minute(second).map_or(0.0, |used| part(used, self.declared));
+        part(self.used.unwrap_or(0), self.limit).max(of_rate)
+    }
 }
 
 impl Default for Latency {
@@ -287,6 +314,12 @@ impl<'a> Reader<'a> {
     pub(crate) fn limits(self) -> impl Iterator<Item = (&'a LimitKey, &'a Limit)> {
         self.inner.limits.iter(self.now)
     }
+
+    /// What requests that ended in the last minute used of each limit that is per minute.
+    pub(crate) fn last_minute(self) -> BTreeMap<&'a LimitKey, u64> {
+        let known = self.limits().filter_map(|(key, limit)| Some((key, limit.last_minute(self.second)?)));
+        known.collect()
+    }
 }
 
 impl Inner {
@@ -299,8 +332,13 @@ impl Inner {
         }
         let Some(limit) = self.limits.get_or_insert_with(key, now, Limit::default) else { return };
         limit.refusals.add(second, report.refusals);
+        limit.consumed.add(second, report.consumed);
         if report.used.is_some() {
             (limit.limit, limit.used, limit.shadow) = (report.limit, report.used, report.shadow);
+            // The words of a gateway are shown on the page, so only those that are meant are kept.
+            limit.period =
+                PERIODS.iter().find(|period| **period == report.period).copied().unwrap_or("").into();
+            limit.declared = if limit.period.is_empty() { report.limit } else { report.declared };
         }
     }
 
@@ -424,6 +462,37 @@ mod tests {
         assert_eq!(timeseries.inner().lines.sum.requests, u64::MAX);
         let rate = timeseries.read(|figures| figures.traffic().output_tokens.per_second(figures.second));
         assert!(rate > 1e18, "{rate}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_use_of_the_last_minute_is_that_of_all_gateways() {
+        let timeseries = Timeseries::default();
+        let limit = v1::LimitReport {
+            scope_kind: "global".into(),
+            kind: "requests".into(),
+            limit: 10_000,
+            used: Some(2),
+            declared: 2000,
+            period: "minute".into(),
+            consumed: 4,
+            ..Default::default()
+        };
+        let report = v1::StreamReportsRequest { limits: vec![limit], ..Default::default() };
+        for _ in 0..90 {
+            timeseries.report("g", &report);
+            timeseries.report("h", &report);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        timeseries.read(|figures| {
+            let (_, limit) = figures.limits().next().expect("known");
+            assert_eq!((limit.declared, limit.limit), (2000, 10_000));
+            assert_eq!(limit.last_minute(figures.second), Some(480));
+            assert!(
+                (limit.fill(figures.second) - 0.24).abs() < 1e-9,
+                "of its rate, its bucket is all but empty"
+            );
+            assert_eq!(figures.last_minute().into_values().collect::<Vec<_>>(), [480]);
+        });
     }
 
     #[tokio::test(start_paused = true)]

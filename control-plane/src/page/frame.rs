@@ -81,8 +81,7 @@ impl Reader<'_> {
         let traffic = self.traffic();
         let mut limits: Vec<_> = self.limits().collect();
         let rank = |limit: &crate::gateways::timeseries::Limit| {
-            let fill = limit.used.unwrap_or(0) as f64 / limit.limit.max(1) as f64;
-            (limit.refusals.per_second(self.second), fill)
+            (limit.refusals.per_second(self.second), limit.fill(self.second))
         };
         limits.sort_by(|(a_key, a), (b_key, b)| {
             let ((a_refused, a_fill), (b_refused, b_fill)) = (rank(a), rank(b));
@@ -90,7 +89,9 @@ impl Reader<'_> {
         });
         let limits = limits.into_iter().take(LIMITS_SHOWN).map(|((scope_kind, scope, kind), limit)| {
             json!({
-                "scope_kind": scope_kind, "scope": scope, "kind": kind, "limit": limit.limit, "used": limit.used,
+                "scope_kind": scope_kind, "scope": scope, "kind": kind, "limit": limit.declared,
+                "period": limit.period, "burst": limit.limit, "used": limit.used,
+                "last_minute": limit.last_minute(self.second), "fill": limit.fill(self.second),
                 "refused": limit.refusals.per_second(self.second), "shadow": limit.shadow,
             })
         });

@@ -93,7 +93,7 @@ fn to_json(value: &Value, kind: &Kind) -> Json {
         Value::Bytes(bytes) => Json::from(crate::encoding::hex(bytes)),
         Value::EnumNumber(number) => {
             let name = kind.as_enum().and_then(|kind| kind.get_value(*number));
-            name.map_or_else(|| Json::from(*number), |value| Json::from(value.name()))
+            name.map_or_else(|| Json::from(*number), |value| Json::from(in_yaml(value.name(), kind)))
         }
         Value::Message(message) => message_json(message),
         Value::List(items) => Json::Array(items.iter().map(|item| to_json(item, kind)).collect()),
@@ -103,6 +103,20 @@ fn to_json(value: &Value, kind: &Kind) -> Json {
             Json::Object(map.iter().map(|(key, of)| (key_text(key), value(of))).collect())
         }
     }
+}
+
+/// The name of an enum's value as in YAML: without the name of the enum, in lower case.
+fn in_yaml(name: &str, kind: &Kind) -> String {
+    let of = kind.as_enum().map(|of| of.name().to_owned()).unwrap_or_default();
+    let mut prefix = String::new();
+    for c in of.chars() {
+        if c.is_ascii_uppercase() && !prefix.is_empty() {
+            prefix.push('_');
+        }
+        prefix.push(c.to_ascii_uppercase());
+    }
+    let short = name.strip_prefix(&prefix).and_then(|rest| rest.strip_prefix('_'));
+    short.unwrap_or(name).to_ascii_lowercase()
 }
 
 fn message_json(message: &DynamicMessage) -> Json {

@@ -52,6 +52,17 @@ fn differences_name_leaves_and_map_entries() {
 }
 
 #[test]
+fn an_enum_is_shown_by_the_name_that_yaml_has() {
+    let of = |state: v1::AdminState| {
+        reflect(BACKEND, &v1::BackendSpec { admin_state: state.into(), ..backend(&[]) }).unwrap()
+    };
+    assert_eq!(
+        diff::differences(&of(v1::AdminState::Active), &of(v1::AdminState::Draining)),
+        [("admin_state".to_owned(), "\"active\"".to_owned(), "\"draining\"".to_owned())]
+    );
+}
+
+#[test]
 fn a_mask_changes_what_it_names_and_nothing_else() {
     let mut target = reflect(POOL, &pool(Some(60), Some(5))).unwrap();
     let source = reflect(POOL, &pool(Some(90), None)).unwrap();

@@ -6,6 +6,7 @@ mod audit;
 mod gateways;
 mod page;
 mod probing;
+mod questions;
 mod random;
 mod tls;
 

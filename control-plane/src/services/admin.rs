@@ -6,6 +6,7 @@ mod calls;
 mod health;
 mod operations;
 mod probe;
+mod questions;
 mod tokens;
 mod view;
 mod watch;
@@ -91,6 +92,8 @@ methods! {
     list_gateways, "ListGateways", ListGatewaysRequest -> ListGatewaysResponse;
     list_backend_status, "ListBackendStatus", ListBackendStatusRequest -> ListBackendStatusResponse;
     explain_backend, "ExplainBackend", ExplainBackendRequest -> ExplainBackendResponse;
+    query_usage, "QueryUsage", QueryUsageRequest -> QueryUsageResponse;
+    explain_limits, "ExplainLimits", ExplainLimitsRequest -> ExplainLimitsResponse;
     probe_backend, "ProbeBackend", ProbeBackendRequest -> ProbeBackendResponse;
     list_health_events, "ListHealthEvents", ListHealthEventsRequest -> ListHealthEventsResponse;
     wait_applied, "WaitApplied", WaitAppliedRequest -> WaitAppliedResponse;

@@ -3,6 +3,7 @@
 pub(crate) mod admin;
 pub(crate) mod discovery;
 mod keys;
+mod questions;
 pub(crate) mod report;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::auth::{Authority, Caller, is_gateway_id};
 use crate::catalog::{self, Catalog};
 use crate::gateways::aggregate::Aggregate;
 use crate::gateways::membership::Membership;
+use crate::gateways::questions::Questions;
 use crate::gateways::registry::Registry;
 use crate::leader::Leads;
 use crate::metrics::Metrics;
@@ -37,6 +39,8 @@ pub(crate) struct Shared {
     pub(crate) registry: Registry,
     pub(crate) membership: Membership,
     pub(crate) aggregate: Aggregate,
+    /// Questions to gateways.
+    pub(crate) questions: Questions,
     pub(crate) verdicts: Verdicts,
     /// The fencing token while this control plane is the leader.
     pub(crate) leads: Leads,

@@ -14,11 +14,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weir_proto::v1::report_service_server::ReportService;
 use weir_proto::v1::{
-    self, AggregateLoad, AggregateTraffic, Leadership, ProbeAssignments, ProbeOrder, ProbeTier,
-    StreamReportsRequest, StreamReportsResponse,
+    self, AggregateLoad, AggregateTraffic, AnswerQuestionsRequest, AnswerQuestionsResponse, Leadership,
+    ProbeAssignments, ProbeOrder, ProbeTier, StreamReportsRequest, StreamReportsResponse,
 };
 
-use super::{Shared, check_about};
+use super::{Shared, check_about, questions};
 use crate::auth::Caller;
 use crate::gateways::aggregate::{Departures, LastSentSpeeds, Reporter};
 use crate::gateways::loads::{Loads, Traffic};
@@ -57,6 +57,15 @@ impl ReportService for Reports {
         request: Request<Streaming<StreamReportsRequest>>,
     ) -> Result<Response<Self::StreamReportsStream>, Status> {
         super::open(&self.0, request, OUTBOX, serve)
+    }
+
+    type AnswerQuestionsStream = ReceiverStream<Result<AnswerQuestionsResponse, Status>>;
+
+    async fn answer_questions(
+        &self,
+        request: Request<Streaming<AnswerQuestionsRequest>>,
+    ) -> Result<Response<Self::AnswerQuestionsStream>, Status> {
+        super::open(&self.0, request, questions::OUTBOX, questions::serve)
     }
 }
 

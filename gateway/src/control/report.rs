@@ -28,6 +28,7 @@ use self::outgoing::{Observed, Outgoing};
 use self::stream::{Event, ReportStream};
 use super::live_config::LiveConfig;
 use super::probe_channel::ProbeChannel;
+use super::questions::Questions;
 use super::traffic_report::TrafficCounter;
 use crate::metrics::Metrics;
 
@@ -49,6 +50,8 @@ pub struct Reporter {
     pub probes: Arc<ProbeChannel>,
     /// Where the incarnations of gateways go that are gone.
     pub gone: mpsc::Sender<String>,
+    /// Where the questions of control planes go.
+    pub questions: Questions,
     /// Who this gateway is.
     pub identity: Identity,
 }
@@ -63,8 +66,9 @@ impl Reporter {
         let mut streams = JoinSet::new();
         for (at, (link, outgoing)) in links.into_iter().zip(&outgoing).enumerate() {
             let (live, identity) = (Arc::clone(&self.live), Arc::clone(&identity));
-            let (outgoing, events) = (Arc::clone(outgoing), sender.clone());
-            streams.spawn(ReportStream { at, live, identity, link, outgoing, events }.run());
+            let (outgoing, events, questions) =
+                (Arc::clone(outgoing), sender.clone(), self.questions.clone());
+            streams.spawn(ReportStream { at, live, identity, link, outgoing, events, questions }.run());
         }
         let mut ticks = tokio::time::interval(INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

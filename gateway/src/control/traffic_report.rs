@@ -2,6 +2,8 @@
 //! the metrics, because a report contains only the difference to the report before.
 //!
 //! A report removes the scopes whose levels are unknown by then, because it is the last one that tells their refusals.
+//!
+//! What requests used is counted when they are settled, by the worker that settles: no request waits for that count.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -11,8 +13,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use weir_proto::v1::{LimitReport, TrafficReport};
-use weir_ratelimit::{Decision, Kind, LimitState, Mode, Outcome, Verdict, What};
+use weir_ratelimit::{Cost, Decision, Key, Kind, LimitState, Mode, Outcome, ScopeLimits, Verdict, What};
 
+use crate::routing::declared::{DeclaredLimit, declared};
 use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
 
 /// The maximum of scopes; further ones are not reported.
@@ -38,6 +41,9 @@ pub struct TrafficCounter {
     input_tokens: AtomicU64,
     output_tokens: AtomicU64,
     scopes: Mutex<Scopes>,
+    /// What requests that ended used since the last report, by record; at most [`SCOPES_MAX`] of them. A lock of its own,
+    /// which requests never take.
+    consumed: Mutex<HashMap<Key, [u64; Kind::COUNT]>>,
 }
 
 /// By kind, then by name.
@@ -57,6 +63,7 @@ struct LastSeen {
 #[derive(Debug, Clone)]
 struct Limit {
     state: LimitState,
+    declared: DeclaredLimit,
     at: Instant,
     refusals: u64,
 }
@@ -107,7 +114,22 @@ impl TrafficCounter {
             seen.shadow = shadow;
             let limit = &mut seen.limits[index(state.what)];
             let refusals = limit.as_ref().map_or(0, |limit| limit.refusals) + u64::from(refused);
-            *limit = Some(Limit { state: state.clone(), at: now, refusals });
+            *limit =
+                Some(Limit { state: state.clone(), declared: declared(entry, state), at: now, refusals });
+        }
+    }
+
+    /// Counts what a request that ended used of the limits of these scopes.
+    pub fn consumed(&self, scopes: &[ScopeLimits], cost: &Cost) {
+        let mut consumed = self.consumed.lock().unwrap_or_else(PoisonError::into_inner);
+        for scope in scopes.iter().filter(|scope| scope.buckets.iter().any(Option::is_some)) {
+            if consumed.len() >= SCOPES_MAX && !consumed.contains_key(&scope.record) {
+                continue;
+            }
+            let sums = consumed.entry(scope.record.clone()).or_default();
+            for kind in Kind::ALL {
+                sums[kind as usize] = sums[kind as usize].saturating_add(cost.get(kind));
+            }
         }
     }
 
@@ -133,8 +155,12 @@ impl TrafficCounter {
     /// Takes the limits to report with their refusals since the last call, and removes limits with an unknown level.
     pub fn take_limits(&self) -> Vec<LimitReport> {
         let now = Instant::now();
-        let mut reports = self.scopes().take(now);
+        let consumed = std::mem::take(&mut *self.consumed.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut reports = self.scopes().take(now, &consumed);
         let fill = |report: &LimitReport| report.used.unwrap_or(0) as f64 / report.limit.max(1) as f64;
+        // A bucket may drain faster than it fills, so what is used of the rate counts as well.
+        let fill =
+            |report: &LimitReport| fill(report).max(report.consumed as f64 / report.declared.max(1) as f64);
         reports.sort_by(|a, b| {
             (Reverse(a.refusals).cmp(&Reverse(b.refusals))).then_with(|| fill(b).total_cmp(&fill(a)))
         });
@@ -158,7 +184,7 @@ impl Scopes {
         names.get_mut(name)
     }
 
-    fn take(&mut self, now: Instant) -> Vec<LimitReport> {
+    fn take(&mut self, now: Instant, consumed: &HashMap<Key, [u64; Kind::COUNT]>) -> Vec<LimitReport> {
         let mut reports = Vec::new();
         for (kind, names) in &mut self.by_kind {
             names.retain(|name, seen| {
@@ -174,6 +200,14 @@ impl Scopes {
                         used,
                         refusals: std::mem::take(&mut known.refusals),
                         shadow: seen.shadow,
+                        declared: known.declared.amount,
+                        period: known.declared.period.unwrap_or_default().to_owned(),
+                        consumed: match known.state.what {
+                            What::Bucket(kind) => {
+                                consumed.get(&known.state.scope).map_or(0, |sums| sums[kind as usize])
+                            }
+                            What::Concurrency => 0,
+                        },
                     });
                     if used.is_none() {
                         *limit = None;
@@ -212,7 +246,7 @@ const fn index(what: What) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use weir_ratelimit::Key;
+    use weir_ratelimit::Bucket;
 
     use super::*;
 
@@ -261,14 +295,65 @@ mod tests {
         for i in 0..SCOPES_MAX + 10 {
             if let Some(seen) = scopes.last_seen(ScopeKind::Tenant, &i.to_string()) {
                 let state = state(What::Bucket(Kind::Requests), 40, 30);
-                seen.limits[0] = Some(Limit { state, at: Instant::now(), refusals: 0 });
+                let declared = DeclaredLimit { amount: 20, period: Some("minute"), burst: 100 };
+                seen.limits[0] = Some(Limit { state, declared, at: Instant::now(), refusals: 0 });
             }
         }
-        assert_eq!(scopes.take(Instant::now()).len(), SCOPES_MAX);
+        let nothing = HashMap::new();
+        assert_eq!(scopes.take(Instant::now(), &nothing).len(), SCOPES_MAX);
         tokio::time::advance(KNOWN_FOR * 2).await;
         // Reported once more without a level, then removed.
-        assert!(scopes.take(Instant::now()).iter().all(|report| report.used.is_none()));
-        assert!(scopes.take(Instant::now()).is_empty());
+        assert!(scopes.take(Instant::now(), &nothing).iter().all(|report| report.used.is_none()));
+        assert!(scopes.take(Instant::now(), &nothing).is_empty());
         assert!(scopes.last_seen(ScopeKind::Tenant, "new").is_some());
+    }
+
+    fn entry() -> ScopeEntry {
+        let mut buckets = [None; Kind::COUNT];
+        buckets[Kind::Requests as usize] = Some(Bucket::per_minute(20, 5.0));
+        let limits = ScopeLimits {
+            record: Key::global(),
+            leases: Key::global(),
+            buckets,
+            concurrency: None,
+            mode: Mode::Enforce,
+            without_store: Default::default(),
+            prefetch: Default::default(),
+        };
+        let (kind, name, max_wait) = (ScopeKind::Global, String::new(), Duration::ZERO);
+        ScopeEntry { limits, kind, name, max_wait, budget: None, renews: None }
+    }
+
+    #[test]
+    fn a_report_tells_rate_burst_and_what_ended_requests_used_once() {
+        let (counter, entry) = (TrafficCounter::default(), entry());
+        let granted = Decision {
+            outcome: Outcome::Granted { slot: None },
+            limits: vec![state(What::Bucket(Kind::Requests), 99, 3)],
+            now_us: 0,
+            degraded: false,
+        };
+        for _ in 0..3 {
+            counter.decided(&[&entry], &granted);
+            counter.consumed(std::slice::from_ref(&entry.limits), &Cost::of_request(5, 7, 0));
+        }
+        let report = counter.take_limits().remove(0);
+        assert_eq!((report.limit, report.declared, report.period.as_str()), (100, 20, "minute"));
+        assert_eq!((report.consumed, report.used), (3, Some(1)));
+        assert_eq!(counter.take_limits().remove(0).consumed, 0);
+    }
+
+    #[test]
+    fn what_is_counted_of_limits_that_nobody_asks_for_is_bounded() {
+        let counter = TrafficCounter::default();
+        for i in 0..SCOPES_MAX + 10 {
+            let (record, leases) = weir_ratelimit::scope_keys(weir_ratelimit::Scope::Tenant(&i.to_string()));
+            let limits = ScopeLimits { record, leases, ..entry().limits };
+            counter.consumed(&[limits], &Cost::of_request(1, 1, 1));
+        }
+        assert_eq!(counter.consumed.lock().expect("not poisoned").len(), SCOPES_MAX);
+        assert!(
+            counter.take_limits().is_empty() && counter.consumed.lock().expect("not poisoned").is_empty()
+        );
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::routing::declared::DeclaredLimit;
 use crate::routing::scope::ScopeKind;
 
 fn limited(wait: Option<Duration>) -> GatewayError {
@@ -7,7 +8,7 @@ fn limited(wait: Option<Duration>) -> GatewayError {
         scope_kind: ScopeKind::Tenant,
         scope,
         what: What::Bucket(Kind::Tokens),
-        limit: 10,
+        limit: DeclaredLimit { amount: 2, period: Some("minute"), burst: 10 },
         remaining: 2,
         needs: 11,
         wait,
@@ -61,6 +62,46 @@ fn a_refusal_explains_itself() {
 }
 
 #[test]
+fn a_refusal_tells_the_rate_from_the_burst_and_money_in_dollars() {
+    let refusal = |what, amount, period, burst, remaining| Refusal {
+        scope_kind: ScopeKind::Tenant,
+        scope: "cheap".to_owned(),
+        what,
+        limit: DeclaredLimit { amount, period, burst },
+        remaining,
+        needs: 1,
+        wait: Some(Duration::from_secs(1)),
+    };
+    let minute = Some("minute");
+    for (refusal, text) in [
+        (
+            refusal(What::Bucket(Kind::Spend), 10_000_000, Some("day"), 10_000_000, 72),
+            "Rate limit reached for spend of tenant 'cheap': limit $10.00 per day, remaining $0.000072. Please try \
+             again in 1s.",
+        ),
+        (
+            refusal(What::Bucket(Kind::Requests), 60, minute, 300, 0),
+            "Rate limit reached for requests of tenant 'cheap': limit 60 per minute, 300 at once, remaining 0. Please \
+             try again in 1s.",
+        ),
+        (
+            refusal(What::Bucket(Kind::Tokens), 60, minute, 60, 3),
+            "Rate limit reached for tokens of tenant 'cheap': limit 60 per minute, remaining 3. Please try again in 1s.",
+        ),
+        (
+            refusal(What::Concurrency, 5, None, 5, 0),
+            "Rate limit reached for concurrency of tenant 'cheap': limit 5 at once, remaining 0. Please try again in 1s.",
+        ),
+    ] {
+        assert_eq!(refusal.message(), text);
+    }
+    let spend = refusal(What::Bucket(Kind::Spend), 10_000_000, Some("day"), 10_000_000, 72);
+    let body: Value = serde_json::from_str(&GatewayError::Limited(spend).to_body()).unwrap();
+    let error = &body["error"];
+    assert_eq!((&error["period"], &error["unit"]), (&"day".into(), &"micro_dollars".into()));
+}
+
+#[test]
 fn only_an_upstreams_fault_is_tried_elsewhere_and_429_is_the_callers_alone() {
     let retry_after = None;
     for error in [
@@ -103,6 +144,12 @@ fn a_backends_text_reaches_the_client_where_it_may_be_about_the_request() {
     assert_eq!((said.facts().status.as_u16(), &*said.facts().message), (500, "missing role"));
     assert!(said.facts().retry_elsewhere && !said.is_final());
     assert!(of(Meaning::Failed, 500, "missing role", true).is_final());
+    assert!(of(Meaning::Failed, 500, "", false).facts().message.contains("Please retry"));
+    for meaning in [Meaning::Failed, Meaning::Foreign, Meaning::Credential, Meaning::NoModel, Meaning::Quota]
+    {
+        let error = of(meaning, 500, "", true);
+        assert!(error.is_final() && !error.facts().message.contains("retry"), "{}", error.facts().message);
+    }
     assert_eq!(of(Meaning::Failed, 500, "", false).facts().status, 502);
     assert_eq!(of(Meaning::Failed, 424, "failed", false).facts().status, 502);
     for meaning in [Meaning::Credential, Meaning::Quota, Meaning::NoModel, Meaning::Foreign, Meaning::Busy] {

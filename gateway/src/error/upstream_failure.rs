@@ -59,7 +59,10 @@ impl UpstreamFailure {
                 told(status, "upstream_error", "upstream_status", self.message.clone().into())
             }
             Meaning::Failed | Meaning::Foreign | Meaning::Request => {
-                told(502, "upstream_error", "upstream_status", UPSTREAM.into())
+                // Where every server failed in the same way, nobody should be told to try again.
+                let text =
+                    if self.elsewhere_too { "The model's servers failed to answer." } else { UPSTREAM };
+                told(502, "upstream_error", "upstream_status", text.into())
             }
         }
     }

@@ -66,7 +66,7 @@ pub(super) async fn admit(
     };
     // How an account stands is the operator's to know: headers tell of the caller's limits.
     decision.limits.retain(|limit| limit.scope_in(&admission.acquire.scopes[..limits.own]).is_some());
-    context.limits = refusal::shown(&decision);
+    context.limits = refusal::shown(&decision, &admission.acquire.scopes);
     match (refused, decision.outcome) {
         (None, Outcome::Granted { slot }) => {
             let mut reservation = reservation.ok_or(GatewayError::Internal)?;

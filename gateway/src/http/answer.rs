@@ -96,7 +96,7 @@ pub(super) fn reply(
             headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
             // nginx and its like hold streams back unless told not to.
             headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-            refusal::write_limits(&mut headers, &decision);
+            refusal::write_limits(&mut headers, &decision, &reservation.scopes);
             headers::write_wait(&mut headers, context.waited);
             let clocks = Clocks { idle: call.model.timeouts.idle, deadline: call.deadline };
             let prompt_tokens = call.prompt_tokens;
@@ -164,7 +164,7 @@ fn unary(
     context.finished(status, if is_success { "ok" } else { "client_error" });
     // It was read as JSON when it came.
     headers::content_type(&mut headers, Content::Json);
-    refusal::write_limits(&mut headers, &decision);
+    refusal::write_limits(&mut headers, &decision, &reservation.scopes);
     headers::write_wait(&mut headers, context.waited);
     let body = models.renamed(&body, &request.model);
     let body = UnaryBody::new(body, room, context.client.clock.clone());

@@ -151,9 +151,11 @@ pub enum LimitKind {
 pub struct ShownLimit {
     /// What it counts.
     pub kind: LimitKind,
-    /// How much it allows when untouched.
+    /// How much it allows per minute, as declared.
     pub limit: u64,
-    /// How much is left.
+    /// How much it allows at once: the capacity of its bucket.
+    pub burst: u64,
+    /// How much can be used now; after a quiet time more than the limit, and at most the burst.
     pub remaining: u64,
     /// Until it is untouched again.
     pub reset: Duration,
@@ -175,12 +177,12 @@ pub fn write_limits(headers: &mut HeaderMap, states: &[ShownLimit]) {
         ),
     ] {
         let tightest = states.iter().filter(|state| state.kind == kind).min_by(|a, b| {
-            // remaining / limit, compared without dividing.
+            // remaining / burst, compared without dividing.
             let (left, right) = (
-                u128::from(a.remaining) * u128::from(b.limit),
-                u128::from(b.remaining) * u128::from(a.limit),
+                u128::from(a.remaining) * u128::from(b.burst),
+                u128::from(b.remaining) * u128::from(a.burst),
             );
-            left.cmp(&right).then(a.limit.cmp(&b.limit))
+            left.cmp(&right).then(a.burst.cmp(&b.burst))
         });
         let Some(state) = tightest else { continue };
         let [limit, remaining, reset] = names.map(HeaderName::from_static);
@@ -333,15 +335,16 @@ mod tests {
 
     #[test]
     fn the_tightest_limit_of_each_kind_is_told() {
-        let state = |limit, remaining| ShownLimit {
+        let state = |burst, remaining| ShownLimit {
             kind: LimitKind::Requests,
-            limit,
+            limit: burst / 5,
+            burst,
             remaining,
             reset: Duration::from_secs(360),
         };
         let mut headers = HeaderMap::new();
         write_limits(&mut headers, &[state(10, 5), state(1000, 100), state(4, 3)]);
-        assert_eq!(headers["x-ratelimit-limit-requests"], "1000");
+        assert_eq!(headers["x-ratelimit-limit-requests"], "200", "the rate that was declared");
         assert_eq!(headers["x-ratelimit-remaining-requests"], "100");
         assert_eq!(headers["x-ratelimit-reset-requests"], "6m0s");
         assert!(!headers.contains_key("x-ratelimit-limit-tokens"));

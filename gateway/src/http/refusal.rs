@@ -3,13 +3,14 @@
 use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
-use weir_ratelimit::{Cost, Decision, Kind, Outcome, Verdict, What};
+use weir_ratelimit::{Cost, Decision, Kind, Outcome, ScopeLimits, Verdict, What};
 
 use crate::error::{GatewayError, Refusal};
 use crate::http::headers::{self, LimitKind, ShownLimits};
 use crate::limits::account_groups::CandidateGroups;
 use crate::routing::accounts::Accounts;
 use crate::routing::balance::Candidate;
+use crate::routing::declared::{DeclaredLimit, declared, declared_as};
 use crate::routing::scope::{ScopeEntry, ScopeKind};
 
 /// The refusal of what can never fit: `least` is what the request asks for beyond any guess, and some enforced bucket
@@ -24,7 +25,7 @@ pub fn never_fits(entries: &[&ScopeEntry], reserved: &Cost, least: &Cost) -> Opt
         scope_kind: entry.kind,
         scope: entry.name.clone(),
         what: What::Bucket(kind),
-        limit: capacity,
+        limit: declared_as(entry, What::Bucket(kind), capacity),
         remaining: 0,
         needs: least.get(kind),
         wait: None,
@@ -99,7 +100,7 @@ pub fn limited(
             scope_kind: ScopeKind::Global,
             scope,
             what: What::Bucket(Kind::Requests),
-            limit: 0,
+            limit: DeclaredLimit { amount: 0, period: None, burst: 0 },
             remaining: 0,
             needs: 1,
             wait: outcome,
@@ -109,22 +110,30 @@ pub fn limited(
         scope_kind: entry.kind,
         scope: entry.name.clone(),
         what: limit.what,
-        limit: limit.limit,
+        limit: declared(entry, limit),
         remaining: limit.remaining,
         needs,
         wait,
     })
 }
 
-/// What headers tell about.
-pub fn shown(decision: &Decision) -> ShownLimits {
+/// What headers tell about the limits of a call under these scopes.
+pub fn shown(decision: &Decision, scopes: &[ScopeLimits]) -> ShownLimits {
     let shown = decision.limits.iter().filter_map(|l| {
-        let kind = match l.what {
-            What::Bucket(Kind::Requests) => LimitKind::Requests,
-            What::Bucket(Kind::Tokens | Kind::InputTokens | Kind::OutputTokens) => LimitKind::Tokens,
-            What::Bucket(Kind::Spend) | What::Concurrency => return None,
+        let What::Bucket(counts) = l.what else { return None };
+        let kind = match counts {
+            Kind::Requests => LimitKind::Requests,
+            Kind::Tokens | Kind::InputTokens | Kind::OutputTokens => LimitKind::Tokens,
+            Kind::Spend => return None,
         };
-        Some(headers::ShownLimit { kind, limit: l.limit, remaining: l.remaining, reset: l.reset })
+        let bucket = l.scope_in(scopes).and_then(|scope| scope.buckets[counts as usize]);
+        Some(headers::ShownLimit {
+            kind,
+            limit: bucket.map_or(l.limit, |bucket| bucket.rate),
+            burst: l.limit,
+            remaining: l.remaining,
+            reset: l.reset,
+        })
     });
     shown.collect()
 }
@@ -141,6 +150,6 @@ pub fn settled(decision: &mut Decision, reserved: &Cost, actual: &Cost) {
 }
 
 /// OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
-pub fn write_limits(headers: &mut HeaderMap, decision: &Decision) {
-    headers::write_limits(headers, &shown(decision));
+pub fn write_limits(headers: &mut HeaderMap, decision: &Decision, scopes: &[ScopeLimits]) {
+    headers::write_limits(headers, &shown(decision, scopes));
 }

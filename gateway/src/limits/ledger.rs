@@ -18,6 +18,7 @@ use weir_ratelimit::{
 };
 
 use super::estimates::Estimates;
+use crate::control::traffic_report::TrafficCounter;
 use crate::metrics::Metrics;
 
 /// How long a lease lives without renewal: 15 s; it is renewed every 5 s.
@@ -47,6 +48,8 @@ pub struct Ledger {
     /// Estimates of the costs of requests.
     pub estimates: Estimates,
     pub(super) metrics: Arc<Metrics>,
+    /// Where it is counted what requests used of each limit.
+    traffic: Arc<TrafficCounter>,
     pub(super) holder: OwnerId,
     pub(super) queue: mpsc::Sender<Job>,
     pub(super) leases: LeaseBook,
@@ -108,6 +111,15 @@ impl Job {
         }
     }
 
+    /// What the job charges in the end, to which scopes.
+    fn charged(&self) -> impl Iterator<Item = &Settle> {
+        let settles = match self {
+            Job::Settle(settles, _) | Job::Cancel(settles, _) => &settles[..],
+            Job::Release(..) | Job::GiveBack(_) => &[],
+        };
+        settles.iter().map(AsRef::as_ref)
+    }
+
     /// The buckets that have more room after the job.
     fn records(&self) -> SmallVec<[&Key; 4]> {
         match self {
@@ -127,6 +139,7 @@ impl Ledger {
         holder: OwnerId,
         gateways: LiveGateways,
         metrics: Arc<Metrics>,
+        traffic: Arc<TrafficCounter>,
     ) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
         let LimitStack { waiting, deny_cache, limiter } = LimitStack::new(limiter, gateways);
@@ -136,6 +149,7 @@ impl Ledger {
             denials: deny_cache,
             estimates: Estimates::default(),
             metrics,
+            traffic,
             holder,
             queue: sender,
             leases: LeaseBook::default(),
@@ -255,6 +269,7 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
                 // Before waking the queue, so that woken requests ask the store.
                 let (leases, records) = (job.leases(), job.records());
                 ledger.denials.given_back(leases.iter().chain(&records).copied());
+                job.charged().for_each(|settle| ledger.traffic.consumed(&settle.scopes, &settle.actual));
                 ledger.waiting.released(records);
                 leases.into_iter().for_each(|key| ledger.gave_back(key));
                 return;

@@ -88,7 +88,7 @@ fn scope(entry: &ScopeEntry, budget: &Budget, now: SystemTime) -> ScopeEntry {
         kind: entry.kind,
         name: entry.name.clone(),
         max_wait: Duration::ZERO,
-        budget: None,
+        budget: Some(*budget),
         renews: TimeZone::UTC.to_timestamp(days.end.to_datetime(Default::default())).ok().map(Into::into),
     }
 }

@@ -1,8 +1,8 @@
 //! Explains the limits of a key and a model: every limit, what remains of it, and its decision on a request now. Served on
-//! the operations port for `weir limits explain`; nothing is charged and nothing is written.
+//! the operations port too; nothing is charged and nothing is written.
 //!
-//! A gateway answers instead of the control plane, because the limits are in the store that gateways share; every gateway
-//! gives the same answer. The name of the key is enough, its secret is not needed.
+//! The control plane asks a gateway, because the limits are in the store that gateways share; every gateway gives the same
+//! answer. The name of the key is enough, its secret is not needed.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,8 +13,9 @@ use axum::http::Uri;
 use axum::response::Response;
 use axum::routing::get;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use weir_proto::questions::limits_value;
 use weir_proto::resource::{AdminState, Name};
+use weir_proto::v1::{self, HealthState};
 use weir_ratelimit::{
     Cost, FOREVER, Kind, LimitState, Limiter, MAX_SCOPES, Mode, ScopeLimits, Verdict, What,
 };
@@ -24,9 +25,11 @@ use crate::api::duration::millis;
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
 use crate::limits::{price, spend_period};
-use crate::routing::backend::ModelBackend;
+use crate::routing::backend::BackendEntry;
+use crate::routing::declared::declared;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
+use crate::routing::snapshot::Snapshot;
 
 /// A question.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,24 +49,38 @@ struct Parameters {
     output: Option<String>,
 }
 
+const KEY: &str = "key: must be the name of an API key";
+const MODEL: &str = "model: must be the name of a model";
+
 impl Question {
+    /// A question of the control plane.
+    ///
+    /// # Errors
+    /// When a name is missing or not a name.
+    pub fn of(request: &v1::ExplainLimitsRequest) -> Result<Self, PageError> {
+        let name = |text: &str, wrong| Name::parse(text).map_err(|_| PageError::BadQuery(wrong));
+        let (input, output) = (request.input_tokens, request.output_tokens);
+        Ok(Self {
+            key: name(&request.key, KEY)?,
+            model: name(&request.model, MODEL)?,
+            tokens: input.or(output).map(|_| (input.unwrap_or(0), output.unwrap_or(0))),
+        })
+    }
+
     /// From the query `key=NAME&model=NAME`, and where a certain request is meant `input=N&output=N`.
     ///
     /// # Errors
     /// When a name is missing or not a name, or a number is not one.
     pub fn parse(uri: &Uri) -> Result<Self, PageError> {
-        const KEY: &str = "key: must be the name of an API key";
-        const MODEL: &str = "model: must be the name of a model";
         let given: Parameters = page::parameters(uri)?;
         let tokens = |text: Option<String>, wrong| {
             text.map(|text| text.parse().map_err(|_| PageError::BadQuery(wrong))).transpose()
         };
-        let input: Option<u64> = tokens(given.input, "input: must be a number of tokens")?;
-        let output: Option<u64> = tokens(given.output, "output: must be a number of tokens")?;
-        Ok(Self {
-            key: page::name(given.key.as_deref(), KEY)?.ok_or(PageError::BadQuery(KEY))?,
-            model: page::name(given.model.as_deref(), MODEL)?.ok_or(PageError::BadQuery(MODEL))?,
-            tokens: input.or(output).map(|_| (input.unwrap_or(0), output.unwrap_or(0))),
+        Self::of(&v1::ExplainLimitsRequest {
+            key: given.key.unwrap_or_default(),
+            model: given.model.unwrap_or_default(),
+            input_tokens: tokens(given.input, "input: must be a number of tokens")?,
+            output_tokens: tokens(given.output, "output: must be a number of tokens")?,
         })
     }
 }
@@ -74,17 +91,22 @@ pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
 }
 
 async fn answer(State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>, uri: Uri) -> Response {
-    page::respond(match Question::parse(&uri) {
+    let answer = match Question::parse(&uri) {
         Ok(question) => explain(&live, &ledger, &question).await,
         Err(error) => Err(error),
-    })
+    };
+    page::respond(answer.map(|answer| limits_value(&answer)))
 }
 
 /// Answers.
 ///
 /// # Errors
 /// When the key or model is not there, or the limit store does not answer.
-pub async fn explain(live: &LiveConfig, ledger: &Ledger, question: &Question) -> Result<Value, PageError> {
+pub async fn explain(
+    live: &LiveConfig,
+    ledger: &Ledger,
+    question: &Question,
+) -> Result<v1::ExplainLimitsResponse, PageError> {
     let snapshot = live.snapshot();
     let unknown = |kind, name: &Name| PageError::Unknown { kind, name: name.clone() };
     let key = snapshot.keys.values().find(|key| key.name == question.key);
@@ -111,15 +133,19 @@ pub async fn explain(live: &LiveConfig, ledger: &Ledger, question: &Question) ->
     if refusing.is_none() {
         refusing = refused_by_accounts(&model, &accounts);
     }
-    let backends = slots(ledger, &model).await?;
-    Ok(json!({
-        "key": key.name.as_str(), "tenant": key.tenant.name.as_str(), "model": model.name.as_str(),
-        "allowed": key.allows(&model.name), "input_tokens": input, "output_tokens": output,
-        "waiting": ledger.waiting.len(),
-        "refuses": refusing.map(|(label, _)| label),
-        "limits": rows.iter().map(Row::value).collect::<Vec<_>>(),
-        "backends": backends,
-    }))
+    Ok(v1::ExplainLimitsResponse {
+        key: key.name.to_string(),
+        tenant: key.tenant.name.to_string(),
+        model: model.name.to_string(),
+        allowed: key.allows(&model.name),
+        input_tokens: input,
+        output_tokens: output,
+        waiting: ledger.waiting.len() as u64,
+        refuses: refusing.map(|(label, _)| label).unwrap_or_default(),
+        limits: rows.iter().map(Row::explained).collect(),
+        backends: slots(ledger, &snapshot, &model).await?,
+        gateway_id: String::new(),
+    })
 }
 
 async fn rows<'a>(
@@ -201,15 +227,25 @@ impl<'a> Row<'a> {
         format!("{} of {} {}", self.kind(), self.entry.kind, self.entry.name).trim_end().to_owned()
     }
 
-    fn value(&self) -> Value {
-        let reset = Some(self.limit.reset).filter(|reset| *reset < FOREVER).map(millis);
-        json!({
-            "scope": { "kind": self.entry.kind.as_str(), "name": self.entry.name },
-            "kind": self.kind(), "limit": self.limit.limit, "remaining": self.limit.remaining,
-            "needs": self.needs, "decision": self.decision, "wait_ms": self.wait_ms, "reset_ms": reset,
-            "max_wait_ms": millis(self.entry.max_wait),
-            "shadow": self.entry.limits.mode == Mode::Shadow,
-        })
+    fn explained(&self) -> v1::ExplainedLimit {
+        let declared = declared(self.entry, &self.limit);
+        v1::ExplainedLimit {
+            scope_kind: self.entry.kind.as_str().to_owned(),
+            scope: self.entry.name.clone(),
+            kind: self.kind().to_owned(),
+            limit: declared.amount,
+            period: declared.period.unwrap_or_default().to_owned(),
+            burst: declared.burst,
+            remaining: self.limit.remaining,
+            // Only the control plane knows what all gateways used.
+            last_minute: None,
+            needs: self.needs,
+            decision: self.decision.to_owned(),
+            wait_ms: self.wait_ms,
+            reset_ms: Some(self.limit.reset).filter(|reset| *reset < FOREVER).map(millis),
+            max_wait_ms: millis(self.entry.max_wait),
+            shadow: self.entry.limits.mode == Mode::Shadow,
+        }
     }
 }
 
@@ -242,7 +278,11 @@ fn bucket_wait(
 }
 
 /// The slots of the model's backends, as the whole cluster has taken them.
-async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, PageError> {
+async fn slots(
+    ledger: &Ledger,
+    snapshot: &Snapshot,
+    model: &Arc<ModelEntry>,
+) -> Result<Vec<v1::BackendSlots>, PageError> {
     let mut rows = Vec::with_capacity(model.backends.len());
     for backends in model.backends.chunks(MAX_SCOPES) {
         let scopes: Vec<ScopeLimits> = backends
@@ -258,15 +298,33 @@ async fn slots(ledger: &Ledger, model: &Arc<ModelEntry>) -> Result<Vec<Value>, P
             })
             .collect();
         let states = ledger.limiter.peek(&scopes).await.map_err(|e| PageError::Store(e.to_string()))?;
-        for (ModelBackend { entry: backend, .. }, state) in backends.iter().zip(states) {
-            rows.push(json!({
-                "backend": backend.name.as_str(), "slots": state.limit, "free": state.remaining,
-                "active": backend.spec.admin_state == AdminState::Active,
-                "account": backend.spec.account.as_ref().map(Name::as_str),
-            }));
-        }
+        rows.extend(backends.iter().zip(states).map(|(backend, state)| {
+            let entry = &backend.entry;
+            v1::BackendSlots {
+                backend: entry.name.to_string(),
+                slots: state.limit,
+                free: state.remaining,
+                active: entry.spec.admin_state == AdminState::Active,
+                account: entry.spec.account.as_ref().map(Name::to_string).unwrap_or_default(),
+                unused: unused(snapshot, entry).to_owned(),
+            }
+        }));
     }
     Ok(rows)
+}
+
+/// Why this gateway gives a backend no requests; empty when it does.
+fn unused(snapshot: &Snapshot, backend: &BackendEntry) -> &'static str {
+    let pool = snapshot.pools.get(&backend.spec.pool);
+    match backend.spec.admin_state {
+        AdminState::Draining => "draining",
+        AdminState::Disabled => "disabled",
+        AdminState::Active if backend.state.health() == HealthState::Unhealthy => "unhealthy",
+        AdminState::Active if pool.is_some_and(|pool| pool.state.is_ejected(&backend.name)) => {
+            "ejected by a gateway"
+        }
+        AdminState::Active => "",
+    }
 }
 
 #[cfg(test)]

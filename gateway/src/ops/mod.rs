@@ -1,5 +1,7 @@
-//! Pages of the operations port for limits and usage, and metrics that are computed when they are read.
+//! Answers about limits and usage, for control planes and on pages of the operations port, and metrics that are computed
+//! when they are read.
 
+pub mod answers;
 pub mod explain;
 pub mod page;
 pub mod usage;

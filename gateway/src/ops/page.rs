@@ -14,7 +14,7 @@ pub enum PageError {
     #[error("{0}")]
     BadQuery(&'static str),
     /// No such key or model is in force.
-    #[error("this gateway knows no {kind} {name}")]
+    #[error("this gateway has no {kind} {name} in force: it is not there, or it is revoked")]
     Unknown {
         /// "key" or "model".
         kind: &'static str,

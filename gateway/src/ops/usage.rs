@@ -1,9 +1,10 @@
-//! Usage: requests, tokens and cost by tenant, model and day. Served on the operations port for `weir usage`.
+//! Usage: requests, tokens and cost by tenant, model and day. The control plane asks for it, and the operations port serves
+//! it too.
 //!
 //! Settlements write usage records to the store that gateways share, so every gateway answers for all of them. The number of
 //! records of a question is computed and bounded before any is read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -16,8 +17,9 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::ToSpan as _;
 use jiff::civil::Date;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use weir_proto::questions::usage_value;
 use weir_proto::resource::Name;
+use weir_proto::v1::{self, UsageField};
 use weir_ratelimit::usage::USAGE_RECORDS_MAX;
 use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
 
@@ -25,6 +27,7 @@ use super::page::{self, PageError};
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
 use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
+use crate::routing::snapshot::Snapshot;
 
 /// The default number of days.
 const DAYS: i32 = 30;
@@ -67,18 +70,18 @@ struct Parameters {
 }
 
 impl Question {
-    /// From the query `tenant=NAME&model=NAME&from=DAY&to=DAY&by=tenant,model,day`; everything may be left out. Days are
-    /// UTC and included; `to` is today and `from` 29 days earlier when not given.
+    /// A question of the control plane. Days are UTC and included; `to` is today and `from` 29 days earlier when not given.
     ///
     /// # Errors
-    /// When a parameter is not what it should be, or there are too many days.
-    pub fn parse(uri: &Uri, now: SystemTime) -> Result<Self, PageError> {
-        let given: Parameters = page::parameters(uri)?;
-        let day = |text: Option<String>, wrong| {
-            text.map(|text| parse_day(&text).ok_or(PageError::BadQuery(wrong))).transpose()
+    /// When a field is not what it should be, or there are too many days.
+    pub fn of(request: &v1::QueryUsageRequest, now: SystemTime) -> Result<Self, PageError> {
+        let given = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        let day = |text: &str, wrong| {
+            given(text).map(|text| parse_day(&text).ok_or(PageError::BadQuery(wrong))).transpose()
         };
-        let last = day(given.to, "to: must be a day such as 2026-11-23")?.unwrap_or_else(|| day_of(now));
-        let first = day(given.from, "from: must be a day such as 2026-11-23")?;
+        let name = |text: &str, wrong| page::name(given(text).as_deref(), wrong);
+        let last = day(&request.to, "to: must be a day such as 2026-11-23")?.unwrap_or_else(|| day_of(now));
+        let first = day(&request.from, "from: must be a day such as 2026-11-23")?;
         let first = first.unwrap_or_else(|| last.saturating_sub((DAYS - 1).days()).max(FIRST_DAY));
         if first > last {
             return Err(PageError::BadQuery("from: must not be after to"));
@@ -87,29 +90,59 @@ impl Question {
             return Err(PageError::BadQuery("from: at most 400 days are kept"));
         }
         Ok(Self {
-            tenant: page::name(given.tenant.as_deref(), "tenant: must be the name of a tenant")?,
-            model: page::name(given.model.as_deref(), "model: must be the name of a model")?,
+            tenant: name(&request.tenant, "tenant: must be the name of a tenant")?,
+            model: name(&request.model, "model: must be the name of a model")?,
             first,
             last,
-            by: By::parse(given.by.as_deref().unwrap_or("tenant,model,day"))?,
+            by: By::of(request.group_by()),
         })
+    }
+
+    /// From the query `tenant=NAME&model=NAME&from=DAY&to=DAY&by=tenant,model,day`; everything may be left out.
+    ///
+    /// # Errors
+    /// When a parameter is not what it should be, or there are too many days.
+    pub fn parse(uri: &Uri, now: SystemTime) -> Result<Self, PageError> {
+        let given: Parameters = page::parameters(uri)?;
+        // A parameter that is given and empty is a mistake, and no default.
+        let text = |text: Option<String>, wrong| match text {
+            Some(text) if text.is_empty() => Err(PageError::BadQuery(wrong)),
+            text => Ok(text.unwrap_or_default()),
+        };
+        let mut request = v1::QueryUsageRequest {
+            tenant: text(given.tenant, "tenant: must be the name of a tenant")?,
+            model: text(given.model, "model: must be the name of a model")?,
+            from: text(given.from, "from: must be a day such as 2026-11-23")?,
+            to: text(given.to, "to: must be a day such as 2026-11-23")?,
+            group_by: Vec::new(),
+        };
+        for word in given.by.iter().flat_map(|by| by.split(',')) {
+            request.push_group_by(match word {
+                "tenant" => UsageField::Tenant,
+                "model" => UsageField::Model,
+                "day" => UsageField::Day,
+                _ => {
+                    return Err(PageError::BadQuery("by: must be tenant, model or day, or several of them"));
+                }
+            });
+        }
+        Self::of(&request, now)
     }
 }
 
 impl By {
-    fn parse(text: &str) -> Result<Self, PageError> {
+    /// By these fields; without any by all.
+    fn of(fields: impl Iterator<Item = UsageField>) -> Self {
         let mut by = Self { tenant: false, model: false, day: false };
-        for word in text.split(',') {
-            match word {
-                "tenant" => by.tenant = true,
-                "model" => by.model = true,
-                "day" => by.day = true,
-                _ => {
-                    return Err(PageError::BadQuery("by: must be tenant, model or day, or several of them"));
-                }
+        for field in fields {
+            match field {
+                UsageField::Tenant => by.tenant = true,
+                UsageField::Model => by.model = true,
+                UsageField::Day => by.day = true,
+                UsageField::Unspecified => {}
             }
         }
-        Ok(by)
+        if by.tenant || by.model || by.day { by } else { Self { tenant: true, model: true, day: true } }
     }
 }
 
@@ -119,38 +152,27 @@ pub fn page(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> Router {
 }
 
 async fn answer(State((live, ledger)): State<(Arc<LiveConfig>, Arc<Ledger>)>, uri: Uri) -> Response {
-    page::respond(match Question::parse(&uri, weir_runtime::wall_clock()) {
+    let answer = match Question::parse(&uri, weir_runtime::wall_clock()) {
         Ok(question) => usage(&live, &ledger, &question).await,
         Err(error) => Err(error),
-    })
+    };
+    page::respond(answer.map(|answer| usage_value(&answer)))
 }
 
 /// Answers. Tenants are those in force; the usage of a deleted one is found by its name.
 ///
 /// # Errors
 /// When too much is asked for at once, or the limit store does not answer.
-pub async fn usage(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question) -> Result<Value, PageError> {
+pub async fn usage(
+    live: &LiveConfig,
+    ledger: &Arc<Ledger>,
+    question: &Question,
+) -> Result<v1::QueryUsageResponse, PageError> {
     let snapshot = live.snapshot();
-    let tenants: Vec<&Name> = match &question.tenant {
-        Some(tenant) => vec![tenant],
-        None => snapshot.tenants.iter().collect(),
-    };
-    let days: Vec<String> = question
-        .first
-        .series(1.day())
-        .take_while(|day| *day <= question.last)
-        .map(|day| day.to_string())
-        .collect();
-    if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
-        return Err(PageError::BadQuery("from: too many records; ask for fewer days or for one tenant"));
-    }
-    let mut batches: Vec<(Name, Vec<String>)> = Vec::new();
-    for tenant in tenants {
-        batches.extend(days.chunks(USAGE_RECORDS_MAX).map(|days| (tenant.clone(), days.to_vec())));
-    }
-    let reads = batches.into_iter().map(|batch| read(ledger.clone(), batch));
+    let reads = question.batches(&snapshot)?.into_iter().map(|batch| read(ledger.clone(), batch));
     let mut reads = stream::iter(reads).buffer_unordered(AT_ONCE);
-    let mut rows: BTreeMap<(String, String, String), Tally> = BTreeMap::new();
+    let priced = Prices::of(&snapshot);
+    let mut sums: BTreeMap<(String, String, String), Sum> = BTreeMap::new();
     while let Some((tenant, days, lines)) = reads.try_next().await? {
         for (day, lines) in days.into_iter().zip(lines) {
             for (model, tally) in lines {
@@ -161,32 +183,85 @@ pub async fn usage(live: &LiveConfig, ledger: &Arc<Ledger>, question: &Question)
                 let text_if = |wanted: bool, text: &str| if wanted { text.to_owned() } else { String::new() };
                 let key =
                     (text_if(by_tenant, tenant.as_str()), text_if(by_model, &model), text_if(by_day, &day));
-                let row = rows.entry(key).or_default();
-                *row = row.plus(tally);
+                sums.entry(key).or_default().add(tally, !priced.know(&model));
             }
         }
     }
-    let total = rows.values().fold(Tally::default(), |sum, tally| sum.plus(*tally));
-    let value = |((tenant, model, day), tally): (&(String, String, String), &Tally)| {
-        let mut row = figures(tally);
-        for (field, text) in [("tenant", tenant), ("model", model), ("day", day)] {
-            if !text.is_empty() {
-                row[field] = text.as_str().into();
-            }
-        }
-        row
-    };
-    Ok(json!({
-        "from": question.first.to_string(), "to": question.last.to_string(),
-        "rows": rows.iter().map(value).collect::<Vec<_>>(), "total": figures(&total),
-    }))
+    let mut total = Sum::default();
+    sums.values().for_each(|sum| total.add(sum.tally, sum.unpriced));
+    Ok(v1::QueryUsageResponse {
+        from: question.first.to_string(),
+        to: question.last.to_string(),
+        sums: sums
+            .into_iter()
+            .map(|((tenant, model, day), sum)| v1::UsageSum { tenant, model, day, ..sum.wire() })
+            .collect(),
+        total: Some(total.wire()),
+        gateway_id: String::new(),
+    })
 }
 
-fn figures(tally: &Tally) -> Value {
-    json!({
-        "requests": tally.requests, "input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens,
-        "cost_micro_dollars": tally.spend_micro_dollars,
-    })
+impl Question {
+    /// The records to read: some days of a tenant each.
+    fn batches(&self, snapshot: &Snapshot) -> Result<Vec<(Name, Vec<String>)>, PageError> {
+        let tenants: Vec<&Name> = match &self.tenant {
+            Some(tenant) => vec![tenant],
+            None => snapshot.tenants.iter().collect(),
+        };
+        let days = self.first.series(1.day()).take_while(|day| *day <= self.last);
+        let days: Vec<String> = days.map(|day| day.to_string()).collect();
+        if tenants.len().saturating_mul(days.len()) > RECORDS_MAX {
+            return Err(PageError::BadQuery("from: too many records; ask for fewer days or for one tenant"));
+        }
+        let of_tenant = |tenant: &Name| {
+            let batches = days.chunks(USAGE_RECORDS_MAX).map(|days| (tenant.clone(), days.to_vec()));
+            batches.collect::<Vec<_>>()
+        };
+        Ok(tenants.into_iter().flat_map(of_tenant).collect())
+    }
+}
+
+/// The models that cost something now. What a model used before it had a price was recorded without cost.
+struct Prices<'a>(HashSet<&'a str>);
+
+impl<'a> Prices<'a> {
+    fn of(snapshot: &'a Snapshot) -> Self {
+        let models = snapshot.models_by_name.iter();
+        let priced = models.filter(|(_, model)| {
+            model.spec.input_price_micro_dollars > 0 || model.spec.output_price_micro_dollars > 0
+        });
+        Self(priced.map(|(name, _)| name.as_str()).collect())
+    }
+
+    fn know(&self, model: &str) -> bool {
+        self.0.contains(model)
+    }
+}
+
+/// A sum of records.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sum {
+    tally: Tally,
+    /// A part was for models without a price.
+    unpriced: bool,
+}
+
+impl Sum {
+    fn add(&mut self, tally: Tally, unpriced: bool) {
+        self.tally = self.tally.plus(tally);
+        self.unpriced |= unpriced && tally.requests != 0;
+    }
+
+    fn wire(self) -> v1::UsageSum {
+        v1::UsageSum {
+            requests: self.tally.requests,
+            input_tokens: self.tally.input_tokens,
+            output_tokens: self.tally.output_tokens,
+            cost_micro_dollars: self.tally.spend_micro_dollars,
+            unpriced: self.unpriced,
+            ..v1::UsageSum::default()
+        }
+    }
 }
 
 /// Some days of a tenant. A store that is busy may be late for one call and answer the next.

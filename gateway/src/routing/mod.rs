@@ -1,13 +1,15 @@
 //! Where a request can go: the configuration compiled for the request path, what is known of backends and pools, and the
 //! choice between them.
 //!
-//! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`backend_state`] and
+//! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`declared`] tells a limit as
+//! its operator wrote it; [`backend_state`] and
 //! [`pool_state`] outlive a change of configuration, with what [`own_probes`] say; [`balance`] is the pure choice, [`upstream`] the connections.
 
 pub mod accounts;
 pub mod backend;
 pub mod backend_state;
 pub mod balance;
+pub mod declared;
 pub mod entries;
 pub mod own_probes;
 pub mod pool_state;

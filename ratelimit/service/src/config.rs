@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
+use weir_proto::manifest::parse_duration;
 use weir_proto::resource::Resource;
 use weir_ratelimit::redis::ColdStart;
 use weir_runtime::{AllowedHost, Secret};
@@ -75,12 +76,12 @@ pub struct Config {
     /// one none at first either.
     #[arg(long, env = "WEIR_COLD_START", value_enum, default_value_t = ColdStart::Burst)]
     pub cold_start: ColdStart,
-    /// Seconds for which new calls are still taken after SIGTERM, so that load balancers can notice.
-    #[arg(long, env = "WEIR_PRE_STOP_S", default_value_t = 2, value_name = "SECONDS")]
-    pub pre_stop_s: u64,
-    /// Seconds for which calls may run on after that.
-    #[arg(long, env = "WEIR_DRAIN_S", default_value_t = 10, value_name = "SECONDS")]
-    pub drain_s: u64,
+    /// How long new calls are still taken after SIGTERM, so that load balancers can notice, with a unit: 2s, 1m.
+    #[arg(long, env = "WEIR_PRE_STOP", default_value = "2s", value_parser = parse_duration, value_name = "DURATION")]
+    pub pre_stop: Duration,
+    /// How long calls may run on after that, with a unit: 10s, 1m.
+    #[arg(long, env = "WEIR_DRAIN", default_value = "10s", value_parser = parse_duration, value_name = "DURATION")]
+    pub drain: Duration,
     /// What is logged, such as info or weir_ratelimit=debug.
     #[arg(long, env = "WEIR_LOG", default_value = "info", value_name = "FILTER")]
     pub log: String,
@@ -106,18 +107,14 @@ impl Default for Config {
             region: String::new(),
             strict_zero_hits: false,
             cold_start: ColdStart::Burst,
-            pre_stop_s: 2,
-            drain_s: 10,
+            pre_stop: Duration::from_secs(2),
+            drain: Duration::from_secs(10),
             log: "info".into(),
         }
     }
 }
 
 impl Config {
-    pub(super) fn pre_stop(&self) -> Duration {
-        Duration::from_secs(self.pre_stop_s)
-    }
-
     /// The resources of `--config`.
     pub(super) fn resources(&self) -> Result<Option<Vec<Resource>>, String> {
         let Some(path) = &self.config else { return Ok(None) };
@@ -126,10 +123,6 @@ impl Config {
         let wire = weir_proto::manifest::parse(&text, &name).map_err(|error| format!("--config: {error}"))?;
         let checked: Result<Vec<Resource>, _> = wire.iter().map(Resource::try_from).collect();
         checked.map(Some).map_err(|error| format!("--config {name}: {error}"))
-    }
-
-    pub(super) fn drain(&self) -> Duration {
-        Duration::from_secs(self.drain_s)
     }
 
     /// The token for the control plane.

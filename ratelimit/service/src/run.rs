@@ -129,7 +129,7 @@ pub async fn start(
         .add_service(gated(native, guard.clone(), permits.clone()))
         .add_service(gated(envoy, guard, permits))
         .serve_with_incoming_shutdown(incoming, refuse.clone().cancelled_owned());
-    let ended = drain((config.pre_stop(), config.drain()), shutdown, refuse, force);
+    let ended = drain((config.pre_stop, config.drain), shutdown, refuse, force);
     tasks.spawn(async move {
         serve(server, ended).await;
         drained.cancel();

@@ -1,19 +1,28 @@
-//! A rate over the last seconds, and a line over the last minutes. Both have a fixed size.
+//! Counts over the last seconds, and a line over the last minutes. All have a fixed size.
 
 use std::collections::VecDeque;
 
 use super::POINTS;
 
-/// Whole seconds that a rate is over.
-const OVER: u64 = 5;
-/// One more, for the second that has not passed yet.
-const SECONDS: usize = OVER as usize + 1;
+/// Something per second, over the last five seconds that have passed. One second more, for the one that has not passed yet.
+pub(crate) type Rate = Window<6>;
+/// Something counted over the last minute that has passed.
+pub(crate) type Minute = Window<61>;
 
-/// Something per second, over the last five seconds that have passed.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Rate([(u64, u64); SECONDS]);
+/// Counts of the last whole seconds, each with its second.
+#[derive(Debug, Clone)]
+pub(crate) struct Window<const SECONDS: usize>([(u64, u64); SECONDS]);
 
-impl Rate {
+impl<const SECONDS: usize> Default for Window<SECONDS> {
+    fn default() -> Self {
+        Self([(0, 0); SECONDS])
+    }
+}
+
+impl<const SECONDS: usize> Window<SECONDS> {
+    /// Whole seconds that have passed.
+    const OVER: u64 = SECONDS as u64 - 1;
+
     /// Counts in a second; seconds never go back.
     pub(crate) fn add(&mut self, second: u64, count: u64) {
         let slot = &mut self.0[(second % SECONDS as u64) as usize];
@@ -23,12 +32,16 @@ impl Rate {
         slot.1 = slot.1.saturating_add(count);
     }
 
+    /// The sum over the seconds before this one.
+    pub(crate) fn sum(&self, second: u64) -> u64 {
+        let passed = |of: u64| of < second && of + Self::OVER >= second;
+        let counts = self.0.iter().filter(|(of, _)| passed(*of)).map(|(_, count)| *count);
+        counts.fold(0, u64::saturating_add)
+    }
+
     /// The mean over the seconds before this one.
     pub(crate) fn per_second(&self, second: u64) -> f64 {
-        let passed = |of: u64| of < second && of + OVER >= second;
-        let counts = self.0.iter().filter(|(of, _)| passed(*of)).map(|(_, count)| *count);
-        let sum = counts.fold(0, u64::saturating_add);
-        sum as f64 / OVER as f64
+        self.sum(second) as f64 / Self::OVER as f64
     }
 }
 
@@ -51,5 +64,18 @@ impl Line {
     /// The newest point.
     pub(crate) fn last(&self) -> Option<f64> {
         self.0.back().copied().flatten().map(f64::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minute_is_sixty_seconds_that_have_passed() {
+        let mut minute = Minute::default();
+        (10..100).for_each(|second| minute.add(second, 8));
+        assert_eq!((minute.sum(100), minute.sum(130), minute.sum(160)), (480, 240, 0));
+        assert_eq!(Minute::default().sum(5), 0);
     }
 }

@@ -40,6 +40,12 @@ const tenth = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const money = new Intl.NumberFormat("en", { style: "currency", currency: "USD", maximumFractionDigits: 2 });
 
+// Micro-dollars; with more digits where two would show nothing of an amount that is not nothing.
+function dollars(micro) {
+  const amount = micro / 1e6;
+  return amount > 0 && amount < 0.01 ? `$${amount.toFixed(6).replace(/0+$/, "")}` : money.format(amount);
+}
+
 function rate(value) {
   if (value === null || value === undefined) return "–";
   return value > 0 && value < 100 ? tenth.format(value) : whole.format(value);

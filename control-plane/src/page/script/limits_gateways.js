@@ -7,7 +7,9 @@ const SCOPES = { global: "everything", model: "model", tenant: "tenant", api_key
 function limitRow() {
   const name = make("b"), kind = make("span", { class: "sub" });
   const percent = make("span"), fill = meter();
-  const used = cell("Used", { class: "number used" }), refused = cell("Refused/s", { class: "number refused" });
+  const used = cell("Used", { class: "number used" }), total = make("span"), burst = make("span", { class: "tag sub" });
+  used.append(total, burst);
+  const refused = cell("Refused/s", { class: "number refused" });
   const row = make("tr", { role: "row" },
     make("td", { role: "rowheader", class: "name" }, name, kind),
     cell("Fill", { class: "fill" }, percent, fill.box), used, refused);
@@ -17,11 +19,17 @@ function limitRow() {
       put(name, limit.scope || SCOPES[limit.scope_kind] || limit.scope_kind);
       const scope = limit.scope_kind === "global" ? "" : `${SCOPES[limit.scope_kind] ?? limit.scope_kind}, `;
       put(kind, `${scope}${KINDS[limit.kind] ?? limit.kind}${limit.shadow ? ", counts only" : ""}`);
-      const share = limit.limit > 0 ? (limit.used ?? 0) / limit.limit : 1;
+      const share = limit.burst > 0 ? limit.fill : 1;
       put(percent, limit.used === null ? "–" : `${Math.round(share * 100)}%`);
       fill.set(share, share >= 1 || (limit.refused > 0 && !limit.shadow) ? "bad" : share >= 0.8 ? "warn" : null);
-      const show = (value) => (limit.kind === "spend" ? money.format(value / 1e6) : compact.format(value));
-      put(used, `${limit.used === null ? "–" : show(limit.used)} of ${show(limit.limit)}`);
+      const show = (value) => (limit.kind === "spend" ? dollars(value) : compact.format(value));
+      const unit = limit.period === "minute" ? "/min" : limit.period ? `/${limit.period}` : "";
+      // Of a rate, what the last minute used; its bucket drains meanwhile and says little about use.
+      const now = limit.last_minute ?? limit.used;
+      const shown = now === null ? "–" : `${show(now)}${limit.last_minute === null ? "" : unit}`;
+      put(total, `${shown} of ${show(limit.limit)}${unit}`);
+      const left = limit.used === null ? "" : `, ${show(Math.max(0, limit.burst - limit.used))} left`;
+      put(burst, limit.period === "minute" ? `burst ${show(limit.burst)}${left}` : "");
       put(refused, rate(limit.refused));
     },
   };

@@ -119,7 +119,9 @@ async fn a_probe_on_demand_asks_those_who_look_anyway_and_says_what_each_saw() {
     let seen: Vec<_> =
         alone.results.iter().map(|result| (result.observer.as_str(), result.outcome())).collect();
     assert_eq!((seen[0], alone.pending_observers.len()), (("control-plane", v1::ProbeOutcome::Pass), 0));
-    assert_eq!(alone.status.unwrap().backend, "b");
+    // Nothing had probed it before, and what the results say of it is said with them.
+    let status = alone.status.unwrap();
+    assert_eq!((status.backend.as_str(), status.health.unwrap().state()), ("b", HealthState::Healthy));
     let nobody = admin.probe_backend(ask(v1::ProbeTier::Readiness)).await.unwrap_err();
     assert_eq!(nobody.code(), Code::FailedPrecondition, "{nobody}");
 

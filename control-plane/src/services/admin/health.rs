@@ -5,6 +5,7 @@ use weir_proto::resource::{AdminState, Spec};
 use weir_proto::v1::{self, ResourceKind};
 
 use super::{Admin, Handle};
+use crate::gateways::questions::line;
 use crate::model::{Key, Refusal, Stored};
 
 impl Handle<v1::ListBackendStatusRequest> for Admin {
@@ -79,7 +80,23 @@ impl Handle<v1::ListHealthEventsRequest> for Admin {
 
     async fn do_call(&self, request: v1::ListHealthEventsRequest) -> Result<Self::Answer, Status> {
         let events = self.0.verdicts.events(request.after, &request.subject);
+        if events.is_empty() && !self.is_subject(&request.subject) {
+            let why = format!("no backend, pool or gateway is called {}", line(&request.subject));
+            return Err(Status::not_found(why));
+        }
         Ok(v1::ListHealthEventsResponse { events })
+    }
+}
+
+impl Admin {
+    /// Whether there can be health events of a subject; without one they are of everything.
+    fn is_subject(&self, subject: &str) -> bool {
+        let state = self.0.catalog.state();
+        let known = |kind| state.get(&Key::new(kind, subject)).is_some();
+        subject.is_empty()
+            || known(ResourceKind::Backend)
+            || known(ResourceKind::Pool)
+            || self.0.registry.list(state.revision).iter().any(|gateway| gateway.id == subject)
     }
 }
 

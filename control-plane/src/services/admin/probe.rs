@@ -1,5 +1,7 @@
 //! Probes on demand: the observers of a backend probe it at once, and the caller is answered with their results.
 
+use std::time::Duration;
+
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
@@ -11,6 +13,8 @@ use crate::health::Tier;
 use crate::model::{Key, Refusal};
 use crate::verdicts::{Observed, view};
 
+/// The longest wait for the verdict on results that have come.
+const JUDGED_WITHIN: Duration = Duration::from_secs(1);
 /// Probe results in one answer at most.
 const RESULTS_MAX: usize = 64;
 
@@ -56,12 +60,28 @@ impl Handle<v1::ProbeBackendRequest> for Admin {
                 Ok(Err(RecvError::Closed)) | Err(_) => break,
             }
         }
+        if results.iter().any(|result| result.outcome() == v1::ProbeOutcome::Pass) {
+            self.judged(name, deadline).await;
+        }
         let state = self.0.catalog.state();
         Ok(v1::ProbeBackendResponse {
             results,
             pending_observers: pending.iter().map(ToString::to_string).collect(),
             status: state.get(&key).and_then(|stored| self.status(stored)),
         })
+    }
+}
+
+impl Admin {
+    /// Waits a moment until a backend that was not probed before has a verdict: below results that passed, its status would
+    /// otherwise still say that it was never probed.
+    async fn judged(&self, backend: &str, deadline: Instant) {
+        let mut healths = self.0.verdicts.healths();
+        let known = |health: &v1::BackendHealth| {
+            !matches!(health.state(), v1::HealthState::Unspecified | v1::HealthState::Unknown)
+        };
+        let judged = healths.wait_for(|healths| healths.get(backend).is_some_and(known));
+        let _ = timeout_at(deadline.min(Instant::now() + JUDGED_WITHIN), judged).await;
     }
 }
 

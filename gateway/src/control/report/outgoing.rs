@@ -78,7 +78,10 @@ impl Outgoing {
             let same = |old: &&LimitReport| {
                 (&old.scope_kind, &old.scope, &old.kind) == (&limit.scope_kind, &limit.scope, &limit.kind)
             };
-            limit.refusals += old.iter().find(same).map_or(0, |old| old.refusals);
+            if let Some(old) = old.iter().find(same) {
+                limit.refusals += old.refusals;
+                limit.consumed = limit.consumed.saturating_add(old.consumed);
+            }
         }
         waiting.any = true;
         drop(stream);

@@ -1,5 +1,6 @@
 //! The report stream to one control plane.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -13,6 +14,7 @@ use weir_runtime::Backoff;
 use super::backends;
 use super::outgoing::{Observed, Outgoing};
 use crate::control::live_config::LiveConfig;
+use crate::control::questions::Questions;
 
 /// An event of a stream.
 #[derive(Debug)]
@@ -35,6 +37,7 @@ pub(super) struct ReportStream {
     pub(super) link: Link,
     pub(super) outgoing: Arc<Outgoing>,
     pub(super) events: mpsc::Sender<(usize, Event)>,
+    pub(super) questions: Questions,
 }
 
 impl ReportStream {
@@ -54,7 +57,7 @@ impl ReportStream {
 
     async fn follow(&self, backoff: &mut Backoff) -> Result<(), String> {
         let channel = self.link.endpoint()?.connect().await.map_err(|e| error_chain(&e))?;
-        let mut client = ReportServiceClient::new(channel);
+        let mut client = ReportServiceClient::new(channel.clone());
         // Room for one message; further observations are merged until it is sent.
         let (up, reports) = mpsc::channel(1);
         // Sequence numbers start at one, because zero means never reported.
@@ -67,9 +70,12 @@ impl ReportStream {
         self.outgoing.open();
         self.notify(Event::Connected).await?;
         let mut silent_at = Instant::now() + SILENCE_MAX;
+        let mut questions = pin!(self.questions.serve(channel, &self.identity));
         loop {
             tokio::select! {
                 () = sleep_until(silent_at) => return Err(format!("no message for {SILENCE_MAX:?}")),
+                // Never ends: it has no end of its own to report.
+                () = &mut questions => {}
                 message = stream.message() => match message.map_err(|s| s.message().to_owned())? {
                     Some(message) => {
                         silent_at = Instant::now() + SILENCE_MAX;

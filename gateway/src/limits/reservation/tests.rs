@@ -56,7 +56,7 @@ fn world() -> World {
     let limiter = AnyLimiter::from(MemoryLimiter::new());
     let holder = OwnerId::of("test");
     let (ledger, worker) =
-        Ledger::new(limiter, holder, Arc::new(|| 1), Metrics::new(&mut Default::default()));
+        Ledger::new(limiter, holder, Arc::new(|| 1), Metrics::new(&mut Default::default()), Arc::default());
     World { ledger, worker }
 }
 

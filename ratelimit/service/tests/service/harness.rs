@@ -23,7 +23,7 @@ pub(crate) fn config(redis: Option<&Redis>) -> Config {
         listen: ([127, 0, 0, 1], 0).into(),
         ops_listen: ([127, 0, 0, 1], 0).into(),
         redis: redis.map(Redis::url),
-        pre_stop_s: 0,
+        pre_stop: Duration::ZERO,
         ..Config::default()
     }
 }

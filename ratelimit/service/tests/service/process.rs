@@ -68,7 +68,7 @@ async fn a_token_opens_the_limits_and_health_needs_none() {
 #[tokio::test]
 async fn it_says_that_it_leaves_serves_on_and_then_ends() {
     let mut config = config(None);
-    config.pre_stop_s = 600;
+    config.pre_stop = Duration::from_secs(600);
     let hurry = tokio_util::sync::CancellationToken::new();
     let shutdown = tokio_util::sync::CancellationToken::new();
     let running =
@@ -113,7 +113,7 @@ async fn the_process_refuses_bad_settings_with_64_and_ends_with_0_when_told() {
     assert_eq!(done.status.code(), Some(69), "{done:?}");
 
     let args = ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"];
-    let mut child = run(&args).env("WEIR_PRE_STOP_S", "0").spawn().expect("starts");
+    let mut child = run(&args).env("WEIR_PRE_STOP", "0s").spawn().expect("starts");
     let mut lines =
         tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stderr.take().expect("piped")));
     while !lines.next_line().await.expect("readable").expect("it serves").contains("serving") {}
