@@ -40,6 +40,7 @@ use crate::limits::ledger::Ledger;
 use crate::limits::orphan_reaper::OrphanReaper;
 use crate::metrics::{KindLabels, Metrics};
 use crate::ops::answers::Answers;
+use crate::ops::budget_metrics::BudgetMetrics;
 use crate::ops::weight_metrics::WeightMetrics;
 use crate::ops::{explain, usage};
 use crate::probe::Prober;
@@ -131,9 +132,9 @@ async fn begin(
     let (clients, address) = reserve(config.listen, "--listen")?;
     let (ops, ops_address) = listen(config.ops_listen, "--ops-listen").await?;
     let limiter = limiter_of(&config, limiter).await?;
-    let (registry, metrics, listeners, live) = counted(settings.egress, resolver);
-    let holder = OwnerId::of(&settings.identity.incarnation);
     let (traffic, probes) = (Arc::<TrafficCounter>::default(), Arc::<ProbeChannel>::default());
+    let (registry, metrics, listeners, live) = counted(settings.egress, resolver, &traffic);
+    let holder = OwnerId::of(&settings.identity.incarnation);
     let (ledger, worker) =
         Ledger::new(limiter, holder, live_gateways(&live), metrics.clone(), traffic.clone());
     let (gone, reaper) = OrphanReaper::new(live.clone(), ledger.clone(), metrics.clone(), holder);
@@ -197,6 +198,7 @@ async fn begin(
 fn counted(
     egress: EgressPolicy,
     resolver: Resolver,
+    traffic: &Arc<TrafficCounter>,
 ) -> (Registry, Arc<Metrics>, EdgeMetrics, Arc<LiveConfig>) {
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -205,6 +207,7 @@ fn counted(
     resolver.register(&mut registry);
     let live = Arc::new(LiveConfig::new(egress, resolver));
     registry.register_collector(Box::new(WeightMetrics(live.clone())));
+    registry.register_collector(Box::new(BudgetMetrics(traffic.clone())));
     (registry, metrics, listeners, live)
 }
 

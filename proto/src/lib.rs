@@ -10,7 +10,7 @@
 //! * [`manifest`]: the YAML that operators write, to and from [`v1::Resource`].
 //! * [`money`]: amounts in dollars, as people read them.
 //! * [`questions`]: answers about limits and usage as JSON.
-//! * [`reference`]: kinds, fields and values with their comments, for who writes that YAML.
+//! * [`mod@reference`]: kinds, fields and values with their comments, for people who write that YAML.
 
 pub mod latency;
 pub mod manifest;

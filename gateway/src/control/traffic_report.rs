@@ -26,6 +26,8 @@ const REPORTED_MAX: usize = 64;
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 /// The same for concurrency, which changes with every request.
 const SLOTS_KNOWN_FOR: Duration = Duration::from_secs(5);
+/// Budgets told at once: each is a series of metrics.
+const BUDGETS_MAX: usize = 100;
 /// Each kind of bucket, and concurrency.
 const WHATS: usize = Kind::COUNT + 1;
 
@@ -169,6 +171,44 @@ impl TrafficCounter {
     }
 }
 
+/// How full a budget is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BudgetUse {
+    /// What it is of: "tenant", "api_key" and so on.
+    pub scope: &'static str,
+    /// The name of that.
+    pub name: String,
+    /// "day", "week" or "month".
+    pub period: &'static str,
+    /// The used part, 0 to 1.
+    pub used: f64,
+}
+
+impl TrafficCounter {
+    /// The fullest budgets that requests met within [`KNOWN_FOR`], fullest first, at most [`BUDGETS_MAX`]. What is only counted
+    /// (shadow mode) is among them.
+    pub fn budgets(&self) -> Vec<BudgetUse> {
+        let now = Instant::now();
+        let mut budgets = Vec::new();
+        for (kind, names) in &self.scopes().by_kind {
+            for (name, seen) in names {
+                let known = seen.limits[Kind::Spend as usize].as_ref();
+                let Some((limit, period)) = known.and_then(|limit| Some((limit, limit.declared.period?)))
+                else {
+                    continue;
+                };
+                let age = now.saturating_duration_since(limit.at);
+                let Some(used) = used(&limit.state, age) else { continue };
+                let used = used as f64 / limit.state.limit.max(1) as f64;
+                budgets.push(BudgetUse { scope: kind.as_str(), name: name.clone(), period, used });
+            }
+        }
+        budgets.sort_by(|a, b| b.used.total_cmp(&a.used));
+        budgets.truncate(BUDGETS_MAX);
+        budgets
+    }
+}
+
 impl Scopes {
     /// The entry of a scope; `None` above the maximum.
     fn last_seen(&mut self, kind: ScopeKind, name: &str) -> Option<&mut LastSeen> {
@@ -287,6 +327,35 @@ mod tests {
         ];
         assert_eq!((counts, traffic.in_flight), ([1, 2, 1, 1, 1], 1));
         assert_eq!(traffic_counter.take_traffic(), TrafficReport { in_flight: 1, ..Default::default() });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_fullest_budgets_are_told_until_nobody_knows_them() {
+        let counter = TrafficCounter::default();
+        for i in 0..BUDGETS_MAX + 10 {
+            let (limit, month) = (1_000_000, Duration::from_secs(30 * 86_400));
+            let what = What::Bucket(Kind::Spend);
+            let remaining = limit - i as u64 * 1000;
+            let state = LimitState {
+                scope: Key::global(),
+                what,
+                verdict: Verdict::Fits,
+                limit,
+                remaining,
+                reset: month,
+            };
+            let declared = DeclaredLimit { amount: limit, period: Some("month"), burst: limit };
+            let mut scopes = counter.scopes();
+            let seen = scopes.last_seen(ScopeKind::Tenant, &format!("t{i}")).expect("room");
+            seen.limits[Kind::Spend as usize] =
+                Some(Limit { state, declared, at: Instant::now(), refusals: 0 });
+        }
+        let budgets = counter.budgets();
+        assert_eq!(budgets.len(), BUDGETS_MAX);
+        let fullest = BudgetUse { scope: "tenant", name: "t109".into(), period: "month", used: 0.109 };
+        assert_eq!(budgets[0], fullest);
+        tokio::time::advance(KNOWN_FOR * 2).await;
+        assert_eq!(counter.budgets(), []);
     }
 
     #[tokio::test(start_paused = true)]

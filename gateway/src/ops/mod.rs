@@ -2,6 +2,7 @@
 //! when they are read.
 
 pub mod answers;
+pub mod budget_metrics;
 pub mod explain;
 pub mod page;
 pub mod usage;
