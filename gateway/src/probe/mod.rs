@@ -57,9 +57,6 @@ const FAULTS_OF_GOOD: u64 = 20;
 const RATE_ANSWERS: u64 = 20;
 /// The share of used slots above which a backend's speed is not measured, because the probe would measure and add contention.
 const IDLE_SHARE: f64 = 0.3;
-/// Behind requests in flight a probe would wait for its turn, and hold a slot meanwhile. An answer to anybody within this time says
-/// as much.
-const ANSWERS_FOR: Duration = Duration::from_secs(30);
 /// The shortest timeout of a probe that costs tokens, unless its model has a `health_timeout`.
 const PAID_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 
@@ -256,8 +253,9 @@ impl Prober {
         let Some((model, name)) = models.get(*turn % models.len().max(1)) else { return Plan::Skip };
         let limit = model.spec.health_timeout.unwrap_or(PAID_TIMEOUT_MIN.max(profile.timeout));
         if key.1 == ProbeTier::Readiness {
+            // It would wait behind requests for its turn, and hold a slot meanwhile that a request may want.
             let behind = entry.state.fleet_in_flight(self.live.live_gateways()) > 0.0
-                && entry.state.answered_anywhere_within(ANSWERS_FOR);
+                && entry.state.is_at_work_within(profile.readiness_interval);
             let proven = since.successes >= PROOF || behind;
             if proven && since.failures * FAULTS_OF_GOOD <= since.successes {
                 self.needless(key);

@@ -58,6 +58,8 @@ pub struct BackendState {
     answered_reported: AtomicU64,
     /// When another gateway's request was last known to have succeeded, likewise.
     answered_elsewhere: AtomicU64,
+    /// When the first request came to the idle backend, as far as is known here, likewise.
+    busy_since: AtomicU64,
     /// The last attempt that failed, for whoever asks why.
     last_failure: Mutex<Option<LastFailure>>,
     /// Models at which the backend refused the `stream_options` that Weir adds.
@@ -214,6 +216,7 @@ impl Default for BackendState {
             answered: AtomicU64::new(0),
             answered_reported: AtomicU64::new(0),
             answered_elsewhere: AtomicU64::new(0),
+            busy_since: AtomicU64::new(0),
             last_failure: Mutex::new(None),
             refused_additions: Mutex::new(BTreeSet::new()),
             failure_lines: LogThrottle::default(),
@@ -286,9 +289,16 @@ impl BackendState {
         self.is_within(self.answered.load(Ordering::Relaxed), time)
     }
 
-    /// Whether any gateway's request was answered within this time, as far as is known here.
-    pub fn answered_anywhere_within(&self, time: Duration) -> bool {
-        self.answered_within(time) || self.is_within(self.answered_elsewhere.load(Ordering::Relaxed), time)
+    /// Whether any gateway's request was answered within this time, or the first one came to the idle backend, as far as is
+    /// known here.
+    pub fn is_at_work_within(&self, time: Duration) -> bool {
+        let signs = [&self.answered, &self.answered_elsewhere, &self.busy_since];
+        signs.into_iter().any(|at| self.is_within(at.load(Ordering::Relaxed), time))
+    }
+
+    /// A request comes here, or is heard of elsewhere, where there was none.
+    fn note_busy(&self) {
+        self.busy_since.store(self.age_ms(Instant::now()), Ordering::Relaxed);
     }
 
     fn is_within(&self, at_ms: u64, time: Duration) -> bool {
@@ -461,7 +471,10 @@ impl BackendState {
     pub fn set_fleet(&self, in_flight: Option<u32>) {
         let reported = self.reported.load(Ordering::Relaxed);
         let elsewhere = in_flight.map_or(UNKNOWN, |all| all.saturating_sub(reported).min(UNKNOWN - 1));
-        self.elsewhere.store(elsewhere, Ordering::Relaxed);
+        let before = self.elsewhere.swap(elsewhere, Ordering::Relaxed);
+        if before == 0 && !matches!(elsewhere, 0 | UNKNOWN) && self.in_flight() == 0 {
+            self.note_busy();
+        }
     }
 
     /// Whether it is known what others have there.
@@ -506,7 +519,10 @@ pub struct InFlight(Arc<BackendState>);
 impl InFlight {
     /// One more.
     pub fn enter(backend: &Arc<BackendState>) -> Self {
-        backend.in_flight.fetch_add(1, Ordering::Relaxed);
+        let here = backend.in_flight.fetch_add(1, Ordering::Relaxed);
+        if here == 0 && matches!(backend.elsewhere.load(Ordering::Relaxed), 0 | UNKNOWN) {
+            backend.note_busy();
+        }
         Self(backend.clone())
     }
 }
@@ -544,7 +560,7 @@ mod tests {
         let backend = BackendState::default();
         let second = Duration::from_secs(1);
         tokio::time::advance(second).await;
-        assert!(!backend.answered_anywhere_within(second * 60) && !backend.take_answering());
+        assert!(!backend.is_at_work_within(second * 60) && !backend.take_answering());
         backend.note_answered(Instant::now());
         assert!(backend.answered_within(second) && backend.take_answering() && !backend.take_answering());
         tokio::time::advance(second * 2).await;
@@ -552,13 +568,28 @@ mod tests {
         let totals = |successes| Some(Totals { successes, ..Totals::default() });
         backend.set_fleet_totals(totals(7));
         backend.set_fleet_totals(totals(7));
-        assert!(
-            !backend.answered_anywhere_within(second),
-            "what was before this gateway heard of it is not now"
-        );
+        assert!(!backend.is_at_work_within(second), "what was before this gateway heard of it is not now");
         backend.set_fleet_totals(totals(8));
-        assert!(backend.answered_anywhere_within(second) && !backend.answered_within(second));
+        assert!(backend.is_at_work_within(second) && !backend.answered_within(second));
         assert!(!backend.take_answering(), "others report their own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn since_when_there_is_a_request_is_known() {
+        let (backend, second) = (Arc::new(BackendState::default()), Duration::from_secs(1));
+        tokio::time::advance(second).await;
+        let first = InFlight::enter(&backend);
+        tokio::time::advance(second * 5).await;
+        let more = InFlight::enter(&backend);
+        assert!(backend.is_at_work_within(second * 5) && !backend.is_at_work_within(second * 4));
+        drop((first, more));
+        backend.set_fleet(Some(0));
+        backend.set_fleet(Some(3));
+        assert!(backend.is_at_work_within(second));
+        tokio::time::advance(second * 5).await;
+        backend.set_fleet(Some(4));
+        drop(InFlight::enter(&backend));
+        assert!(!backend.is_at_work_within(second), "others were there before");
     }
 
     #[tokio::test(start_paused = true)]

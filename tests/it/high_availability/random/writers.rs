@@ -212,6 +212,7 @@ impl Writers {
                     resources: words.iter().map(|(name, word)| tenant(name, word)).collect(),
                     apply_set: SET.into(),
                     prune: *prune,
+                    allow_mass_removal: true,
                     request_id: id,
                     ..Default::default()
                 };
