@@ -145,12 +145,8 @@ impl ControlPlane {
             tasks,
             stop: shutdown.clone(),
         };
-        tracing::info!(
-            grpc = %grpc_addr,
-            http = %http_addr,
-            revision = catalog.state().revision,
-            "control plane serves"
-        );
+        let revision = catalog.state().revision;
+        tracing::info!(grpc = %grpc_addr, http = %http_addr, revision, "control plane serves");
         shared.tasks.spawn(publish(catalog.subscribe(), snapshots, follow_stop.clone()));
         // Before the listener accepts, so that the state from before a restart is used from the start.
         verdicts.configure(&catalog.state());

@@ -27,7 +27,6 @@ use crate::config::Config;
 use crate::control::credentials::Credentials;
 use crate::control::live_config::LiveConfig;
 use crate::control::probe_channel::ProbeChannel;
-use crate::control::questions::Questions;
 use crate::control::report::Reporter;
 use crate::control::subscription::Publisher;
 use crate::control::traffic_report::TrafficCounter;
@@ -154,11 +153,10 @@ async fn begin(
     let publisher = Publisher::new(live.clone(), credentials.clone());
     let subscriber = Subscriber::new(publisher, identity.clone(), links.clone(), settings.disk);
     let prober = Prober::new(live.clone(), probes.clone(), ledger.clone(), metrics.clone());
-    let (questions, asked) = Questions::channel();
+    let (questions, answers) = Answers::new(live.clone(), ledger.clone());
     let reporter =
         Reporter { live: live.clone(), metrics: metrics.clone(), traffic, probes, gone, questions, identity };
     let readiness = Readiness::not_ready("no configuration yet");
-    let pages = pages(&live, &ledger, settings.ops_token);
 
     // The settlement worker and the operations port end after the streams.
     let (tasks, serving, drained) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
@@ -166,8 +164,7 @@ async fn begin(
     tasks.spawn(subscriber.run(drained.clone()));
     tasks.spawn(prober.run(drained.clone()));
     tasks.spawn(reporter.run(links, drained.clone()));
-    tasks
-        .spawn(Answers { live: live.clone(), ledger: ledger.clone(), questions: asked }.run(drained.clone()));
+    tasks.spawn(answers.run(drained.clone()));
     tasks.spawn(reaper.run(drained.clone()));
     tasks.spawn(worker.run(drained.clone()));
     tasks.spawn(weir_runtime::serve_ops_with(
@@ -175,7 +172,7 @@ async fn begin(
         settings.ops_hosts,
         readiness.clone(),
         Arc::new(registry),
-        pages,
+        pages(&live, &ledger, settings.ops_token),
         drained.clone(),
     ));
     let status = Status { live: live.clone(), ledger, readiness, metrics };

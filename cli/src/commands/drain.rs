@@ -72,9 +72,9 @@ fn line(progress: &v1::DrainProgress, done: bool) -> String {
     match (progress.in_flight, waiting_for.as_str()) {
         (in_flight, "") => format!("{in_flight} in progress; {applied}"),
         // None is known, which is not the same as none.
-        (0, _) => format!("{applied}; {waiting_for} has yet to report its requests in progress"),
+        (0, _) => format!("{applied}; waiting for the reports of {waiting_for}"),
         (in_flight, _) => {
-            format!("{in_flight} or more in progress; {applied}; {waiting_for} has yet to report")
+            format!("{in_flight} or more in progress; {applied}; waiting for the reports of {waiting_for}")
         }
     }
 }
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(of(5, &[]), "5 in progress; applied on 2 of 2 gateways");
         assert_eq!(
             of(0, &["gateway-0", "gateway-1"]),
-            "applied on 2 of 2 gateways; gateway-0, gateway-1 has yet to report its requests in progress"
+            "applied on 2 of 2 gateways; waiting for the reports of gateway-0, gateway-1"
         );
         assert!(of(5, &["gateway-1"]).starts_with("5 or more in progress; "));
     }

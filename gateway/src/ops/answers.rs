@@ -12,7 +12,7 @@ use weir_proto::v1::QuestionRefusalKind;
 use super::page::PageError;
 use super::{explain, usage};
 use crate::control::live_config::LiveConfig;
-use crate::control::questions::{Answer, Asked, Question, refusal};
+use crate::control::questions::{Answer, Asked, Question, Questions, refusal};
 use crate::limits::ledger::Ledger;
 
 /// Questions that are answered at the same time, few enough for the store to admit requests meanwhile.
@@ -25,15 +25,18 @@ const ANSWER_BYTES_MAX: usize = 3 << 20;
 /// Answers questions from the configuration and the ledger of this gateway.
 #[derive(Debug)]
 pub struct Answers {
-    /// The configuration in force.
-    pub live: Arc<LiveConfig>,
-    /// Where limits and usage are read.
-    pub ledger: Arc<Ledger>,
-    /// The questions.
-    pub questions: mpsc::Receiver<Asked>,
+    live: Arc<LiveConfig>,
+    ledger: Arc<Ledger>,
+    questions: mpsc::Receiver<Asked>,
 }
 
 impl Answers {
+    /// Where questions go, and what answers them, which must be run.
+    pub fn new(live: Arc<LiveConfig>, ledger: Arc<Ledger>) -> (Questions, Self) {
+        let (asking, questions) = Questions::channel();
+        (asking, Self { live, ledger, questions })
+    }
+
     /// Answers until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { live, ledger, mut questions } = self;

@@ -182,6 +182,21 @@ async fn an_operator_changes_backends_from_the_page_as_from_anywhere_else() {
 }
 
 #[tokio::test]
+async fn a_limit_is_shown_with_its_rate_the_use_of_the_last_minute_and_its_burst() {
+    let plane = Plane::memory(vec![]).await;
+    let _gateway = super::questions::reporting(&plane, "g", vec![super::questions::met(2000, 480)]).await;
+    let mut seen = events(soon(send(&plane, Method::GET, "/page/stream", Some(ADMIN), "")).await.unwrap());
+    let state = seen.wanted("state", |state| state["limits"][0]["last_minute"] == 480).await;
+    let limit = &state["limits"][0];
+    assert_eq!(
+        (&limit["limit"], &limit["period"], &limit["burst"]),
+        (&json!(2000), &json!("minute"), &json!(10_000))
+    );
+    assert_eq!(limit["fill"], 0.24, "of the rate: its bucket is all but empty");
+    plane.stop().await;
+}
+
+#[tokio::test]
 async fn pages_are_bounded_and_their_places_come_free() {
     let plane = Plane::memory(vec![]).await;
     let open = || send(&plane, Method::GET, "/page/stream", Some(ADMIN), "");

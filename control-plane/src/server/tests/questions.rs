@@ -164,6 +164,75 @@ async fn a_key_that_is_revoked_is_told_from_one_that_is_not_there() {
     plane.stop().await;
 }
 
+/// A limit of requests that a gateway has met, and of which requests that ended used so many.
+pub(super) fn met(declared: u64, consumed: u64) -> v1::LimitReport {
+    v1::LimitReport {
+        scope_kind: "global".into(),
+        kind: "requests".into(),
+        limit: declared * 5,
+        used: Some(1),
+        declared,
+        period: "minute".into(),
+        consumed,
+        ..Default::default()
+    }
+}
+
+/// A report stream; dropping it ends the stream.
+pub(super) type Reporting = (mpsc::Sender<v1::StreamReportsRequest>, Streaming<v1::StreamReportsResponse>);
+
+/// Reports limits as a gateway does, for as long as the answer is kept.
+pub(super) async fn reporting(plane: &Plane, id: &str, limits: Vec<v1::LimitReport>) -> Reporting {
+    let mut reports = ReportServiceClient::with_interceptor(plane.channel().await, Bearer(GATEWAY));
+    let (said, requests) = mpsc::channel(4);
+    let report = v1::StreamReportsRequest { gateway_id: id.into(), sequence: 1, ..Default::default() };
+    said.send(report.clone()).await.unwrap();
+    let heard = reports.stream_reports(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    said.send(v1::StreamReportsRequest { sequence: 2, limits, ..report }).await.unwrap();
+    (said, heard)
+}
+
+#[tokio::test]
+async fn the_use_of_the_last_minute_is_added_to_what_a_gateway_answers() {
+    let mut all = cluster(1);
+    all.push(tenant("t"));
+    let plane = Plane::memory(all).await;
+    let mut admin = plane.admin().await;
+    let issue = v1::IssueApiKeyRequest { name: "k".into(), tenant: "t".into(), ..Default::default() };
+    admin.issue_api_key(issue).await.unwrap();
+    let _g = reporting(&plane, "g", vec![met(2000, 470)]).await;
+    let _h = reporting(&plane, "h", vec![met(2000, 10)]).await;
+    let mut gateway = Answering::open(&plane, "g", "1").await;
+    let limit = |kind: &str| v1::ExplainedLimit {
+        scope_kind: "global".into(),
+        kind: kind.into(),
+        // What a gateway says of all gateways is not believed.
+        last_minute: Some(7),
+        ..Default::default()
+    };
+    let answer =
+        v1::ExplainLimitsResponse { limits: vec![limit("requests"), limit("tokens")], ..Default::default() };
+    // The figure is of whole seconds that have passed.
+    soon(async {
+        loop {
+            let (mut admin, request) = (
+                plane.admin().await,
+                v1::ExplainLimitsRequest { key: "k".into(), model: "m".into(), ..Default::default() },
+            );
+            let call = tokio::spawn(async move { admin.explain_limits(request).await.unwrap().into_inner() });
+            let number = gateway.question().await.number;
+            gateway.answer(number, Answer::Limits(answer.clone())).await;
+            let answer = call.await.unwrap();
+            let shown: Vec<_> = answer.limits.iter().map(|limit| limit.last_minute).collect();
+            if shown == [Some(480), None] {
+                break;
+            }
+        }
+    })
+    .await;
+    plane.stop().await;
+}
+
 #[tokio::test]
 async fn a_viewer_may_ask_and_a_gateway_may_not() {
     let plane = Plane::memory(vec![]).await;
