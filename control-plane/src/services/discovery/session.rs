@@ -64,9 +64,9 @@ pub(super) enum Answered {
     Late,
     /// Everything is applied up to this revision.
     Applied(u64),
-    /// The delta is applied, and earlier refusals remain; the revision of the delta.
+    /// The delta is applied, and earlier refusals remain; the revision that is answered with it.
     Still { errors: Vec<v1::ResourceError>, revision: u64 },
-    /// The delta is applied except for these resources; the revision of the delta.
+    /// The delta is applied except for these resources; the revision that is answered with it.
     Refused { errors: Vec<v1::ResourceError>, revision: u64, whole: bool },
 }
 
@@ -135,15 +135,15 @@ impl Session {
         if refused.is_some_and(|refused| refused.whole) {
             return None;
         }
-        let stays = |key: &Key| !is_serving(key.kind) || !self.refused.is_some_and(|r| r.serving);
+        let may_go = |key: &Key| self.may_go(key);
         // Pending deletions are sent even if there are new resources to send. Otherwise, with constant changes, deletions
         // would never be sent.
-        let due = |key: &&Key| self.due.contains(key) && stays(key);
+        let due = |key: &&Key| self.due.contains(key) && may_go(key);
         let due: Vec<Key> = difference.removals.iter().filter(due).cloned().collect();
         let (upserts, removals) = if !due.is_empty() {
             (Vec::new(), due)
         } else if refused.is_some() {
-            let removals: Vec<Key> = difference.removals.iter().filter(|key| stays(key)).cloned().collect();
+            let removals: Vec<Key> = difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
             if removals.is_empty() {
                 return None;
             }
@@ -184,6 +184,20 @@ impl Session {
         Some(delta)
     }
 
+    /// Whether a resource that is gone may be deleted now: what serves stays while its replacement is refused.
+    fn may_go(&self, key: &Key) -> bool {
+        !is_serving(key.kind) || !self.refused.is_some_and(|refused| refused.serving)
+    }
+
+    /// The revision that a gateway has answered which refuses a part of it: not this one while deletions of it are to be sent.
+    fn answered_revision(&self, snapshot: &Snapshot) -> u64 {
+        let difference = self.differences.between(&self.config, snapshot);
+        match difference.removals.iter().any(|key| self.may_go(key)) {
+            true => self.at.1,
+            false => snapshot.revision,
+        }
+    }
+
     /// Evaluates an answer; without errors everything was applied.
     pub(super) fn answered(&mut self, nonce: u64, errors: Vec<v1::ResourceError>) -> Answered {
         // The answer to an older delta is ignored.
@@ -205,6 +219,7 @@ impl Session {
             let refused: Vec<Key> = self.refusals.keys().cloned().collect();
             self.config.apply(&delta, &refused);
             if !refused.is_empty() {
+                let revision = self.answered_revision(&snapshot);
                 return Answered::Still { errors: self.refusals.values().cloned().collect(), revision };
             }
             self.config.share(&snapshot);
@@ -226,6 +241,7 @@ impl Session {
         self.due.clear();
         let serving = serving || self.refused.is_some_and(|r| r.revision == revision && r.serving);
         self.refused = Some(Refused { revision, whole, serving });
+        let revision = if whole { revision } else { self.answered_revision(&snapshot) };
         Answered::Refused { errors, revision, whole }
     }
 
