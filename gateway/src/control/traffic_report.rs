@@ -185,8 +185,8 @@ pub struct BudgetUse {
 }
 
 impl TrafficCounter {
-    /// The fullest budgets that requests met within [`KNOWN_FOR`], fullest first, at most [`BUDGETS_MAX`]. What is only counted
-    /// (shadow mode) is among them.
+    /// The 100 fullest budgets that requests met within a minute, fullest first. What is only counted (shadow mode) is among
+    /// them.
     pub fn budgets(&self) -> Vec<BudgetUse> {
         let now = Instant::now();
         let mut budgets = Vec::new();
