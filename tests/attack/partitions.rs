@@ -69,6 +69,45 @@ async fn a_gateway_cut_off_from_the_control_plane_in_any_way_serves_on_and_catch
     traffic.end().await.only(&[200], "without the control plane");
 }
 
+/// A server that accepts connections and streams, answers pings, and says nothing to any stream. Gives its address.
+async fn mute(end: &CancellationToken) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("binds");
+    let address = listener.local_addr().expect("an address");
+    let serve = async move {
+        let mut connections = tokio::task::JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+                let mut held = Vec::new();
+                while let Some(Ok(opened)) = connection.accept().await {
+                    held.push(opened);
+                }
+            });
+        }
+    };
+    let end = end.clone();
+    tokio::spawn(async move { end.run_until_cancelled(serve).await });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_control_plane_that_accepts_streams_and_says_nothing_is_left_for_another() {
+    let end = CancellationToken::new();
+    let _end = end.clone().drop_guard();
+    let mocks = [mock(roomy(), &end).await];
+    let resources = Resources::limited(&mocks, 10_000, plenty());
+    let mut fleet = Fleet::start(0, &resources, |_, _| {}).await;
+    let mute = mute(&end).await;
+    let began = Instant::now();
+    // Gateways spread over control planes by their ids; g0 begins with this one.
+    let both = format!("http://{mute},{}", fleet.plane.url);
+    fleet.join(1, |_, config| config.control_plane = both.clone()).await;
+    let took = began.elapsed();
+    println!("served by the other one after {took:?}");
+    assert!(took >= Duration::from_secs(20), "it began with the other one, so nothing was tried: {took:?}");
+    assert_eq!(fleet.gateways[0].client.chat(CHAT).await.status, StatusCode::OK);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_cut_off_from_redis_in_any_way_fails_no_request_and_comes_back() {
     let end = CancellationToken::new();

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -96,6 +97,30 @@ fn of(id: &str, incarnation: &str) -> v1::StreamReportsRequest {
         sequence: 1,
         ..Default::default()
     }
+}
+
+/// A control plane with nothing to tell, and a gateway that stops to report.
+#[tokio::test]
+async fn a_report_stream_hears_something_every_ten_seconds_and_ends_when_nothing_is_reported() {
+    let data = tempfile::tempdir().expect("a directory");
+    let plane = plane::start("127.0.0.1:0", data.path(), None).await;
+    let mut reports = report(&plane.url, ADMIN_TOKEN, of("gwx", "real")).await;
+    let (opened, mut heard, mut silence) = (Instant::now(), Instant::now(), Duration::ZERO);
+    let ended = loop {
+        let next = tokio::time::timeout(Duration::from_secs(60), reports.heard.message()).await;
+        match next.expect("neither a message nor an end") {
+            Ok(Some(_)) => {
+                silence = silence.max(heard.elapsed());
+                heard = Instant::now();
+            }
+            other => break other,
+        }
+    };
+    assert_eq!(ended.expect_err("it is ended").code(), Code::DeadlineExceeded);
+    let lasted = opened.elapsed();
+    println!("ended after {lasted:?}; the longest silence was {silence:?}");
+    assert!(lasted >= Duration::from_secs(30), "{lasted:?}");
+    assert!(silence < Duration::from_secs(20), "a gateway takes 30 s of it for the end: {silence:?}");
 }
 
 #[tokio::test]
