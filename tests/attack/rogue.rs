@@ -119,7 +119,7 @@ async fn a_report_stream_hears_something_every_ten_seconds_and_ends_when_nothing
     assert_eq!(ended.expect_err("it is ended").code(), Code::DeadlineExceeded);
     let lasted = opened.elapsed();
     println!("ended after {lasted:?}; the longest silence was {silence:?}");
-    assert!(lasted >= Duration::from_secs(30), "{lasted:?}");
+    assert!(lasted >= Duration::from_secs(25), "a report may be late: {lasted:?}");
     assert!(silence < Duration::from_secs(20), "a gateway takes 30 s of it for the end: {silence:?}");
 }
 
@@ -332,6 +332,8 @@ impl World {
             let backends = (0..BACKENDS).map(|i| v1::BackendReport {
                 backend: name(i),
                 successes: u64::from(!dead) * 10,
+                in_flight: u32::from(!dead) * 3,
+                answering: !dead,
                 connect_failures: u64::from(dead) * 10,
                 ejected: dead,
                 ..Default::default()
@@ -388,10 +390,14 @@ async fn one_liar_of_three_gateways_ejects_nothing() {
 
 #[tokio::test]
 async fn one_liar_of_three_gateways_keeps_no_dead_backend_in_use() {
+    tokio::join!(is_found_dead_beside_a_liar(Door::Broken), is_found_dead_beside_a_liar(Door::Silent));
+}
+
+async fn is_found_dead_beside_a_liar(door: Door) {
     let world = World::start(2).await;
     let liar = world.lie(ProbeOutcome::Pass).await;
     for gate in &world.gates {
-        gate.set("*", Door::Broken);
+        gate.set("*", door);
     }
     // In the first seconds the control plane's last probe is still a pass. It is older than the first failure, so it
     // is no second vote beside the liar's. On a quiet machine this takes seconds.

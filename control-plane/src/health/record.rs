@@ -63,6 +63,8 @@ pub(crate) struct HealthRecord {
     pub(crate) votes: Votes,
     pub(crate) signs: Signs,
     requests: Requests,
+    /// The gateways that there were at the last evaluation.
+    gateways: usize,
     /// It was ejected because of its requests, and none has succeeded since.
     on_trial: bool,
     /// By [`JUDGING`].
@@ -99,6 +101,7 @@ impl HealthRecord {
             votes: Votes::default(),
             signs: Signs::default(),
             requests: Requests::default(),
+            gateways: 0,
             on_trial: false,
             suspects: [None, None],
             cleared: BTreeMap::new(),
@@ -143,8 +146,8 @@ impl HealthRecord {
             _ => {}
         }
         if seen.tier != Tier::Deep {
-            let waits =
-                seen.outcome == Outcome::Failed(Cause::Timeout) && self.requests.are_answered(seen.tier, now);
+            let waits = seen.outcome == Outcome::Failed(Cause::Timeout)
+                && self.requests.are_answered(seen.tier, self.gateways, now);
             let (outcome, detail) = match waits {
                 true => (Outcome::Pass, format!("{}, behind requests that are answered", seen.detail)),
                 false => (seen.outcome, seen.detail.clone()),
@@ -168,7 +171,7 @@ impl HealthRecord {
             for tier in JUDGING {
                 self.votes.cast(tier, observer, Outcome::Pass, "requests are answered", now);
                 self.cleared.remove(&(tier, observer.clone()));
-                if self.requests.are_answered(tier, now) {
+                if self.requests.are_answered(tier, self.gateways, now) {
                     self.votes.forgive_silence(tier);
                 }
             }
@@ -195,6 +198,7 @@ impl HealthRecord {
     /// Evaluates all observations and returns the actions that follow.
     pub(crate) fn judge(&mut self, now: Timestamp, context: &Context<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
+        self.gateways = context.gateways;
         self.votes.expire(&self.profile, now);
         self.cleared.retain(|_, until| now < *until);
         self.decay_damping(now);

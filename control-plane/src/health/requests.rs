@@ -19,6 +19,8 @@ use super::tier::Tier;
 struct Row {
     reported: Timestamp,
     in_flight: u32,
+    /// When bytes of an answer last came.
+    answered: Option<Timestamp>,
     /// Answers since the last success that were failures of the backend. Silence and connections that cannot be opened may be
     /// the gateway's network: of these, probes are the judge.
     failures: u64,
@@ -96,6 +98,9 @@ impl Requests {
                 row.unanswered.saturating_add(passive.timeouts).saturating_add(passive.connect_failures);
             row.suspected = row.suspected.saturating_add(passive.suspected);
         }
+        if passive.is_answered() {
+            row.answered = Some(now);
+        }
         self.listen(passive.is_answered(), now);
     }
 
@@ -128,13 +133,22 @@ impl Requests {
     }
 
     /// Whether the backend works at requests and is not silent for longer than it usually is: a probe without an answer then waits
-    /// behind them. One gateway that says so does not outweigh a quorum of others whose requests fail.
-    pub(super) fn are_answered(&self, tier: Tier, now: Timestamp) -> bool {
+    /// behind them. That a server lives at all takes the word of a quorum of gateways, so that one which lies keeps no dead
+    /// backend in use; and none outweighs a quorum of others whose requests fail.
+    pub(super) fn are_answered(&self, tier: Tier, gateways: usize, now: Timestamp) -> bool {
         let Some(since) = self.busy_since.filter(|_| self.is_busy(now)) else { return false };
         let silence = self.usual_silence(now).unwrap_or(SILENCE_UNKNOWN).mul_f64(SILENCE_RATIO);
         let patience = silence.max(silence_min(tier)).min(SILENCE_MAX);
-        let mute = self.by.values().filter(|row| row.is_mute(now)).count();
-        mute < QUORUM && now.saturating_sub(self.answered.unwrap_or(since).max(since)) <= patience
+        let is_recent = |at: Timestamp| now.saturating_sub(at) <= patience;
+        if self.by.values().filter(|row| row.is_mute(now)).count() >= QUORUM {
+            return false;
+        }
+        if self.answered.is_none_or(|at| at < since) {
+            // Nobody can have been answered yet.
+            return is_recent(since);
+        }
+        let needed = if tier == Tier::Liveness { QUORUM.min(gateways.max(1)) } else { 1 };
+        self.by.values().filter(|row| row.answered.is_some_and(is_recent)).count() >= needed
     }
 
     /// Whether every request fails, where `needed` failures of a gateway without a success are enough, and `quorum` gateways prove
@@ -210,7 +224,7 @@ mod tests {
             }
             let last = (HOUR - 1) / answers_every * answers_every;
             let mut until = HOUR;
-            while requests.are_answered(Tier::Liveness, at(until)) {
+            while requests.are_answered(Tier::Liveness, 1, at(until)) {
                 until += 1;
                 requests.report(&gateway(0), &in_flight(false), at(until));
             }
@@ -223,12 +237,12 @@ mod tests {
     #[test]
     fn nobody_is_waited_for_without_a_request_in_flight_and_no_silence_for_ever() {
         let mut requests = Requests::default();
-        assert!(!requests.are_answered(Tier::Readiness, at(1)));
+        assert!(!requests.are_answered(Tier::Readiness, 1, at(1)));
         requests.report(&gateway(0), &Passive { successes: 1, ..Passive::default() }, at(1));
-        assert!(!requests.are_answered(Tier::Readiness, at(2)));
+        assert!(!requests.are_answered(Tier::Readiness, 1, at(2)));
         for second in 2..100 {
             requests.report(&gateway(0), &in_flight(false), at(second));
-            assert_eq!(requests.are_answered(Tier::Readiness, at(second)), second <= 32, "{second}");
+            assert_eq!(requests.are_answered(Tier::Readiness, 1, at(second)), second <= 32, "{second}");
         }
     }
 
@@ -237,12 +251,16 @@ mod tests {
         let mut requests = Requests::default();
         for second in 0..60 {
             requests.report(&gateway(0), &in_flight(true), at(second));
-            assert!(requests.are_answered(Tier::Liveness, at(second)));
+            assert!(requests.are_answered(Tier::Liveness, 1, at(second)));
+            assert!(requests.are_answered(Tier::Readiness, 3, at(second)));
+            assert!(!requests.are_answered(Tier::Liveness, 3, at(second)), "one of three: it may lie");
         }
+        requests.report(&gateway(1), &in_flight(true), at(60));
+        assert!(requests.are_answered(Tier::Liveness, 3, at(60)));
         for n in 1..3 {
             requests.report(&gateway(n), &Passive { timeouts: 3, ..Passive::default() }, at(60));
         }
-        assert!(!requests.are_answered(Tier::Liveness, at(60)));
+        assert!(!requests.are_answered(Tier::Readiness, 3, at(60)));
     }
 
     /// Failures for which there is proof, those that may be the requests' fault, and successes.
