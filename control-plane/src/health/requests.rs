@@ -139,16 +139,18 @@ impl Requests {
         let Some(since) = self.busy_since.filter(|_| self.is_busy(now)) else { return false };
         let silence = self.usual_silence(now).unwrap_or(SILENCE_UNKNOWN).mul_f64(SILENCE_RATIO);
         let patience = silence.max(silence_min(tier)).min(SILENCE_MAX);
-        let is_recent = |at: Timestamp| now.saturating_sub(at) <= patience;
         if self.by.values().filter(|row| row.is_mute(now)).count() >= QUORUM {
             return false;
         }
-        if self.answered.is_none_or(|at| at < since) {
-            // Nobody can have been answered yet.
-            return is_recent(since);
+        // Before the first answer nobody can have been answered.
+        let last = self.answered.filter(|at| *at >= since);
+        if now.saturating_sub(last.unwrap_or(since)) > patience {
+            return false;
         }
-        let needed = if tier == Tier::Liveness { QUORUM.min(gateways.max(1)) } else { 1 };
-        self.by.values().filter(|row| row.answered.is_some_and(is_recent)).count() >= needed
+        // An engine that answers one request at a time answers gateways in turn.
+        let lately = |row: &&Row| row.answered.is_some_and(|at| now.saturating_sub(at) <= patience * 2);
+        let is_of_several = tier == Tier::Liveness && gateways >= QUORUM;
+        !is_of_several || self.by.values().filter(lately).count() >= QUORUM
     }
 
     /// Whether every request fails, where `needed` failures of a gateway without a success are enough, and `quorum` gateways prove

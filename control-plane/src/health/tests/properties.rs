@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::world::*;
-use crate::health::evidence::{Observation, Observer, Outcome, Reading};
+use crate::health::evidence::{Observation, Observer, Outcome, Passive, Reading};
 use crate::health::guard::budget;
 use crate::health::no_isolated_observers;
 use crate::health::record::HealthRecord;
@@ -114,6 +114,45 @@ proptest! {
             }
         }
         prop_assert_eq!(world.ejections("b1"), 0);
+    }
+
+    /// An engine at work is not ejected, however long it takes to an answer and whatever keeps its probes waiting; one that
+    /// answers nobody any more is, within twice its silence and a round of probes.
+    #[test]
+    fn who_answers_requests_is_not_dead_and_who_stops_is(
+        gateways in 1_usize..5,
+        every in 1_u64..26,
+        mute_health_page in any::<bool>(),
+        moment in 0_u64..40,
+    ) {
+        let mut world = World::new(gateways, 1);
+        world.run_until(secs(20 + moment));
+        let start = 20 + moment;
+        world.behave = Box::new(move |_, _, tier, _| {
+            // With several gateways that takes the word of two, which have it only after a while.
+            let mute = mute_health_page && gateways == 1;
+            let silent = tier == Tier::Readiness || mute && tier == Tier::Liveness;
+            Some(if silent { SILENT } else { Outcome::Pass })
+        });
+        let asks = |world: &mut World, second: u64, answered: bool| {
+            world.run_until(secs(second));
+            for n in 0..gateways {
+                let its_turn = (second - start) / every % gateways as u64 == n as u64;
+                let answers = answered && its_turn && (second - start).is_multiple_of(every) && second > start;
+                let passive = Passive { in_flight: 2, successes: u64::from(answers), ..Passive::default() };
+                world.cluster.requests(&gateway(n), "b0", &passive, world.now);
+            }
+        };
+        for second in start..start + 400 {
+            asks(&mut world, second, true);
+        }
+        prop_assert_eq!(world.ejections("b0"), 0);
+        let stopped = start + 400;
+        let bound = (2 * every).max(30) + 60;
+        for second in stopped..stopped + bound {
+            asks(&mut world, second, false);
+        }
+        prop_assert_eq!(world.state("b0"), State::Unhealthy);
     }
 
     /// Whatever dies how, a pool keeps what its budget leaves it, refused connections aside, and is never empty; and
