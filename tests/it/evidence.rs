@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use weir_tests::client::Client;
 use weir_tests::cluster::mock;
 use weir_tests::eventually;
-use weir_tests::process::{Up, up};
+use weir_tests::process::{Up, up, up_with};
 use weir_tests::scripted::{Asked, Scripted, answer, json_answer};
 
 const JSON: (&str, &str) = ("content-type", "application/json");
@@ -26,44 +26,8 @@ const TRAFFIC: Duration = Duration::from_secs(60);
 /// Between two requests of one gateway for one model.
 const PACE: Duration = Duration::from_millis(400);
 
-/// All of Weir in front of these resources.
-struct World {
-    up: Up,
-    _data: tempfile::TempDir,
-}
-
-impl World {
-    async fn start(gateways: usize, resources: &str) -> Self {
-        let data = tempfile::tempdir().expect("a directory");
-        let file = data.path().join("resources.yaml");
-        std::fs::write(&file, format!("kind: tenant\nname: acme\nspec: {{}}\n{resources}")).expect("written");
-        let gateways = gateways.to_string();
-        let up = up(&["--gateways", &gateways, "--config", file.to_str().expect("UTF-8")]).await;
-        let world = Self { up, _data: data };
-        eventually("all backends are healthy", || async {
-            let backends = world.json(&["backends"]).await;
-            backends.as_array().expect("a list").iter().all(|backend| backend["health"] == "healthy")
-        })
-        .await;
-        world
-    }
-
-    async fn json(&self, args: &[&str]) -> Value {
-        let (code, out, err) = self.up.weir(&[&["-o", "json"], args].concat()).await;
-        assert_eq!(code, 0, "weir {args:?}: {err}");
-        serde_json::from_str(&out).expect("JSON")
-    }
-
-    /// A backend's line of `weir backends`.
-    async fn backend(&self, name: &str) -> Value {
-        let backends = self.json(&["backends"]).await;
-        let found = backends.as_array().expect("a list").iter().find(|status| status["backend"] == name);
-        found.unwrap_or_else(|| panic!("no {name}")).clone()
-    }
-
-    async fn events(&self, subject: &str) -> Vec<Value> {
-        self.json(&["events", subject]).await.as_array().expect("a list").clone()
-    }
+async fn events_of(up: &Up, subject: &str) -> Vec<Value> {
+    up.json(&["events", subject]).await.as_array().expect("a list").clone()
 }
 
 /// A backend that answers probes, and other requests from the moment on that it turns bad as `says` does.
@@ -154,20 +118,20 @@ async fn is_left_out_and_named(gateways: usize) {
         let bad = if name == "path" { path.backend.address } else { token.backend.address };
         pool(name, &[("bad", bad), ("well", well.address)], "{}", "")
     });
-    let world = World::start(gateways, &pools.concat()).await;
+    let up = up_with(gateways, &pools.concat()).await;
     path.turned.store(true, Ordering::SeqCst);
     token.turned.store(true, Ordering::SeqCst);
     let began = Instant::now();
     let mut traffic = JoinSet::new();
     for gateway in 0..gateways {
         for model in ["path", "token"] {
-            traffic.spawn(asks(world.up.client(gateway), model, TRAFFIC));
+            traffic.spawn(asks(up.client(gateway), model, TRAFFIC));
         }
     }
     for (name, cause) in [("path", "404 to every request of "), ("token", "500 to every request of ")] {
         let bad = format!("{name}-bad");
         eventually(&format!("{bad} is left out by {gateways} gateways and the cause is named"), || async {
-            let status = world.backend(&bad).await;
+            let status = up.backend(&bad).await;
             status["health"] == "unhealthy"
                 && status["reason"].as_str().is_some_and(|why| why.starts_with(cause))
         })
@@ -189,14 +153,14 @@ async fn is_left_out_and_named(gateways: usize) {
             probes <= 1.5 * scheduled,
             "{name}: {probes} probes in {seconds:.0} s, {scheduled:.0} scheduled"
         );
-        let events = world.events(&format!("{name}-bad")).await;
+        let events = events_of(&up, &format!("{name}-bad")).await;
         let mut messages: Vec<&str> =
             events.iter().map(|event| event["message"].as_str().expect("text")).collect();
         let all = messages.len();
         messages.sort_unstable();
         messages.dedup();
         assert!(messages.len() == all && all < 12, "each event is there once: {messages:#?}");
-        assert_eq!(world.backend(&format!("{name}-well")).await["health"], "healthy");
+        assert_eq!(up.backend(&format!("{name}-well")).await["health"], "healthy");
     }
 }
 
@@ -212,12 +176,12 @@ async fn the_only_backend_that_fails_every_request_is_degraded_and_its_path_is_n
     let not_found = || answer(404, &[JSON], r#"{"detail":"Not Found"}"#);
     let gray = Gray::start(&end, not_found(), not_found()).await;
     let address = gray.backend.address;
-    let world = World::start(1, &pool("only", &[("bad", address)], "{}", "")).await;
+    let up = up_with(1, &pool("only", &[("bad", address)], "{}", "")).await;
     gray.turned.store(true, Ordering::SeqCst);
-    let asking = tokio::spawn(asks(world.up.client(0), "only", Duration::from_secs(12)));
+    let asking = tokio::spawn(asks(up.client(0), "only", Duration::from_secs(12)));
     let cause = format!("requests go to http://{address}/v1/chat/completions");
     eventually("it is degraded, and the address is named", || async {
-        let status = world.backend("only-bad").await;
+        let status = up.backend("only-bad").await;
         status["health"] == "degraded" && status["reason"].as_str().is_some_and(|why| why.ends_with(&cause))
     })
     .await;
@@ -253,25 +217,22 @@ async fn a_backend_whose_failing_was_mended_in_its_spec_is_in_use_at_once() {
     };
     write("gpt-wrong");
     let file = file.to_str().expect("UTF-8");
-    let world = World {
-        up: up(&["--gateways", "2", "--config", file]).await,
-        _data: tempfile::tempdir().expect("a directory"),
-    };
+    let up = up(&["--gateways", "2", "--config", file]).await;
     eventually("a probe finds that the model is unknown", || async {
-        world.backend("m-b").await["health"] == "unhealthy"
+        up.backend("m-b").await["health"] == "unhealthy"
     })
     .await;
     write("gpt-right");
-    let (code, _, err) = world.up.weir(&["apply", "-f", file]).await;
+    let (code, _, err) = up.weir(&["apply", "-f", file]).await;
     assert_eq!(code, 0, "{err}");
     let applied = Instant::now();
-    eventually("it is healthy", || async { world.backend("m-b").await["health"] == "healthy" }).await;
+    eventually("it is healthy", || async { up.backend("m-b").await["health"] == "healthy" }).await;
     assert!(
         applied.elapsed() < Duration::from_secs(30),
         "not with the next regular probe: {:?}",
         applied.elapsed()
     );
-    assert_eq!(world.up.client(0).chat(&body("m")).await.status, StatusCode::OK);
+    assert_eq!(up.client(0).chat(&body("m")).await.status, StatusCode::OK);
 }
 
 /// Four callers of an engine that answers one request at a time, as the only backend or as one of two.
@@ -300,11 +261,11 @@ async fn serial_engine(gateways: usize, alone: bool) {
     if !whole {
         resources = resources.replace("{ pool: m }", "{ pool: m, health_timeout: 1s }");
     }
-    let world = World::start(gateways, &resources).await;
+    let up = up_with(gateways, &resources).await;
     let until = Instant::now() + Duration::from_secs(time_s);
     let mut callers = JoinSet::new();
     for n in 0..4 {
-        let client = world.up.client(n % gateways);
+        let client = up.client(n % gateways);
         callers.spawn(async move {
             let mut answered = 0;
             while Instant::now() < until {
@@ -321,11 +282,11 @@ async fn serial_engine(gateways: usize, alone: bool) {
     }
     println!("{gateways} gateways, alone: {alone}: {answered} answers");
     let fell = |event: &&Value| event["message"].as_str().is_some_and(|text| text.contains("-> unhealthy"));
-    let events = world.events("m-serial").await;
+    let events = events_of(&up, "m-serial").await;
     assert_eq!(events.iter().find(fell), None, "it was never found unhealthy");
-    let alarms = world.events("m").await;
+    let alarms = events_of(&up, "m").await;
     assert_eq!(alarms.iter().find(|event| event["kind"] == "alarm"), None, "and there was no alarm");
-    let refused = world.backend("m-serial").await;
+    let refused = up.backend("m-serial").await;
     assert_eq!(refused["ejected_by"], json!([]), "{refused:#}");
 }
 

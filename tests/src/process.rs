@@ -52,7 +52,36 @@ pub async fn up(args: &[&str]) -> Up {
     Up { child, line: serde_json::from_str(&line).expect("JSON") }
 }
 
+/// Starts `weir up` with these resources and the tenant `acme`. Returns when all backends are healthy.
+pub async fn up_with(gateways: usize, resources: &str) -> Up {
+    let data = tempfile::tempdir().expect("a directory");
+    let file = data.path().join("resources.yaml");
+    std::fs::write(&file, format!("kind: tenant\nname: acme\nspec: {{}}\n{resources}")).expect("written");
+    let gateways = gateways.to_string();
+    let up = up(&["--gateways", &gateways, "--config", file.to_str().expect("UTF-8")]).await;
+    crate::eventually("all backends are healthy", || async {
+        let backends = up.json(&["backends"]).await;
+        backends.as_array().expect("a list").iter().all(|backend| backend["health"] == "healthy")
+    })
+    .await;
+    up
+}
+
 impl Up {
+    /// The JSON that a `weir` command prints.
+    pub async fn json(&self, args: &[&str]) -> serde_json::Value {
+        let (code, out, err) = self.weir(&[&["-o", "json"], args].concat()).await;
+        assert_eq!(code, 0, "weir {args:?}: {err}");
+        serde_json::from_str(&out).expect("JSON")
+    }
+
+    /// A backend's line of `weir backends`.
+    pub async fn backend(&self, name: &str) -> serde_json::Value {
+        let backends = self.json(&["backends"]).await;
+        let found = backends.as_array().expect("a list").iter().find(|status| status["backend"] == name);
+        found.unwrap_or_else(|| panic!("no {name}")).clone()
+    }
+
     /// A text field of that line.
     pub fn text(&self, key: &str) -> &str {
         self.line[key].as_str().unwrap_or_else(|| panic!("no {key} in {}", self.line))

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
-use weir_tests::process::{Up, up};
+use weir_tests::process::{Up, up_with};
 
 use super::*;
 
@@ -167,22 +167,11 @@ async fn traffic_for_all(clients: &[Client], models: &[&str], requests: usize) -
 /// All of Weir in front of these pools.
 struct World {
     up: Up,
-    _data: tempfile::TempDir,
 }
 
 impl World {
     async fn start(pools: &str) -> Self {
-        let data = tempfile::tempdir().expect("a directory");
-        let file = data.path().join("resources.yaml");
-        std::fs::write(&file, format!("kind: tenant\nname: acme\nspec: {{}}\n{pools}")).expect("written");
-        let up = up(&["--gateways", "2", "--config", file.to_str().expect("UTF-8")]).await;
-        let world = Self { up, _data: data };
-        eventually("all backends are healthy", || async {
-            let backends = world.json(&["backends"]).await;
-            backends.as_array().expect("a list").iter().all(|backend| backend["health"] == "healthy")
-        })
-        .await;
-        world
+        Self { up: up_with(2, pools).await }
     }
 
     fn clients(&self) -> [Client; 2] {
@@ -195,17 +184,11 @@ impl World {
         out
     }
 
-    async fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(&self.weir(&[&["-o", "json"], args].concat()).await).expect("JSON")
-    }
-
     /// It was never left out: not by the cluster, and by no gateway.
     async fn assert_in_use(&self, backend: &str) {
-        let backends = self.json(&["backends"]).await;
-        let found = backends.as_array().expect("a list").iter().find(|status| status["backend"] == backend);
-        let status = found.unwrap_or_else(|| panic!("no {backend}"));
+        let status = self.up.backend(backend).await;
         assert_eq!((&status["health"], &status["ejected_by"]), (&json!("healthy"), &json!([])), "{status:#}");
-        let events = self.json(&["events", backend]).await;
+        let events = self.up.json(&["events", backend]).await;
         let fell =
             |event: &Value| event["message"].as_str().is_some_and(|message| message.contains("-> unhealthy"));
         assert!(!events.as_array().expect("a list").iter().any(fell), "{events:#}");
