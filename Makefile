@@ -49,8 +49,10 @@ test-page: build
 
 # Each fuzz target for so many seconds, by libFuzzer, as many at once as there are cores. Installs a C++ compiler if there is none.
 FUZZ_SECONDS ?= 20
+# 0 draws another seed each time.
+FUZZ_SEED ?= 0
 fuzz:
-	fuzz/run all $(FUZZ_SECONDS)
+	fuzz/run all $(FUZZ_SECONDS) -seed=$(FUZZ_SEED)
 
 # What a change must pass besides its tests.
 check:
