@@ -11,6 +11,7 @@ mod failover;
 mod fanout;
 mod fleet;
 mod guide_table;
+mod instructions;
 mod limiter;
 mod load;
 mod machine;
@@ -59,6 +60,8 @@ enum Bench {
     Accuracy(accuracy::AccuracyArgs),
     /// What clients notice while Redis is away under load, and whether limits hold meanwhile
     Outage(outage::OutageArgs),
+    /// What a request and a chunk of a stream cost in instructions and allocations, counted by callgrind
+    Instructions(instructions::InstructionsArgs),
     /// Which balancing policy keeps requests from waiting, simulated with the gateway's own code
     Balance(balance::BalanceArgs),
     /// How long until a broken backend is left alone, and what clients notice
@@ -105,6 +108,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Accuracy(args) => accuracy::run(&args).await,
             Bench::Outage(args) => outage::run(&args).await,
             Bench::GuideTable(args) => guide_table::run(&args).await,
+            Bench::Instructions(args) => instructions::run(&args).await,
             Bench::Balance(args) => Ok(balance::run(&args, machine::describe())),
             Bench::Failover(args) => failover::run(&args).await,
             Bench::Fanout(args) => fanout::run(&args).await,

@@ -12,8 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
-/// A process must report its start within this time.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// A process must report its start within this time, also one that runs under valgrind.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The target of a process's standard error.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -92,6 +92,11 @@ impl Process {
         let pid = pid.with_context(|| format!("{name} ended at once"))?;
         let stdout = child.stdout.take().map(BufReader::new);
         Ok(Self { name: name.to_owned(), child, pid, stdout, log, _unread: unread })
+    }
+
+    /// The id of the process.
+    pub(crate) fn id(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
     }
 
     /// The next line it prints.

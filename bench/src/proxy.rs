@@ -14,7 +14,6 @@ use bytes::Bytes;
 use clap::Args;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use weir_proto::v1::{self, resource::Spec};
 
 use crate::load::{self, Connection, Outcome};
 use crate::process::Process;
@@ -134,6 +133,11 @@ pub(crate) async fn run(args: &ProxyArgs) -> anyhow::Result<Report> {
     Ok(Report { bench: "proxy", machine, rows, notes })
 }
 
+/// The models with where they are served.
+fn models(servers: &[SocketAddr]) -> Vec<(&'static str, SocketAddr)> {
+    MODELS.into_iter().zip(servers.iter().copied()).collect()
+}
+
 async fn mocks(directory: &Path) -> anyhow::Result<Vec<Mock>> {
     let [fast, slow, large] =
         MODELS.map(|model| MockArgs { model: model.into(), slots: 100_000, ..MockArgs::default() });
@@ -167,13 +171,13 @@ async fn targets(
         notes.push(format!("{}: {}", kind.program(), kind.version().await));
     }
     let args = GatewayArgs { id: "weir-without-limits".into(), ..GatewayArgs::default() };
-    let gateway = Gateway::start(&args, &resources(servers, false), directory).await?;
+    let gateway = Gateway::start(&args, &Resources::wide(&models(servers), false), directory).await?;
     targets.push(target("weir", Some(gateway.process), [gateway.address; 3]));
 
     let redis = Redis::start(directory).await?;
     let args =
         GatewayArgs { id: "weir-with-limits".into(), redis: Some(redis.url()), ..GatewayArgs::default() };
-    let gateway = Gateway::start(&args, &resources(servers, true), directory).await?;
+    let gateway = Gateway::start(&args, &Resources::wide(&models(servers), true), directory).await?;
     let with_limits = target("weir_redis_limits", Some(gateway.process), [gateway.address; 3]);
     targets.push(Target { redis: Some(redis), ..with_limits });
     notes.push(
@@ -182,35 +186,6 @@ async fn targets(
             .into(),
     );
     Ok(targets)
-}
-
-/// The three models; with limits so wide that none refuses.
-fn resources(servers: &[SocketAddr], limits: bool) -> Resources {
-    let wide = || v1::Rates {
-        requests_per_minute: Some(1_000_000_000),
-        tokens_per_minute: Some(9_000_000_000),
-        concurrency: Some(100_000),
-        burst_multiplier: Some(1.0),
-        ..Default::default()
-    };
-    let mut resources = Resources::basic();
-    for (model, address) in MODELS.iter().zip(servers) {
-        resources.model_at(model, *address);
-        if limits {
-            let spec = v1::ModelSpec { pool: (*model).into(), limits: Some(wide()), ..Default::default() };
-            resources.put(model, Spec::Model(spec));
-        }
-    }
-    if limits {
-        resources.tenant("acme", KEY, Some(wide()));
-        let rates = v1::Rates {
-            requests_per_minute: Some(1_000_000_000),
-            burst_multiplier: Some(1.0),
-            ..Default::default()
-        };
-        resources.put("everything", Spec::Limit(v1::LimitSpec { selector: None, rates: Some(rates) }));
-    }
-    resources
 }
 
 async fn round(target: &Target, request: &Bytes, load: Duration) -> anyhow::Result<Round> {

@@ -53,6 +53,31 @@ impl Resources {
         self.put(model, Spec::Model(v1::ModelSpec { pool: model.into(), ..Default::default() }))
     }
 
+    /// A tenant `acme` and these models; with limits of every kind that are so wide that none refuses.
+    pub(crate) fn wide(models: &[(&str, SocketAddr)], limits: bool) -> Self {
+        let requests = v1::Rates {
+            requests_per_minute: Some(1_000_000_000),
+            burst_multiplier: Some(1.0),
+            ..Default::default()
+        };
+        let wide =
+            || v1::Rates { tokens_per_minute: Some(9_000_000_000), concurrency: Some(100_000), ..requests };
+        let mut resources = Self::basic();
+        for (model, address) in models {
+            resources.model_at(model, *address);
+            if limits {
+                let spec =
+                    v1::ModelSpec { pool: (*model).into(), limits: Some(wide()), ..Default::default() };
+                resources.put(model, Spec::Model(spec));
+            }
+        }
+        if limits {
+            resources.tenant("acme", KEY, Some(wide()));
+            resources.put("everything", Spec::Limit(v1::LimitSpec { selector: None, rates: Some(requests) }));
+        }
+        resources
+    }
+
     /// All resources, for a control plane.
     pub(crate) fn list(&self) -> Vec<v1::Resource> {
         self.0.values().cloned().collect()

@@ -15,8 +15,8 @@ use crate::load::{self, Connection};
 use crate::process::{Log, Process};
 use crate::resources::Resources;
 
-/// A gateway must be ready within this time.
-const READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// A gateway must be ready within this time, also one that runs under valgrind.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What this process is when it is not the bench itself.
 #[derive(Debug, Subcommand)]
@@ -186,6 +186,8 @@ pub(crate) struct GatewayArgs {
     pub(crate) env: Vec<(String, String)>,
     /// More flags.
     pub(crate) flags: Vec<String>,
+    /// A program that runs it, with its arguments; none where this is empty.
+    pub(crate) under: Vec<String>,
     /// Its log.
     pub(crate) log: Logging,
 }
@@ -227,7 +229,7 @@ impl Gateway {
         if args.control_plane.is_none() {
             resources.save(&data)?;
         }
-        let mut command = this_binary("gateway")?;
+        let mut command = this_binary_under(&args.under, "gateway")?;
         command.args(["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--log", args.log.filter]);
         command.args(["--pre-stop", "0s", "--drain", "1s", "--id", &args.id]);
         command.arg("--data-dir").arg(&data);
@@ -326,7 +328,19 @@ impl LimitService {
 }
 
 fn this_binary(role: &str) -> anyhow::Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("the path of this binary")?);
+    this_binary_under(&[], role)
+}
+
+fn this_binary_under(program: &[String], role: &str) -> anyhow::Result<Command> {
+    let binary = std::env::current_exe().context("the path of this binary")?;
+    let mut command = match program.split_first() {
+        None => Command::new(binary),
+        Some((program, args)) => {
+            let mut command = Command::new(program);
+            command.args(args).arg(binary);
+            command
+        }
+    };
     command.args(["role", role]);
     Ok(command)
 }

@@ -158,8 +158,13 @@ pub(crate) async fn call(
 
 /// A chat request as bytes. `tokens` is how long the answer will be.
 pub(crate) fn chat(key: &str, model: &str, tokens: u64, stream: bool) -> Bytes {
+    chat_about("How does a weir work, and why is it built across a river?", key, model, tokens, stream)
+}
+
+/// The same with a prompt, in which nothing needs to be escaped.
+pub(crate) fn chat_about(prompt: &str, key: &str, model: &str, tokens: u64, stream: bool) -> Bytes {
     let body = format!(
-        r#"{{"model":"{model}","max_tokens":{tokens},"stream":{stream},"messages":[{{"role":"user","content":"How does a weir work, and why is it built across a river?"}}]}}"#
+        r#"{{"model":"{model}","max_tokens":{tokens},"stream":{stream},"messages":[{{"role":"user","content":"{prompt}"}}]}}"#
     );
     format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {key}\r\n\
