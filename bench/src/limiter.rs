@@ -25,7 +25,7 @@ use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::{
     Acquire, AnyLimiter, Bucket, Candidate, Cost, Key, Kind, Limiter, Mode, Outcome, Scope, ScopeLimits,
-    Scopes, ServiceStack, Settle, Tally, Usage, scope_keys,
+    ServiceStack, Settle, Tally, Usage, scope_keys,
 };
 
 use crate::load;
@@ -260,13 +260,11 @@ async fn decide(
 
 fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
     let (tenant, model) = (format!("t{tenant}"), format!("m{model}"));
-    let mut scopes: Scopes = [
+    let mut scopes = [
         scope(Scope::Tenant(&tenant), mode.leases.then_some(100_000), mode.prefetch),
         scope(Scope::Model(&model), None, mode.prefetch),
         scope(Scope::Global, None, mode.prefetch),
-    ]
-    .into_iter()
-    .collect();
+    ];
     if mode.refused {
         // A record of its own, which the first request fills for an hour.
         (scopes[0].record, scopes[0].leases) = scope_keys(Scope::Tenant("used-up"));
@@ -277,7 +275,7 @@ fn call(tenant: u64, model: u64, mode: &Asking) -> Acquire {
         id: Uuid::now_v7(),
         cost: RESERVED,
         estimated: false,
-        scopes,
+        scopes: scopes.into(),
         candidates: if mode.leases { vec![backend] } else { Vec::new() },
         lease_ttl: LEASE_TTL,
     }

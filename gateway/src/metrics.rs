@@ -1,6 +1,7 @@
 //! Every metric of a gateway: name, help and labels. Labels come from configured names only.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -8,8 +9,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use weir_proto::resource::Name;
 
-use crate::api::usage::Implausible;
+use crate::api::usage::{Implausible, Source};
 
 /// Of a finished request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -233,7 +235,90 @@ pub fn add(counter: &Counter, count: u64) {
     counter.inc_by(count.min(u64::MAX - counter.get()));
 }
 
+/// The series of one tenant's requests for one model. Each is looked up once, when there is something to count.
+#[derive(Debug)]
+pub struct RequestSeries {
+    /// The tenant.
+    pub tenant: Name,
+    /// The model.
+    pub model: Name,
+    answered: OnceLock<Counter>,
+    duration: OnceLock<Histogram>,
+    first_byte: OnceLock<Histogram>,
+    /// Of tokens that the provider counted: input, output.
+    tokens: [OnceLock<Counter>; 2],
+}
+
+impl RequestSeries {
+    /// Series of which nothing is looked up.
+    pub const fn of(tenant: Name, model: Name) -> Self {
+        let tokens = [const { OnceLock::new() }; 2];
+        Self {
+            tenant,
+            model,
+            answered: OnceLock::new(),
+            duration: OnceLock::new(),
+            first_byte: OnceLock::new(),
+            tokens,
+        }
+    }
+}
+
+/// What a request is counted under.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestName<'a> {
+    /// The tenant's name, or "unknown".
+    pub tenant: &'a str,
+    /// The model's name, or "unknown".
+    pub model: &'a str,
+    /// The series of both, where both are known.
+    pub series: Option<&'a RequestSeries>,
+}
+
 impl Metrics {
+    /// Counts a request that ended.
+    pub fn ended(&self, of: RequestName<'_>, status: u16, code: &'static str) {
+        let find = || {
+            let labels = RequestLabels { model: of.model.into(), tenant: of.tenant.into(), status, code };
+            self.requests.get_or_create(&labels).clone()
+        };
+        match of.series {
+            Some(series) if (status, code) == (200, "ok") => series.answered.get_or_init(find).inc(),
+            _ => find().inc(),
+        };
+    }
+
+    /// Counts how long a request took, and its first byte if there was one.
+    pub fn took(&self, of: RequestName<'_>, all: Duration, first_byte: Option<Duration>) {
+        let labels = || ModelLabels { model: of.model.into() };
+        let observe =
+            |family: &Family<ModelLabels, Histogram>, known: Option<&OnceLock<Histogram>>, took: Duration| {
+                let find = || family.get_or_create(&labels()).clone();
+                match known {
+                    Some(known) => known.get_or_init(find).observe(took.as_secs_f64()),
+                    None => find().observe(took.as_secs_f64()),
+                }
+            };
+        observe(&self.duration, of.series.map(|series| &series.duration), all);
+        if let Some(first) = first_byte {
+            observe(&self.first_byte, of.series.map(|series| &series.first_byte), first);
+        }
+    }
+
+    /// Counts the tokens of a request: input, output.
+    pub fn settled(&self, of: RequestName<'_>, tokens: [u64; 2], source: Source) {
+        for (i, (direction, count)) in ["input", "output"].into_iter().zip(tokens).enumerate() {
+            let find = || {
+                let labels = TokenLabels { model: of.model.into(), direction, source: source.label() };
+                self.tokens.get_or_create(&labels).clone()
+            };
+            match of.series {
+                Some(series) if source == Source::Provider => add(series.tokens[i].get_or_init(find), count),
+                _ => add(&find(), count),
+            }
+        }
+    }
+
     /// Creates the series that alerts ask about for these backends, at zero.
     pub fn know_backends<'a>(&self, backends: impl Iterator<Item = &'a str>) {
         for backend in backends {

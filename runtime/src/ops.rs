@@ -103,7 +103,7 @@ pub async fn serve_ops_with(
             connection,
             BOUNDS,
             refuse,
-            move |client: Client, request: Request<Incoming>| answer(app.clone(), client, request),
+            move |client: Client, request: Request<Incoming>| Box::pin(answer(app.clone(), client, request)),
         ));
     }
     drop(edge);

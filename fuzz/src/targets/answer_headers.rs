@@ -35,7 +35,7 @@ pub(crate) fn run(data: &[u8]) {
         content_type(&mut answer, content);
         assert!(media_type(&answer).ends_with(wanted), "{answer:?} for {content:?}");
     }
-    let request = to_backend(&headers);
+    let request = to_backend(&headers, HeaderValue::from_static("id"));
     for name in ["authorization", "cookie", "host", "x-api-key", "connection", "x-forwarded-for", "te", "upgrade"]
     {
         assert!(!request.contains_key(name), "{name} reaches the backend");

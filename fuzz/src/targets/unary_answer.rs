@@ -2,9 +2,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use weir_gateway::api::usage::UsageBounds;
 use weir_gateway::api::request::RouteKind;
-use weir_gateway::api::response::{
-    ModelNames, completion_estimate_of_body, is_error_body, is_error_object, usage_of_body,
-};
+use weir_gateway::api::response::{ModelNames, ReadAnswer, is_error_body, is_error_object};
 use weir_proto::resource::Dialect;
 
 const MODEL: &str = "cli\"ent-🦊";
@@ -20,8 +18,11 @@ pub(crate) fn run(data: &[u8]) {
     assert_eq!(ModelNames::of(&renamed).renamed(&renamed, MODEL), renamed, "renaming twice changes it again");
     let bounds = UsageBounds { prompt: 1000, completion: 1000 };
     for (kind, dialect) in [(RouteKind::ChatCompletions, Dialect::Gemini), (RouteKind::Responses, Dialect::NewApi)] {
-        assert!(completion_estimate_of_body(data, kind) <= data.len() as u64);
-        let Ok(Some(usage)) = usage_of_body(data, kind, dialect, &bounds) else { continue };
+        let answer = ReadAnswer::of(data, kind, dialect);
+        assert_eq!(answer.is_ok(), read.is_ok(), "one reading or the other takes it for JSON");
+        let answer = answer.unwrap_or_default();
+        assert!(answer.completion_estimate(data.len(), kind) <= data.len() as u64);
+        let Ok(Some(usage)) = answer.usage(data.len(), &bounds) else { continue };
         assert!(usage.prompt.unwrap_or(0) <= 1000);
         assert!(usage.completion.unwrap_or(0) <= 1000.max(data.len() as u64));
         assert!(usage.cache_read + usage.cache_write <= usage.prompt.unwrap_or(0));

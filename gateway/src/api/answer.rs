@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::json_scanner::{Fault, Kind, Scanner};
 use super::request::RouteKind;
-use super::response::ReadObject;
+use super::response::ReadAnswer;
 
 /// Why a body is not the answer that was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -31,7 +31,7 @@ fn mark_of(kind: RouteKind) -> (&'static str, Kind) {
 }
 
 /// Whether a body that was read is an answer of the endpoint; [`check`] says what is wrong with one that is none.
-pub fn is_of(kind: RouteKind, read: &ReadObject) -> bool {
+pub fn is_of(kind: RouteKind, read: &ReadAnswer) -> bool {
     read.has_list(mark_of(kind).0)
 }
 
@@ -143,12 +143,13 @@ fn as_delta(choice: &mut Value) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use weir_proto::resource::Dialect;
 
     use super::*;
 
     /// By one pass over all that is read of an answer.
     fn is_read_as(kind: RouteKind, body: &str) -> bool {
-        ReadObject::of(body.as_bytes()).is_ok_and(|read| is_of(kind, &read))
+        ReadAnswer::of(body.as_bytes(), kind, Dialect::OpenAi).is_ok_and(|read| is_of(kind, &read))
     }
 
     #[test]

@@ -47,6 +47,9 @@ pub enum RouteKind {
 }
 
 impl RouteKind {
+    /// How many there are.
+    pub const COUNT: usize = 4;
+
     /// Whether streams of this endpoint carry usage only when `stream_options` ask for it.
     pub fn takes_include_usage(self) -> bool {
         matches!(self, Self::ChatCompletions | Self::Completions)

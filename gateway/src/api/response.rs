@@ -233,34 +233,74 @@ pub fn is_error_body(body: &[u8]) -> bool {
 /// # Errors
 /// When the text is not one JSON object, with all of it checked.
 pub fn is_error_object(body: &[u8]) -> Result<bool, Fault> {
-    ReadObject::of(body).map(|read| read.is_error)
+    ReadAnswer::of_any(body).map(|read| read.is_error)
 }
 
-/// What a complete answer says whatever its endpoint, read in one pass.
+/// What a complete answer says, read in one pass.
 #[derive(Debug, Default)]
-pub struct ReadObject {
+pub struct ReadAnswer {
     /// It is an error, as [`is_error_object`] says.
     pub is_error: bool,
     /// Where it names its model.
     pub models: ModelNames,
     lists: Lists,
+    usage: Option<Usage>,
+    /// The largest count in it.
+    most_tokens: u64,
+    /// Bytes that the model wrote.
+    written: u64,
 }
 
-impl ReadObject {
-    /// Reads a JSON object; white space around it is allowed.
+impl ReadAnswer {
+    /// Reads an answer of this endpoint, in the dialect of the backend. White space around it is allowed.
     ///
     /// # Errors
     /// When the text is not one JSON object, with all of it checked.
-    pub fn of(body: &[u8]) -> Result<Self, Fault> {
+    pub fn of(body: &[u8], kind: RouteKind, dialect: Dialect) -> Result<Self, Fault> {
+        Self::read(body, Endpoint::Of(kind), dialect)
+    }
+
+    /// Reads an object of any endpoint: whether it is an error, and where it names its model.
+    fn of_any(body: &[u8]) -> Result<Self, Fault> {
+        Self::read(body, Endpoint::Any, Dialect::OpenAi)
+    }
+
+    fn read(body: &[u8], endpoint: Endpoint, dialect: Dialect) -> Result<Self, Fault> {
         let blank = body.len() - body.trim_ascii_start().len();
-        let mut read = Payload::read(body.trim_ascii(), Endpoint::Any, Dialect::OpenAi)?;
+        let mut read = Payload::read(body.trim_ascii(), endpoint, dialect)?;
         read.models.iter_mut().for_each(|range| *range = range.start + blank..range.end + blank);
-        Ok(Self { is_error: read.error, models: ModelNames(read.models), lists: read.lists })
+        Ok(Self {
+            is_error: read.error,
+            models: ModelNames(read.models),
+            lists: read.lists,
+            usage: read.usage,
+            most_tokens: read.most_tokens,
+            written: read.content_bytes.max(read.output_bytes),
+        })
     }
 
     /// Whether a member of this name is an array: one of those that tell the answers of an endpoint.
     pub fn has_list(&self, name: &str) -> bool {
         self.lists.contains(name)
+    }
+
+    /// The usage that it reports. It has `bytes` bytes.
+    ///
+    /// # Errors
+    /// A report that cannot be true.
+    pub fn usage(&self, bytes: usize, bounds: &UsageBounds) -> Result<Option<Usage>, Implausible> {
+        bounds.check(self.usage, self.most_tokens, bytes as u64)?;
+        Ok(self.usage.and_then(|usage| usage.counted(self.written > 0)))
+    }
+
+    /// Its tokens as counted here: those of its text, or of all its bytes where no text is found in it. An answer of the
+    /// embeddings endpoint has none.
+    pub fn completion_estimate(&self, bytes: usize, kind: RouteKind) -> u64 {
+        match (kind, self.written) {
+            (RouteKind::Embeddings, _) => 0,
+            (_, 0) => (bytes as u64).div_ceil(BYTES_PER_TOKEN),
+            (_, written) => written.div_ceil(BYTES_PER_TOKEN),
+        }
     }
 }
 
@@ -271,7 +311,7 @@ pub struct ModelNames(SmallVec<[Range<usize>; 2]>);
 impl ModelNames {
     /// Those of an answer; none in what is no JSON object.
     pub fn of(body: &[u8]) -> Self {
-        ReadObject::of(body).unwrap_or_default().models
+        ReadAnswer::of_any(body).unwrap_or_default().models
     }
 
     /// The answer with the model named as the client named it; shared when nothing changes.
@@ -282,34 +322,4 @@ impl ModelNames {
             other.map(|range| Edit::new(range.clone(), quoted.clone())).collect();
         if edits.is_empty() { body.clone() } else { splice(body, &edits) }
     }
-}
-
-/// The usage that a unary answer of this endpoint reports, read in the dialect of the backend.
-///
-/// # Errors
-/// A report that cannot be true.
-pub fn usage_of_body(
-    body: &[u8],
-    kind: RouteKind,
-    dialect: Dialect,
-    bounds: &UsageBounds,
-) -> Result<Option<Usage>, Implausible> {
-    let Ok(read) = Payload::read(body, Endpoint::Of(kind), dialect) else { return Ok(None) };
-    bounds.check(read.usage, read.most_tokens, body.len() as u64)?;
-    let written = read.content_bytes.max(read.output_bytes) > 0;
-    Ok(read.usage.and_then(|usage| usage.counted(written)))
-}
-
-/// Tokens of a unary answer as counted here: those of its text, or of all its bytes where no text is found in it. An answer
-/// of the embeddings endpoint has none.
-pub fn completion_estimate_of_body(body: &[u8], kind: RouteKind) -> u64 {
-    if kind == RouteKind::Embeddings {
-        return 0;
-    }
-    let read = Payload::read(body, Endpoint::Of(kind), Dialect::OpenAi).unwrap_or_default();
-    let bytes = match read.content_bytes.max(read.output_bytes) {
-        0 => body.len() as u64,
-        bytes => bytes,
-    };
-    bytes.div_ceil(BYTES_PER_TOKEN)
 }

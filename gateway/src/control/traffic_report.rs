@@ -3,7 +3,8 @@
 //!
 //! A report removes the scopes whose levels are unknown by then, because it is the last one that tells their refusals.
 //!
-//! What requests used is counted when they are settled, by the worker that settles: no request waits for that count.
+//! What requests used is counted when they are settled: with a limit store by the worker that settles, so that no request
+//! waits for that count.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -44,7 +45,7 @@ pub struct TrafficCounter {
     output_tokens: AtomicU64,
     scopes: Mutex<Scopes>,
     /// What requests that ended used since the last report, by record; at most [`SCOPES_MAX`] of them. A lock of its own,
-    /// which requests never take.
+    /// which is held for some additions.
     consumed: Mutex<HashMap<Key, [u64; Kind::COUNT]>>,
 }
 

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
+use smallvec::SmallVec;
 use tokio::time::Instant;
 use weir_proto::resource::{AdminState, Priority};
 use weir_ratelimit::waiting::{self, Alternatives, QueueId, QueuePolicy, SlotQueue, Waited};
-use weir_ratelimit::{Acquire, Decision, Outcome, Scopes};
+use weir_ratelimit::{Acquire, Decision, Outcome};
 
 use super::call::ModelCall;
 use super::context::RequestContext;
@@ -15,13 +16,14 @@ use crate::error::{GatewayError, RETRY_SOON};
 use crate::limits::account_groups::CandidateGroups;
 use crate::limits::ledger::LEASE_TTL;
 use crate::limits::reservation::{Asked, Reservation, Subject};
-use crate::limits::spend_period;
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::routing::balance::Candidate;
+use crate::routing::model_use::ModelUse;
 use crate::routing::scope::ScopeEntry;
 
 /// Headers by which OpenAI's SDKs say how many seconds they will wait for an answer.
-const CLIENT_TIMEOUTS: [&str; 2] = ["x-stainless-timeout", "x-stainless-read-timeout"];
+static CLIENT_TIMEOUTS: [HeaderName; 2] =
+    [HeaderName::from_static("x-stainless-timeout"), HeaderName::from_static("x-stainless-read-timeout")];
 
 /// A request that was admitted.
 pub(super) struct Admitted {
@@ -39,9 +41,9 @@ pub(super) async fn admit(
     context: &mut RequestContext,
 ) -> Result<Admitted, GatewayError> {
     let now = weir_runtime::wall_clock();
-    let own = call.call.snapshot.scopes(call.call.key, &call.model.name);
-    let spend = spend_period::scopes(&own, now);
-    let limits = Limits::of(call, own.into_iter().chain(&spend).collect(), candidates)?;
+    let model_use = call.call.snapshot.model_use(call.call.key, call.model, now);
+    context.model_use = Some(model_use.clone());
+    let limits = Limits::of(call, &model_use, candidates)?;
     let admission = Admission {
         acquire: limits.acquire(call, candidates),
         patience: limits.patience(call),
@@ -89,8 +91,9 @@ fn next_free(call: &ModelCall<'_>) -> impl Fn(u64) -> Duration {
 
 /// The limits that a request is under.
 struct Limits<'a> {
+    model_use: &'a ModelUse,
     /// The request's own, and after them those of its candidates' provider accounts.
-    entries: Vec<&'a ScopeEntry>,
+    entries: SmallVec<[&'a ScopeEntry; 8]>,
     /// How many of them are the request's own.
     own: usize,
     /// The candidates by account; `None` when no account of the model is limited.
@@ -102,10 +105,11 @@ impl<'a> Limits<'a> {
     /// The refusal of a limit that the request can never fit.
     fn of(
         call: &ModelCall<'a>,
-        mut entries: Vec<&'a ScopeEntry>,
+        model_use: &'a ModelUse,
         candidates: &[Candidate],
     ) -> Result<Self, GatewayError> {
         let ModelCall { reserved, least, .. } = call;
+        let mut entries: SmallVec<[&ScopeEntry; 8]> = model_use.entries.iter().collect();
         if let Some(never) = refusal::never_fits(&entries, reserved, least) {
             return Err(never);
         }
@@ -115,12 +119,15 @@ impl<'a> Limits<'a> {
             false => Some(refusal::usable_accounts(accounts, candidates, own, reserved, least)?),
         };
         entries.extend(groups.iter().flat_map(|groups| groups.entries(accounts)));
-        Ok(Self { entries, own, groups })
+        Ok(Self { model_use, entries, own, groups })
     }
 
     /// The call for all of them and a slot at one of the candidates.
     fn acquire(&self, call: &ModelCall<'_>, candidates: &[Candidate]) -> Acquire {
-        let scopes: Scopes = self.entries.iter().map(|entry| entry.limits.clone()).collect();
+        let scopes = match self.entries.len() > self.own {
+            true => self.entries.iter().map(|entry| entry.limits.clone()).collect(),
+            false => self.model_use.scopes.clone(),
+        };
         Acquire {
             id: uuid::Uuid::nil(),
             cost: call.reserved,
@@ -159,15 +166,15 @@ impl<'a> Limits<'a> {
 }
 
 /// One request that asks to be admitted.
-struct Admission<'a> {
+struct Admission<'a, 'l> {
     call: &'a ModelCall<'a>,
     candidates: &'a [Candidate],
-    limits: &'a Limits<'a>,
+    limits: &'a Limits<'l>,
     acquire: Acquire,
     patience: QueuePolicy,
 }
 
-impl Admission<'_> {
+impl Admission<'_, '_> {
     /// Asks, and again in turn while waiting can help.
     async fn ask_in_turn(&self) -> Result<Waited<Reservation>, GatewayError> {
         let mut again = false;
@@ -266,7 +273,7 @@ impl Admission<'_> {
 
 /// How long the client will wait for its answer, where it says so.
 fn client_timeout(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = CLIENT_TIMEOUTS.iter().find_map(|name| headers.get(*name))?.to_str().ok()?.parse::<f64>();
+    let seconds = CLIENT_TIMEOUTS.iter().find_map(|name| headers.get(name))?.to_str().ok()?.parse::<f64>();
     Duration::try_from_secs_f64(seconds.ok()?).ok().filter(|timeout| !timeout.is_zero())
 }
 
@@ -278,10 +285,7 @@ mod tests {
     fn a_clients_own_timeout_is_read_from_the_headers_of_its_sdk() {
         let of = |value: &'static str| {
             let value = http::HeaderValue::from_static(value);
-            client_timeout(&HeaderMap::from_iter([(
-                http::HeaderName::from_static(CLIENT_TIMEOUTS[0]),
-                value,
-            )]))
+            client_timeout(&HeaderMap::from_iter([(CLIENT_TIMEOUTS[0].clone(), value)]))
         };
         assert_eq!(of("2.5"), Some(Duration::from_millis(2500)));
         assert_eq!((of("-1"), of("soon"), of("0"), of("NaN")), (None, None, None, None));

@@ -12,9 +12,7 @@ use super::headers::{self, Content};
 use super::refusal;
 use super::request_body::Room;
 use super::response_body::{Body, Clocks, StreamBody, StreamEnd, UnaryBody};
-use crate::api::response::{
-    MissingUsage, ModelNames, RewritePlan, Rewriter, completion_estimate_of_body, usage_of_body,
-};
+use crate::api::response::{MissingUsage, ReadAnswer, RewritePlan, Rewriter};
 use crate::api::usage::Tokens;
 use crate::error::GatewayError;
 use crate::limits::reservation::Reservation;
@@ -71,12 +69,12 @@ pub(super) fn reply(
     context: &mut RequestContext,
 ) -> Result<Reply, GatewayError> {
     context.note_first_byte();
-    let request_id = context.request_id_header().ok_or(GatewayError::Internal)?;
+    let request_id = context.request_id.clone();
     let Won { answer, target, in_flight } = won;
     match answer {
-        Answer::Unary { status, headers, body, models, room } => {
+        Answer::Unary { status, headers, body, read, room } => {
             let headers = headers::to_client(&headers, request_id);
-            let answer = UnaryAnswer { status, headers, body, models, room };
+            let answer = UnaryAnswer { status, headers, body, read, room };
             Ok(Reply::Complete(unary(call, answer, &target, (reservation, decision), context)))
         }
         Answer::Stream { headers, first, rest } => {
@@ -121,7 +119,7 @@ struct UnaryAnswer {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
-    models: ModelNames,
+    read: ReadAnswer,
     room: Room,
 }
 
@@ -133,17 +131,16 @@ fn unary(
     (mut reservation, mut decision): (Reservation, Decision),
     context: &mut RequestContext,
 ) -> Response<Body> {
-    let UnaryAnswer { status, mut headers, body, models, room } = answer;
+    let UnaryAnswer { status, mut headers, body, read, room } = answer;
     let (request, is_success) = (&call.call.request, status.is_success());
-    let dialect = target.backend.spec.dialect;
-    let usage = usage_of_body(&body, request.kind, dialect, &call.call.usage_bounds());
+    let usage = read.usage(body.len(), &call.call.usage_bounds());
     if let Err(found) = &usage {
         target.implausible(found);
     }
     let (usage, plausible) = (usage.unwrap_or_default(), usage.is_ok());
     let tokens = match is_success {
         true => {
-            let written = || completion_estimate_of_body(&body, request.kind);
+            let written = || read.completion_estimate(body.len(), request.kind);
             let counted = usage.and_then(|usage| usage.completion).is_some();
             Tokens::of(usage, call.prompt_tokens, if counted { 0 } else { written() })
         }
@@ -166,7 +163,7 @@ fn unary(
     headers::content_type(&mut headers, Content::Json);
     refusal::write_limits(&mut headers, &decision, &reservation.scopes);
     headers::write_wait(&mut headers, context.waited);
-    let body = models.renamed(&body, &request.model);
+    let body = read.models.renamed(&body, &request.model);
     let body = UnaryBody::new(body, room, context.client.clock.clone());
     let mut response = Response::new(Body::Unary(body));
     *response.status_mut() = status;

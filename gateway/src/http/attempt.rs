@@ -12,15 +12,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use tokio::time::{Instant, timeout, timeout_at};
+use weir_proto::resource::Dialect;
 use weir_ratelimit::Cost;
 use weir_runtime::RefusedAddress;
 
 use crate::api::answer::{self, NoAnswer};
 use crate::api::request::RouteKind;
-use crate::api::response::{ModelNames, ReadObject, is_error_object};
+use crate::api::response::{ReadAnswer, is_error_object};
 use crate::api::upstream_error::{self, ApiError, MESSAGE_CHARS_MAX, Meaning, redact, without_echo};
 use crate::api::usage::{Implausible, Tokens};
 use crate::error::{GatewayError, UpstreamFailure};
@@ -184,8 +185,8 @@ pub enum Answer {
         headers: HeaderMap,
         /// The body.
         body: Bytes,
-        /// Where it names its model.
-        models: ModelNames,
+        /// What it says.
+        read: ReadAnswer,
         /// The memory it takes.
         room: Room,
     },
@@ -196,10 +197,14 @@ pub enum Answer {
 pub struct Outgoing {
     /// The endpoint.
     pub kind: RouteKind,
+    /// How the backend counts.
+    pub dialect: Dialect,
     /// The path, such as `/v1/chat/completions`.
     pub path: &'static str,
-    /// From the client's, by an allow-list.
-    pub headers: HeaderMap,
+    /// The client's headers.
+    pub client: Arc<HeaderMap>,
+    /// The id of the request.
+    pub request_id: HeaderValue,
     /// The body, spliced for this backend.
     pub body: Bytes,
     /// Whether the body asks for usage in the stream, which the client did not.
@@ -304,9 +309,8 @@ impl From<GatewayError> for Failure {
 ///
 /// # Errors
 /// What failed, and whose fault it is; nothing of it is recorded yet.
-pub async fn send(target: &Target, mut outgoing: Outgoing) -> Result<Answer, Failure> {
-    let headers = std::mem::take(&mut outgoing.headers);
-    let response = respond(target, &outgoing, headers).await?;
+pub async fn send(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure> {
+    let response = respond(target, &outgoing).await?;
     let (head, rest) = response.into_parts();
     if !head.status.is_success() {
         return refused(&outgoing, head, rest).await;
@@ -321,20 +325,21 @@ pub async fn send(target: &Target, mut outgoing: Outgoing) -> Result<Answer, Fai
     }
 }
 
-/// The head of the answer to the request with these headers.
-async fn respond(
-    target: &Target,
-    outgoing: &Outgoing,
-    headers: HeaderMap,
-) -> Result<Response<AnswerBody>, Failure> {
-    let uri = target.backend.endpoint(outgoing.path).map_err(|_| GatewayError::Internal)?;
-    let mut request = Request::new(Full::new(outgoing.body.clone()));
-    *request.method_mut() = http::Method::POST;
-    *request.uri_mut() = uri;
-    *request.headers_mut() = headers;
-    if let Some(authorization) = &target.backend.authorization {
-        request.headers_mut().insert(header::AUTHORIZATION, authorization.clone());
-    }
+/// The head of the answer.
+async fn respond(target: &Target, outgoing: &Outgoing) -> Result<Response<AnswerBody>, Failure> {
+    let uri = target.backend.endpoint_of(outgoing.kind, outgoing.path);
+    let uri = uri.map_err(|_| GatewayError::Internal)?;
+    let request = || {
+        let mut request = Request::new(Full::new(outgoing.body.clone()));
+        *request.method_mut() = http::Method::POST;
+        *request.uri_mut() = uri.clone();
+        let mut headers = headers::to_backend(&outgoing.client, outgoing.request_id.clone());
+        if let Some(authorization) = &target.backend.authorization {
+            headers.insert(header::AUTHORIZATION, authorization.clone());
+        }
+        *request.headers_mut() = headers;
+        request
+    };
     let sent = timeout_at(outgoing.begins_by(), target.backend.upstream.send(request))
         .await
         .map_err(|_| late(outgoing))?;
@@ -431,15 +436,14 @@ async fn unary(
 ) -> Result<Answer, Failure> {
     let (status, headers) = (head.status, head.headers);
     let (body, room) = read_all(outgoing, Bytes::new(), rest).await?;
-    let read = ReadObject::of(&body).unwrap_or_default();
+    let read = ReadAnswer::of(&body, outgoing.kind, outgoing.dialect).unwrap_or_default();
     if read.is_error {
         return error_under_success(outgoing, (status, headers), body);
     }
     if !answer::is_of(outgoing.kind, &read) {
         answer::check(outgoing.kind, &body).map_err(|reason| Failure::invalid(status, reason))?;
     }
-    let models = read.models;
-    Ok(Answer::Unary { status, headers, body, models, room })
+    Ok(Answer::Unary { status, headers, body, read, room })
 }
 
 /// A refusal with its own status.
@@ -493,8 +497,8 @@ fn judged(
         };
         room.grow(body.len())?;
         headers::content_type(&mut headers, headers::Content::Json);
-        let models = ModelNames::of(&body);
-        return Ok(Answer::Unary { status, headers, body, models, room });
+        let read = ReadAnswer::of(&body, outgoing.kind, outgoing.dialect).unwrap_or_default();
+        return Ok(Answer::Unary { status, headers, body, read, room });
     }
     let wait = retry_after::of(&headers, weir_runtime::wall_clock());
     let wait =

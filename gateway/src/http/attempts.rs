@@ -412,7 +412,7 @@ impl<'a> Attempts<'a> {
             began: None,
         };
         self.started += 1;
-        self.context.backend = Some(backend.name.to_string());
+        self.context.backend = Some(backend.name.clone());
         self.context.attempts = self.started;
         // From here on a request that ends has used something.
         let used = self.used_by(&target);
@@ -439,7 +439,7 @@ impl<'a> Attempts<'a> {
 
     /// Sends what an attempt sends.
     fn exchange(&mut self, attempt: Attempt) {
-        let outgoing = self.call.outgoing(&attempt.target, self.context.request_id_header());
+        let outgoing = self.call.outgoing(&attempt.target, self.context.request_id.clone());
         let (number, target) = (attempt.number, attempt.target.clone());
         self.exchanges.push(number, async move { attempt::send(&target, outgoing).await });
         self.under_way.push(attempt);
@@ -472,7 +472,7 @@ impl<'a> Attempts<'a> {
         if let Some(account) = account {
             self.reservation.answered_under(account);
         }
-        self.context.backend = Some(target.backend.name.to_string());
+        self.context.backend = Some(target.backend.name.clone());
         Won { answer, target, in_flight }
     }
 }

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use weir_runtime::edge::framing::Violation;
@@ -24,7 +24,8 @@ use crate::routing::snapshot::Snapshot;
 /// Longest header with a key that is looked at, bytes.
 const KEY_MAX_BYTES: usize = 512;
 /// Headers that hold a key and nothing else: Anthropic's and Azure's.
-const KEY_HEADERS: [&str; 2] = ["x-api-key", "api-key"];
+static KEY_HEADERS: [HeaderName; 2] =
+    [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 /// What is counted together, and the time between two lines about one address.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -69,7 +70,7 @@ impl Failure {
 /// When two of these headers hold different things: the request would have two callers.
 pub(super) fn key(headers: &HeaderMap) -> Result<Option<&str>, Violation> {
     let others =
-        KEY_HEADERS.iter().filter_map(|name| headers.get(*name)).map(|value| text(value).map(str::trim));
+        KEY_HEADERS.iter().filter_map(|name| headers.get(name)).map(|value| text(value).map(str::trim));
     let mut shown = headers.get(header::AUTHORIZATION).map(bearer).into_iter().chain(others);
     // An empty one is what a client without a key sends; beside another header it says nothing.
     let mut shown = shown.by_ref().filter(|key| *key != Some(""));

@@ -10,7 +10,6 @@ use weir_ratelimit::Cost;
 
 use super::attempt::{Outgoing, Target};
 use super::gateway::Gateway;
-use super::headers;
 use crate::api::request::{Request, RouteKind};
 use crate::api::usage::UsageBounds;
 use crate::limits::estimates::Estimates;
@@ -34,7 +33,7 @@ pub(super) struct Call<'a> {
     pub(super) path: &'static str,
     pub(super) request: Request<'static>,
     pub(super) body: Bytes,
-    pub(super) headers: HeaderMap,
+    pub(super) headers: Arc<HeaderMap>,
 }
 
 impl Call<'_> {
@@ -113,17 +112,15 @@ impl ModelCall<'_> {
     }
 
     /// What to send to a backend.
-    pub(super) fn outgoing(&self, target: &Target, request_id: Option<HeaderValue>) -> Outgoing {
+    pub(super) fn outgoing(&self, target: &Target, request_id: HeaderValue) -> Outgoing {
         let call = self.call;
-        let mut headers = headers::to_backend(&call.headers);
-        if let Some(id) = request_id {
-            headers.insert("x-request-id", id);
-        }
         let add_usage = !target.backend.state.refuses_addition(&target.model.name);
         Outgoing {
             kind: call.request.kind,
+            dialect: target.backend.spec.dialect,
             path: call.path,
-            headers,
+            client: call.headers.clone(),
+            request_id,
             body: call.request.forward(&call.body, &target.upstream_model, add_usage),
             added_usage: add_usage && call.request.gains_usage(),
             memory: call.gateway.bodies.clone(),

@@ -10,12 +10,15 @@ use http::{HeaderValue, StatusCode};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 use uuid::Uuid;
+use weir_proto::resource::Name;
 use weir_runtime::edge::Client;
 
 use crate::api::usage::Tokens;
 use crate::control::traffic_report::TrafficCounter;
-use crate::http::headers::ShownLimits;
-use crate::metrics::{self, Metrics, ModelLabels, RequestLabels, TokenLabels};
+use crate::http::headers::{REQUEST_ID, ShownLimits};
+use crate::metrics::{Metrics, RequestName};
+use crate::routing::entries::KeyEntry;
+use crate::routing::model_use::ModelUse;
 
 /// What is known of a request.
 #[derive(Debug)]
@@ -27,19 +30,19 @@ pub struct RequestContext {
     /// When it arrived.
     pub started: Instant,
     /// Ours, or the client's own when it is well formed.
-    pub request_id: String,
+    pub request_id: HeaderValue,
     /// Who asks, and the request's clock.
     pub client: Client,
     /// The route's path; a constant, never the client's text.
     pub route: &'static str,
-    /// The tenant's name, once known.
-    pub tenant: Option<String>,
-    /// The API key's name, once known.
-    pub api_key: Option<String>,
+    /// The API key, once known.
+    pub key: Option<Arc<KeyEntry>>,
     /// The model resource, once known.
-    pub model: Option<String>,
+    pub model: Option<Name>,
+    /// What it has in common with others, once it is to be admitted.
+    pub model_use: Option<Arc<ModelUse>>,
     /// The backend that was tried last.
-    pub backend: Option<String>,
+    pub backend: Option<Name>,
     /// Attempts at backends.
     pub attempts: u32,
     /// The status and the text of the last attempt that failed, whatever became of the request.
@@ -98,21 +101,21 @@ impl RequestContext {
         client: Client,
     ) -> Box<Self> {
         let under_way = Some(UnderWay::begin(metrics, traffic));
-        let theirs = headers.get("x-request-id").and_then(|v| v.to_str().ok()).filter(|id| {
+        let theirs = headers.get(REQUEST_ID).filter(|id| {
             let fits = (1..=REQUEST_ID_MAX_BYTES).contains(&id.len());
-            fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            fits && id.as_bytes().iter().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(b))
         });
         Box::new(Self {
             metrics: metrics.clone(),
             traffic: traffic.clone(),
             under_way,
             started: Instant::now(),
-            request_id: theirs.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
+            request_id: theirs.cloned().unwrap_or_else(new_id),
             client,
             route: "unknown",
-            tenant: None,
-            api_key: None,
+            key: None,
             model: None,
+            model_use: None,
             backend: None,
             attempts: 0,
             failed: None,
@@ -128,11 +131,6 @@ impl RequestContext {
         })
     }
 
-    /// The id as the header `x-request-id`.
-    pub fn request_id_header(&self) -> Option<HeaderValue> {
-        HeaderValue::try_from(self.request_id.as_str()).ok()
-    }
-
     /// The first byte of the answer is there.
     pub fn note_first_byte(&mut self) {
         self.first_byte.get_or_insert_with(|| self.started.elapsed());
@@ -143,26 +141,27 @@ impl RequestContext {
         self.outcome = Some((status, code));
     }
 
-    fn count(&self, elapsed: Duration, status: u16, code: &'static str, model: &str, tenant: &str) {
-        let m = &self.metrics;
+    fn count(&self, of: RequestName<'_>, elapsed: Duration, status: u16, code: &'static str) {
         self.traffic.ended(status, code);
         if let Some(tokens) = self.tokens {
             self.traffic.tokens(tokens.prompt, tokens.completion);
-            for (direction, count) in [("input", tokens.prompt), ("output", tokens.completion)] {
-                let labels =
-                    TokenLabels { model: model.to_owned(), direction, source: tokens.source.label() };
-                metrics::add(&m.tokens.get_or_create(&labels), count);
-            }
+            self.metrics.settled(of, [tokens.prompt, tokens.completion], tokens.source);
         }
-        let by_model = ModelLabels { model: model.to_owned() };
-        m.duration.get_or_create(&by_model).observe(elapsed.as_secs_f64());
-        if let Some(first) = self.first_byte {
-            m.first_byte.get_or_create(&by_model).observe(first.as_secs_f64());
-        }
-        let (model, tenant) = (model.to_owned(), tenant.to_owned());
-        m.requests.get_or_create(&RequestLabels { model, tenant, status, code }).inc();
+        self.metrics.took(of, elapsed, self.first_byte);
+        self.metrics.ended(of, status, code);
     }
 }
+
+/// An id of our own.
+fn new_id() -> HeaderValue {
+    let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+    let text = Uuid::now_v7().hyphenated().encode_lower(&mut text);
+    // Digits and dashes are a valid value.
+    HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+}
+
+/// The name of what is not known.
+const UNKNOWN: &str = "unknown";
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
@@ -171,29 +170,36 @@ impl Drop for RequestContext {
         let elapsed = self.started.elapsed();
         // 499: the client closed the connection first; nginx's number, which every dashboard knows.
         let (status, code) = self.outcome.map_or((499, "client_closed"), |(s, c)| (s.as_u16(), c));
-        let model = self.model.take().unwrap_or_else(|| "unknown".into());
-        let tenant = self.tenant.take().unwrap_or_else(|| "unknown".into());
-        self.count(elapsed, status, code, &model, &tenant);
+        let of = RequestName {
+            tenant: self.key.as_ref().map_or(UNKNOWN, |key| key.tenant.name.as_str()),
+            model: self.model.as_ref().map_or(UNKNOWN, Name::as_str),
+            series: self.model_use.as_ref().map(|model_use| &model_use.series),
+        };
+        self.count(of, elapsed, status, code);
         // Last, so that everything is counted whatever becomes of the line.
         if self.unlogged {
-            tracing::debug!(target: "weir::request", request_id = self.request_id, status, code);
+            tracing::debug!(target: "weir::request", request_id = self.request_id(), status, code);
         } else {
-            self.log(status, code, elapsed, &model, &tenant);
+            self.log(of, status, code, elapsed);
         }
     }
 }
 
 impl RequestContext {
-    fn log(&self, status: u16, code: &str, elapsed: Duration, model: &str, tenant: &str) {
+    fn request_id(&self) -> &str {
+        self.request_id.to_str().unwrap_or_default()
+    }
+
+    fn log(&self, of: RequestName<'_>, status: u16, code: &str, elapsed: Duration) {
         tracing::info!(
             target: "weir::request",
-            request_id = self.request_id,
+            request_id = self.request_id(),
             peer = %self.client.connection.peer(),
             route = self.route,
-            tenant,
-            api_key = self.api_key,
-            model,
-            backend = self.backend,
+            tenant = of.tenant,
+            api_key = self.key.as_ref().map(|key| key.name.as_str()),
+            model = of.model,
+            backend = self.backend.as_ref().map(Name::as_str),
             attempts = self.attempts,
             upstream_status = self.failed.as_ref().and_then(|failed| failed.0),
             upstream_error = self.failed.as_ref().map(|failed| failed.1.as_str()),

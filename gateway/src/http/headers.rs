@@ -13,29 +13,31 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use crate::api::duration::{duration, millis};
 
 /// Request headers that reach a backend.
-const FORWARDED: [&str; 9] = [
-    "accept",
-    "accept-language",
-    "idempotency-key",
-    "openai-beta",
-    "traceparent",
-    "tracestate",
-    "user-agent",
-    "x-client-request-id",
-    "x-request-id",
+static FORWARDED: [HeaderName; 8] = [
+    header::ACCEPT,
+    header::ACCEPT_LANGUAGE,
+    HeaderName::from_static("idempotency-key"),
+    HeaderName::from_static("openai-beta"),
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+    header::USER_AGENT,
+    HeaderName::from_static("x-client-request-id"),
 ];
+
+/// The id of a request, in both directions.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Response headers that reach a client: what SDKs and people read of an answer. `openai-organization` and
 /// `openai-project` name the operator's account, and caching is not for answers to POST.
-const ANSWERED: [&str; 7] = [
-    "content-type",
-    "deprecation",
-    "openai-model",
-    "openai-processing-ms",
-    "openai-version",
+static ANSWERED: [HeaderName; 7] = [
+    header::CONTENT_TYPE,
+    HeaderName::from_static("deprecation"),
+    HeaderName::from_static("openai-model"),
+    HeaderName::from_static("openai-processing-ms"),
+    HeaderName::from_static("openai-version"),
     // The provider's own name of the request, for its support; ours is x-request-id.
-    "request-id",
-    "sunset",
+    HeaderName::from_static("request-id"),
+    HeaderName::from_static("sunset"),
 ];
 /// Longest value of a header that is taken over from an answer, bytes.
 const ANSWERED_MAX_BYTES: usize = 256;
@@ -47,17 +49,17 @@ pub fn write_wait(headers: &mut HeaderMap, waited: Duration) {
     }
 }
 
-/// The headers of a request to a backend. The backend's own credential is added by the caller.
-pub fn to_backend(client: &HeaderMap) -> HeaderMap {
-    let mut out = HeaderMap::with_capacity(FORWARDED.len() + 4);
-    for name in FORWARDED {
-        if named_by_connection(client, name) {
-            continue;
-        }
+/// The headers of a request to a backend, under our request id. The backend's own credential is added by the caller.
+pub fn to_backend(client: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
+    let mut out = HeaderMap::with_capacity(FORWARDED.len() + 5);
+    for name in &FORWARDED {
         for value in client.get_all(name) {
-            out.append(HeaderName::from_static(name), value.clone());
+            if !named_by_connection(client, name) {
+                out.append(name, value.clone());
+            }
         }
     }
+    out.insert(REQUEST_ID, request_id);
     // What was read of the body is JSON, whatever the client called it; vLLM refuses the `application/x-www-form-urlencoded`
     // of a `curl -d`.
     out.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -71,16 +73,16 @@ pub fn to_backend(client: &HeaderMap) -> HeaderMap {
 /// so is a `Content-Type` that does not fit it ([`content_type`]).
 pub fn to_client(upstream: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(ANSWERED.len() + 8);
-    for name in ANSWERED {
+    for name in &ANSWERED {
         let value = upstream.get(name).filter(|value| {
             let plain = value.to_str().is_ok();
             plain && value.len() <= ANSWERED_MAX_BYTES && !named_by_connection(upstream, name)
         });
         if let Some(value) = value {
-            out.insert(HeaderName::from_static(name), value.clone());
+            out.insert(name, value.clone());
         }
     }
-    out.insert("x-request-id", request_id);
+    out.insert(REQUEST_ID, request_id);
     out
 }
 
@@ -96,10 +98,15 @@ pub enum Content {
 /// Makes `Content-Type` say what the body is, whatever the backend called it: nothing a backend sends is a page that a
 /// browser shows.
 pub fn content_type(headers: &mut HeaderMap, content: Content) {
-    let named = media_type(headers);
+    let named = written_type(headers);
+    let is = |name: &str| named.eq_ignore_ascii_case(name);
+    let is_kind_of = |kind: &str| {
+        let at = named.len().checked_sub(kind.len());
+        at.and_then(|at| named.get(at..)).is_some_and(|end| end.eq_ignore_ascii_case(kind))
+    };
     let (fits, right) = match content {
-        Content::Json => (named == "application/json" || named.ends_with("+json"), "application/json"),
-        Content::Events => (named == "text/event-stream", "text/event-stream; charset=utf-8"),
+        Content::Json => (is("application/json") || is_kind_of("+json"), "application/json"),
+        Content::Events => (is("text/event-stream"), "text/event-stream; charset=utf-8"),
     };
     if !fits {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(right));
@@ -108,8 +115,13 @@ pub fn content_type(headers: &mut HeaderMap, content: Content) {
 
 /// The media type of a body without its parameters, in lower case; empty when none is given.
 pub fn media_type(headers: &HeaderMap) -> String {
+    written_type(headers).to_ascii_lowercase()
+}
+
+/// The same, as it is written.
+fn written_type(headers: &HeaderMap) -> &str {
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+    value.split(';').next().unwrap_or_default().trim()
 }
 
 /// The first coding of an answer that its body would have to be decoded of before it can be read: of `Content-Encoding`
@@ -129,12 +141,12 @@ pub fn coding(headers: &HeaderMap) -> Option<String> {
 /// What is repeated of the name of a coding, bytes.
 const CODING_MAX_BYTES: usize = 32;
 
-fn named_by_connection(headers: &HeaderMap, name: &str) -> bool {
+fn named_by_connection(headers: &HeaderMap, name: &HeaderName) -> bool {
     headers
         .get_all(header::CONNECTION)
         .iter()
         .flat_map(|value| value.as_bytes().split(|&b| b == b','))
-        .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+        .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_str().as_bytes()))
 }
 
 /// What a limit counts.
@@ -232,8 +244,9 @@ mod tests {
             ("openai-beta", "a"),
             ("openai-beta", "b"),
             ("accept-encoding", "identity"),
+            ("x-request-id", "ours"),
         ]);
-        assert_eq!(to_backend(&client), want);
+        assert_eq!(to_backend(&client, HeaderValue::from_static("ours")), want);
     }
 
     #[test]

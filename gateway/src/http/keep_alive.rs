@@ -37,7 +37,7 @@ pub(super) struct KeepAlive {
     /// Between two comments.
     pub(super) every: Duration,
     pub(super) clock: Arc<RequestClock>,
-    pub(super) request_id: Option<HeaderValue>,
+    pub(super) request_id: HeaderValue,
 }
 
 impl KeepAlive {
@@ -62,9 +62,7 @@ impl KeepAlive {
 
     fn headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        if let Some(id) = &self.request_id {
-            headers.insert("x-request-id", id.clone());
-        }
+        headers.insert(headers::REQUEST_ID, self.request_id.clone());
         headers::content_type(&mut headers, Content::Events);
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         // nginx and its like hold streams back unless told not to.
@@ -201,7 +199,7 @@ mod tests {
     }
 
     fn keep_alive() -> KeepAlive {
-        KeepAlive { every: EVERY, clock: Arc::default(), request_id: Some(HeaderValue::from_static("id")) }
+        KeepAlive { every: EVERY, clock: Arc::default(), request_id: HeaderValue::from_static("id") }
     }
 
     /// A request that ends after so long.

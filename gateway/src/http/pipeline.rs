@@ -60,7 +60,7 @@ pub async fn handle(gateway: Arc<Gateway>, request: Request<Incoming>, client: C
     let mut response = match asked {
         Ok(Asked::Answered(reply)) => answered((Ok(reply), context), is_http1),
         Ok(Asked::Silent(request, every)) => {
-            let keep_alive = KeepAlive { every, clock, request_id: context.request_id_header() };
+            let keep_alive = KeepAlive { every, clock, request_id: context.request_id.clone() };
             keep_alive.answer(request.work(context), |done| answered(done, is_http1)).await
         }
         Err(error) => answered((Err(error), context), is_http1),
@@ -83,15 +83,13 @@ async fn guarded<T>(
 }
 
 fn answered((reply, mut context): Done, is_http1: bool) -> Response<Body> {
-    let request_id = context.request_id_header();
+    let request_id = context.request_id.clone();
     let mut response = match reply {
         Ok(Reply::Complete(response)) => response,
         Ok(Reply::Stream(stream)) => stream.into_response(context),
         Err(error) => refuse(&error, is_http1, &mut context),
     };
-    if let Some(request_id) = request_id {
-        response.headers_mut().insert("x-request-id", request_id);
-    }
+    response.headers_mut().insert(headers::REQUEST_ID, request_id);
     response
 }
 
@@ -147,7 +145,7 @@ struct ReadRequest {
     body: Bytes,
     /// What the body takes.
     room: Room,
-    headers: HeaderMap,
+    headers: Arc<HeaderMap>,
 }
 
 impl ReadRequest {
@@ -196,7 +194,7 @@ async fn respond(
     let request = request::Request::read(kind, &body)?.into_owned();
     context.stream = request.stream;
     let model = choose(&snapshot, &key, &request.model)?;
-    let headers = head.headers;
+    let headers = Arc::new(head.headers);
     if let Some(every) = model.timeouts.keep_alive.filter(|_| request.stream) {
         let (gateway, model) = (gateway.clone(), model.clone());
         let request = ReadRequest { gateway, snapshot, key, model, path, request, body, room, headers };
@@ -243,8 +241,7 @@ fn identify(
         }
     })?;
     context.client.connection.trust();
-    context.tenant = Some(key.tenant.name.to_string());
-    context.api_key = Some(key.name.to_string());
+    context.key = Some(key.clone());
     Ok(key)
 }
 
@@ -265,7 +262,8 @@ async fn complete(
             last = last.or(Some(GatewayError::Deadline));
             break;
         }
-        context.model = Some(model.name.to_string());
+        context.model = Some(model.name.clone());
+        context.model_use = None;
         let asked_at = if last.is_some() { now } else { context.started };
         let deadline = end.min(asked_at + model.timeouts.total);
         match complete_with(&call.for_model(model, deadline), context).await {

@@ -106,8 +106,7 @@ impl Connections {
         let connection = socket.connection().clone();
         let gateway = self.gateway.clone();
         let service = move |client: Client, request: Request<Incoming>| {
-            let gateway = gateway.clone();
-            async move { pipeline::handle(gateway, request, client).await }
+            Box::pin(pipeline::handle(gateway.clone(), request, client))
         };
         match &self.tls {
             None => edge::serve_http(socket, connection, self.http, refuse, service).await,

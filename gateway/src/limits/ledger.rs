@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use smallvec::SmallVec;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -51,7 +51,9 @@ pub struct Ledger {
     /// Where it is counted what requests used of each limit.
     traffic: Arc<TrafficCounter>,
     pub(super) holder: OwnerId,
-    pub(super) queue: mpsc::Sender<Job>,
+    queue: mpsc::Sender<Job>,
+    /// Whether jobs are done by whoever has one: the limiter answers at once.
+    at_once: bool,
     pub(super) leases: LeaseBook,
 }
 
@@ -142,6 +144,7 @@ impl Ledger {
         traffic: Arc<TrafficCounter>,
     ) -> (Arc<Self>, LedgerWorker) {
         let (sender, queue) = mpsc::channel(QUEUE);
+        let at_once = limiter.is_here();
         let LimitStack { waiting, deny_cache, limiter } = LimitStack::new(limiter, gateways);
         let ledger = Arc::new(Self {
             limiter,
@@ -152,9 +155,29 @@ impl Ledger {
             traffic,
             holder,
             queue: sender,
+            at_once,
             leases: LeaseBook::default(),
         });
         (ledger.clone(), LedgerWorker { ledger, queue })
+    }
+
+    /// Does a job, or has the worker do it. False if there is no room in its queue.
+    pub(super) fn hand_over(&self, job: Job) -> bool {
+        if self.at_once && try_once(self, &job).now_or_never().is_some_and(|done| done.is_ok()) {
+            self.done(&job);
+            return true;
+        }
+        self.queue.try_send(job).is_ok()
+    }
+
+    /// Lets those know of a job for whom there is room now.
+    fn done(&self, job: &Job) {
+        // Before waking the queue, so that woken requests ask the store.
+        let (leases, records) = (job.leases(), job.records());
+        self.denials.given_back(leases.iter().chain(&records).copied());
+        job.charged().for_each(|settle| self.traffic.consumed(&settle.scopes, &settle.actual));
+        self.waiting.released(records);
+        leases.into_iter().for_each(|key| self.gave_back(key));
     }
 
     /// Records that a lease was freed, so that a waiting request, here or at another gateway, may take it.
@@ -251,29 +274,10 @@ async fn retake(ledger: &Ledger, id: Uuid, leases: Leases) {
 }
 
 async fn with_retries(ledger: Arc<Ledger>, job: Job) {
-    let limiter = &ledger.limiter;
     let mut pause = Duration::from_millis(20);
     for attempt in 1..=ATTEMPTS {
-        let done = match &job {
-            Job::Settle(settles, _) => settle_all(&ledger, settles).await,
-            Job::Cancel(settles, perhaps) => match settle_all(&ledger, settles).await {
-                // Retried later. The store refuses the original call if it arrives after this one.
-                Ok(()) => limiter.release(perhaps.0, &perhaps.1).await,
-                failed => failed,
-            },
-            Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
-            Job::GiveBack(charges) => limiter.charge(charges).await.map(drop),
-        };
-        match done {
-            Ok(()) => {
-                // Before waking the queue, so that woken requests ask the store.
-                let (leases, records) = (job.leases(), job.records());
-                ledger.denials.given_back(leases.iter().chain(&records).copied());
-                job.charged().for_each(|settle| ledger.traffic.consumed(&settle.scopes, &settle.actual));
-                ledger.waiting.released(records);
-                leases.into_iter().for_each(|key| ledger.gave_back(key));
-                return;
-            }
+        match try_once(&ledger, &job).await {
+            Ok(()) => return ledger.done(&job),
             Err(error) if job.may_repeat(&error) && attempt < ATTEMPTS => {
                 tracing::debug!(%error, attempt, "call of the limit store repeated");
                 tokio::time::sleep(pause).await;
@@ -296,6 +300,20 @@ async fn with_retries(ledger: Arc<Ledger>, job: Job) {
                 return;
             }
         }
+    }
+}
+
+async fn try_once(ledger: &Ledger, job: &Job) -> Result<(), Error> {
+    let limiter = &ledger.limiter;
+    match job {
+        Job::Settle(settles, _) => settle_all(ledger, settles).await,
+        Job::Cancel(settles, perhaps) => match settle_all(ledger, settles).await {
+            // Retried later. The store refuses the original call if it arrives after this one.
+            Ok(()) => limiter.release(perhaps.0, &perhaps.1).await,
+            failed => failed,
+        },
+        Job::Release(id, slot) => limiter.release(*id, std::slice::from_ref(slot)).await,
+        Job::GiveBack(charges) => limiter.charge(charges).await.map(drop),
     }
 }
 

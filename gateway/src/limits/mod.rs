@@ -13,8 +13,7 @@
 //! <https://platform.openai.com/docs/guides/rate-limits>).
 //!
 //! [`slot_lease`] takes a backend's slot without a request, for probes; [`estimates`] and [`price`] say what a request
-//! will probably cost; [`spend_period`] makes limits of money per day, week or month; [`account_groups`] orders candidates
-//! by provider account; [`orphan_reaper`] frees the leases of gateways that are gone.
+//! will probably cost; [`account_groups`] orders candidates by provider account; [`orphan_reaper`] frees the leases of gateways that are gone.
 
 pub mod account_groups;
 pub mod estimates;
@@ -23,4 +22,3 @@ pub mod orphan_reaper;
 pub mod price;
 pub mod reservation;
 pub mod slot_lease;
-pub mod spend_period;

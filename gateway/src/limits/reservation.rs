@@ -13,7 +13,7 @@ use weir_ratelimit::{
 };
 
 use super::ledger::{Job, Ledger};
-use super::spend_period;
+use crate::routing::spend_period;
 
 /// Tokens by which a stream may exceed its charges. Output beyond the reservation is charged in steps of this size,
 /// so that a long answer counts in its limits while it runs.
@@ -170,14 +170,14 @@ impl Reservation {
         self.slots.retain(|held| held != slot);
         self.enter();
         // Without room in the queue the lease expires.
-        let _ = self.ledger.queue.try_send(Job::Release(self.id, slot.clone()));
+        let _ = self.ledger.hand_over(Job::Release(self.id, slot.clone()));
     }
 
     /// Leaves the account of the first attempt, which ended without the answer that counts: its reserved cost stays
     /// charged. Its leases are released now, while the request continues.
     pub fn leave_account(&mut self) {
         for lease in self.depart() {
-            let _ = self.ledger.queue.try_send(Job::Release(self.id, lease));
+            let _ = self.ledger.hand_over(Job::Release(self.id, lease));
         }
     }
 
@@ -252,7 +252,7 @@ impl Reservation {
         let settle = Settle { usage, ..debit(step, self.weighing()) };
         let job = Job::Settle(smallvec::smallvec![Box::new(settle)], false);
         // Without room in the queue the next step or the settlement charges it.
-        if self.ledger.queue.try_send(job).is_ok() {
+        if self.ledger.hand_over(job) {
             self.ledger.metrics.settlement_steps.inc();
             let all = Kind::ALL.map(|kind| self.stepped.get(kind).saturating_add(step.get(kind)));
             self.stepped = Cost::new(all);
@@ -301,12 +301,12 @@ impl Drop for Reservation {
             true => Job::Settle(settlements, credit),
             false => Job::Cancel(settlements, Box::new((self.id, perhaps))),
         };
-        if self.ledger.queue.try_send(job).is_err() {
+        if !self.ledger.hand_over(job) {
             self.ledger.metrics.settlements_lost.inc();
         }
         if !too_much.is_empty() {
             // Without room in the queue the excess stays charged.
-            let _ = self.ledger.queue.try_send(Job::GiveBack(too_much));
+            let _ = self.ledger.hand_over(Job::GiveBack(too_much));
         }
     }
 }

@@ -37,7 +37,7 @@ impl Drop for NewSlot {
     fn drop(&mut self) {
         if let Some(leases) = self.leases.take() {
             // Without room in the queue the lease expires.
-            let _ = self.ledger.queue.try_send(Job::Release(self.id, leases));
+            let _ = self.ledger.hand_over(Job::Release(self.id, leases));
         }
     }
 }

@@ -24,12 +24,13 @@ use super::page::{self, PageError};
 use crate::api::duration::millis;
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
-use crate::limits::{price, spend_period};
+use crate::limits::price;
 use crate::routing::backend::BackendEntry;
 use crate::routing::declared::declared;
 use crate::routing::entries::ModelEntry;
 use crate::routing::scope::{ScopeEntry, what_name};
 use crate::routing::snapshot::Snapshot;
+use crate::routing::spend_period;
 
 /// A question.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -26,8 +26,8 @@ use weir_ratelimit::{Key, Limiter, Tally, UsageLines};
 use super::page::{self, PageError};
 use crate::control::live_config::LiveConfig;
 use crate::limits::ledger::Ledger;
-use crate::limits::spend_period::{FIRST_DAY, day_of, parse_day};
 use crate::routing::snapshot::Snapshot;
+use crate::routing::spend_period::{FIRST_DAY, day_of, parse_day};
 
 /// The default number of days.
 const DAYS: i32 = 30;

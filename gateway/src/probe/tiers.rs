@@ -89,8 +89,11 @@ async fn ask(
     if let Some(authorization) = &backend.authorization {
         headers.insert(header::AUTHORIZATION, authorization.clone());
     }
-    let answer =
-        backend.upstream.send(request).await.map_err(|error| no_answer(&error, error.is_connect()))?;
+    let answer = backend
+        .upstream
+        .send(|| request.clone())
+        .await
+        .map_err(|error| no_answer(&error, error.is_connect()))?;
     let (head, body) = answer.into_parts();
     let body = Limited::new(body, most).collect().await;
     let body = body.map_err(|_| Finding::new(ProbeOutcome::Broken, "the answer broke off or is too long"))?;

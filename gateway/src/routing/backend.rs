@@ -1,13 +1,14 @@
 //! A backend in a snapshot.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use http::HeaderValue;
+use http::{HeaderValue, Uri};
 use weir_proto::resource::{Backend, Name};
 use weir_ratelimit::Key;
 
 use super::backend_state::BackendState;
 use super::upstream::Upstream;
+use crate::api::request::RouteKind;
 
 /// A backend.
 #[derive(Debug)]
@@ -28,7 +29,13 @@ pub struct BackendEntry {
     pub state: Arc<BackendState>,
     /// Its connections.
     pub upstream: Upstream,
+    /// The addresses of its endpoints, each made when it is first asked for.
+    pub endpoints: Endpoints,
 }
+
+/// Addresses by endpoint.
+#[derive(Debug, Default)]
+pub struct Endpoints([OnceLock<Uri>; RouteKind::COUNT]);
 
 impl BackendEntry {
     /// Whether the other one is asked at the same place, in the same way and with the same credential. If not, what was seen of
@@ -43,11 +50,24 @@ impl BackendEntry {
             && terms(self) == terms(other)
     }
 
+    /// The address of the endpoint that answers requests of this kind, which has this path in OpenAI's API.
+    ///
+    /// # Errors
+    /// As [`BackendEntry::endpoint`].
+    pub fn endpoint_of(&self, kind: RouteKind, path: &str) -> Result<Uri, http::Error> {
+        let known = &self.endpoints.0[kind as usize];
+        if known.get().is_none() {
+            // Whoever is first, they are the same.
+            let _ = known.set(self.endpoint(path)?);
+        }
+        Ok(known.get().cloned().unwrap_or_default())
+    }
+
     /// The address of an endpoint of OpenAI's API at this backend, such as `/v1/chat/completions`.
     ///
     /// # Errors
     /// If `path` is not the path of a URL, which the constants of the API are.
-    pub fn endpoint(&self, path: &str) -> Result<http::Uri, http::Error> {
+    pub fn endpoint(&self, path: &str) -> Result<Uri, http::Error> {
         self.upstream.uri(&self.spec.api_path(path.strip_prefix("/v1").unwrap_or(path)))
     }
 }

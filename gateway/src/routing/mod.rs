@@ -2,7 +2,8 @@
 //! choice between them.
 //!
 //! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`declared`] tells a limit as
-//! its operator wrote it; [`backend_state`] and
+//! its operator wrote it; [`spend_period`] makes limits of money per day, week or month; [`model_use`] is what requests of a key
+//! for a model have in common; [`backend_state`] and
 //! [`pool_state`] outlive a change of configuration, with what [`own_probes`] say; [`balance`] is the pure choice, [`upstream`] the connections.
 
 pub mod accounts;
@@ -11,11 +12,13 @@ pub mod backend_state;
 pub mod balance;
 pub mod declared;
 pub mod entries;
+pub mod model_use;
 pub mod own_probes;
 pub mod pool_state;
 pub mod probation;
 pub mod scope;
 pub mod snapshot;
+pub mod spend_period;
 pub mod upstream;
 
 mod log_throttle;

@@ -14,9 +14,10 @@ use weir_ratelimit::{DeclaredLimits, Key, Scope};
 use weir_runtime::EgressPolicy;
 
 use super::accounts::Accounts;
-use super::backend::{BackendEntry, ModelBackend};
+use super::backend::{BackendEntry, Endpoints, ModelBackend};
 use super::balance::stable_hash;
 use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
+use super::model_use::ModelUses;
 use super::pool_state::PoolState;
 use super::scope::ScopeEntry;
 use super::upstream::{Resolver, Upstream};
@@ -48,6 +49,8 @@ pub struct Snapshot {
     pub tenant_models: HashMap<(Name, Name), Vec<ScopeEntry>>,
     /// The addresses that backends may have: a setting of the process, which each snapshot passes on to the next.
     pub egress: EgressPolicy,
+    /// What was asked for so far of keys and models together.
+    pub uses: ModelUses,
 }
 
 /// Returns the Authorization header of a backend, or why it has none. A trait object, so that tests bring their own.
@@ -158,6 +161,7 @@ impl Compiler {
                 region_rank: rank.unwrap_or(pool.spec.regions.len()),
                 state: old.map_or_else(Arc::default, |o| o.state.clone()),
                 upstream,
+                endpoints: Endpoints::default(),
             };
             self.next.backends.insert(resource.name.clone(), Arc::new(entry));
         }

@@ -164,33 +164,40 @@ impl Upstream {
         Ok(PathAndQuery::try_from(format!("{prefix}{path}"))?.into())
     }
 
-    /// Sends a request to one of [`Self::uri`]'s addresses; dropping the future closes the connection. A server may close an idle connection at the moment at which
+    /// Sends a request, which `request` makes, to one of [`Self::uri`]'s addresses; dropping the future closes the connection. A server may close an idle connection at the moment at which
     /// a request is sent on it (RFC 9112, 9.3.1), and nobody is to blame: the request is sent once more, on a new connection. That
     /// is no failure of the backend, and no retry. It was of that kind if the connection was kept, nothing was heard since the
     /// request was written, and the end came at once. A server that ends a connection after seconds of work has failed.
     ///
     /// # Errors
     /// No connection, or one that broke.
-    pub async fn send(&self, mut request: Request<Full<Bytes>>) -> Result<Response<AnswerBody>, SendError> {
-        request.headers_mut().insert(header::HOST, self.settings.host.clone());
+    pub async fn send(
+        &self,
+        request: impl Fn() -> Request<Full<Bytes>>,
+    ) -> Result<Response<AnswerBody>, SendError> {
+        let made = || {
+            let mut request = request();
+            request.headers_mut().insert(header::HOST, self.settings.host.clone());
+            request
+        };
+        let mut unsent = None;
         while let Some(mut kept) = self.idle.take() {
-            let (again, asked) = (request.clone(), Instant::now());
-            match kept.exchange(request).await {
+            let asked = Instant::now();
+            match kept.exchange(unsent.take().unwrap_or_else(made)).await {
                 Ok(answer) if connection::announces_a_close(&answer, asked) => {}
                 Ok(answer) => return Ok(self.reading(answer, kept)),
-                Err(NoAnswer::Unsent(unsent)) => {
-                    request = *unsent;
+                Err(NoAnswer::Unsent(request)) => {
+                    unsent = Some(*request);
                     continue;
                 }
                 Err(NoAnswer::Broken { at_once: true, .. }) => {}
                 Err(NoAnswer::Broken { error, .. }) => return Err(SendError::Broken(error)),
             }
             self.resent.fetch_add(1, Ordering::Relaxed);
-            request = again;
             break;
         }
         let mut opened = self.open().await?;
-        match opened.exchange(request).await {
+        match opened.exchange(unsent.unwrap_or_else(made)).await {
             Ok(answer) => Ok(self.reading(answer, opened)),
             Err(NoAnswer::Unsent(_)) => Err(SendError::Closed),
             Err(NoAnswer::Broken { error, .. }) => Err(SendError::Broken(error)),

@@ -82,7 +82,7 @@ impl Check {
         if wire.is_empty() || wire.len() > MAX_SCOPES {
             self.wrong("scopes", format!("must be 1 to {MAX_SCOPES}, are {}", wire.len()));
         }
-        let mut scopes = Scopes::new();
+        let mut scopes = Vec::<ScopeLimits>::new();
         for (i, scoped) in wire.iter().take(MAX_SCOPES).enumerate() {
             let selector = scoped.scope.clone().unwrap_or_default();
             let scope = self.scope(&format!("scopes[{i}].scope"), &selector);
@@ -107,7 +107,7 @@ impl Check {
                 (None, Ok(_)) => {}
             }
         }
-        scopes
+        scopes.into()
     }
 
     /// The lease sets of these scopes.

@@ -1,8 +1,10 @@
 //! The limits of a scope, and the state of each after a decision.
 
+use std::fmt;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::Duration;
-
-use smallvec::SmallVec;
 
 use crate::model::id::ReservationId;
 use crate::model::key::Key;
@@ -53,8 +55,124 @@ pub struct ScopeLimits {
 /// Most scopes in one call: those of a request's key, tenant, tenant and model, model and everything, each with limits of
 /// its own and limit resources, each with a budget besides, and those of a provider account.
 pub const MAX_SCOPES: usize = 64;
-/// The scopes of a request; few, so kept inline.
-pub type Scopes = SmallVec<[ScopeLimits; 6]>;
+
+/// The scopes of a request. Calls under the same scopes share one list, so a copy costs a count of references.
+#[derive(Clone, Default)]
+pub struct Scopes(Option<Arc<Shared>>);
+
+#[derive(Clone)]
+struct Shared {
+    scopes: Box<[ScopeLimits]>,
+    digest: OnceLock<u128>,
+}
+
+impl Scopes {
+    /// No scopes.
+    pub const fn new() -> Self {
+        Self(None)
+    }
+
+    /// A keyed hash of what scripts are told of these limits: equal for calls that one script call can decide. Computed
+    /// once per list.
+    pub(crate) fn digest(&self) -> u128 {
+        static KEYS: LazyLock<[RandomState; 2]> = LazyLock::new(Default::default);
+        let Some(shared) = &self.0 else { return 0 };
+        *shared.digest.get_or_init(|| {
+            let [high, low] = KEYS.each_ref().map(|key| key.hash_one(Told(&shared.scopes)));
+            u128::from(high) << 64 | u128::from(low)
+        })
+    }
+}
+
+/// The limits of a call, as far as scripts are told of them.
+struct Told<'a>(&'a [ScopeLimits]);
+
+impl Hash for Told<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        for scope in self.0 {
+            (scope.record.as_str(), scope.leases.as_str(), scope.concurrency).hash(state);
+            (scope.mode == Mode::Shadow).hash(state);
+            for bucket in &scope.buckets {
+                bucket.map(|b| (b.capacity, b.rate, b.period)).hash(state);
+            }
+        }
+        self.0.len().hash(state);
+    }
+}
+
+impl PartialEq for Scopes {
+    fn eq(&self, other: &Self) -> bool {
+        let same = self.0.as_ref().zip(other.0.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
+        same || **self == **other
+    }
+}
+
+impl fmt::Debug for Scopes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self).finish()
+    }
+}
+
+impl Deref for Scopes {
+    type Target = [ScopeLimits];
+
+    fn deref(&self) -> &[ScopeLimits] {
+        self.0.as_ref().map_or(&[], |shared| &shared.scopes)
+    }
+}
+
+/// A list that is shared is copied before it is changed.
+impl DerefMut for Scopes {
+    fn deref_mut(&mut self) -> &mut [ScopeLimits] {
+        let Some(shared) = &mut self.0 else { return &mut [] };
+        let own = Arc::make_mut(shared);
+        own.digest = OnceLock::new();
+        &mut own.scopes
+    }
+}
+
+impl<'a> IntoIterator for &'a mut Scopes {
+    type Item = &'a mut ScopeLimits;
+    type IntoIter = std::slice::IterMut<'a, ScopeLimits>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter_mut()
+    }
+}
+
+impl From<Vec<ScopeLimits>> for Scopes {
+    fn from(scopes: Vec<ScopeLimits>) -> Self {
+        let shared = |scopes: Vec<_>| Shared { scopes: scopes.into(), digest: OnceLock::new() };
+        Self((!scopes.is_empty()).then(|| Arc::new(shared(scopes))))
+    }
+}
+
+impl<const N: usize> From<[ScopeLimits; N]> for Scopes {
+    fn from(scopes: [ScopeLimits; N]) -> Self {
+        Vec::from(scopes).into()
+    }
+}
+
+impl From<&[ScopeLimits]> for Scopes {
+    fn from(scopes: &[ScopeLimits]) -> Self {
+        scopes.to_vec().into()
+    }
+}
+
+impl FromIterator<ScopeLimits> for Scopes {
+    fn from_iter<I: IntoIterator<Item = ScopeLimits>>(scopes: I) -> Self {
+        scopes.into_iter().collect::<Vec<_>>().into()
+    }
+}
+
+impl<'a> IntoIterator for &'a Scopes {
+    type Item = &'a ScopeLimits;
+    type IntoIter = std::slice::Iter<'a, ScopeLimits>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
 
 impl Key {
     /// The record of the reservation of a call with these scopes.

@@ -24,6 +24,11 @@ pub enum AnyLimiter {
 }
 
 impl AnyLimiter {
+    /// Whether it answers at once, since no network is in between.
+    pub const fn is_here(&self) -> bool {
+        matches!(self, AnyLimiter::Memory(_))
+    }
+
     /// Admissions and settlements that shared a script call with others.
     pub fn coalesced_calls(&self) -> u64 {
         match self {

@@ -91,7 +91,7 @@ impl MemoryLimiter {
     pub(crate) fn take_back(&self, call: &Settle) {
         let (mut state, now) = self.enter();
         state.settle(call, now);
-        state.forget_reservation(&Key::reservation_of(&call.scopes, call.id));
+        state.forget_reservation(call.id);
     }
 
     /// Returns false if a lease was lost.
@@ -145,13 +145,9 @@ impl MemoryLimiter {
     }
 
     /// The charges of a reservation, in micro-units by record.
-    pub(crate) fn charged(
-        &self,
-        scopes: &[ScopeLimits],
-        id: ReservationId,
-    ) -> Vec<(Key, [f64; Kind::COUNT])> {
+    pub(crate) fn charged(&self, id: ReservationId) -> Vec<(Key, [f64; Kind::COUNT])> {
         let (mut state, now) = self.enter();
-        let held = state.reservation(&Key::reservation_of(scopes, id), now);
+        let held = state.reservation(id, now);
         held.map(|held| held.reserved.clone()).unwrap_or_default()
     }
 }

@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use smallvec::smallvec;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -176,7 +175,7 @@ struct Load {
 impl Load {
     fn of(scope: ScopeLimits, per_second: f64) -> Self {
         Self {
-            scopes: smallvec![scope],
+            scopes: [scope].into(),
             candidates: Vec::new(),
             per_second,
             cost: (1, 1),
@@ -400,7 +399,7 @@ async fn who_held_none_of_a_full_limit_gets_its_share_after_the_time_of_a_lease(
     let mut crowd = scope("c");
     crowd.concurrency = Some(8);
     let ask = async |gateway: usize| {
-        let call = Acquire { lease_ttl: LEASE, ..call(smallvec![crowd.clone()]) };
+        let call = Acquire { lease_ttl: LEASE, ..call([crowd.clone()]) };
         scene.gateways[gateway].acquire(&call).await.expect("decided").outcome
     };
     for _ in 0..8 {
@@ -433,7 +432,7 @@ async fn a_grant_whose_answer_was_lost_leaves_no_slot_taken() {
                 let asked = Acquire {
                     candidates: slots.to_vec(),
                     lease_ttl: LEASE,
-                    ..call(smallvec![limited("acme", Kind::Requests, limit)])
+                    ..call([limited("acme", Kind::Requests, limit)])
                 };
                 let gateway = scene.gateways[gateway].clone();
                 async move { (gateway.acquire(&asked).await.expect("decided").outcome, asked) }
@@ -484,7 +483,7 @@ async fn a_settlement_whose_answer_was_lost_counts_once_however_long_the_store_i
     for (minutes, lost) in [(1, 0), (9, 1), (11, 1), (60, 1)] {
         let scene = Scene::new();
         let limit = limited("acme", Kind::Tokens, bucket(1000, 0, Duration::from_secs(7 * 24 * 3600)));
-        let call = tokens(smallvec![limit.clone()], 100);
+        let call = tokens([limit.clone()], 100);
         let gateway = &scene.gateways[0];
         assert!(granted(&gateway.acquire(&call).await.expect("decided")));
         scene.state.send_replace(State::Mute);
@@ -520,7 +519,7 @@ async fn a_settlement_whose_answer_was_lost_counts_once_however_long_the_store_i
 async fn what_the_store_refuses_while_a_gateway_joins_is_decided_anew_when_asked_again() {
     let scene = Scene::new();
     let limit = limited("acme", Kind::Requests, bucket(8, 0, Duration::from_secs(60)));
-    let [mut held, waiting, next, last] = std::array::from_fn(|_| call(smallvec![limit.clone()]));
+    let [mut held, waiting, next, last] = std::array::from_fn(|_| call([limit.clone()]));
     held.cost = Cost::new([8, 0, 0, 0, 0]);
     let ask = async |gateway: usize, call: &Acquire| {
         granted(&scene.gateways[gateway].acquire(call).await.expect("decided"))

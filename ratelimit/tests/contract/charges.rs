@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use smallvec::smallvec;
 use weir_ratelimit::*;
 
 use crate::harness::*;
@@ -44,10 +43,10 @@ pub(crate) async fn a_refused_charge_changes_nothing(world: World) {
 
 pub(crate) async fn a_charge_shares_the_bucket_of_reservations(world: World) {
     let scope = limited("acme", Kind::Requests, bucket(3, 0, MINUTE));
-    assert!(granted(&world.acquire(&call(smallvec![scope.clone()])).await));
+    assert!(granted(&world.acquire(&call([scope.clone()])).await));
     assert!(make(&world, &[enforce("acme", 3, 2)]).await.0);
     assert!(!make(&world, &[enforce("acme", 3, 1)]).await.0);
-    assert!(!granted(&world.acquire(&call(smallvec![scope])).await));
+    assert!(!granted(&world.acquire(&call([scope])).await));
 }
 
 pub(crate) async fn an_always_charge_goes_into_debt_and_refuses_until_something_is_left(world: World) {
@@ -90,7 +89,7 @@ pub(crate) async fn charges_of_one_record_see_each_other(world: World) {
 
 pub(crate) async fn other_kinds_of_the_record_are_kept(world: World) {
     let scope = limited("a", Kind::Tokens, bucket(100, 1, Duration::from_secs(3600)));
-    assert!(granted(&world.acquire(&tokens(smallvec![scope.clone()], 60)).await));
+    assert!(granted(&world.acquire(&tokens([scope.clone()], 60)).await));
     let mut requests = enforce("a", 10, 1);
     requests.bucket.rate = 1000;
     assert!(make(&world, &[requests]).await.0);

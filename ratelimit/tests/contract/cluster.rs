@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use smallvec::smallvec;
 use weir_ratelimit::redis::{ColdStart, RedisLimiter, RedisOptions};
 use weir_ratelimit::*;
 
@@ -56,7 +55,7 @@ async fn migrate(cluster: &Cluster, slot: u16, to: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_moves_under_load_admits_exactly_the_limit() {
     let cluster = Arc::new(Cluster::start().await);
-    let scopes: Scopes = smallvec![limited("acme", Kind::Requests, bucket(300, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Requests, bucket(300, 0, MINUTE))].into();
     let key = scopes[0].record.as_str();
     let slot: u16 =
         ::redis::from_redis_value(ask(&cluster.nodes[0], &["CLUSTER", "KEYSLOT", key]).await.expect("slot"))
@@ -101,7 +100,7 @@ async fn a_refusal_in_a_later_slot_is_compensated_exactly() {
     };
     let mut tenant = limited("acme", Kind::Requests, bucket(100, 0, MINUTE));
     tenant.concurrency = Some(100);
-    let scopes: Scopes = smallvec![global(), tenant];
+    let scopes: Scopes = [global(), tenant].into();
     for _ in 0..20 {
         let call = call(scopes.clone());
         let first = granted(&world.acquire(&call).await);
@@ -137,7 +136,7 @@ async fn a_settlement_done_in_part_is_of_unknown_outcome_and_counts_once() {
             break tenant;
         }
     };
-    let scopes: Scopes = smallvec![tenant, global];
+    let scopes: Scopes = [tenant, global].into();
     let call = call(scopes.clone());
     assert!(granted(&limiter.acquire(&call).await.expect("decided")));
     let mut units = [0; Kind::COUNT];
@@ -174,8 +173,8 @@ async fn who_refused_lately_refuses_before_anything_is_charged() {
     (everything.record, everything.leases) = scope_keys(Scope::Global);
     everything.buckets[Kind::Requests as usize] = bucket(5, 0, MINUTE);
     let tenant = limited("acme", Kind::Requests, bucket(100, 0, MINUTE));
-    let by_limit = || call(smallvec![everything.clone(), tenant.clone()]);
-    let by_slots = || Acquire { candidates: vec![candidate("a", 1)], ..call(smallvec![tenant.clone()]) };
+    let by_limit = || call([everything.clone(), tenant.clone()]);
+    let by_slots = || Acquire { candidates: vec![candidate("a", 1)], ..call([tenant.clone()]) };
     let refused = async |call: Acquire, times: usize| {
         for _ in 0..times {
             assert!(!granted(&world.acquire(&call).await));
@@ -216,7 +215,7 @@ async fn a_failover_by_sentinel_is_followed() {
     let url = format!("redis+sentinel://127.0.0.1:{}/weir", sentinel.port());
     let options = RedisOptions { silence: Duration::from_secs(1), ..RedisOptions::default() };
     let limiter = RedisLimiter::connect(&url, options).await.expect("connect");
-    let scopes: Scopes = smallvec![limited("acme", Kind::Requests, bucket(10, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Requests, bucket(10, 0, MINUTE))].into();
     for _ in 0..4 {
         assert!(granted(&limiter.acquire(&call(scopes.clone())).await.expect("granted")));
     }
@@ -269,8 +268,7 @@ async fn a_lost_data_set_hands_out_no_burst_when_strict() {
         ..RedisOptions::default()
     };
     let limiter = RedisLimiter::connect(&server.url, strict).await.expect("connect");
-    let of =
-        |rate, period| -> Scopes { smallvec![limited("acme", Kind::Requests, bucket(100, rate, period))] };
+    let of = |rate, period| -> Scopes { [limited("acme", Kind::Requests, bucket(100, rate, period))].into() };
     let slow = of(100, Duration::from_secs(3600));
     assert!(!granted(&limiter.acquire(&call(slow.clone())).await.expect("decided")), "full at birth");
     let charge = Charge {

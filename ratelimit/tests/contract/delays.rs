@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use smallvec::smallvec;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -179,7 +178,7 @@ struct Found {
 
 async fn play(limit: u64, gateways: usize, asked: &[Asked], cuts: &[Cut]) -> Found {
     let store = Arc::new(MemoryLimiter::new());
-    let scopes: Scopes = smallvec![limited("acme", Kind::Requests, bucket(limit, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Requests, bucket(limit, 0, MINUTE))].into();
     let calls: Vec<Acquire> = asked.iter().map(|_| call(scopes.clone())).collect();
     let began = Instant::now();
     let (mut cut, mut fleet) = (Vec::new(), Vec::new());
@@ -332,8 +331,7 @@ async fn exactly_the_limit_over_slow_connections_to_redis() {
         fleet.push(Arc::new(Fallback::new(limiter, Arc::new(|| 3))));
     }
     for round in 0..5 {
-        let scopes: Scopes =
-            smallvec![limited(&format!("t{round}"), Kind::Requests, bucket(LIMIT, 0, MINUTE))];
+        let scopes: Scopes = [limited(&format!("t{round}"), Kind::Requests, bucket(LIMIT, 0, MINUTE))].into();
         let mut requests = JoinSet::new();
         for n in 0..3 * LIMIT {
             let (gateway, call) = (fleet[n as usize % 3].clone(), call(scopes.clone()));

@@ -5,7 +5,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use ::redis::aio::MultiplexedConnection;
-use smallvec::smallvec;
 use uuid::Uuid;
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::quota_prefetch::QuotaPrefetch;
@@ -76,13 +75,13 @@ impl World {
 
     /// The store's time, microseconds.
     pub(crate) async fn now(&self) -> u64 {
-        let probe = Acquire { cost: Cost::default(), ..call(smallvec![]) };
+        let probe = Acquire { cost: Cost::default(), ..call(Scopes::new()) };
         let now = self.acquire(&probe).await.now_us;
         self.limiter
             .settle(&Settle {
                 id: probe.id,
                 actual: Cost::default(),
-                scopes: smallvec![],
+                scopes: [].into(),
                 slot: None,
                 usage: None,
             })
@@ -373,19 +372,19 @@ pub(crate) fn limited(tenant: &str, kind: Kind, limit: Option<Bucket>) -> ScopeL
 }
 
 /// One request under these scopes, with a fresh id.
-pub(crate) fn call(scopes: Scopes) -> Acquire {
+pub(crate) fn call(scopes: impl Into<Scopes>) -> Acquire {
     Acquire {
         id: Uuid::now_v7(),
         cost: Cost::of_request(0, 0, 0),
         estimated: false,
-        scopes,
+        scopes: scopes.into(),
         candidates: Vec::new(),
         lease_ttl: LEASE,
     }
 }
 
 /// So many tokens under these scopes.
-pub(crate) fn tokens(scopes: Scopes, tokens: u64) -> Acquire {
+pub(crate) fn tokens(scopes: impl Into<Scopes>, tokens: u64) -> Acquire {
     Acquire { cost: Cost::of_request(tokens, 0, 0), ..call(scopes) }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 use uuid::Uuid;
 use weir_ratelimit::*;
 
@@ -11,7 +11,7 @@ use crate::harness::*;
 fn in_flight(most: u32) -> Scopes {
     let mut limits = scope("acme");
     limits.concurrency = Some(most);
-    smallvec![limits]
+    [limits].into()
 }
 
 fn leases_of(scopes: &Scopes) -> SmallVec<[Key; 4]> {
@@ -71,7 +71,7 @@ pub(crate) async fn release_is_idempotent(world: World) {
 pub(crate) async fn candidates_are_tried_in_order(world: World) {
     let try_one = async || {
         let candidates = vec![candidate("a", 1), candidate("b", 2)];
-        world.acquire(&Acquire { candidates, ..call(smallvec![]) }).await.outcome
+        world.acquire(&Acquire { candidates, ..call(Scopes::new()) }).await.outcome
     };
     assert_eq!(try_one().await, Outcome::Granted { slot: Some(0) });
     assert_eq!(try_one().await, Outcome::Granted { slot: Some(1) });
@@ -82,19 +82,19 @@ pub(crate) async fn candidates_are_tried_in_order(world: World) {
 
 pub(crate) async fn a_moved_slot_is_freed_and_taken(world: World) {
     let (a, b) = (candidate("a", 1), candidate("b", 1));
-    let owner = Acquire { candidates: vec![a.clone(), b.clone()], ..call(smallvec![]) };
+    let owner = Acquire { candidates: vec![a.clone(), b.clone()], ..call(Scopes::new()) };
     assert_eq!(world.acquire(&owner).await.outcome, Outcome::Granted { slot: Some(0) });
     let to_b = std::slice::from_ref(&b);
     let moved = world.limiter.move_slot(owner.id, Some(&a.leases), to_b, LEASE).await.expect("move");
     assert_eq!(moved, Some(0));
     let again = world.limiter.move_slot(owner.id, Some(&a.leases), to_b, LEASE).await.expect("move");
     assert_eq!(again, Some(0), "a repeated move keeps its slot");
-    let other = Acquire { candidates: vec![b.clone(), a.clone()], ..call(smallvec![]) };
+    let other = Acquire { candidates: vec![b.clone(), a.clone()], ..call(Scopes::new()) };
     assert_eq!(world.acquire(&other).await.outcome, Outcome::Granted { slot: Some(1) });
     // Both full: nothing to move to, and the old slot is free all the same.
     let none = world.limiter.move_slot(other.id, Some(&a.leases), to_b, LEASE).await.expect("move");
     assert_eq!(none, None);
-    let third = Acquire { candidates: vec![a.clone()], ..call(smallvec![]) };
+    let third = Acquire { candidates: vec![a.clone()], ..call(Scopes::new()) };
     assert_eq!(world.acquire(&third).await.outcome, Outcome::Granted { slot: Some(0) });
     // To where it already is.
     let same = world
@@ -133,7 +133,7 @@ pub(crate) async fn settlement_frees_every_lease(world: World) {
 }
 
 pub(crate) async fn a_closed_candidate_is_never_taken(world: World) {
-    let call = Acquire { candidates: vec![candidate("a", 0)], ..call(smallvec![]) };
+    let call = Acquire { candidates: vec![candidate("a", 0)], ..call(Scopes::new()) };
     assert_eq!(world.acquire(&call).await.outcome, Outcome::NoSlot { wait: LEASE });
 }
 
@@ -149,10 +149,10 @@ pub(crate) async fn shadow_concurrency_admits(world: World) {
 /// What a process held is freed once it is gone, and nothing of another; one that says that it lives loses nothing.
 pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
     let (gone, other) = (OwnerId::of("gone"), OwnerId::of("other"));
-    let mut scopes = in_flight(10);
     let mut model = scope("x");
     (model.record, model.leases) = scope_keys(Scope::Model("m"));
-    scopes.push(ScopeLimits { concurrency: Some(10), ..model });
+    let model = ScopeLimits { concurrency: Some(10), ..model };
+    let scopes: Scopes = in_flight(10).iter().cloned().chain([model]).collect();
     let take = |owner: OwnerId| Acquire {
         id: owner.id(),
         candidates: vec![candidate("b", 10)],

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use smallvec::smallvec;
 use weir_ratelimit::fallback::Phase;
 use weir_ratelimit::redis::{RedisLimiter, RedisOptions};
 use weir_ratelimit::*;
@@ -14,7 +13,7 @@ use crate::harness::*;
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn still(capacity: u64) -> Scopes {
-    smallvec![limited("acme", Kind::Requests, bucket(capacity, 0, MINUTE))]
+    [limited("acme", Kind::Requests, bucket(capacity, 0, MINUTE))].into()
 }
 
 /// One of `of` gateways that share a server.
@@ -187,7 +186,7 @@ async fn an_outage_admits_what_was_left_and_its_end_no_second_burst() {
 async fn what_was_granted_alone_settles_in_the_store() {
     let server = Server::start().await;
     let gateway = gateway(&server, 1).await;
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE))].into();
     server.signal("STOP");
     opens(&gateway).await;
     let (ended, open) = (tokens(scopes.clone(), 100), tokens(scopes.clone(), 200));
@@ -223,7 +222,7 @@ async fn a_settlement_during_an_outage_waits_for_its_end() {
     let gateway = gateway(&server, 1).await;
     let mut limits = limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE));
     limits.concurrency = Some(1);
-    let scopes: Scopes = smallvec![limits];
+    let scopes: Scopes = [limits].into();
     let held = tokens(scopes.clone(), 400);
     assert!(granted(&gateway.acquire(&held).await.expect("granted")));
     server.signal("STOP");
@@ -257,7 +256,7 @@ async fn leases_of_running_requests_outlive_an_outage() {
     let gateway = gateway(&server, 1).await;
     let mut limits = scope("acme");
     limits.concurrency = Some(1);
-    let held = Acquire { lease_ttl: Duration::from_millis(300), ..call(smallvec![limits]) };
+    let held = Acquire { lease_ttl: Duration::from_millis(300), ..call([limits]) };
     assert!(granted(&gateway.acquire(&held).await.expect("granted")));
     let mut raw = server.raw().await;
     config(&server, "min-replicas-to-write", "1").await;
@@ -283,7 +282,7 @@ async fn full_house(server: &Server) -> (Arc<Fallback<RedisLimiter>>, Arc<Fallba
     let (idle, busy) = (gateway(server, 2).await, gateway(server, 2).await);
     let mut limits = scope("acme");
     limits.concurrency = Some(6);
-    let scopes: Scopes = smallvec![limits];
+    let scopes: Scopes = [limits].into();
     assert_eq!(admitted(&idle, &scopes, 4).await.len(), 4);
     assert_eq!(admitted(&busy, &scopes, 5).await.len(), 2);
     (idle, busy, scopes)
@@ -344,7 +343,7 @@ async fn each_limit_does_what_it_says_for_an_outage() {
     let closed = gateway.acquire(&call(of(10, WithoutStore::Closed))).await;
     assert!(matches!(closed, Err(Error::Unreachable(_) | Error::Refused { .. })), "{closed:?}");
     // A share smaller than one request still serves one, once nobody can be asking the store.
-    let small: Scopes = smallvec![limited("small", Kind::Tokens, bucket(100, 0, MINUTE))];
+    let small: Scopes = [limited("small", Kind::Tokens, bucket(100, 0, MINUTE))].into();
     eventually("the whole limit allows it", async || {
         let decided = gateway.acquire(&tokens(small.clone(), 80)).await.expect("local");
         if let Outcome::Limited { wait } = decided.outcome {
@@ -367,7 +366,7 @@ async fn open_the_breaker_asks_nothing_of_the_store() {
     server.signal("STOP");
     opens(&gateway).await;
     let local = gateway.status().local_decisions;
-    let scopes: Scopes = smallvec![limited("acme", Kind::Requests, bucket(1_000_000, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Requests, bucket(1_000_000, 0, MINUTE))].into();
     // A thousand deadlines would be fifty seconds.
     let all = tokio::time::timeout(Duration::from_secs(20), admitted(&gateway, &scopes, 1000)).await;
     assert_eq!(all.expect("no request pays the deadline").len(), 1000);
@@ -387,7 +386,7 @@ async fn one_broken_record_is_no_outage() {
     ::redis::cmd("SET").arg(record.as_str()).arg("not ours").exec_async(&mut raw).await.expect("set");
     let local = admitted(&gateway, &still(5), 20).await;
     assert_eq!(local.len(), 5, "decided here");
-    let other: Scopes = smallvec![limited("other", Kind::Requests, bucket(5, 0, MINUTE))];
+    let other: Scopes = [limited("other", Kind::Requests, bucket(5, 0, MINUTE))].into();
     assert!(!gateway.acquire(&call(other)).await.expect("store").degraded);
     assert_eq!((gateway.status().phase, gateway.status().opened), (Phase::Closed, 0));
 }
@@ -397,7 +396,7 @@ async fn one_broken_record_is_no_outage() {
 async fn usage_of_an_outage_is_told_once() {
     let server = Server::start().await;
     let gateway = gateway(&server, 1).await;
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, bucket(1000, 0, MINUTE))].into();
     let record = Key::usage("acme", "2026-11-23");
     let end = |of: &Acquire, tokens: i64| Settle {
         id: of.id,

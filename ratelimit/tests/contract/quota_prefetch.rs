@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use smallvec::smallvec;
 use weir_ratelimit::quota_prefetch::QuotaPrefetch;
 use weir_ratelimit::*;
 
@@ -13,7 +12,7 @@ fn hot(requests: u64) -> Scopes {
     let mut limits =
         limited("acme", Kind::Requests, bucket(requests - requests / 5, 0, Duration::from_secs(60)));
     limits.prefetch[Kind::Requests as usize] = requests / 5;
-    smallvec![limits]
+    [limits].into()
 }
 
 /// Each asks for more than there is, until what others may hold has long been given back; all that was admitted.
@@ -68,8 +67,8 @@ async fn exactly_the_limit_on_a_cluster() {
     for _ in 0..2 {
         processes.push(ServiceStack::new(cluster.limiter().await.into()).limiter);
     }
-    let mut scopes = hot(1_000);
-    scopes.push(limited("beside", Kind::Requests, bucket(10_000, 0, Duration::from_secs(60))));
+    let beside = limited("beside", Kind::Requests, bucket(10_000, 0, Duration::from_secs(60)));
+    let scopes: Scopes = hot(1_000).iter().cloned().chain([beside]).collect();
     assert_eq!(admitted_by(&processes, &scopes).await, 800);
     nothing_is_held(&processes);
     let beside = processes[0].peek(&scopes[1..]).await.expect("peek");

@@ -9,7 +9,7 @@ use weir_ratelimit::*;
 use crate::harness::*;
 
 fn still(capacity: u64) -> Scopes {
-    smallvec![limited("acme", Kind::Requests, bucket(capacity, 0, Duration::from_secs(60)))]
+    [limited("acme", Kind::Requests, bucket(capacity, 0, Duration::from_secs(60)))].into()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -138,7 +138,7 @@ async fn nothing_stays_behind() {
     let mut raw = world.server().raw().await;
     let mut limits = limited("acme", Kind::Tokens, bucket(100, 100, Duration::from_secs(1)));
     limits.concurrency = Some(3);
-    let held = Acquire { candidates: vec![candidate("a", 3)], ..tokens(smallvec![limits], 10) };
+    let held = Acquire { candidates: vec![candidate("a", 3)], ..tokens([limits], 10) };
     assert!(granted(&world.acquire(&held).await));
     let keys: Vec<String> = ::redis::cmd("KEYS").arg("*").query_async(&mut raw).await.expect("keys");
     let mark = Key::birth();
@@ -192,7 +192,7 @@ async fn records_and_reservations_of_version_one_are_read() {
     let world = World::redis().await;
     let mut raw = world.server().raw().await;
     let mut scopes: Scopes =
-        smallvec![limited("acme", Kind::Tokens, bucket(100, 0, Duration::from_secs(3600)))];
+        [limited("acme", Kind::Tokens, bucket(100, 0, Duration::from_secs(3600)))].into();
     scopes[0].concurrency = Some(2);
     let old = tokens(scopes.clone(), 40);
     let write = "
@@ -236,7 +236,7 @@ async fn coalesced_calls_are_decided_one_after_the_other() {
     tenant.concurrency = Some(90);
     let mut everything = limited("zenith", Kind::Requests, bucket(120, 0, Duration::from_secs(60)));
     everything.buckets[Kind::Spend as usize] = bucket(1_000_000, 0, Duration::from_secs(60));
-    let scopes: Scopes = smallvec![tenant, everything];
+    let scopes: Scopes = [tenant, everything].into();
     let calls: Vec<Acquire> = (0..200u64)
         .map(|n| Acquire {
             cost: Cost::of_request(n % 37, n % 11, n * 97 % 12_000),

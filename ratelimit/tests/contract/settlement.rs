@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use smallvec::smallvec;
 use uuid::Uuid;
 use weir_ratelimit::*;
 
@@ -19,7 +18,7 @@ fn used(tokens: u64) -> Cost {
 pub(crate) async fn credit_returns_what_was_not_used(world: World) {
     let mut limits = limited("acme", Kind::Tokens, still(100));
     limits.buckets[Kind::Requests as usize] = still(2);
-    let scopes: Scopes = smallvec![limits];
+    let scopes: Scopes = [limits].into();
     let one = tokens(scopes.clone(), 100);
     assert!(granted(&world.acquire(&one).await));
     let settled = world.settle(&one, used(30), None).await;
@@ -33,7 +32,7 @@ pub(crate) async fn credit_returns_what_was_not_used(world: World) {
 }
 
 pub(crate) async fn debit_goes_into_bounded_debt(world: World) {
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(100, 100, Duration::from_secs(60)))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, bucket(100, 100, Duration::from_secs(60)))].into();
     let call = tokens(scopes.clone(), 10);
     world.acquire(&call).await;
     let settled = world.settle(&call, used(100_000), None).await;
@@ -49,7 +48,7 @@ pub(crate) async fn debit_goes_into_bounded_debt(world: World) {
 }
 
 pub(crate) async fn settling_twice_applies_once(world: World) {
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, still(100))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, still(100))].into();
     let call = tokens(scopes.clone(), 50);
     world.acquire(&call).await;
     assert!(world.settle(&call, used(20), None).await.applied);
@@ -61,7 +60,7 @@ pub(crate) async fn settling_twice_applies_once(world: World) {
 }
 
 pub(crate) async fn a_cancelled_acquire_that_comes_late_is_refused(world: World) {
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, still(100))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, still(100))].into();
     let call = tokens(scopes.clone(), 50);
     assert!(!world.settle(&call, Cost::default(), None).await.applied);
     assert_eq!(world.acquire(&call).await.outcome, Outcome::Limited { wait: None });
@@ -69,7 +68,7 @@ pub(crate) async fn a_cancelled_acquire_that_comes_late_is_refused(world: World)
 }
 
 pub(crate) async fn an_unknown_reservation_is_debited_once(world: World) {
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, still(100))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, still(100))].into();
     let stranger = Acquire { id: Uuid::now_v7(), ..tokens(scopes.clone(), 0) };
     for _ in 0..2 {
         let settled = world.settle(&stranger, used(30), None).await;
@@ -79,7 +78,7 @@ pub(crate) async fn an_unknown_reservation_is_debited_once(world: World) {
 }
 
 pub(crate) async fn a_settlement_after_expiry_gives_no_credit(world: World) {
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, still(100))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, still(100))].into();
     let call = tokens(scopes.clone(), 50);
     world.acquire(&call).await;
     world.expire_reservation(&call).await;
@@ -91,7 +90,7 @@ pub(crate) async fn a_settlement_after_expiry_gives_no_credit(world: World) {
 pub(crate) async fn scopes_of_different_size_settle_exactly(world: World) {
     let mut small = limited("acme", Kind::Tokens, still(100));
     (small.record, small.leases) = scope_keys(Scope::TenantModel { tenant: "acme", model: "m" });
-    let scopes: Scopes = smallvec![small, limited("acme", Kind::Tokens, still(10_000))];
+    let scopes: Scopes = [small, limited("acme", Kind::Tokens, still(10_000))].into();
     let mut call = Acquire { estimated: true, ..tokens(scopes, 4_000) };
     let decision = world.acquire(&call).await;
     assert_eq!(decision.limits.iter().map(|l| l.remaining).collect::<Vec<_>>(), [0, 6_000]);
@@ -139,13 +138,13 @@ pub(crate) async fn an_account_refuses_and_settles_with_the_requests_own_scopes(
 
 pub(crate) async fn credit_never_goes_below_empty(world: World) {
     let scopes: Scopes =
-        smallvec![limited("acme", Kind::Tokens, bucket(100, 1_000_000, Duration::from_secs(1)))];
+        [limited("acme", Kind::Tokens, bucket(100, 1_000_000, Duration::from_secs(1)))].into();
     let call = tokens(scopes.clone(), 100);
     world.acquire(&call).await;
     world.pass(Duration::from_millis(5)).await;
     let settled = world.settle(&call, Cost::default(), None).await;
     assert_eq!(settled.limits[0].remaining, 100);
-    let frozen: Scopes = smallvec![limited("acme", Kind::Tokens, still(100))];
+    let frozen: Scopes = [limited("acme", Kind::Tokens, still(100))].into();
     assert!(granted(&world.acquire(&tokens(frozen.clone(), 100)).await));
     assert!(!granted(&world.acquire(&tokens(frozen, 1)).await));
 }
@@ -155,7 +154,7 @@ pub(crate) async fn credit_never_goes_below_empty(world: World) {
 #[tokio::test(start_paused = true)]
 async fn p10_steady_traffic_does_not_keep_a_limit_used_up() {
     let world = World::memory();
-    let scopes: Scopes = smallvec![limited("acme", Kind::Tokens, bucket(600, 600, Duration::from_secs(60)))];
+    let scopes: Scopes = [limited("acme", Kind::Tokens, bucket(600, 600, Duration::from_secs(60)))].into();
     for second in 0..3600 {
         let call = Acquire { estimated: true, ..tokens(scopes.clone(), 20) };
         assert!(granted(&world.acquire(&call).await), "refused in second {second}");

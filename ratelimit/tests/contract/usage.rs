@@ -1,6 +1,5 @@
 //! The account of who used what.
 
-use smallvec::smallvec;
 use uuid::Uuid;
 use weir_ratelimit::usage::{OTHER_MODELS, USAGE_LIFE, USAGE_MODELS_MAX, USAGE_RECORDS_MAX};
 use weir_ratelimit::*;
@@ -29,7 +28,7 @@ fn end(of: &Acquire, usage: Option<Usage>) -> Settle {
 
 /// A note without a reservation.
 fn note(usage: Option<Usage>) -> Settle {
-    Settle { id: Uuid::now_v7(), actual: Cost::default(), scopes: smallvec![], slot: None, usage }
+    Settle { id: Uuid::now_v7(), actual: Cost::default(), scopes: [].into(), slot: None, usage }
 }
 
 async fn lines(world: &World, tenant: &str) -> UsageLines {
@@ -44,10 +43,8 @@ pub(crate) async fn usage_is_counted_once_with_its_settlement(world: World) {
         let tenant = if tenant_is_limited { "acme" } else { "free" };
         let mut model = limited("m", Kind::Tokens, bucket(1000, 0, LEASE));
         (model.record, model.leases) = scope_keys(Scope::Model("m"));
-        let mut scopes: Scopes = smallvec![model];
-        if tenant_is_limited {
-            scopes.insert(0, limited(tenant, Kind::Tokens, bucket(1000, 0, LEASE)));
-        }
+        let of_tenant = tenant_is_limited.then(|| limited(tenant, Kind::Tokens, bucket(1000, 0, LEASE)));
+        let scopes: Scopes = of_tenant.into_iter().chain([model]).collect();
         let call = Acquire { candidates: vec![candidate("b", 5)], ..tokens(scopes, 10) };
         assert!(granted(&world.acquire(&call).await));
         let settle = end(&call, used(tenant, "m", tally(1, 20, 30, 400)));
@@ -59,7 +56,7 @@ pub(crate) async fn usage_is_counted_once_with_its_settlement(world: World) {
 }
 
 pub(crate) async fn usage_without_limits_is_counted_once(world: World) {
-    let call = Acquire { candidates: vec![candidate("b", 5)], ..call(smallvec![]) };
+    let call = Acquire { candidates: vec![candidate("b", 5)], ..call(Scopes::new()) };
     assert!(granted(&world.acquire(&call).await));
     let settle = end(&call, used("acme", "m", tally(1, 2, 3, 4)));
     for _ in 0..3 {

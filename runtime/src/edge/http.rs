@@ -5,8 +5,9 @@
 //! their bodies are polled; an end that does not wait for clients.
 
 use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::busy::{BusyBody, Unwritten};
 use super::clock::RequestClock;
-use super::connection::{Connection, Cut};
+use super::connection::{Busy, Connection, Cut};
 use super::framed::{Begun, Framed};
 use super::framing::{HeadBounds, Violation};
 
@@ -98,8 +99,8 @@ pub trait Handler: Clone + Unpin + Send + 'static {
         + Send
         + 'static;
 
-    /// An answer in progress.
-    type Answer: Future<Output = Response<Self::Body>> + Send + 'static;
+    /// An answer in progress. In a box where it is large: it is moved several times on its way to hyper.
+    type Answer: Future<Output = Response<Self::Body>> + Unpin + Send + 'static;
 
     /// The answer to one request.
     fn handle(&self, client: Client, request: Request<Incoming>) -> Self::Answer;
@@ -108,7 +109,7 @@ pub trait Handler: Clone + Unpin + Send + 'static {
 impl<S, F, B> Handler for S
 where
     S: Fn(Client, Request<Incoming>) -> F + Clone + Unpin + Send + 'static,
-    F: Future<Output = Response<B>> + Send + 'static,
+    F: Future<Output = Response<B>> + Unpin + Send + 'static,
     B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Unpin + Send + 'static,
 {
     type Body = B;
@@ -152,6 +153,33 @@ pub async fn serve_http1(
     http1(begun, connection, bounds, refuse, handler).await;
 }
 
+/// An answer of HTTP/1 in progress.
+struct Answering<F> {
+    answer: F,
+    /// What its body takes over.
+    body_of: Option<(Busy, Unwritten)>,
+    connection: Arc<Connection>,
+}
+
+impl<F: Future<Output = Response<B>> + Unpin, B> Future for Answering<F> {
+    type Output = Result<Response<BusyBody<B>>, std::convert::Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = ready!(Pin::new(&mut self.answer).poll(cx));
+        let body_of = self.body_of.take();
+        let mut response = answer.map(|body| match body_of {
+            Some((busy, unwritten)) => BusyBody::paced(body, busy, unwritten),
+            // Not polled after its end.
+            None => BusyBody::new(body, None),
+        });
+        // Clients leave with their next answer instead of being cut between two requests.
+        if self.connection.is_draining() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        Poll::Ready(Ok(response))
+    }
+}
+
 /// How a connection of HTTP/1 ended.
 enum End {
     Done,
@@ -172,17 +200,9 @@ async fn http1<I: Transport>(
     let service = service_fn(move |request: Request<Incoming>| {
         let busy = client.connection.begin();
         client.clock.stop();
-        let (answer, connection) = (handler.handle(client.clone(), request), Arc::clone(&client.connection));
-        let unwritten = Unwritten::new(Arc::clone(&connection));
-        // Boxed, because hyper moves it and needs a body that can be moved.
-        Box::pin(async move {
-            let mut response = answer.await.map(|body| BusyBody::paced(body, busy, unwritten));
-            // Clients leave with their next answer instead of being cut between two requests.
-            if connection.is_draining() {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            }
-            Ok::<_, std::convert::Infallible>(response)
-        })
+        let connection = Arc::clone(&client.connection);
+        let body_of = Some((busy, Unwritten::new(Arc::clone(&connection))));
+        Answering { answer: handler.handle(client.clone(), request), body_of, connection }
     });
     let mut builder = http1::Builder::new();
     // The connection's own clock times heads. hyper's bounds are above those of the framing check, so that the

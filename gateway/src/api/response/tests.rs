@@ -201,13 +201,15 @@ fn unary_answers_are_read_and_renamed() {
     let body = Bytes::from_static(
         br#"{"model":"up","choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"total_tokens":5}}"#,
     );
-    let usage_of_body = |body| {
-        super::usage_of_body(body, RouteKind::ChatCompletions, Dialect::OpenAi, &UsageBounds::default())
-    };
-    assert_eq!(usage_of_body(&body), Ok(Some(Usage { prompt: Some(5), ..Usage::default() })));
+    let kind = RouteKind::ChatCompletions;
+    let read = |body| ReadAnswer::of(body, kind, Dialect::OpenAi);
+    assert_eq!(
+        read(&body).expect("JSON").usage(body.len(), &UsageBounds::default()),
+        Ok(Some(Usage { prompt: Some(5), ..Usage::default() }))
+    );
     assert!(ModelNames::of(&body).renamed(&body, "a\"b").starts_with(br#"{"model":"a\"b","choices""#));
     assert_eq!(ModelNames::of(&body).renamed(&body, "up").as_ptr(), body.as_ptr());
-    assert_eq!(usage_of_body(b"<html>"), Ok(None));
+    assert!(read(b"<html>").is_err());
     let padded = Bytes::from([b" \n\x0c ", &body[..], b"\n"].concat());
     let renamed = ModelNames::of(&padded).renamed(&padded, "mine");
     assert!(renamed.starts_with(b" \n\x0c {\"model\":\"mine\",\"choices\""), "{renamed:?}");
@@ -237,7 +239,8 @@ fn a_report_beyond_what_is_possible_is_left_aside_and_so_is_every_other_one() {
         }
         let body = format!(r#"{{"choices":[],"usage":{absurd}}}"#);
         let (kind, bounds) = (RouteKind::ChatCompletions, UsageBounds::default());
-        assert!(usage_of_body(body.as_bytes(), kind, Dialect::OpenAi, &bounds).is_err(), "{absurd}");
+        let read = ReadAnswer::of(body.as_bytes(), kind, Dialect::OpenAi).expect("JSON");
+        assert!(read.usage(body.len(), &bounds).is_err(), "{absurd}");
     }
 }
 
@@ -420,7 +423,10 @@ fn a_chunk_of_usage_alone_is_dropped_also_without_a_list_of_choices() {
 
 #[test]
 fn an_answer_without_usage_is_counted_by_its_text() {
-    let count = |body: &str, kind| completion_estimate_of_body(body.as_bytes(), kind);
+    let count = |body: &str, kind| {
+        let read = ReadAnswer::of(body.as_bytes(), kind, Dialect::OpenAi).unwrap_or_default();
+        read.completion_estimate(body.len(), kind)
+    };
     let image = "A".repeat(4000);
     let chat = format!(r#"{{"choices":[{{"message":{{"content":"twelve bytes","images":["{image}"]}}}}]}}"#);
     assert_eq!(count(&chat, RouteKind::ChatCompletions), 3);

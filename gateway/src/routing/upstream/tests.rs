@@ -123,7 +123,7 @@ fn request(upstream: &Upstream) -> Request<Full<Bytes>> {
 
 /// Sends one request, and reads its answer.
 async fn ask(upstream: &Upstream) -> Result<(StatusCode, bool), SendError> {
-    let answer = upstream.send(request(upstream)).await?;
+    let answer = upstream.send(|| request(upstream)).await?;
     let status = answer.status();
     Ok((status, answer.into_body().collect().await.is_ok()))
 }
@@ -272,7 +272,7 @@ async fn an_answer_is_read_in_small_parts_however_fast_it_comes() {
         }
     });
     for _ in 0..3 {
-        let mut body = upstream.send(request(&upstream)).await.expect("an answer").into_body();
+        let mut body = upstream.send(|| request(&upstream)).await.expect("an answer").into_body();
         let (mut largest, mut all) = (0, 0);
         while let Some(frame) = body.frame().await {
             let bytes = frame.expect("sound").data_ref().map_or(0, Bytes::len);
@@ -358,7 +358,7 @@ async fn an_answer_that_nobody_reads_to_its_end_closes_its_connection() {
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhe").await.expect("open");
         assert!(!read_request(&mut stream).await, "closed by the other side");
     });
-    let answer = upstream.send(request(&upstream)).await.expect("an answer");
+    let answer = upstream.send(|| request(&upstream)).await.expect("an answer");
     drop(answer);
     serving.await.expect("closed");
 }

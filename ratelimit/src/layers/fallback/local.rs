@@ -180,7 +180,7 @@ impl Local {
         show_full_limits(&mut decision.limits, &call.scopes);
         match decision.outcome {
             Outcome::Granted { slot } => {
-                let charged = self.limiter.charged(&share.scopes, call.id);
+                let charged = self.limiter.charged(call.id);
                 let slot = slot.and_then(|at| call.candidates.get(at)).map(|c| c.leases.clone());
                 let call_ = Some(call.clone());
                 let grant =

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::store::{BucketStates, Reservation, Stage, State, later};
+use super::store::{BucketStates, Reservation, Stage, State, TOMBSTONE_LIFE, later};
 use crate::model::call::{Acquire, Candidate, Decision, Outcome, Renewal, Settle, Settled};
 use crate::model::checks::{
-    self, Line, RESERVATION_LIFE, TOMBSTONE_LIFE, blank_limits, lines, reserved, reset, spent,
+    self, Line, RESERVATION_LIFE, blank_limits, lines, reserved, reset, spent,
 };
 use crate::model::id::{OwnerId, ReservationId};
 use crate::model::key::Key;
@@ -22,8 +22,7 @@ struct Judged {
 impl State {
     pub(super) fn acquire(&mut self, call: &Acquire, now: u64) -> Decision {
         let at = now as f64;
-        let key = Key::reservation_of(&call.scopes, call.id);
-        if let Some(known) = self.known_decision(call, &key, now) {
+        if let Some(known) = self.known_decision(call, now) {
             return known;
         }
 
@@ -62,7 +61,7 @@ impl State {
         }
         let expires = later(now, RESERVATION_LIFE);
         let open = Reservation { stage: Stage::Open, slot: slot_key, reserved: charged, expires };
-        self.write_reservation(key, open, now);
+        self.write_reservation(call.id, open, now);
         for (after, limit) in self.peek(&call.scopes, now).into_iter().zip(&mut limits) {
             *limit = LimitState { verdict: limit.verdict, ..after };
         }
@@ -70,8 +69,8 @@ impl State {
     }
 
     /// The decision of a call whose id was decided before.
-    fn known_decision(&mut self, call: &Acquire, key: &Key, now: u64) -> Option<Decision> {
-        let held = self.reservation(key, now)?;
+    fn known_decision(&mut self, call: &Acquire, now: u64) -> Option<Decision> {
+        let held = self.reservation(call.id, now)?;
         let outcome = match held.stage {
             Stage::NeverGranted => Outcome::Limited { wait: None },
             Stage::Open | Stage::Settled => Outcome::Granted {
@@ -114,8 +113,7 @@ impl State {
     }
 
     pub(super) fn settle(&mut self, call: &Settle, now: u64) -> Settled {
-        let key = Key::reservation_of(&call.scopes, call.id);
-        let held = self.reservation(&key, now);
+        let held = self.reservation(call.id, now);
         let (stage, slot, charged) = match held {
             Some(held) => (Some(held.stage), held.slot.clone(), std::mem::take(&mut held.reserved)),
             None => (None, None, Vec::new()),
@@ -152,7 +150,7 @@ impl State {
             Some(Stage::Settled | Stage::NeverGranted) => None,
         };
         if let Some(stage) = ended {
-            self.write_reservation(key, Reservation { stage, slot, reserved: Vec::new(), expires }, now);
+            self.write_reservation(call.id, Reservation { stage, slot, reserved: Vec::new(), expires }, now);
         }
         Settled { applied: stage == Some(Stage::Open), limits: self.peek(&call.scopes, now), now_us: now }
     }
@@ -190,12 +188,10 @@ impl State {
                 whole = false;
             }
         }
-        for key in Key::reservations_near(&renewal.leases, renewal.id) {
-            if let Some(held) = self.reservation(&key, now)
-                && held.stage == Stage::Open
-            {
-                held.expires = later(now, RESERVATION_LIFE);
-            }
+        if let Some(held) = self.reservation(renewal.id, now)
+            && held.stage == Stage::Open
+        {
+            held.expires = later(now, RESERVATION_LIFE);
         }
         whole
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::leases::Leases;
 use crate::model::call::Candidate;
-use crate::model::checks::{Line, TOMBSTONE_LIFE, micros};
+use crate::model::checks::{Line, micros};
 use crate::model::id::ReservationId;
 use crate::model::key::Key;
 use crate::model::kind::Kind;
@@ -16,6 +16,9 @@ use crate::model::usage::Tally;
 
 /// Expired entries that one call removes.
 const SWEEP_MAX: usize = 16;
+/// For how long it is remembered that a reservation was settled. Shorter than in Redis: no network is in between, so a call
+/// that is repeated comes within seconds.
+pub(super) const TOMBSTONE_LIFE: Duration = Duration::from_secs(60);
 /// The time for which a record outlives its last bucket state.
 const MARGIN: Duration = Duration::from_secs(10);
 
@@ -25,7 +28,7 @@ pub(super) type BucketStates = [BucketState; Kind::COUNT];
 pub(super) struct State {
     records: HashMap<Key, Record>,
     pub(super) leases: HashMap<Key, Leases>,
-    reservations: HashMap<Key, Reservation>,
+    reservations: HashMap<ReservationId, Reservation>,
     pub(super) usage: HashMap<Key, Day>,
     /// The time of the next check of every entry that can expire. Each entry is queued once.
     pub(super) due: BinaryHeap<Reverse<(u64, Due)>>,
@@ -67,7 +70,7 @@ pub(super) enum Due {
     Record(Key),
     Usage(Key),
     Leases(Key),
-    Reservation(Key),
+    Reservation(ReservationId),
 }
 
 impl State {
@@ -108,10 +111,10 @@ impl State {
                     }
                     left
                 }
-                Due::Reservation(key) => {
-                    let left = self.reservations.get(key).map(|held| held.expires).filter(|at| *at > now);
+                Due::Reservation(id) => {
+                    let left = self.reservations.get(id).map(|held| held.expires).filter(|at| *at > now);
                     if left.is_none() {
-                        self.reservations.remove(key);
+                        self.reservations.remove(id);
                     }
                     left.map(|at| at.min(later(now, TOMBSTONE_LIFE)))
                 }
@@ -174,21 +177,21 @@ impl State {
         self.records.insert(key.clone(), record);
     }
 
-    pub(super) fn reservation(&mut self, key: &Key, now: u64) -> Option<&mut Reservation> {
-        self.reservations.get_mut(key).filter(|held| held.expires > now)
+    pub(super) fn reservation(&mut self, id: ReservationId, now: u64) -> Option<&mut Reservation> {
+        self.reservations.get_mut(&id).filter(|held| held.expires > now)
     }
 
     /// Removes a reservation without a trace.
-    pub(super) fn forget_reservation(&mut self, key: &Key) {
-        self.reservations.remove(key);
+    pub(super) fn forget_reservation(&mut self, id: ReservationId) {
+        self.reservations.remove(&id);
     }
 
     /// Writes a reservation. Most reservations are settled soon, so the first check is at the time when a tombstone
     /// expires.
-    pub(super) fn write_reservation(&mut self, key: Key, reservation: Reservation, now: u64) {
+    pub(super) fn write_reservation(&mut self, id: ReservationId, reservation: Reservation, now: u64) {
         let first_look = later(now, TOMBSTONE_LIFE);
-        if self.reservations.insert(key.clone(), reservation).is_none() {
-            self.due.push(Reverse((first_look, Due::Reservation(key))));
+        if self.reservations.insert(id, reservation).is_none() {
+            self.due.push(Reverse((first_look, Due::Reservation(id))));
         }
     }
 

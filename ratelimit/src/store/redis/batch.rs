@@ -56,7 +56,7 @@ impl<'a> Ask<'a> {
     pub(super) fn alike(&self) -> impl Hash + '_ {
         let place = self.call.candidates.first().filter(|_| self.call.scopes.is_empty());
         let place = place.map(|c| c.leases.as_str());
-        (Under(&self.call.scopes), self.call.lease_ttl, self.life, self.reservation.tag(), place)
+        (self.call.scopes.digest(), self.call.lease_ttl, self.life, self.reservation.tag(), place)
     }
 
     pub(super) fn to_owned_call(&self) -> Ask<'static> {
@@ -71,7 +71,7 @@ impl<'a> End<'a> {
     pub(super) fn alike(&self) -> impl Hash + '_ {
         let place = self.call.slot.as_ref().filter(|_| self.call.scopes.is_empty());
         let usage = self.call.usage.as_ref().map(|usage| (usage.record.as_str(), &*usage.model));
-        (Under(&self.call.scopes), self.life, self.reservation.tag(), place.map(Key::as_str), usage)
+        (self.call.scopes.digest(), self.life, self.reservation.tag(), place.map(Key::as_str), usage)
     }
 
     pub(super) fn to_owned_call(&self) -> End<'static> {
@@ -127,22 +127,6 @@ fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
         }
         Err(error) if calls > 1 && error.trouble() == Trouble::Keys => None,
         Err(error) => Some(vec![Err(error); calls]),
-    }
-}
-
-/// The limits of a call, as far as scripts receive them.
-struct Under<'a>(&'a [ScopeLimits]);
-
-impl Hash for Under<'_> {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        for scope in self.0 {
-            (scope.record.as_str(), scope.leases.as_str(), scope.concurrency).hash(state);
-            (scope.mode == Mode::Shadow).hash(state);
-            for bucket in &scope.buckets {
-                bucket.map(|b| (b.capacity, b.rate, b.period)).hash(state);
-            }
-        }
-        self.0.len().hash(state);
     }
 }
 

@@ -26,8 +26,9 @@ fn bounds() -> Bounds {
 /// Answers every request of a connection, of either protocol.
 fn serve(connection: &Arc<Connection>) -> DuplexStream {
     let (client, server) = duplex(64 << 10);
-    let handler =
-        |_client: Client, _request: Request<Incoming>| async { Response::new(Full::new(Bytes::from("yes"))) };
+    let handler = |_client: Client, _request: Request<Incoming>| {
+        std::future::ready(Response::new(Full::new(Bytes::from("yes"))))
+    };
     let refuse: Refuse = |_| Refusal { body: "{}".to_owned(), request_id: None };
     tokio::spawn(serve_http(server, Arc::clone(connection), BOUNDS, refuse, handler));
     client

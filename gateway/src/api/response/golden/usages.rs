@@ -3,7 +3,7 @@
 use weir_proto::resource::Dialect::{self, *};
 
 use crate::api::request::RouteKind::{self, *};
-use crate::api::response::usage_of_body;
+use crate::api::response::ReadAnswer;
 use crate::api::usage::{Usage, UsageBounds};
 
 /// Prompt, of it from the cache and to it; answer, of it reasoning.
@@ -107,7 +107,8 @@ fn every_usage_is_read_to_the_one_form() {
         let body = format!(r#"{{"id":"1",{members},"model":"up"}}"#);
         let bounds =
             UsageBounds { prompt: 2_000_000, completion: if *kind == Embeddings { 0 } else { 2_000_000 } };
-        let read = usage_of_body(body.as_bytes(), *kind, *dialect, &bounds);
+        let read = ReadAnswer::of(body.as_bytes(), *kind, *dialect).expect("JSON");
+        let read = read.usage(body.len(), &bounds);
         assert_eq!(read.as_ref().ok(), Some(expected), "{dialect:?}, {what}: {members}");
         if let Some(usage) = expected {
             let parts = usage.input_uncached() + usage.cache_read + usage.cache_write;

@@ -86,8 +86,7 @@ impl Local {
             }
             let scope = ScopeLimits { concurrency: None, ..base.full.clone() };
             let id = ReservationId::now_v7();
-            let charge =
-                Settle { id, actual: cost, scopes: smallvec::smallvec![scope], slot: None, usage: None };
+            let charge = Settle { id, actual: cost, scopes: [scope].into(), slot: None, usage: None };
             base.charge = Some(charge.clone());
             charges.push(charge);
         }

@@ -12,7 +12,7 @@ use jiff::{Timestamp, ToSpan as _};
 use weir_proto::resource::{Budget, Period};
 use weir_ratelimit::{Bucket, Key, Kind, ScopeLimits};
 
-use crate::routing::scope::ScopeEntry;
+use super::scope::ScopeEntry;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// A clock before this day is wrong. No record is older.

@@ -1,0 +1,81 @@
+//! What all requests of a key for a model have in common, made for the first of them.
+//!
+//! It belongs to one snapshot and goes with it, so nothing in it is ever out of date but a budget's period.
+
+use std::collections::HashMap;
+use std::ptr;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use weir_ratelimit::Scopes;
+
+use super::entries::{KeyEntry, ModelEntry};
+use super::scope::ScopeEntry;
+use super::snapshot::Snapshot;
+use super::spend_period;
+use crate::metrics::RequestSeries;
+
+/// Uses that are kept in each part of the table. One takes some kilobytes where there are many limits; a part that is full
+/// begins anew.
+const PART_MAX: usize = 512;
+/// Parts, so that requests seldom meet at the lock of one.
+const PARTS: usize = 16;
+
+/// A key's use of a model.
+#[derive(Debug)]
+pub struct ModelUse {
+    /// The limits of its requests, those of budgets in their present period last.
+    pub entries: Box<[ScopeEntry]>,
+    /// The same, as the limiter takes them.
+    pub scopes: Scopes,
+    /// When the first of the budgets begins anew.
+    until: Option<SystemTime>,
+    /// Where its requests are counted.
+    pub series: RequestSeries,
+}
+
+/// The key and the model by their place in the snapshot, which holds both for as long as it lives.
+type Pair = (usize, usize);
+
+/// The uses that were asked for so far.
+#[derive(Debug, Default)]
+pub struct ModelUses([RwLock<HashMap<Pair, Arc<ModelUse>>>; PARTS]);
+
+impl ModelUses {
+    fn part(&self, pair: Pair) -> &RwLock<HashMap<Pair, Arc<ModelUse>>> {
+        // Entries are on the heap: their lowest bits say little.
+        &self.0[((pair.0 >> 6) ^ (pair.1 >> 6)) % PARTS]
+    }
+}
+
+impl Snapshot {
+    /// What requests of this key for this model have in common at `now`. Both are of this snapshot.
+    pub fn model_use(&self, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Arc<ModelUse> {
+        let pair = (ptr::from_ref(key).addr(), ptr::from_ref(model).addr());
+        let part = self.uses.part(pair);
+        // Whole entries are put in, so a poisoned lock guards a table that is right.
+        let known = part.read().unwrap_or_else(PoisonError::into_inner).get(&pair).cloned();
+        if let Some(known) = known.filter(|known| known.until.is_none_or(|until| now < until)) {
+            return known;
+        }
+        let made = Arc::new(ModelUse::of(self, key, model, now));
+        let mut part = part.write().unwrap_or_else(PoisonError::into_inner);
+        if part.len() >= PART_MAX && !part.contains_key(&pair) {
+            part.clear();
+        }
+        part.insert(pair, made.clone());
+        made
+    }
+}
+
+impl ModelUse {
+    fn of(snapshot: &Snapshot, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Self {
+        let own = snapshot.scopes(key, &model.name);
+        let budgets = spend_period::scopes(&own, now);
+        let until = budgets.iter().filter_map(|budget| budget.renews).min();
+        let entries: Box<[ScopeEntry]> = own.into_iter().cloned().chain(budgets).collect();
+        let scopes = entries.iter().map(|entry| entry.limits.clone()).collect();
+        let series = RequestSeries::of(key.tenant.name.clone(), model.name.clone());
+        Self { entries, scopes, until, series }
+    }
+}
