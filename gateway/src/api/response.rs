@@ -25,6 +25,7 @@ mod endpoint;
 mod golden;
 mod long_event;
 mod payload;
+mod repeated;
 mod rewrite;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ pub use self::rewrite::{MissingUsage, RewritePlan, Rewriter};
 
 use self::endpoint::Endpoint;
 use self::payload::{Lists, Payload, UntoldError};
+use self::repeated::Payloads;
 use super::json_edit::{Edit, quoted, splice};
 use super::json_scanner::Fault;
 use super::request::RouteKind;
@@ -111,7 +113,7 @@ impl StreamFacts {
     }
 
     /// Takes the facts of one event and says what could be changed in it.
-    fn take(&mut self, event: &[u8], endpoint: Endpoint, dialect: Dialect) -> EditPoints {
+    fn take(&mut self, event: &[u8], payloads: &mut Payloads) -> EditPoints {
         let mut lines = data_lines(event);
         let Some(first) = lines.next() else {
             return EditPoints::default();
@@ -120,18 +122,18 @@ impl StreamFacts {
             // Rare enough to pay for a copy. Nothing is changed in it: the ranges would not fit the event.
             let joined =
                 lines.fold([first, second].join(&b'\n'), |joined, line| [&joined, line].join(&b'\n'));
-            let read = self.take_payload(&joined, endpoint, dialect);
+            let read = self.take_payload(&joined, payloads);
             return EditPoints { untold_error: read.untold_error, ..EditPoints::default() };
         }
         let first = first.trim_ascii();
         let offset = first.as_ptr().addr() - event.as_ptr().addr();
-        let mut edit_points = self.take_payload(first, endpoint, dialect);
+        let mut edit_points = self.take_payload(first, payloads);
         let ranges = edit_points.models.iter_mut().chain(&mut edit_points.null_usage);
         ranges.for_each(|range| *range = range.start + offset..range.end + offset);
         edit_points
     }
 
-    fn take_payload(&mut self, payload: &[u8], endpoint: Endpoint, dialect: Dialect) -> EditPoints {
+    fn take_payload(&mut self, payload: &[u8], payloads: &mut Payloads) -> EditPoints {
         let payload = payload.trim_ascii();
         if payload.is_empty() {
             return EditPoints::default();
@@ -141,7 +143,7 @@ impl StreamFacts {
             self.done_seen = true;
             return EditPoints::default();
         }
-        match Payload::read(payload, endpoint, dialect) {
+        match payloads.read(payload) {
             Ok(read) => {
                 let null_usage = read.null_usage.clone().map(|member| with_comma(payload, member));
                 EditPoints { null_usage, ..self.add(read) }

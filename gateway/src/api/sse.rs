@@ -152,10 +152,20 @@ impl Events {
 /// The payloads of the `data` lines of an event. A stream may begin with a byte order mark, which is no part of its first
 /// line.
 pub fn data_lines(event: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let event = event.strip_prefix(MARK).unwrap_or(event);
-    event.split(|b| matches!(b, b'\n' | b'\r')).filter_map(|line| {
+    lines(event.strip_prefix(MARK).unwrap_or(event)).filter_map(|line| {
         let data = line.strip_prefix(b"data:")?;
         Some(data.strip_prefix(b" ").unwrap_or(data))
+    })
+}
+
+/// What stands before, between and after the line ends of a text; between the two bytes of a CRLF is an empty line.
+fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let end = memchr2(b'\n', b'\r', text);
+        rest = end.map(|end| &text[end + 1..]);
+        Some(&text[..end.unwrap_or(text.len())])
     })
 }
 

@@ -1,11 +1,8 @@
 //! An event of a stream that is too long to be kept: read while it passes, in constant memory.
 
-use memchr::memchr2;
-use weir_proto::resource::Dialect;
-
-use super::endpoint::Endpoint;
 use super::payload::{Payload, PayloadReader};
 use crate::api::json_scanner::Fault;
+use memchr::memchr2;
 
 const DATA: &[u8] = b"data:";
 
@@ -31,14 +28,8 @@ enum Line {
 }
 
 impl LongEvent {
-    pub(super) fn new(endpoint: Endpoint, dialect: Dialect) -> Self {
-        Self {
-            payload: PayloadReader::new(endpoint, dialect),
-            fault: None,
-            line: Line::Begins(0),
-            data_bytes: 0,
-            counted: 0,
-        }
+    pub(super) fn new(payload: PayloadReader) -> Self {
+        Self { payload, fault: None, line: Line::Begins(0), data_bytes: 0, counted: 0 }
     }
 
     /// Reads the next part. Gives the bytes of content that it adds, those of data that is no JSON included: they count at

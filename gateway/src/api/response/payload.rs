@@ -17,7 +17,7 @@ use crate::api::usage::{Counts, Part, Usage};
 const MODELS_MAX: usize = 8;
 
 /// The facts of one payload.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Payload {
     pub(super) usage: Option<Usage>,
     /// The largest count of tokens that usage holds anywhere, sums and details included; zero without any.
@@ -100,7 +100,7 @@ pub(super) enum UntoldError {
 }
 
 /// Reads a payload piece by piece, in some hundred bytes of memory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PayloadReader {
     reader: Reader,
     facts: Facts,
@@ -127,7 +127,7 @@ impl PayloadReader {
 }
 
 /// Takes facts from the values in their places.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Facts {
     endpoint: Endpoint,
     dialect: Dialect,
@@ -155,7 +155,7 @@ struct Facts {
 }
 
 /// What is known of the choice that is read.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Choice {
     index: Option<u64>,
     finished: bool,

@@ -10,6 +10,7 @@ use weir_proto::resource::Dialect;
 use super::endpoint::Endpoint;
 use super::long_event::LongEvent;
 use super::payload::UntoldError;
+use super::repeated::Payloads;
 use super::{EditPoints, StreamFacts};
 use crate::api::json_edit::quoted;
 use crate::api::request::RouteKind;
@@ -114,8 +115,7 @@ impl Rewriter {
             mark: Some(0),
             events: Events::default(),
             reading: Reading {
-                endpoint: Endpoint::Of(plan.kind),
-                dialect: plan.dialect,
+                payloads: Payloads::new(Endpoint::Of(plan.kind), plan.dialect),
                 facts: StreamFacts { bounds: plan.bounds, ..StreamFacts::default() },
                 long: None,
                 error_event: None,
@@ -416,8 +416,7 @@ fn is_over(facts: &StreamFacts, ends_by_event: bool) -> bool {
 /// What is read of a stream, and how.
 #[derive(Debug)]
 struct Reading {
-    endpoint: Endpoint,
-    dialect: Dialect,
+    payloads: Payloads,
     facts: StreamFacts,
     /// The event that is too long to be kept, while it passes.
     long: Option<Box<LongEvent>>,
@@ -448,10 +447,10 @@ impl Reading {
 
     fn read(&mut self, piece: Piece<'_>) -> EditPoints {
         match piece {
-            Piece::Event(event) => self.facts.take(event, self.endpoint, self.dialect),
+            Piece::Event(event) => self.facts.take(event, &mut self.payloads),
             Piece::Part { bytes, last } => {
-                let (endpoint, dialect) = (self.endpoint, self.dialect);
-                let long = self.long.get_or_insert_with(|| Box::new(LongEvent::new(endpoint, dialect)));
+                let begin = || Box::new(LongEvent::new(self.payloads.reader()));
+                let long = self.long.get_or_insert_with(begin);
                 self.facts.content_bytes += long.feed(bytes);
                 match self.long.take_if(|_| last) {
                     Some(long) => self.facts.take_long(long.finish()),

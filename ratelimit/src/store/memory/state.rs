@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use super::store::{BucketStates, Reservation, Stage, State, TOMBSTONE_LIFE, later};
 use crate::model::call::{Acquire, Candidate, Decision, Outcome, Renewal, Settle, Settled};
-use crate::model::checks::{
-    self, Line, RESERVATION_LIFE, blank_limits, lines, reserved, reset, spent,
-};
+use crate::model::checks::{self, Line, RESERVATION_LIFE, blank_limits, lines, reserved, reset, spent};
 use crate::model::id::{OwnerId, ReservationId};
 use crate::model::key::Key;
 use crate::model::kind::Kind;
