@@ -205,7 +205,7 @@ fn gateway_config(args: &UpArgs, control_plane: &ControlPlaneHandle, k: u16) -> 
 }
 
 async fn limiter(args: &UpArgs) -> Result<AnyLimiter, Error> {
-    let Some(url) = &args.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
+    let Some(url) = &args.redis else { return Ok(AnyLimiter::from(MemoryLimiter::for_callers_here())) };
     let redis = RedisLimiter::connect(url, RedisOptions::default()).await.map_err(|e| {
         let reason = format!("--redis: {e}; start it (redis-server), or leave --redis out");
         Error::Start { code: weir_runtime::exit::UNAVAILABLE, reason }

@@ -276,7 +276,7 @@ async fn limiter_of(config: &Config, shared: Option<AnyLimiter>) -> Result<AnyLi
     if let Some(shared) = shared {
         return Ok(shared);
     }
-    let Some(url) = &config.redis else { return Ok(AnyLimiter::from(MemoryLimiter::new())) };
+    let Some(url) = &config.redis else { return Ok(AnyLimiter::from(MemoryLimiter::for_callers_here())) };
     // A short wait for Redis, so that a gateway shares the limits from its first request on. During a store outage it starts
     // with the local share of the limits.
     let options = RedisOptions { cold_start: config.cold_start, ..RedisOptions::default() };

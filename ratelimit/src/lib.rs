@@ -42,7 +42,7 @@ pub use model::call::{
 pub use model::cost::Cost;
 pub use model::error::{Error, Fault, Trouble};
 pub use model::id::{OwnerId, ReservationId};
-pub use model::key::{Key, Scope, limit_keys, scope_keys};
+pub use model::key::{Key, KeyMap, Scope, limit_keys, scope_keys};
 pub use model::kind::{Bucket, Kind};
 pub use model::leaky_bucket::FOREVER;
 pub use model::limiter::Limiter;

@@ -13,7 +13,7 @@ use crate::layers::deny_cache::DenyCache;
 use crate::model::call::{Acquire, Decision, Renewal};
 use crate::model::error::Error;
 use crate::model::id::ReservationId;
-use crate::model::key::Key;
+use crate::model::key::{Key, KeyMap};
 use crate::model::limiter::Limiter;
 
 /// The lease sets of one reservation.
@@ -26,7 +26,7 @@ pub struct LeaseBook(Arc<Mutex<Entries>>);
 #[derive(Debug, Default)]
 struct Entries {
     by_id: HashMap<ReservationId, Leases>,
-    counts: HashMap<Key, u32>,
+    counts: KeyMap<u32>,
 }
 
 impl LeaseBook {

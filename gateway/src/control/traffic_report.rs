@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use weir_proto::v1::{LimitReport, TrafficReport};
-use weir_ratelimit::{Cost, Decision, Key, Kind, LimitState, Mode, Outcome, ScopeLimits, Verdict, What};
+use weir_ratelimit::{Cost, Decision, KeyMap, Kind, LimitState, Mode, Outcome, ScopeLimits, Verdict, What};
 
 use crate::routing::declared::{DeclaredLimit, declared};
 use crate::routing::scope::{ScopeEntry, ScopeKind, what_name};
@@ -46,7 +46,7 @@ pub struct TrafficCounter {
     scopes: Mutex<Scopes>,
     /// What requests that ended used since the last report, by record; at most [`SCOPES_MAX`] of them. A lock of its own,
     /// which is held for some additions.
-    consumed: Mutex<HashMap<Key, [u64; Kind::COUNT]>>,
+    consumed: Mutex<KeyMap<[u64; Kind::COUNT]>>,
 }
 
 /// By kind, then by name.
@@ -225,7 +225,7 @@ impl Scopes {
         names.get_mut(name)
     }
 
-    fn take(&mut self, now: Instant, consumed: &HashMap<Key, [u64; Kind::COUNT]>) -> Vec<LimitReport> {
+    fn take(&mut self, now: Instant, consumed: &KeyMap<[u64; Kind::COUNT]>) -> Vec<LimitReport> {
         let mut reports = Vec::new();
         for (kind, names) in &mut self.by_kind {
             names.retain(|name, seen| {
@@ -288,6 +288,8 @@ const fn index(what: What) -> usize {
 #[cfg(test)]
 mod tests {
     use weir_ratelimit::Bucket;
+
+    use weir_ratelimit::Key;
 
     use super::*;
 
@@ -369,7 +371,7 @@ mod tests {
                 seen.limits[0] = Some(Limit { state, declared, at: Instant::now(), refusals: 0 });
             }
         }
-        let nothing = HashMap::new();
+        let nothing = KeyMap::default();
         assert_eq!(scopes.take(Instant::now(), &nothing).len(), SCOPES_MAX);
         tokio::time::advance(KNOWN_FOR * 2).await;
         // Reported once more without a level, then removed.

@@ -10,7 +10,6 @@
 //! Refusals because no lease or slot is free are not kept, because requests end at unknown times. A refusal is kept with its
 //! limits, so that a changed limit is asked again.
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -44,7 +43,6 @@ pub struct DenyCache {
     len: AtomicUsize,
     /// Counts how often units were given back, by the hash of the record.
     given_back: Box<[AtomicU64]>,
-    hasher: RandomState,
     answered: AtomicU64,
 }
 
@@ -76,7 +74,6 @@ impl Default for DenyCache {
             records: Mutex::new(RecentMap::new(RECORDS_MAX, LIFE)),
             len: AtomicUsize::new(0),
             given_back: (0..STRIPES).map(|_| AtomicU64::new(0)).collect(),
-            hasher: RandomState::new(),
             answered: AtomicU64::new(0),
         }
     }
@@ -162,7 +159,7 @@ impl DenyCache {
     }
 
     fn stripe(&self, key: &Key) -> &AtomicU64 {
-        &self.given_back[self.hasher.hash_one(key) as usize % STRIPES]
+        &self.given_back[key.hash_known() as usize % STRIPES]
     }
 
     fn records(&self) -> MutexGuard<'_, Records> {

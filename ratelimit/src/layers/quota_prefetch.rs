@@ -41,7 +41,7 @@ use crate::model::checks::{self, reserved, spent};
 use crate::model::data_set::DataSetsLost;
 use crate::model::error::{Error, Trouble};
 use crate::model::id::{OwnerId, ReservationId};
-use crate::model::key::Key;
+use crate::model::key::{Key, KeyMap};
 use crate::model::kind::Kind;
 use crate::model::leaky_bucket;
 use crate::model::limiter::Limiter;
@@ -87,7 +87,7 @@ struct Inner<L> {
 type Prefetched = SmallVec<[Taken; 2]>;
 
 struct State {
-    quotas: HashMap<Key, Quota>,
+    quotas: KeyMap<Quota>,
     /// Admissions of which a part came from quota that is not settled.
     open: HashMap<ReservationId, Prefetched>,
     /// The same after the settlement of that part, so that a second settlement is recognised.
@@ -106,7 +106,7 @@ struct Taken {
 impl Default for State {
     fn default() -> Self {
         let ended = RecentMap::new(ENDED_MAX, Duration::MAX);
-        Self { quotas: HashMap::new(), open: HashMap::new(), ended, clock: None }
+        Self { quotas: KeyMap::default(), open: HashMap::new(), ended, clock: None }
     }
 }
 

@@ -11,8 +11,11 @@
 //! Names that are DNS names are used as they are, so that an operator can read them; anything else becomes
 //! `h-` and half of its SHA-256. What looks like such a digest is hashed too, so nobody can choose another's key.
 
-use std::fmt::Write as _;
-use std::sync::Arc;
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::fmt::{self, Write as _};
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
+use std::sync::{Arc, LazyLock};
 
 use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
@@ -20,13 +23,83 @@ use smallvec::SmallVec;
 use crate::model::id::ReservationId;
 
 /// Names a scope's record in the store; built only in this module.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key(Arc<str>);
+#[derive(Clone)]
+pub struct Key {
+    text: Arc<str>,
+    /// Keyed, and computed once: a key is looked up some dozen times for each request.
+    hash: u64,
+}
+
+/// A map by key.
+pub type KeyMap<V> = HashMap<Key, V, BuildHasherDefault<KnownHash>>;
 
 impl Key {
+    fn new(text: String) -> Self {
+        static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        Self { hash: KEYS.hash_one(&text), text: text.into() }
+    }
+
     /// The key as the store sees it.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// A keyed hash of it.
+    pub(crate) const fn hash_known(&self) -> u64 {
+        self.hash
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash && (Arc::ptr_eq(&self.text, &other.text) || self.text == other.text)
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.text.cmp(&other.text)
+    }
+}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Key").field(&self.text).finish()
+    }
+}
+
+/// Takes the hash that a key has.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct KnownHash(u64);
+
+impl Hasher for KnownHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    /// For what is no key: FNV-1a.
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
     }
 }
 
@@ -72,7 +145,7 @@ pub fn scope_keys(scope: Scope<'_>) -> (Key, Key) {
 /// The record and the lease set of a limit resource over a scope. Each has its own beside those of the scope's own limits,
 /// so that several limits over one scope hold each for itself.
 pub fn limit_keys(scope: Scope<'_>, limit: &str) -> (Key, Key) {
-    let of = |key: Key| build(format_args!("{}:l:{}", key.0, name(limit)));
+    let of = |key: Key| build(format_args!("{}:l:{}", key.text, name(limit)));
     (of(scope.key('s')), of(scope.key('c')))
 }
 
@@ -134,7 +207,7 @@ impl Key {
 
     /// The record (or lease set) of a scope's budget in the period of that label.
     pub fn budget(of: &Key, period: &str) -> Key {
-        build(format_args!("{}:b:{}", of.0, name(period)))
+        build(format_args!("{}:b:{}", of.text, name(period)))
     }
 
     /// What a tenant used on a day, written `2026-11-23`.
@@ -184,7 +257,7 @@ impl Key {
 
     /// What all processes have taken ahead of a scope lately.
     pub(crate) fn prefetch(of: &Key) -> Key {
-        build(format_args!("{}:a", of.0))
+        build(format_args!("{}:a", of.text))
     }
 
     /// When the data set was born. One key, kept for ever.
@@ -210,13 +283,13 @@ impl Key {
 
     /// What is between the braces: keys with the same tag share a slot.
     pub fn tag(&self) -> &str {
-        let inner = self.0.split_once('{').and_then(|(_, rest)| rest.split_once('}'));
+        let inner = self.text.split_once('{').and_then(|(_, rest)| rest.split_once('}'));
         inner.map_or("g", |(tag, _)| tag)
     }
 }
 
 fn build(text: std::fmt::Arguments<'_>) -> Key {
-    Key(Arc::from(text.to_string()))
+    Key::new(text.to_string())
 }
 
 /// A name as it appears inside a key.

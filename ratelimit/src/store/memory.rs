@@ -45,6 +45,12 @@ impl MemoryLimiter {
         Self { epoch: Instant::now(), state: Mutex::default() }
     }
 
+    /// Creates a limiter whose callers are in this process: with no network in between it need not remember for minutes what
+    /// was settled.
+    pub fn for_callers_here() -> Self {
+        Self { state: Mutex::new(State::here()), ..Self::new() }
+    }
+
     /// Locks the state, removes a few expired entries and returns the time of the call. The time is read under the
     /// lock, so it never runs backwards.
     fn enter(&self) -> (MutexGuard<'_, State>, u64) {

@@ -28,6 +28,8 @@ use super::framing::{HeadBounds, Violation};
 
 /// Bytes that hyper may hold of a head beyond its bound.
 const HEAD_SLACK_BYTES: usize = 8 << 10;
+/// Fields that hyper takes by itself. Told another number, it makes its tables on the heap, for each head.
+const HYPER_FIELDS: usize = 100;
 /// The longest time to write a refusal.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time for which the bytes that a client sends after its answer are read, in all and between two reads: nginx's
@@ -205,12 +207,12 @@ async fn http1<I: Transport>(
         Answering { answer: handler.handle(client.clone(), request), body_of, connection }
     });
     let mut builder = http1::Builder::new();
-    // The connection's own clock times heads. hyper's bounds are above those of the framing check, so that the
+    // The connection's own clock times heads. hyper's bounds are not below those of the framing check, so that the
     // framing check refuses first.
-    builder
-        .header_read_timeout(None)
-        .max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES)
-        .max_headers(bounds.head.fields + 1);
+    builder.header_read_timeout(None).max_buf_size(bounds.head.bytes + HEAD_SLACK_BYTES);
+    if bounds.head.fields > HYPER_FIELDS {
+        builder.max_headers(bounds.head.fields);
+    }
     let mut driver = builder.serve_connection(TokioIo::new(framed), service);
     let end = until_asked(&connection, |cx| {
         if let Some(why) = connection.poll_cut(cx) {

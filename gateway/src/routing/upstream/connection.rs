@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 /// The largest head of an answer, bytes. hyper's own bound of 400 KiB would be memory of each stream.
 pub const HEAD_BYTES_MAX: usize = 16 << 10;
-/// The most fields of it.
+/// The most fields of it: hyper's own number. Told one, it makes its tables on the heap, for each head.
 pub const HEAD_FIELDS_MAX: usize = 100;
 
 /// What is read at a time, bytes: what a client that takes nothing holds. One less than hyper's smallest buffer, since a read
@@ -71,7 +71,7 @@ impl Connection {
         let heard = Arc::<AtomicBool>::default();
         let io = TokioIo::new(Noting { io: TokioIo::new(io).take(READ_MAX), heard: heard.clone() });
         let mut settings = http1::Builder::new();
-        settings.max_headers(HEAD_FIELDS_MAX).max_buf_size(HEAD_BYTES_MAX);
+        settings.max_buf_size(HEAD_BYTES_MAX);
         let (sender, driver) = settings.handshake(io).await?;
         Ok(Box::new(Self { sender, driver: Some(driver), heard }))
     }

@@ -4,10 +4,9 @@
 //! before stays used up. A record is removed when its buckets have drained, however old it is: a record that is removed
 //! earlier would lift a limit that is used up. So where all records count, new ones are not taken in.
 
-use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use crate::model::key::Key;
+use crate::model::key::{Key, KeyMap};
 use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, FOREVER, Terms};
 use crate::model::limits::{LimitState, ScopeLimits, What};
@@ -29,9 +28,9 @@ pub(super) struct LastSeen(Mutex<SeenState>);
 
 #[derive(Debug, Default)]
 struct SeenState {
-    records: HashMap<Key, [Option<SeenBucket>; Kind::COUNT]>,
+    records: KeyMap<[Option<SeenBucket>; Kind::COUNT]>,
     /// Requests in flight, by the key of the lease set.
-    in_flight: HashMap<Key, u32>,
+    in_flight: KeyMap<u32>,
 }
 
 impl LastSeen {
@@ -84,7 +83,7 @@ impl LastSeen {
     }
 }
 
-fn note_in_flight(seen: &mut HashMap<Key, u32>, leases: &Key, live: u32) {
+fn note_in_flight(seen: &mut KeyMap<u32>, leases: &Key, live: u32) {
     if let Some(known) = seen.get_mut(leases) {
         *known = live;
         return;

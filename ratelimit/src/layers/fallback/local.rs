@@ -17,7 +17,7 @@ use crate::model::checks::TOMBSTONE_LIFE;
 use crate::model::cost::Cost;
 use crate::model::error::Error;
 use crate::model::id::ReservationId;
-use crate::model::key::Key;
+use crate::model::key::{Key, KeyMap};
 use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::limits::{LimitState, Mode, ScopeLimits, Verdict, What, WithoutStore};
@@ -90,13 +90,13 @@ pub(super) struct Local {
     epoch: Instant,
     limiter: MemoryLimiter,
     grants: HashMap<ReservationId, Grant>,
-    records: HashMap<Key, LocalRecord>,
+    records: KeyMap<LocalRecord>,
     usage: HashMap<(Key, Arc<str>), UnreportedUsage>,
     pub(super) pending: VecDeque<Pending>,
     /// Settlements that the store may have carried out, and since when. Each of them waits in this state too.
     doubtful: HashMap<ReservationId, Instant>,
     /// When local decisions began, in microseconds, and the leases of the store that this process held then.
-    engaged: Option<(f64, HashMap<Key, u32>)>,
+    engaged: Option<(f64, KeyMap<u32>)>,
 }
 
 impl Local {
@@ -105,7 +105,7 @@ impl Local {
             epoch,
             limiter: MemoryLimiter::since(epoch),
             grants: HashMap::new(),
-            records: HashMap::new(),
+            records: KeyMap::default(),
             usage: HashMap::new(),
             pending: VecDeque::new(),
             doubtful: HashMap::new(),
@@ -129,7 +129,7 @@ impl Local {
         if self.engaged.is_some() {
             return;
         }
-        let mut own: HashMap<Key, u32> = HashMap::new();
+        let mut own = KeyMap::<u32>::default();
         held.each(|id, lease| {
             self.limiter.hold(id, &lease.leases, HELD_LIFE);
             for key in &lease.leases {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::store::{BucketStates, Reservation, Stage, State, TOMBSTONE_LIFE, later};
+use super::store::{BucketStates, Reservation, Stage, State, later};
 use crate::model::call::{Acquire, Candidate, Decision, Outcome, Renewal, Settle, Settled};
 use crate::model::checks::{self, Line, RESERVATION_LIFE, blank_limits, lines, reserved, reset, spent};
 use crate::model::id::{OwnerId, ReservationId};
@@ -141,7 +141,7 @@ impl State {
         for key in call.scopes.iter().map(|scope| &scope.leases).chain(&call.slot) {
             self.drop_lease(key, call.id);
         }
-        let expires = later(now, TOMBSTONE_LIFE);
+        let expires = later(now, self.tombstone_life);
         let ended = match stage {
             Some(Stage::Open) => Some(Stage::Settled),
             None => Some(Stage::NeverGranted),

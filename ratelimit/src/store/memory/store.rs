@@ -7,29 +7,31 @@ use std::time::Duration;
 
 use super::leases::Leases;
 use crate::model::call::Candidate;
-use crate::model::checks::{Line, micros};
+use crate::model::checks::{Line, TOMBSTONE_LIFE, micros};
 use crate::model::id::ReservationId;
-use crate::model::key::Key;
+use crate::model::key::{Key, KeyMap};
 use crate::model::kind::Kind;
 use crate::model::leaky_bucket::{BucketState, Terms};
 use crate::model::usage::Tally;
 
 /// Expired entries that one call removes.
 const SWEEP_MAX: usize = 16;
-/// For how long it is remembered that a reservation was settled. Shorter than in Redis: no network is in between, so a call
-/// that is repeated comes within seconds.
-pub(super) const TOMBSTONE_LIFE: Duration = Duration::from_secs(60);
+/// For how long it is remembered that a reservation was settled, where no network is in between: who repeats a call does so
+/// within seconds.
+const TOMBSTONE_LIFE_HERE: Duration = Duration::from_secs(30);
 /// The time for which a record outlives its last bucket state.
 const MARGIN: Duration = Duration::from_secs(10);
 
 pub(super) type BucketStates = [BucketState; Kind::COUNT];
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct State {
-    records: HashMap<Key, Record>,
-    pub(super) leases: HashMap<Key, Leases>,
+    /// For how long it is remembered that a reservation was settled.
+    pub(super) tombstone_life: Duration,
+    records: KeyMap<Record>,
+    pub(super) leases: KeyMap<Leases>,
     reservations: HashMap<ReservationId, Reservation>,
-    pub(super) usage: HashMap<Key, Day>,
+    pub(super) usage: KeyMap<Day>,
     /// The time of the next check of every entry that can expire. Each entry is queued once.
     pub(super) due: BinaryHeap<Reverse<(u64, Due)>>,
 }
@@ -73,7 +75,25 @@ pub(super) enum Due {
     Reservation(ReservationId),
 }
 
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            tombstone_life: TOMBSTONE_LIFE,
+            records: KeyMap::default(),
+            leases: KeyMap::default(),
+            reservations: HashMap::default(),
+            usage: KeyMap::default(),
+            due: BinaryHeap::default(),
+        }
+    }
+}
+
 impl State {
+    /// For callers of this process.
+    pub(super) fn here() -> Self {
+        Self { tombstone_life: TOMBSTONE_LIFE_HERE, ..Self::default() }
+    }
+
     /// Removes a few expired entries.
     pub(super) fn sweep(&mut self, now: u64) {
         for _ in 0..SWEEP_MAX {
@@ -116,7 +136,7 @@ impl State {
                     if left.is_none() {
                         self.reservations.remove(id);
                     }
-                    left.map(|at| at.min(later(now, TOMBSTONE_LIFE)))
+                    left.map(|at| at.min(later(now, self.tombstone_life)))
                 }
             };
             if let Some(at) = again {
@@ -189,7 +209,7 @@ impl State {
     /// Writes a reservation. Most reservations are settled soon, so the first check is at the time when a tombstone
     /// expires.
     pub(super) fn write_reservation(&mut self, id: ReservationId, reservation: Reservation, now: u64) {
-        let first_look = later(now, TOMBSTONE_LIFE);
+        let first_look = later(now, self.tombstone_life);
         if self.reservations.insert(id, reservation).is_none() {
             self.due.push(Reverse((first_look, Due::Reservation(id))));
         }
