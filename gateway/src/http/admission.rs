@@ -15,7 +15,7 @@ use super::{refusal, slot_round};
 use crate::error::{GatewayError, RETRY_SOON};
 use crate::limits::account_groups::CandidateGroups;
 use crate::limits::ledger::LEASE_TTL;
-use crate::limits::reservation::{Asked, Reservation, Subject};
+use crate::limits::reservation::{Asked, Reservation};
 use crate::metrics::{LimiterLabels, WaitLabels};
 use crate::routing::balance::Candidate;
 use crate::routing::model_use::ModelUse;
@@ -83,8 +83,8 @@ pub(super) async fn admit(
 /// When one of so many leases is likely free that this request would hold.
 fn next_free(call: &ModelCall<'_>) -> impl Fn(u64) -> Duration {
     move |places| {
-        let Subject { tenant, model, .. } = call.subject();
-        let known = call.call.gateway.ledger.estimates.next_free(&tenant, &model, places);
+        let (tenant, model) = (&call.call.key.tenant.queue, &call.model.queue);
+        let known = call.call.gateway.ledger.estimates.next_free(tenant, model, places);
         known.unwrap_or(RETRY_SOON)
     }
 }
@@ -211,7 +211,12 @@ impl Admission<'_, '_> {
         let gateway = self.call.call.gateway;
         let began = Instant::now();
         // On the heap: the request's future would hold all layers of the limiter.
-        let asked = Box::pin(Reservation::ask(&gateway.ledger, acquire, Some(self.call.subject()))).await;
+        let asked = Box::pin(Reservation::ask(
+            &gateway.ledger,
+            acquire,
+            Some(self.call.subject(self.limits.model_use)),
+        ))
+        .await;
         let Asked { decision, reservation, from_deny_cache } = asked;
         let outcome = match &decision {
             Ok(Decision { outcome: Outcome::Granted { .. }, .. }) => "granted",

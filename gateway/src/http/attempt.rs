@@ -310,19 +310,43 @@ impl From<GatewayError> for Failure {
 /// # Errors
 /// What failed, and whose fault it is; nothing of it is recorded yet.
 pub async fn send(target: &Target, outgoing: Outgoing) -> Result<Answer, Failure> {
-    let response = respond(target, &outgoing).await?;
-    let (head, rest) = response.into_parts();
+    let begun = timeout_at(outgoing.begins_by(), begin(target, &outgoing)).await;
+    let (head, begun) = begun.map_err(|_| late(&outgoing))??;
+    match begun {
+        Beginning::Refusal(rest) => refused(&outgoing, head, rest).await,
+        Beginning::Stream(begun, rest) => streamed(&outgoing, head, begun, rest).await,
+        Beginning::Whole(body, room) => unary(&outgoing, head, body, room),
+    }
+}
+
+/// What there is of an answer when it has begun.
+enum Beginning {
+    /// The head of a refusal.
+    Refusal(AnswerBody),
+    /// The first event of a stream.
+    Stream(Begun, AnswerBody),
+    /// All of an answer that is not streamed.
+    Whole(Bytes, Room),
+}
+
+/// Sends a request, and reads its answer up to where it has begun.
+async fn begin(target: &Target, outgoing: &Outgoing) -> Result<(http::response::Parts, Beginning), Failure> {
+    let (head, mut rest) = respond(target, outgoing).await?.into_parts();
     if !head.status.is_success() {
-        return refused(&outgoing, head, rest).await;
+        return Ok((head, Beginning::Refusal(rest)));
     }
     if let Some(coding) = headers::coding(&head.headers) {
         let reason = format_args!("it is encoded ({coding}), which the request did not accept");
         return Err(Failure::invalid(head.status, reason));
     }
-    match target.stream {
-        true => streamed(&outgoing, head, rest).await,
-        false => unary(&outgoing, head, rest).await,
-    }
+    let begun = match target.stream {
+        true => Beginning::Stream(first_event::read(&mut rest).await, rest),
+        false => {
+            let (body, room) = read_unary(outgoing, Bytes::new(), rest).await?;
+            Beginning::Whole(body, room)
+        }
+    };
+    Ok((head, begun))
 }
 
 /// The head of the answer.
@@ -340,9 +364,7 @@ async fn respond(target: &Target, outgoing: &Outgoing) -> Result<Response<Answer
         *request.headers_mut() = headers;
         request
     };
-    let sent = timeout_at(outgoing.begins_by(), target.backend.upstream.send(request))
-        .await
-        .map_err(|_| late(outgoing))?;
+    let sent = target.backend.upstream.send(request).await;
     sent.map_err(|error| unanswered(&target.backend, &error))
 }
 
@@ -394,11 +416,10 @@ fn broken(seen: &str) -> Failure {
 async fn streamed(
     outgoing: &Outgoing,
     head: http::response::Parts,
-    mut rest: AnswerBody,
+    begun: Begun,
+    rest: AnswerBody,
 ) -> Result<Answer, Failure> {
     let (status, headers) = (head.status, head.headers);
-    let begun =
-        timeout_at(outgoing.begins_by(), first_event::read(&mut rest)).await.map_err(|_| late(outgoing))?;
     match begun {
         Begun::Event { bytes, payload } => match payload.filter(|p| is_error_object(p) == Ok(true)) {
             // Nothing was said to the client yet: another backend may do better.
@@ -429,13 +450,13 @@ async fn streamed(
 }
 
 /// A complete answer to a request for one.
-async fn unary(
+fn unary(
     outgoing: &Outgoing,
     head: http::response::Parts,
-    rest: AnswerBody,
+    body: Bytes,
+    room: Room,
 ) -> Result<Answer, Failure> {
     let (status, headers) = (head.status, head.headers);
-    let (body, room) = read_all(outgoing, Bytes::new(), rest).await?;
     let read = ReadAnswer::of(&body, outgoing.kind, outgoing.dialect).unwrap_or_default();
     if read.is_error {
         return error_under_success(outgoing, (status, headers), body);

@@ -17,6 +17,7 @@ use crate::limits::price;
 use crate::limits::reservation::Subject;
 use crate::routing::balance::{Candidates, prefix_hash, stable_hash};
 use crate::routing::entries::{KeyEntry, ModelEntry};
+use crate::routing::model_use::ModelUse;
 use crate::routing::probation::Probation;
 use crate::routing::snapshot::Snapshot;
 
@@ -101,11 +102,12 @@ impl ModelCall<'_> {
     }
 
     /// Whom and what its reservation is for.
-    pub(super) fn subject(&self) -> Subject {
+    pub(super) fn subject(&self, model_use: &ModelUse) -> Subject {
         let request = &self.call.request;
         Subject {
             tenant: self.call.key.tenant.queue.clone(),
             model: self.model.queue.clone(),
+            record: model_use.record.clone(),
             prompt_bytes: request.text_only.then_some(request.prompt_bytes),
             choices: request.choices,
         }

@@ -52,11 +52,9 @@ pub fn write_wait(headers: &mut HeaderMap, waited: Duration) {
 /// The headers of a request to a backend, under our request id. The backend's own credential is added by the caller.
 pub fn to_backend(client: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(FORWARDED.len() + 5);
-    for name in &FORWARDED {
-        for value in client.get_all(name) {
-            if !named_by_connection(client, name) {
-                out.append(name, value.clone());
-            }
+    for (name, value) in client {
+        if FORWARDED.contains(name) && !named_by_connection(client, name) {
+            out.append(name, value.clone());
         }
     }
     out.insert(REQUEST_ID, request_id);
@@ -73,13 +71,14 @@ pub fn to_backend(client: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
 /// so is a `Content-Type` that does not fit it ([`content_type`]).
 pub fn to_client(upstream: &HeaderMap, request_id: HeaderValue) -> HeaderMap {
     let mut out = HeaderMap::with_capacity(ANSWERED.len() + 8);
-    for name in &ANSWERED {
-        let value = upstream.get(name).filter(|value| {
+    let mut last = None;
+    for (name, value) in upstream {
+        // Of repeated ones, which stand together, the first counts.
+        if ANSWERED.contains(name) && last.replace(name) != Some(name) {
             let plain = value.to_str().is_ok();
-            plain && value.len() <= ANSWERED_MAX_BYTES && !named_by_connection(upstream, name)
-        });
-        if let Some(value) = value {
-            out.insert(name, value.clone());
+            if plain && value.len() <= ANSWERED_MAX_BYTES && !named_by_connection(upstream, name) {
+                out.insert(name, value.clone());
+            }
         }
     }
     out.insert(REQUEST_ID, request_id);

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use jiff::civil::Date;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -13,7 +12,6 @@ use weir_ratelimit::{
 };
 
 use super::ledger::{Job, Ledger};
-use crate::routing::spend_period;
 
 /// Tokens by which a stream may exceed its charges. Output beyond the reservation is charged in steps of this size,
 /// so that a long answer counts in its limits while it runs.
@@ -26,6 +24,8 @@ pub struct Subject {
     pub tenant: Arc<str>,
     /// The model's name.
     pub model: Arc<str>,
+    /// The record of what the tenant uses on the day of the admission.
+    pub record: Key,
     /// Bytes of the prompt; `None` if they say little about its tokens.
     pub prompt_bytes: Option<u64>,
     /// The number of answers asked for, at least one.
@@ -62,8 +62,6 @@ pub struct Reservation {
     actual: Cost,
     /// The cost that was charged beyond the reservation while the answer streamed.
     stepped: Cost,
-    /// The day of its usage record: that of its admission.
-    day: Date,
     /// The part that the usage record has already.
     noted: Tally,
     /// `None` for a reservation at a provider account alone.
@@ -88,7 +86,6 @@ impl Reservation {
             elsewhere: None,
             ledger: ledger.clone(),
             id,
-            day: spend_period::day_of(weir_runtime::wall_clock()),
             noted: Tally::default(),
             scopes,
             reserved,
@@ -264,13 +261,16 @@ impl Reservation {
     fn usage(&self, used: &Cost) -> Option<Usage> {
         let subject = self.subject.as_ref()?;
         let tally = Tally::of(used).minus(self.noted);
-        let record = || Key::usage(&subject.tenant, &self.day.to_string());
-        (!tally.is_zero()).then(|| Usage { record: record(), model: subject.model.clone(), tally })
+        (!tally.is_zero()).then(|| Usage {
+            record: subject.record.clone(),
+            model: subject.model.clone(),
+            tally,
+        })
     }
 
     /// Teaches the estimates what the provider counted for a complete answer.
     pub fn learn(&self, prompt: Option<u64>, completion: Option<u64>) {
-        let Some(Subject { tenant, model, prompt_bytes, choices }) = &self.subject else { return };
+        let Some(Subject { tenant, model, prompt_bytes, choices, .. }) = &self.subject else { return };
         if let (Some(bytes), Some(tokens)) = (prompt_bytes, prompt) {
             self.ledger.estimates.learn_prompt(model, *bytes, tokens);
         }

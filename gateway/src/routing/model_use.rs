@@ -1,13 +1,13 @@
 //! What all requests of a key for a model have in common, made for the first of them.
 //!
-//! It belongs to one snapshot and goes with it, so nothing in it is ever out of date but a budget's period.
+//! It belongs to one snapshot and goes with it, so nothing in it is ever out of date but the day.
 
 use std::collections::HashMap;
 use std::ptr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::SystemTime;
 
-use weir_ratelimit::Scopes;
+use weir_ratelimit::{Key, Scopes};
 
 use super::entries::{KeyEntry, ModelEntry};
 use super::scope::ScopeEntry;
@@ -28,8 +28,10 @@ pub struct ModelUse {
     pub entries: Box<[ScopeEntry]>,
     /// The same, as the limiter takes them.
     pub scopes: Scopes,
-    /// When the first of the budgets begins anew.
-    until: Option<SystemTime>,
+    /// The record of what the tenant uses today.
+    pub record: Key,
+    /// The end of the day, in UTC, with which every period of a budget ends too.
+    until: SystemTime,
     /// Where its requests are counted.
     pub series: RequestSeries,
 }
@@ -55,7 +57,7 @@ impl Snapshot {
         let part = self.uses.part(pair);
         // Whole entries are put in, so a poisoned lock guards a table that is right.
         let known = part.read().unwrap_or_else(PoisonError::into_inner).get(&pair).cloned();
-        if let Some(known) = known.filter(|known| known.until.is_none_or(|until| now < until)) {
+        if let Some(known) = known.filter(|known| now < known.until) {
             return known;
         }
         let made = Arc::new(ModelUse::of(self, key, model, now));
@@ -72,10 +74,11 @@ impl ModelUse {
     fn of(snapshot: &Snapshot, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Self {
         let own = snapshot.scopes(key, &model.name);
         let budgets = spend_period::scopes(&own, now);
-        let until = budgets.iter().filter_map(|budget| budget.renews).min();
+        let (day, until) = spend_period::today(now);
         let entries: Box<[ScopeEntry]> = own.into_iter().cloned().chain(budgets).collect();
         let scopes = entries.iter().map(|entry| entry.limits.clone()).collect();
         let series = RequestSeries::of(key.tenant.name.clone(), model.name.clone());
-        Self { entries, scopes, until, series }
+        let record = Key::usage(key.tenant.name.as_str(), &day.to_string());
+        Self { entries, scopes, record, until, series }
     }
 }

@@ -24,6 +24,14 @@ pub(crate) fn day_of(time: SystemTime) -> Date {
     TimeZone::UTC.to_datetime(time).date().max(FIRST_DAY)
 }
 
+/// The day of a time, in UTC, and its end.
+pub(crate) fn today(time: SystemTime) -> (Date, SystemTime) {
+    let day = day_of(time);
+    let end = TimeZone::UTC.to_timestamp(day.saturating_add(1.day()).to_datetime(Default::default()));
+    // Without an end, a day that is wrong is looked at again each time.
+    (day, end.map_or(time, Into::into))
+}
+
 /// Parses a day such as `2026-11-23`, from 1970 to 9999.
 pub(crate) fn parse_day(text: &str) -> Option<Date> {
     let mut parts = text.splitn(3, '-');

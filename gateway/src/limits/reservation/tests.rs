@@ -115,7 +115,13 @@ impl World {
 }
 
 fn subject() -> Subject {
-    Subject { tenant: "acme".into(), model: "m".into(), prompt_bytes: None, choices: 1 }
+    Subject {
+        tenant: "acme".into(),
+        model: "m".into(),
+        record: Key::usage("acme", "2026-11-23"),
+        prompt_bytes: None,
+        choices: 1,
+    }
 }
 
 #[tokio::test(start_paused = true)]
