@@ -5,6 +5,7 @@
 //! soon as it can. Everything that a process writes to standard error goes this way: events, panics, and the last
 //! message of a process that fails.
 
+mod json;
 mod panics;
 mod queue;
 
@@ -54,7 +55,7 @@ pub fn init_logs(filter: &str) -> Result<(), String> {
         fmt().with_max_level(LevelFilter::TRACE).with_writer(|| Line(queue)).log_internal_errors(false);
     let started = match queue.form() {
         Form::Text => builder.finish().with(filter).try_init().is_ok(),
-        Form::Json => builder.json().flatten_event(true).finish().with(filter).try_init().is_ok(),
+        Form::Json => builder.event_format(json::JsonLines).finish().with(filter).try_init().is_ok(),
     };
     if started {
         panics::log_panics(queue);
