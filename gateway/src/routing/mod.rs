@@ -14,6 +14,7 @@ pub mod entries;
 pub mod own_probes;
 pub mod pool_state;
 pub mod probation;
+pub mod roster;
 pub mod scope;
 pub mod snapshot;
 pub mod upstream;

@@ -62,7 +62,7 @@ fn full_call(groups: &CandidateGroups, accounts: &Accounts, candidates: &[balanc
     let candidate = |candidate: &balance::Candidate| Candidate {
         leases: Key::backend_slots(&format!("b{}", candidate.index)),
         max_concurrency: candidate.slots,
-        bound: Some(Bound { millionths: 500_000, estimate: 3 }),
+        bound: Some(Bound { millionths: 500_000, elsewhere: 0, estimate: 3 }),
     };
     Acquire {
         id: ReservationId::nil(),

@@ -78,7 +78,7 @@ fn policy(tenant: &str, wait: Duration) -> QueuePolicy {
         priority: Priority::Normal,
         deadline: Instant::now() + 600 * SECOND,
         scopes: SmallVec::from_elem(wait, 4),
-        slots: Some(SlotQueue { queue: "m".into(), max_wait: wait, bound: 3 }),
+        slots: Some(SlotQueue { queue: "m".into(), max_wait: wait, bound: 3, places: None }),
         bytes: 10,
         alternatives: Alternatives::new(),
     }
@@ -368,7 +368,8 @@ fn coming_and_going_gains_a_tenant_nothing() {
         priority: Priority::Normal,
         cost: Cost::of_request(1, 0, 0),
         bytes: 0,
-        places: vec![],
+        places: Arc::default(),
+        slots: None,
         wakes: vec![],
         handle: (),
     };
