@@ -154,6 +154,7 @@ impl PoolState {
         }
         let mut inner = self.inner();
         let now = Instant::now();
+        roster.views().expire();
         let Inner { choose, by_priority, balancers, ejector, .. } = &mut *inner;
         let views: Vec<View> = active
             .iter()

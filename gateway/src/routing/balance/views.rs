@@ -9,14 +9,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::affinity::Loads;
-use super::choose::{ChooseConfig, FEW, Policy, served};
+use super::policy::{ChooseConfig, FEW, Policy, served};
 use super::schedule::{Entries, Scheduler, Urn};
 use super::speed::Speeds;
 use super::weight::{Usability, View};
 
 /// Views are not used for longer. Short beside the time between two reports of what other gateways have in flight, and as
 /// long as that between two computations of speeds.
-const AGE_MAX: Duration = Duration::from_millis(100);
+pub(super) const AGE_MAX: Duration = Duration::from_millis(100);
 
 /// The views of a model's backends, arranged for choices.
 #[derive(Debug, Default)]
@@ -52,6 +52,11 @@ impl Views {
         });
         self.left = if fresh { self.left - 1 } else { 0 };
         fresh
+    }
+
+    /// They are not used again: what was chosen by them was full.
+    pub fn expire(&mut self) {
+        self.left = 0;
     }
 
     /// Arranges these views.
@@ -105,6 +110,3 @@ impl Views {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -393,3 +393,23 @@ fn coming_and_going_gains_a_tenant_nothing() {
     }
     assert_eq!(served.into_iter().collect::<String>(), "abababab");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_release_at_any_of_many_backends_wakes_who_named_only_some_of_them() {
+    let process = process();
+    let another = Key::backend_slots("another");
+    let places = [(Key::backend_slots("b"), 1), (another.clone(), 1)].into_iter().collect();
+    let holder = call(&[], 1, slot(1));
+    assert!(process.ask(&holder, &policy("a", Duration::ZERO)).await.gave_up.is_none());
+    let mut policy = policy("a", SECOND);
+    policy.slots.as_mut().expect("it waits for slots").places = Some(Arc::new(places));
+    let mut tasks = JoinSet::new();
+    process.spawn(&mut tasks, "waiter", call(&[], 1, slot(1)), policy);
+    process.waiters(1).await;
+    for (key, asks) in [(&another, 1), (&Key::backend_slots("of another model"), 0)] {
+        let before = process.asks.load(Ordering::Relaxed);
+        process.waiting.released([key]);
+        sleep(Duration::from_micros(10)).await;
+        assert_eq!(process.asks.load(Ordering::Relaxed) - before, asks, "{key:?}");
+    }
+}

@@ -2,10 +2,11 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::super::choose::{Balancer, Candidate, Candidates};
+use super::super::views::AGE_MAX;
 use super::super::weight::tests::idle;
 use super::*;
 
@@ -216,12 +217,21 @@ fn views_serve_no_longer_than_their_time() {
     all[..700].iter_mut().for_each(|view| view.usability = Usability::Unhealthy);
     let (mut balancer, mut views) = (Balancer::default(), Views::default());
     let (config, mut chance, start) = (with(Policy::Random), uniform(3), Instant::now());
-    let mut choose = |all: &[View], now| {
-        balancer.few(&config, &mut views, None, (all.len(), |index| all[index]), now, &mut chance)
+    let mut choose = |all: &[View], views: &mut Views, now| {
+        balancer.few(&config, views, None, (all.len(), |index| all[index]), now, &mut chance)
     };
-    choose(&all, start);
+    choose(&all, &mut views, start);
     all[..700].iter_mut().for_each(|view| view.usability = Usability::Healthy);
-    assert!(choose(&all, start + AGE_MAX).iter().all(|c| c.index >= 700), "they are not looked at yet");
+    assert!(
+        choose(&all, &mut views, start + AGE_MAX).iter().all(|c| c.index >= 700),
+        "they are not looked at yet"
+    );
+    views.expire();
+    assert!(choose(&all, &mut views, start).iter().any(|c| c.index < 700), "at once, if they are of no use");
+    all[..700].iter_mut().for_each(|view| view.usability = Usability::Unhealthy);
+    views.expire();
+    choose(&all, &mut views, start);
+    all[..700].iter_mut().for_each(|view| view.usability = Usability::Healthy);
     let later = start + AGE_MAX + Duration::from_millis(1);
-    assert!(choose(&all, later).iter().any(|c| c.index < 700), "they are back");
+    assert!(choose(&all, &mut views, later).iter().any(|c| c.index < 700), "they are back");
 }
