@@ -5,7 +5,7 @@ use std::hash::Hash;
 
 use tokio::time::Instant;
 
-use super::choose::{Candidate, Candidates};
+use super::choose::Candidates;
 use super::eject::{EjectionStatus, Ejector};
 
 /// Leaves those on probation to whom they belong. A request that prefers one takes its probe, whose number is returned, if
@@ -42,6 +42,7 @@ pub fn leave_probation(candidates: &mut Candidates, panic: bool, is_on_probation
 mod tests {
     use std::time::Duration;
 
+    use super::super::choose::Candidate;
     use super::super::eject::EjectConfig;
     use super::*;
 
