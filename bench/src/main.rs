@@ -17,6 +17,7 @@ mod load;
 mod machine;
 mod outage;
 mod partition;
+mod pools;
 mod process;
 mod proxies;
 mod proxy;
@@ -72,6 +73,8 @@ enum Bench {
     Partition(partition::PartitionArgs),
     /// What slow clients, silent strangers and a broken log cost, and whether others are served meanwhile
     Edge(edge::EdgeArgs),
+    /// What a request costs with few and with many backends in its pool
+    Pools(pools::PoolsArgs),
     /// Whether backends get their configured shares, their slots, and no needless probes
     Shares(shares::SharesArgs),
     /// A part of a bench, started by the bench itself
@@ -114,6 +117,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Fanout(args) => fanout::run(&args).await,
             Bench::Partition(args) => partition::run(&args).await,
             Bench::Edge(args) => edge::run(&args).await,
+            Bench::Pools(args) => pools::run(&args).await,
             Bench::Shares(args) => shares::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }

@@ -23,6 +23,7 @@ mod hard_slots;
 mod health;
 mod high_availability;
 mod limits;
+mod many_backends;
 mod pains;
 mod processes;
 mod questions;

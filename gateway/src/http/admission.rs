@@ -29,12 +29,15 @@ static CLIENT_TIMEOUTS: [HeaderName; 2] =
 pub(super) struct Admitted {
     pub(super) reservation: Reservation,
     pub(super) decision: Decision,
-    /// Index into the candidates of the one whose slot is held.
-    pub(super) chosen: usize,
+    /// The candidates after the first ones, if those were full.
+    pub(super) rest: Vec<Candidate>,
+    /// The one whose slot is held.
+    pub(super) chosen: Candidate,
 }
 
-/// Every limit of the request and a slot at the first candidate that has one, in one limiter call; refused, it waits in
-/// turn and asks again for as long as its limits, its pool's queue and its own time allow.
+/// Every limit of the request and a slot at the first candidate that has one, in one limiter call, and at the backends after
+/// these in further calls if none has; refused, it waits in turn and asks again for as long as its limits, its pool's queue
+/// and its own time allow.
 pub(super) async fn admit(
     call: &ModelCall<'_>,
     candidates: &[Candidate],
@@ -58,7 +61,7 @@ pub(super) async fn admit(
     context.waited += in_queue;
     let waited = waited?;
     admission.count(&waited);
-    let Waited { mut decision, with: reservation, .. } = waited;
+    let Waited { mut decision, with: asked, .. } = waited;
     let refused = match decision.outcome {
         Outcome::Granted { .. } => None,
         Outcome::Limited { .. } => {
@@ -71,10 +74,13 @@ pub(super) async fn admit(
     context.limits = refusal::shown(&decision, &admission.acquire.scopes);
     match (refused, decision.outcome) {
         (None, Outcome::Granted { slot }) => {
-            let mut reservation = reservation.ok_or(GatewayError::Internal)?;
+            let (mut reservation, rest) = asked.ok_or(GatewayError::Internal)?;
+            let chosen = candidates.iter().chain(&rest).nth(slot.unwrap_or(0)).copied();
+            let chosen = chosen.ok_or(GatewayError::Internal)?;
+            let slots = &call.model.backends[chosen.index].entry.slots;
             reservation.under_account(limits.own);
-            reservation.granted(slot.map(|at| admission.acquire.candidates[at].leases.clone()));
-            Ok(Admitted { reservation, decision, chosen: slot.unwrap_or(0) })
+            reservation.granted(slot.map(|_| slots.clone()));
+            Ok(Admitted { reservation, decision, rest, chosen })
         }
         (refused, _) => Err(refused.unwrap_or(GatewayError::Internal)),
     }
@@ -158,12 +164,16 @@ impl<'a> Limits<'a> {
                 queue: call.model.queue.clone(),
                 max_wait: queue.max_wait,
                 bound: queue.max_waiting as usize,
+                places: Some(call.model.places()),
             }),
             bytes: call.call.body.len() as u64,
             alternatives: self.groups.as_ref().map_or_else(Alternatives::new, CandidateGroups::alternatives),
         }
     }
 }
+
+/// A reservation, and the candidates after the first ones if those were full.
+type Asking = (Reservation, Vec<Candidate>);
 
 /// One request that asks to be admitted.
 struct Admission<'a, 'l> {
@@ -176,34 +186,75 @@ struct Admission<'a, 'l> {
 
 impl Admission<'_, '_> {
     /// Asks, and again in turn while waiting can help.
-    async fn ask_in_turn(&self) -> Result<Waited<Reservation>, GatewayError> {
+    async fn ask_in_turn(&self) -> Result<Waited<Asking>, GatewayError> {
         let mut again = false;
         let ask = |queue: Option<&QueueId>| {
-            let acquire = if again { self.acquire_as_of_now() } else { self.acquire.clone() };
+            let acquire = if again { self.acquire_for(self.candidates) } else { self.acquire.clone() };
             again = true;
             let queue = queue.filter(|_| self.limits.groups.is_some()).cloned();
             async move {
                 match &self.limits.groups {
-                    None => self.decide(acquire).await,
+                    None => self.decide_for_slots(acquire).await,
                     // On the heap: only who has limited accounts pays for this state.
-                    Some(groups) => Box::pin(self.decide_by_account(groups, &acquire, queue.as_ref())).await,
+                    Some(groups) => {
+                        let decided = Box::pin(self.decide_by_account(groups, &acquire, queue.as_ref()));
+                        let (decision, reservation) = decided.await?;
+                        Ok((decision, (reservation, Vec::new())))
+                    }
                 }
             }
         };
         self.call.call.gateway.ledger.waiting.acquire(&self.acquire, &self.patience, ask).await
     }
 
-    /// The call with the slots as they are now: while it waited, an operator may have drained a backend.
-    fn acquire_as_of_now(&self) -> Acquire {
-        let mut acquire = self.acquire.clone();
+    /// The call for these candidates with the slots as they are now: while it waited, an operator may have drained a backend.
+    fn acquire_for(&self, candidates: &[Candidate]) -> Acquire {
+        let mut at_limiter = slot_round::limiter_candidates(self.call.model, candidates);
         let snapshot = self.call.call.gateway.live.snapshot();
-        for (at_limiter, candidate) in acquire.candidates.iter_mut().zip(self.candidates) {
+        for (at_limiter, candidate) in at_limiter.iter_mut().zip(candidates) {
             let backend = snapshot.backends.get(&self.call.model.backends[candidate.index].entry.name);
             let active = backend.filter(|backend| backend.spec.admin_state == AdminState::Active);
             at_limiter.max_concurrency =
                 active.map_or(0, |backend| backend.spec.max_concurrency.min(candidate.slots));
         }
-        acquire
+        Acquire { candidates: at_limiter, ..self.acquire.clone() }
+    }
+
+    /// One decision where no account is limited: on a slot at the first candidates, and if these are full on one at all
+    /// others. So a refusal for want of a slot means that all backends are full, and hardly any request asks for all.
+    async fn decide_for_slots(&self, acquire: Acquire) -> Result<(Decision, Asking), GatewayError> {
+        let (decision, reservation) = self.decide(acquire).await?;
+        if matches!(decision.outcome, Outcome::NoSlot { .. }) {
+            let rest = self.call.rest(self.candidates);
+            if !rest.is_empty() {
+                // On the heap: few requests come here.
+                return Box::pin(self.decide_for_rest((decision, reservation), rest.into_vec())).await;
+            }
+        }
+        Ok((decision, (reservation, Vec::new())))
+    }
+
+    /// The same for all others, after the decision on the first ones.
+    async fn decide_for_rest(
+        &self,
+        (mut decision, mut reservation): (Decision, Reservation),
+        rest: Vec<Candidate>,
+    ) -> Result<(Decision, Asking), GatewayError> {
+        let mut before = self.candidates.len();
+        for part in rest.chunks(weir_ratelimit::MAX_CANDIDATES) {
+            let Outcome::NoSlot { wait: soonest } = decision.outcome else { break };
+            let mut acquire = self.acquire_for(part);
+            // No single call sees all of them, so bounds over all cannot be checked.
+            acquire.candidates.iter_mut().for_each(|candidate| *candidate = candidate.apart());
+            (decision, reservation) = self.decide(acquire).await?;
+            match &mut decision.outcome {
+                Outcome::Granted { slot } => *slot = slot.map(|at| before + at),
+                Outcome::NoSlot { wait } => *wait = soonest.min(*wait),
+                Outcome::Limited { .. } => {}
+            }
+            before += part.len();
+        }
+        Ok((decision, (reservation, rest)))
     }
 
     /// One decision. The reservation is armed only if it was granted, or may have been.
@@ -264,7 +315,7 @@ impl Admission<'_, '_> {
     }
 
     /// Counts how long it waited and what the limits said.
-    fn count(&self, waited: &Waited<Reservation>) {
+    fn count<T>(&self, waited: &Waited<T>) {
         let gateway = self.call.call.gateway;
         if let Some(ahead) = waited.ahead {
             let outcome = waited.gave_up.map_or("granted", waiting::GaveUp::name);

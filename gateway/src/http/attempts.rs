@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 use weir_proto::v1::HealthState;
 use weir_ratelimit::waiting::{Priority, QueueId, QueuePolicy, SlotQueue};
-use weir_ratelimit::{Acquire, Cost, Decision, Error, Key, Outcome};
+use weir_ratelimit::{Acquire, Cost, Decision, Error, Key, MAX_CANDIDATES, Outcome};
 
 use super::attempt::{self, Answer, Failure, Fault, Target};
 use super::blame::Suspects;
@@ -22,6 +22,7 @@ use super::call::ModelCall;
 use super::context::RequestContext;
 use super::exchanges::{Exchanges, PARALLEL_MAX};
 use super::hedge::{self, Cause, HedgeClock};
+use super::others::Others;
 use super::refusal;
 use super::slot_round::{self, SlotHold, Taken, limiter_candidates};
 use crate::error::GatewayError;
@@ -85,7 +86,7 @@ pub(super) struct Attempts<'a> {
     reservation: &'a mut Reservation,
     context: &'a mut RequestContext,
     /// The backends that were not tried yet, in order of preference.
-    left: Vec<Candidate>,
+    left: Others,
     /// How many attempts were started.
     started: u32,
     /// One of those that ended may have used something.
@@ -101,7 +102,7 @@ impl<'a> Attempts<'a> {
         call: &'a ModelCall<'a>,
         reservation: &'a mut Reservation,
         context: &'a mut RequestContext,
-        left: Vec<Candidate>,
+        left: Others,
     ) -> Self {
         Self {
             call,
@@ -129,7 +130,7 @@ impl<'a> Attempts<'a> {
             let (number, result) = tokio::select! {
                 biased;
                 ended = self.exchanges.next() => ended,
-                cause = hedge_due(call, &self.under_way), if !self.left.is_empty() => {
+                cause = hedge_due(call, &self.under_way), if self.left.may_be() => {
                     self.hedge(cause).await;
                     continue;
                 }
@@ -157,17 +158,19 @@ impl<'a> Attempts<'a> {
     /// Starts an attempt at another backend beside the one that is silent, or in place of it where two are under way, if that
     /// is allowed and a slot is free.
     async fn hedge(&mut self, cause: Cause) {
+        self.left.widen(self.call);
         // Where all are unhealthy, one is as good as another.
         let is_ill = |at: &Candidate| {
             let state = &self.call.model.backends[at.index].entry.state;
             state.health() == HealthState::Unhealthy || state.own_probes().is_unreachable()
         };
-        self.left.sort_by_key(is_ill);
+        self.left.candidates.sort_by_key(is_ill);
         // Trouble that this gateway has with all of them is no reason to ask, and pay, twice.
         let is_ours = |attempt: &Attempt| attempt.target.backend.state.health() != HealthState::Unhealthy;
         let is_in_vain = cause == Cause::Unhealthy
-            && self.left.first().is_some_and(is_ill)
+            && self.left.candidates.first().is_some_and(is_ill)
             && self.under_way.last().is_some_and(is_ours);
+        let is_in_vain = is_in_vain || self.left.candidates.is_empty();
         let next = match !is_in_vain && self.may_start_another(Some(cause)) {
             // The store's trouble is no reason to give up a call under way.
             true => Box::pin(self.take_slot()).await.ok().flatten(),
@@ -214,7 +217,11 @@ impl<'a> Attempts<'a> {
             self.give_up(failed);
             return Ok(());
         }
-        if !error.facts().retry_elsewhere || self.left.is_empty() || !self.may_start_another(None) {
+        if error.facts().retry_elsewhere {
+            self.left.widen(self.call);
+        }
+        let nowhere = !error.facts().retry_elsewhere || self.left.candidates.is_empty();
+        if nowhere || !self.may_start_another(None) {
             self.stands(failed);
             return Err(error);
         }
@@ -262,13 +269,20 @@ impl<'a> Attempts<'a> {
 
     /// The same where no account is limited, in place of `from` if there is one.
     async fn move_slot(&mut self, from: Option<&Key>) -> Result<Option<Taken>, Error> {
-        let candidates = limiter_candidates(self.call.model, &self.left);
-        let ledger = self.reservation.ledger();
-        let taken = ledger.take_slot(self.reservation.id, from.cloned(), candidates).await?;
-        if let Some(from) = from {
-            self.reservation.moved(from);
+        let candidates = limiter_candidates(self.call.model, &self.left.candidates);
+        let (mut from, mut before) = (from, 0);
+        for part in candidates.chunks(MAX_CANDIDATES) {
+            let ledger = self.reservation.ledger();
+            let taken = ledger.take_slot(self.reservation.id, from.cloned(), part.to_vec()).await?;
+            if let Some(from) = from.take() {
+                self.reservation.moved(from);
+            }
+            if let Some((at, slot)) = taken {
+                return Ok(Some(self.took(before + at, SlotHold::Slot(slot))));
+            }
+            before += part.len();
         }
-        Ok(taken.map(|(at, slot)| self.took(at, SlotHold::Slot(slot))))
+        Ok(None)
     }
 
     /// The same for a request whose attempt has failed and that has no other one under way, in place of that: when all
@@ -319,6 +333,7 @@ impl<'a> Attempts<'a> {
                 queue: self.call.model.queue.clone(),
                 max_wait: queue.max_wait,
                 bound: queue.max_waiting as usize,
+                places: Some(self.call.model.places()),
             }),
             bytes: 0,
             alternatives: groups.alternatives(),
@@ -329,14 +344,14 @@ impl<'a> Attempts<'a> {
     fn full_call(&self) -> (CandidateGroups, Acquire) {
         let (call, reserved) = (self.call, &self.reservation.reserved);
         let accounts = &call.model.accounts;
-        let groups = refusal::usable_accounts(accounts, &self.left, 0, reserved, &call.least);
+        let groups = refusal::usable_accounts(accounts, &self.left.candidates, 0, reserved, &call.least);
         let groups = groups.unwrap_or_default();
         let full = Acquire {
             id: self.reservation.id,
             cost: *reserved,
             estimated: true,
             scopes: groups.entries(accounts).map(|entry| entry.limits.clone()).collect(),
-            candidates: limiter_candidates(call.model, &self.left),
+            candidates: limiter_candidates(call.model, &self.left.candidates),
             lease_ttl: LEASE_TTL,
         };
         (groups, full)
@@ -350,7 +365,7 @@ impl<'a> Attempts<'a> {
     }
 
     fn took(&mut self, at: usize, hold: SlotHold) -> Taken {
-        let index = self.left.remove(at).index;
+        let index = self.left.candidates.remove(at).index;
         let account = match hold {
             // The slot is part of the reservation there.
             SlotHold::Account(account) => Some(account),
@@ -497,36 +512,4 @@ async fn hedge_due(call: &ModelCall<'_>, under_way: &[Attempt]) -> Cause {
 
 fn has_room(under_way: &[Attempt]) -> bool {
     under_way.len() < PARALLEL_MAX
-}
-
-/// The candidates that are left when `chosen` is taken: each backend once, with all its slots.
-pub(super) fn others(candidates: &[Candidate], chosen: usize) -> Vec<Candidate> {
-    let mut left: Vec<Candidate> = Vec::with_capacity(candidates.len());
-    for candidate in candidates.iter().filter(|candidate| candidate.index != candidates[chosen].index) {
-        match left.iter_mut().find(|known| known.index == candidate.index) {
-            Some(known) => known.slots = known.slots.max(candidate.slots),
-            None => left.push(Candidate { bound: None, ..*candidate }),
-        }
-    }
-    left
-}
-
-#[cfg(test)]
-mod tests {
-    use weir_ratelimit::Bound;
-
-    use super::*;
-
-    #[test]
-    fn what_is_left_names_each_backend_once_with_all_its_slots() {
-        let candidate = |index, slots| Candidate { index, slots, bound: None };
-        let bounded = |index| Candidate {
-            bound: Some(Bound { millionths: 400_000, estimate: 3 }),
-            ..candidate(index, 50)
-        };
-        let candidates =
-            [bounded(2), bounded(0), bounded(1), candidate(1, 50), candidate(0, 50), candidate(2, 50)];
-        assert_eq!(others(&candidates, 0), [candidate(0, 50), candidate(1, 50)]);
-        assert_eq!(others(&candidates, 3), [candidate(2, 50), candidate(0, 50)]);
-    }
 }

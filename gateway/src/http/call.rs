@@ -15,7 +15,7 @@ use crate::api::usage::UsageBounds;
 use crate::limits::estimates::Estimates;
 use crate::limits::price;
 use crate::limits::reservation::Subject;
-use crate::routing::balance::{Candidates, prefix_hash, stable_hash};
+use crate::routing::balance::{Candidate, Candidates, prefix_hash, stable_hash};
 use crate::routing::entries::{KeyEntry, ModelEntry};
 use crate::routing::model_use::ModelUse;
 use crate::routing::probation::Probation;
@@ -87,9 +87,25 @@ pub(super) struct ModelCall<'a> {
 }
 
 impl ModelCall<'_> {
-    /// The backends in the order in which to try them, and the probe of the first if that is on probation.
+    /// The first backends in the order in which to try them, and the probe of the first if that is on probation. All of
+    /// them where accounts are limited, which groups of the whole order are asked for.
     pub(super) fn candidates(&self) -> (Candidates, Option<Probation>) {
-        self.model.order(self.call.gateway.live.live_gateways(), self.prefix())
+        let (mut candidates, probation) =
+            self.model.order(self.call.gateway.live.live_gateways(), self.prefix());
+        if !self.model.accounts.is_empty() {
+            let rest = self.rest(&candidates);
+            if !rest.is_empty() {
+                // All are asked for together: nobody is elsewhere.
+                candidates.iter_mut().filter_map(|c| c.bound.as_mut()).for_each(|b| b.elsewhere = 0);
+            }
+            candidates.extend(rest);
+        }
+        (candidates, probation)
+    }
+
+    /// The backends after these first ones.
+    pub(super) fn rest(&self, first: &[Candidate]) -> Candidates {
+        self.model.rest(self.call.gateway.live.live_gateways(), self.prefix(), first)
     }
 
     /// What prefix affinity goes by: who asks and how the prompt begins.

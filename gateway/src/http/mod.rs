@@ -32,5 +32,6 @@ mod hedge;
 mod joined;
 mod keep_alive;
 mod models;
+mod others;
 mod route;
 mod slot_round;

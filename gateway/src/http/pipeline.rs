@@ -29,7 +29,7 @@ use weir_runtime::edge::{self, Client, RequestClock};
 
 use super::admission::{self, Admitted};
 use super::answer::{self, Reply};
-use super::attempts::{self, Attempts, Failed};
+use super::attempts::{Attempts, Failed};
 use super::authentication::{self, Failure};
 use super::bounds::HTTP;
 use super::call::{Call, ModelCall};
@@ -37,6 +37,7 @@ use super::context::RequestContext;
 use super::gateway::Gateway;
 use super::keep_alive::{Done, KeepAlive, Work};
 use super::models::choose;
+use super::others::Others;
 use super::request_body::Room;
 use super::response_body::Body;
 use super::route::{self, Endpoint, Route};
@@ -280,19 +281,19 @@ async fn complete_with(call: &ModelCall<'_>, context: &mut RequestContext) -> Re
     if candidates.is_empty() {
         return Err(GatewayError::NoBackend { retry_after: None });
     }
-    let Admitted { mut reservation, decision, chosen } = admission::admit(call, &candidates, context).await?;
-    let (model, preferred, used) = (call.model, candidates[0].index, candidates[chosen].index);
+    let Admitted { mut reservation, decision, rest, chosen } =
+        admission::admit(call, &candidates, context).await?;
+    let (model, preferred, used) = (call.model, candidates[0].index, chosen.index);
     model.pool.state.count_request();
     if used != preferred {
         model.reassign(preferred, used);
     }
-    let mut others = attempts::others(&candidates, chosen);
     // Its probe is for another request now, and so is the backend.
     let (probation, passed_over) = match probation {
         Some(probation) if probation.index() != used => (None, Some(probation.index())),
         probation => (probation, None),
     };
-    others.retain(|other| Some(other.index) != passed_over);
+    let others = Others::of(call, [&candidates, &rest], used, passed_over);
     match Attempts::new(call, &mut reservation, context, others).run(used, probation).await {
         Ok(won) => answer::reply(call, won, reservation, decision, context),
         Err(Failed { error, unknown_outcome }) => {

@@ -72,7 +72,7 @@ async fn ask_account(
     Ok((decision, Box::new(account)))
 }
 
-/// What the limiter is given, in order of preference.
+/// What the limiter is given, in order of preference, in as many calls as it takes.
 pub(super) fn limiter_candidates(
     model: &ModelEntry,
     candidates: &[Candidate],
@@ -82,5 +82,5 @@ pub(super) fn limiter_candidates(
         max_concurrency: candidate.slots,
         bound: candidate.bound,
     };
-    candidates.iter().take(weir_ratelimit::MAX_CANDIDATES).map(for_limiter).collect()
+    candidates.iter().map(for_limiter).collect()
 }

@@ -17,7 +17,7 @@ use crate::routing::accounts::Accounts;
 use crate::routing::balance::Candidate;
 use crate::routing::scope::ScopeEntry;
 
-/// Consecutive backends in the order of preference, under one account or under none.
+/// Consecutive backends in the order of preference, under one account or under none; as many as one call may name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CandidateGroup {
     /// Their range in the candidates.
@@ -47,14 +47,18 @@ impl CandidateGroups {
     ) -> Self {
         let mut groups = Self { groups: SmallVec::new(), own, accounts: SmallVec::new() };
         let mut end = own;
-        for (at, candidate) in candidates.iter().enumerate().take(weir_ratelimit::MAX_CANDIDATES) {
+        for (at, candidate) in candidates.iter().enumerate() {
             let account = accounts.of(candidate.index);
             if account.is_some_and(|account| !usable(account)) {
                 continue;
             }
             match groups.groups.last_mut() {
-                Some(group) if group.account == account && group.candidates.end == at => {
-                    group.candidates.end += 1
+                Some(group)
+                    if group.account == account
+                        && group.candidates.end == at
+                        && group.candidates.len() < weir_ratelimit::MAX_CANDIDATES =>
+                {
+                    group.candidates.end += 1;
                 }
                 _ => groups.groups.push(CandidateGroup { candidates: at..at + 1, account }),
             }

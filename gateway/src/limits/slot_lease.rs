@@ -129,6 +129,7 @@ impl SlotLease {
                 queue: model.queue.clone(),
                 max_wait,
                 bound: model.pool.spec.queue.max_waiting as usize,
+                places: None,
             }),
             bytes: 0,
             alternatives: Alternatives::new(),

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use weir_proto::resource::{Model, Name, Pool, Priority, Timeouts};
+use weir_ratelimit::waiting::Places;
 
 use super::accounts::Accounts;
 use super::backend::ModelBackend;
-use super::balance::Candidates;
-use super::pool_state::{BackendWeight, PoolState};
+use super::balance::{Candidate, Candidates, FEW};
+use super::pool_state::{BackendWeight, PoolState, Selection};
 use super::probation::Probation;
+use super::roster::Roster;
 use super::scope::ScopeEntry;
 
 /// A tenant.
@@ -69,6 +71,8 @@ pub struct ModelEntry {
     pub scopes: Vec<ScopeEntry>,
     /// The name of the queue for its slots.
     pub queue: Arc<str>,
+    /// What is kept for the choice among the backends.
+    pub roster: Roster,
 }
 
 /// A pool.
@@ -83,11 +87,11 @@ pub struct PoolEntry {
 }
 
 impl ModelEntry {
-    /// The backends in the order of attempts, and the probe of the first backend if that is on probation; see
+    /// The first backends in the order of attempts, and the probe of the first backend if that is on probation; see
     /// [`PoolState::order`].
     pub fn order(&self, gateways: u32, prefix: Option<u64>) -> (Candidates, Option<Probation>) {
         let state = &self.pool.state;
-        let (candidates, number) = state.order(&self.name, &self.backends, gateways, prefix);
+        let (candidates, number) = state.order(&self.selection(gateways, prefix));
         let probation = number.zip(candidates.first()).map(|(number, first)| {
             let name = self.backends[first.index].entry.name.clone();
             Probation::new(state.clone(), name, first.index, number)
@@ -95,9 +99,28 @@ impl ModelEntry {
         (candidates, probation)
     }
 
+    /// Whether there can be backends after the first few.
+    pub fn has_rest(&self) -> bool {
+        self.roster.active(&self.backends).len() > FEW
+    }
+
+    /// The backends after these first `few`; see [`PoolState::rest`].
+    pub fn rest(&self, gateways: u32, prefix: Option<u64>, few: &[Candidate]) -> Candidates {
+        self.pool.state.rest(&self.selection(gateways, prefix), few)
+    }
+
     /// The effective weights of the backends, and whether the pool is in panic mode for this model.
     pub fn weights(&self, gateways: u32) -> (Vec<BackendWeight>, bool) {
-        self.pool.state.weights(&self.name, &self.backends, gateways)
+        self.pool.state.weights(&self.selection(gateways, None))
+    }
+
+    /// The slots that a request for this model may wait for.
+    pub fn places(&self) -> Arc<Places> {
+        self.roster.places(&self.backends)
+    }
+
+    fn selection(&self, gateways: u32, prefix: Option<u64>) -> Selection<'_> {
+        Selection { model: &self.name, backends: &self.backends, roster: &self.roster, gateways, prefix }
     }
 
     /// Records that another backend was used because the first choice had no free slot; see [`PoolState::reassign`].

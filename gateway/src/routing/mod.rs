@@ -16,6 +16,7 @@ pub mod model_use;
 pub mod own_probes;
 pub mod pool_state;
 pub mod probation;
+pub mod roster;
 pub mod scope;
 pub mod snapshot;
 pub mod spend_period;

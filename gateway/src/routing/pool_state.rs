@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
-use weir_proto::resource::{AdminState, BalancingPolicy, Name, Pool};
+use weir_proto::resource::{BalancingPolicy, Name, Pool};
 use weir_proto::v1::HealthState;
 
 use super::backend::{BackendEntry, ModelBackend};
 use super::backend_state::AttemptOutcome;
 use super::balance::{
-    Balancer, Candidates, ChooseConfig, Effective, EjectConfig, EjectionStatus, Ejector, HedgeDelayConfig,
-    Measure, Pace, Policy, RetryBudget, RetryConfig, Sample, Usability, View, claim_probe, is_panic,
+    Balancer, Candidate, Candidates, ChooseConfig, Effective, EjectConfig, EjectionStatus, Ejector, FEW,
+    HedgeDelayConfig, Measure, Pace, Policy, RetryBudget, RetryConfig, Sample, Usability, View, claim_probe,
+    is_panic, leave_probation,
 };
+use super::roster::Roster;
 
 /// How long a busy backend without a Retry-After is left out.
 const BUSY_DEFAULT: Duration = Duration::from_secs(1);
@@ -41,6 +43,21 @@ struct Inner {
     ejector: Ejector<Name>,
     retries: RetryBudget,
     size: usize,
+}
+
+/// Among which backends to choose, and for what.
+#[derive(Debug, Clone, Copy)]
+pub struct Selection<'a> {
+    /// The model.
+    pub model: &'a Name,
+    /// Its backends.
+    pub backends: &'a [ModelBackend],
+    /// What the model keeps for choices.
+    pub roster: &'a Roster,
+    /// How many gateways there are.
+    pub gateways: u32,
+    /// The hash of how the request begins.
+    pub prefix: Option<u64>,
 }
 
 /// The weight of one backend for one model, and what it was made of.
@@ -102,27 +119,58 @@ impl PoolState {
         }
     }
 
-    /// The model's backends in the order in which to try them; see [`Balancer::order`]. What the operator does not
-    /// want used is never among them, whatever else fails. `gateways` is how many there are; `prefix` the hash of how
-    /// the request begins. With the number of its probe if the first of them is on probation.
-    pub fn order(
-        &self,
-        model: &Name,
-        backends: &[ModelBackend],
-        gateways: u32,
-        prefix: Option<u64>,
-    ) -> (Candidates, Option<u64>) {
+    /// The model's backends in the order in which to try them, at first: all of few backends (see [`Balancer::order`]), the
+    /// first few of many (see [`Balancer::few`]). What the operator does not want used is never among them, whatever else
+    /// fails. With the number of its probe if the first of them is on probation.
+    pub fn order(&self, choice: &Selection<'_>) -> (Candidates, Option<u64>) {
         let mut inner = self.inner();
         let now = Instant::now();
-        let (views, indices) = inner.views(backends, gateways, now);
-        let choose = inner.choose;
-        let balancer = inner.balancers.entry(model.clone()).or_default();
-        let mut candidates = balancer.order(&choose, &views, prefix, now, weir_runtime::random_unit);
-        candidates.iter_mut().for_each(|candidate| candidate.index = indices[candidate.index]);
-        let panic = is_panic(&choose, &views);
-        let name = |index: usize| backends[index].entry.name.clone();
-        let probe = claim_probe(&mut inner.ejector, &mut candidates, name, panic, now);
+        let Inner { choose, by_priority, balancers, ejector, .. } = &mut *inner;
+        let Selection { backends, roster, gateways, prefix, .. } = *choice;
+        let active = roster.active(backends);
+        let look = |at: usize| view(&backends[active[at]].entry, ejector, *by_priority, gateways, now);
+        let balancer = balancers.entry(choice.model.clone()).or_default();
+        let (mut candidates, panic) = if active.len() <= FEW {
+            let views: SmallVec<[View; FEW]> = (0..active.len()).map(look).collect();
+            let candidates = balancer.order(choose, &views, prefix, now, weir_runtime::random_unit);
+            (candidates, is_panic(choose, &views))
+        } else {
+            let (views, looked) = (&mut roster.views(), (active.len(), look));
+            // In a panic those on probation come after all others, which are not here.
+            (balancer.few(choose, views, prefix, looked, now, weir_runtime::random_unit), false)
+        };
+        candidates.iter_mut().for_each(|candidate| candidate.index = active[candidate.index]);
+        let name = |index: usize| &backends[index].entry.name;
+        let probe = claim_probe(ejector, &mut candidates, name, panic, now);
         (candidates, probe)
+    }
+
+    /// The backends after these first `few`, which have no free slot; none of a model with few backends.
+    pub fn rest(&self, choice: &Selection<'_>, few: &[Candidate]) -> Candidates {
+        let Selection { backends, roster, gateways, prefix, .. } = *choice;
+        let active = roster.active(backends);
+        if active.len() <= FEW {
+            return Candidates::new();
+        }
+        let mut inner = self.inner();
+        let now = Instant::now();
+        roster.views().expire();
+        let Inner { choose, by_priority, balancers, ejector, .. } = &mut *inner;
+        let views: Vec<View> = active
+            .iter()
+            .map(|&index| view(&backends[index].entry, ejector, *by_priority, gateways, now))
+            .collect();
+        let place = |c: &Candidate| Some(Candidate { index: active.binary_search(&c.index).ok()?, ..*c });
+        let few: Candidates = few.iter().filter_map(place).collect();
+        let balancer = balancers.entry(choice.model.clone()).or_default();
+        let mut rest = balancer.rest(choose, &views, prefix, &few, weir_runtime::random_unit);
+        let first = few.first().map(|first| first.index);
+        leave_probation(&mut rest, is_panic(choose, &views), |at| {
+            let status = || ejector.status(&backends[active[at]].entry.name, now);
+            first != Some(at) && status() == EjectionStatus::Probe
+        });
+        rest.iter_mut().for_each(|candidate| candidate.index = active[candidate.index]);
+        rest
     }
 
     /// The pick had no free slot and another was used: the shares follow what was used.
@@ -266,16 +314,15 @@ impl PoolState {
     }
 
     /// The effective weights of a model's backends now, and whether the pool is in panic for it.
-    pub fn weights(
-        &self,
-        model: &Name,
-        backends: &[ModelBackend],
-        gateways: u32,
-    ) -> (Vec<BackendWeight>, bool) {
+    pub fn weights(&self, choice: &Selection<'_>) -> (Vec<BackendWeight>, bool) {
         let (mut inner, now) = (self.inner(), Instant::now());
-        let (views, indices) = inner.views(backends, gateways, now);
-        let panic = is_panic(&inner.choose, &views);
-        let balancer = inner.balancers.entry(model.clone()).or_default();
+        let Inner { choose, by_priority, balancers, ejector, .. } = &mut *inner;
+        let Selection { backends, roster, gateways, .. } = *choice;
+        let active = roster.active(backends);
+        let look = |index: &usize| view(&backends[*index].entry, ejector, *by_priority, gateways, now);
+        let views: Vec<View> = active.iter().map(look).collect();
+        let panic = is_panic(choose, &views);
+        let balancer = balancers.entry(choice.model.clone()).or_default();
         balancer.speeds.refresh(now);
         let weight = |(view, &index): (&View, &usize)| BackendWeight {
             backend: backends[index].entry.name.clone(),
@@ -283,44 +330,33 @@ impl PoolState {
             fleet_in_flight: view.in_flight,
             healthy: view.usability == Usability::Healthy,
         };
-        (views.iter().zip(&indices).map(weight).collect(), panic)
+        (views.iter().zip(active).map(weight).collect(), panic)
     }
 }
 
-impl Inner {
-    /// The backends the operator left active, and the index of each in the model.
-    fn views(
-        &self,
-        backends: &[ModelBackend],
-        gateways: u32,
-        now: Instant,
-    ) -> (SmallVec<[View; 8]>, SmallVec<[usize; 8]>) {
-        let active =
-            |(_, backend): &(usize, &ModelBackend)| backend.entry.spec.admin_state == AdminState::Active;
-        let view = |(index, backend): (usize, &ModelBackend)| {
-            let backend = &backend.entry;
-            let usable = backend.state.health() != HealthState::Unhealthy
-                && matches!(
-                    self.ejector.status(&backend.name, now),
-                    EjectionStatus::Open | EjectionStatus::Probe
-                );
-            let health = backend.state.health_factor(now);
-            let slots = ramped(backend.spec.max_concurrency, backend.state.health(), health);
-            let region = u32::try_from(backend.region_rank).unwrap_or(u32::MAX).min(1 << 16);
-            let view = View {
-                id: backend.id,
-                weight: f64::from(backend.spec.weight),
-                max_concurrency: slots,
-                held_back: backend.spec.max_concurrency.saturating_sub(slots),
-                in_flight: backend.state.fleet_in_flight(gateways),
-                local: backend.state.in_flight(),
-                health,
-                rank: if self.by_priority { backend.spec.priority << 17 | region } else { region },
-                usability: if usable { Usability::Healthy } else { Usability::Unhealthy },
-            };
-            (view, index)
-        };
-        backends.iter().enumerate().filter(active).map(view).unzip()
+/// A backend as of now.
+fn view(
+    backend: &BackendEntry,
+    ejector: &Ejector<Name>,
+    by_priority: bool,
+    gateways: u32,
+    now: Instant,
+) -> View {
+    let usable = backend.state.health() != HealthState::Unhealthy
+        && matches!(ejector.status(&backend.name, now), EjectionStatus::Open | EjectionStatus::Probe);
+    let health = backend.state.health_factor(now);
+    let slots = ramped(backend.spec.max_concurrency, backend.state.health(), health);
+    let region = u32::try_from(backend.region_rank).unwrap_or(u32::MAX).min(1 << 16);
+    View {
+        id: backend.id,
+        weight: f64::from(backend.spec.weight),
+        max_concurrency: slots,
+        held_back: backend.spec.max_concurrency.saturating_sub(slots),
+        in_flight: backend.state.fleet_in_flight(gateways),
+        local: backend.state.in_flight(),
+        health,
+        rank: if by_priority { backend.spec.priority << 17 | region } else { region },
+        usability: if usable { Usability::Healthy } else { Usability::Unhealthy },
     }
 }
 

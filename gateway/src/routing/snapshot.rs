@@ -19,6 +19,7 @@ use super::balance::stable_hash;
 use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
 use super::model_use::ModelUses;
 use super::pool_state::PoolState;
+use super::roster::Roster;
 use super::scope::ScopeEntry;
 use super::upstream::{Resolver, Upstream};
 
@@ -197,6 +198,7 @@ impl Compiler {
                 accounts: Accounts::of_model(&resource.name, &backends, limits),
                 backends,
                 queue: resource.name.as_str().into(),
+                roster: Roster::default(),
                 scopes: ScopeEntry::all(Scope::Model(resource.name.as_str()), limits),
                 spec: spec.clone(),
                 pool,

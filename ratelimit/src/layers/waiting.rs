@@ -18,6 +18,8 @@ mod shared;
 mod tests;
 mod wait;
 
-pub use self::policy::{Alternatives, GaveUp, LIMIT_QUEUE_MAX, Priority, QueuePolicy, SlotQueue, Waited};
+pub use self::policy::{
+    Alternatives, GaveUp, LIMIT_QUEUE_MAX, Places, Priority, QueuePolicy, SlotQueue, Waited,
+};
 pub use self::queue::{BYTES_MAX, Entry, Full, Note, Outlook, QueueId, Queues, Turn, WAITERS_MAX};
 pub use self::shared::Waiting;

@@ -46,12 +46,14 @@ pub struct Candidate {
     pub bound: Option<Bound>,
 }
 
-/// Bounds a candidate's part of what all candidates of the call have in flight, the request itself included. Rounded up
-/// to whole requests, one at least.
+/// Bounds a candidate's part of what all candidates of the call and those elsewhere have in flight, the request itself
+/// included. Rounded up to whole requests, one at least.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bound {
     /// The largest part, in millionths; more than the whole bounds nothing.
     pub millionths: u32,
+    /// What backends have in flight that are no candidates of this call, as the caller knows it.
+    pub elsewhere: u32,
     /// The most requests in flight as the caller knows it: where candidates lie on several nodes and no call sees all of
     /// them, this holds instead.
     pub estimate: u32,
@@ -60,7 +62,8 @@ pub struct Bound {
 impl Bound {
     /// The most requests a candidate may have while all of them together have so many.
     pub(crate) fn of(self, present: usize) -> u32 {
-        let part = u64::from(self.millionths).saturating_mul(present as u64 + 1).div_ceil(1_000_000);
+        let all = (present as u64).saturating_add(u64::from(self.elsewhere)).saturating_add(1);
+        let part = u64::from(self.millionths).saturating_mul(all).div_ceil(1_000_000);
         u32::try_from(part).unwrap_or(u32::MAX).max(1)
     }
 }

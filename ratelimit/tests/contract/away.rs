@@ -590,7 +590,7 @@ async fn a_slow_limit_that_is_first_used_in_an_outage_holds() {
 async fn slots_of_backends_hold_when_the_store_is_back() {
     for seed in 0..SEEDS {
         // A bound that a part of the candidates alone would never meet.
-        let bound = Some(Bound { millionths: 800_000, estimate: 16 });
+        let bound = Some(Bound { millionths: 800_000, elsewhere: 0, estimate: 16 });
         let candidates = ["one", "two"].map(|name| Candidate { bound, ..candidate(name, 8) });
         let load = Load {
             candidates: candidates.to_vec(),

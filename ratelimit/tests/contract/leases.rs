@@ -183,7 +183,7 @@ pub(crate) async fn leases_of_a_holder_that_is_gone_are_freed(world: World) {
 }
 
 pub(crate) async fn a_part_of_what_all_have_is_bounded_by_live_counts(world: World) {
-    let part = |millionths| Some(Bound { millionths, estimate: 2 });
+    let part = |millionths| Some(Bound { millionths, elsewhere: 0, estimate: 2 });
     // As prefix affinity asks: first within the bound, then wherever there is a slot.
     let ask = |first: &str, then: &str| Acquire {
         candidates: vec![
@@ -203,5 +203,26 @@ pub(crate) async fn a_part_of_what_all_have_is_bounded_by_live_counts(world: Wor
     let by_live_counts = vec![0, 1, 0, 1, 0, 1];
     // Where no call sees all candidates, the caller's estimate holds.
     let by_estimate = vec![0, 0, 1, 1, 1, 1];
+    assert!(taken == by_live_counts || (world.is_split() && taken == by_estimate), "{taken:?}");
+}
+
+pub(crate) async fn what_others_have_in_flight_counts_towards_a_part_of_all(world: World) {
+    let part = Bound { millionths: 100_000, elsewhere: 39, estimate: 2 };
+    let ask = || Acquire {
+        candidates: vec![
+            Candidate { bound: Some(part), ..candidate("of-many", 10) },
+            candidate("another", 10),
+        ],
+        ..call(Scopes::new())
+    };
+    let mut taken = Vec::new();
+    for _ in 0..7 {
+        let decision = world.acquire(&ask()).await;
+        let Outcome::Granted { slot: Some(slot) } = decision.outcome else { panic!("{decision:?}") };
+        taken.push(slot);
+    }
+    // A tenth of 39, of those here and of this one, rounded up: 4, then 5 until there are 10 here.
+    let by_live_counts = vec![0, 0, 0, 0, 0, 1, 1];
+    let by_estimate = vec![0, 0, 1, 1, 1, 1, 1];
     assert!(taken == by_live_counts || (world.is_split() && taken == by_estimate), "{taken:?}");
 }

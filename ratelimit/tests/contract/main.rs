@@ -75,5 +75,6 @@ suite! {
         concurrency_is_exact, a_lost_lease_frees_its_slot, renewal_keeps_a_lease, release_is_idempotent,
         candidates_are_tried_in_order, a_moved_slot_is_freed_and_taken, a_lowered_maximum_waits_for_its_surplus,
         leases_of_a_holder_that_is_gone_are_freed, settlement_frees_every_lease, a_closed_candidate_is_never_taken, shadow_concurrency_admits,
-        a_part_of_what_all_have_is_bounded_by_live_counts;
+        a_part_of_what_all_have_is_bounded_by_live_counts,
+        what_others_have_in_flight_counts_towards_a_part_of_all;
 }

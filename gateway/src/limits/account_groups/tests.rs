@@ -62,7 +62,7 @@ fn full_call(groups: &CandidateGroups, accounts: &Accounts, candidates: &[balanc
     let candidate = |candidate: &balance::Candidate| Candidate {
         leases: Key::backend_slots(&format!("b{}", candidate.index)),
         max_concurrency: candidate.slots,
-        bound: Some(Bound { millionths: 500_000, estimate: 3 }),
+        bound: Some(Bound { millionths: 500_000, elsewhere: 0, estimate: 3 }),
     };
     Acquire {
         id: ReservationId::nil(),
@@ -210,4 +210,27 @@ fn accounts_that_others_wait_for_are_passed_over_unless_nobody_is_left() {
     assert!(round.next().is_none());
     let mut round = groups.round(&full, |_| true);
     assert_eq!(round.next().map(|(group, _)| group.account), Some(Some(0)));
+}
+
+#[test]
+fn many_backends_under_one_account_are_asked_for_in_calls_that_the_limiter_takes() {
+    let most = weir_ratelimit::MAX_CANDIDATES;
+    let names = vec!["one"; 2 * most + 7];
+    let snapshot = snapshot(&names, &["one"]);
+    let candidates = candidates(&(0..names.len()).collect::<Vec<_>>());
+    let groups = CandidateGroups::of(accounts(&snapshot), &candidates, 1, |_| true);
+    let full = full_call(&groups, accounts(&snapshot), &candidates);
+    let mut round = groups.round(&full, |_| false);
+    let mut asked = Vec::new();
+    while let Some((group, acquire)) = round.next() {
+        assert!(acquire.candidates.len() <= most && acquire.candidates.iter().all(|c| c.bound.is_none()));
+        asked.push(group.candidates.clone());
+        if asked.len() == 3 {
+            let decision = round.decided(&group, granted(6)).expect("granted");
+            assert_eq!(decision.outcome, Outcome::Granted { slot: Some(2 * most + 6) });
+            break;
+        }
+        assert!(round.decided(&group, no_slot("one", 5)).is_none());
+    }
+    assert_eq!(asked, [0..most, most..2 * most, 2 * most..2 * most + 7]);
 }

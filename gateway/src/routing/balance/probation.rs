@@ -1,42 +1,48 @@
 //! Backends on probation in an order of preference: which of them a request may try.
 
+use std::borrow::Borrow;
 use std::hash::Hash;
 
 use tokio::time::Instant;
 
-use super::choose::{Candidate, Candidates};
+use super::choose::Candidates;
 use super::eject::{EjectionStatus, Ejector};
 
 /// Leaves those on probation to whom they belong. A request that prefers one takes its probe, whose number is returned, if
 /// nobody else has it. To all others it goes only in a panic, and after everything else: they would be given as many
 /// requests at once as they have slots, while it is not known whether they work. `key` is the ejector's key of a
 /// candidate's index. What is left is never empty unless `candidates` was.
-pub fn claim_probe<K: Clone + Eq + Hash>(
+pub fn claim_probe<K: Clone + Eq + Hash, B: Borrow<K>>(
     ejector: &mut Ejector<K>,
     candidates: &mut Candidates,
-    key: impl Fn(usize) -> K,
+    key: impl Fn(usize) -> B,
     panic: bool,
     now: Instant,
 ) -> Option<u64> {
     let first = candidates.first()?.index;
-    let others = |candidate: &&Candidate| {
-        candidate.index != first && ejector.status(&key(candidate.index), now) == EjectionStatus::Probe
-    };
+    leave_probation(candidates, panic, |index| {
+        index != first && ejector.status(key(index).borrow(), now) == EjectionStatus::Probe
+    });
+    ejector.begin_probe(key(first).borrow(), now)
+}
+
+/// The same for candidates of which none may take a probe.
+pub fn leave_probation(candidates: &mut Candidates, panic: bool, is_on_probation: impl Fn(usize) -> bool) {
     let (on_probation, mut open): (Candidates, Candidates) =
-        candidates.iter().copied().partition(|candidate| others(&candidate));
+        candidates.iter().copied().partition(|candidate| is_on_probation(candidate.index));
     if !on_probation.is_empty() {
         if panic {
             open.extend(on_probation);
         }
         *candidates = open;
     }
-    ejector.begin_probe(&key(first), now)
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
+    use super::super::choose::Candidate;
     use super::super::eject::EjectConfig;
     use super::*;
 

@@ -74,7 +74,11 @@ pub(super) fn candidates(full: &[Candidate], sharing: Sharing) -> Vec<Candidate>
     let share = |c: &Candidate| Candidate {
         leases: c.leases.clone(),
         max_concurrency: at_once(c.max_concurrency, sharing),
-        bound: c.bound.map(|bound| Bound { estimate: bound.estimate.div_ceil(sharing.gateways), ..bound }),
+        bound: c.bound.map(|bound| Bound {
+            elsewhere: bound.elsewhere / sharing.gateways,
+            estimate: bound.estimate.div_ceil(sharing.gateways),
+            ..bound
+        }),
     };
     full.iter().map(share).collect()
 }

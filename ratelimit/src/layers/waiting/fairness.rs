@@ -58,7 +58,7 @@ impl Process {
                 priority: Priority::Normal,
                 deadline: Instant::now() + Duration::from_secs(60),
                 scopes: SmallVec::new(),
-                slots: Some(SlotQueue { queue: "m".into(), max_wait, bound: 1000 }),
+                slots: Some(SlotQueue { queue: "m".into(), max_wait, bound: 1000, places: None }),
                 bytes: 0,
                 alternatives: Alternatives::new(),
             };

@@ -1,5 +1,6 @@
 //! The policy of a wait, and its result.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::model::call::Decision;
+use crate::model::key::Key;
 
 /// Waiters in the queue of one limit.
 pub const LIMIT_QUEUE_MAX: usize = 1000;
@@ -80,6 +82,30 @@ pub struct SlotQueue {
     pub max_wait: Duration,
     /// The maximum of waiters in that queue.
     pub bound: usize,
+    /// The backends whose slots the call waits for, if these are not its candidates alone.
+    pub places: Option<Arc<Places>>,
+}
+
+/// Lease sets in which a waiter could get a lease, with the maximum of each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Places(HashMap<Key, u32>);
+
+impl Places {
+    /// The maximum of this one, if it is one of them.
+    pub fn maximum(&self, key: &Key) -> Option<u32> {
+        self.0.get(key).copied()
+    }
+}
+
+impl FromIterator<(Key, u32)> for Places {
+    /// Of a lease set that comes twice, the first maximum counts.
+    fn from_iter<I: IntoIterator<Item = (Key, u32)>>(places: I) -> Self {
+        let mut map = HashMap::new();
+        for (key, maximum) in places {
+            map.entry(key).or_insert(maximum);
+        }
+        Self(map)
+    }
 }
 
 /// Why a refused call did not wait longer.

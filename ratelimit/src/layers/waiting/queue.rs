@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::policy::Priority;
+use super::policy::{Places, Priority};
 use crate::model::cost::Cost;
 use crate::model::key::Key;
 use crate::model::kind::{Bucket, Kind};
@@ -53,8 +53,10 @@ pub struct Entry<H> {
     pub bytes: u64,
     /// The lease sets in which it could get a lease, with the maximum of each: of backends in a queue for slots, of a
     /// scope in a queue for concurrency. Empty for buckets.
-    pub places: Vec<(Key, u32)>,
-    /// Other keys whose release may admit it: the slots of its backends and other accounts.
+    pub places: Arc<Places>,
+    /// The lease sets of its backends, if their release may admit it.
+    pub slots: Option<Arc<Places>>,
+    /// Other keys whose release may admit it: those of other accounts.
     pub wakes: Vec<Key>,
     /// The handle that wakes it.
     pub handle: H,
@@ -100,10 +102,23 @@ struct Waiter<H> {
     number: u64,
     cost: Cost,
     bytes: u64,
-    places: Vec<(Key, u32)>,
-    wakes: Vec<Key>,
+    places: Arc<Places>,
+    wakes: Wakes,
     due: u64,
     handle: H,
+}
+
+/// The keys whose release may admit a waiter, beside that of its queue.
+#[derive(Debug, Clone, Default)]
+struct Wakes {
+    slots: Option<Arc<Places>>,
+    keys: Vec<Key>,
+}
+
+impl Wakes {
+    fn contains(&self, key: &Key) -> bool {
+        self.slots.as_ref().is_some_and(|slots| slots.maximum(key).is_some()) || self.keys.contains(key)
+    }
 }
 
 #[derive(Debug)]
@@ -273,7 +288,8 @@ impl<H: Clone> Queues<H> {
         if flow.waiters.is_empty() {
             flow.clock = flow.clock.max(clock);
         }
-        let Entry { cost, bytes: held, places, wakes, handle, .. } = entry;
+        let Entry { cost, bytes: held, places, slots, wakes, handle, .. } = entry;
+        let wakes = Wakes { slots, keys: wakes };
         flow.waiters.push_back(Waiter { number, cost, bytes: held, places, wakes, due, handle });
         self.len += 1;
         self.bytes = bytes;
@@ -296,7 +312,7 @@ impl<H: Clone> Queues<H> {
     /// Records that the head was refused. It is due again at that time, or at once if what it waits for was released
     /// since `seen`.
     pub fn postpone(&mut self, id: &QueueId, number: u64, due: u64, seen: u64, note: Option<Note>) {
-        let mut wakes = Vec::new();
+        let mut wakes = Wakes::default();
         if let Some(waiter) = self.queues.get_mut(id).and_then(|queue| queue.find(number)) {
             wakes.clone_from(&waiter.wakes);
         }
@@ -366,7 +382,7 @@ impl<H: Clone> Queues<H> {
     pub fn give_back(&mut self, key: &Key, held: u32, processes: u32, now: u64, offer: u64) -> bool {
         let mut offered = false;
         for queue in self.queues.values_mut() {
-            let Some(places) = queue.head().and_then(|head| head.places_of(key)) else { continue };
+            let Some(places) = queue.head().and_then(|head| head.places.maximum(key)) else { continue };
             if (u64::from(held) + 1) * u64::from(processes) > u64::from(places) {
                 offered |= queue.hold.gave_back(now, offer);
             } else {
@@ -378,7 +394,7 @@ impl<H: Clone> Queues<H> {
 
     /// Whether what a queue waits for was released after the first `seen` releases. Returns true if that is too long
     /// ago to know.
-    pub fn released_since(&self, seen: u64, id: &QueueId, wakes: &[Key]) -> bool {
+    fn released_since(&self, seen: u64, id: &QueueId, wakes: &Wakes) -> bool {
         let missed = self.releases.saturating_sub(seen);
         let Ok(missed) = usize::try_from(missed) else { return true };
         if missed > self.released.len() {
@@ -386,13 +402,6 @@ impl<H: Clone> Queues<H> {
         }
         let waited = |key: &Key| matches!(id, QueueId::Limit(waited) if waited == key);
         self.released.iter().rev().take(missed).any(|key| waited(key) || wakes.contains(key))
-    }
-}
-
-impl<H> Waiter<H> {
-    /// The maximum of this lease set, if the waiter waits for it.
-    fn places_of(&self, key: &Key) -> Option<u32> {
-        self.places.iter().find(|(place, _)| place == key).map(|(_, places)| *places)
     }
 }
 

@@ -78,7 +78,7 @@ fn policy(tenant: &str, wait: Duration) -> QueuePolicy {
         priority: Priority::Normal,
         deadline: Instant::now() + 600 * SECOND,
         scopes: SmallVec::from_elem(wait, 4),
-        slots: Some(SlotQueue { queue: "m".into(), max_wait: wait, bound: 3 }),
+        slots: Some(SlotQueue { queue: "m".into(), max_wait: wait, bound: 3, places: None }),
         bytes: 10,
         alternatives: Alternatives::new(),
     }
@@ -368,7 +368,8 @@ fn coming_and_going_gains_a_tenant_nothing() {
         priority: Priority::Normal,
         cost: Cost::of_request(1, 0, 0),
         bytes: 0,
-        places: vec![],
+        places: Arc::default(),
+        slots: None,
         wakes: vec![],
         handle: (),
     };
@@ -391,4 +392,24 @@ fn coming_and_going_gains_a_tenant_nothing() {
         }
     }
     assert_eq!(served.into_iter().collect::<String>(), "abababab");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_at_any_of_many_backends_wakes_who_named_only_some_of_them() {
+    let process = process();
+    let another = Key::backend_slots("another");
+    let places = [(Key::backend_slots("b"), 1), (another.clone(), 1)].into_iter().collect();
+    let holder = call(&[], 1, slot(1));
+    assert!(process.ask(&holder, &policy("a", Duration::ZERO)).await.gave_up.is_none());
+    let mut policy = policy("a", SECOND);
+    policy.slots.as_mut().expect("it waits for slots").places = Some(Arc::new(places));
+    let mut tasks = JoinSet::new();
+    process.spawn(&mut tasks, "waiter", call(&[], 1, slot(1)), policy);
+    process.waiters(1).await;
+    for (key, asks) in [(&another, 1), (&Key::backend_slots("of another model"), 0)] {
+        let before = process.asks.load(Ordering::Relaxed);
+        process.waiting.released([key]);
+        sleep(Duration::from_micros(10)).await;
+        assert_eq!(process.asks.load(Ordering::Relaxed) - before, asks, "{key:?}");
+    }
 }

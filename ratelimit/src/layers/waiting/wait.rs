@@ -8,7 +8,9 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::policy::{ASK_PAUSE_MIN, GaveUp, LIMIT_QUEUE_MAX, POLL_MAX, POLL_MIN, QueuePolicy, Waited};
+use super::policy::{
+    ASK_PAUSE_MIN, GaveUp, LIMIT_QUEUE_MAX, POLL_MAX, POLL_MIN, Places, QueuePolicy, Waited,
+};
 use super::queue::{Entry, Full, Note, QueueId, Turn};
 use super::shared::Waiting;
 use crate::model::call::{Acquire, Decision, Outcome};
@@ -173,20 +175,20 @@ impl<'a> Wait<'a> {
         let handle = Arc::new(Notify::new());
         let QueuePolicy { tenant, priority, bytes, .. } = self.policy;
         let places = match &id {
-            QueueId::Slots(_) => {
-                self.call.candidates.iter().map(|c| (c.leases.clone(), c.max_concurrency)).collect()
-            }
+            QueueId::Slots(_) => self.slots(),
             QueueId::Limit(key) => {
                 let scope = self.call.scopes.iter().find(|scope| scope.leases == *key);
-                scope.and_then(|scope| Some((key.clone(), scope.concurrency?))).into_iter().collect()
+                Arc::new(
+                    scope.and_then(|scope| Some((key.clone(), scope.concurrency?))).into_iter().collect(),
+                )
             }
         };
-        let wakes = match &id {
-            QueueId::Slots(_) => self.wakes(),
+        let (slots, wakes) = match &id {
+            QueueId::Slots(_) => (Some(places.clone()), self.wakes()),
             QueueId::Limit(_) if self.policy.alternatives.len() > 1 && self.is_of_alternative(&id) => {
-                self.wakes()
+                (Some(self.slots()), self.wakes())
             }
-            QueueId::Limit(_) => Vec::new(),
+            QueueId::Limit(_) => (None, Vec::new()),
         };
         let entry = Entry {
             tenant: tenant.clone(),
@@ -194,6 +196,7 @@ impl<'a> Wait<'a> {
             cost: self.call.cost,
             bytes: *bytes,
             places,
+            slots,
             wakes,
             handle: handle.clone(),
         };
@@ -211,12 +214,18 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// The keys whose release may admit it: every slot and every alternative.
+    /// The lease sets of its backends.
+    fn slots(&self) -> Arc<Places> {
+        let known = self.policy.slots.as_ref().and_then(|slots| slots.places.clone());
+        let candidates = self.call.candidates.iter();
+        known.unwrap_or_else(|| Arc::new(candidates.map(|c| (c.leases.clone(), c.max_concurrency)).collect()))
+    }
+
+    /// The keys of every alternative.
     fn wakes(&self) -> Vec<Key> {
-        let slots = self.call.candidates.iter().map(|candidate| &candidate.leases);
         let scopes = self.policy.alternatives.iter().cloned().flatten();
         let scopes = scopes.filter_map(|at| self.call.scopes.get(at));
-        slots.chain(scopes.flat_map(|scope| [&scope.record, &scope.leases])).cloned().collect()
+        scopes.flat_map(|scope| [&scope.record, &scope.leases]).cloned().collect()
     }
 
     /// Waits for its turn. Returns false if the policy ends the wait before that.

@@ -1,5 +1,6 @@
 //! Several admissions, or settlements, under the same limits in one script call.
 
+use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -130,18 +131,35 @@ fn apart(replies: Result<Vec<i64>, Error>, calls: usize) -> Option<Vec<Reply>> {
     }
 }
 
+/// Keys among which one is searched faster than looked up by its hash.
+const SEARCHED_MAX: usize = 16;
+
 /// Positions of keys in a list without duplicates, counted from one.
 #[derive(Default)]
-struct KeyPositions<'a>(Vec<&'a Key>);
+struct KeyPositions<'a> {
+    keys: Vec<&'a Key>,
+    /// The position of each, once there are more than [`SEARCHED_MAX`].
+    positions: HashMap<&'a Key, usize>,
+}
 
 impl<'a> KeyPositions<'a> {
     fn of(&mut self, key: &'a Key) -> u64 {
-        let known = self.0.iter().position(|other| *other == key);
-        let at = known.unwrap_or_else(|| {
-            self.0.push(key);
-            self.0.len() - 1
-        });
-        at as u64 + 1
+        let known = match self.positions.is_empty() {
+            true => self.keys.iter().position(|other| *other == key),
+            false => self.positions.get(key).copied(),
+        };
+        known.unwrap_or_else(|| self.add(key)) as u64 + 1
+    }
+
+    fn add(&mut self, key: &'a Key) -> usize {
+        let at = self.keys.len();
+        self.keys.push(key);
+        if at == SEARCHED_MAX {
+            self.positions.extend(self.keys.iter().copied().zip(0..));
+        } else if at > SEARCHED_MAX {
+            self.positions.insert(key, at);
+        }
+        at
     }
 }
 
@@ -156,7 +174,7 @@ impl Client {
         let mut keys: Vec<&Key> = scopes.iter().map(|scope| &scope.record).collect();
         keys.extend(asks.iter().map(|ask| &*ask.reservation));
         keys.extend(scopes.iter().map(|scope| &scope.leases));
-        keys.extend(&places.0);
+        keys.extend(&places.keys);
 
         let (asked, mut touched) = (Instant::now(), Vec::new());
         let mut touch = |key| {
@@ -167,12 +185,12 @@ impl Client {
             due
         };
         let mut args = script::Args::default();
-        args.int(us(lease_ttl)).int(scopes.len() as u64).int(places.0.len() as u64).int(asks.len() as u64);
+        args.int(us(lease_ttl)).int(scopes.len() as u64).int(places.keys.len() as u64).int(asks.len() as u64);
         for scope in scopes {
             let due = scope.concurrency.is_some() && touch(&scope.leases);
             args.flag(scope.mode == Mode::Shadow).concurrency(scope).flag(due).buckets(scope);
         }
-        for key in &places.0 {
+        for key in &places.keys {
             args.flag(touch(key));
         }
         args.text(ms(first.life));
@@ -183,7 +201,8 @@ impl Client {
             args.int(call.candidates.len() as u64);
             for candidate in &call.candidates {
                 args.int(places.of(&candidate.leases)).number(f64::from(candidate.max_concurrency));
-                args.int(candidate.bound.map_or(0, |bound| u64::from(bound.millionths)));
+                let (part, elsewhere) = candidate.bound.map_or((0, 0), |b| (b.millionths, b.elsewhere));
+                args.int(u64::from(part)).int(u64::from(elsewhere));
             }
             args.id(call.id);
         }
@@ -212,11 +231,11 @@ impl Client {
         let mut keys: Vec<&Key> = scopes.iter().map(|scope| &scope.record).collect();
         keys.extend(ends.iter().map(|end| &*end.reservation));
         keys.extend(scopes.iter().map(|scope| &scope.leases));
-        keys.extend(&places.0);
+        keys.extend(&places.keys);
         let usage = first.call.usage.as_ref();
         keys.extend(usage.map(|usage| &usage.record));
         let mut args = script::Args::default();
-        args.int(scopes.len() as u64).int(places.0.len() as u64).int(ends.len() as u64);
+        args.int(scopes.len() as u64).int(places.keys.len() as u64).int(ends.len() as u64);
         args.int(usage.map_or(0, |_| USAGE_MODELS_MAX as u64));
         for scope in scopes {
             args.concurrency(scope).buckets(scope);
@@ -245,4 +264,22 @@ fn buckets(scopes: &[ScopeLimits]) -> impl Iterator<Item = (Kind, &Bucket)> {
     scopes.iter().flat_map(|scope| {
         Kind::ALL.into_iter().filter_map(|kind| Some((kind, scope.buckets[kind as usize].as_ref()?)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_has_one_position_among_few_and_among_many() {
+        let keys: Vec<Key> = (0..4 * SEARCHED_MAX).map(|n| Key::backend_slots(&format!("b{n}"))).collect();
+        let mut positions = KeyPositions::default();
+        // Every second one comes again at once, and all of them later.
+        for (n, key) in keys.iter().enumerate() {
+            assert_eq!(positions.of(key), n as u64 + 1);
+            assert_eq!(positions.of(&keys[n / 2]), n as u64 / 2 + 1);
+        }
+        assert!((1..).zip(&keys).all(|(n, key)| positions.of(key) == n));
+        assert_eq!(positions.keys, keys.iter().collect::<Vec<_>>());
+    }
 }

@@ -120,7 +120,7 @@ fn affinity_gives_the_same_answer_on_every_gateway_and_stays_within_its_bound() 
     let b = two.order(&config, &views, Some(42), now, uniform(2));
     let preferred = |candidates: &Candidates| candidates[..8].iter().map(|p| p.index).collect::<Vec<_>>();
     assert_eq!(preferred(&a), preferred(&b));
-    let bound = weir_ratelimit::Bound { millionths: 156_250, estimate: 11 };
+    let bound = weir_ratelimit::Bound { millionths: 156_250, elsewhere: 0, estimate: 11 };
     assert!(a[..8].iter().all(|p| p.bound == Some(bound)), "1.25 / 8, and of 65: {a:?}");
     assert!(a[8..].iter().all(|p| p.bound.is_none()) && a.len() == 16 && a.iter().all(|p| p.slots == 50));
     let spread: std::collections::BTreeSet<usize> =

@@ -5,7 +5,7 @@
 -- ARGV   numbers, as doubles: lease ttl us, n, m, requests; per scope: shadow 0|1, concurrency (-1 none), touch 0|1,
 --        buckets, then per bucket kind 1-5, capacity, num, den; per candidate's lease set: touch 0|1;
 --        per request: cost of every bucket, candidates, then per candidate: lease set from 1, maximum, largest part
---        of what all candidates have in millionths (0 unbounded).
+--        of what all candidates and others have in millionths (0 unbounded), what others have.
 --        Amounts in micro-units, rates as num/den per us;
 --        reservation life ms (0 judges and writes nothing); per request: id
 -- reply  doubles, per request: outcome (0 granted, 1 limited, 2 no slot, 3 granted before), candidate from 0 or -1,
@@ -61,7 +61,7 @@ end
 local function present(candidates, at)
   local sum, seen = 0, {}
   for c = 1, candidates do
-    local which = get('<d', numbers, at + 24 * (c - 1))
+    local which = get('<d', numbers, at + 32 * (c - 1))
     if not seen[which] then
       seen[which], sum = true, sum + room(which, 0).live
     end
@@ -116,7 +116,7 @@ for r = 1, requests do
     outcome = 3
     if held[2] == 2 then outcome, wait = 1, -1 end
     for c = 1, candidates do
-      if KEYS[slots + get('<d', numbers, at + 24 * (c - 1))] == held[3] then slot = c - 1 end
+      if KEYS[slots + get('<d', numbers, at + 32 * (c - 1))] == held[3] then slot = c - 1 end
     end
   elseif refused then
     outcome = 1
@@ -124,10 +124,10 @@ for r = 1, requests do
   elseif candidates > 0 then
     local soonest, all
     for c = 1, candidates do
-      local which, limit, part = get('<ddd', numbers, at + 24 * (c - 1))
+      local which, limit, part, elsewhere = get('<dddd', numbers, at + 32 * (c - 1))
       if part > 0 then
         all = all or present(candidates, at)
-        limit = min(limit, max(1, ceil(part * (all + 1) / 1000000)))
+        limit = min(limit, max(1, ceil(part * (all + elsewhere + 1) / 1000000)))
       end
       local place, free = room(which, limit)
       if free then
@@ -139,7 +139,7 @@ for r = 1, requests do
     end
     if slot < 0 then outcome, wait = 2, soonest or ttl end
   end
-  at = at + 24 * candidates
+  at = at + 32 * candidates
 
   if outcome == 0 and keep ~= '0' then
     local reservation = { 2, 0, taken and KEYS[slots + taken] or '' }
