@@ -1,7 +1,7 @@
 # Every command of the project. `make test` is the one to know.
 PYTHON ?= python3
 
-.PHONY: announce deny fuzz test-envoy test-page test-sdk test check fmt tools build bench
+.PHONY: announce deny fuzz instructions test-envoy test-page test-sdk test check fmt tools build bench
 
 # Runs every test. Installs what the tests need by the system's package manager: see tools.
 test: announce tools build
@@ -53,6 +53,17 @@ FUZZ_SECONDS ?= 20
 FUZZ_SEED ?= 0
 fuzz:
 	fuzz/run all $(FUZZ_SECONDS) -seed=$(FUZZ_SEED)
+
+# What a request and a chunk cost, in instructions and allocations, against their bars. Installs valgrind if it is missing.
+instructions:
+	@command -v valgrind >/dev/null && command -v vgdb >/dev/null || { \
+	echo "make: valgrind is missing; installing it with the system's package manager"; \
+	sudo= ; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	if command -v apt-get >/dev/null; then $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends valgrind; \
+	elif command -v dnf >/dev/null; then $$sudo dnf install -y -q valgrind; \
+	elif command -v apk >/dev/null; then $$sudo apk add -q valgrind; fi; }
+	cargo build --release --quiet --locked --workspace --bin weir-bench
+	target/release/weir-bench instructions --check
 
 # What a change must pass besides its tests.
 check:

@@ -185,7 +185,7 @@ impl Reader {
             let used = match self.state {
                 State::String(escape) => self.in_string(escape, rest, sink)?,
                 State::Number(part) => self.in_number(part, rest, sink)?,
-                State::Word { word, read } => self.in_word(word, read, first, sink)?,
+                State::Word { word, read } => self.in_word(word, read, rest, sink)?,
                 _ if matches!(first, b' ' | b'\t' | b'\n' | b'\r') => 1,
                 state => self.between(state, first, sink)?,
             };
@@ -416,22 +416,24 @@ impl Reader {
         Ok(())
     }
 
-    fn in_word(&mut self, word: Word, read: u8, byte: u8, sink: &mut impl Sink) -> Result<usize, Fault> {
+    fn in_word(&mut self, word: Word, read: u8, rest: &[u8], sink: &mut impl Sink) -> Result<usize, Fault> {
         let text: &[u8] = match word {
             Word::True => b"true",
             Word::False => b"false",
             Word::Null => b"null",
         };
-        if text.get(usize::from(read)) != Some(&byte) {
+        let missing = &text[usize::from(read)..];
+        let used = missing.iter().zip(rest).take_while(|(missing, byte)| missing == byte).count();
+        if used == missing.len() {
+            self.value_over();
+            sink.word(word, self.at + used);
+        } else if used == rest.len() {
+            self.state = State::Word { word, read: read + used as u8 };
+        } else {
+            self.at += used;
             return Err(self.fault("expected a value"));
         }
-        if usize::from(read) + 1 == text.len() {
-            self.value_over();
-            sink.word(word, self.at + 1);
-        } else {
-            self.state = State::Word { word, read: read + 1 };
-        }
-        Ok(1)
+        Ok(used)
     }
 }
 

@@ -109,16 +109,18 @@ impl TrafficCounter {
         let limited = matches!(decision.outcome, Outcome::Limited { .. });
         let now = Instant::now();
         let mut scopes = self.scopes();
-        for state in &decision.limits {
-            let Some(entry) = entries.iter().find(|e| e.limits.record == state.scope) else { continue };
-            let shadow = entry.limits.mode == Mode::Shadow;
-            let refused = state.verdict != Verdict::Fits && (limited || shadow);
+        // Those of one scope stand together.
+        for of_scope in decision.limits.chunk_by(|a, b| a.scope == b.scope) {
+            let Some(entry) = entries.iter().find(|e| e.limits.record == of_scope[0].scope) else { continue };
             let Some(seen) = scopes.last_seen(entry.kind, &entry.name) else { continue };
-            seen.shadow = shadow;
-            let limit = &mut seen.limits[index(state.what)];
-            let refusals = limit.as_ref().map_or(0, |limit| limit.refusals) + u64::from(refused);
-            *limit =
-                Some(Limit { state: state.clone(), declared: declared(entry, state), at: now, refusals });
+            seen.shadow = entry.limits.mode == Mode::Shadow;
+            for state in of_scope {
+                let refused = state.verdict != Verdict::Fits && (limited || seen.shadow);
+                let limit = &mut seen.limits[index(state.what)];
+                let refusals = limit.as_ref().map_or(0, |limit| limit.refusals) + u64::from(refused);
+                *limit =
+                    Some(Limit { state: state.clone(), declared: declared(entry, state), at: now, refusals });
+            }
         }
     }
 

@@ -175,19 +175,30 @@ pub struct ShownLimit {
 /// The limits of a request that headers tell about.
 pub type ShownLimits = smallvec::SmallVec<[ShownLimit; 8]>;
 
+/// By kind: the limit, what remains of it, when it is untouched again.
+static LIMIT_HEADERS: [(LimitKind, [HeaderName; 3]); 2] = [
+    (
+        LimitKind::Requests,
+        [
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ],
+    ),
+    (
+        LimitKind::Tokens,
+        [
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ],
+    ),
+];
+
 /// Writes OpenAI's `x-ratelimit-*` headers, of the tightest limit of each kind.
 pub fn write_limits(headers: &mut HeaderMap, states: &[ShownLimit]) {
-    for (kind, names) in [
-        (
-            LimitKind::Requests,
-            ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"],
-        ),
-        (
-            LimitKind::Tokens,
-            ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"],
-        ),
-    ] {
-        let tightest = states.iter().filter(|state| state.kind == kind).min_by(|a, b| {
+    for (kind, [limit, remaining, reset]) in &LIMIT_HEADERS {
+        let tightest = states.iter().filter(|state| state.kind == *kind).min_by(|a, b| {
             // remaining / burst, compared without dividing.
             let (left, right) = (
                 u128::from(a.remaining) * u128::from(b.burst),
@@ -196,11 +207,10 @@ pub fn write_limits(headers: &mut HeaderMap, states: &[ShownLimit]) {
             left.cmp(&right).then(a.burst.cmp(&b.burst))
         });
         let Some(state) = tightest else { continue };
-        let [limit, remaining, reset] = names.map(HeaderName::from_static);
-        headers.insert(limit, HeaderValue::from(state.limit));
-        headers.insert(remaining, HeaderValue::from(state.remaining));
+        headers.insert(limit.clone(), HeaderValue::from(state.limit));
+        headers.insert(remaining.clone(), HeaderValue::from(state.remaining));
         if let Ok(value) = HeaderValue::try_from(duration(state.reset)) {
-            headers.insert(reset, value);
+            headers.insert(reset.clone(), value);
         }
     }
 }

@@ -81,8 +81,8 @@ impl Payloads {
 /// How many bytes both begin with.
 fn common(a: &[u8], b: &[u8]) -> usize {
     const STEP: usize = 16;
-    let steps = a.chunks_exact(STEP).zip(b.chunks_exact(STEP));
-    let at = steps.take_while(|(a, b)| a == b).count() * STEP;
+    let (steps_a, steps_b) = (a.as_chunks::<STEP>().0, b.as_chunks::<STEP>().0);
+    let at = steps_a.iter().zip(steps_b).take_while(|(a, b)| a == b).count() * STEP;
     at + a[at..].iter().zip(&b[at..]).take_while(|(a, b)| a == b).count()
 }
 
