@@ -24,6 +24,7 @@ mod report;
 mod resources;
 mod rng;
 mod roles;
+mod scale;
 mod shares;
 mod stats;
 mod store;
@@ -69,6 +70,8 @@ enum Bench {
     Partition(partition::PartitionArgs),
     /// What slow clients, silent strangers and a broken log cost, and whether others are served meanwhile
     Edge(edge::EdgeArgs),
+    /// What a change costs with many API keys declared, and what the keys cost
+    Scale(scale::ScaleArgs),
     /// Whether backends get their configured shares, their slots, and no needless probes
     Shares(shares::SharesArgs),
     /// A part of a bench, started by the bench itself
@@ -110,6 +113,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Fanout(args) => fanout::run(&args).await,
             Bench::Partition(args) => partition::run(&args).await,
             Bench::Edge(args) => edge::run(&args).await,
+            Bench::Scale(args) => scale::run(&args).await,
             Bench::Shares(args) => shares::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }

@@ -14,6 +14,7 @@ pub mod grpc;
 mod logs;
 mod metrics;
 mod ops;
+mod persistent_map;
 mod recent_map;
 mod secret;
 mod signals;
@@ -26,6 +27,7 @@ pub use ops::{
     AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
     serve_ops, serve_ops_with,
 };
+pub use persistent_map::{Changes, PersistentMap};
 pub use recent_map::RecentMap;
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;
