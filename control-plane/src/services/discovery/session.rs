@@ -20,6 +20,22 @@ pub(super) const STALE_AFTER: Duration = Duration::from_secs(30);
 /// The stream is closed after this time without an answer; a new stream starts from the versions that are really applied.
 pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 
+/// The bodies in one delta. A larger difference is sent in several deltas, the last of which has its revision.
+const DELTA_BYTES_MAX: usize = 8 << 20;
+/// The resources in one delta.
+const DELTA_RESOURCES_MAX: usize = 20_000;
+
+/// The first of these resources that one delta may carry; at least one.
+fn part<'a>(upserts: impl Iterator<Item = &'a v1::VersionedResource>) -> Vec<v1::VersionedResource> {
+    let mut bytes = 0;
+    let fits = |upsert: &&v1::VersionedResource| {
+        let is_first = bytes == 0;
+        bytes += upsert.body.len() + upsert.name.len() + 1;
+        is_first || bytes <= DELTA_BYTES_MAX
+    };
+    upserts.take_while(fits).take(DELTA_RESOURCES_MAX).cloned().collect()
+}
+
 /// The applied configuration of one gateway, the delta in flight, and the refusals.
 #[derive(Debug)]
 pub(super) struct Session {
@@ -143,11 +159,20 @@ impl Session {
         let (upserts, removals) = if !due.is_empty() {
             (Vec::new(), due)
         } else if refused.is_some() {
-            let removals: Vec<Key> = difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
-            if removals.is_empty() {
-                return None;
+            // What is refused is not sent again, but what has not been sent yet is.
+            let is_refused =
+                |u: &&v1::VersionedResource| self.refusals.contains_key(&Key::new(u.kind(), &u.name));
+            let left = part(difference.upserts.iter().filter(|upsert| !is_refused(upsert)));
+            if left.is_empty() {
+                let removals: Vec<Key> =
+                    difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
+                if removals.is_empty() {
+                    return None;
+                }
+                (Vec::new(), removals)
+            } else {
+                (left, Vec::new())
             }
-            (Vec::new(), removals)
         } else if difference.upserts.is_empty() {
             // Resources that the gateway has but does not use need no body; it is only asked for their state.
             if difference.removals.is_empty() && self.config.is(snapshot) && !self.retry {
@@ -155,7 +180,7 @@ impl Session {
             }
             (Vec::new(), difference.removals.clone())
         } else {
-            (difference.upserts.clone(), Vec::new())
+            (part(difference.upserts.iter()), Vec::new())
         };
         let complete =
             upserts.len() == difference.upserts.len() && removals.len() == difference.removals.len();
@@ -226,7 +251,11 @@ impl Session {
             self.due.retain(|key| self.config.versions.contains_key(key));
             if !delta.upserts.is_empty() {
                 self.refused = None;
-                self.due = self.differences.between(&self.config, &snapshot).removals.clone();
+                let left = self.differences.between(&self.config, &snapshot);
+                // Deletions follow the last part of what is new.
+                if left.upserts.is_empty() {
+                    self.due = left.removals.clone();
+                }
             }
             return Answered::Applied(self.config.revision);
         }
