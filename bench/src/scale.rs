@@ -99,14 +99,16 @@ struct Cost {
 
 impl Scene {
     async fn start(directory: &Path) -> anyhow::Result<Self> {
-        let mock =
-            Mock::start("mock", &MockArgs { model: MODEL.into(), slots: 100, ..MockArgs::default() }, directory)
-                .await?;
+        let mock = Mock::start(
+            "mock",
+            &MockArgs { model: MODEL.into(), slots: 100, ..MockArgs::default() },
+            directory,
+        )
+        .await?;
         let control_plane = ControlPlaneProcess::start(None, directory).await?;
         let channel = Endpoint::from_shared(format!("http://{}", control_plane.grpc))?.connect_lazy();
         let admin = AdminServiceClient::new(channel).max_decoding_message_size(64 << 20);
-        let mut scene =
-            Self { mock, control_plane, gateways: Vec::new(), admin, weight: 100, revision: 0 };
+        let mut scene = Self { mock, control_plane, gateways: Vec::new(), admin, weight: 100, revision: 0 };
         let mut resources = Resources::basic();
         resources.put("pool", Spec::Pool(v1::PoolSpec::default()));
         resources.put(MODEL, Spec::Model(v1::ModelSpec { pool: "pool".into(), ..Default::default() }));

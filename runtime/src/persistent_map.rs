@@ -81,9 +81,10 @@ impl<K: Ord, V> PersistentMap<K, V> {
     {
         let ends_before = |chunk: &Chunk<K, V>| chunk.last().is_some_and(|(last, _)| last.borrow() < key);
         let at = self.chunks.partition_point(ends_before);
-        let found = self.chunks.get(at).map_or(Err(0), |chunk| {
-            chunk.binary_search_by(|(candidate, _)| candidate.borrow().cmp(key))
-        });
+        let found = self
+            .chunks
+            .get(at)
+            .map_or(Err(0), |chunk| chunk.binary_search_by(|(candidate, _)| candidate.borrow().cmp(key)));
         (at, found)
     }
 
@@ -112,6 +113,16 @@ impl<K: Ord, V> PersistentMap<K, V> {
         let (at, found) = self.position(key);
         let within = found.unwrap_or_else(|place| place);
         let first = self.chunks.get(at).and_then(|chunk| chunk.get(within..)).unwrap_or_default();
+        let rest = self.chunks.iter().skip(at + 1).flat_map(|chunk| chunk.iter());
+        first.iter().chain(rest).map(|(key, value)| (key, value))
+    }
+
+    /// The entries from the first key on that does not come before something; the keys that do come first.
+    pub fn from_where(&self, is_before: impl Fn(&K) -> bool) -> impl Iterator<Item = (&K, &V)> {
+        let ends_before = |chunk: &Chunk<K, V>| chunk.last().is_some_and(|(last, _)| is_before(last));
+        let at = self.chunks.partition_point(ends_before);
+        let chunk = self.chunks.get(at).map_or(&[][..], |chunk| chunk.as_slice());
+        let first = chunk.get(chunk.partition_point(|(key, _)| is_before(key))..).unwrap_or_default();
         let rest = self.chunks.iter().skip(at + 1).flat_map(|chunk| chunk.iter());
         first.iter().chain(rest).map(|(key, value)| (key, value))
     }
@@ -177,7 +188,8 @@ impl<K: Ord + Clone, V: Clone> PersistentMap<K, V> {
         }
         // Chunks that are nearly empty are joined, or a map that shrinks would keep a long list of them.
         for low in [Some(at), at.checked_sub(1)].into_iter().flatten() {
-            let lens = (chunks.get(low).map(|chunk| chunk.len()), chunks.get(low + 1).map(|chunk| chunk.len()));
+            let lens =
+                (chunks.get(low).map(|chunk| chunk.len()), chunks.get(low + 1).map(|chunk| chunk.len()));
             if let (Some(lower), Some(upper)) = lens
                 && lower.min(upper) < CHUNK_MAX / 4
                 && lower + upper <= CHUNK_MAX / 2

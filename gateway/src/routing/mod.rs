@@ -1,7 +1,7 @@
 //! Where a request can go: the configuration compiled for the request path, what is known of backends and pools, and the
 //! choice between them.
 //!
-//! [`snapshot`] compiles resources into [`entries`], [`backend`]s, [`scope`]s and [`accounts`]; [`declared`] tells a limit as
+//! [`snapshot`] compiles resources into [`entries`] and the [`key_table`], [`backend`]s, [`scope`]s and [`accounts`]; [`declared`] tells a limit as
 //! its operator wrote it; [`backend_state`] and
 //! [`pool_state`] outlive a change of configuration, with what [`own_probes`] say; [`balance`] is the pure choice, [`upstream`] the connections.
 
@@ -11,6 +11,7 @@ pub mod backend_state;
 pub mod balance;
 pub mod declared;
 pub mod entries;
+pub mod key_table;
 pub mod own_probes;
 pub mod pool_state;
 pub mod probation;

@@ -62,6 +62,7 @@ proptest! {
         prop_assert!(map.iter().eq(model.iter()));
         prop_assert!(map.iter().rev().eq(model.iter().rev()));
         prop_assert!(map.from(&from).eq(model.range(from..)));
+        prop_assert!(map.from_where(|key| *key < from).eq(model.range(from..)));
         prop_assert!(map.chunks.iter().all(|chunk| !chunk.is_empty() && chunk.len() <= CHUNK_MAX));
         for key in 0..3000 {
             prop_assert_eq!(map.get(&key), model.get(&key));
