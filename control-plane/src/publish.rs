@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
+use weir_runtime::beside;
 
 use crate::model::{Key, State, Versions};
 
@@ -115,13 +116,20 @@ impl ConfigState {
     }
 }
 
-/// The difference between a gateway's configuration and a snapshot.
+/// The bodies in one delta. A larger difference is sent in several deltas, the last of which has its revision.
+const DELTA_BYTES_MAX: usize = 8 << 20;
+/// The resources in one delta.
+pub(crate) const DELTA_RESOURCES_MAX: usize = 20_000;
+
+/// The difference between a gateway's configuration and a snapshot, or the first part of one that is too large for a delta.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Difference {
     /// New and changed resources; a resource comes before the ones that refer to it.
     pub(crate) upserts: Vec<v1::VersionedResource>,
     /// Deleted resources; a resource comes after the ones that refer to it.
     pub(crate) removals: Vec<Key>,
+    /// There are more new and changed resources than these; deletions are not known before the last part.
+    pub(crate) more: bool,
 }
 
 impl Difference {
@@ -130,16 +138,23 @@ impl Difference {
     }
 
     fn between(held: &ConfigState, snapshot: &State) -> Self {
-        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        let (mut upserts, mut removals, mut bytes) = (Vec::new(), Vec::new(), 0);
         for (key, held, desired) in held.versions.changes(versions(snapshot, held.role)) {
             match desired {
                 None => removals.push(key.clone()),
                 Some(_) if held == desired => {}
-                Some(_) => upserts.extend(snapshot.get(key).map(|stored| stored.published.clone())),
+                Some(_) if bytes >= DELTA_BYTES_MAX || upserts.len() >= DELTA_RESOURCES_MAX => {
+                    return Self { upserts, removals: Vec::new(), more: true };
+                }
+                Some(_) => {
+                    let upsert = snapshot.get(key).map(|stored| stored.published.clone());
+                    bytes += upsert.as_ref().map_or(0, |upsert| upsert.body.len());
+                    upserts.extend(upsert);
+                }
             }
         }
         removals.reverse();
-        Self { upserts, removals }
+        Self { upserts, removals, more: false }
     }
 }
 
@@ -169,7 +184,8 @@ impl Differences {
         if let Some(known) = lock().iter().find(is) {
             return Arc::clone(&known.difference);
         }
-        let difference = Arc::new(Difference::between(held, snapshot));
+        let differ = held.versions.len().abs_diff(versions(snapshot, held.role).len());
+        let difference = Arc::new(beside(differ, || Difference::between(held, snapshot)));
         // The map is kept alive, so that no other map can have the same address.
         let known = KnownDifference {
             role: held.role,

@@ -19,7 +19,7 @@ use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
 use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry};
-use weir_runtime::Backoff;
+use weir_runtime::{Backoff, beside};
 
 use crate::config_state::{ConfigState, Refused, ResourceId, ids};
 use crate::disk::Disk;
@@ -31,8 +31,6 @@ use crate::update::{Step, Update};
 
 /// Largest message. The control plane sends a large configuration in several deltas.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
-/// More changes than this are not compiled on a thread that serves others: some milliseconds.
-const CHANGES_AT_ONCE: usize = 500;
 
 /// The owner of a configuration, which puts it in force.
 pub trait Apply: Send {
@@ -385,17 +383,6 @@ pub(crate) fn hello(identity: &Identity, config: &ConfigState) -> Hello {
         store_revision: config.revision,
         resource_versions: config.versions(),
         status_only: false,
-    }
-}
-
-/// Runs work on this many resources. If they are many, other tasks of this thread are moved to another one first, where the
-/// runtime has several.
-fn beside<T>(resources: usize, work: impl FnOnce() -> T) -> T {
-    let flavor = tokio::runtime::Handle::current().runtime_flavor();
-    if resources > CHANGES_AT_ONCE && flavor == tokio::runtime::RuntimeFlavor::MultiThread {
-        tokio::task::block_in_place(work)
-    } else {
-        work()
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use std::time::SystemTime;
 
 mod backoff;
+mod beside;
 pub mod edge;
 mod egress;
 pub mod grpc;
@@ -21,6 +22,7 @@ mod signals;
 mod tls;
 
 pub use backoff::Backoff;
+pub use beside::beside;
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
 pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
 pub use ops::{

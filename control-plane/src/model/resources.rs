@@ -170,3 +170,6 @@ impl Resources {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

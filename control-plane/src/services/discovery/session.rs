@@ -20,22 +20,6 @@ pub(super) const STALE_AFTER: Duration = Duration::from_secs(30);
 /// The stream is closed after this time without an answer; a new stream starts from the versions that are really applied.
 pub(super) const CLOSED_AFTER: Duration = Duration::from_secs(120);
 
-/// The bodies in one delta. A larger difference is sent in several deltas, the last of which has its revision.
-const DELTA_BYTES_MAX: usize = 8 << 20;
-/// The resources in one delta.
-const DELTA_RESOURCES_MAX: usize = 20_000;
-
-/// The first of these resources that one delta may carry; at least one.
-fn part<'a>(upserts: impl Iterator<Item = &'a v1::VersionedResource>) -> Vec<v1::VersionedResource> {
-    let mut bytes = 0;
-    let fits = |upsert: &&v1::VersionedResource| {
-        let is_first = bytes == 0;
-        bytes += upsert.body.len() + upsert.name.len() + 1;
-        is_first || bytes <= DELTA_BYTES_MAX
-    };
-    upserts.take_while(fits).take(DELTA_RESOURCES_MAX).cloned().collect()
-}
-
 /// The applied configuration of one gateway, the delta in flight, and the refusals.
 #[derive(Debug)]
 pub(super) struct Session {
@@ -160,9 +144,10 @@ impl Session {
             (Vec::new(), due)
         } else if refused.is_some() {
             // What is refused is not sent again, but what has not been sent yet is.
-            let is_refused =
-                |u: &&v1::VersionedResource| self.refusals.contains_key(&Key::new(u.kind(), &u.name));
-            let left = part(difference.upserts.iter().filter(|upsert| !is_refused(upsert)));
+            let is_refused = |upsert: &&v1::VersionedResource| {
+                self.refusals.contains_key(&Key::new(upsert.kind(), &upsert.name))
+            };
+            let left: Vec<_> = difference.upserts.iter().filter(|u| !is_refused(u)).cloned().collect();
             if left.is_empty() {
                 let removals: Vec<Key> =
                     difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
@@ -180,10 +165,11 @@ impl Session {
             }
             (Vec::new(), difference.removals.clone())
         } else {
-            (part(difference.upserts.iter()), Vec::new())
+            (difference.upserts.clone(), Vec::new())
         };
-        let complete =
-            upserts.len() == difference.upserts.len() && removals.len() == difference.removals.len();
+        let complete = !difference.more
+            && upserts.len() == difference.upserts.len()
+            && removals.len() == difference.removals.len();
         // The revision changes with the last delta of a snapshot only.
         let (epoch, revision) = &self.at;
         let store_revision = match complete {
@@ -214,10 +200,10 @@ impl Session {
         !is_serving(key.kind) || !self.refused.is_some_and(|refused| refused.serving)
     }
 
-    /// The revision that a gateway has answered which refuses a part of it: not this one while deletions of it are to be sent.
+    /// The revision that a gateway has answered which refuses a part of it: not this one while a part of it is to be sent.
     fn answered_revision(&self, snapshot: &Snapshot) -> u64 {
         let difference = self.differences.between(&self.config, snapshot);
-        match difference.removals.iter().any(|key| self.may_go(key)) {
+        match difference.more || difference.removals.iter().any(|key| self.may_go(key)) {
             true => self.at.1,
             false => snapshot.revision,
         }
