@@ -12,8 +12,7 @@ use weir_proto::v1::{Applied, Hello, ResourceError};
 use weir_runtime::Backoff;
 
 use crate::config_state::ConfigState;
-use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff, send};
-use crate::subscribe::hello;
+use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, hello, reconnect_backoff, send};
 
 /// Between two reports: changes in between are merged.
 const REPORT_INTERVAL: Duration = Duration::from_millis(20);

@@ -18,12 +18,12 @@ use tonic::transport::Channel;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
-use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry};
+use weir_proto::v1::{Ack, Delta, Nack, ResourceError, ResourceRef, Retry};
 use weir_runtime::{Backoff, beside};
 
 use crate::config_state::{ConfigState, Refused, ResourceId, ids};
 use crate::disk::Disk;
-use crate::link::{Identity, Link, SILENCE_MAX, answered, reconnect_backoff, send};
+use crate::link::{Identity, Link, SILENCE_MAX, answered, hello, reconnect_backoff, send};
 use crate::problem::Problem;
 use crate::save::Saver;
 use crate::status_stream::{self, SubscriberStatus};
@@ -368,21 +368,6 @@ impl<A: Apply> Subscriber<A> {
         );
         self.owner.refused(self.refusing.len().max(refused.len()));
         self.retry = !self.refusing.is_empty();
-    }
-}
-
-/// What a process says of itself and of the configuration that it holds.
-pub(crate) fn hello(identity: &Identity, config: &ConfigState) -> Hello {
-    Hello {
-        gateway_id: identity.id.clone(),
-        role: identity.role.into(),
-        incarnation: identity.incarnation.clone(),
-        region: identity.region.clone(),
-        build: weir_runtime::version().to_owned(),
-        store_epoch: config.epoch.clone(),
-        store_revision: config.revision,
-        resource_versions: config.versions(),
-        status_only: false,
     }
 }
 
