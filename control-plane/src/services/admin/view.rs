@@ -160,7 +160,7 @@ impl Handle<v1::GetGatewayConfigRequest> for Admin {
         for (key, stored) in state.resources.iter().filter(|(key, _)| wanted(held.role, key.kind)) {
             differs(key, held.versions.get(key).map_or("", |v| &**v), &stored.published.version);
         }
-        for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(*key)) {
+        for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(key)) {
             differs(key, version, "");
         }
         let row = |(key, version): (&Key, &std::sync::Arc<str>)| v1::ResourceVersion {
