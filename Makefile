@@ -105,5 +105,5 @@ tools:
 
 # Every bench, one after the other, on an otherwise quiet machine; about an hour, most of it failover and partition. Tables on stdout.
 bench: tools
-	@for name in proxy guide-table limiter accuracy outage balance shares pools partition failover fanout edge; do \
+	@for name in proxy guide-table limiter accuracy outage balance shares pools partition failover fanout scale edge; do \
 		cargo run --profile dist --locked -q -p weir-bench -- $$name || exit 1; done

@@ -26,6 +26,7 @@ mod report;
 mod resources;
 mod rng;
 mod roles;
+mod scale;
 mod shares;
 mod stats;
 mod store;
@@ -75,6 +76,8 @@ enum Bench {
     Edge(edge::EdgeArgs),
     /// What a request costs with few and with many backends in its pool
     Pools(pools::PoolsArgs),
+    /// What a change costs with many API keys declared, and what the keys cost
+    Scale(scale::ScaleArgs),
     /// Whether backends get their configured shares, their slots, and no needless probes
     Shares(shares::SharesArgs),
     /// A part of a bench, started by the bench itself
@@ -118,6 +121,7 @@ fn measure(bench: Bench) -> anyhow::Result<Report> {
             Bench::Partition(args) => partition::run(&args).await,
             Bench::Edge(args) => edge::run(&args).await,
             Bench::Pools(args) => pools::run(&args).await,
+            Bench::Scale(args) => scale::run(&args).await,
             Bench::Shares(args) => shares::run(&args).await,
             Bench::Role { .. } => anyhow::bail!("a role is not a bench"),
         }

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Context as _;
-use bytes::Bytes;
 use prost::Message;
 use sha2::{Digest, Sha256};
 use weir_discovery::{ConfigState, Disk};
@@ -85,10 +84,9 @@ impl Resources {
 
     /// Writes the copy on disk of a gateway with this data directory.
     pub(crate) fn save(&self, directory: &Path) -> anyhow::Result<()> {
-        let mut held = ConfigState { epoch: "bench".into(), revision: 1, ..ConfigState::default() };
-        for (id, resource) in &self.0 {
-            let body: Bytes = resource.encode_to_vec().into();
-            held.resources.insert(id.clone(), ("1".into(), body));
+        let mut held = ConfigState::new("bench", 1);
+        for ((kind, name), resource) in &self.0 {
+            held.insert(*kind, name, "1", &resource.encode_to_vec());
         }
         let disk = Disk::new(directory).with_context(|| format!("{}", directory.display()))?;
         disk.save(&held).map_err(|error| anyhow::anyhow!("{}: {error}", directory.display()))

@@ -12,6 +12,7 @@ use prost::Message as _;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
+use weir_runtime::beside;
 
 use crate::model::audit::{self, Actor, Logged};
 use crate::model::{
@@ -27,6 +28,8 @@ const REQUESTS_KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 const REQUESTS_MAX: usize = 10_000;
 /// Attempts of a commit when other replicas commit at the same time.
 const TRIES: usize = 8;
+/// The size of a change before it is planned; planning a large one must not delay the renewal of the lease.
+const UNKNOWN: usize = usize::MAX;
 /// How long a commit waits until the state contains it. Longer means that the follower is broken.
 const FOLLOW_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -143,7 +146,7 @@ impl Catalog {
                 Ok(batch) => batch,
                 Err(e) => return e,
             };
-            match self.take(&batch) {
+            match beside(batch.writes.len(), || self.take(&batch)) {
                 Ok(state) => {
                     self.state.send_replace(Arc::new(state));
                 }
@@ -186,7 +189,7 @@ impl Catalog {
                 answer.set_revision(kept.revision);
                 return Ok(Committed { answer, done: None });
             }
-            let plan = plan(&state);
+            let plan = beside(UNKNOWN, || plan(&state));
             // A plan that writes nothing is not checked by a transaction. From a state that lags, it could refuse, or treat as
             // done, something that another replica has changed. So the state is brought up to date first.
             let writes = plan.as_ref().is_ok_and(|plan| !plan.is_empty());
@@ -199,7 +202,7 @@ impl Catalog {
             if call.validate_only || plan.is_empty() {
                 return Ok(Committed { answer, done: None });
             }
-            let transaction = transaction(&state, call, &plan, &answer);
+            let transaction = beside(plan.steps.len(), || transaction(&state, call, &plan, &answer));
             match self.store.transact(transaction).await {
                 Ok(revision) => {
                     // The next one need not wait until this one is seen here.
@@ -251,7 +254,8 @@ impl Catalog {
 }
 
 async fn read(store: &dyn Store) -> Result<State, store::Error> {
-    State::load(&store.range(PREFIX).await?).map_err(|e| store::Error::Failed(e.to_string()))
+    let range = store.range(PREFIX).await?;
+    beside(range.entries.len(), || State::load(&range)).map_err(|e| store::Error::Failed(e.to_string()))
 }
 
 fn now_ms() -> u64 {

@@ -4,17 +4,19 @@ pub(crate) mod audit;
 mod edit;
 pub(crate) mod fields;
 mod plan;
+mod resources;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message as _;
 use weir_proto::resource::{Resource, Spec, Violation, Violations, kind_name, kind_of};
 use weir_proto::v1;
+use weir_runtime::PersistentMap;
 
 use crate::encoding::short_hash;
 use crate::reflect::canonical;
@@ -22,6 +24,7 @@ use crate::store::{Batch, Range, Write};
 
 pub(crate) use edit::{BOOTSTRAP_SET, apply_edits, update_edit};
 pub(crate) use plan::{Edit, Options, Plan, TokenStep, plan};
+pub(crate) use resources::{Resources, wanted};
 
 /// Where everything but the audit log is.
 pub(crate) const PREFIX: &str = "c/";
@@ -117,7 +120,12 @@ impl Stored {
                 .map_err(|e| Violations(vec![Violation { path: "spec".into(), message: e.to_string() }]))
         };
         let body = encode(&wire.name)?;
-        wire.etag = short_hash(&encode("")?);
+        // The name comes first, and the etag is that of the rest.
+        let name = v1::Resource { name: wire.name.clone(), ..v1::Resource::default() }.encode_to_vec();
+        wire.etag = match body.strip_prefix(&name[..]) {
+            Some(unnamed) => short_hash(unnamed),
+            None => short_hash(&encode("")?),
+        };
         let published = v1::VersionedResource {
             kind: checked.kind().into(),
             name: wire.name.clone(),
@@ -169,16 +177,16 @@ pub(crate) struct Remembered {
 }
 
 /// Resource -> version.
-pub(crate) type Versions = BTreeMap<Key, Arc<str>>;
+pub(crate) type Versions = PersistentMap<Key, Arc<str>>;
 
-/// Everything declared, at one revision.
+/// Everything declared, at one revision. A copy is cheap.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct State {
     pub(crate) epoch: Arc<str>,
     pub(crate) revision: u64,
-    pub(crate) resources: BTreeMap<Key, Arc<Stored>>,
+    pub(crate) resources: Resources,
     /// Answers by request id.
-    pub(crate) requests: BTreeMap<Arc<str>, Arc<Remembered>>,
+    pub(crate) requests: PersistentMap<Arc<str>, Arc<Remembered>>,
     /// Tokens by name.
     pub(crate) tokens: BTreeMap<Arc<str>, Arc<v1::Token>>,
     /// The end of the audit log.
@@ -189,8 +197,6 @@ pub(crate) struct State {
     pub(crate) removal: u64,
     /// The revision of [`ALLOWED`].
     pub(crate) allowed: u64,
-    /// The version of every resource, for each role of subscribers; made when it is first asked for.
-    pub(crate) versions: [OnceLock<Arc<Versions>>; 2],
 }
 
 /// The store holds something this version cannot read.
@@ -213,7 +219,6 @@ impl State {
     pub(crate) fn after(&self, batch: &Batch) -> Result<Self, Unreadable> {
         let mut next = self.clone();
         next.revision = batch.revision;
-        next.versions = Default::default();
         for write in &batch.writes {
             match write {
                 Write::Put(key, value) => next.set(key, Some(value), batch.revision)?,
@@ -277,7 +282,6 @@ impl State {
 
     /// Takes a change back: the newest first.
     pub(crate) fn undo(&mut self, logged: &audit::Logged) -> Result<(), Unreadable> {
-        self.versions = Default::default();
         for change in logged.record.changes.iter().rev() {
             change.undo(self)?;
         }
@@ -291,10 +295,7 @@ impl State {
 
     /// The resources of one kind, by name.
     pub(crate) fn of_kind(&self, kind: v1::ResourceKind) -> impl Iterator<Item = &Arc<Stored>> {
-        self.resources
-            .range(Key::new(kind, "")..)
-            .take_while(move |(key, _)| key.kind == kind)
-            .map(|(_, stored)| stored)
+        self.resources.of_kind(kind)
     }
 }
 

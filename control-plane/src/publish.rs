@@ -8,8 +8,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use weir_proto::v1;
+use weir_runtime::beside;
 
-use crate::model::{Key, State, Stored, Versions};
+use crate::model::{Key, State, Versions};
 
 /// A change after this time without changes is published at once. Other changes wait until no change came for this time...
 const QUIET: Duration = Duration::from_millis(100);
@@ -55,34 +56,14 @@ pub(crate) async fn publish(
 pub(crate) struct ConfigState {
     pub(crate) epoch: Arc<str>,
     pub(crate) revision: u64,
-    pub(crate) versions: Arc<Versions>,
+    pub(crate) versions: Versions,
     /// The role of the subscriber, which decides the kinds of its resources.
     pub(crate) role: v1::SubscriberRole,
 }
 
-/// Whether subscribers of a role receive resources of a kind. A limit service needs no backends, and a gateway no descriptor
-/// rules.
-pub(crate) const fn wanted(role: v1::SubscriberRole, kind: v1::ResourceKind) -> bool {
-    use v1::ResourceKind as Kind;
-    match role {
-        v1::SubscriberRole::Unspecified | v1::SubscriberRole::Gateway => {
-            !matches!(kind, Kind::DescriptorRule)
-        }
-        v1::SubscriberRole::LimitService => {
-            matches!(kind, Kind::Model | Kind::Tenant | Kind::ApiKey | Kind::Limit | Kind::DescriptorRule)
-        }
-    }
-}
-
-/// The resource versions of subscribers of a role that are in sync with a snapshot; computed on first use.
-pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Arc<Versions> {
-    let of_role = usize::from(role == v1::SubscriberRole::LimitService);
-    snapshot.versions[of_role].get_or_init(|| {
-        let wanted = snapshot.resources.iter().filter(|(key, _)| wanted(role, key.kind));
-        let version =
-            |(key, stored): (&Key, &Arc<Stored>)| (key.clone(), Arc::from(stored.published.version.as_str()));
-        Arc::new(wanted.map(version).collect())
-    })
+/// The resource versions of subscribers of a role that are in sync with a snapshot.
+pub(crate) fn versions(snapshot: &State, role: v1::SubscriberRole) -> &Versions {
+    snapshot.resources.versions(role)
 }
 
 impl ConfigState {
@@ -94,7 +75,7 @@ impl ConfigState {
             .map(|h| (Key::new(h.kind(), &h.name), h.version.as_str().into()))
             .collect();
         let epoch = hello.store_epoch.as_str().into();
-        Self { epoch, revision: hello.store_revision, versions: Arc::new(versions), role: hello.role() }
+        Self { epoch, revision: hello.store_revision, versions, role: hello.role() }
     }
 
     /// Whether epoch and revision are those of the snapshot.
@@ -105,7 +86,7 @@ impl ConfigState {
     /// Applies a delta except for the refused resources.
     pub(crate) fn apply(&mut self, delta: &v1::Delta, refused: &[Key]) {
         if !delta.upserts.is_empty() || !delta.removals.is_empty() {
-            let versions = Arc::make_mut(&mut self.versions);
+            let versions = &mut self.versions;
             for upsert in &delta.upserts {
                 let key = Key::new(upsert.kind(), &upsert.name);
                 if !refused.contains(&key) {
@@ -129,19 +110,26 @@ impl ConfigState {
     /// Replaces the map by that of the snapshot if both are equal, so that it is shared.
     pub(crate) fn share(&mut self, snapshot: &State) {
         let shared = versions(snapshot, self.role);
-        if !Arc::ptr_eq(shared, &self.versions) && *shared == self.versions {
-            self.versions = Arc::clone(shared);
+        if !shared.is_same(&self.versions) && *shared == self.versions {
+            self.versions = shared.clone();
         }
     }
 }
 
-/// The difference between a gateway's configuration and a snapshot.
+/// The bodies in one delta. A larger difference is sent in several deltas, the last of which has its revision.
+const DELTA_BYTES_MAX: usize = 8 << 20;
+/// The resources in one delta.
+pub(crate) const DELTA_RESOURCES_MAX: usize = 20_000;
+
+/// The difference between a gateway's configuration and a snapshot, or the first part of one that is too large for a delta.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Difference {
     /// New and changed resources; a resource comes before the ones that refer to it.
     pub(crate) upserts: Vec<v1::VersionedResource>,
     /// Deleted resources; a resource comes after the ones that refer to it.
     pub(crate) removals: Vec<Key>,
+    /// There are more new and changed resources than these; deletions are not known before the last part.
+    pub(crate) more: bool,
 }
 
 impl Difference {
@@ -150,17 +138,23 @@ impl Difference {
     }
 
     fn between(held: &ConfigState, snapshot: &State) -> Self {
-        let (role, held) = (held.role, &*held.versions);
-        let differs = |key: &Key, version: &str| held.get(key).is_none_or(|held| **held != *version);
-        let gone = |key: &&Key| !snapshot.resources.contains_key(*key) || !wanted(role, key.kind);
-        let upserts = snapshot
-            .resources
-            .iter()
-            .filter(|(key, stored)| wanted(role, key.kind) && differs(key, &stored.published.version))
-            .map(|(_, stored)| stored.published.clone())
-            .collect();
-        let removals = held.keys().rev().filter(gone).cloned().collect();
-        Self { upserts, removals }
+        let (mut upserts, mut removals, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for (key, held, desired) in held.versions.changes(versions(snapshot, held.role)) {
+            match desired {
+                None => removals.push(key.clone()),
+                Some(_) if held == desired => {}
+                Some(_) if bytes >= DELTA_BYTES_MAX || upserts.len() >= DELTA_RESOURCES_MAX => {
+                    return Self { upserts, removals: Vec::new(), more: true };
+                }
+                Some(_) => {
+                    let upsert = snapshot.get(key).map(|stored| stored.published.clone());
+                    bytes += upsert.as_ref().map_or(0, |upsert| upsert.body.len());
+                    upserts.extend(upsert);
+                }
+            }
+        }
+        removals.reverse();
+        Self { upserts, removals, more: false }
     }
 }
 
@@ -171,7 +165,7 @@ pub(crate) struct Differences(Arc<Mutex<VecDeque<KnownDifference>>>);
 #[derive(Debug)]
 struct KnownDifference {
     role: v1::SubscriberRole,
-    held: Arc<Versions>,
+    held: Versions,
     snapshot: Snapshot,
     difference: Arc<Difference>,
 }
@@ -183,18 +177,19 @@ impl Differences {
     pub(crate) fn between(&self, held: &ConfigState, snapshot: &Snapshot) -> Arc<Difference> {
         let is = |known: &&KnownDifference| {
             known.role == held.role
-                && Arc::ptr_eq(&known.held, &held.versions)
+                && known.held.is_same(&held.versions)
                 && Arc::ptr_eq(&known.snapshot, snapshot)
         };
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = lock().iter().find(is) {
             return Arc::clone(&known.difference);
         }
-        let difference = Arc::new(Difference::between(held, snapshot));
+        let differ = held.versions.len().abs_diff(versions(snapshot, held.role).len());
+        let difference = Arc::new(beside(differ, || Difference::between(held, snapshot)));
         // The map is kept alive, so that no other map can have the same address.
         let known = KnownDifference {
             role: held.role,
-            held: Arc::clone(&held.versions),
+            held: held.versions.clone(),
             snapshot: Arc::clone(snapshot),
             difference: Arc::clone(&difference),
         };
@@ -223,6 +218,7 @@ pub(crate) fn mass_removal_is_meant(snapshot: &State, held: &ConfigState) -> boo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Stored;
     use crate::model::tests::{backend, cluster};
 
     fn state(revision: u64, backends: usize) -> State {
@@ -254,19 +250,23 @@ mod tests {
         assert_eq!(difference.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["b0"]);
         assert_eq!(difference.removals, [Key::new(v1::ResourceKind::Backend, "b1")]);
         assert!(Arc::ptr_eq(&difference, &known.between(&held, &new)));
-        let own = ConfigState { versions: Arc::new(Versions::clone(&held.versions)), ..held };
+        let own = ConfigState {
+            versions: held.versions.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
+            ..held
+        };
         assert!(!Arc::ptr_eq(&difference, &known.between(&own, &new)));
     }
 
     #[test]
     fn who_is_in_sync_shares_the_map_of_the_snapshot() {
         let state = state(1, 2);
+        let wanted = versions(&state, v1::SubscriberRole::Gateway);
         let mut held = ConfigState {
-            versions: Arc::new(Versions::clone(versions(&state, v1::SubscriberRole::Gateway))),
+            versions: wanted.iter().map(|(key, version)| (key.clone(), version.clone())).collect(),
             ..ConfigState::default()
         };
         held.share(&state);
-        assert!(Arc::ptr_eq(&held.versions, versions(&state, v1::SubscriberRole::Gateway)));
+        assert!(held.versions.is_same(wanted));
     }
 
     #[test]

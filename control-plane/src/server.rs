@@ -53,8 +53,8 @@ pub use config::{Config, Error, StoreConfig};
 const APPLY_BYTES_MAX: usize = 64 << 20;
 /// Any other call of an operator: one resource, or a few names.
 const CALL_BYTES_MAX: usize = 4 << 20;
-/// What a gateway holds, by kind, name and version: some 100 bytes for each of the 64 000 resources of the largest store.
-const HELLO_BYTES_MAX: usize = 16 << 20;
+/// What a gateway holds, by kind, name and version: some 50 to 100 bytes for each of a million resources.
+const HELLO_BYTES_MAX: usize = 100 << 20;
 /// One report of a gateway: at most 10 000 backends and as many probe results.
 const REPORT_BYTES_MAX: usize = 4 << 20;
 /// A check of health names a service.

@@ -1,24 +1,53 @@
-//! The configuration in force in its encoded form, and its copy on disk.
-//!
-//! With the copy, a process that restarts without a control plane serves its last configuration. Two generations are kept.
-//! Each is written to a temporary file, synced and renamed, and only its owner can read it, because it contains digests of
-//! keys. A file starts with a SHA-256 of the rest: a damaged file is refused and the older generation is used.
+//! The configuration in force in its encoded form. A copy is cheap, and what a delta costs does not grow with what it leaves as
+//! it is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message;
-use sha2::{Digest, Sha256};
 use weir_proto::resource::Resource;
 use weir_proto::v1::{self, ResourceKind};
+use weir_runtime::PersistentMap;
 
-/// The first bytes of the file: its type and the version of its format.
-const MAGIC: &[u8; 8] = b"WEIRCFG1";
-/// Largest copy that is read back.
-const MAX_BYTES: u64 = 256 << 20;
+/// Kind and name of a resource.
+pub type ResourceId = (i32, Arc<str>);
+
+/// The encoded form of a resource: its version and its body, in one block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    version_bytes: u16,
+    block: Arc<[u8]>,
+}
+
+impl Encoded {
+    fn new(version: &str, body: &[u8]) -> Self {
+        // A version is a hash; one that is absurdly long is cut, so that the resource is sent again.
+        let version_bytes = u16::try_from(version.len()).unwrap_or(u16::MAX);
+        let version = version.as_bytes().get(..usize::from(version_bytes)).unwrap_or_default();
+        Self { version_bytes, block: [version, body].concat().into() }
+    }
+
+    fn parts(&self) -> (&[u8], &[u8]) {
+        self.block.split_at_checked(usize::from(self.version_bytes)).unwrap_or_default()
+    }
+
+    /// The version.
+    pub fn version(&self) -> &str {
+        std::str::from_utf8(self.parts().0).unwrap_or_default()
+    }
+
+    /// The body as the control plane sent it.
+    pub fn body(&self) -> &[u8] {
+        self.parts().1
+    }
+
+    /// The resource; the error says why it cannot be used.
+    pub fn checked(&self) -> Result<Resource, String> {
+        let wire = v1::Resource::decode(self.body()).map_err(|e| e.to_string())?;
+        Resource::try_from(&wire).map_err(|e| e.to_string())
+    }
+}
 
 /// Resources by kind and name, each with its version and encoded body.
 #[derive(Debug, Clone, Default)]
@@ -28,7 +57,7 @@ pub struct ConfigState {
     /// The applied revision; zero without a configuration.
     pub revision: u64,
     /// The applied resources.
-    pub resources: BTreeMap<(i32, String), (String, Bytes)>,
+    pub(crate) resources: PersistentMap<ResourceId, Encoded>,
 }
 
 /// A refused resource. The rest of the configuration is used.
@@ -81,15 +110,50 @@ fn listed(names: &[String], all: usize) -> String {
 }
 
 impl ConfigState {
+    /// Without resources, at a revision of a store.
+    pub fn new(epoch: &str, revision: u64) -> Self {
+        Self { epoch: epoch.into(), revision, ..Self::default() }
+    }
+
     /// The version of every applied resource, for Hello.
     pub fn versions(&self) -> Vec<v1::ResourceVersion> {
         let held = self.resources.iter();
-        held.map(|((kind, name), (version, _))| v1::ResourceVersion {
+        held.map(|((kind, name), encoded)| v1::ResourceVersion {
             kind: *kind,
-            name: name.clone(),
-            version: version.clone(),
+            name: name.to_string(),
+            version: encoded.version().to_owned(),
         })
         .collect()
+    }
+
+    /// Version and body of every resource by kind and name: for tests and tools, which have few.
+    pub fn bodies(&self) -> BTreeMap<(i32, String), (String, Bytes)> {
+        let held = self.resources.iter();
+        held.map(|((kind, name), encoded)| {
+            let body = Bytes::copy_from_slice(encoded.body());
+            ((*kind, name.to_string()), (encoded.version().to_owned(), body))
+        })
+        .collect()
+    }
+
+    /// Adds or replaces a resource.
+    pub fn insert(&mut self, kind: i32, name: &str, version: &str, body: &[u8]) {
+        self.resources.insert((kind, name.into()), Encoded::new(version, body));
+    }
+
+    /// The number of resources.
+    pub fn len(&self) -> usize {
+        self.resources.len()
+    }
+
+    /// Whether there is no resource.
+    pub fn is_empty(&self) -> bool {
+        self.resources.is_empty()
+    }
+
+    /// A resource in its encoded form.
+    pub fn get(&self, kind: i32, name: &str) -> Option<&Encoded> {
+        self.resources.get(&(kind, Arc::from(name)))
     }
 
     /// The configuration after a delta. With an error nothing changes.
@@ -99,17 +163,16 @@ impl ConfigState {
         }
         let mut next = self.clone();
         for removal in &delta.removals {
-            next.resources.remove(&(removal.kind, removal.name.clone()));
+            next.resources.remove(&(removal.kind, Arc::from(removal.name.as_str())));
         }
         for upsert in &delta.upserts {
-            let body = (upsert.version.clone(), upsert.body.clone());
-            next.resources.insert((upsert.kind, upsert.name.clone()), body);
+            next.insert(upsert.kind, &upsert.name, &upsert.version, &upsert.body);
         }
         if !delta.allow_mass_removal {
             // Within a store the control plane has checked removals, and a revoked key must go at once. Of another store, or until
             // all of it is held, nothing is known of why something is missing.
             let is_other_store = delta.store_epoch != self.epoch || self.revision == 0;
-            self.check_mass_removal(&next, is_other_store)?;
+            self.check_mass_removal(&next, delta, is_other_store)?;
         }
         next.epoch.clone_from(&delta.store_epoch);
         next.revision = delta.store_revision;
@@ -118,178 +181,130 @@ impl ConfigState {
 
     /// Restores the refused resources of a delta to their version before it. Returns whether there were any.
     pub fn keep(&mut self, before: &Self, delta: &v1::Delta, refused: &[Refused]) -> bool {
+        let refused: BTreeSet<(i32, &str)> = refused.iter().map(|r| (r.kind as i32, &*r.name)).collect();
         let mut any = false;
         for upsert in &delta.upserts {
-            if !refused.iter().any(|r| r.kind == upsert.kind() && r.name == upsert.name) {
+            if !refused.contains(&(i32::from(upsert.kind()), &*upsert.name)) {
                 continue;
             }
             any = true;
-            let key = (upsert.kind, upsert.name.clone());
-            match before.resources.get(&key) {
-                Some(old) => self.resources.insert(key, old.clone()),
-                None => self.resources.remove(&key),
+            let id = (upsert.kind, Arc::from(upsert.name.as_str()));
+            match before.resources.get(&id) {
+                Some(old) => self.resources.insert(id, old.clone()),
+                None => self.resources.remove(&id),
             };
         }
         any
     }
 
-    fn check_mass_removal(&self, next: &Self, is_other_store: bool) -> Result<(), DeltaError> {
-        let (before, after) = (self.guarded(is_other_store), next.guarded(is_other_store));
-        for (what, had) in before {
-            let stay = after.get(&what).cloned().unwrap_or_default();
-            let gone: Vec<&String> = had.iter().filter(|name| !stay.contains(*name)).collect();
+    fn check_mass_removal(
+        &self,
+        next: &Self,
+        delta: &v1::Delta,
+        is_other_store: bool,
+    ) -> Result<(), DeltaError> {
+        // Only a group that a delta takes something from can lose most of it.
+        let mut lost: BTreeMap<Group, BTreeSet<Arc<str>>> = BTreeMap::new();
+        for id in ids(delta) {
+            let group =
+                |config: &Self| config.resources.get(&id).and_then(|e| Group::of(id.0, e, is_other_store));
+            let before = group(self);
+            if let Some(group) = before.filter(|before| group(next).as_ref() != Some(before)) {
+                lost.entry(group).or_default().insert(Arc::clone(&id.1));
+            }
+        }
+        for (group, gone) in lost {
+            let (had, stay) = (self.count(&group, is_other_store), next.count(&group, is_other_store));
             // The control plane marks removals that it accepted. Without the mark even the only backend of a pool stays.
-            let removed = had.len().saturating_sub(stay.len());
-            if removed * 2 > had.len() {
-                let names = gone.into_iter().take(NAMES_SHOWN).cloned().collect();
-                return Err(DeltaError::MassRemoval { what, removed, had: had.len(), names });
+            let removed = had.saturating_sub(stay);
+            if removed * 2 > had {
+                let names = gone.iter().take(NAMES_SHOWN).map(|name| name.to_string()).collect();
+                return Err(DeltaError::MassRemoval { what: group.to_string(), removed, had, names });
             }
         }
         Ok(())
     }
 
-    /// What must not disappear in bulk, by what it is: the names of the backends of each pool, and for another store those of
-    /// models, tenants and keys.
-    fn guarded(&self, is_other_store: bool) -> BTreeMap<String, BTreeSet<String>> {
-        let mut guarded: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        for ((kind, name), (_, body)) in &self.resources {
-            let what = match ResourceKind::try_from(*kind) {
-                Ok(ResourceKind::Backend) => {
-                    let spec = v1::Resource::decode(body.clone()).ok().and_then(|r| r.spec);
-                    let Some(v1::resource::Spec::Backend(backend)) = spec else { continue };
-                    format!("backends of pool {}", backend.pool)
-                }
-                Ok(ResourceKind::Model) if is_other_store => "models".to_owned(),
-                Ok(ResourceKind::Tenant) if is_other_store => "tenants".to_owned(),
-                Ok(ResourceKind::ApiKey) if is_other_store => "API keys".to_owned(),
-                _ => continue,
-            };
-            guarded.entry(what).or_default().insert(name.clone());
-        }
-        guarded
+    /// The number of resources of a group.
+    fn count(&self, group: &Group, is_other_store: bool) -> usize {
+        let kind = group.kind();
+        let first: ResourceId = (kind, Arc::from(""));
+        let of_kind = self.resources.from(&first).take_while(|((k, _), _)| *k == kind);
+        of_kind.filter(|(_, e)| Group::of(kind, e, is_other_store).as_ref() == Some(group)).count()
     }
 
     /// The decoded and validated resources, and the ones that are refused.
     pub fn checked(&self) -> (Vec<Resource>, Vec<Refused>) {
         let (mut good, mut refused) = (Vec::new(), Vec::new());
-        for ((kind, name), (_, body)) in &self.resources {
-            let checked = v1::Resource::decode(body.clone())
-                .map_err(|e| e.to_string())
-                .and_then(|wire| Resource::try_from(&wire).map_err(|e| e.to_string()));
-            match checked {
+        for ((kind, name), encoded) in self.resources.iter() {
+            match encoded.checked() {
                 Ok(resource) => good.push(resource),
                 Err(message) => {
                     let kind = ResourceKind::try_from(*kind).unwrap_or_default();
-                    refused.push(Refused { kind, name: name.clone(), message });
+                    refused.push(Refused { kind, name: name.to_string(), message });
                 }
             }
         }
         (good, refused)
     }
-
-    /// The file of a copy.
-    #[doc(hidden)]
-    pub fn encode(&self) -> Vec<u8> {
-        let upserts = self.resources.iter().map(|((kind, name), (version, body))| v1::VersionedResource {
-            kind: *kind,
-            name: name.clone(),
-            version: version.clone(),
-            body: body.clone(),
-        });
-        let delta = v1::Delta {
-            store_epoch: self.epoch.clone(),
-            store_revision: self.revision,
-            upserts: upserts.collect(),
-            ..v1::Delta::default()
-        };
-        let body = delta.encode_to_vec();
-        let mut file = Vec::with_capacity(MAGIC.len() + 32 + body.len());
-        file.extend_from_slice(MAGIC);
-        file.extend_from_slice(&Sha256::digest(&body));
-        file.extend_from_slice(&body);
-        file
-    }
-
-    /// Parses a file; the error is the reason if it is damaged.
-    #[doc(hidden)]
-    pub fn decode(file: &[u8]) -> Result<Self, &'static str> {
-        let rest = file.strip_prefix(MAGIC).ok_or("it is not a configuration copy of this version")?;
-        let (digest, body) = rest.split_at_checked(32).ok_or("it is cut short")?;
-        if Sha256::digest(body).as_slice() != digest {
-            return Err("its checksum does not match");
-        }
-        let delta = v1::Delta::decode(body).map_err(|_| "it cannot be decoded")?;
-        Self::default().after(&delta).map_err(|_| "it contradicts itself")
-    }
 }
 
-/// The directory of the copies.
-#[derive(Debug, Clone)]
-pub struct Disk {
-    directory: PathBuf,
+/// What must not disappear in bulk: the backends of each pool, and for another store its models, tenants and keys.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Group {
+    Backends { pool: String },
+    Models,
+    Tenants,
+    ApiKeys,
 }
 
-impl Disk {
-    /// Keeps copies in this directory, which is created if missing.
-    pub fn new(directory: &Path) -> std::io::Result<Self> {
-        std::fs::create_dir_all(directory)?;
-        Ok(Self { directory: directory.to_owned() })
-    }
-
-    fn newest(&self) -> PathBuf {
-        self.directory.join("config.current")
-    }
-
-    fn previous(&self) -> PathBuf {
-        self.directory.join("config.previous")
-    }
-
-    /// Writes a copy durably; blocks. The last copy becomes the older generation.
-    pub fn save(&self, held: &ConfigState) -> std::io::Result<()> {
-        let temporary = self.directory.join("config.writing");
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all(&held.encode())?;
-        file.sync_all()?;
-        match std::fs::rename(self.newest(), self.previous()) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-            _ => std::fs::rename(&temporary, self.newest())?,
-        }
-        std::fs::File::open(&self.directory)?.sync_all()
-    }
-
-    /// The newest valid copy; `None` without one. Blocks.
-    pub fn load(&self) -> Option<ConfigState> {
-        [self.newest(), self.previous()].into_iter().find_map(|path| match load(&path) {
-            Ok(held) => held,
-            Err(reason) => {
-                tracing::error!(path = %path.display(), reason, "configuration copy refused");
-                None
+impl Group {
+    fn of(kind: i32, encoded: &Encoded, is_other_store: bool) -> Option<Self> {
+        match ResourceKind::try_from(kind) {
+            Ok(ResourceKind::Backend) => {
+                let spec = v1::Resource::decode(encoded.body()).ok().and_then(|r| r.spec);
+                let Some(v1::resource::Spec::Backend(backend)) = spec else { return None };
+                Some(Self::Backends { pool: backend.pool })
             }
-        })
+            Ok(ResourceKind::Model) if is_other_store => Some(Self::Models),
+            Ok(ResourceKind::Tenant) if is_other_store => Some(Self::Tenants),
+            Ok(ResourceKind::ApiKey) if is_other_store => Some(Self::ApiKeys),
+            _ => None,
+        }
+    }
+
+    const fn kind(&self) -> i32 {
+        match self {
+            Self::Backends { .. } => ResourceKind::Backend as i32,
+            Self::Models => ResourceKind::Model as i32,
+            Self::Tenants => ResourceKind::Tenant as i32,
+            Self::ApiKeys => ResourceKind::ApiKey as i32,
+        }
     }
 }
 
-fn load(path: &Path) -> Result<Option<ConfigState>, String> {
-    match std::fs::metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e.to_string()),
-        Ok(m) if m.len() > MAX_BYTES => return Err(format!("it is larger than {MAX_BYTES} bytes")),
-        Ok(_) => {}
+impl std::fmt::Display for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Backends { pool } => write!(f, "backends of pool {pool}"),
+            Self::Models => f.write_str("models"),
+            Self::Tenants => f.write_str("tenants"),
+            Self::ApiKeys => f.write_str("API keys"),
+        }
     }
-    let file = std::fs::read(path).map_err(|e| e.to_string())?;
-    ConfigState::decode(&file).map(Some).map_err(str::to_owned)
+}
+
+/// Kind and name of everything in a delta, each once and in order.
+pub(crate) fn ids(delta: &v1::Delta) -> BTreeSet<ResourceId> {
+    let upserts = delta.upserts.iter().map(|upsert| (upsert.kind, Arc::from(upsert.name.as_str())));
+    upserts.chain(delta.removals.iter().map(|r| (r.kind, Arc::from(r.name.as_str())))).collect()
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn backend(name: &str, revision: u64) -> v1::VersionedResource {
+    pub(crate) fn backend(name: &str, revision: u64) -> v1::VersionedResource {
         let spec = v1::BackendSpec { pool: "chat".into(), url: "http://h".into(), ..Default::default() };
         let body = v1::Resource {
             name: name.into(),
@@ -304,7 +319,7 @@ mod tests {
         }
     }
 
-    fn held(names: &[&str], revision: u64) -> ConfigState {
+    pub(crate) fn held(names: &[&str], revision: u64) -> ConfigState {
         let upserts = names.iter().map(|n| backend(n, revision)).collect();
         let delta =
             v1::Delta { store_epoch: "e".into(), store_revision: revision, upserts, ..Default::default() };
@@ -328,7 +343,7 @@ mod tests {
             v1::Delta { store_epoch: "e".into(), store_revision: 6, removals, ..Default::default() };
         assert!(matches!(held.after(&delta), Err(DeltaError::MassRemoval { removed: 3, had: 4, .. })));
         delta.allow_mass_removal = true;
-        assert_eq!(held.after(&delta).expect("meant").resources.len(), 1);
+        assert_eq!(held.after(&delta).expect("meant").len(), 1);
     }
 
     #[test]
@@ -386,33 +401,5 @@ mod tests {
         assert!(next.keep(&before, &delta, &[refused("a"), refused("new")]));
         let versions: Vec<_> = next.versions().into_iter().map(|h| (h.name, h.version)).collect();
         assert_eq!(versions, [("a".to_owned(), "5".to_owned()), ("b".to_owned(), "6".to_owned())]);
-    }
-
-    #[test]
-    fn a_copy_cut_or_flipped_at_any_byte_gives_the_previous_one() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let disk = Disk::new(directory.path()).expect("made");
-        disk.save(&held(&["a"], 1)).expect("saved");
-        disk.save(&held(&["a", "b"], 2)).expect("saved");
-        assert_eq!(disk.load().expect("whole").revision, 2);
-        let whole = std::fs::read(disk.newest()).expect("read");
-        for at in 0..whole.len() {
-            std::fs::write(disk.newest(), &whole[..at]).expect("cut");
-            assert_eq!(disk.load().expect("previous").revision, 1, "cut at {at}");
-            let mut flipped = whole.clone();
-            flipped[at] ^= 1;
-            std::fs::write(disk.newest(), &flipped).expect("flipped");
-            assert_eq!(disk.load().expect("previous").revision, 1, "flipped at {at}");
-        }
-    }
-
-    #[test]
-    fn the_copy_is_for_its_owner_only() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().expect("a directory");
-        let disk = Disk::new(directory.path()).expect("made");
-        disk.save(&held(&["a"], 1)).expect("saved");
-        let mode = std::fs::metadata(disk.newest()).expect("there").permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
     }
 }

@@ -5,13 +5,19 @@
 //! stays in force.
 
 mod config_state;
+mod disk;
 mod link;
 mod problem;
 mod save;
 mod status_stream;
 mod subscribe;
+mod update;
 
-pub use config_state::{ConfigState, DeltaError, Disk, Refused};
+pub use config_state::{ConfigState, DeltaError, Encoded, Refused, ResourceId};
+pub use disk::Disk;
 pub use link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff};
 pub use problem::not_configured;
 pub use subscribe::{Apply, Subscriber};
+#[doc(hidden)]
+pub use update::with_update_between;
+pub use update::{Change, Update};

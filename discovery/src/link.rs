@@ -8,8 +8,10 @@ use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use weir_proto::v1::stream_config_request::Message;
-use weir_proto::v1::{StreamConfigRequest, SubscriberRole};
+use weir_proto::v1::{Hello, StreamConfigRequest, SubscriberRole};
 use weir_runtime::Backoff;
+
+use crate::config_state::ConfigState;
 
 /// The longest pause between two attempts to connect, so that every process is connected within ten seconds after an outage.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -146,4 +148,19 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What a process says of itself and of the configuration that it holds.
+pub(crate) fn hello(identity: &Identity, config: &ConfigState) -> Hello {
+    Hello {
+        gateway_id: identity.id.clone(),
+        role: identity.role.into(),
+        incarnation: identity.incarnation.clone(),
+        region: identity.region.clone(),
+        build: weir_runtime::version().to_owned(),
+        store_epoch: config.epoch.clone(),
+        store_revision: config.revision,
+        resource_versions: config.versions(),
+        status_only: false,
+    }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::config_state::{ConfigState, Disk};
+use crate::config_state::ConfigState;
+use crate::disk::Disk;
 
 /// How long the acknowledgement of a change waits for its copy, which normally takes milliseconds.
 const SAVED_WITHIN: Duration = Duration::from_millis(250);

@@ -11,7 +11,8 @@ use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::{Applied, Hello, ResourceError};
 use weir_runtime::Backoff;
 
-use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, reconnect_backoff, send};
+use crate::config_state::ConfigState;
+use crate::link::{Identity, Link, SILENCE_MAX, answered, error_chain, hello, reconnect_backoff, send};
 
 /// Between two reports: changes in between are merged.
 const REPORT_INTERVAL: Duration = Duration::from_millis(20);
@@ -19,8 +20,8 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(20);
 /// The configuration that a subscriber has applied, as it reports it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SubscriberStatus {
-    /// The identity and the resource versions, as in Hello.
-    pub(crate) hello: Hello,
+    /// The applied configuration.
+    pub(crate) config: ConfigState,
     /// The refused resources of the newest change.
     pub(crate) errors: Vec<ResourceError>,
     /// The revision of the newest delta that was answered.
@@ -62,7 +63,7 @@ async fn report(
     let mut client = DiscoveryServiceClient::new(channel);
     let (up, messages) = mpsc::channel(2);
     let sent = status.borrow_and_update().clone();
-    send(&up, Up::Hello(Hello { status_only: true, ..sent.hello.clone() })).await?;
+    send(&up, Up::Hello(Hello { status_only: true, ..hello(identity, &sent.config) })).await?;
     if !sent.errors.is_empty() {
         send(&up, applied(sent)).await?;
     }
@@ -91,9 +92,9 @@ async fn report(
 
 fn applied(status: SubscriberStatus) -> Up {
     Up::Applied(Applied {
-        store_epoch: status.hello.store_epoch,
-        store_revision: status.hello.store_revision,
-        resource_versions: if status.errors.is_empty() { Vec::new() } else { status.hello.resource_versions },
+        store_revision: status.config.revision,
+        resource_versions: if status.errors.is_empty() { Vec::new() } else { status.config.versions() },
+        store_epoch: status.config.epoch,
         errors: status.errors,
         answered_revision: status.answered,
     })

@@ -5,7 +5,7 @@
 //! whose credential is on a disk that hangs, or a copy that cannot be written, delays only the acknowledgement, by less than
 //! a second. So the next change, which may revoke a key, is never blocked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
@@ -15,29 +15,30 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
-use weir_proto::resource::Resource;
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::stream_config_request::Message as Up;
 use weir_proto::v1::stream_config_response::Message as Down;
-use weir_proto::v1::{Ack, Delta, Hello, Nack, ResourceError, ResourceRef, Retry};
-use weir_runtime::Backoff;
+use weir_proto::v1::{Ack, Delta, Nack, ResourceError, ResourceRef, Retry};
+use weir_runtime::{Backoff, beside};
 
-use crate::config_state::{ConfigState, Disk, Refused};
-use crate::link::{Identity, Link, SILENCE_MAX, answered, reconnect_backoff, send};
+use crate::config_state::{ConfigState, Refused, ResourceId, ids};
+use crate::disk::Disk;
+use crate::link::{Identity, Link, SILENCE_MAX, answered, hello, reconnect_backoff, send};
 use crate::problem::Problem;
 use crate::save::Saver;
 use crate::status_stream::{self, SubscriberStatus};
+use crate::update::{Step, Update};
 
-/// Largest message: a full synchronisation of some ten thousand resources.
+/// Largest message. The control plane sends a large configuration in several deltas.
 const MESSAGE_MAX_BYTES: usize = 64 << 20;
 
 /// The owner of a configuration, which puts it in force.
 pub trait Apply: Send {
-    /// Puts these resources in force together. Resources that cannot be used are left out and returned.
-    fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused>;
+    /// Puts a configuration in force as a whole. Resources that cannot be used are left out and returned, those before included.
+    fn apply(&mut self, update: &Update<'_>) -> Vec<Refused>;
     /// Returns the resources that cannot be used, without putting any in force. The last version of such a resource stays. An
     /// owner that can use every valid resource returns nothing.
-    fn check(&self, _epoch: &str, _revision: u64, _resources: &[Resource]) -> Vec<Refused> {
+    fn check(&self, _update: &Update<'_>) -> Vec<Refused> {
         Vec::new()
     }
     /// Waits, well below a second, for what the last check or apply could not know yet. Returns whether there was anything;
@@ -76,6 +77,8 @@ pub struct Subscriber<A> {
     /// The copy read at the start, until it is in force.
     loaded: Option<ConfigState>,
     config: ConfigState,
+    /// Resources of it that cannot be decoded, with reasons.
+    unusable: BTreeMap<ResourceId, String>,
     /// The newest revision that was acknowledged or refused.
     answered: u64,
     /// The refused resources by kind and name, with reasons.
@@ -100,6 +103,7 @@ impl<A: Apply> Subscriber<A> {
             loaded: disk.as_ref().and_then(Disk::load),
             saver: disk.map(Saver::new),
             config: ConfigState::default(),
+            unusable: BTreeMap::new(),
             answered: 0,
             refusing: BTreeMap::new(),
             retry: false,
@@ -109,11 +113,12 @@ impl<A: Apply> Subscriber<A> {
     /// Puts the copy on disk in force and follows a control plane, or another one if it fails, until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         if let Some(held) = self.loaded.take() {
-            let (revision, resources) = (held.revision, held.checked().0);
+            let revision = held.revision;
+            let step = beside(held.len(), || Step::to_all(&held));
             // No request is served yet, so a short wait delays nothing.
-            self.owner.check(&held.epoch, held.revision, &resources);
+            beside(step.len(), || self.owner.check(&step.update(&held)));
             self.owner.settle().await;
-            let refused = self.enforce(held);
+            let refused = self.enforce(held, step);
             say(&refused);
             self.owner.refused(refused.len());
             tracing::info!(revision, refused = refused.len(), "serving the configuration copy");
@@ -218,7 +223,7 @@ impl<A: Apply> Subscriber<A> {
         let (up, messages) = mpsc::channel(3);
         // After hello the control plane sends all refused resources anyway.
         self.retry = false;
-        send(&up, Up::Hello(self.hello())).await.map_err(Problem::Ended)?;
+        send(&up, Up::Hello(hello(&self.identity, &self.config))).await.map_err(Problem::Ended)?;
         let request = self.identity.request(ReceiverStream::new(messages)).map_err(Problem::UnusableToken)?;
         let opened = self.meanwhile(answered(client.stream_config(request))).await;
         let mut stream = opened.map_err(|status| Problem::of_status(&status))?.into_inner();
@@ -247,32 +252,19 @@ impl<A: Apply> Subscriber<A> {
         }
     }
 
-    fn hello(&self) -> Hello {
-        Hello {
-            gateway_id: self.identity.id.clone(),
-            role: self.identity.role.into(),
-            incarnation: self.identity.incarnation.clone(),
-            region: self.identity.region.clone(),
-            build: weir_runtime::version().to_owned(),
-            store_epoch: self.config.epoch.clone(),
-            store_revision: self.config.revision,
-            resource_versions: self.config.versions(),
-            status_only: false,
-        }
-    }
-
     /// Publishes the status for the control planes that are not followed.
     fn publish_status(&self, errors: &[ResourceError]) {
         if self.links.len() > 1 {
-            let (hello, answered) = (self.hello(), self.answered);
-            self.status.send_replace(SubscriberStatus { hello, errors: errors.to_vec(), answered });
+            let (config, answered) = (self.config.clone(), self.answered);
+            self.status.send_replace(SubscriberStatus { config, errors: errors.to_vec(), answered });
         }
     }
 
     async fn apply(&mut self, delta: Delta) -> Up {
         let nonce = delta.nonce;
         self.answered = delta.target_revision.max(delta.store_revision);
-        let next = match self.config.after(&delta) {
+        let changed = delta.upserts.len() + delta.removals.len();
+        let next = match beside(changed, || self.config.after(&delta)) {
             Ok(next) => next,
             Err(error) => {
                 tracing::error!(%error, "entire delta refused");
@@ -315,14 +307,21 @@ impl<A: Apply> Subscriber<A> {
     /// Puts the resources of a delta in force; first the ones that the owner can use at once.
     async fn take(&mut self, next: ConfigState, delta: &Delta) -> Vec<Refused> {
         let before = self.config.clone();
+        let ids = ids(delta);
         if before.epoch.is_empty() {
             // No request is served yet, so a revoked key is not in force either.
-            self.owner.check(&next.epoch, next.revision, &next.checked().0);
+            let step = self.step(&next, &ids);
+            beside(step.len(), || self.owner.check(&step.update(&next)));
             self.owner.settle().await;
         }
-        let refused = self.enforce_or_keep(next.clone(), &before, delta);
+        let refused = self.enforce_or_keep(next.clone(), &before, delta, &ids);
         // The owner may have requested the refused resources a moment ago.
-        if self.owner.settle().await { self.enforce_or_keep(next, &before, delta) } else { refused }
+        if self.owner.settle().await { self.enforce_or_keep(next, &before, delta, &ids) } else { refused }
+    }
+
+    /// The step from what is in force to a configuration that differs in some of these resources.
+    fn step(&self, next: &ConfigState, ids: &BTreeSet<ResourceId>) -> Step {
+        beside(ids.len(), || Step::between(&self.config, &self.unusable, next, ids))
     }
 
     /// Keeps the last version of changed resources that cannot be used.
@@ -331,32 +330,36 @@ impl<A: Apply> Subscriber<A> {
         mut next: ConfigState,
         before: &ConfigState,
         delta: &Delta,
+        ids: &BTreeSet<ResourceId>,
     ) -> Vec<Refused> {
-        let (resources, mut refused) = next.checked();
-        refused.extend(self.owner.check(&next.epoch, next.revision, &resources));
-        if !next.keep(before, delta, &refused) {
+        let mut step = self.step(&next, ids);
+        let mut refused = step.refused();
+        refused.extend(beside(step.len(), || self.owner.check(&step.update(&next))));
+        if next.keep(before, delta, &refused) {
+            step = self.step(&next, ids);
+        } else {
             refused.clear();
         }
-        for more in self.enforce(next) {
-            if !refused.iter().any(|known| known.kind == more.kind && known.name == more.name) {
-                refused.push(more);
-            }
-        }
+        let known: BTreeSet<_> = refused.iter().map(|r| (r.kind, r.name.clone())).collect();
+        let more = self.enforce(next, step);
+        refused.extend(more.into_iter().filter(|more| !known.contains(&(more.kind, more.name.clone()))));
         refused
     }
 
-    /// Puts resources in force and returns the refused ones.
-    fn enforce(&mut self, next: ConfigState) -> Vec<Refused> {
-        let (resources, mut refused) = next.checked();
-        refused.extend(self.owner.apply(&next.epoch, next.revision, &resources));
+    /// Puts a configuration in force and returns the refused resources.
+    fn enforce(&mut self, next: ConfigState, step: Step) -> Vec<Refused> {
+        let mut refused = step.refused();
+        refused.extend(beside(step.len(), || self.owner.apply(&step.update(&next))));
         self.config = next;
+        self.unusable = step.unusable;
         refused
     }
 
     /// Applies the resources again after a change of the owner, and requests the refused resources again.
     fn renew(&mut self) {
-        let held = std::mem::take(&mut self.config);
-        let refused = self.enforce(held);
+        let held = self.config.clone();
+        let step = self.step(&held, &BTreeSet::new());
+        let refused = self.enforce(held, step);
         say(&refused);
         tracing::info!(
             revision = self.config.revision,

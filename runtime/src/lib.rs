@@ -8,24 +8,28 @@ use std::sync::LazyLock;
 use std::time::SystemTime;
 
 mod backoff;
+mod beside;
 pub mod edge;
 mod egress;
 pub mod grpc;
 mod logs;
 mod metrics;
 mod ops;
+mod persistent_map;
 mod recent_map;
 mod secret;
 mod signals;
 mod tls;
 
 pub use backoff::Backoff;
+pub use beside::beside;
 pub use egress::{Cidr, CidrError, EgressConnector, EgressPolicy, PolicyResolver, RefusedAddress};
 pub use logs::{FlushLogs, flush_logs_at_end, init_logs, register, say};
 pub use ops::{
     AllowedHost, AllowedHosts, Head, OpsRefusal, OpsToken, Readiness, Refusal, guard_ops_page, read_token,
     serve_ops, serve_ops_with,
 };
+pub use persistent_map::{Changes, PersistentMap};
 pub use recent_map::RecentMap;
 pub use secret::Secret;
 pub use signals::shutdown_on_signals;

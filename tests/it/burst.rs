@@ -12,8 +12,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
-use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber};
-use weir_proto::resource::Resource;
+use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber, Update};
 use weir_proto::v1::discovery_service_client::DiscoveryServiceClient;
 use weir_proto::v1::{self, ResourceKind, SubscriberRole, resource::Spec, stream_config_request::Message};
 use weir_runtime::Secret;
@@ -41,7 +40,7 @@ const GROWTH_KIB: u64 = 40 << 10;
 struct Counts(Arc<AtomicUsize>);
 
 impl Apply for Counts {
-    fn apply(&mut self, _epoch: &str, _revision: u64, _resources: &[Resource]) -> Vec<Refused> {
+    fn apply(&mut self, _update: &Update<'_>) -> Vec<Refused> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Vec::new()
     }
@@ -181,9 +180,9 @@ async fn of_ten_thousand_changes_each_gateway_is_sent_a_few_deltas_and_memory_st
     assert!(grown < GROWTH_KIB, "grew by {grown} KiB");
 
     // The same everywhere, and the same as the store.
-    let held = gateways[0].disk.load().expect("a copy").resources;
+    let held = gateways[0].disk.load().expect("a copy").bodies();
     for gateway in &gateways[1..] {
-        assert_eq!(gateway.disk.load().expect("a copy").resources, held);
+        assert_eq!(gateway.disk.load().expect("a copy").bodies(), held);
     }
     let request =
         v1::ListResourcesRequest { kind: ResourceKind::Tenant.into(), page_size: 1000, ..Default::default() };

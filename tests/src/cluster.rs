@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mock_llm::{Config as MockConfig, Handle, Server};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -125,12 +124,11 @@ impl Resources {
 
     /// Writes them as the copy that a gateway with this data directory serves without a control plane.
     pub fn save(&self, directory: &Path) {
-        let mut held = ConfigState { epoch: "test".into(), revision: 1, ..ConfigState::default() };
-        for (id, resource) in &self.0 {
-            let body: Bytes = resource.encode_to_vec().into();
-            held.resources.insert(id.clone(), ("1".into(), body));
+        let mut held = ConfigState::new("test", 1);
+        for ((kind, name), resource) in &self.0 {
+            held.insert(*kind, name, "1", &resource.encode_to_vec());
         }
-        assert!(held.resources.keys().any(|(kind, _)| *kind == ResourceKind::Pool as i32));
+        assert!(self.0.keys().any(|(kind, _)| *kind == ResourceKind::Pool as i32));
         Disk::new(directory).and_then(|disk| disk.save(&held)).expect("saved");
     }
 }

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use prost_types::Timestamp;
-use weir_proto::resource::{EntryPattern, Limit, Name, Resource, Spec, Violation, kind_of};
+use weir_proto::resource::{EntryPattern, Limit, Resource, Spec, Violation, kind_of};
 use weir_proto::v1;
 
 use super::fields::fields;
+use super::resources::Selector;
 use super::{Key, Refusal, State, Stored};
 use crate::reflect::diff::Difference;
 
@@ -84,10 +85,9 @@ impl Outcome<'_> {
         self.changed.get(key).map_or_else(|| self.state.resources.contains_key(key), Option::is_some)
     }
 
-    fn all(&self) -> impl Iterator<Item = &Arc<Stored>> {
-        let kept =
-            self.state.resources.iter().filter(|(key, _)| !self.changed.contains_key(*key)).map(|(_, s)| s);
-        kept.chain(self.changed.values().flatten())
+    /// The resources of a kind that are left as they are.
+    fn kept(&self, kind: v1::ResourceKind) -> impl Iterator<Item = &Arc<Stored>> {
+        self.state.of_kind(kind).filter(|stored| !self.changed.contains_key(&stored.key()))
     }
 }
 
@@ -238,14 +238,27 @@ impl<'a> Unique<'a> {
 
 /// No two keys with one digest, no two models with one client name, no two rules with one pattern.
 fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
-    if steps.iter().all(|(_, step)| Unique::of(&step.resource).is_empty()) {
-        return;
+    let changed = || result.changed.values().flatten();
+    // Of keys there may be a million, of these few; digests have an index.
+    let mut kept: HashMap<Unique<'_>, Key> = HashMap::new();
+    for kind in [v1::ResourceKind::Model, v1::ResourceKind::DescriptorRule] {
+        if changed().any(|stored| stored.checked.kind() == kind) {
+            let uniques = result.kept(kind).flat_map(|s| Unique::of(s).into_iter().map(|u| (u, s.key())));
+            kept.extend(uniques);
+        }
     }
     let mut owners: HashMap<Unique<'_>, Key> = HashMap::new();
-    for stored in result.all() {
+    for stored in changed() {
         let key = stored.key();
         for unique in Unique::of(stored) {
-            let Some(other) = owners.insert(unique, key.clone()) else { continue };
+            let among_kept = || match unique {
+                Unique::Digest(digest) => {
+                    let owner = result.state.resources.owner(&digest)?;
+                    (!result.changed.contains_key(owner)).then(|| owner.clone())
+                }
+                Unique::ClientName(_) | Unique::Descriptors(..) => kept.get(&unique).cloned(),
+            };
+            let Some(other) = owners.insert(unique, key.clone()).or_else(among_kept) else { continue };
             let prefix = steps.iter().find(|(_, step)| step.key == key).map_or("", |(prefix, _)| prefix);
             let (path, message) = (format!("{prefix}{}", unique.path()), unique.clash(&other, &key));
             out.push(Violation { path, message });
@@ -255,25 +268,21 @@ fn clashes(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violati
 
 /// No more limits with one selector than gateways hold.
 fn crowds(result: &Outcome<'_>, steps: &[(String, Step)], out: &mut Vec<Violation>) {
-    fn selector(stored: &Stored) -> Option<[Option<&Name>; 4]> {
-        let Spec::Limit(limit) = &stored.checked.spec else { return None };
-        Some([limit.tenant.as_ref(), limit.model.as_ref(), limit.api_key.as_ref(), limit.account.as_ref()])
-    }
     let declared = |step: &Step| matches!(step.action, v1::ChangeAction::Create | v1::ChangeAction::Update);
-    let mut steps = steps
-        .iter()
-        .filter(|(_, step)| declared(step))
-        .filter_map(|(prefix, step)| Some((prefix, selector(&step.resource)?)))
-        .peekable();
-    if steps.peek().is_none() {
-        return;
+    let mut change: HashMap<Selector, (usize, usize)> = HashMap::new();
+    for (key, after) in &result.changed {
+        let before = result.state.get(key).and_then(|stored| stored.selector());
+        if let Some(selector) = before {
+            change.entry(selector).or_default().0 += 1;
+        }
+        if let Some(selector) = after.as_ref().and_then(|stored| stored.selector()) {
+            change.entry(selector).or_default().1 += 1;
+        }
     }
-    let mut counts: HashMap<_, usize> = HashMap::new();
-    for selector in result.all().filter_map(|stored| selector(stored)) {
-        *counts.entry(selector).or_default() += 1;
-    }
-    for (prefix, selector) in steps {
-        let count = counts.get(&selector).copied().unwrap_or_default();
+    for (prefix, step) in steps.iter().filter(|(_, step)| declared(step)) {
+        let Some(selector) = step.resource.selector() else { continue };
+        let (gone, new) = change.get(&selector).copied().unwrap_or_default();
+        let count = (result.state.resources.limits(&selector) + new).saturating_sub(gone);
         if count > Limit::PER_SELECTOR_MAX {
             out.push(Violation {
                 path: format!("{prefix}limit.selector"),
@@ -296,15 +305,19 @@ fn still_referred(result: &Outcome<'_>, steps: &[(String, Step)]) -> Result<(), 
         return Ok(());
     }
     let mut referrers: BTreeMap<Key, Vec<Key>> = BTreeMap::new();
-    for stored in result.all() {
-        for reference in stored.checked.references() {
-            let target = Key::new(reference.kind, reference.name.as_str());
-            if deleted.contains(&target) {
-                let by = referrers.entry(target).or_default();
-                let key = stored.key();
-                if !by.contains(&key) {
-                    by.push(key);
-                }
+    for target in &deleted {
+        let kept = result.state.resources.referrers(target).filter(|by| !result.changed.contains_key(*by));
+        let kept: Vec<Key> = kept.cloned().collect();
+        if !kept.is_empty() {
+            referrers.insert((*target).clone(), kept);
+        }
+    }
+    for stored in result.changed.values().flatten() {
+        for target in stored.targets().filter(|target| deleted.contains(target)) {
+            let by = referrers.entry(target).or_default();
+            let key = stored.key();
+            if !by.contains(&key) {
+                by.push(key);
             }
         }
     }
@@ -350,7 +363,7 @@ fn guard_mass_removal(result: &Outcome<'_>, allowed: bool) -> Result<bool, Refus
     ] {
         let lost = by_kind.remove(&kind).unwrap_or_default();
         if lost.len() >= MASS_MIN {
-            guard(what.to_owned(), lost, result.state.of_kind(kind).count())?;
+            guard(what.to_owned(), lost, result.state.resources.count(kind))?;
         }
     }
     Ok(removes_backends)

@@ -165,8 +165,11 @@ impl Admin {
         }
         let mut bytes = method.as_bytes().to_vec();
         bytes.push(0);
-        let body = canonical(message, request).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        bytes.extend_from_slice(&body);
+        // Without a request id the answer is not kept, so that nobody compares the digest.
+        if !request_id.is_empty() {
+            let body = canonical(message, request).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            bytes.extend_from_slice(&body);
+        }
         let call = Call { digest: sha256(&bytes), ..self.unremembered(method, validate_only)? };
         Ok(Call { request_id: request_id.to_owned(), ..call })
     }

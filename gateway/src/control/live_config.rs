@@ -41,7 +41,7 @@ impl Default for LiveConfig {
 impl LiveConfig {
     /// Without a configuration yet; backends may be where the policy allows, and their hosts are looked up by `resolver`.
     pub fn new(egress: EgressPolicy, resolver: Resolver) -> Self {
-        let first = Snapshot { egress, resolver, ..Snapshot::default() };
+        let first = Snapshot::without_resources(egress, resolver);
         Self { snapshot: ArcSwap::from_pointee(first), ..Self::default() }
     }
 
@@ -129,7 +129,9 @@ mod tests {
         let live = LiveConfig::default();
         let publish = async {
             tokio::time::sleep(Duration::from_secs(60)).await;
-            live.publish(Snapshot { epoch: "e".into(), revision: 7, ..Snapshot::default() });
+            let mut snapshot = Snapshot::default();
+            (snapshot.epoch, snapshot.revision) = ("e".into(), 7);
+            live.publish(snapshot);
         };
         let ((), ()) = tokio::join!(live.configured(), publish);
         assert_eq!(live.snapshot().revision, 7);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use weir_discovery::{Apply, Refused};
+use weir_discovery::{Apply, Refused, Update};
 use weir_proto::resource::{CredentialRef, Resource, Spec};
 use weir_proto::v1::ResourceKind;
 
@@ -49,9 +49,9 @@ impl Publisher {
         Self { live, credentials, changes, taken: 0, used: BTreeSet::new(), offered }
     }
 
-    fn compile(&self, epoch: &str, revision: u64, resources: &[Resource]) -> (Snapshot, Vec<Refused>) {
+    fn compile(&self, update: &Update<'_>) -> (Snapshot, Vec<Refused>) {
         let authorize = |backend: &_| self.credentials.of(backend);
-        Snapshot::compile(epoch, revision, resources, &self.live.snapshot(), &authorize)
+        self.live.snapshot().updated(update, &authorize)
     }
 
     fn offered(&self) -> MutexGuard<'_, BTreeMap<String, PathBuf>> {
@@ -60,20 +60,21 @@ impl Publisher {
 }
 
 impl Apply for Publisher {
-    fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
+    fn apply(&mut self, update: &Update<'_>) -> Vec<Refused> {
         // Before the credentials are asked for: what changes after that is taken over by the next call.
         self.taken = *self.changes.borrow_and_update();
-        let (snapshot, refused) = self.compile(epoch, revision, resources);
+        let (snapshot, refused) = self.compile(update);
         snapshot.take_effect(&self.live.snapshot());
+        self.used = files(snapshot.serving()).map(|(_, path)| path).collect();
         self.live.publish(snapshot);
-        self.used = files(resources).map(|(_, path)| path).collect();
         refused
     }
 
-    fn check(&self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
-        self.offered().extend(files(resources));
+    fn check(&self, update: &Update<'_>) -> Vec<Refused> {
         self.credentials.read_again();
-        self.compile(epoch, revision, resources).1
+        let (snapshot, refused) = self.compile(update);
+        self.offered().extend(files(snapshot.serving()));
+        refused
     }
 
     async fn settle(&mut self) -> bool {

@@ -147,12 +147,15 @@ async fn reap(
 
 /// Every lease set of this configuration; sets of the same hash slot are adjacent.
 fn lease_sets(snapshot: &Snapshot) -> Vec<Key> {
-    let keys = snapshot.keys.values().flat_map(|key| key.scopes.iter().chain(&key.tenant.scopes));
+    let keys = snapshot.keys.values().flat_map(|key| &key.scopes);
+    let tenants = snapshot.tenants.values().flat_map(|tenant| {
+        tenant.scopes.iter().chain(tenant.model_scopes.iter().flat_map(|(_, scopes)| scopes))
+    });
     let models = snapshot.models_by_name.values().flat_map(|model| {
         let accounts = model.accounts.iter().flat_map(|account| &account.scopes);
         model.scopes.iter().chain(accounts)
     });
-    let scopes = keys.chain(models).chain(snapshot.tenant_models.values().flatten()).chain(&snapshot.global);
+    let scopes = keys.chain(tenants).chain(models).chain(&snapshot.global);
     let limited = scopes.filter(|entry: &&ScopeEntry| entry.limits.concurrency.is_some());
     let sets: BTreeSet<Key> = limited
         .map(|entry| entry.limits.leases.clone())

@@ -206,7 +206,7 @@ impl Question {
     fn batches(&self, snapshot: &Snapshot) -> Result<Vec<(Name, Vec<String>)>, PageError> {
         let tenants: Vec<&Name> = match &self.tenant {
             Some(tenant) => vec![tenant],
-            None => snapshot.tenants.iter().collect(),
+            None => snapshot.tenants.keys().collect(),
         };
         let days = self.first.series(1.day()).take_while(|day| *day <= self.last);
         let days: Vec<String> = days.map(|day| day.to_string()).collect();

@@ -22,26 +22,38 @@ pub struct TenantEntry {
     /// The models that it may use; empty for all.
     pub allowed_models: Vec<Name>,
     /// Its limits.
-    pub scopes: Vec<ScopeEntry>,
+    pub scopes: Box<[ScopeEntry]>,
+    /// The limits of its use of single models, by model.
+    pub model_scopes: Box<[(Name, Box<[ScopeEntry]>)]>,
     /// Its name in queues.
     pub queue: Arc<str>,
     /// Its priority in queues.
     pub priority: Priority,
 }
 
-/// An API key.
-#[derive(Debug)]
+impl TenantEntry {
+    /// The limits of its use of a model.
+    pub fn scopes_for(&self, model: &Name) -> &[ScopeEntry] {
+        let found = self.model_scopes.binary_search_by(|(name, _)| name.cmp(model));
+        found.ok().and_then(|at| self.model_scopes.get(at)).map_or(&[], |(_, scopes)| scopes)
+    }
+}
+
+/// A digest of an API key. There may be a million of them, so that what most keys lack takes no room.
+#[derive(Debug, Clone)]
 pub struct KeyEntry {
-    /// Its name.
+    /// The SHA-256 of the secret.
+    pub digest: [u8; 32],
+    /// The name of the key.
     pub name: Name,
     /// Its tenant.
     pub tenant: Arc<TenantEntry>,
     /// The models that it may use; empty for all that the tenant may use.
-    pub allowed_models: Vec<Name>,
+    pub allowed_models: Box<[Name]>,
     /// The time from which on this digest is refused.
     pub expires: Option<SystemTime>,
     /// Its limits.
-    pub scopes: Vec<ScopeEntry>,
+    pub scopes: Box<[ScopeEntry]>,
 }
 
 impl KeyEntry {

@@ -81,7 +81,11 @@ pub struct ScopeEntry {
 impl ScopeEntry {
     /// Every limit that is declared over a scope.
     pub(super) fn all(scope: Scope<'_>, limits: &DeclaredLimits<'_>) -> Vec<Self> {
-        let over = limits.over(scope);
+        Self::over(scope, limits.over(scope))
+    }
+
+    /// All of these limits over a scope.
+    pub(super) fn over(scope: Scope<'_>, over: &[Declared<'_>]) -> Vec<Self> {
         let entry = |declared: &Declared<'_>| {
             let mut entry = Self::new(scope, declared);
             // One of several is told from the others by its resource.

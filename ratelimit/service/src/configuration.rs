@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
-use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber};
+use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber, Update};
 use weir_proto::resource::Resource;
 use weir_proto::v1::SubscriberRole;
 
@@ -35,14 +35,21 @@ pub(super) struct Publisher {
     connected: Gauge,
 }
 
-impl Apply for Publisher {
-    fn apply(&mut self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
+impl Publisher {
+    /// Puts resources in force.
+    fn publish(&self, epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
         let (rules, refused) = Rules::compile(resources);
         self.rules_held.set(i64::try_from(rules.count).unwrap_or(i64::MAX));
         self.revision.set(i64::try_from(revision).unwrap_or(i64::MAX));
         self.rules.store(Arc::new(rules));
         self.known.send_replace(!epoch.is_empty());
         refused
+    }
+}
+
+impl Apply for Publisher {
+    fn apply(&mut self, update: &Update<'_>) -> Vec<Refused> {
+        self.publish(update.epoch, update.revision, &update.all())
     }
 
     fn connected(&mut self, connected: bool) {
@@ -67,7 +74,7 @@ pub(super) fn open(
     let problem = watch::Sender::new(None);
     let configuration =
         Configuration { rules: Arc::default(), known: known.subscribe(), problem: problem.subscribe() };
-    let mut publisher = Publisher {
+    let publisher = Publisher {
         rules: Arc::clone(&configuration.rules),
         known,
         problem,
@@ -82,7 +89,8 @@ pub(super) fn open(
             }
             Some(resources) => {
                 // Of a file, what cannot be used is a mistake to be told at once.
-                if let Some(Refused { name, message, .. }) = publisher.apply("file", 0, &resources).first() {
+                if let Some(Refused { name, message, .. }) = publisher.publish("file", 0, &resources).first()
+                {
                     return Err(StartError::Config(format!("--config: {name}: {message}")));
                 }
             }

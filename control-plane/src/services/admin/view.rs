@@ -8,8 +8,7 @@ use weir_proto::v1::{self, ResourceKind};
 
 use super::{Admin, Handle, duration};
 use crate::encoding::{hex, unhex};
-use crate::model::{Key, Refusal};
-use crate::publish::wanted;
+use crate::model::{Key, Refusal, wanted};
 use crate::services::invalid;
 
 const PAGE_DEFAULT: usize = 100;
@@ -159,9 +158,9 @@ impl Handle<v1::GetGatewayConfigRequest> for Admin {
             }
         };
         for (key, stored) in state.resources.iter().filter(|(key, _)| wanted(held.role, key.kind)) {
-            differs(key, held.versions.get(key).map_or("", |v| v), &stored.published.version);
+            differs(key, held.versions.get(key).map_or("", |v| &**v), &stored.published.version);
         }
-        for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(*key)) {
+        for (key, version) in held.versions.iter().filter(|(key, _)| !state.resources.contains_key(key)) {
             differs(key, version, "");
         }
         let row = |(key, version): (&Key, &std::sync::Arc<str>)| v1::ResourceVersion {

@@ -143,11 +143,21 @@ impl Session {
         let (upserts, removals) = if !due.is_empty() {
             (Vec::new(), due)
         } else if refused.is_some() {
-            let removals: Vec<Key> = difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
-            if removals.is_empty() {
-                return None;
+            // What is refused is not sent again, but what has not been sent yet is.
+            let is_refused = |upsert: &&v1::VersionedResource| {
+                self.refusals.contains_key(&Key::new(upsert.kind(), &upsert.name))
+            };
+            let left: Vec<_> = difference.upserts.iter().filter(|u| !is_refused(u)).cloned().collect();
+            if left.is_empty() {
+                let removals: Vec<Key> =
+                    difference.removals.iter().filter(|key| may_go(key)).cloned().collect();
+                if removals.is_empty() {
+                    return None;
+                }
+                (Vec::new(), removals)
+            } else {
+                (left, Vec::new())
             }
-            (Vec::new(), removals)
         } else if difference.upserts.is_empty() {
             // Resources that the gateway has but does not use need no body; it is only asked for their state.
             if difference.removals.is_empty() && self.config.is(snapshot) && !self.retry {
@@ -157,8 +167,9 @@ impl Session {
         } else {
             (difference.upserts.clone(), Vec::new())
         };
-        let complete =
-            upserts.len() == difference.upserts.len() && removals.len() == difference.removals.len();
+        let complete = !difference.more
+            && upserts.len() == difference.upserts.len()
+            && removals.len() == difference.removals.len();
         // The revision changes with the last delta of a snapshot only.
         let (epoch, revision) = &self.at;
         let store_revision = match complete {
@@ -189,10 +200,10 @@ impl Session {
         !is_serving(key.kind) || !self.refused.is_some_and(|refused| refused.serving)
     }
 
-    /// The revision that a gateway has answered which refuses a part of it: not this one while deletions of it are to be sent.
+    /// The revision that a gateway has answered which refuses a part of it: not this one while a part of it is to be sent.
     fn answered_revision(&self, snapshot: &Snapshot) -> u64 {
         let difference = self.differences.between(&self.config, snapshot);
-        match difference.removals.iter().any(|key| self.may_go(key)) {
+        match difference.more || difference.removals.iter().any(|key| self.may_go(key)) {
             true => self.at.1,
             false => snapshot.revision,
         }
@@ -226,7 +237,11 @@ impl Session {
             self.due.retain(|key| self.config.versions.contains_key(key));
             if !delta.upserts.is_empty() {
                 self.refused = None;
-                self.due = self.differences.between(&self.config, &snapshot).removals.clone();
+                let left = self.differences.between(&self.config, &snapshot);
+                // Deletions follow the last part of what is new.
+                if left.upserts.is_empty() {
+                    self.due = left.removals.clone();
+                }
             }
             return Answered::Applied(self.config.revision);
         }

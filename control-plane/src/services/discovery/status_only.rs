@@ -82,7 +82,7 @@ fn share(held: &mut ConfigState, snapshot: &Snapshot) -> bool {
         return false;
     }
     let all = versions(snapshot, held.role);
-    let news = !std::sync::Arc::ptr_eq(all, &held.versions);
+    let news = !all.is_same(&held.versions);
     held.versions = all.clone();
     news
 }

@@ -2,9 +2,10 @@ use std::os::unix::fs::symlink;
 use std::sync::LazyLock;
 
 use proptest::prelude::*;
+use prost::Message as _;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
-use weir_discovery::Apply as _;
+use weir_discovery::{Apply as _, ConfigState, with_update_between};
 use weir_proto::resource::{Resource, Spec};
 use weir_proto::v1::{self, ResourceKind};
 
@@ -523,29 +524,35 @@ async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins
         resource("good", &file("key")),
         of("k", v1::resource::Spec::ApiKey(key)),
     ];
-    let checked = |wire: &[v1::Resource]| -> Vec<Resource> {
-        wire.iter().map(|wire| Resource::try_from(wire).expect("valid")).collect()
+    let config = |revision: u64, resources: &[v1::Resource]| {
+        let mut config = ConfigState::new("e", revision);
+        for wire in resources {
+            let kind = weir_proto::resource::kind_of(wire);
+            config.insert(kind.into(), &wire.name, "1", &wire.encode_to_vec());
+        }
+        config
     };
+    let (empty, first) = (ConfigState::default(), config(1, &resources));
     let names = || live.snapshot().backends.keys().map(ToString::to_string).collect::<Vec<_>>();
-    publisher.check("e", 1, &checked(&resources));
+    with_update_between(&empty, &first, |update| publisher.check(update));
     assert!(publisher.settle().await);
-    assert_eq!(publisher.apply("e", 1, &checked(&resources)), []);
+    assert_eq!(with_update_between(&empty, &first, |update| publisher.apply(update)), []);
     assert_eq!((names(), live.snapshot().keys.len()), (vec!["good".to_owned()], 1));
 
     // A backend whose credential hangs comes with the revocation of the key.
     let begun = Instant::now();
     resources.retain(|resource| resource.name != "k");
-    let kept = checked(&resources);
+    let kept = config(2, &resources);
     resources.push(resource("late", &file("hang")));
-    let offered = checked(&resources);
-    let refused = publisher.check("e", 2, &offered);
+    let offered = config(2, &resources);
+    let refused = with_update_between(&first, &offered, |update| publisher.check(update));
     assert_eq!((refused.len(), refused[0].name.as_str()), (1, "late"));
-    assert_eq!(publisher.apply("e", 2, &kept), []);
+    assert_eq!(with_update_between(&first, &kept, |update| publisher.apply(update)), []);
     assert_eq!((names(), live.snapshot().keys.len()), (vec!["good".to_owned()], 0));
     println!("revoked {:?} after the change came", begun.elapsed());
     // Only the answer to it waits, and that for a moment.
     assert!(publisher.settle().await);
-    assert_eq!(publisher.check("e", 2, &offered).len(), 1);
+    assert_eq!(with_update_between(&kept, &offered, |update| publisher.check(update)).len(), 1);
     let refusing = [((ResourceKind::Backend as i32, "late".to_owned()), String::new())].into();
     publisher.refusing(&refusing);
     assert!(begun.elapsed() < READ_TIMEOUT, "{:?}", begun.elapsed());
@@ -555,7 +562,7 @@ async fn a_revocation_is_in_force_while_a_credential_hangs_and_its_backend_joins
     std::fs::write(tree.path().join("in/answer"), "").expect("written");
     let changed = tokio::time::timeout(Duration::from_secs(60), publisher.changed());
     assert!(changed.await.is_ok(), "it says that it may be offered again");
-    assert_eq!(publisher.check("e", 2, &offered), []);
-    assert_eq!(publisher.apply("e", 2, &offered), []);
+    assert_eq!(with_update_between(&kept, &offered, |update| publisher.check(update)), []);
+    assert_eq!(with_update_between(&kept, &offered, |update| publisher.apply(update)), []);
     assert_eq!(names(), ["good", "late"]);
 }

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use weir_proto::resource::Limit;
 use weir_proto::v1::{self, resource::Spec as Wire};
 use weir_ratelimit::memory::MemoryLimiter;
 use weir_ratelimit::{Acquire, Cost, Decision, Limiter, Outcome, ReservationId};
+
+mod oracle;
 
 use super::*;
 
@@ -168,7 +171,7 @@ proptest! {
                     (0..in_force.len()).filter(|at| in_force[*at].0.covers(key, model)).collect();
                 let allowed =
                     covers.iter().all(|at| in_force[*at].1.shadow || used[*at] < in_force[*at].1.most);
-                let entry = &snapshot.keys[&[key as u8; 32]];
+                let entry = snapshot.keys.get(&[key as u8; 32]).expect("a key");
                 let scopes = snapshot.scopes(entry, &Name::parse(MODELS[model]).expect("a name"));
                 prop_assert_eq!(scopes.len(), covers.len());
                 let mut names: Vec<_> = scopes.iter().map(|scope| (scope.kind, &scope.name)).collect();

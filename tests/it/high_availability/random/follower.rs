@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber};
+use weir_discovery::{Apply, Disk, Identity, Link, Refused, Subscriber, Update};
 use weir_proto::resource::{Resource, Spec};
 use weir_proto::v1::{ResourceKind, SubscriberRole};
 use weir_runtime::Secret;
@@ -44,11 +44,12 @@ fn words(resources: &[Resource]) -> BTreeMap<String, String> {
 }
 
 impl Apply for Owner {
-    fn apply(&mut self, _epoch: &str, revision: u64, resources: &[Resource]) -> Vec<Refused> {
+    fn apply(&mut self, update: &Update<'_>) -> Vec<Refused> {
+        let revision = update.revision;
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         assert!(revision >= seen.revision, "{}: from {} back to {revision}", self.mark, seen.revision);
         seen.revision = revision;
-        seen.in_force = words(resources);
+        seen.in_force = words(&update.all());
         let names: Vec<String> = seen.in_force.keys().cloned().collect();
         seen.ever.extend(names);
         let refused = seen.in_force.values().find(|word| word.ends_with(&self.mark));
@@ -56,9 +57,9 @@ impl Apply for Owner {
         Vec::new()
     }
 
-    fn check(&self, _epoch: &str, _revision: u64, resources: &[Resource]) -> Vec<Refused> {
+    fn check(&self, update: &Update<'_>) -> Vec<Refused> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused: Vec<Refused> = words(resources)
+        let refused: Vec<Refused> = words(&update.all())
             .into_iter()
             .filter(|(_, word)| word.ends_with(&self.mark))
             .map(|(name, word)| Refused {

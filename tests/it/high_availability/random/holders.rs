@@ -58,7 +58,7 @@ async fn read_at(stage: &Stage, plane: usize, revision: u64) -> Bodies {
     })
     .await;
     reader.stop().await;
-    loaded(&directory).resources
+    loaded(&directory).bodies()
 }
 
 /// The resources that all must hold: the store's, as every control plane encodes them.
@@ -124,8 +124,9 @@ async fn everybody_holds(stage: &Stage, revision: u64, deleted: &BTreeSet<String
         let held = loaded(&directory);
         let refused = refuses(&id, &bodies);
         all_refused += refused.len();
-        for key in held.resources.keys().chain(bodies.keys()).filter(|key| !refused.contains(*key)) {
-            assert_eq!(held.resources.get(key), bodies.get(key), "{id} holds {}", shown(key));
+        let of_holder = held.bodies();
+        for key in of_holder.keys().chain(bodies.keys()).filter(|key| !refused.contains(*key)) {
+            assert_eq!(of_holder.get(key), bodies.get(key), "{id} holds {}", shown(key));
         }
         if refused.is_empty() {
             assert_eq!(held.revision, revision, "{id}");
@@ -149,8 +150,7 @@ fn keeps_what_it_had(
 ) {
     let seen = follower.seen.lock().expect("not poisoned");
     for key in refused {
-        let kept =
-            held.resources.get(key).map(|(_, body)| v1::Resource::decode(body.clone()).expect("whole"));
+        let kept = held.get(key.0, &key.1).map(|held| v1::Resource::decode(held.body()).expect("whole"));
         let kept = kept.as_ref().map(|resource| word(Some(resource)));
         let in_force = seen.in_force.get(&key.1).map(String::as_str);
         assert_eq!(kept, in_force, "{}: {}", follower.id, key.1);
@@ -185,7 +185,8 @@ async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, ref
     let differ: BTreeSet<Key> = config.differences.iter().map(|difference| key(&difference.r#ref)).collect();
     assert_eq!(differ, *refused, "control plane {plane}, {id}: {:?}", config.differences);
     for difference in &config.differences {
-        let version = held.resources.get(&key(&difference.r#ref)).map_or("", |(version, _)| version);
+        let key = key(&difference.r#ref);
+        let version = held.get(key.0, &key.1).map_or("", |held| held.version());
         assert_eq!(difference.applied_version, version, "control plane {plane}, {id}: {difference:?}");
         assert!(!difference.refusal.is_empty(), "control plane {plane}, {id}: {difference:?}");
     }
@@ -194,8 +195,7 @@ async fn is_shown(stage: &Stage, plane: usize, id: &str, held: &ConfigState, ref
         .iter()
         .map(|h| ((h.kind, h.name.clone()), (h.version.clone(), Bytes::new())))
         .collect();
-    let holds =
-        held.resources.iter().map(|(key, (version, _))| (key.clone(), (version.clone(), Bytes::new())));
+    let holds = held.bodies().into_iter().map(|(key, (version, _))| (key, (version, Bytes::new())));
     assert_eq!(told, holds.collect(), "control plane {plane} knows what {id} holds");
 }
 

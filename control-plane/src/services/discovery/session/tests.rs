@@ -3,6 +3,7 @@ use std::sync::Arc;
 use super::*;
 use crate::model::tests::{backend, model, pool, tenant};
 use crate::model::{State, Stored};
+use crate::publish::DELTA_RESOURCES_MAX;
 
 fn snapshot(revision: u64, resources: Vec<v1::Resource>) -> Snapshot {
     let mut state = State { epoch: "e".into(), revision, removal: revision, ..State::default() };
@@ -220,4 +221,26 @@ async fn a_refusal_of_what_is_held_is_taken_back_when_the_gateway_asks() {
     assert_eq!((upserts(&asked), removals(&asked), asked.store_revision), (vec![], vec![], 2));
     assert_eq!(session.answered(asked.nonce, vec![]), Answered::Applied(2));
     assert_eq!(session.next(&new, Instant::now()), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_difference_is_sent_in_parts_and_what_is_gone_goes_after_the_last() {
+    let tenants =
+        |from: usize, to: usize| (from..to).map(|n| tenant(&format!("t{n:05}"))).collect::<Vec<_>>();
+    let mut session = synced(&snapshot(1, tenants(0, 10)));
+    let new = snapshot(2, tenants(5, 2 * DELTA_RESOURCES_MAX + 10));
+    let mut parts = Vec::new();
+    while let Some(delta) = session.next(&new, Instant::now()) {
+        parts.push((delta.upserts.len(), delta.removals.len(), delta.store_revision));
+        // One of the first part is refused, and offered again at the end, since then something else has changed.
+        let errors =
+            if parts.len() == 1 { vec![error(ResourceKind::Tenant, &delta.upserts[3].name)] } else { vec![] };
+        session.answered(delta.nonce, errors);
+        assert!(parts.len() < 10);
+    }
+    let most = DELTA_RESOURCES_MAX;
+    assert_eq!(parts[..2], [(most, 0, 1), (most - 1, 0, 1)]);
+    assert_eq!(parts.last().map(|(upserts, _, revision)| (*upserts, *revision)), Some((0, 2)));
+    assert_eq!(parts.iter().map(|(_, removals, _)| removals).sum::<usize>(), 5);
+    assert!(session.config.is(&new) && !session.differs(&new));
 }
