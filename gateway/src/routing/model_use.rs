@@ -11,7 +11,6 @@ use weir_ratelimit::{Key, Scopes};
 
 use super::entries::{KeyEntry, ModelEntry};
 use super::scope::ScopeEntry;
-use super::snapshot::Snapshot;
 use super::spend_period;
 use crate::metrics::RequestSeries;
 
@@ -50,17 +49,24 @@ impl ModelUses {
     }
 }
 
-impl Snapshot {
-    /// What requests of this key for this model have in common at `now`. Both are of this snapshot.
-    pub fn model_use(&self, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Arc<ModelUse> {
+impl ModelUses {
+    /// What requests of this key for this model have in common at `now`. `own` says under which limits they are. Both entries
+    /// are of the snapshot that these uses belong to.
+    pub(super) fn of<'a>(
+        &self,
+        key: &KeyEntry,
+        model: &ModelEntry,
+        own: impl FnOnce() -> Vec<&'a ScopeEntry>,
+        now: SystemTime,
+    ) -> Arc<ModelUse> {
         let pair = (ptr::from_ref(key).addr(), ptr::from_ref(model).addr());
-        let part = self.uses.part(pair);
+        let part = self.part(pair);
         // Whole entries are put in, so a poisoned lock guards a table that is right.
         let known = part.read().unwrap_or_else(PoisonError::into_inner).get(&pair).cloned();
         if let Some(known) = known.filter(|known| now < known.until) {
             return known;
         }
-        let made = Arc::new(ModelUse::of(self, key, model, now));
+        let made = Arc::new(ModelUse::new(key, model, &own(), now));
         let mut part = part.write().unwrap_or_else(PoisonError::into_inner);
         if part.len() >= PART_MAX && !part.contains_key(&pair) {
             part.clear();
@@ -71,11 +77,10 @@ impl Snapshot {
 }
 
 impl ModelUse {
-    fn of(snapshot: &Snapshot, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Self {
-        let own = snapshot.scopes(key, &model.name);
-        let budgets = spend_period::scopes(&own, now);
+    fn new(key: &KeyEntry, model: &ModelEntry, own: &[&ScopeEntry], now: SystemTime) -> Self {
+        let budgets = spend_period::scopes(own, now);
         let (day, until) = spend_period::today(now);
-        let entries: Box<[ScopeEntry]> = own.into_iter().cloned().chain(budgets).collect();
+        let entries: Box<[ScopeEntry]> = own.iter().copied().cloned().chain(budgets).collect();
         let scopes = entries.iter().map(|entry| entry.limits.clone()).collect();
         let series = RequestSeries::of(key.tenant.name.clone(), model.name.clone());
         let record = Key::usage(key.tenant.name.as_str(), &day.to_string());

@@ -13,6 +13,7 @@ mod serving;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use http::HeaderValue;
 use weir_discovery::{Change, Refused, Update};
@@ -25,7 +26,7 @@ use self::serving::Serving;
 use super::backend::BackendEntry;
 use super::entries::{KeyEntry, ModelEntry, PoolEntry, TenantEntry};
 use super::key_table::KeyTable;
-use super::model_use::ModelUses;
+use super::model_use::{ModelUse, ModelUses};
 use super::scope::ScopeEntry;
 use super::upstream::Resolver;
 
@@ -135,6 +136,11 @@ impl Snapshot {
             pool.state.configure(&pool.spec);
             pool.state.retain(&members.remove(&pool.name).unwrap_or_default());
         }
+    }
+
+    /// What requests of this key for this model have in common at `now`. Both are of this snapshot.
+    pub fn model_use(&self, key: &KeyEntry, model: &ModelEntry, now: SystemTime) -> Arc<ModelUse> {
+        self.uses.of(key, model, || self.scopes(key, &model.name), now)
     }
 
     /// Every scope of a request with this key for this model.

@@ -243,3 +243,38 @@ fn a_configuration_that_is_only_tried_changes_nothing_and_one_that_mends_a_backe
     mended.take_effect(&same);
     assert!(!pool.is_ejected(&a), "it is asked with another credential");
 }
+
+#[test]
+fn a_use_of_a_model_is_made_once_a_day_and_its_budgets_are_those_of_the_day() {
+    let budget = v1::Budget { micro_dollars: 5_000_000, period: v1::BudgetPeriod::Day as i32 };
+    let tenant = v1::Rates { requests_per_minute: Some(60), budget: Some(budget), ..Default::default() };
+    let digest = v1::KeyDigest { sha256: vec![7; 32], prefix: "weir_0123".into(), expire_time: None };
+    let resources = [
+        resource("pool", Wire::Pool(v1::PoolSpec::default())),
+        resource("large", Wire::Model(v1::ModelSpec { pool: "pool".into(), ..Default::default() })),
+        resource("acme", Wire::Tenant(v1::TenantSpec { limits: Some(tenant), ..Default::default() })),
+        resource(
+            "key",
+            Wire::ApiKey(v1::ApiKeySpec {
+                tenant: "acme".into(),
+                digests: vec![digest],
+                ..Default::default()
+            }),
+        ),
+    ];
+    let (snapshot, refused) = Snapshot::compile("e", 1, &resources, &Snapshot::default(), &|_| Ok(None));
+    assert_eq!(refused, []);
+    let (key, model) = (snapshot.keys.get(&[7; 32]).expect("a key"), &snapshot.models["large"]);
+    let noon = SystemTime::UNIX_EPOCH + Duration::from_secs(20_780 * 86_400 + 43_200);
+    let at = |after: u64| snapshot.model_use(key, model, noon + Duration::from_secs(after));
+    let (first, evening, tomorrow) = (at(0), at(43_199), at(43_200));
+    assert!(Arc::ptr_eq(&first, &evening) && !Arc::ptr_eq(&first, &tomorrow));
+    assert!(Arc::ptr_eq(&tomorrow, &at(43_201)), "kept from then on");
+    assert_ne!(first.record, tomorrow.record);
+    let records = |of: &super::super::model_use::ModelUse| -> Vec<weir_ratelimit::Key> {
+        assert_eq!(of.entries.len(), of.scopes.len());
+        of.scopes.iter().map(|scope| scope.record.clone()).collect()
+    };
+    let (first, tomorrow) = (records(&first), records(&tomorrow));
+    assert_eq!((first.len(), first[0] == tomorrow[0], first[1] == tomorrow[1]), (2, true, false));
+}
