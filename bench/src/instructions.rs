@@ -34,9 +34,13 @@ const STREAM_TOKENS: [u64; 2] = [100, 600];
 /// Callgrind must answer within this time.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What must not be exceeded, by the name of the row: instructions and allocations.
-const BARS: [(&str, f64, f64); 3] =
-    [("request", 0.0, 0.0), ("request_with_limits_in_redis", 0.0, 0.0), ("stream_chunk", 0.0, 0.0)];
+/// What must not be exceeded, by the name of the row: instructions and allocations. A few percent above what was counted when
+/// they were set; a change that makes something cheaper lowers its bar.
+const BARS: [(&str, f64, f64); 3] = [
+    ("request", 140_000.0, 35.0),
+    ("request_with_limits_in_redis", 240_000.0, 110.0),
+    ("stream_chunk", 7_500.0, 0.1),
+];
 
 /// How much is counted.
 #[derive(Debug, Args)]

@@ -30,7 +30,7 @@ where
     ) -> fmt::Result {
         let about = event.metadata();
         writer.write_str("{\"timestamp\":\"")?;
-        write_time(&mut writer, SystemTime::now())?;
+        write_time(&mut writer, crate::wall_clock())?;
         write!(writer, "\",\"level\":\"{}\"", about.level())?;
         let mut fields = Fields { writer: &mut writer, result: Ok(()) };
         event.record(&mut fields);
