@@ -5,8 +5,8 @@
 //! [`BackendState`](super::backend_state::BackendState), which the next snapshot takes over by name.
 //!
 //! A snapshot is made from the one before it. What serves requests (pools, backends, models and their limits) is compiled anew
-//! each time, because it is small and its parts belong together: [`serving`]. Tenants, keys and their limits may be many; the
-//! snapshots share them, and only what a change touches is compiled: [`callers`].
+//! each time, because it is small and its parts belong together: `serving`. Tenants, keys and their limits may be many; the
+//! snapshots share them, and only what a change touches is compiled: `callers`.
 
 mod callers;
 mod serving;
