@@ -79,12 +79,14 @@ impl Disk {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         // After an error nothing is known of the files, and a new base is written.
         let appended = match written.take() {
-            Some(known) if known.has_room() => Some(self.append(known, held)?),
-            _ => None,
+            Some(known) if known.has_room() => self.append(known, held).map_err(|error| {
+                tracing::warn!(%error, "change not appended to the configuration copy; the copy is written anew");
+            }),
+            _ => Err(()),
         };
         *written = Some(match appended {
-            Some(known) => known,
-            None => self.replace(held)?,
+            Ok(known) => known,
+            Err(()) => self.replace(held)?,
         });
         Ok(())
     }

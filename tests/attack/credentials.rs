@@ -209,6 +209,15 @@ async fn fifo(path: &Path) {
     assert!(made.success());
 }
 
+/// The log of the newest base of a copy on disk: it is named by the base's digest.
+async fn log_of(copy: &Path) -> PathBuf {
+    let base = copy.join("config.current");
+    eventually("a copy", || async { base.exists() }).await;
+    let bytes = std::fs::read(base).expect("a copy");
+    let name: String = bytes[8..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    copy.join(format!("config.{name}.log"))
+}
+
 /// Replaces a file in one step.
 fn replace(path: &Path, text: &str) {
     let new = path.with_extension("new");
@@ -361,8 +370,13 @@ async fn a_credential_that_is_a_fifo_stops_nothing_and_is_used_once_it_is_a_file
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_hangs_keeps_no_change_waiting_and_no_process_from_ending() {
     let mut fleet = Fleet::start().await;
+    // Where the next change is appended: a pipe that nobody reads.
+    let mut logs = Vec::new();
     for k in 0..GATEWAYS {
-        fifo(&fleet.copy(k).join("config.writing")).await;
+        let log = log_of(&fleet.copy(k)).await;
+        let _ = std::fs::remove_file(&log);
+        fifo(&log).await;
+        logs.push(log);
     }
     fleet.revoke(0, "victim").await;
     fleet.revoke(1, "other").await;
@@ -370,13 +384,17 @@ async fn a_disk_that_hangs_keeps_no_change_waiting_and_no_process_from_ending() 
     assert!(code == 0 && err.contains("applied on 2 of 2 gateways"), "{err}");
     fleet.is_well(2).await;
     // When the disk answers, the newest configuration is written: a start without the control plane serves it.
-    let (fifo, copy) = (fleet.copy(0).join("fifo"), fleet.copy(0).join("config.current"));
-    std::fs::rename(fleet.copy(0).join("config.writing"), &fifo).expect("renamed");
+    let (fifo, copy) = (fleet.copy(0).join("fifo"), fleet.copy(0));
+    std::fs::rename(&logs[0], &fifo).expect("renamed");
     let mut reader = command_of("cat");
-    let reader = reader.arg(fifo).stdout(std::process::Stdio::null()).status();
+    let reader = reader.arg(&fifo).stdout(std::process::Stdio::null()).status();
     assert!(reader.await.expect("cat runs").success());
+    let holds = |path: PathBuf| {
+        let is_copy = path != fifo && path.is_file();
+        is_copy && std::fs::read(path).is_ok_and(|bytes| bytes.windows(4).any(|four| four == b"more"))
+    };
     let written =
-        || async { std::fs::read(&copy).is_ok_and(|bytes| bytes.windows(4).any(|four| four == b"more")) };
+        || async { std::fs::read_dir(&copy).expect("the copies").flatten().any(|entry| holds(entry.path())) };
     eventually("the newest configuration is on disk", written).await;
     let begun = Instant::now();
     let gateway = &mut fleet.gateways[1];
