@@ -94,6 +94,17 @@ pub fn health_factor(degraded: bool, recovering_for: Option<Duration>) -> f64 {
 pub(super) mod tests {
     use super::*;
 
+    /// A small generator, so that tests are the same each time.
+    pub(in crate::routing::balance) fn uniform(seed: u64) -> impl FnMut() -> f64 {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        }
+    }
+
     /// An idle, healthy backend of weight 100 with 50 slots.
     pub(in crate::routing::balance) fn idle(id: u64) -> View {
         View {

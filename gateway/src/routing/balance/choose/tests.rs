@@ -3,19 +3,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::Measure;
-use super::super::weight::tests::idle;
+use super::super::weight::tests::{idle, uniform};
 use super::*;
-
-/// A small generator, so that tests are the same each time.
-fn uniform(seed: u64) -> impl FnMut() -> f64 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
 
 fn with(policy: Policy) -> ChooseConfig {
     ChooseConfig { policy, ..ChooseConfig::default() }

@@ -1,17 +1,7 @@
 use proptest::prelude::*;
 
+use super::super::weight::tests::uniform;
 use super::*;
-
-/// A small generator, so that tests are the same each time.
-fn uniform(seed: u64) -> impl FnMut() -> f64 {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
 
 fn picks(scheduler: &mut Scheduler<u32>, entries: &[(u32, f64)], n: usize, seed: u64) -> Vec<u32> {
     let mut phase = uniform(seed);
